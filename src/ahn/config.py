@@ -1,0 +1,68 @@
+"""`AHNConfig`: everything that defines an Artificial Hippocampus Network apart from its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from ahn.errors import AHNError
+
+DEFAULT_WINDOW = 32640
+DEFAULT_SINKS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class AHNConfig:
+    """How a frozen decoder attends and remembers (arXiv 2510.07318, section 3).
+
+    A query at position t attends exactly to the first `sinks` tokens and to the last `window` tokens, itself
+    included. Every other token is written into the memory of its layer when it leaves the window.
+
+    Args:
+        memory: name of the recurrent memory, one of `ahn.memory.names()`.
+        window: number of most recent tokens kept exactly (W ≥ 1).
+        sinks: number of first tokens kept exactly (S ≥ 0). `window + sinks` is the lossless total.
+        full_attention_layers: indices of layers that keep full attention and get no memory.
+        router: learn, per head, how much the memory's read counts as more tokens are written.
+        q_proj: learn, per head, a projection of the query that reads the memory.
+        prefill_chunk_size: tokens processed at once when a prompt is longer than the lossless total. A trade of
+            speed against peak memory; the result is the same to float tolerance.
+
+    Raises:
+        AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
+    """
+
+    memory: str = "gated_deltanet"
+    window: int = DEFAULT_WINDOW
+    sinks: int = DEFAULT_SINKS
+    full_attention_layers: tuple[int, ...] = ()
+    router: bool = False
+    q_proj: bool = False
+    prefill_chunk_size: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {value!r}.")
+        for name in ("router", "q_proj"):
+            if not isinstance(getattr(self, name), bool):
+                raise AHNError(f"AHNConfig.{name} must be True or False, got {getattr(self, name)!r}.")
+        layers = self.full_attention_layers
+        if not isinstance(layers, Iterable) or any(not isinstance(i, int) or i < 0 for i in layers):
+            raise AHNError(f"AHNConfig.full_attention_layers must be layer indices ≥ 0, got {layers!r}.")
+        object.__setattr__(self, "full_attention_layers", tuple(sorted(set(layers))))
+        from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
+
+        if self.memory not in memory.names():
+            raise AHNError(f"Unknown memory {self.memory!r}; this installation has {', '.join(memory.names())}.")
+
+    @property
+    def lossless(self) -> int:
+        """Number of tokens that are kept exactly: sinks + window."""
+        return self.sinks + self.window
+
+    def replace(self, **changes: Any) -> AHNConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,40 @@
+"""DeltaNet: replace what the state predicts for a key by the key's value (Schlag et al. 2021, arXiv 2102.11174)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ahn import ops
+from ahn.memory.base import Memory, head_gate, l2_norm, rms_norm
+
+
+class DeltaNet(Memory):
+    """`S ← S + k̂ (β (v - Sᵀ k̂))ᵀ`, read `Sᵀ q̂ / √P` (AHN paper, section 3; spec section 3)."""
+
+    name = "deltanet"
+    published_name = "DeltaNet"
+    closed_gates = {"beta": 0.0}  # noqa: RUF012  (a constant of the class)
+
+    def build(self) -> None:
+        self.b_proj = nn.Linear(self.hidden_size, self.heads, bias=False)
+        self.g_proj = nn.Linear(self.hidden_size, self.heads, bias=False)
+        self.o_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+
+    def reset_gates(self) -> None:
+        nn.init.ones_(self.o_norm.weight)
+
+    def write_gates(self, x: Tensor) -> dict[str, Tensor]:
+        return {"beta": torch.sigmoid(head_gate(self.b_proj, x).float())}
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        q_hat = l2_norm(q) * self.head_dim**-0.5
+        o, new = ops.delta_rule(q_hat, l2_norm(k), v, gates["beta"], gates.get("decay"), state["state"])
+        return o, {"state": new}
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        gamma = head_gate(self.g_proj, x).float().unsqueeze(-1)
+        o = rms_norm(o, self.o_norm.weight, self.o_norm.eps) * gamma * torch.sigmoid(gamma)
+        return self.o_proj(o)

@@ -1,0 +1,53 @@
+"""Mamba2: a decaying sum of value-key outer products (Dao and Gu 2024, arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ahn import ops
+from ahn.memory.base import Memory, head_gate, rms_norm
+
+
+class Mamba2(Memory):
+    """`S ← exp(-exp(A_log) dt) S + k̂ (dt v)ᵀ`, read `Sᵀ q̂` (spec section 3).
+
+    The published implementation keeps the transpose of this state.
+    """
+
+    name = "mamba2"
+    published_name = "Mamba2"
+    closed_gates = {"step": 0.0, "decay": 0.0}  # noqa: RUF012  (a constant of the class)
+
+    def build(self) -> None:
+        self.dt_proj = nn.Linear(self.hidden_size, self.heads)
+        self.g_proj = nn.Linear(self.hidden_size, self.heads)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.norm = nn.RMSNorm(self.heads * self.head_dim, eps=1e-5)
+
+    def reset_gates(self) -> None:
+        nn.init.ones_(self.dt_bias)
+        self.A_log.copy_(torch.arange(1, self.heads + 1, dtype=self.A_log.dtype, device=self.A_log.device).log())
+        nn.init.ones_(self.norm.weight)
+
+    def write_gates(self, x: Tensor) -> dict[str, Tensor]:
+        step = F.softplus(head_gate(self.dt_proj, x).float() + self.dt_bias.float()[:, None])
+        return {"step": step, "decay": -self.A_log.float().exp()[:, None] * step}
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        q_hat, k_hat = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+        v = v.float() * gates["step"].unsqueeze(-1)
+        o, new = ops.decay_rule(q_hat, k_hat, v, gates["decay"], state["state"])
+        return o, {"state": new}
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        gamma = head_gate(self.g_proj, x).float().unsqueeze(-1)
+        B, H, N, P = o.shape
+        # One norm over all heads together: (B, H, N, P) to (B, N, H·P) and back.
+        merged = (o * F.silu(gamma)).transpose(1, 2).reshape(B, N, H * P)
+        merged = rms_norm(merged, self.norm.weight, self.norm.eps)
+        return self.o_proj(merged.view(B, N, H, P).transpose(1, 2))

@@ -1,0 +1,78 @@
+"""The recurrences in chunks: matrix products inside a chunk, one state update a chunk. Pure torch, any device.
+
+Inside a chunk of C tokens with cumulative log decay G, token i sees token j ≤ i through `D_ij = exp(G_i - G_j)`. For
+the delta rule the updates u solve the unit lower triangular system `(I + A) u = β (v - exp(G) Sᵀ k)` with
+`A_ij = β_i D_ij k_i·k_j` for j < i (the WY form of arXiv 2406.06484, section 3, with decay as in 2412.06464).
+Shapes as in `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+
+
+def _split(x: Tensor, chunk: int) -> Tensor:
+    """(B, H, N, ...) to (B, H, N/C, C, ...), padded with zeros: a zero token changes no state and its read is dropped."""
+    pad = -x.shape[2] % chunk
+    if pad:
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad))
+    return x.unflatten(2, (-1, chunk))
+
+
+def _decay_matrix(cumulative: Tensor) -> Tensor:
+    """D_ij = exp(G_i - G_j) for j ≤ i, else 0; masked before exp so that no overflow reaches the gradient."""
+    difference = cumulative.unsqueeze(-1) - cumulative.unsqueeze(-2)
+    future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
+    return difference.masked_fill(future, float("-inf")).exp()
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, state: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """See `reference.delta_rule`."""
+    N = q.shape[2]
+    if decay is None:
+        decay = torch.zeros_like(beta)
+    q, k, v, beta, decay = (_split(x, chunk) for x in (q, k, v, beta, decay))
+    G = decay.cumsum(-1)
+    D = _decay_matrix(G)
+    k_beta = k * beta.unsqueeze(-1)
+    A = ((k_beta @ k.mT) * D).tril(-1)
+    system = A + torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    # One solve gives both parts of u = solve(β v) - solve(β exp(G) k) S.
+    right = torch.cat([v * beta.unsqueeze(-1), k_beta * G.exp().unsqueeze(-1)], dim=-1)
+    from_v, from_k = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
+        [v.shape[-1], k.shape[-1]], dim=-1
+    )
+    local = (q @ k.mT) * D
+    q_in = q * G.exp().unsqueeze(-1)
+    total = G[..., -1]
+    k_out = k * (total.unsqueeze(-1) - G).exp().unsqueeze(-1)
+    reads = []
+    for c in range(q.shape[2]):
+        update = from_v[:, :, c] - from_k[:, :, c] @ state
+        reads.append(q_in[:, :, c] @ state + local[:, :, c] @ update)
+        state = state * total[:, :, c, None, None].exp() + k_out[:, :, c].mT @ update
+    return torch.stack(reads, dim=2).flatten(2, 3)[:, :, :N], state
+
+
+def decay_rule(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decay_rule`."""
+    N = q.shape[2]
+    q, k, v, decay = (_split(x, chunk) for x in (q, k, v, decay))
+    G = decay.cumsum(-1)
+    inside = ((q @ k.mT) * _decay_matrix(G)) @ v
+    q_in = q * G.exp().unsqueeze(-1)
+    total = G[..., -1]
+    written = (k * (total.unsqueeze(-1) - G).exp().unsqueeze(-1)).mT @ v
+    reads = []
+    for c in range(q.shape[2]):
+        reads.append(q_in[:, :, c] @ state)
+        state = state * total[:, :, c, None, None].exp() + written[:, :, c]
+    return (torch.stack(reads, dim=2) + inside).flatten(2, 3)[:, :, :N], state

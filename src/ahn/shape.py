@@ -1,0 +1,80 @@
+"""`ModelShape`: the few numbers of a transformers configuration that an AHN depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ahn.errors import AHNError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, one entry a layer in `layer_types`.
+
+    `layer_types[i]` is "full_attention" for a layer that sees the whole context; only those can get a memory.
+    """
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    layer_types: tuple[str, ...]
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """Read a `transformers` configuration (or its text part, for multimodal models).
+
+        Raises:
+            AHNError: a size is missing, or heads cannot share key/value heads evenly.
+        """
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+        missing = [name for name in needed if not isinstance(getattr(text, name, None), int)]
+        if missing:
+            raise AHNError(
+                f"The configuration {type(text).__name__} has no {', '.join(missing)}; an AHN needs a decoder with standard attention."
+            )
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if heads % kv_heads:
+            raise AHNError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly.")
+        types = getattr(text, "layer_types", None)
+        if types is None:
+            everywhere = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+            types = [everywhere] * text.num_hidden_layers
+        return cls(
+            hidden_size=text.hidden_size,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocab_size=text.vocab_size,
+            layer_types=tuple(types),
+        )
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_types)
+
+    def memory_layers(self, full_attention_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Indices of the layers that get a memory: full-attention layers that are not asked to stay so.
+
+        Raises:
+            AHNError: an index is beyond the last layer, or no layer is left.
+        """
+        beyond = [i for i in full_attention_layers if i >= self.layers]
+        if beyond:
+            raise AHNError(f"full_attention_layers names layer {beyond[0]}, but the model has layers 0 to {self.layers - 1}.")
+        chosen = tuple(
+            i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i not in full_attention_layers
+        )
+        if not chosen:
+            raise AHNError(
+                "No layer is left for a memory: every layer uses "
+                f"{', '.join(sorted(set(self.layer_types)))} or is listed in full_attention_layers."
+            )
+        return chosen
