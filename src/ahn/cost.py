@@ -1,0 +1,246 @@
+"""What a model costs with and without its memory: parameters, cache, FLOPs (arXiv 2510.07318, Table 1).
+
+Everything follows from configurations alone: no weights are needed, and nothing is computed on a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ahn import memory
+from ahn.config import AHNConfig
+from ahn.errors import AHNError
+from ahn.shape import ModelShape
+
+META = torch.device("meta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one sequence of a given length costs, over all layers.
+
+    Numbers and bytes of the cache differ in two ways. The paper counts numbers: keys, values and states alike. Bytes
+    are what the cache occupies: keys and values in the model's dtype, states in float32, and the write gates of the
+    tokens in the window, float32 too, which wait there until their token leaves (the paper leaves them out).
+
+    A FLOP is a multiplication or an addition. As in the paper only matrix products count (norms, RoPE, softmax and
+    element-wise gates do not), and a causal product of L queries with L keys counts half of the square.
+    """
+
+    kv_numbers: int
+    state_numbers: int
+    kv_bytes: int
+    state_bytes: int
+    gate_bytes: int
+    mixer_flops: int
+    """Attention with its projections, plus the memory."""
+    model_flops: int
+    """Mixer, MLP, and the vocabulary's two matrices, as the paper counts them."""
+
+    @property
+    def cache_numbers(self) -> int:
+        """The paper's measure of the cache: keys, values and states."""
+        return self.kv_numbers + self.state_numbers
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache occupies."""
+        return self.kv_bytes + self.state_bytes + self.gate_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One prompt of `length` tokens, read by the model as it is (`full`) and with its memory (`ahn`)."""
+
+    length: int
+    parameters: int
+    """Parameters of the memory, over all layers."""
+    full: Usage
+    ahn: Usage
+
+    @property
+    def cache_ratio(self) -> float:
+        """Cache of the AHN as a share of full attention's, counted in numbers as in the paper."""
+        return self.ahn.cache_numbers / self.full.cache_numbers
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Cache of the AHN as a share of full attention's, in bytes."""
+        return self.ahn.cache_bytes / self.full.cache_bytes
+
+    @property
+    def mixer_ratio(self) -> float:
+        """FLOPs of the token mixers as a share of full attention's."""
+        return self.ahn.mixer_flops / self.full.mixer_flops
+
+    @property
+    def model_ratio(self) -> float:
+        """FLOPs of the whole model as a share of full attention's."""
+        return self.ahn.model_flops / self.full.model_flops
+
+
+def count_parameters(hf_config: Any, ahn_config: AHNConfig) -> int:
+    """Number of parameters that the memory adds to a model: what training trains and an adapter file holds.
+
+    Args:
+        hf_config: configuration of any `transformers` decoder.
+        ahn_config: which memory, on which layers, with which options.
+
+    Raises:
+        AHNError: the model has no layer for a memory, or its configuration lacks a size.
+    """
+    shape = ModelShape.from_config(hf_config)
+    layers = len(shape.memory_layers(ahn_config.full_attention_layers))
+    return layers * _memory_sizes(shape, ahn_config.memory, ahn_config.q_proj, ahn_config.router).parameters
+
+
+def count_model_parameters(hf_config: Any) -> int:
+    """Number of parameters of the base model itself; tied embeddings count once.
+
+    Raises:
+        AHNError: `transformers` has no causal language model for this configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = _text_config(hf_config)
+    try:
+        with META:
+            model = AutoModelForCausalLM.from_config(text)
+    except ValueError:
+        raise AHNError(f"transformers has no causal language model for {type(text).__name__}.") from None
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
+    """Cache and FLOPs of reading one prompt of L = `length` tokens, with full attention and with the memory.
+
+    With D, Hq, Hkv, P of the model, W = sinks + window, a layer costs (paper, Table 1):
+
+    - full: cache `2·L·P·Hkv` numbers; mixer `4·L·D·P·(Hq+Hkv) + 2·P·Hq·L²` FLOPs;
+    - AHN, for L > W: cache `2·W·P·Hkv + states`; mixer
+      `4·L·D·P·(Hq+Hkv) + 2·P·Hq·W² + 2·(L-W)·(2·W·P·Hq + states + matrices)`,
+
+    with one multiplication and one addition for every number of the state and every weight of the memory's matrices
+    (gate projections, `o_proj`, `q_proj`) a token. For Gated DeltaNet that is the paper's `P²·Hq + 3·D·Hq + P²·Hq`.
+    Up to W tokens nothing is written and both columns are equal (but for the waiting gates in `gate_bytes`).
+    Layers without a memory cost the same in both columns: full attention, or sliding attention with its own window.
+
+    `model_flops` adds the MLP (three matrices, experts that a token visits) and `2·(2·L·D·V)` for the vocabulary.
+
+    Args:
+        hf_config: configuration of any `transformers` decoder with standard attention.
+        ahn_config: memory, window, sinks and options.
+        length: tokens of the prompt.
+        dtype: of the cached keys and values; only bytes depend on it.
+
+    Raises:
+        AHNError: the length is not positive, or the model has layers that are neither full nor sliding attention.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise AHNError(f"The length must be an integer ≥ 1, got {length!r}.")
+    shape = ModelShape.from_config(hf_config)
+    text = _text_config(hf_config)
+    sizes = _memory_sizes(shape, ahn_config.memory, ahn_config.q_proj, ahn_config.router)
+    with_memory = shape.memory_layers(ahn_config.full_attention_layers)
+    rest = [_base_layer(shape, text, i, length, dtype) for i in range(shape.layers) if i not in with_memory]
+    before = [_base_layer(shape, text, i, length, dtype) for i in with_memory]
+    after = [_memory_layer(shape, sizes, ahn_config, length, dtype)] * len(with_memory)
+    outside = _flops_outside_mixer(shape, text, length)
+    return Cost(
+        length=length,
+        parameters=sizes.parameters * len(with_memory),
+        full=_total(rest + before, outside),
+        ahn=_total(rest + after, outside),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _MemorySizes:
+    """One layer's memory: counts of numbers, and the bytes of one sequence's state and of one token's write gates."""
+
+    parameters: int
+    matrices: int
+    state_numbers: int
+    state_bytes: int
+    gate_bytes: int
+
+
+@lru_cache(maxsize=32)
+def _memory_sizes(shape: ModelShape, name: str, q_proj: bool, router: bool) -> _MemorySizes:
+    # Asking the module itself, on the meta device, keeps this right for every memory there will be.
+    with META, torch.no_grad():
+        module = memory.get(name)(shape.hidden_size, shape.heads, shape.head_dim, q_proj=q_proj)
+        states = list(module.init_state(1, META).values())
+        gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
+    parameters = list(module.parameters())
+    return _MemorySizes(
+        parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if router else 0),
+        matrices=sum(p.numel() for p in parameters if p.dim() > 1),
+        state_numbers=sum(s.numel() for s in states),
+        state_bytes=sum(s.nbytes for s in states),
+        gate_bytes=sum(g.nbytes for g in gates),
+    )
+
+
+def _text_config(hf_config: Any) -> Any:
+    return hf_config.get_text_config(decoder=True) if hasattr(hf_config, "get_text_config") else hf_config
+
+
+def _attention(shape: ModelShape, length: int, kept: int, dtype: torch.dtype) -> Usage:
+    """A layer whose L queries each see at most the last `kept` tokens."""
+    D, P, Hq, Hkv = shape.hidden_size, shape.head_dim, shape.heads, shape.kv_heads
+    kept = min(length, kept)
+    numbers = 2 * kept * P * Hkv
+    projections = 4 * length * D * P * (Hq + Hkv)
+    attended = 2 * P * Hq * kept**2 + 4 * (length - kept) * kept * P * Hq
+    return Usage(numbers, 0, numbers * dtype.itemsize, 0, 0, projections + attended, 0)
+
+
+def _base_layer(shape: ModelShape, text: Any, layer: int, length: int, dtype: torch.dtype) -> Usage:
+    kind = shape.layer_types[layer]
+    if kind == "full_attention":
+        return _attention(shape, length, length, dtype)
+    if kind == "sliding_attention":
+        return _attention(shape, length, text.sliding_window, dtype)
+    raise AHNError(f"Layer {layer} is of the kind {kind}; its cost is not known, only full and sliding attention are.")
+
+
+def _memory_layer(
+    shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, dtype: torch.dtype
+) -> Usage:
+    exact = _attention(shape, length, ahn_config.lossless, dtype)
+    waiting = max(0, min(length - ahn_config.sinks, ahn_config.window))
+    written = max(0, length - ahn_config.lossless)
+    return dataclasses.replace(
+        exact,
+        state_numbers=sizes.state_numbers if written else 0,
+        state_bytes=sizes.state_bytes if written else 0,
+        gate_bytes=waiting * sizes.gate_bytes,
+        mixer_flops=exact.mixer_flops + 2 * written * (sizes.state_numbers + sizes.matrices),
+    )
+
+
+def _flops_outside_mixer(shape: ModelShape, text: Any, length: int) -> int:
+    mlp = 6 * length * shape.hidden_size * _mlp_width(shape, text)
+    # The paper counts the embedding as a product too: one V x D matrix in, one out.
+    vocabulary = 2 * (2 * length * shape.hidden_size * shape.vocab_size)
+    return shape.layers * mlp + vocabulary
+
+
+def _mlp_width(shape: ModelShape, text: Any) -> int:
+    """Hidden units of the MLP that one token passes: the dense width, or that of the experts it visits."""
+    visited = getattr(text, "num_experts_per_tok", None)
+    if not visited:
+        return shape.intermediate_size
+    expert = getattr(text, "moe_intermediate_size", None) or shape.intermediate_size
+    return visited * expert + (getattr(text, "shared_expert_intermediate_size", None) or 0)
+
+
+def _total(layers: list[Usage], outside: int) -> Usage:
+    summed = [sum(column) for column in zip(*(dataclasses.astuple(layer) for layer in layers), strict=True)]
+    total = Usage(*summed)
+    return dataclasses.replace(total, model_flops=total.mixer_flops + outside)
