@@ -1,6 +1,8 @@
 """Artificial Hippocampus Networks: long context for open LLMs at constant cost (arXiv 2510.07318)."""
 
+from ahn.adapter import adapter_parameters, attach, detach, disabled, set_window
+from ahn.cache import AHNCache
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 
-__all__ = ["AHNConfig", "AHNError"]
+__all__ = ["AHNCache", "AHNConfig", "AHNError", "adapter_parameters", "attach", "detach", "disabled", "set_window"]

@@ -1,0 +1,197 @@
+"""The attention function "ahn": exact attention over sinks ∪ window, plus the read of the memory.
+
+Registered with transformers' `AttentionInterface`, it is called after RoPE and after the cache's update, before the
+base model's `o_proj`. Exact attention runs on the base model's own kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ahn.cache import AHNCache, AHNLayer
+from ahn.errors import AHNError
+from ahn.layer import AHN, Router
+from ahn.visibility import Visibility
+
+NAME = "ahn"
+_DENSE_MASK_KERNELS = ("sdpa", "eager")
+
+
+@dataclasses.dataclass
+class ForwardContext:
+    """What the hook on the decoder tells every layer of one forward."""
+
+    visibility: Visibility
+    kernel: str
+    """The base model's own attention implementation, for example "sdpa"."""
+
+
+@dataclasses.dataclass
+class LayerContext:
+    """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
+
+    ahn: AHN
+    router: Router | None
+    x: Tensor
+    """(B, n, D) the attention's input."""
+    cache: AHNCache | None
+    cache_layer: AHNLayer | None
+    rope: tuple[Tensor, Tensor] | None
+
+
+class LazyMask:
+    """The base model's mask, made only if a layer needs it: at 1 M tokens of context nobody could hold it."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self._arguments = arguments
+        self._masks: dict[str, Any] = {}
+
+    def covers(self, view: Visibility) -> bool:
+        """The base mask knows all padding: there is none, or the caller's 2-D mask spans cached and new tokens."""
+        padding = self._arguments.get("attention_mask")
+        return not view.padded or (padding is not None and padding.shape[-1] == view.total)
+
+    def resolve(self, kernel: str) -> Any:
+        """The mask as the base model's own kernel expects it."""
+        if kernel not in self._masks:
+            self._masks[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+        return self._masks[kernel]
+
+
+def register() -> None:
+    """Make "ahn" known to transformers; called by `attach`, harmless when repeated."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, LazyMask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask,
+    ahn_forward: ForwardContext | None = None,
+    ahn_layer: LayerContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, `transformers` attention-function convention.
+
+    Args:
+        query: (B, Hq, n, P) of the new tokens.
+        key, value: (B, Hkv, T, P) of every token that the cache still holds, new ones last.
+        attention_mask: a `LazyMask`.
+
+    Returns:
+        (B, n, Hq, P) and the attention weights where the base kernel gives them.
+    """
+    if ahn_forward is None:
+        raise AHNError("A decoder layer was called outside its model; an AHN needs the whole model's forward.")
+    view, kernel = ahn_forward.visibility, ahn_forward.kernel
+
+    def base(mask: Any, kernel: str = kernel) -> tuple[Tensor, Tensor | None]:
+        return kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
+
+    if ahn_layer is None:  # a layer that keeps the base model's attention
+        return base(attention_mask.resolve(kernel))
+
+    cache_layer = ahn_layer.cache_layer
+    if view.evicted == 0 and not view.rolled and view.shift is None and attention_mask.covers(view):
+        out, weights = base(attention_mask.resolve(kernel))
+    else:
+        mask = view.mask if cache_layer is None else cache_layer.attention_mask()
+        dense = kernel if kernel in _DENSE_MASK_KERNELS else "sdpa"
+        out, weights = base(_as_kernel_mask(mask, dense, query.dtype), dense)
+
+    memory = ahn_layer.ahn.fn
+    gates = memory.write_gates(ahn_layer.x)
+    if cache_layer is None:
+        key, value = view.evicted_slots(key), view.evicted_slots(value)
+        gates = {name: view.evicted_slots(gate) for name, gate in gates.items()}
+        state = None
+    else:
+        key, value, gates = cache_layer.evict(key, value, gates)
+        state = cache_layer.state
+    if view.evicted:
+        read, state = _write_and_read(module, ahn_layer, view, query, key, value, gates, state)
+        if cache_layer is not None:
+            cache_layer.state = {name: part.detach() for name, part in state.items()}
+        tail = view.length - view.evicted
+        out = torch.cat([out[:, :tail], out[:, tail:] + read.transpose(1, 2).to(out.dtype)], dim=1)
+    if cache_layer is not None and ahn_layer.cache is not None:
+        ahn_layer.cache.finish(cache_layer)
+    return out, weights
+
+
+def _write_and_read(
+    module: nn.Module,
+    layer: LayerContext,
+    view: Visibility,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: dict[str, Tensor],
+    state: dict[str, Tensor] | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
+    memory = layer.ahn.fn
+    batch, heads = query.shape[:2]
+    x = layer.x[:, -view.evicted :]
+    query = query[:, :, -view.evicted :]
+    if memory.q_proj is not None:
+        query = memory.q_proj(_query_before_rope(module, x))
+        if layer.rope is None:
+            raise AHNError("q_proj needs the model's rotary embedding, which this attention does not receive.")
+        cos, sin = (part[:, -view.evicted :] for part in layer.rope)
+        query, _ = _own_rope(module)(query, query, cos, sin)
+    if view.writable is not None:
+        # Closing the gates keeps padding out of the state; zeroing keeps a NaN in it from surviving 0 · NaN.
+        kept = view.writable[:, None, :]
+        gates = {name: torch.where(kept, gate, memory.closed_gates[name]) for name, gate in gates.items()}
+        key, value = (x.masked_fill(~kept[..., None], 0) for x in (key, value))
+    if state is None:
+        state = memory.init_state(batch, query.device)
+    groups = heads // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    o, state = memory.scan(query, key, value, gates, state)
+    read = memory.read_out(o, x)
+    if layer.router is not None:
+        read = layer.router(view.written / view.window).unsqueeze(-1) * read
+    return read, state
+
+
+def kernel_function(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' attention function of that name; "eager" lives in the module's own modeling file."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager)
+
+
+def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask as "sdpa" takes it, or as "eager" adds it to the scores."""
+    if mask is None or kernel == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _query_before_rope(module: nn.Module, x: Tensor) -> Tensor:
+    """The base model's query of x (B, m, D) before its norm and RoPE: (B, Hq, m, P)."""
+    if hasattr(module, "q_proj"):
+        query = module.q_proj(x)
+    else:  # Phi-3 keeps q, k and v in one matrix, q first
+        query = module.qkv_proj(x)[..., : module.o_proj.in_features]
+    return query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+
+
+def _own_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    rope = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if rope is None:
+        raise AHNError(f"q_proj needs apply_rotary_pos_emb in {type(module).__module__}; use a config without q_proj.")
+    return rope

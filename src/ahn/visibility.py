@@ -1,0 +1,216 @@
+"""Who sees what: which keys a query attends to, which tokens leave the window, what they may write.
+
+This is the one place that knows the order of writes, the first eviction and padding (spec section 2). Everything is
+stated for one forward over `length` new tokens that follow `seen` earlier ones; all layers of that forward share it.
+
+Two kinds of number are kept apart. The *index* of a token counts every column of the batch, padding included, and is
+the same for all rows. Its *position* counts the row's real tokens: position = index - pads of the row. Windows slide by
+index, so every row evicts at the same moment; positions decide whether what is evicted was a real token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ahn.errors import AHNError
+
+
+@dataclasses.dataclass
+class Padding:
+    """Padding of each row of a batch up to now.
+
+    Attributes:
+        leading: (B,) columns of the row that are padding and come before, or were moved before, its real tokens.
+        ended: (B,) rows that were padded on the right: no real token may follow.
+    """
+
+    leading: Tensor
+    ended: Tensor
+
+    def advance(self, mask: Tensor) -> Padding:
+        """The padding after new columns with mask (B, n), True for real tokens.
+
+        Raises:
+            AHNError: padding between real tokens, or real tokens after padding on the right.
+        """
+        some = mask.any(-1)
+        first = mask.int().argmax(-1)
+        last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
+        gaps = some & (mask.sum(-1) != last - first + 1)
+        if bool((gaps | (some & self.ended)).any()):
+            raise AHNError(
+                "attention_mask has padding between real tokens of a row. Pad on the left "
+                "(tokenizer.padding_side = 'left'), on a live cache as well."
+            )
+        # A row with no real token here is paused: its window and memory wait for the next one.
+        shift = torch.where(some, first, mask.shape[1])
+        return Padding(self.leading + shift, self.ended | (some & ~mask[:, -1]))
+
+
+@dataclasses.dataclass
+class Visibility:
+    """One forward's view: `length` new tokens after `seen` cached ones, window W and sinks S.
+
+    Cached keys lie in index order while `seen ≤ S + W`; afterwards ("rolled") as [S sinks | last W indices]. New keys
+    follow. A forward without cache has `seen = 0`.
+    """
+
+    window: int
+    sinks: int
+    seen: int
+    length: int
+    device: torch.device
+    before: Padding | None = None
+    after: Padding | None = None
+
+    @property
+    def total(self) -> int:
+        """Columns after this forward."""
+        return self.seen + self.length
+
+    @property
+    def rolled(self) -> bool:
+        """The cached keys are [sinks | window], not everything."""
+        return self.seen > self.sinks + self.window
+
+    @property
+    def cached(self) -> int:
+        """Number of cached key slots before this forward."""
+        return min(self.seen, self.sinks + self.window)
+
+    @property
+    def evicted(self) -> int:
+        """Number of tokens that leave the window during this forward; the last `evicted` queries read the memory."""
+        return max(0, min(self.length, self.total - self.sinks - self.window))
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """(B,) columns of new left padding that cached tokens must move past, or None when no row has any."""
+        if self.before is None or self.after is None or self.seen == 0:
+            return None
+        shift = self.after.leading - self.before.leading
+        return shift if bool(shift.any()) else None
+
+    @cached_property
+    def padded(self) -> bool:
+        """Some row has leading padding."""
+        return self.after is not None and bool(self.after.leading.any())
+
+    @cached_property
+    def sinks_complete(self) -> bool:
+        """Every row's first S tokens had been seen before this forward."""
+        if not self.padded:
+            return self.seen >= self.sinks
+        assert self.after is not None
+        return self.seen - int(self.after.leading.max()) >= self.sinks
+
+    def _pads(self) -> Tensor:
+        """(B, 1) leading padding after this forward; (1, 1) zeros for an unpadded batch."""
+        if not self.padded:
+            return torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        assert self.after is not None
+        return self.after.leading[:, None]
+
+    def _indices(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self.device)[None]
+
+    @cached_property
+    def query_positions(self) -> Tensor:
+        """(B or 1, length) positions of the new tokens; negative for padding."""
+        return self._indices(self.seen, self.total) - self._pads()
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """(B or 1, cached + length) position of the token in each key slot, -1 where there is none."""
+        pads = self._pads()
+        if not self.rolled:
+            return (self._indices(0, self.total) - pads).clamp_min(-1)
+        sinks = self._indices(0, self.sinks)
+        sinks = torch.where(sinks < self.seen - pads, sinks, -1)
+        window = self._indices(self.seen - self.window, self.seen) - pads
+        window = torch.where(window >= self.sinks, window, -1)  # sinks are seen in their own slots
+        return torch.cat([sinks, window, self.query_positions.clamp_min(-1)], dim=1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B or 1, 1, length, cached + length) True where a query sees a key: sinks, or within the window, causal.
+
+        Padding sees only itself: a softmax over nothing would be NaN and spread.
+        """
+        return self._band(self.query_positions, self.key_positions, self_slot=self.cached)
+
+    def _band(self, queries: Tensor, keys: Tensor, self_slot: int) -> Tensor:
+        queries, keys = queries[:, :, None], keys[:, None, :]
+        seen = (keys >= 0) & (keys <= queries) & ((keys < self.sinks) | (keys > queries - self.window))
+        if self.padded:
+            own = torch.arange(keys.shape[-1], device=self.device) - self_slot
+            seen = seen | (own == torch.arange(queries.shape[1], device=self.device)[:, None])
+        return seen[:, None]
+
+    def ring_mask(self, oldest: int) -> Tensor | None:
+        """Mask (B, 1, 1, S + W) of one query over [sinks | ring], its own key in the ring just before slot `oldest`."""
+        if not self.padded:
+            return None
+        positions = self.key_positions
+        window = positions[:, self.sinks + 1 :].roll(oldest, dims=-1)
+        own = self.sinks + (oldest - 1) % self.window
+        return self._band(self.query_positions, torch.cat([positions[:, : self.sinks], window], dim=1), self_slot=own)
+
+    def evicted_slots(self, x: Tensor) -> Tensor:
+        """Of x (B, H, cached + length, ...): the tokens that leave, in order (B, H, evicted, ...)."""
+        return x[:, :, self.sinks : self.sinks + self.evicted]
+
+    @cached_property
+    def writable(self) -> Tensor | None:
+        """(B, evicted) True for evicted slots that hold a real token not written before; None if all do."""
+        if not self.padded:
+            return None
+        first = self.seen - self.window if self.rolled else self.sinks
+        positions = self._indices(first, first + self.evicted) - self._pads()
+        written = torch.zeros_like(self._pads())
+        if self.rolled:
+            assert self.before is not None
+            written = self.seen - self.window - self.before.leading[:, None]
+        return positions >= written.clamp_min(self.sinks)
+
+    @cached_property
+    def written(self) -> Tensor:
+        """(B or 1, evicted) tokens in the memory when each of the last `evicted` queries reads it."""
+        queries = self.query_positions[:, self.length - self.evicted :]
+        return queries - (self.window + self.sinks) + 1
+
+    def align(self, x: Tensor) -> Tensor:
+        """Move each row's cached tokens past its new left padding: x (B, H, cached + length, ...) in slot order."""
+        if self.shift is None:
+            return x
+        first = self.sinks if self.rolled else 0
+        slots = torch.arange(x.shape[2], device=x.device)[None]
+        moved = slots - self.shift[:, None]
+        source = torch.where((slots >= first) & (moved < self.cached), moved.clamp_min(first), slots)
+        return _gather(x, source)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """What stays cached of x (B, H, cached + length, ...): all of it, or [sinks | window]."""
+        if self.total <= self.sinks + self.window:
+            return x
+        return torch.cat([self._keep_sinks(x), x[:, :, x.shape[2] - self.window :]], dim=2)
+
+    def _keep_sinks(self, x: Tensor) -> Tensor:
+        if not self.padded:
+            return x[:, :, : self.sinks]
+        slots = self._indices(0, self.sinks)
+        source = slots + self._pads()
+        if self.rolled:
+            arriving = source - self.seen + self.cached
+            source = torch.where(slots < self.seen - self._pads(), slots, arriving)
+        return _gather(x, source.clamp(0, x.shape[2] - 1))
+
+
+def _gather(x: Tensor, slots: Tensor) -> Tensor:
+    """x (B, H, T, ...) at slots (B, U) of each row: (B, H, U, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.transpose(1, 2)[rows, slots].transpose(1, 2)
