@@ -1,0 +1,1 @@
+"""Self-distillation: window schedule, losses from hidden states, one step, a compact loop."""

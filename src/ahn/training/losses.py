@@ -1,0 +1,220 @@
+"""Distillation losses from hidden states, in chunks: the logits of a whole sequence never exist.
+
+Shapes: B batch, L tokens, D hidden size, V vocabulary, N positions that count. The language-model head is frozen, so a
+loss is a function of the student's hidden states alone, and its gradient (N, D) is worked out together with its value,
+chunk by chunk, in the forward pass (the idea of Liger's fused losses, arXiv 2410.10989). Nothing of size N × V is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ahn.errors import AHNError
+
+LOSSES = ("kl", "ce", "distill")
+IGNORED = -100
+CHUNK = 512
+
+
+def parse_loss(loss: str) -> tuple[str, ...]:
+    """The terms of a sum such as "kl+ce".
+
+    Raises:
+        AHNError: a term is unknown, empty or named twice.
+    """
+    terms = tuple(term.strip() for term in loss.split("+"))
+    if any(term not in LOSSES for term in terms) or len(set(terms)) < len(terms):
+        raise AHNError(
+            f"Unknown loss {loss!r}; choose from {', '.join(LOSSES)}, or a sum of different ones like 'kl+ce'."
+        )
+    return terms
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """The token each position predicts: labels (B, L) moved one to the left, -100 (none) at the last position."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def valid_positions(targets: Tensor, lossless: int, attention_mask: Tensor | None = None) -> Tensor:
+    """Positions that count in the loss: at least the lossless total, and predicting a token that is not masked.
+
+    Args:
+        targets: (B, L) from `next_tokens`; -100 is masked.
+        lossless: sinks + window of the student; before it student and teacher see the same.
+        attention_mask: (B, L), 0 is padding, which is not counted in a token's position.
+
+    Returns:
+        (B, L) boolean.
+
+    Raises:
+        AHNError: no position counts.
+    """
+    B, L = targets.shape
+    if attention_mask is None:
+        position = torch.arange(L, device=targets.device).expand(B, L)
+    else:
+        position = attention_mask.cumsum(1) - 1
+    valid = (targets != IGNORED) & (position >= lossless)
+    if attention_mask is not None:
+        valid &= attention_mask != 0
+    if not valid.any():
+        raise AHNError(
+            f"No position counts in the loss: with a lossless total of T = {lossless} in sequences of L = {L} tokens, "
+            "no unmasked token is predicted from position T or later; use longer sequences or a smaller window."
+        )
+    return valid
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The frozen map from hidden states to logits: weight (V, D), bias (V) or None, soft cap of the logits or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """The head of a transformers causal language model.
+
+        Raises:
+            AHNError: the model has no linear output embedding.
+        """
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise AHNError(f"{type(model).__name__} has no linear language-model head; distillation needs one.")
+        softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(linear.weight.detach(), bias, softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) to float32 (n, V)."""
+        logits = _matmul(hidden, self.weight.t())
+        if self.bias is not None:
+            logits += self.bias
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient (n, D) of the hidden states from that of their `logits` (n, V), which it overwrites. Float32."""
+        if self.softcap is not None:
+            grad *= 1 - (logits / self.softcap).square()
+        return _matmul(grad, self.weight)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in float32; on CUDA from factors in the precision of b (or of autocast).
+
+    A bfloat16 result would round logits of 20 to steps of 1/8, which is noise as large as a good student's loss.
+    """
+    device = a.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b.dtype
+    with torch.autocast(device, enabled=False):
+        if a.is_cuda and dtype != torch.float32:
+            return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        return a.float() @ b.float()
+
+
+class Losses(NamedTuple):
+    """Means over N positions, float32 scalars. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+    teacher_ce: Tensor
+
+
+def hidden_losses(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    head: Head,
+    kl: float = 1.0,
+    ce: float = 0.0,
+    chunk: int = CHUNK,
+) -> Losses:
+    """KL(teacher ‖ student) over the vocabulary and the cross entropies, averaged over the given positions.
+
+    Args:
+        student, teacher: last hidden states (B, L, D); no gradient reaches the teacher or the head.
+        targets: (B, L), the token each position predicts. Must be a token wherever `positions` is true.
+        positions: (B, L) boolean, on the device of `targets`. On the CPU they cost no wait for the model's device.
+        kl, ce: weights of the two terms in `loss`.
+        chunk: positions whose logits exist at once, about 20 · chunk · V bytes.
+    """
+    index = positions.flatten().nonzero().squeeze(1)
+    labels = _to(targets.flatten().index_select(0, index), student.device)
+    index = _to(index, student.device)
+    rows = [x.flatten(0, 1).index_select(0, index) for x in (student, teacher.detach())]
+    return Losses(*_HiddenLosses.apply(*rows, labels, head, kl, ce, chunk))
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; from the CPU through pinned memory, which does not wait for the device's queue."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+class _HiddenLosses(torch.autograd.Function):
+    """`hidden_losses` on the rows (N, D) that count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, head: Head, kl: float, ce: float, chunk: int
+    ) -> tuple[Tensor, ...]:
+        N = student.shape[0]
+        wanted = ctx.needs_input_grad[0] and bool(kl or ce)
+        grad = torch.zeros_like(student) if wanted else None
+        sums = torch.zeros(3, device=student.device)
+        for start in range(0, N, chunk):
+            part = slice(start, start + chunk)
+            logits = head.logits(student[part])
+            log_s, log_t = logits.log_softmax(-1), head.logits(teacher[part]).log_softmax(-1)
+            target = labels[part].unsqueeze(1)
+            p_t = log_t.exp()
+            ce_s, ce_t = -log_s.gather(1, target).sum(), -log_t.gather(1, target).sum()
+            sums += torch.stack([log_t.sub_(log_s).mul_(p_t).sum(), ce_s, ce_t])
+            if grad is not None:
+                # d/dlogits of kl·KL + ce·CE, for probabilities s and t: (kl + ce)·s - kl·t - ce·onehot
+                g = log_s.exp_().mul_(kl + ce).sub_(p_t.mul_(kl))
+                g.scatter_add_(1, target, torch.full_like(target, -ce, dtype=g.dtype))
+                grad[part] = head.backward(g.div_(N), logits)
+        means = sums / N
+        ctx.save_for_backward(grad)
+        outputs = (kl * means[0] + ce * means[1], *means.unbind())
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (None if grad is None else grad * grads[0].to(grad.dtype), *[None] * 6)
+
+
+def attention_loss(student: list[Tensor], teacher: list[Tensor], positions: Tensor, use_normalized_l2: bool) -> Tensor:
+    """Mean squared error between the layers' attention outputs, averaged over positions, features and layers.
+
+    Args:
+        student, teacher: one attention output (B, L, D) a layer.
+        positions: (B, L) boolean, the positions that count.
+        use_normalized_l2: scale each output to unit L2 norm over its features first.
+    """
+    index = _to(positions.flatten().nonzero().squeeze(1), student[0].device)
+    # Checkpointed: the float32 copies of every layer together would outweigh the model's own activations.
+    errors = [
+        checkpoint(_attention_error, s, t.detach(), index, use_normalized_l2, use_reentrant=False)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+def _attention_error(student: Tensor, teacher: Tensor, index: Tensor, use_normalized_l2: bool) -> Tensor:
+    rows = [x.flatten(0, 1).index_select(0, index).float() for x in (student, teacher)]
+    if use_normalized_l2:
+        rows = [F.normalize(x, dim=-1) for x in rows]
+    return F.mse_loss(*rows)
