@@ -1,0 +1,110 @@
+"""An attached AHN to and from a directory of its own, in the published layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from ahn.adapter import adapter_parameters, attach, detach
+from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint
+from ahn.checkpoint.format import (
+    BASE_NAME,
+    base_config,
+    base_reference,
+    check_base,
+    read_settings,
+    report_window,
+    with_ahn,
+)
+from ahn.checkpoint.hub import local_directory
+from ahn.checkpoint.names import short_name
+from ahn.checkpoint.output import replacing, write_json
+from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.errors import AHNError
+
+PathLike = str | os.PathLike[str]
+
+
+def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
+    """Write the AHN of a model, without the base weights, as `config.json` and `model.safetensors`.
+
+    Tensors keep their dtype. The configuration holds the base model's, every field of `model.ahn_config`, and where the
+    base came from: its Hub id, or its directory (as a relative path when both lie in one parent, so they can move
+    together). An adapter already in `directory` is replaced.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AHNError: the model has no AHN or its memory no parameters, or `directory` holds another model.
+    """
+    path = Path(directory).expanduser()
+    parameters = adapter_parameters(model)
+    settings = model.ahn_config
+    if not parameters:
+        raise AHNError(f"The memory {settings.memory!r} has no parameters: attach() recreates it without a file.")
+    occupied = (path / INDEX).exists() or (path / WEIGHTS).exists()
+    if occupied and Checkpoint.open(path).kind != "adapter":
+        raise AHNError(f"{path} holds the weights of another model: choose another directory.")
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    with replacing(path / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(path / CONFIG, with_ahn(_base_config(model), settings, _base_name(model, path)))
+    return path
+
+
+def load_adapter(
+    model: PreTrainedModel, directory: PathLike, window: int | None = None, sinks: int | None = None
+) -> PreTrainedModel:
+    """Attach an AHN with the settings and weights of an adapter. An AHN already on the model is replaced.
+
+    Weights take the base model's dtype, on the device of their layer: float32 stays float32 only on a float32 base.
+
+    Args:
+        model: a loaded causal language model, the kind of model that the adapter was trained on.
+        directory: adapter directory or Hub id, ours or published.
+        window: window to use. Default: the saved one; for published adapters 32640, never their `sliding_window`.
+        sinks: likewise; for published adapters 128.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        AHNError: base and adapter do not fit, a tensor is missing, extra, of the wrong shape or not finite, or a file
+            is missing or damaged. The model is then as it was.
+    """
+    return load_ahn(model, Checkpoint.open(local_directory(directory)).require("adapter"), window, sinks)
+
+
+def load_ahn(model: PreTrainedModel, checkpoint: Checkpoint, window: int | None, sinks: int | None) -> PreTrainedModel:
+    """Attach the AHN of an adapter or of a merged checkpoint."""
+    shape = check_base(checkpoint, model.config, model.name_or_path or type(model).__name__)
+    settings = read_settings(checkpoint, window, sinks)
+    check_tensors(checkpoint, shape, settings)
+    weights = dict(finite_tensors(checkpoint))
+    report_window(checkpoint, settings, given=window is not None and sinks is not None)
+    if hasattr(model, "ahn_config"):
+        detach(model)
+    dtype = model.dtype
+    attach(model, settings)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.data = weights[short_name(name)].to(parameter.device, dtype)
+    return model
+
+
+def _base_config(model: PreTrainedModel) -> dict[str, Any]:
+    config = base_config(model.config.to_diff_dict())
+    return config | {"architectures": config.get("architectures") or [type(model).__name__]}
+
+
+def _base_name(model: PreTrainedModel, path: Path) -> str | None:
+    # A merged checkpoint is not its own base; from_pretrained notes what its configuration says.
+    name = getattr(model.config, BASE_NAME, model.name_or_path)
+    return base_reference(name, path) if name else None

@@ -1,0 +1,113 @@
+"""A checkpoint directory: its configuration and where each of its tensors lies. Nothing is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from ahn.checkpoint.names import is_ahn
+from ahn.checkpoint.stream import Entry, read_header
+from ahn.errors import AHNError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+Kind = Literal["base", "adapter", "merged"]
+DESCRIPTION: dict[Kind, str] = {
+    "base": "a plain model without AHN tensors",
+    "adapter": "an AHN adapter without its base model",
+    "merged": "a merged checkpoint of base model and AHN",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A local Hugging Face directory with safetensors weights.
+
+    Args:
+        path: the directory.
+        config: its `config.json`, as it is.
+        tensors: every tensor by its name, in the order of the files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Entry]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the configuration and all headers of a directory.
+
+        Raises:
+            AHNError: not a directory, a file is missing, truncated or corrupt, or the weights are pickles.
+        """
+        if not path.is_dir():
+            raise AHNError(f"{path} is not a directory.")
+        return cls(path, read_json(path / CONFIG), _tensors(path))
+
+    @property
+    def ahn_tensors(self) -> dict[str, Entry]:
+        """The tensors of the memories and routers."""
+        return {name: entry for name, entry in self.tensors.items() if is_ahn(name)}
+
+    @property
+    def kind(self) -> Kind:
+        """What the directory holds, judged by its tensors alone."""
+        ahn = len(self.ahn_tensors)
+        if ahn == 0:
+            return "base"
+        return "adapter" if ahn == len(self.tensors) else "merged"
+
+    def require(self, kind: Kind) -> Checkpoint:
+        """This checkpoint, if it is of the wanted kind."""
+        if self.kind != kind:
+            raise AHNError(f"{self.path} holds {DESCRIPTION[self.kind]}; expected {DESCRIPTION[kind]}.")
+        return self
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AHNError(f"{file.parent} has no {file.name}.") from None
+    except (OSError, ValueError) as error:
+        raise AHNError(f"{file} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise AHNError(f"{file} must hold a JSON object.")
+    return content
+
+
+def _tensors(path: Path) -> dict[str, Entry]:
+    # The single file wins over an index, as in transformers.
+    if (path / WEIGHTS).exists():
+        return read_header(path / WEIGHTS)
+    if (path / INDEX).exists():
+        return _indexed_tensors(path)
+    if any(next(path.glob(pattern), None) for pattern in PICKLES):
+        raise AHNError(
+            f"{path} holds pickled weights, which are not read for safety: "
+            "save the model again with save_pretrained, which writes safetensors."
+        )
+    raise AHNError(f"{path} has neither {WEIGHTS} nor {INDEX}.")
+
+
+def _indexed_tensors(path: Path) -> dict[str, Entry]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AHNError(f"{path / INDEX} has no weight_map.")
+    found: dict[str, Entry] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise AHNError(f"{path / INDEX} names {file!r}, which is not a file of the same directory.")
+        for name, entry in read_header(path / file).items():
+            if weight_map.get(name) == file:
+                found[name] = entry
+    absent = sorted(set(weight_map) - set(found))
+    if absent:
+        raise AHNError(f"{path / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} says it holds.")
+    return found

@@ -1,0 +1,41 @@
+"""From what a user types (a directory or a Hugging Face Hub id) to a local directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from ahn.errors import AHNError
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+IGNORED = ["*/*.safetensors", "consolidated*"]  # other formats of the same weights
+
+
+def local_directory(name: str | os.PathLike[str], **hub: Any) -> Path:
+    """The directory itself, or the local snapshot of a Hub repository, downloaded if needed.
+
+    Args:
+        name: a directory, or an id such as "ByteDance-Seed/AHN-GDN-for-Qwen-2.5-Instruct-3B".
+        hub: further arguments of `huggingface_hub.snapshot_download`, such as `revision`.
+
+    Raises:
+        AHNError: neither exists, or the Hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise AHNError(f"{path} is a file; give the directory that holds config.json and the weights.")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=FILES, ignore_patterns=IGNORED, **hub))
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what the Hub raises offline, for bad ids, and for absent or gated repositories
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AHNError(
+            f"{str(name)!r} is neither a directory nor a Hugging Face Hub repository within reach: {reason}"
+        ) from error

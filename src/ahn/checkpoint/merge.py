@@ -1,0 +1,105 @@
+"""Join a base model and an adapter into one checkpoint, and take such a checkpoint apart. No model is built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ahn.checkpoint.directory import CONFIG, Checkpoint
+from ahn.checkpoint.format import (
+    base_config,
+    base_reference,
+    check_base,
+    read_settings,
+    report_window,
+    transformers_config,
+    with_ahn,
+)
+from ahn.checkpoint.hub import local_directory
+from ahn.checkpoint.names import is_ahn
+from ahn.checkpoint.output import by_file, copy_other_files, staged, write_json, write_weights
+from ahn.checkpoint.stream import Meter, Progress
+from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.shape import ModelShape
+
+PathLike = str | os.PathLike[str]
+
+
+def merge(base: PathLike, adapter: PathLike, out: PathLike, progress: Progress | None = None) -> Path:
+    """Write a checkpoint that holds the base model and the AHN side by side.
+
+    Every tensor keeps its bytes and dtype. The base's files keep their division into shards; the AHN is one shard more.
+    Memory stays small (one slice of a tensor) whatever the size, and `out` appears only when it is complete.
+
+    Args:
+        base: directory or Hub id of a model with safetensors weights.
+        adapter: directory or Hub id of an adapter, ours or published.
+        out: new directory.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        `out`.
+
+    Raises:
+        AHNError: base and adapter do not fit, a tensor is missing, extra, of the wrong shape or not finite, a file is
+            damaged, or `out` is taken.
+    """
+    target = Path(out).expanduser()
+    base_files = Checkpoint.open(local_directory(base)).require("base")
+    ahn_files = Checkpoint.open(local_directory(adapter)).require("adapter")
+    shape = check_base(ahn_files, transformers_config(base_files.config, base_files.path), str(base))
+    settings = read_settings(ahn_files)
+    check_tensors(ahn_files, shape, settings)
+    for _ in finite_tensors(ahn_files):
+        pass
+    report_window(ahn_files, settings, given=False)
+    shards = [*by_file(base_files.tensors), ahn_files.tensors]
+    meter = _meter(progress, base_files, ahn_files)
+    with staged(target, meter.total) as directory:
+        copy_other_files(base_files.path, directory)
+        write_json(directory / CONFIG, with_ahn(base_files.config, settings, base_reference(base, target)))
+        write_weights(directory, shards, meter)
+    return target
+
+
+def split(merged: PathLike, out: PathLike, progress: Progress | None = None) -> Path:
+    """Write the two parts of a merged checkpoint, ours or published: `out/base` and `out/adapter`.
+
+    `out/base` is an ordinary model directory with the tokenizer; `out/adapter` names it as its base by a relative path,
+    so the two can move together. Bytes, shards, memory and atomicity are as in `merge`.
+
+    Args:
+        merged: directory or Hub id of a merged checkpoint.
+        out: new directory.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        `out`.
+
+    Raises:
+        AHNError: as `merge`.
+    """
+    target = Path(out).expanduser()
+    whole = Checkpoint.open(local_directory(merged)).require("merged")
+    shape = ModelShape.from_config(transformers_config(whole.config, whole.path))
+    settings = read_settings(whole)
+    check_tensors(whole, shape, settings)
+    for _ in finite_tensors(whole):
+        pass
+    report_window(whole, settings, given=False)
+    config = base_config(whole.config)
+    meter = _meter(progress, whole)
+    with staged(target, meter.total) as directory:
+        base, adapter = directory / "base", directory / "adapter"
+        base.mkdir()
+        adapter.mkdir()
+        copy_other_files(whole.path, base)
+        write_json(base / CONFIG, config)
+        write_weights(base, by_file({n: e for n, e in whole.tensors.items() if not is_ahn(n)}), meter)
+        write_json(adapter / CONFIG, with_ahn(config, settings, "../base"))
+        write_weights(adapter, [whole.ahn_tensors], meter)
+    return target
+
+
+def _meter(progress: Progress | None, *checkpoints: Checkpoint) -> Meter:
+    return Meter(sum(e.size for c in checkpoints for e in c.tensors.values()), progress)

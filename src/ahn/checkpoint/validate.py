@@ -1,0 +1,49 @@
+"""Whether the AHN tensors of a checkpoint are the ones its settings ask for: names, shapes and finite values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ahn.checkpoint.directory import Checkpoint
+from ahn.checkpoint.names import expected_shapes, short_name
+from ahn.checkpoint.stream import read_tensor
+from ahn.config import AHNConfig
+from ahn.errors import AHNError
+from ahn.shape import ModelShape
+
+
+def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig) -> None:
+    """Compare names and shapes with those of an AHN of these settings on a base of this shape.
+
+    Raises:
+        AHNError: a tensor is missing, too many, of the wrong shape, or stored twice.
+    """
+    wanted = expected_shapes(shape, settings)
+    found = {short_name(name): entry.shape for name, entry in checkpoint.ahn_tensors.items()}
+    what = f"{checkpoint.path} ({settings.memory}, {shape.layers} layers)"
+    if len(found) != len(checkpoint.ahn_tensors):
+        raise AHNError(f"{what} holds AHN tensors of more than one decoder.")
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing:
+        raise AHNError(f"{what} lacks {len(missing)} of {len(wanted)} AHN tensors, the first is {missing[0]}.")
+    if extra:
+        raise AHNError(f"{what} has {len(extra)} AHN tensors that it should not have, the first is {extra[0]}.")
+    wrong = [name for name, size in wanted.items() if found[name] != size]
+    if wrong:
+        name = wrong[0]
+        raise AHNError(f"{what}: {name} has shape {found[name]} instead of {wanted[name]} ({len(wrong)} such tensors).")
+
+
+def finite_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every AHN tensor with its short name, one at a time, in its stored dtype.
+
+    Raises:
+        AHNError: a tensor is not of a floating-point dtype or holds a NaN or an infinity.
+    """
+    for name, entry in checkpoint.ahn_tensors.items():
+        tensor = read_tensor(entry)
+        if not tensor.isfinite().all():
+            raise AHNError(f"{checkpoint.path}: {name} holds NaN or infinite values, the adapter is unusable.")
+        yield short_name(name), tensor
