@@ -56,9 +56,8 @@ class LazyMask:
         self._masks: dict[str, Any] = {}
 
     def covers(self, view: Visibility) -> bool:
-        """The base mask knows all padding: there is none, or the caller's 2-D mask spans cached and new tokens."""
-        padding = self._arguments.get("attention_mask")
-        return not view.padded or (padding is not None and padding.shape[-1] == view.total)
+        """The base mask knows all padding: there is none, or the caller gave this forward a 2-D mask."""
+        return not view.padded or self._arguments.get("attention_mask") is not None
 
     def resolve(self, kernel: str) -> Any:
         """The mask as the base model's own kernel expects it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,6 +231,7 @@ class AHNCache(Cache):
         self.config = config
         self.padding: Padding | None = None
         self._batch: int | None = None
+        self._model: weakref.ref[PreTrainedModel] | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, batch_size: int | None = None, offloading: bool = False) -> AHNCache:
@@ -252,6 +254,7 @@ class AHNCache(Cache):
             layers[index] = AHNLayer(config)
         cache = cls(config, layers, offloading)
         cache._batch = batch_size
+        cache._model = weakref.ref(model)  # `save` names the model; a copy of the cache must not copy the model
         return cache
 
     @property
@@ -268,7 +271,7 @@ class AHNCache(Cache):
         """Prepare one forward over `length` new tokens (called by the adapter's hook on the decoder).
 
         Args:
-            attention_mask: (B, seen + length), or of the new tokens only, (B, length); None for no new padding.
+            attention_mask: (B, seen + length), zero for padding; None for no new padding.
         """
         if self._batch is not None and batch != self._batch:
             raise AHNError(f"This cache holds {self._batch} sequences, the input has {batch}.")
@@ -344,7 +347,10 @@ class AHNCache(Cache):
         """Write the conversation to one safetensors file; see `ahn.cache_file.save`."""
         from ahn import cache_file
 
-        cache_file.save(self, path)
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise AHNError("The model of this cache is gone; save a cache while its model is in memory.")
+        cache_file.save(self, path, model)
 
     @staticmethod
     def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
@@ -365,15 +371,15 @@ def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor
     """The part of a 2-D attention mask that speaks of the new tokens, (B, length) bool.
 
     Raises:
-        AHNError: the mask is not 2-D or fits neither all tokens nor the new ones.
+        AHNError: the mask is not 2-D or does not span cached and new tokens.
     """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
         raise AHNError(f"An AHN needs a 2-D attention_mask (batch, tokens), got {tuple(attention_mask.shape)}.")
-    if attention_mask.shape[1] not in (length, seen + length):
+    if attention_mask.shape[1] != seen + length:
         raise AHNError(
-            f"attention_mask has {attention_mask.shape[1]} columns; expected {seen + length} (cached and new tokens) "
-            f"or {length} (new tokens)."
+            f"attention_mask has {attention_mask.shape[1]} columns; expected {seen + length}: {seen} cached tokens and "
+            f"{length} new ones."
         )
     return attention_mask[:, -length:].bool()

@@ -75,7 +75,7 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     logits: list[Tensor] = []
     for start, stop in pieces:
         rows = wanted[(wanted >= start) & (wanted < stop)] - start
-        part = _slice(kwargs, start, stop, length, seen)
+        part = _slice(kwargs, start, stop, seen)
         # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
         output = base(model, **part, logits_to_keep=rows if len(rows) else 1)
         if len(rows):
@@ -111,8 +111,8 @@ def _wanted_rows(logits_to_keep: int | Tensor, length: int) -> Tensor:
     return torch.arange(length - logits_to_keep if logits_to_keep else 0, length)
 
 
-def _slice(kwargs: dict[str, Any], start: int, stop: int, length: int, seen: int) -> dict[str, Any]:
-    """The arguments for new tokens start to stop, of `length` that follow `seen` cached ones."""
+def _slice(kwargs: dict[str, Any], start: int, stop: int, seen: int) -> dict[str, Any]:
+    """The arguments for new tokens start to stop, the first of which follows `seen` cached ones."""
     part = dict(kwargs)
     for name in ("input_ids", "inputs_embeds"):
         if part.get(name) is not None:
@@ -121,6 +121,5 @@ def _slice(kwargs: dict[str, Any], start: int, stop: int, length: int, seen: int
         part["position_ids"] = part["position_ids"][..., start:stop]
     mask = part.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        # The mask speaks of cached and new tokens, or of the new ones only.
-        part["attention_mask"] = mask[:, start:stop] if mask.shape[1] == length else mask[:, : seen + stop]
+        part["attention_mask"] = mask[:, : seen + stop]
     return part
