@@ -149,13 +149,13 @@ def hidden_losses(
         chunk: positions whose logits exist at once, about 20 · chunk · V bytes.
     """
     index = positions.flatten().nonzero().squeeze(1)
-    labels = _to(targets.flatten().index_select(0, index), student.device)
-    index = _to(index, student.device)
+    labels = to_device(targets.flatten().index_select(0, index), student.device)
+    index = to_device(index, student.device)
     rows = [x.flatten(0, 1).index_select(0, index) for x in (student, teacher.detach())]
     return Losses(*_HiddenLosses.apply(*rows, labels, head, kl, ce, chunk))
 
 
-def _to(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on the device; from the CPU through pinned memory, which does not wait for the device's queue."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
@@ -204,7 +204,7 @@ def attention_loss(student: list[Tensor], teacher: list[Tensor], positions: Tens
         positions: (B, L) boolean, the positions that count.
         use_normalized_l2: scale each output to unit L2 norm over its features first.
     """
-    index = _to(positions.flatten().nonzero().squeeze(1), student[0].device)
+    index = to_device(positions.flatten().nonzero().squeeze(1), student[0].device)
     # Checkpointed: the float32 copies of every layer together would outweigh the model's own activations.
     errors = [
         checkpoint(_attention_error, s, t.detach(), index, use_normalized_l2, use_reentrant=False)

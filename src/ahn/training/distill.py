@@ -1,0 +1,146 @@
+"""One step of self-distillation: the teacher is the model with full attention, the student the same with its memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ahn.adapter import disabled, set_window
+from ahn.errors import AHNError
+from ahn.training.losses import (
+    CHUNK,
+    IGNORED,
+    Head,
+    attention_loss,
+    hidden_losses,
+    next_tokens,
+    parse_loss,
+    to_device,
+    valid_positions,
+)
+
+Batch: TypeAlias = Tensor | Mapping[str, Tensor]
+
+
+class Distillation(NamedTuple):
+    """Losses of one batch, float32 scalars on the model's device; only `loss` carries a gradient."""
+
+    loss: Tensor
+    """What is minimised."""
+    kl: Tensor
+    """KL(teacher ‖ student), nats a position."""
+    ce: Tensor
+    """Next-token cross entropy of the student, nats a token."""
+    teacher_ce: Tensor
+    """The same of the teacher; `ce - teacher_ce` is the gap that the memory shall close."""
+    valid: int
+    """Number of positions averaged over."""
+
+
+def distillation_loss(
+    model: PreTrainedModel,
+    batch: Batch,
+    window: int,
+    sinks: int,
+    loss: str = "kl",
+    use_normalized_l2: bool = False,
+    chunk: int = CHUNK,
+) -> Distillation:
+    """Losses of a student with this window against its own full attention (spec section 6).
+
+    The model keeps the given window afterwards: with gradient checkpointing the backward pass runs the student again.
+
+    Args:
+        model: with an AHN attached.
+        batch: token ids (B, L), or a mapping with `input_ids` and, each (B, L) and optional, `attention_mask`
+            (0 is padding) and `labels` (-100 is not to be learned; all tokens if absent). Best left on the CPU: which
+            positions count is then known without waiting for the model's device.
+        window, sinks: of the student, in tokens.
+        loss: "kl", "ce", "distill" or a sum of them.
+        use_normalized_l2: for "distill", compare directions of attention outputs rather than the outputs.
+        chunk: positions whose logits exist at once.
+
+    Raises:
+        AHNError: an unknown loss, a malformed batch, or no position that counts.
+    """
+    terms = parse_loss(loss)
+    ids, mask, labels = _unpack(batch)
+    targets = next_tokens(labels)
+    positions = valid_positions(targets, window + sinks, mask)
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": to_device(ids, device)}
+    if mask is not None:
+        inputs["attention_mask"] = to_device(mask, device)
+
+    set_window(model, window, sinks)
+    compare = "distill" in terms
+    with disabled(model), torch.no_grad(), _attention_outputs(model, compare) as teacher_outputs:
+        teacher = _hidden(model, inputs)
+    with _attention_outputs(model, compare) as student_outputs:
+        student = _hidden(model, inputs)
+    weights = {term: float(term in terms) for term in ("kl", "ce")}
+    losses = hidden_losses(student, teacher, targets, positions, Head.of(model), **weights, chunk=chunk)
+    total = losses.loss
+    if compare:
+        total = total + attention_loss(student_outputs, teacher_outputs, positions, use_normalized_l2)
+    return Distillation(total, losses.kl, losses.ce, losses.teacher_ce, int(positions.sum()))
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Make sure that the losses see the model's own logits: some architectures scale them in ways of their own.
+
+    Raises:
+        AHNError: `Head` gives other logits than the model.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with disabled(model), torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        found = Head.of(model).logits(_hidden(model, {"input_ids": ids})[0])
+    # bfloat16 logits are rounded by 2^-9 of their size; a scale or a cap changes them by far more than 1 %.
+    if (found - expected).abs().max() > 0.01 * expected.abs().max():
+        raise AHNError(
+            f"{type(model).__name__} changes its logits in a way that the losses do not know; distillation supports a "
+            "linear head, with a bias and final_logit_softcapping where the model has them."
+        )
+
+
+def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The last hidden states (B, L, D), normalised as the head takes them."""
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+
+def _unpack(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Token ids, the attention mask unless nothing is padded, and labels in which padding is masked; each (B, L)."""
+    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    used = {name: fields[name] for name in ("input_ids", "attention_mask", "labels") if fields.get(name) is not None}
+    shapes = {name: tuple(x.shape) for name, x in used.items()}
+    if len(shapes.get("input_ids", ())) != 2 or len(set(shapes.values())) != 1:
+        raise AHNError(
+            f"A batch needs input_ids, and attention_mask and labels of the same shape (B, L); got {shapes}."
+        )
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+        mask = None if mask.all() else mask
+    return ids, mask, labels
+
+
+@contextlib.contextmanager
+def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects the attention outputs (B, L, D) of the layers with a memory in the order of the layers."""
+    outputs: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: tuple[Tensor, ...]) -> None:
+        outputs.append(output[0])
+
+    layers = [layer for layer in model.get_decoder().layers if wanted and hasattr(layer, "ahn")]
+    handles = [layer.self_attn.register_forward_hook(keep) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
