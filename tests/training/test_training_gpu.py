@@ -1,4 +1,4 @@
-"""On a GPU: bfloat16 heads multiply with float32 results, memory stays bounded, and the loop never waits for the device."""
+"""On a GPU: bfloat16 heads multiply into float32, memory stays bounded, and the loop never waits for the device."""
 
 from __future__ import annotations
 

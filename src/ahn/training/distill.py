@@ -123,6 +123,8 @@ def _unpack(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         raise AHNError(
             f"A batch needs input_ids, and attention_mask and labels of the same shape (B, L); got {shapes}."
         )
+    ids, mask = used["input_ids"], used.get("attention_mask")
+    labels = used.get("labels", ids)
     if mask is not None:
         labels = labels.masked_fill(mask == 0, IGNORED)
         mask = None if mask.all() else mask
