@@ -1,0 +1,42 @@
+"""ahn-tiny: a small real language model, and a memory of each kind for it, shipped with the package.
+
+Made by `scripts/train_tiny.py` from the standard library's sources; `README.md` beside the weights is its model card.
+Load it with `AutoModelForCausalLM.from_pretrained(ahn.tiny.path())`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ahn.errors import AHNError
+
+__all__ = ["adapter_path", "path"]
+
+_HERE = Path(__file__).parent
+
+
+def path() -> Path:
+    """Directory of the base model with its tokenizer.
+
+    Raises:
+        AHNError: the weights are not in this installation.
+    """
+    return _shipped(_HERE / "model", "config.json")
+
+
+def adapter_path(memory: str) -> Path:
+    """Directory of the adapter distilled for `memory`, a name of `ahn.memory.names()`.
+
+    Raises:
+        AHNError: there is none for this memory.
+    """
+    return _shipped(_HERE / "adapters" / memory, "model.safetensors")
+
+
+def _shipped(directory: Path, file: str) -> Path:
+    if not (directory / file).is_file():
+        raise AHNError(
+            f"ahn-tiny has no {directory.relative_to(_HERE)} in this installation; reinstall ahn, "
+            "or train it with scripts/train_tiny.py."
+        )
+    return directory
