@@ -37,6 +37,8 @@ class AHNLayer(CacheLayerMixin):
 
     def __init__(self, config: AHNConfig) -> None:
         super().__init__()
+        self.keys: Any
+        self.values: Any
         self.window, self.sinks = config.window, config.sinks
         self._empty()
 

@@ -16,12 +16,9 @@ __all__ = ["Memory", "by_published_name", "get", "names"]
 def _registry() -> dict[str, type[Memory]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    found: list[type[Memory]] = []
-    parents: list[type[Memory]] = [Memory]
-    while parents:
-        children = parents.pop().__subclasses__()
-        found += children
-        parents += children
+    found = Memory.__subclasses__()
+    for cls in found:  # grows while it is walked: subclasses of subclasses too
+        found += cls.__subclasses__()
     return {cls.name: cls for cls in sorted(found, key=lambda cls: cls.name)}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ahn.errors import AHNError
 from ahn.ops import chunked, reference
 
-__all__ = ["BACKENDS", "decay_rule", "delta_rule", "use_backend"]
+__all__ = ["BACKENDS", "decay_rule", "default_backend", "delta_rule", "use_backend"]
 
 BACKENDS = ("reference", "chunked", "fla")
 _forced: ContextVar[str | None] = ContextVar("ahn_ops_backend", default=None)
@@ -52,15 +52,25 @@ def _gated_backward_is_wrong() -> bool:
     return (3, 4, 0) <= version <= (3, 7, 0) and torch.cuda.get_device_capability()[0] == 9
 
 
-def _choose(q: Tensor, state: Tensor, gated: bool) -> ModuleType:
+def default_backend(device: torch.device, gated: bool = True, needs_grad: bool = False) -> str:
+    """Which of `BACKENDS` long scans use on this device when none is forced."""
+    if device.type != "cuda" or not _has_fla():
+        return "chunked"
+    return "chunked" if gated and needs_grad and _gated_backward_is_wrong() else "fla"
+
+
+def _choose(tensors: tuple[Tensor, ...], gated: bool) -> ModuleType:
+    """The implementation for these inputs, q (B, H, N, P) first."""
+    q = tensors[0]
     name = _forced.get()
     if name is None:
         if q.shape[2] == 1:
             name = "reference"  # one step is already its plainest form
-        elif q.is_cuda and _has_fla() and not (gated and torch.is_grad_enabled() and _gated_backward_is_wrong()):
-            name = "fla"
+        elif q.shape[3] > 256:
+            name = "chunked"  # beyond what fla's kernels hold in registers
         else:
-            name = "chunked"
+            needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+            name = default_backend(q.device, gated, needs_grad)
     if name == "fla":
         from ahn.ops import fla
 
@@ -68,20 +78,16 @@ def _choose(q: Tensor, state: Tensor, gated: bool) -> ModuleType:
     return chunked if name == "chunked" else reference
 
 
-def _promote(state: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
-    """Everything in the state's precision: float32, or float64 when a test asks for it."""
-    return [None if x is None else x.to(state.dtype) for x in inputs]
-
-
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The (gated) delta rule over N tokens; see `reference.delta_rule`."""
-    backend = _choose(q, state, gated=decay is not None)
-    return backend.delta_rule(*_promote(state, q, k, v, beta, decay), state)
+    """The (gated) delta rule over N tokens in the state's precision; see `reference.delta_rule`."""
+    q, k, v, beta = (x.to(state.dtype) for x in (q, k, v, beta))
+    decay = None if decay is None else decay.to(state.dtype)
+    return _choose((q, k, v, beta, state), gated=decay is not None).delta_rule(q, k, v, beta, decay, state)
 
 
 def decay_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The decaying sum of outer products over N tokens; see `reference.decay_rule`."""
-    backend = _choose(q, state, gated=True)
-    return backend.decay_rule(*_promote(state, q, k, v, decay), state)
+    """The decaying sum of outer products over N tokens in the state's precision; see `reference.decay_rule`."""
+    q, k, v, decay = (x.to(state.dtype) for x in (q, k, v, decay))
+    return _choose((q, k, v, decay, state), gated=True).decay_rule(q, k, v, decay, state)
