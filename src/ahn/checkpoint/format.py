@@ -142,7 +142,8 @@ def transformers_config(config: dict[str, Any], path: Path) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(base_config(config))
     except Exception as error:  # transformers validates with many exception types
-        raise AHNError(f"{path / CONFIG} is not a valid {model_type} configuration: {error}") from error
+        reason = " ".join(str(error).split())
+        raise AHNError(f"{path / CONFIG} is not a valid {model_type} configuration: {reason}") from error
 
 
 def check_base(adapter: Checkpoint, base: Any, base_name: str) -> ModelShape:

@@ -1,0 +1,189 @@
+"""from_pretrained on every kind of directory, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_merge import as_published
+from tiny_checkpoints import all_tensors, edit_config, edit_weights, logits, make_base, publish, same_bits
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+import ahn
+from ahn.checkpoint import from_pretrained, hub, load_adapter, merge, save_adapter
+
+Copy = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def wanted(base: Path, adapter: Path) -> torch.Tensor:
+    """Logits of base and adapter together."""
+    return logits(load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter))
+
+
+@pytest.fixture
+def merged(tmp_path: Path, base: Path, adapter: Path) -> Path:
+    return merge(base, adapter, tmp_path / "merged")
+
+
+def test_adapter_finds_its_base(base: Path, adapter: Path, wanted: torch.Tensor) -> None:
+    model = from_pretrained(adapter)
+    assert torch.equal(logits(model), wanted)
+    assert not model.training and not any(module.training for module in model.modules())
+    assert Path(model.name_or_path) == base == Path(model.config._name_or_path)
+
+
+def test_adapter_and_base_can_move_together(tmp_path: Path, base: Path, adapter: Path, wanted: torch.Tensor) -> None:
+    shutil.copytree(base, tmp_path / "moved" / "base")
+    shutil.copytree(adapter, tmp_path / "moved" / "adapter")
+    model = from_pretrained(tmp_path / "moved" / "adapter")
+    assert Path(model.name_or_path) == tmp_path / "moved" / "base" and torch.equal(logits(model), wanted)
+
+
+def test_base_can_be_given(base: Path, adapter: Path, copy: Copy, wanted: torch.Tensor) -> None:
+    alone = edit_config(copy(adapter), lambda config: config.update(base_model_name_or_path="/not/here"))
+    assert torch.equal(logits(from_pretrained(alone, base=base)), wanted)
+    with pytest.raises(ahn.AHNError, match=r"pass base=.*'/not/here'"):
+        from_pretrained(alone)
+
+
+def test_published_adapters_name_their_base_in_another_key(base: Path, adapter: Path, copy: Copy) -> None:
+    published = publish(copy(adapter), use_ahn_router=True, _name_or_path=str(base))
+    assert from_pretrained(published).ahn_config.window == 32640
+
+
+@pytest.mark.parametrize("name", [None, "", "nobody/no-such-model", "../gone"])
+def test_an_unknown_base_is_one_clear_error(adapter: Path, copy: Copy, name: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    alone = edit_config(copy(adapter), lambda config: config.update(base_model_name_or_path=name))
+    with pytest.raises(ahn.AHNError, match="pass base="):
+        from_pretrained(alone)
+
+
+def offline(name: str, **options: object) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    raise LocalEntryNotFoundError(f"Cannot find {name} and outgoing traffic has been disabled.\nMore lines.")
+
+
+def test_hub_ids_are_downloaded_with_the_callers_options(adapter: Path, base: Path, wanted, monkeypatch) -> None:
+    asked = []
+
+    def download(name: str, **options: object) -> str:
+        asked.append((name, options.get("revision"), options.get("token")))
+        return str({"me/adapter": adapter, "them/base": base}[name])
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    model = from_pretrained("me/adapter", base="them/base", revision="v2", token="secret")
+    assert asked == [("me/adapter", "v2", "secret"), ("them/base", None, "secret")]
+    assert torch.equal(logits(model), wanted) and model.name_or_path == "them/base"
+
+
+def test_an_unreachable_hub_is_one_clear_error(monkeypatch) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(
+        ahn.AHNError, match=r"neither a directory nor a Hugging Face Hub repository.*Cannot find"
+    ) as error:
+        from_pretrained("nobody/no-such-adapter")
+    assert "More lines" not in str(error.value)
+
+
+def test_the_real_hub_client_fails_in_a_way_we_know(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/no-such-adapter", "/no/such/directory", "a b c"):
+        with pytest.raises(ahn.AHNError, match="neither a directory nor"):
+            from_pretrained(name, cache_dir=tmp_path)
+
+
+def test_only_useful_files_are_downloaded(monkeypatch, adapter: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    kept: list[str] = []
+    wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
+    wanted += ["tokenizer.json", "vocab.txt", "tokenizer.model", "chat_template.jinja"]
+    unwanted = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "model.gguf",
+        "README.md",
+    ]
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        kept.extend(
+            filter_repo_objects(wanted + unwanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
+        return str(adapter)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    hub.local_directory("me/adapter")
+    assert kept == wanted
+
+
+def test_merged_loads_alone(merged: Path, wanted: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    model = from_pretrained(merged)
+    assert torch.equal(logits(model), wanted) and model.name_or_path == str(merged)
+    assert "UNEXPECTED" not in caplog.text  # transformers' list of tensors it did not use
+    with pytest.raises(ahn.AHNError, match="leave base out"):
+        from_pretrained(merged, base="anything")
+
+
+def test_published_merged_loads_without_remote_code(merged: Path, wanted: torch.Tensor, caplog) -> None:
+    def customise(config: dict) -> None:
+        config |= {
+            "architectures": ["Qwen2MemForCausalLM"],
+            "auto_map": {"AutoModelForCausalLM": "modeling_ahn.Qwen2MemForCausalLM"},
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        }
+
+    published = edit_config(as_published(merged), customise)
+    model = from_pretrained(published, window=8, sinks=2)
+    assert type(model) is Qwen2ForCausalLM and torch.equal(logits(model), wanted)
+    assert "left-over" not in caplog.text  # window and sinks were given: no surprise
+    assert from_pretrained(published).ahn_config.lossless == 32768
+    assert "sliding_window 256" in caplog.text
+    assert [record.levelname for record in caplog.records if "left-over" in record.message] == ["WARNING"]  # said once
+
+
+def test_an_adapter_saved_from_a_merged_model_names_the_base(
+    tmp_path: Path, base: Path, merged: Path, adapter: Path
+) -> None:
+    saved = save_adapter(from_pretrained(merged), tmp_path / "elsewhere" / "adapter")
+    assert json.loads((saved / "config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert same_bits(all_tensors(saved), all_tensors(adapter))
+    unnamed = edit_config(merged, lambda config: config.pop("base_model_name_or_path"))
+    saved = save_adapter(from_pretrained(unnamed), tmp_path / "unnamed")
+    assert json.loads((saved / "config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_transformers_options_reach_transformers(adapter: Path, merged: Path) -> None:
+    for path in (adapter, merged):
+        model = from_pretrained(path, dtype=torch.bfloat16, device_map="cpu")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert (model.ahn_config.window, model.ahn_config.sinks) == (8, 2)
+
+
+def test_plain_models_and_wrong_bases_are_refused(tmp_path: Path, base: Path, adapter: Path, merged: Path) -> None:
+    with pytest.raises(ahn.AHNError, match="no AHN tensors"):
+        from_pretrained(base)
+    with pytest.raises(ahn.AHNError, match="expected a plain model"):
+        from_pretrained(adapter, base=merged)
+    deeper = make_base(tmp_path / "deeper", num_hidden_layers=4)
+    with pytest.raises(ahn.AHNError, match="layers 4 instead of 3"):
+        from_pretrained(adapter, base=deeper)
+
+
+def test_a_base_with_absent_weights_is_refused(base: Path, adapter: Path, copy: Copy) -> None:
+    # transformers would initialise them at random and only warn
+    holed = edit_weights(copy(base), lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ahn.AHNError, match=r"lacks 1 weights of Qwen2ForCausalLM.*layers\.1\.mlp\.up_proj"):
+        from_pretrained(adapter, base=holed)
+    wrong = edit_weights(copy(adapter), lambda tensors: None)
+    reshaped = edit_weights(holed, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
+    with pytest.raises(ahn.AHNError, match="cannot load"):
+        from_pretrained(wrong, base=reshaped)
