@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
 
+import ahn
 from ahn import AHNConfig, AHNError, memory
 from ahn.cost import cost, count_model_parameters, count_parameters
-from ahn.shape import ModelShape
 
 
 def qwen25(hidden: int, heads: int, kv_heads: int, layers: int, mlp: int, vocab: int, tied: bool) -> Qwen2Config:
@@ -72,8 +72,8 @@ def test_formula_of_the_paper_for_one_layer() -> None:
     result = cost(QWEN["3B"], AHNConfig(), L)
     projections = 4 * L * D * P * (Hq + Hkv)
     full = projections + 2 * P * Hq * L**2
-    ahn = projections + 2 * P * Hq * W**2 + 2 * (L - W) * (2 * W * P * Hq + P**2 * Hq + 3 * D * Hq + P**2 * Hq)
-    assert (result.full.mixer_flops, result.ahn.mixer_flops) == (36 * full, 36 * ahn)
+    with_memory = projections + 2 * P * Hq * W**2 + 2 * (L - W) * (2 * W * P * Hq + P**2 * Hq + 3 * D * Hq + P**2 * Hq)
+    assert (result.full.mixer_flops, result.ahn.mixer_flops) == (36 * full, 36 * with_memory)
     assert result.full.cache_numbers == 36 * 2 * L * P * Hkv
     assert result.ahn.cache_numbers == 36 * (2 * W * P * Hkv + P**2 * Hq)
     outside = 36 * 6 * L * D * 11008 + 2 * (2 * L * D * 151936)
@@ -81,18 +81,18 @@ def test_formula_of_the_paper_for_one_layer() -> None:
     assert result.ahn.model_flops - result.ahn.mixer_flops == outside
 
 
-def test_bytes_are_those_of_the_tensors() -> None:
-    shape = ModelShape.from_config(QWEN["3B"])
-    module = memory.get("gated_deltanet")(shape.hidden_size, shape.heads, shape.head_dim)
-    gates = module.write_gates(torch.zeros(1, 1, shape.hidden_size)).values()
-    state = module.init_state(1, torch.device("cpu")).values()
-    keys = torch.empty(shape.kv_heads, 32_768, shape.head_dim, dtype=torch.bfloat16)
-    usage = cost(QWEN["3B"], AHNConfig(), 128_000).ahn
-    assert usage.kv_bytes == 36 * 2 * keys.nbytes
-    assert usage.state_bytes == 36 * sum(s.nbytes for s in state)
-    assert usage.gate_bytes == 36 * 32_640 * sum(g.nbytes for g in gates)
-    assert usage.cache_bytes == usage.kv_bytes + usage.state_bytes + usage.gate_bytes
-    assert cost(QWEN["3B"], AHNConfig(), 128_000, dtype=torch.float32).ahn.kv_bytes == 2 * usage.kv_bytes
+@pytest.mark.parametrize("name", memory.names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype) -> None:
+    config = AHNConfig(memory=name, window=24, sinks=8, full_attention_layers=(1,))
+    model = AutoModelForCausalLM.from_config(tiny(), dtype=dtype)
+    ahn.attach(model, config)
+    for length in (5, 32, 33, 70):
+        with torch.no_grad():
+            cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
+        usage = cost(tiny(), config, length, dtype=dtype).ahn
+        assert cache.nbytes() == usage.cache_bytes
+        assert (usage.state_bytes > 0) == (length > 32)
 
 
 @pytest.mark.parametrize("name", memory.names())
@@ -104,14 +104,6 @@ def test_up_to_the_lossless_total_nothing_changes(name: str) -> None:
     beyond = cost(tiny(), config, 33)
     assert beyond.ahn.state_numbers > 0
     assert beyond.ahn.kv_numbers < beyond.full.kv_numbers
-
-
-def test_no_gate_waits_before_the_sinks_are_full() -> None:
-    config = AHNConfig(window=24, sinks=8)
-    assert cost(tiny(), config, 8).ahn.gate_bytes == 0
-    one = cost(tiny(), config, 9).ahn.gate_bytes
-    assert one > 0
-    assert cost(tiny(), config, 1000).ahn.gate_bytes == 24 * one
 
 
 @pytest.mark.parametrize("name", memory.names())

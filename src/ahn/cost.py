@@ -24,8 +24,8 @@ class Usage:
     """What one sequence of a given length costs, over all layers.
 
     Numbers and bytes of the cache differ in two ways. The paper counts numbers: keys, values and states alike. Bytes
-    are what the cache occupies: keys and values in the model's dtype, states in float32, and the write gates of the
-    tokens in the window, float32 too, which wait there until their token leaves (the paper leaves them out).
+    are what `AHNCache` occupies: keys and values in the model's dtype, states in float32, and the write gates of the
+    kept tokens, float32 too, which wait there until their token leaves (the paper leaves them out).
 
     A FLOP is a multiplication or an addition. As in the paper only matrix products count (norms, RoPE, softmax and
     element-wise gates do not), and a causal product of L queries with L keys counts half of the square.
@@ -213,7 +213,7 @@ def _memory_layer(
     shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, dtype: torch.dtype
 ) -> Usage:
     exact = _attention(shape, length, ahn_config.lossless, dtype)
-    waiting = max(0, min(length - ahn_config.sinks, ahn_config.window))
+    waiting = min(length, ahn_config.lossless)
     written = max(0, length - ahn_config.lossless)
     return dataclasses.replace(
         exact,

@@ -1,0 +1,274 @@
+"""`ahn info`: what a memory is made of and what it saves, for any model, from its configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ahn.cli import common
+from ahn.cli.common import AdapterOption, JsonOption, SinksOption, WindowOption
+
+if TYPE_CHECKING:
+    from ahn.checkpoint.directory import Checkpoint
+    from ahn.config import AHNConfig
+    from ahn.cost import Cost
+
+SHOWN = (1, 2, 4, 8, 32)
+"""Lengths of the tables when none are asked for, in multiples of sinks + window."""
+POINTS = 97
+"""Lengths in a plot."""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model's directory, its config.json, or a Hub id.")],
+    adapter: AdapterOption = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Kind of memory (default: the adapter's, else gated_deltanet).")
+    ] = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    length: Annotated[
+        list[int] | None, typer.Option("--length", min=1, help="Tokens of a prompt; may be given more than once.")
+    ] = None,
+    as_json: JsonOption = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write FLOPs and cache by length as a figure.")] = None,
+) -> None:
+    """Print shapes, memory parameters, cache and FLOPs of a model. No weights are needed.
+
+    Of a Hub id only the configuration is downloaded.
+    """
+    subject = look_at(model, adapter, memory, window, sinks)
+    costs = [subject.cost(n) for n in sorted(set(length or (m * subject.config.lossless for m in SHOWN)))]
+    if as_json:
+        common.print_json(as_data(subject, costs))
+    else:
+        common.print_pairs(_summary(subject))
+        common.out.print(_cache_table(costs), _flops_table(costs))
+    if plot is not None:
+        _plot(subject, costs, plot)
+        common.err.print(f"Wrote {plot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model and the memory it has or would have."""
+
+    name: str
+    hf_config: Any
+    config: AHNConfig
+    weights: tuple[Checkpoint, ...]
+    """What lies on disk: of the model, then of the adapter; none of them if there is only a configuration."""
+
+    def cost(self, length: int) -> Cost:
+        from ahn.cost import cost
+
+        return cost(self.hf_config, self.config, length)
+
+
+def look_at(model: str, adapter: str | None, memory: str | None, window: int | None, sinks: int | None) -> Subject:
+    """Find the configuration of a model and the settings of its memory, and check the weights that lie beside them.
+
+    Raises:
+        AHNError: there is no such model or adapter, they do not belong together, or the weights are damaged.
+    """
+    from ahn.checkpoint import format as checkpoint_format
+    from ahn.checkpoint.directory import Checkpoint
+    from ahn.checkpoint.hub import local_directory
+    from ahn.checkpoint.validate import check_tensors
+    from ahn.config import AHNConfig
+    from ahn.shape import ModelShape
+
+    source = _open(model)
+    hf_config = checkpoint_format.transformers_config(source.config, source.path)
+    shape = ModelShape.from_config(hf_config)
+    found = [source] if source.tensors else []
+    settings = source
+    if adapter is not None:
+        settings = Checkpoint.open(local_directory(adapter))
+        checkpoint_format.check_base(settings, hf_config, model)
+        found.append(settings)
+    if adapter is not None or {checkpoint_format.BLOCK, "_ahn_implementation"} & settings.config.keys():
+        config = checkpoint_format.read_settings(settings)
+        if settings.ahn_tensors:
+            check_tensors(settings, shape, config)
+        checkpoint_format.report_window(settings, _changed(config, None, window, sinks), None not in (window, sinks))
+    else:
+        config = AHNConfig()
+    return Subject(model, hf_config, _changed(config, memory, window, sinks), tuple(found))
+
+
+def _changed(config: AHNConfig, memory: str | None, window: int | None, sinks: int | None) -> AHNConfig:
+    chosen = {"memory": memory, "window": window, "sinks": sinks}
+    return config.replace(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def _open(model: str) -> Checkpoint:
+    """The configuration of a directory, a file or a Hub id, with the headers of its weights if they are at hand."""
+    from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, read_json
+    from ahn.errors import AHNError
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / WEIGHTS).exists() or (path / INDEX).exists():
+            return Checkpoint.open(path)
+        return Checkpoint(path, read_json(path / CONFIG), {})
+    if not path.is_file() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise AHNError(f"There is no file or directory {model!r}.")
+    file = path if path.is_file() else _download(model)
+    return Checkpoint(file.parent, read_json(file), {})
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, "config.json"))
+    except (OSError, ValueError) as error:  # what the Hub raises offline, for bad ids and for absent repositories
+        raise common.unreadable(repository, error) from error
+
+
+def as_data(subject: Subject, costs: list[Cost]) -> dict[str, Any]:
+    """Everything that the text shows, as JSON types. Ratios are AHN to full attention."""
+    from ahn.cost import count_model_parameters, count_parameters
+    from ahn.shape import ModelShape
+
+    shape = ModelShape.from_config(subject.hf_config)
+    parameters, of = count_parameters(subject.hf_config, subject.config), count_model_parameters(subject.hf_config)
+    return {
+        "model": subject.name,
+        "model_type": subject.hf_config.model_type,
+        "model_parameters": of,
+        "shape": dataclasses.asdict(shape),
+        "trained_positions": getattr(subject.hf_config.get_text_config(), "max_position_embeddings", None),
+        "ahn": dataclasses.asdict(subject.config),
+        "memory_layers": shape.memory_layers(subject.config.full_attention_layers),
+        "memory_parameters": parameters,
+        "memory_share": parameters / of,
+        "weights": [_weights(checkpoint) for checkpoint in subject.weights],
+        "costs": [_cost_data(cost) for cost in costs],
+    }
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    import math
+
+    entries, memories = checkpoint.tensors.values(), checkpoint.ahn_tensors.values()
+    return {
+        "path": str(checkpoint.path),
+        "kind": checkpoint.kind,
+        "files": len({entry.file for entry in entries}),
+        "bytes": sum(entry.size for entry in entries),
+        "tensors": len(entries),
+        "memory_tensors": len(memories),
+        "memory_parameters": sum(math.prod(entry.shape) for entry in memories),
+    }
+
+
+def _cost_data(cost: Cost) -> dict[str, Any]:
+    return dataclasses.asdict(cost) | {
+        "cache_ratio": cost.cache_ratio,
+        "bytes_ratio": cost.bytes_ratio,
+        "mixer_ratio": cost.mixer_ratio,
+        "model_ratio": cost.model_ratio,
+    }
+
+
+def _summary(subject: Subject) -> list[tuple[str, str]]:
+    data = as_data(subject, [])
+    shape, config, layers = data["shape"], subject.config, data["memory_layers"]
+    options = [name for name in ("router", "q_proj") if getattr(config, name)]
+    rows = [
+        ("model", f"{subject.name} ({data['model_type']}), {data['model_parameters']:,} parameters"),
+        (
+            "shape",
+            f"{len(shape['layer_types'])} layers, hidden size {shape['hidden_size']}, {shape['heads']} query and "
+            f"{shape['kv_heads']} key/value heads of {shape['head_dim']}, MLP {shape['intermediate_size']}, "
+            f"vocabulary {shape['vocab_size']:,}",
+        ),
+        ("positions", f"{data['trained_positions']:,} in training" if data["trained_positions"] else "not limited"),
+        ("memory", " + ".join([config.memory, *options])),
+        ("exact", f"{config.sinks:,} sinks + window {config.window:,} = {config.lossless:,} tokens"),
+        ("in layers", f"{_ranges(layers)} ({len(layers)} of {len(shape['layer_types'])})"),
+        ("adds", f"{data['memory_parameters']:,} parameters, {_percent(data['memory_share'], 2)} of the model"),
+    ]
+    for found in data["weights"]:
+        text = f"{found['kind']}: {found['tensors']} tensors, {_unit(found['bytes'], 1024, BYTES)}"
+        text += f" in {found['files']} file{'s' * (found['files'] > 1)} of {found['path']}"
+        if found["memory_tensors"]:
+            text += f"; memory: {found['memory_tensors']} tensors, {found['memory_parameters']:,} parameters"
+        rows.append(("weights", text))
+    return rows
+
+
+def _cache_table(costs: list[Cost]) -> Table:
+    table = _table("Cache of one sequence, keys and values in bfloat16")
+    for heading in ("full", "AHN", "AHN / full", "in numbers, as the paper counts"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        sizes = [_unit(usage.cache_bytes, 1024, BYTES) for usage in (cost.full, cost.ahn)]
+        table.add_row(f"{cost.length:,}", *sizes, _percent(cost.bytes_ratio), _percent(cost.cache_ratio))
+    return table
+
+
+def _flops_table(costs: list[Cost]) -> Table:
+    table = _table("FLOPs to read a prompt")
+    for heading in ("mixers full", "AHN", "AHN / full", "model full", "AHN", "AHN / full"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        mixers = [_unit(usage.mixer_flops, 1000, FLOPS) for usage in (cost.full, cost.ahn)]
+        models = [_unit(usage.model_flops, 1000, FLOPS) for usage in (cost.full, cost.ahn)]
+        ratios = (_percent(cost.mixer_ratio), _percent(cost.model_ratio))
+        table.add_row(f"{cost.length:,}", *mixers, ratios[0], *models, ratios[1])
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.title = f"\n{title}"
+    table.add_column("tokens", justify="right")
+    return table
+
+
+BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+FLOPS = ("", "K", "M", "G", "T", "P", "E", "Z")
+
+
+def _unit(value: float, base: int, units: tuple[str, ...]) -> str:
+    """Three digits and a unit."""
+    power = 0
+    while value >= base and power < len(units) - 1:
+        value, power = value / base, power + 1
+    digits = 0 if value >= 100 or power == 0 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f} {units[power]}".rstrip()
+
+
+def _percent(ratio: float, digits: int = 1) -> str:
+    # halves up, as the paper prints 25.85 and 25.95; the nudge undoes their binary representation
+    return f"{100 * ratio + 1e-9:.{digits}f} %"
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """Ascending layer indices as "0-3, 5"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _plot(subject: Subject, costs: list[Cost], path: Path) -> None:
+    from ahn import plots
+
+    lossless = subject.config.lossless
+    low, high = max(1, lossless // 8), max(SHOWN[-1] * lossless, costs[-1].length)
+    lengths = sorted({round(low * (high / low) ** (i / (POINTS - 1))) for i in range(POINTS)} | {lossless})
+    path_or_id = Path(subject.name).resolve()
+    name = path_or_id.parent.name if path_or_id.name == "config.json" else path_or_id.name
+    title = f"{name} with {subject.config.memory}"
+    plots.save(plots.cost_figure([subject.cost(n) for n in lengths], lossless, title), path)

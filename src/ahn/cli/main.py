@@ -1,0 +1,63 @@
+"""The `ahn` program: its verbs, and what its exit codes mean.
+
+Exit codes: 0 done, 1 something the user can fix (`AHNError`, one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+import typer.main
+from typer.core import TyperCommand, TyperGroup
+
+from ahn.errors import AHNError
+
+VERBS = {
+    "demo": "See a memory work: real text far beyond the window, on this machine, in about a minute.",
+    "generate": "Continue a text of any length: a prompt, a file or standard input.",
+    "chat": "Talk with a model; one cache over all turns, however long it gets.",
+    "info": "Shapes, memory parameters, cache and FLOPs of any model; no weights needed.",
+    "merge": "Put a base model and an adapter into one checkpoint.",
+    "split": "Take a merged checkpoint apart: base model and adapter.",
+    "env": "Versions and devices: what a bug report needs.",
+}
+"""A verb and its line in `ahn --help`. The module `ahn.cli.VERB` holds it, as a function `command`."""
+
+
+class LazyGroup(TyperGroup):
+    """Knows the verbs by name and imports the one that is run: `ahn --help` must not wait for torch."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: TyperCommand(name, help=line) for name, line in VERBS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        return name, placeholder and load(str(name)), rest
+
+
+def load(verb: str) -> Any:
+    """The command of a verb, with its own options and help."""
+    single = typer.Typer(add_completion=False)
+    single.command(verb)(importlib.import_module(f"ahn.cli.{verb}").command)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def ahn() -> None:
+    """Artificial Hippocampus Networks: long context for open LLMs at constant cost."""
+
+
+def main() -> None:
+    """Run the program with the arguments of this process and exit."""
+    try:
+        app(prog_name="ahn")
+    except AHNError as error:
+        print("ahn:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,39 @@
+"""`ahn env` tells the truth about this installation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from ahn import ops
+
+
+def test_json_holds_what_a_bug_report_needs(ahn_cli: Any) -> None:
+    result = ahn_cli("env", "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
+    for package in ("ahn", "torch", "transformers", "safetensors"):
+        assert found["packages"][package] == importlib.metadata.version(package)
+    assert found["python"] == platform.python_version()
+    assert found["devices"][0] == "cpu"
+    assert len(found["devices"]) >= 1 + torch.cuda.device_count()
+    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert found["ops"]["inference"] == ops.default_backend(best)
+    assert found["ops"]["training"] == ops.default_backend(best, needs_grad=True)
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_text_names_absent_packages(ahn_cli: Any, monkeypatch: Any) -> None:
+    def version(package: str) -> str:
+        if package == "fla-core":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    lines = [line.split() for line in ahn_cli("env").out.splitlines()]
+    assert ["fla-core", "not", "installed"] in lines
+    assert ["torch", "1.2.3"] in lines
