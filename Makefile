@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
 
 .PHONY: demo test
@@ -26,6 +27,9 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (torch is large: the first time takes minutes)"
+	@# Without an NVIDIA GPU take the CPU build of torch, a tenth of the size; if it cannot be had, any build will do.
+	@command -v nvidia-smi >/dev/null || \
+		$(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_WHEELS) torch 2>/dev/null || true
 	$(INSTALL) --editable .
 	@touch $@
 
