@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ahn.cache import AHNCache, AHNLayer
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
+from ahn.memory import Memory, RecurrentMemory
 from ahn.visibility import Visibility
 
 NAME = "ahn"
@@ -46,6 +47,15 @@ class LayerContext:
     cache: AHNCache | None
     cache_layer: AHNLayer | None
     rope: tuple[Tensor, Tensor] | None
+
+
+@dataclasses.dataclass
+class Evicted:
+    """The m tokens that leave the window in one forward: key, value (B, Hkv, m, P), gates (B, Hq, m, ...)."""
+
+    key: Tensor
+    value: Tensor
+    gates: dict[str, Tensor]
 
 
 class LazyMask:
@@ -96,53 +106,74 @@ def attention(
         raise AHNError("A decoder layer was called outside its model; an AHN needs the whole model's forward.")
     view, kernel = ahn_forward.visibility, ahn_forward.kernel
 
-    def base(mask: Any, kernel: str = kernel) -> tuple[Tensor, Tensor | None]:
-        return kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
-
     if ahn_layer is None:  # a layer that keeps the base model's attention
-        return base(attention_mask.resolve(kernel))
+        return kernel_function(kernel, module)(module, query, key, value, attention_mask.resolve(kernel), **kwargs)
 
-    cache_layer = ahn_layer.cache_layer
-    if view.evicted == 0 and not view.rolled and view.shift is None and attention_mask.covers(view):
-        out, weights = base(attention_mask.resolve(kernel))
-    else:
+    cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
+    if view.evicted or view.rolled or view.shift is not None or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
         dense = kernel if kernel in _DENSE_MASK_KERNELS else "sdpa"
-        out, weights = base(_as_kernel_mask(mask, dense, query.dtype), dense)
-
-    memory = ahn_layer.ahn.fn
+    else:  # nothing has left the window: exactly the base model, with its own mask
+        mask, dense = attention_mask.resolve(kernel), None
     gates = memory.write_gates(ahn_layer.x)
     if cache_layer is None:
-        key, value = view.evicted_slots(key), view.evicted_slots(value)
-        gates = {name: view.evicted_slots(gate) for name, gate in gates.items()}
         state = None
+        left = Evicted(
+            *(view.evicted_slots(x) for x in (key, value)), {n: view.evicted_slots(g) for n, g in gates.items()}
+        )
     else:
-        key, value, gates = cache_layer.evict(key, value, gates)
+        left = Evicted(*cache_layer.evict(key, value, gates))
         state = cache_layer.state
-    if view.evicted:
-        read, state = _write_and_read(module, ahn_layer, view, query, key, value, gates, state)
-        if cache_layer is not None:
-            cache_layer.state = {name: part.detach() for name, part in state.items()}
+    left = _without_padding(left, memory, view)
+    if state is None:
+        state = memory.init_state(query.shape[0], query.device)
+
+    slots = memory.extra_keys(left.key, left.value, view, state)
+    if slots is not None:
+        slot_keys, slot_values, visible, state = slots
+        if mask is None:
+            mask = torch.ones(1, 1, view.length, key.shape[2], dtype=torch.bool, device=key.device)
+        mask = torch.cat(
+            [visible[:, None].expand(query.shape[0], -1, -1, -1), mask.expand(query.shape[0], -1, -1, -1)], -1
+        )
+        key, value = torch.cat([slot_keys, key], dim=2), torch.cat([slot_values, value], dim=2)
+    if dense is not None:
+        kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
+    out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
+
+    if view.evicted and isinstance(memory, RecurrentMemory):
+        read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
         tail = view.length - view.evicted
         out = torch.cat([out[:, :tail], out[:, tail:] + read.transpose(1, 2).to(out.dtype)], dim=1)
-    if cache_layer is not None and ahn_layer.cache is not None:
-        ahn_layer.cache.finish(cache_layer)
+    if cache_layer is not None:
+        cache_layer.state = {name: part.detach() for name, part in state.items()} or None
+        if ahn_layer.cache is not None:
+            ahn_layer.cache.finish(cache_layer)
     return out, weights
+
+
+def _without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted:
+    """Evicted tokens that cannot harm a state: closed gates keep padding out, zeros keep a NaN in it from being 0 · NaN."""
+    if view.writable is None or not view.evicted:
+        return left
+    kept = view.writable[:, None, :]
+    gates = {}
+    for name, gate in left.gates.items():
+        fits = kept.reshape(kept.shape + (1,) * (gate.dim() - 3))
+        gates[name] = torch.where(fits, gate, memory.closed_gates[name])
+    return Evicted(*(x.masked_fill(~kept[..., None], 0) for x in (left.key, left.value)), gates)
 
 
 def _write_and_read(
     module: nn.Module,
+    memory: RecurrentMemory,
     layer: LayerContext,
     view: Visibility,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: dict[str, Tensor],
-    state: dict[str, Tensor] | None,
+    left: Evicted,
+    state: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
-    memory = layer.ahn.fn
-    batch, heads = query.shape[:2]
     x = layer.x[:, -view.evicted :]
     query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
@@ -151,16 +182,9 @@ def _write_and_read(
             raise AHNError("q_proj needs the model's rotary embedding, which this attention does not receive.")
         cos, sin = (part[:, -view.evicted :] for part in layer.rope)
         query, _ = _own_rope(module)(query, query, cos, sin)
-    if view.writable is not None:
-        # Closing the gates keeps padding out of the state; zeroing keeps a NaN in it from surviving 0 · NaN.
-        kept = view.writable[:, None, :]
-        gates = {name: torch.where(kept, gate, memory.closed_gates[name]) for name, gate in gates.items()}
-        key, value = (x.masked_fill(~kept[..., None], 0) for x in (key, value))
-    if state is None:
-        state = memory.init_state(batch, query.device)
-    groups = heads // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    o, state = memory.scan(query, key, value, gates, state)
+    groups = query.shape[1] // left.key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
+    o, state = memory.scan(query, key, value, left.gates, state)
     read = memory.read_out(o, x)
     if layer.router is not None:
         read = layer.router(view.written / view.window).unsqueeze(-1) * read

@@ -20,7 +20,7 @@ class AHNConfig:
     included. Every other token is written into the memory of its layer when it leaves the window.
 
     Args:
-        memory: name of the recurrent memory, one of `ahn.memory.names()`.
+        memory: one of `ahn.memory.names()`, or of `ahn.memory.baselines()` to compare with.
         window: number of most recent tokens kept exactly (W ≥ 1).
         sinks: number of first tokens kept exactly (S ≥ 0). `window + sinks` is the lossless total.
         full_attention_layers: indices of layers that keep full attention and get no memory.
@@ -55,8 +55,7 @@ class AHNConfig:
         object.__setattr__(self, "full_attention_layers", tuple(sorted(set(layers))))
         from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
 
-        if self.memory not in memory.names():
-            raise AHNError(f"Unknown memory {self.memory!r}; this installation has {', '.join(memory.names())}.")
+        memory.get(self.memory)
 
     @property
     def lossless(self) -> int:

@@ -7,9 +7,9 @@ import pkgutil
 from functools import cache
 
 from ahn.errors import AHNError
-from ahn.memory.base import Memory
+from ahn.memory.base import Memory, RecurrentMemory
 
-__all__ = ["Memory", "by_published_name", "get", "names"]
+__all__ = ["Memory", "RecurrentMemory", "baselines", "by_published_name", "get", "names"]
 
 
 @cache
@@ -19,12 +19,18 @@ def _registry() -> dict[str, type[Memory]]:
     found = Memory.__subclasses__()
     for cls in found:  # grows while it is walked: subclasses of subclasses too
         found += cls.__subclasses__()
-    return {cls.name: cls for cls in sorted(found, key=lambda cls: cls.name)}
+    named = [cls for cls in found if "name" in vars(cls)]  # a class without its own name is only a base of others
+    return {cls.name: cls for cls in sorted(named, key=lambda cls: cls.name)}
 
 
 def names() -> tuple[str, ...]:
-    """Names of all memories, as `AHNConfig.memory` takes them."""
-    return tuple(_registry())
+    """Names of the memories that can be trained, as `AHNConfig.memory` takes them."""
+    return tuple(name for name, cls in _registry().items() if issubclass(cls, RecurrentMemory))
+
+
+def baselines() -> tuple[str, ...]:
+    """Names of what memories are compared with; `AHNConfig.memory` takes these too. They have no parameters."""
+    return tuple(name for name, cls in _registry().items() if not issubclass(cls, RecurrentMemory))
 
 
 def get(name: str) -> type[Memory]:
@@ -32,7 +38,8 @@ def get(name: str) -> type[Memory]:
     try:
         return _registry()[name]
     except KeyError:
-        raise AHNError(f"Unknown memory {name!r}; this installation has {', '.join(names())}.") from None
+        known = ", ".join(names() + baselines())
+        raise AHNError(f"Unknown memory {name!r}; this installation has {known}.") from None
 
 
 def by_published_name(published: str) -> type[Memory]:
@@ -40,5 +47,5 @@ def by_published_name(published: str) -> type[Memory]:
     for cls in _registry().values():
         if cls.published_name == published:
             return cls
-    known = ", ".join(cls.published_name for cls in _registry().values())
+    known = ", ".join(cls.published_name for cls in _registry().values() if cls.published_name)
     raise AHNError(f"Unknown AHN implementation {published!r}; this installation has {known}.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ahn.visibility import Visibility
 
 INIT_STD = 0.02
 
@@ -22,10 +25,10 @@ class HeadLinear(nn.Module):
         return torch.matmul(x.to(self.weight.dtype), self.weight)
 
 
-class Memory(nn.Module, ABC):
-    """A recurrent memory of one decoder layer, with one state a query head.
+class Memory(nn.Module):
+    """What becomes of tokens that leave the window. This class forgets them; a subclass overrides what it needs.
 
-    Shapes: B batch, N tokens, D hidden size, H query heads, P head dim. Keys and values arrive repeated to H heads.
+    Shapes: B batch, n new tokens, m evicted ones, D hidden size, H query heads, Hkv key/value heads, P head dim.
 
     Args:
         hidden_size: D.
@@ -36,17 +39,52 @@ class Memory(nn.Module, ABC):
 
     name: ClassVar[str]
     """The name in `AHNConfig.memory`."""
-    published_name: ClassVar[str]
-    """The name in published checkpoints (`_ahn_implementation`)."""
-    closed_gates: ClassVar[dict[str, float]]
+    published_name: ClassVar[str | None] = None
+    """The name in published checkpoints (`_ahn_implementation`); None for what has no parameters."""
+    closed_gates: ClassVar[dict[str, float]] = {}
     """For each write gate, the value at which a token leaves the state untouched."""
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.head_dim = hidden_size, heads, head_dim
+        self.q_proj = HeadLinear(heads, head_dim) if q_proj and self.published_name else None
+
+    def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """The state before the first write."""
+        return {}
+
+    def write_gates(self, x: Tensor) -> dict[str, Tensor]:
+        """Gates of the tokens with attention input x (B, n, D): float32 tensors (B, H, n, ...), keyed as `closed_gates`."""
+        return {}
+
+    def slot_count(self, window: int) -> int:
+        """Number of keys a layer that attention sees besides sinks and window."""
+        return 0
+
+    def extra_keys(
+        self, key: Tensor, value: Tensor, view: Visibility, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None:
+        """Keys and values that exact attention sees besides sinks and window, made of what left.
+
+        Args:
+            key, value: (B, Hkv, m, P) of the evicted tokens.
+            view: of this forward; `view.writable` says which evicted tokens are real.
+            state: before the first write.
+
+        Returns:
+            keys, values (B, Hkv, C, P), visible (B or 1, n, C) bool for each new query, and the state after the last
+            write; or None where the memory has none.
+        """
+        return None
+
+
+class RecurrentMemory(Memory, ABC):
+    """A memory with one recurrent state a query head. Its read is added to what exact attention gives."""
+
+    def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
+        super().__init__(hidden_size, heads, head_dim, q_proj)
         self.build()
         self.o_proj = HeadLinear(heads, head_dim)
-        self.q_proj = HeadLinear(heads, head_dim) if q_proj else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -63,7 +101,7 @@ class Memory(nn.Module, ABC):
         self.reset_gates()
 
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """The empty memory: one float32 matrix (B, H, P_key, P_value)."""
+        """One float32 zero matrix a head: (B, H, P_key, P_value)."""
         return {"state": torch.zeros(batch, self.heads, self.head_dim, self.head_dim, device=device)}
 
     @abstractmethod
@@ -75,29 +113,25 @@ class Memory(nn.Module, ABC):
         """Initial values of the parameters that are not plain projections."""
 
     @abstractmethod
-    def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        """Gates of the tokens with attention input x (B, N, D): float32 tensors (B, H, N, ...), keyed as `closed_gates`."""
-
-    @abstractmethod
     def scan(
         self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Write N tokens in order; query n reads after token n was written.
+        """Write m tokens in order; query i reads after token i was written.
 
         Args:
-            q, k, v: (B, H, N, P), after RoPE.
+            q, k, v: (B, H, m, P), after RoPE; keys and values repeated to all query heads.
             gates: of the written tokens, from `write_gates`.
             state: before the first write.
 
         Returns:
-            The raw read (B, H, N, P) in float32 and the state after the last write.
+            The raw read (B, H, m, P) in float32 and the state after the last write.
         """
 
     @abstractmethod
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        """Normalise, gate and project the raw read o (B, H, N, P) of tokens with attention input x (B, N, D).
+        """Normalise, gate and project the raw read o (B, H, m, P) of tokens with attention input x (B, m, D).
 
-        Returns (B, H, N, P), to be added to the exact attention's output before the base model's own `o_proj`.
+        Returns (B, H, m, P), to be added to the exact attention's output before the base model's own `o_proj`.
         """
 
 

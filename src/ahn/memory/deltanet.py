@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ahn import ops
-from ahn.memory.base import Memory, head_gate, l2_norm, rms_norm
+from ahn.memory.base import RecurrentMemory, head_gate, l2_norm, rms_norm
 
 
-class DeltaNet(Memory):
+class DeltaNet(RecurrentMemory):
     """`S ← S + k̂ (β (v - Sᵀ k̂))ᵀ`, read `Sᵀ q̂ / √P` (AHN paper, section 3; spec section 3)."""
 
     name = "deltanet"

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ahn import ops
-from ahn.memory.base import Memory, head_gate, rms_norm
+from ahn.memory.base import RecurrentMemory, head_gate, rms_norm
 
 
-class Mamba2(Memory):
+class Mamba2(RecurrentMemory):
     """`S ← exp(-exp(A_log) dt) S + k̂ (dt v)ᵀ`, read `Sᵀ q̂` (spec section 3).
 
     The published implementation keeps the transpose of this state.
