@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import ahn
 
@@ -23,6 +23,13 @@ def student(trained: bool = True, **config: object) -> PreTrainedModel:
             if name.endswith("fn.o_proj.weight"):
                 torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def scaled_head() -> PreTrainedModel:
+    """A Granite with an AHN: it divides its logits by a constant, which the losses would miss without a sign."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GraniteConfig(vocab_size=VOCABULARY, num_key_value_heads=1, logits_scaling=8.0, **sizes)
+    return ahn.attach(GraniteForCausalLM(config).eval(), ahn.AHNConfig(window=8, sinks=2))
 
 
 def freeze_base(model: PreTrainedModel) -> PreTrainedModel:

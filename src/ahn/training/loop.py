@@ -176,7 +176,7 @@ def _length(batch: Batch) -> int:
 
 @contextlib.contextmanager
 def _only_trainable(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters alone; the flags are as before afterwards, and no gradient is left."""
+    """Gradients for these parameters alone; the flags are as before afterwards."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in before:
         p.requires_grad_(False)
@@ -187,8 +187,6 @@ def _only_trainable(model: nn.Module, parameters: list[nn.Parameter]) -> Iterato
     finally:
         for p, flag in before:
             p.requires_grad_(flag)
-        for p in parameters:
-            p.grad = None
 
 
 @contextlib.contextmanager
