@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ahn import attention, memory, prefill
-from ahn.cache import AHNCache, AHNLayer, new_columns, no_padding
+from ahn.cache import AHNCache, new_columns, no_padding
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
@@ -208,7 +208,7 @@ def _add_memory(layer: nn.Module, module: nn.Module, shape: ModelShape, config: 
     with torch.device(device):
         fn = memory.get(config.memory)(shape.hidden_size, shape.heads, shape.head_dim, q_proj=config.q_proj)
         layer.ahn = AHN(fn.float())
-        if config.router:
+        if config.router and isinstance(fn, memory.RecurrentMemory):
             layer.ahn_router = Router(shape.heads)
 
 
@@ -230,7 +230,7 @@ def _attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
         raise AHNError(f"{name} has no q_proj (or qkv_proj) and o_proj; latent attention is not supported.")
     if module.o_proj.in_features != shape.heads * shape.head_dim:
         raise AHNError(
-            f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads × {shape.head_dim}."
+            f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
         )
     source = inspect.getsource(type(module).forward)
     if "get_interface" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:

@@ -118,9 +118,8 @@ def attention(
     gates = memory.write_gates(ahn_layer.x)
     if cache_layer is None:
         state = None
-        left = Evicted(
-            *(view.evicted_slots(x) for x in (key, value)), {n: view.evicted_slots(g) for n, g in gates.items()}
-        )
+        leaving = {name: view.evicted_slots(gate) for name, gate in gates.items()}
+        left = Evicted(view.evicted_slots(key), view.evicted_slots(value), leaving)
     else:
         left = Evicted(*cache_layer.evict(key, value, gates))
         state = cache_layer.state
@@ -153,7 +152,7 @@ def attention(
 
 
 def _without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted:
-    """Evicted tokens that cannot harm a state: closed gates keep padding out, zeros keep a NaN in it from being 0 · NaN."""
+    """Evicted tokens that cannot harm a state: closed gates keep padding out, zeros keep its NaN from being 0 · NaN."""
     if view.writable is None or not view.evicted:
         return left
     kept = view.writable[:, None, :]
@@ -161,7 +160,8 @@ def _without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted
     for name, gate in left.gates.items():
         fits = kept.reshape(kept.shape + (1,) * (gate.dim() - 3))
         gates[name] = torch.where(fits, gate, memory.closed_gates[name])
-    return Evicted(*(x.masked_fill(~kept[..., None], 0) for x in (left.key, left.value)), gates)
+    padding = ~kept[..., None]
+    return Evicted(left.key.masked_fill(padding, 0), left.value.masked_fill(padding, 0), gates)
 
 
 def _write_and_read(
@@ -206,10 +206,8 @@ def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Ten
 
 def _query_before_rope(module: nn.Module, x: Tensor) -> Tensor:
     """The base model's query of x (B, m, D) before its norm and RoPE: (B, Hq, m, P)."""
-    if hasattr(module, "q_proj"):
-        query = module.q_proj(x)
-    else:  # Phi-3 keeps q, k and v in one matrix, q first
-        query = module.qkv_proj(x)[..., : module.o_proj.in_features]
+    # Phi-3 keeps q, k and v in one matrix, q first.
+    query = module.q_proj(x) if hasattr(module, "q_proj") else module.qkv_proj(x)[..., : module.o_proj.in_features]
     return query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""The modules that `attach` adds to a decoder layer, named as in published checkpoints: `ahn.fn.*` and `ahn_router.*`."""
+"""The modules that `attach` adds to a decoder layer, named as published: `ahn.fn.*` and `ahn_router.*`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class Router(nn.Module):
         self.beta = nn.Parameter(torch.zeros(heads))
 
     def forward(self, r: Tensor) -> Tensor:
-        """r (B, N), tokens written so far / window, to weights (B, H, N). Rows with an empty memory read zero anyway."""
+        """r (B, N), tokens written so far / window, to weights (B, H, N). An empty memory reads zero anyway."""
         log_r = r.clamp_min(1e-6).log()[:, None, :]
         return torch.sigmoid(self.alpha.float()[:, None] * log_r + self.beta.float()[:, None])

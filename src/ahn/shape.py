@@ -10,7 +10,7 @@ from ahn.errors import AHNError
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, one entry a layer in `layer_types`.
+    """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, an entry a layer in `layer_types`.
 
     `layer_types[i]` is "full_attention" for a layer that sees the whole context; only those can get a memory.
     """
@@ -35,7 +35,8 @@ class ModelShape:
         missing = [name for name in needed if not isinstance(getattr(text, name, None), int)]
         if missing:
             raise AHNError(
-                f"The configuration {type(text).__name__} has no {', '.join(missing)}; an AHN needs a decoder with standard attention."
+                f"The configuration {type(text).__name__} has no {', '.join(missing)}; an AHN needs a decoder with "
+                "standard attention."
             )
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -68,7 +69,9 @@ class ModelShape:
         """
         beyond = [i for i in full_attention_layers if i >= self.layers]
         if beyond:
-            raise AHNError(f"full_attention_layers names layer {beyond[0]}, but the model has layers 0 to {self.layers - 1}.")
+            raise AHNError(
+                f"full_attention_layers names layer {beyond[0]}, but the model has layers 0 to {self.layers - 1}."
+            )
         chosen = tuple(
             i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i not in full_attention_layers
         )

@@ -54,7 +54,7 @@ class Memory(nn.Module):
         return {}
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        """Gates of the tokens with attention input x (B, n, D): float32 tensors (B, H, n, ...), keyed as `closed_gates`."""
+        """Gates of tokens with attention input x (B, n, D): float32 tensors (B, H, n, ...), keyed as `closed_gates`."""
         return {}
 
     def slot_count(self, window: int) -> int:

@@ -16,7 +16,7 @@ CHUNK = 64
 
 
 def _split(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, N, ...) to (B, H, N/C, C, ...), padded with zeros: a zero token changes no state and its read is dropped."""
+    """(B, H, N, ...) to (B, H, N/C, C, ...), padded with zeros: a zero token changes no state, its read is dropped."""
     pad = -x.shape[2] % chunk
     if pad:
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad))
