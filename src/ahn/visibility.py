@@ -115,6 +115,12 @@ class Visibility:
         assert self.after is not None
         return self.after.leading[:, None]
 
+    def _read(self) -> Tensor:
+        """(B, 1) real tokens of each row before this forward; (1, 1) for an unpadded batch."""
+        if not self.padded or self.before is None:
+            return torch.full((1, 1), self.seen, device=self.device)
+        return self.seen - self.before.leading[:, None]
+
     def _indices(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.device)[None]
 
@@ -130,10 +136,11 @@ class Visibility:
         if not self.rolled:
             return (self._indices(0, self.total) - pads).clamp_min(-1)
         sinks = self._indices(0, self.sinks)
-        sinks = torch.where(sinks < self.seen - pads, sinks, -1)
-        window = self._indices(self.seen - self.window, self.seen) - pads
-        window = torch.where(window >= self.sinks, window, -1)  # sinks are seen in their own slots
-        return torch.cat([sinks, window, self.query_positions.clamp_min(-1)], dim=1)
+        sinks = torch.where(sinks < self._read(), sinks, -1)
+        # Sinks are seen in their own slots, unless this forward brings them.
+        others = self._indices(self.seen - self.window, self.total) - pads
+        others = torch.where(others >= self._read().clamp_max(self.sinks), others, -1)
+        return torch.cat([sinks, others], dim=1)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -171,11 +178,7 @@ class Visibility:
             return None
         first = self.seen - self.window if self.rolled else self.sinks
         positions = self._indices(first, first + self.evicted) - self._pads()
-        written = torch.zeros_like(self._pads())
-        if self.rolled:
-            assert self.before is not None
-            written = self.seen - self.window - self.before.leading[:, None]
-        return positions >= written.clamp_min(self.sinks)
+        return positions >= (self._read() - self.window).clamp_min(self.sinks)
 
     @cached_property
     def written(self) -> Tensor:
@@ -206,7 +209,7 @@ class Visibility:
         source = slots + self._pads()
         if self.rolled:
             arriving = source - self.seen + self.cached
-            source = torch.where(slots < self.seen - self._pads(), slots, arriving)
+            source = torch.where(slots < self._read(), slots, arriving)
         return _gather(x, source.clamp(0, x.shape[2] - 1))
 
 
