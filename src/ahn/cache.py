@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -90,11 +90,14 @@ class AHNLayer(CacheLayerMixin):
         return view.mask
 
     def evict(self, keys: Tensor, values: Tensor, gates: Tensors) -> tuple[Tensor, Tensor, Tensors]:
-        """Finish the forward: keep sinks and window, return what left: keys and values (B, Hkv, m, P), gates (B, Hq, m, ...).
+        """Finish the forward: keep sinks and window, return what left.
 
         Args:
             keys, values: what `update` returned.
             gates: of the new tokens (B, Hq, n, ...).
+
+        Returns:
+            keys and values (B, Hkv, m, P) and gates (B, Hq, m, ...) of the evicted tokens.
         """
         view = self.visibility
         assert view is not None
@@ -116,6 +119,11 @@ class AHNLayer(CacheLayerMixin):
             view.evicted_slots(values),
             {name: view.evicted_slots(gate) for name, gate in gates.items()},
         )
+
+    @property
+    def stopped_halfway(self) -> bool:
+        """A token's keys were taken, but its forward never came to `evict`."""
+        return self._leaving is not None
 
     def _steps_in_ring(self, view: Visibility) -> bool:
         """A single token after the window is full replaces the oldest in place instead of copying the window."""
@@ -205,17 +213,21 @@ class AHNLayer(CacheLayerMixin):
         Raises:
             AHNError: a token has left the window; what was written into the memory cannot be taken out again.
         """
+        self.check_crop(tokens_to_remove)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        if tokens_to_remove > 0:
-            raise AHNError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}.")
-        if self.seen > self.sinks + self.window:
-            raise AHNError(
-                f"Cannot crop a cache after {self.seen} tokens: {self.seen - self.sinks - self.window} of them left the "
-                "window into the memory, which cannot be undone. Keep a copy (copy.deepcopy(cache)) to go back to."
-            )
         self._map(lambda x: x[:, :, :tokens_to_remove], state=False)
         self.seen = max(0, self.seen + tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what `crop` would raise, and changes nothing."""
+        if tokens_to_remove > 0:
+            raise AHNError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}.")
+        if tokens_to_remove and self.seen > self.sinks + self.window:
+            raise AHNError(
+                f"Cannot crop a cache after {self.seen} tokens: {self.seen - self.sinks - self.window} of them left "
+                "the window into the memory, which cannot be undone. Keep a copy (copy.deepcopy(cache)) to go back to."
+            )
 
 
 class AHNCache(Cache):
@@ -225,13 +237,14 @@ class AHNCache(Cache):
     and loaded, and many can be used with one model in turn.
 
     Attributes:
-        config: window, sinks and memory it was made with. They stay with the conversation, whatever the model uses next.
+        config: window, sinks and memory it was made with. They stay with the conversation, whatever the model's are.
     """
 
     def __init__(self, config: AHNConfig, layers: list[Any], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.config = config
         self.padding: Padding | None = None
+        self._next_padding: Padding | None = None  # of the forward under way: kept once its last layer is done
         self._batch: int | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
 
@@ -274,17 +287,23 @@ class AHNCache(Cache):
 
         Args:
             attention_mask: (B, seen + length), zero for padding; None for no new padding.
+
+        Raises:
+            AHNError: another batch size, a mask of another shape or with padding between real tokens, or an earlier
+                forward stopped halfway.
         """
+        self._check_layers_agree()
         if self._batch is not None and batch != self._batch:
             raise AHNError(f"This cache holds {self._batch} sequences, the input has {batch}.")
-        self._batch = batch
         before, after = self.padding, self.padding
         new = new_columns(attention_mask, self.seen, length)
+        if new is None and before is not None:
+            new = torch.ones(batch, length, dtype=torch.bool, device=device)
         if new is not None and (before is not None or not bool(new.all())):
             before = before or no_padding(batch, device)
             after = before.advance(new.to(device))
         view = Visibility(self.config.window, self.config.sinks, self.seen, length, device, before, after)
-        self.padding = after
+        self._batch, self._next_padding = batch, after
         for layer in self.memory_layers.values():
             layer.visibility = view
         return view
@@ -298,8 +317,19 @@ class AHNCache(Cache):
 
     def finish(self, layer: AHNLayer) -> None:
         """Called when a layer's forward is over."""
+        if layer is self.layers[max(self.memory_layers)]:
+            self.padding, self._next_padding = self._next_padding, None
         if self.offloading:
             layer.offload()
+
+    def _check_layers_agree(self) -> None:
+        """An interrupt in the middle of a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
+        read = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
+        if len(read) > 1 or any(layer.stopped_halfway for layer in self.memory_layers.values()):
+            raise AHNError(
+                "A forward with this cache stopped halfway, so its layers have read different tokens. Go on from a "
+                "copy made before (copy.deepcopy(cache)), or start again (cache.reset())."
+            )
 
     def _map_padding(self, change: Any) -> None:
         if self.padding is not None:
@@ -321,8 +351,23 @@ class AHNCache(Cache):
         self._map_padding(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
+        """Forget everything."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 only zeroes these
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self.padding = self._batch = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
+        # Layers that may refuse go first: a refusal must not leave the others cropped.
+        for layer in self.memory_layers.values():
+            layer.check_crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
+            layer.crop(tokens_to_remove)
+        if self.padding is not None:
+            self.padding = Padding(self.padding.leading.clamp_max(self.seen), self.padding.ended)
 
     def to(self, device: torch.device | str) -> AHNCache:
         """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself."""
