@@ -121,6 +121,8 @@ def test_wrong_arguments_are_refused() -> None:
         distill(model, [ids], 1, FIXED, loss="mse")
     with pytest.raises(ahn.AHNError, match="float32"):
         distill(model.bfloat16(), [ids], 1, FIXED)
+    with pytest.raises(ahn.AHNError, match="nothing to train"):
+        distill(student(memory="window_only"), [ids], 1, FIXED)
     with pytest.raises(ahn.AHNError, match="GraniteForCausalLM"):
         distill(scaled_head(), [ids], 1, FIXED)
     with pytest.raises(ahn.AHNError, match="no AHN"):

@@ -77,13 +77,15 @@ def distill(
         The log of every step.
 
     Raises:
-        AHNError: too few batches; an adapter that is not float32; or a loss or gradient that is not finite, in which
+        AHNError: too few batches; an adapter without parameters or not float32; or a loss or gradient that is not finite, in which
             case the adapter is left as it was before that step.
     """
     parse_loss(loss)
     if steps < 1 or log_every < 1:
         raise AHNError(f"steps and log_every must be at least 1, got {steps} and {log_every}.")
     parameters = list(adapter_parameters(model).values())
+    if not parameters:
+        raise AHNError(f"The memory {model.ahn_config.memory!r} has no parameters; there is nothing to train.")
     check_head(model)
     optimizer = _Optimizer(parameters, weight_decay, max_gradient_norm)
     device = parameters[0].device.type
