@@ -77,8 +77,8 @@ def distill(
         The log of every step.
 
     Raises:
-        AHNError: too few batches; an adapter without parameters or not float32; or a loss or gradient that is not finite, in which
-            case the adapter is left as it was before that step.
+        AHNError: too few batches; an adapter without parameters or not float32; or a loss or gradient that is not
+            finite, in which case the adapter is left as it was before that step.
     """
     parse_loss(loss)
     if steps < 1 or log_every < 1:
