@@ -95,12 +95,16 @@ def load_model(
     from transformers import AutoTokenizer
 
     from ahn.checkpoint import from_pretrained
+    from ahn.checkpoint.directory import Checkpoint
+    from ahn.checkpoint.hub import local_directory
 
     place = pick_device(device)
     chosen = dtype or ("float32" if place.type == "cpu" else "auto")
     if chosen not in (*DTYPES, "auto"):
         raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     source, base = (adapter, model) if adapter else (model, None)
+    if adapter is None and Checkpoint.open(local_directory(model)).kind == "base":
+        raise AHNError(f"{model} is a plain model without a memory; name an adapter for it with --adapter.")
     try:
         loaded = from_pretrained(source, base=base, window=window, sinks=sinks, dtype=chosen)
         # an adapter has no tokenizer of its own; the loaded model knows where its base came from
@@ -109,6 +113,8 @@ def load_model(
         raise
     except (OSError, ValueError) as error:
         raise unreadable(model, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up when the files are absent
+        raise AHNError(f"{loaded.name_or_path} has no tokenizer beside its weights (tokenizer.json).")
     return loaded.to(place).eval(), tokenizer
 
 

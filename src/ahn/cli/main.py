@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from ahn.errors import AHNError
 
 VERBS = {
-    "demo": "See a memory work: real text far beyond the window, on this machine, in about a minute.",
+    "demo": "See a memory work: real text far beyond the window, on this machine.",
     "generate": "Continue a text of any length: a prompt, a file or standard input.",
     "chat": "Talk with a model; one cache over all turns, however long it gets.",
     "info": "Shapes, memory parameters, cache and FLOPs of any model; no weights needed.",
