@@ -1,0 +1,1 @@
+"""Benchmarks: protocols, metrics, tasks, runner and reports."""

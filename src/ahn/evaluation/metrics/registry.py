@@ -1,0 +1,167 @@
+"""Every metric by name, and the one function that scores a prediction against a sample's answers.
+
+Names are `benchmark.metric`: lv LV-Eval, lb LongBench, ib InfiniteBench, ruler RULER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ahn.errors import AHNError
+from ahn.evaluation.metrics import infinitebench, longbench, lveval, ruler
+from ahn.evaluation.metrics.f1 import token_f1
+from ahn.evaluation.metrics.normalise import chinese_tokens, english_tokens
+from ahn.evaluation.metrics.rouge import rouge_l
+
+PROFILES = ("official", "paper")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a metric may look at besides prediction and answer."""
+
+    keywords: str | None = None  # LV-Eval's `answer_keywords`
+    stop_words: frozenset[str] = frozenset()  # the protocol's list of the metric's language
+    classes: Sequence[str] = ()  # LongBench's `all_classes`
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score in [0, 1] of one prediction against one answer, and which answers count.
+
+    Attributes:
+        score: (prediction, answer, sample) -> score.
+        first_answer_only: LV-Eval's scorer leaves its loop after the first answer; the others take the best of all.
+        stop_words: name of the word list in LV-Eval's protocol that the metric needs.
+    """
+
+    score: Callable[[str, str, Sample], float]
+    first_answer_only: bool = False
+    stop_words: str | None = None
+
+
+def _english_f1(prediction: str, answer: str, sample: Sample) -> float:
+    return token_f1(english_tokens(prediction), english_tokens(answer))
+
+
+def _chinese_f1(prediction: str, answer: str, sample: Sample) -> float:
+    return token_f1(chinese_tokens(prediction), chinese_tokens(answer))
+
+
+METRICS: dict[str, Metric] = {
+    "lv.qa_f1": Metric(_english_f1, first_answer_only=True),
+    "lv.qa_f1_zh": Metric(_chinese_f1, first_answer_only=True),
+    "lv.en": Metric(
+        lambda prediction, answer, sample: lveval.keyword_f1(prediction, answer, sample.keywords, sample.stop_words),
+        first_answer_only=True,
+        stop_words="ABANDON_WORDS_EN",
+    ),
+    "lv.zh": Metric(
+        lambda prediction, answer, sample: lveval.keyword_f1_chinese(
+            prediction, answer, sample.keywords, sample.stop_words
+        ),
+        first_answer_only=True,
+        stop_words="ABANDON_WORDS_ZH",
+    ),
+    "lv.rouge_blk": Metric(
+        lambda prediction, answer, sample: lveval.rouge_without_stop_words(prediction, answer, sample.stop_words),
+        first_answer_only=True,
+        stop_words="ABANDON_WORDS_ZH",
+    ),
+    "lb.qa_f1": Metric(_english_f1),
+    "lb.qa_f1_zh": Metric(_chinese_f1),
+    "lb.rouge": Metric(lambda prediction, answer, sample: rouge_l(prediction, answer)),
+    "lb.rouge_zh": Metric(lambda prediction, answer, sample: longbench.rouge_l_chinese(prediction, answer)),
+    "lb.classification": Metric(
+        lambda prediction, answer, sample: longbench.classification(prediction, answer, sample.classes)
+    ),
+    "lb.count": Metric(lambda prediction, answer, sample: longbench.count(prediction, answer)),
+    "lb.retrieval": Metric(lambda prediction, answer, sample: longbench.retrieval(prediction, answer)),
+    "lb.retrieval_zh": Metric(lambda prediction, answer, sample: longbench.retrieval_chinese(prediction, answer)),
+    "lb.code_sim": Metric(lambda prediction, answer, sample: longbench.code_similarity(prediction, answer)),
+    "ib.f1_en": Metric(_english_f1),
+    "ib.f1_zh": Metric(lambda prediction, answer, sample: infinitebench.character_f1(prediction, answer)),
+}
+# These weigh all references together, so they are no score against one answer.
+OVER_ALL_ANSWERS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "ruler.all": ruler.string_match_all,
+    "ruler.part": ruler.string_match_part,
+}
+
+
+def score(
+    metric: str,
+    prediction: str,
+    answers: Sequence[str],
+    keywords: str | None = None,
+    *,
+    protocol: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
+) -> float:
+    """Score one prediction in [0, 1].
+
+    Args:
+        metric: a name in `METRICS` or `OVER_ALL_ANSWERS`.
+        answers: the sample's answers. LV-Eval's metrics look at the first one only, the others take the best score of
+            all; no answers at all score 0, as in the benchmarks' scorers (RULER's metrics have no such case and raise).
+        keywords: LV-Eval's `answer_keywords`.
+        protocol: LV-Eval's (`ahn.evaluation.protocol.load_protocol("lveval")`), for its metrics with stop words.
+        classes: LongBench's `all_classes`.
+
+    Raises:
+        AHNError: the metric is unknown, `answers` is one string, or the protocol with its stop words is missing.
+    """
+    if isinstance(answers, str):
+        raise AHNError(f"Answers must be a list of strings, not the string {answers!r}.")
+    if metric in OVER_ALL_ANSWERS:
+        return OVER_ALL_ANSWERS[metric](prediction, answers)
+    if metric not in METRICS:
+        raise AHNError(f"Unknown metric {metric!r}: choose one of {', '.join([*METRICS, *OVER_ALL_ANSWERS])}.")
+    chosen = METRICS[metric]
+    sample = Sample(keywords, _stop_words(metric, protocol), classes)
+    counted = answers[:1] if chosen.first_answer_only else answers
+    return max((float(chosen.score(prediction, answer, sample)) for answer in counted), default=0.0)
+
+
+def metric_name(benchmark: str, task: str, profile: str, protocol: Mapping[str, Any] | None = None) -> str:
+    """The metric of a benchmark's task.
+
+    Args:
+        benchmark: "lveval", "longbench" or "infinitebench".
+        task: the benchmark's own name, such as "dureader_mixup", "qmsum" or "longbook_qa_eng".
+        profile: "official" or "paper"; they differ for InfiniteBench.
+        protocol: LV-Eval's, which says what each of its tasks uses.
+
+    Raises:
+        AHNError: profile, benchmark or task is unknown, or LV-Eval's protocol is missing.
+    """
+    if profile not in PROFILES:
+        raise AHNError(f"Unknown profile {profile!r}: choose one of {', '.join(PROFILES)}.")
+    tables: dict[str, Callable[[], Mapping[str, str]]] = {
+        "lveval": lambda: _lveval_metrics(protocol),
+        "longbench": lambda: longbench.METRIC_OF_TASK,
+        "infinitebench": lambda: infinitebench.METRIC_OF_TASK[profile],
+    }
+    if benchmark not in tables:
+        raise AHNError(f"Unknown benchmark {benchmark!r}: choose one of {', '.join(tables)}.")
+    table = tables[benchmark]()
+    if task not in table:
+        raise AHNError(f"{benchmark} has no task {task!r}: choose one of {', '.join(table)}.")
+    return table[task]
+
+
+def _lveval_metrics(protocol: Mapping[str, Any] | None) -> dict[str, str]:
+    if protocol is None:
+        raise AHNError("The metric of an LV-Eval task is in LV-Eval's protocol: pass it.")
+    return {task: lveval.METRIC_OF_FUNCTION[function] for task, function in protocol["DATASET_METRIC"].items()}
+
+
+def _stop_words(metric: str, protocol: Mapping[str, Any] | None) -> frozenset[str]:
+    words = METRICS[metric].stop_words
+    if words is None:
+        return frozenset()
+    if protocol is None:
+        raise AHNError(f"The metric {metric} needs LV-Eval's protocol, which holds its stop words: pass it.")
+    return frozenset(protocol[words])
