@@ -154,7 +154,7 @@ def test_one_forward_without_cache_follows_the_rule(case: Case, data: st.DataObj
     new = new_tokens(counts, [0] * rows)
     if right:
         new = torch.stack([row.roll(count - length) for row, count in zip(new, counts, strict=True)])
-    nothing = Padding(torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool))
+    nothing = Padding.none(rows, CPU)
     view = Visibility(case.window, case.sinks, 0, length, CPU, nothing, nothing.advance(new != PAD))
     reader = Reader(case)
     keys = new[:, None, :, None]

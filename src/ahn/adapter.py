@@ -19,12 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ahn import attention, memory, prefill
-from ahn.cache import AHNCache, new_columns, no_padding
+from ahn.cache import AHNCache, new_columns
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.shape import ModelShape
-from ahn.visibility import Visibility
+from ahn.visibility import Padding, Visibility
 
 
 @dataclasses.dataclass
@@ -168,6 +168,8 @@ class DecoderHook:
         if cache is None and prefill.wants_cache(self.model, kwargs):
             cache = kwargs["past_key_values"] = AHNCache.for_model(self.model)
         view = self._view(cache, tokens, kwargs.get("attention_mask"))
+        if view.moved and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = view.column_positions
         kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel)
         return (), kwargs
 
@@ -183,7 +185,7 @@ class DecoderHook:
         new = new_columns(mask, 0, length)
         before = after = None
         if new is not None and not bool(new.all()):
-            before = no_padding(batch, tokens.device)
+            before = Padding.none(batch, tokens.device)
             after = before.advance(new)
         config: AHNConfig = self.model.ahn_config
         return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after)

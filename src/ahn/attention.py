@@ -110,7 +110,7 @@ def attention(
         return kernel_function(kernel, module)(module, query, key, value, attention_mask.resolve(kernel), **kwargs)
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
-    if view.evicted or view.rolled or view.shift is not None or not attention_mask.covers(view):
+    if view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
         dense = kernel if kernel in _DENSE_MASK_KERNELS else "sdpa"
     else:  # nothing has left the window: exactly the base model, with its own mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -300,8 +301,8 @@ class AHNCache(Cache):
         if new is None and before is not None:
             new = torch.ones(batch, length, dtype=torch.bool, device=device)
         if new is not None and (before is not None or not bool(new.all())):
-            before = before or no_padding(batch, device)
-            after = before.advance(new.to(device))
+            before = before or Padding.none(batch, device)
+            after = before.advance(new.to(device), self.seen)
         view = Visibility(self.config.window, self.config.sinks, self.seen, length, device, before, after)
         self._batch, self._next_padding = batch, after
         for layer in self.memory_layers.values():
@@ -323,7 +324,7 @@ class AHNCache(Cache):
             layer.offload()
 
     def _check_layers_agree(self) -> None:
-        """An interrupt in the middle of a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
+        """An interrupt amid a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
         read = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         if len(read) > 1 or any(layer.stopped_halfway for layer in self.memory_layers.values()):
             raise AHNError(
@@ -333,7 +334,7 @@ class AHNCache(Cache):
 
     def _map_padding(self, change: Any) -> None:
         if self.padding is not None:
-            self.padding = Padding(change(self.padding.leading), change(self.padding.ended))
+            self.padding = self.padding.map(change)
             self._batch = len(self.padding.leading)
         else:
             self._batch = None
@@ -367,7 +368,7 @@ class AHNCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
             layer.crop(tokens_to_remove)
         if self.padding is not None:
-            self.padding = Padding(self.padding.leading.clamp_max(self.seen), self.padding.ended)
+            self.padding = dataclasses.replace(self.padding, leading=self.padding.leading.clamp_max(self.seen))
 
     def to(self, device: torch.device | str) -> AHNCache:
         """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself."""
@@ -377,7 +378,7 @@ class AHNCache(Cache):
             elif layer.is_initialized:
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         if self.padding is not None:
-            self.padding = Padding(self.padding.leading.to(device), self.padding.ended.to(device))
+            self.padding = self.padding.map(lambda x: x.to(device))
         return self
 
     def nbytes(self) -> int:
@@ -405,13 +406,6 @@ class AHNCache(Cache):
         from ahn import cache_file
 
         return cache_file.load(path, model)
-
-
-def no_padding(batch: int, device: torch.device) -> Padding:
-    """Padding of rows that have none."""
-    return Padding(
-        torch.zeros(batch, dtype=torch.long, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
-    )
 
 
 def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:

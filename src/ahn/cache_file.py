@@ -38,7 +38,7 @@ def save(cache: AHNCache, path: str | Path, model: PreTrainedModel) -> None:
         for name, x in _layer_tensors(layer, index).items():
             tensors[f"layers.{index}.{name}"] = x.contiguous()
     if cache.padding is not None:
-        tensors["padding.leading"], tensors["padding.ended"] = cache.padding.leading, cache.padding.ended
+        tensors |= {f"padding.{name}": x for name, x in vars(cache.padding).items()}
     description = {
         "format": FORMAT,
         "config": dataclasses.asdict(cache.config),
@@ -86,8 +86,9 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
             layer.keys, layer.values = own["keys"], own["values"]
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = description["seen"]
-    if "padding.leading" in tensors:
-        cache.padding = Padding(tensors["padding.leading"], tensors["padding.ended"])
+    padding = {name.removeprefix("padding."): x for name, x in tensors.items() if name.startswith("padding.")}
+    if padding:
+        cache.padding = Padding(**padding)
     return cache
 
 

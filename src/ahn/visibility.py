@@ -11,6 +11,7 @@ index, so every row evicts at the same moment; positions decide whether what is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -26,13 +27,25 @@ class Padding:
     Attributes:
         leading: (B,) columns of the row that are padding and come before, or were moved before, its real tokens.
         ended: (B,) rows that were padded on the right: no real token may follow.
+        moved: (B,) columns of padding that came after cached tokens, which were moved past them.
     """
 
     leading: Tensor
     ended: Tensor
+    moved: Tensor
 
-    def advance(self, mask: Tensor) -> Padding:
-        """The padding after new columns with mask (B, n), True for real tokens.
+    @classmethod
+    def none(cls, batch: int, device: torch.device) -> Padding:
+        """Of rows that have no padding."""
+        zeros = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(zeros, zeros.bool(), zeros)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Padding:
+        """Each tensor changed in the same way."""
+        return Padding(change(self.leading), change(self.ended), change(self.moved))
+
+    def advance(self, mask: Tensor, seen: int = 0) -> Padding:
+        """The padding after new columns with mask (B, n), True for real tokens, that follow `seen` cached ones.
 
         Raises:
             AHNError: padding between real tokens, or real tokens after padding on the right.
@@ -48,7 +61,8 @@ class Padding:
             )
         # A row with no real token here is paused: its window and memory wait for the next one.
         shift = torch.where(some, first, mask.shape[1])
-        return Padding(self.leading + shift, self.ended | (some & ~mask[:, -1]))
+        moved = self.moved + shift if seen else self.moved
+        return Padding(self.leading + shift, self.ended | (some & ~mask[:, -1]), moved)
 
 
 @dataclasses.dataclass
@@ -90,10 +104,15 @@ class Visibility:
     @cached_property
     def shift(self) -> Tensor | None:
         """(B,) columns of new left padding that cached tokens must move past, or None when no row has any."""
-        if self.before is None or self.after is None or self.seen == 0:
+        if self.before is None or self.after is None or not self.moved:
             return None
         shift = self.after.leading - self.before.leading
         return shift if bool(shift.any()) else None
+
+    @cached_property
+    def moved(self) -> bool:
+        """Some cached token is not in its own column: the base model's mask and positions do not fit."""
+        return self.after is not None and bool(self.after.moved.any())
 
     @cached_property
     def padded(self) -> bool:
@@ -128,6 +147,12 @@ class Visibility:
     def query_positions(self) -> Tensor:
         """(B or 1, length) positions of the new tokens; negative for padding."""
         return self._indices(self.seen, self.total) - self._pads()
+
+    @property
+    def column_positions(self) -> Tensor:
+        """(B, length) of the new tokens as rotary embeddings take them: columns, less those that tokens moved past."""
+        assert self.after is not None
+        return self._indices(self.seen, self.total) - self.after.moved[:, None]
 
     @cached_property
     def key_positions(self) -> Tensor:

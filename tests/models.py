@@ -1,0 +1,87 @@
+"""Tiny random models of every architecture that is tested, with weights wide enough that far tokens matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ahn
+
+VOCABULARY = 61
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "olmo": ("Olmo", {}),
+    "olmo2": ("Olmo2", {}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+    ),
+}
+ARCHITECTURES = tuple(_ARCHITECTURES)
+MEMORIES = ahn.memory.names()
+EVERYTHING = MEMORIES + ahn.memory.baselines()
+
+
+def base(architecture: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model without an AHN: float32, CPU, evaluation mode."""
+    name, extra = _ARCHITECTURES[architecture]
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{name}ForCausalLM")(config_class(**_SHAPE | extra | changes)).eval()
+
+
+def adapted(architecture: str = "qwen3", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A model with an AHN whose every part is at work: no parameter is at the value of a new one."""
+    return awaken(ahn.attach(base(architecture, seed), ahn.AHNConfig(**config)))
+
+
+@torch.no_grad()
+def awaken(model: PreTrainedModel) -> PreTrainedModel:
+    """Move an untrained AHN away from its initial values; a new one's reads are zero."""
+    for name, parameter in ahn.adapter_parameters(model).items():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+        elif not name.endswith(("A_log", "dt_bias")):
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids (B, L); none is the padding id."""
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids of a left-padded batch with mask (B, L), as `generate` makes them."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
