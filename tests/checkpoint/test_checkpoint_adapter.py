@@ -117,6 +117,9 @@ def test_other_kinds_of_directories_are_refused(tmp_path: Path, base: Path, adap
         load_adapter(model, adapter / "config.json")
     with pytest.raises(ahn.AHNError, match="AHN"):
         save_adapter(model, tmp_path)
+    for name in memory.baselines():
+        with pytest.raises(ahn.AHNError, match=f"{name}.*has no parameters"):
+            save_adapter(attached(base, memory=name), tmp_path)
 
 
 def test_saving_replaces_an_adapter_but_no_other_model(tmp_path: Path, base: Path, adapter: Path, copy: Copy) -> None:

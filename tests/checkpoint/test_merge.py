@@ -259,6 +259,19 @@ def test_only_files_that_belong_to_the_model_are_copied(tmp_path: Path, base: Pa
     assert not (tmp_path / "out" / "linked.txt").is_symlink() and not (tmp_path / "out" / "onnx").exists()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_other_architectures(tmp_path: Path, family: str) -> None:
+    # Gemma's own sliding-window layers get no memory; the window of its configuration is real and must survive.
+    own = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 8}
+    base = make_base(tmp_path / "base", family, **own if family == "gemma3_text" else {})
+    adapter = make_adapter(tmp_path / "adapter", base)
+    wanted = logits(from_pretrained(adapter))
+    split(merge(base, adapter, tmp_path / "merged"), tmp_path / "parts")
+    assert torch.equal(logits(from_pretrained(tmp_path / "merged")), wanted)
+    assert torch.equal(logits(from_pretrained(tmp_path / "parts" / "adapter")), wanted)
+    assert any(".layers.0." in name for name in all_tensors(adapter)) == (family == "llama")
+
+
 def test_merged_equals_attached(base: Path, merged: Path, adapter: Path) -> None:
     model = attached(base, router=True)
     with torch.no_grad():

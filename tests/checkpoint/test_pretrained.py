@@ -57,7 +57,9 @@ def test_published_adapters_name_their_base_in_another_key(base: Path, adapter: 
 
 
 @pytest.mark.parametrize("name", [None, "", "nobody/no-such-model", "../gone"])
-def test_an_unknown_base_is_one_clear_error(adapter: Path, copy: Copy, name: str | None, monkeypatch) -> None:
+def test_an_unknown_base_is_one_clear_error(
+    adapter: Path, copy: Copy, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "snapshot_download", offline)
     alone = edit_config(copy(adapter), lambda config: config.update(base_model_name_or_path=name))
     with pytest.raises(ahn.AHNError, match="pass base="):
@@ -70,7 +72,9 @@ def offline(name: str, **options: object) -> str:
     raise LocalEntryNotFoundError(f"Cannot find {name} and outgoing traffic has been disabled.\nMore lines.")
 
 
-def test_hub_ids_are_downloaded_with_the_callers_options(adapter: Path, base: Path, wanted, monkeypatch) -> None:
+def test_hub_ids_are_downloaded_with_the_callers_options(
+    adapter: Path, base: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def download(name: str, **options: object) -> str:
@@ -83,7 +87,7 @@ def test_hub_ids_are_downloaded_with_the_callers_options(adapter: Path, base: Pa
     assert torch.equal(logits(model), wanted) and model.name_or_path == "them/base"
 
 
-def test_an_unreachable_hub_is_one_clear_error(monkeypatch) -> None:
+def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(
         ahn.AHNError, match=r"neither a directory nor a Hugging Face Hub repository.*Cannot find"
@@ -92,14 +96,14 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch) -> None:
     assert "More lines" not in str(error.value)
 
 
-def test_the_real_hub_client_fails_in_a_way_we_know(monkeypatch, tmp_path: Path) -> None:
+def test_the_real_hub_client_fails_in_a_way_we_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-adapter", "/no/such/directory", "a b c"):
         with pytest.raises(ahn.AHNError, match="neither a directory nor"):
             from_pretrained(name, cache_dir=tmp_path)
 
 
-def test_only_useful_files_are_downloaded(monkeypatch, adapter: Path) -> None:
+def test_only_useful_files_are_downloaded(monkeypatch: pytest.MonkeyPatch, adapter: Path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     kept: list[str] = []
@@ -132,7 +136,9 @@ def test_merged_loads_alone(merged: Path, wanted: torch.Tensor, caplog: pytest.L
         from_pretrained(merged, base="anything")
 
 
-def test_published_merged_loads_without_remote_code(merged: Path, wanted: torch.Tensor, caplog) -> None:
+def test_published_merged_loads_without_remote_code(
+    merged: Path, wanted: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     def customise(config: dict) -> None:
         config |= {
             "architectures": ["Qwen2MemForCausalLM"],
@@ -168,12 +174,16 @@ def test_transformers_options_reach_transformers(adapter: Path, merged: Path) ->
         assert (model.ahn_config.window, model.ahn_config.sinks) == (8, 2)
 
 
-def test_plain_models_and_wrong_bases_are_refused(tmp_path: Path, base: Path, adapter: Path, merged: Path) -> None:
+def test_plain_models_and_wrong_bases_are_refused(
+    tmp_path: Path, base: Path, adapter: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ahn.AHNError, match="no AHN tensors"):
         from_pretrained(base)
     with pytest.raises(ahn.AHNError, match="expected a plain model"):
         from_pretrained(adapter, base=merged)
     deeper = make_base(tmp_path / "deeper", num_hidden_layers=4)
+    # The check comes before the weights, which can take minutes to load.
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(ahn.AHNError, match="layers 4 instead of 3"):
         from_pretrained(adapter, base=deeper)
 
