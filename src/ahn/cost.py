@@ -95,7 +95,7 @@ def count_parameters(hf_config: Any, ahn_config: AHNConfig) -> int:
     """
     shape = ModelShape.from_config(hf_config)
     layers = len(shape.memory_layers(ahn_config.full_attention_layers))
-    return layers * _memory_sizes(shape, ahn_config.memory, ahn_config.q_proj, ahn_config.router).parameters
+    return layers * _memory_sizes(shape, ahn_config).parameters
 
 
 def count_model_parameters(hf_config: Any) -> int:
@@ -126,6 +126,8 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
 
     with one multiplication and one addition for every number of the state and every weight of the memory's matrices
     (gate projections, `o_proj`, `q_proj`) a token. For Gated DeltaNet that is the paper's `P²·Hq + 3·D·Hq + P²·Hq`.
+    The baselines have no matrices; slots that attention sees besides the window count as keys and values held in
+    float32 (all of them from the first evicted token on; the one that is being filled is left out).
     Up to W tokens nothing is written and both columns are equal (but for the waiting gates in `gate_bytes`).
     Layers without a memory cost the same in both columns: full attention, or sliding attention with its own window.
 
@@ -144,7 +146,7 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
         raise AHNError(f"The length must be an integer ≥ 1, got {length!r}.")
     shape = ModelShape.from_config(hf_config)
     text = _text_config(hf_config)
-    sizes = _memory_sizes(shape, ahn_config.memory, ahn_config.q_proj, ahn_config.router)
+    sizes = _memory_sizes(shape, ahn_config)
     with_memory = shape.memory_layers(ahn_config.full_attention_layers)
     rest = [_base_layer(shape, text, i, length, dtype) for i in range(shape.layers) if i not in with_memory]
     before = [_base_layer(shape, text, i, length, dtype) for i in with_memory]
@@ -164,22 +166,26 @@ class _MemorySizes:
 
     parameters: int
     matrices: int
+    slots: int
     state_numbers: int
     state_bytes: int
     gate_bytes: int
 
 
 @lru_cache(maxsize=32)
-def _memory_sizes(shape: ModelShape, name: str, q_proj: bool, router: bool) -> _MemorySizes:
+def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
     # Asking the module itself, on the meta device, keeps this right for every memory there will be.
+    kind = memory.get(ahn_config.memory)
     with META, torch.no_grad():
-        module = memory.get(name)(shape.hidden_size, shape.heads, shape.head_dim, q_proj=q_proj)
+        module = kind(shape.hidden_size, shape.heads, shape.head_dim, q_proj=ahn_config.q_proj)
         states = list(module.init_state(1, META).values())
         gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
     parameters = list(module.parameters())
+    routed = ahn_config.router and issubclass(kind, memory.RecurrentMemory)
     return _MemorySizes(
-        parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if router else 0),
+        parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if routed else 0),
         matrices=sum(p.numel() for p in parameters if p.dim() > 1),
+        slots=module.slot_count(ahn_config.window),
         state_numbers=sum(s.numel() for s in states),
         state_bytes=sum(s.nbytes for s in states),
         gate_bytes=sum(g.nbytes for g in gates),
@@ -213,14 +219,19 @@ def _memory_layer(
     shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, dtype: torch.dtype
 ) -> Usage:
     exact = _attention(shape, length, ahn_config.lossless, dtype)
-    waiting = min(length, ahn_config.lossless)
+    gate_bytes = min(length, ahn_config.lossless) * sizes.gate_bytes
     written = max(0, length - ahn_config.lossless)
+    if written == 0:
+        return dataclasses.replace(exact, gate_bytes=gate_bytes)
+    P, Hq, Hkv = shape.head_dim, shape.heads, shape.kv_heads
+    slot_numbers = 2 * sizes.slots * P * Hkv
+    slot_flops = 4 * sizes.slots * P * Hq
     return dataclasses.replace(
         exact,
-        state_numbers=sizes.state_numbers if written else 0,
-        state_bytes=sizes.state_bytes if written else 0,
-        gate_bytes=waiting * sizes.gate_bytes,
-        mixer_flops=exact.mixer_flops + 2 * written * (sizes.state_numbers + sizes.matrices),
+        state_numbers=sizes.state_numbers + slot_numbers,
+        state_bytes=sizes.state_bytes + slot_numbers * torch.float32.itemsize,
+        gate_bytes=gate_bytes,
+        mixer_flops=exact.mixer_flops + written * (2 * (sizes.state_numbers + sizes.matrices) + slot_flops),
     )
 
 
