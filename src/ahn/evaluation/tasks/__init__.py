@@ -1,0 +1,57 @@
+"""Every task by name. A benchmark is one module with two functions and a line in `BENCHMARKS`.
+
+names() -> Sequence[str]                                       its tasks, such as "longbench/qmsum"
+tasks(parts: Sequence[str], options: Options) -> list[Task]    those that "longbench" + "/".join(parts) stands for
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ahn.errors import AHNError
+from ahn.evaluation.task import Options, Task
+
+BENCHMARKS = {
+    "lveval": "ahn.evaluation.tasks.lveval",
+    "infinitebench": "ahn.evaluation.tasks.infinitebench",
+    "longbench": "ahn.evaluation.tasks.longbench",
+    "ruler": "ahn.evaluation.ruler",
+    "needle": "ahn.evaluation.needle",
+}
+"""First part of a task's name -> module."""
+
+
+def tasks(spec: str, **options: Any) -> list[Task]:
+    """The tasks that a name stands for: a whole benchmark, a task, or one length of it.
+
+    Args:
+        spec: such as "lveval", "lveval/hotpotwikiqa_mixup", "lveval/hotpotwikiqa_mixup/32k" or "needle".
+        options: fields of `Options`.
+
+    Raises:
+        AHNError: there is no such task, or an option is wrong.
+    """
+    benchmark, *parts = spec.strip("/").split("/")
+    if benchmark not in BENCHMARKS:
+        raise AHNError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+    found: list[Task] = importlib.import_module(BENCHMARKS[benchmark]).tasks(parts, Options(**options))
+    return found
+
+
+def names() -> list[str]:
+    """Every task's name."""
+    return [name for module in BENCHMARKS.values() for name in importlib.import_module(module).names()]
+
+
+def pick(parts: list[str], known: tuple[str, ...], benchmark: str) -> tuple[str, ...]:
+    """The task that the first part of a name says, or every known one.
+
+    Raises:
+        AHNError: the benchmark has no such task.
+    """
+    if not parts:
+        return known
+    if parts[0] not in known:
+        raise AHNError(f"{benchmark} has no task {parts[0]!r}; choose one of {', '.join(known)}.")
+    return (parts[0],)
