@@ -78,16 +78,23 @@ def _choose(tensors: tuple[Tensor, ...], gated: bool) -> ModuleType:
     return chunked if name == "chunked" else reference
 
 
+def _in_full_precision(device: torch.device) -> torch.autocast:
+    """Autocast would run the matrix products of a recurrence in bfloat16 and lose the state's precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The (gated) delta rule over N tokens in the state's precision; see `reference.delta_rule`."""
     q, k, v, beta = (x.to(state.dtype) for x in (q, k, v, beta))
     decay = None if decay is None else decay.to(state.dtype)
-    return _choose((q, k, v, beta, state), gated=decay is not None).delta_rule(q, k, v, beta, decay, state)
+    with _in_full_precision(q.device):
+        return _choose((q, k, v, beta, state), gated=decay is not None).delta_rule(q, k, v, beta, decay, state)
 
 
 def decay_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The decaying sum of outer products over N tokens in the state's precision; see `reference.decay_rule`."""
     q, k, v, decay = (x.to(state.dtype) for x in (q, k, v, decay))
-    return _choose((q, k, v, decay, state), gated=True).decay_rule(q, k, v, decay, state)
+    with _in_full_precision(q.device):
+        return _choose((q, k, v, decay, state), gated=True).decay_rule(q, k, v, decay, state)
