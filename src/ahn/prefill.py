@@ -13,28 +13,34 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.cache import AHNCache
+from ahn.errors import AHNError
+
+
+class Wrapped:
+    """A method of one model with ours in front of it. A class, so that the model can be copied and pickled with it."""
+
+    def __init__(self, model: PreTrainedModel, name: str, ours: Callable[..., Any]) -> None:
+        self.model, self.name, self.ours = model, name, ours
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ours(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # generate() and trainers read it
+        return inspect.signature(MethodType(getattr(type(self.model), self.name), self.model))
 
 
 def wrap(model: PreTrainedModel) -> None:
     """Put `forward` and `generate` of this module before the model's own, as attributes of the instance."""
-    model.forward = MethodType(_like(type(model).forward, _forward), model)
+    model.forward = Wrapped(model, "forward", _forward)
     if hasattr(model, "generate"):
-        model.generate = MethodType(_like(type(model).generate, _generate), model)
+        model.generate = Wrapped(model, "generate", _generate)
 
 
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     for name in ("forward", "generate"):
         model.__dict__.pop(name, None)
-
-
-def _like(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return ours(self, *args, **kwargs)
-
-    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # generate() reads it
-    call.__doc__ = original.__doc__
-    return call
 
 
 @memoize
@@ -55,11 +61,21 @@ def wants_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    config = kwargs.get("generation_config")
-    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
-    if model._ahn.enabled and use_cache is not False and kwargs.get("past_key_values") is None:
+    kwargs = by_name(type(model).generate, args, kwargs)
+    config = kwargs.get("generation_config") or model.generation_config
+    use_cache = kwargs.get("use_cache", config.use_cache)
+    cache = kwargs.get("past_key_values")
+    if model._ahn.enabled and use_cache is not False and cache is None:
         kwargs["past_key_values"] = AHNCache.for_model(model)
-    return type(model).generate(model, *args, **kwargs)
+    elif isinstance(cache, AHNCache) and kwargs.get("attention_mask") is None:
+        ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
+        if ids is not None and cache.seen and ids.shape[1] <= cache.seen:
+            raise AHNError(
+                f"This cache has read {cache.seen} tokens, the input has {ids.shape[1]}. Give generate all tokens from "
+                "the start, or only the new ones and an attention_mask over old and new "
+                f"({cache.seen} + {ids.shape[1]})."
+            )
+    return type(model).generate(model, **kwargs)
 
 
 def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -72,15 +88,17 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         kwargs["past_key_values"] = AHNCache.for_model(model)
     length, seen = pieces[-1][1], kwargs["past_key_values"].seen
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
+    rows, order = wanted.sort()
     logits: list[Tensor] = []
     for start, stop in pieces:
-        rows = wanted[(wanted >= start) & (wanted < stop)] - start
+        inside = rows[(rows >= start) & (rows < stop)] - start
         part = _slice(kwargs, start, stop, seen)
         # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
-        output = base(model, **part, logits_to_keep=rows if len(rows) else 1)
-        if len(rows):
-            logits.append(output.logits)
+        output = base(model, **part, logits_to_keep=inside if len(inside) else 1)
+        logits.append(output.logits[:, : len(inside)])
     output.logits = torch.cat(logits, dim=1)
+    if not torch.equal(wanted, rows):
+        output.logits = output.logits[:, order.argsort()]
     return output
 
 
@@ -108,7 +126,7 @@ def _wanted_rows(logits_to_keep: int | Tensor, length: int) -> Tensor:
     if isinstance(logits_to_keep, Tensor):
         rows = logits_to_keep.cpu()
         return torch.where(rows < 0, rows + length, rows)
-    return torch.arange(length - logits_to_keep if logits_to_keep else 0, length)
+    return torch.arange(max(0, length - logits_to_keep) if logits_to_keep else 0, length)
 
 
 def _slice(kwargs: dict[str, Any], start: int, stop: int, seen: int) -> dict[str, Any]:
