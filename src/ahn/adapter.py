@@ -110,7 +110,8 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         adapter.enabled = True
-        _use_kernel(model, attention.NAME)
+        if getattr(model, "_ahn", None) is adapter:  # it may have been detached meanwhile
+            _use_kernel(model, attention.NAME)
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
@@ -157,6 +158,8 @@ class DecoderHook:
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         adapter: Adapter = self.model._ahn
         if not adapter.enabled:
+            if isinstance(kwargs.get("past_key_values"), AHNCache):
+                raise AHNError("Inside ahn.disabled(model) an AHNCache is of no use; pass another cache, or none.")
             return None
         kwargs = prefill.by_name(type(decoder).forward, args, kwargs)
         tokens = kwargs.get("input_ids")
