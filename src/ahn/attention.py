@@ -112,7 +112,7 @@ def attention(
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     if view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
-        dense = kernel if kernel in _DENSE_MASK_KERNELS else "sdpa"
+        dense = _dense_mask_kernel(kernel, kwargs)
     else:  # nothing has left the window: exactly the base model, with its own mask
         mask, dense = attention_mask.resolve(kernel), None
     gates = memory.write_gates(ahn_layer.x)
@@ -195,6 +195,14 @@ def kernel_function(kernel: str, module: nn.Module) -> Callable[..., tuple[Tenso
     """transformers' attention function of that name; "eager" lives in the module's own modeling file."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager)
+
+
+def _dense_mask_kernel(kernel: str, kwargs: dict[str, Any]) -> str:
+    """A kernel that takes a mask for each query and key and computes what the base model's own one does."""
+    if kernel in _DENSE_MASK_KERNELS:
+        return kernel
+    # "sdpa" ignores learned sinks (GPT-OSS) and the soft cap (Gemma 2), which flash kernels know.
+    return "eager" if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None else "sdpa"
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:
