@@ -100,6 +100,17 @@ def test_index_lists_every_tensor_where_it_is(merged: Path) -> None:
     assert not (merged / "model.safetensors").exists()
 
 
+def test_the_index_decides_which_copy_of_a_tensor_counts(tmp_path: Path, adapter: Path) -> None:
+    base = make_base(tmp_path / "base", shard="20KB")
+    wanted = all_tensors(base)
+    weight_map = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    stale, *_ = (name for name, file in weight_map.items() if file != SHARD)
+    own = {name: tensor for name, tensor in wanted.items() if weight_map[name] == SHARD}
+    save_file(own | {stale: torch.zeros(1)}, base / SHARD)
+    merge(base, adapter, tmp_path / "out")
+    assert same_bits(all_tensors(tmp_path / "out"), wanted | all_tensors(adapter))
+
+
 def test_merged_is_the_plain_model_to_transformers(base: Path, merged: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(merged)
     assert torch.equal(logits(plain), logits(AutoModelForCausalLM.from_pretrained(base)))
