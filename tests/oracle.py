@@ -1,0 +1,154 @@
+"""The specification in float64, one token at a time, without any code of the package: what the tests compare with.
+
+Everything is a plain function of plain tensors, so that gradients can be taken and finite differences formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+
+
+# -- memories (spec section 3): one head-wise state, written with the gates of one token, read with those of another ---
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _heads(o: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([o[:, h] @ weight[h] for h in range(weight.shape[0])], dim=1)
+
+
+def delta_write(w: Weights, S: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """S (B, H, P, P) after one token: k, v (B, H, P), its attention input x (B, D). With `a_proj`: GatedDeltaNet."""
+    k = _unit(k)
+    beta = torch.sigmoid(x @ w["b_proj.weight"].T)
+    if "a_proj.weight" in w:
+        decay = -torch.exp(w["A_log"]) * F.softplus(x @ w["a_proj.weight"].T + w["dt_bias"])
+        S = torch.exp(decay)[..., None, None] * S
+    u = beta[..., None] * (v - (S.mT @ k[..., None])[..., 0])
+    return S + k[..., :, None] * u[..., None, :]
+
+
+def delta_read(w: Weights, S: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    """(B, H, P) that a query q (B, H, P) with attention input x (B, D) adds to its attention."""
+    o = (S.mT @ (_unit(q) / math.sqrt(q.shape[-1]))[..., None])[..., 0]
+    gamma = (x @ w["g_proj.weight"].T)[..., None]
+    return _heads(_rms(o, w["o_norm.weight"], 1e-5) * gamma * torch.sigmoid(gamma), w["o_proj.weight"])
+
+
+def mamba_write(w: Weights, S: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """As `delta_write`. The state is (P_key, P_value), the transpose of the specification's."""
+    step = F.softplus(x @ w["dt_proj.weight"].T + w["dt_proj.bias"] + w["dt_bias"])
+    decay = torch.exp(-torch.exp(w["A_log"]) * step)
+    return decay[..., None, None] * S + F.normalize(k, dim=-1)[..., :, None] * (step[..., None] * v)[..., None, :]
+
+
+def mamba_read(w: Weights, S: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    o = (S.mT @ F.normalize(q, dim=-1)[..., None])[..., 0]
+    gated = o * F.silu(x @ w["g_proj.weight"].T + w["g_proj.bias"])[..., None]
+    return _heads(_rms(gated.flatten(1), w["norm.weight"], 1e-5).view_as(o), w["o_proj.weight"])
+
+
+MEMORIES = {
+    "GatedDeltaNet": (delta_write, delta_read),
+    "DeltaNet": (delta_write, delta_read),
+    "Mamba2": (mamba_write, mamba_read),
+}
+
+
+# -- a Qwen2 or Qwen3 decoder whose every attention layer has a memory -------------------------------------------------
+
+
+def _project(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
+    """(B, L, D) to (B, heads, L, P)."""
+    y = x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros((), dtype=x.dtype))
+    return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of x (B, H, L, P): pairs (i, i + P/2)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * frequency
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: list[int]) -> Tensor:
+    """One query q (B, H, P) over the keys at `positions`."""
+    scores = (k[:, :, positions] @ q[..., None])[..., 0] / math.sqrt(q.shape[-1])
+    return (torch.softmax(scores, -1)[..., None, :] @ v[:, :, positions])[..., 0, :]
+
+
+def _part(w: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix): x for name, x in w.items() if name.startswith(prefix)}
+
+
+def _mixer(
+    case: Mapping[str, Any], w: Weights, x: Tensor, window: int, sinks: int, states_at: list[int]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Attention plus memory of one layer with input x (B, L, D): output (B, L, D), keys, states after `states_at`."""
+    attention, memory = _part(w, "self_attn."), _part(w, "ahn.fn.")
+    heads, kv_heads = case["num_attention_heads"], case["num_key_value_heads"]
+    q = _project(x, attention, "q_proj", heads)
+    keys = _project(x, attention, "k_proj", kv_heads)
+    if "q_norm.weight" in attention:
+        q = _rms(q, attention["q_norm.weight"], case["rms_norm_eps"])
+        keys = _rms(keys, attention["k_norm.weight"], case["rms_norm_eps"])
+    q, keys = _rotate(q, case["rope_theta"]), _rotate(keys, case["rope_theta"])
+    k = keys.repeat_interleave(heads // kv_heads, 1)
+    v = _project(x, attention, "v_proj", kv_heads).repeat_interleave(heads // kv_heads, 1)
+    write, read = MEMORIES[case["ahn"]]
+    B, _, L, P = q.shape
+    S, outputs, states = torch.zeros(B, heads, P, P, dtype=x.dtype), [], {}
+    for t in range(L):
+        seen = sorted(set(range(min(sinks, t + 1))) | set(range(max(0, t - window + 1), t + 1)))
+        y = _attend(q[:, :, t], k, v, seen)
+        leaves = t - window
+        if leaves >= sinks:
+            S = write(memory, S, k[:, :, leaves], v[:, :, leaves], x[:, leaves])
+            y = y + read(memory, S, q[:, :, t], x[:, t])
+        outputs.append(y.flatten(1))
+        states[t + 1] = S
+    out = torch.stack(outputs, 1) @ attention["o_proj.weight"].T
+    return out, keys, [states[t] for t in states_at]
+
+
+def decoder(
+    case: Mapping[str, Any], w: Weights, ids: Tensor, window: int, sinks: int, states_at: tuple[int, ...] = ()
+) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
+    """Logits (B, L, V), each layer's keys (B, Hkv, L, P) after RoPE, each layer's states after so many tokens.
+
+    Args:
+        case: sizes, as in `case.json`.
+        w: base and AHN weights in float64, in transformers' and published names.
+        ids: (B, L) token ids.
+        window, sinks: W and S; a window of L or more is full attention.
+    """
+    eps = case["rms_norm_eps"]
+    hidden = w["model.embed_tokens.weight"][ids]
+    all_keys, all_states = [], []
+    for i in range(case["num_hidden_layers"]):
+        layer = _part(w, f"model.layers.{i}.")
+        x = _rms(hidden, layer["input_layernorm.weight"], eps)
+        y, keys, states = _mixer(case, layer, x, window, sinks, list(states_at))
+        hidden = hidden + y
+        x = _rms(hidden, layer["post_attention_layernorm.weight"], eps)
+        gated = F.silu(x @ layer["mlp.gate_proj.weight"].T) * (x @ layer["mlp.up_proj.weight"].T)
+        hidden = hidden + gated @ layer["mlp.down_proj.weight"].T
+        all_keys.append(keys)
+        all_states.append(states)
+    return _rms(hidden, w["model.norm.weight"], eps) @ w["model.embed_tokens.weight"].T, all_keys, all_states
