@@ -416,6 +416,11 @@ def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor
     """
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise AHNError(
+            f"An AHN needs a 2-D attention_mask (batch, tokens), got a {type(attention_mask).__name__}. Multimodal "
+            "wrappers make their own masks; use the text model inside (for example AutoModelForCausalLM)."
+        )
     if attention_mask.dim() != 2:
         raise AHNError(f"An AHN needs a 2-D attention_mask (batch, tokens), got {tuple(attention_mask.shape)}.")
     if attention_mask.shape[1] != seen + length:
