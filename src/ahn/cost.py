@@ -1,22 +1,23 @@
 """What a model costs with and without its memory: parameters, cache, FLOPs (arXiv 2510.07318, Table 1).
 
-Everything follows from configurations alone: no weights are needed, and nothing is computed on a device.
+Everything follows from configurations alone: no weights are needed, and nothing is computed on a device. torch is
+imported when a memory is asked for its sizes, so that `ahn.cost`, the function, can be imported with the package.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ahn import memory
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
 
-META = torch.device("meta")
+if TYPE_CHECKING:
+    import torch
+
+BFLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +105,19 @@ def count_model_parameters(hf_config: Any) -> int:
     Raises:
         AHNError: `transformers` has no causal language model for this configuration.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     text = _text_config(hf_config)
     try:
-        with META:
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
     except ValueError:
         raise AHNError(f"transformers has no causal language model for {type(text).__name__}.") from None
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
+def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype | None = None) -> Cost:
     """Cache and FLOPs of reading one prompt of L = `length` tokens, with full attention and with the memory.
 
     With D, Hq, Hkv, P of the model, W = sinks + window, a layer costs (paper, Table 1):
@@ -137,7 +139,7 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
         hf_config: configuration of any `transformers` decoder with standard attention.
         ahn_config: memory, window, sinks and options.
         length: tokens of the prompt.
-        dtype: of the cached keys and values; only bytes depend on it.
+        dtype: of the cached keys and values, None for bfloat16; only bytes depend on it.
 
     Raises:
         AHNError: the length is not positive, or the model has layers that are neither full nor sliding attention.
@@ -147,10 +149,11 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
     shape = ModelShape.from_config(hf_config)
     text = _text_config(hf_config)
     sizes = _memory_sizes(shape, ahn_config)
+    width = BFLOAT16_BYTES if dtype is None else dtype.itemsize
     with_memory = shape.memory_layers(ahn_config.full_attention_layers)
-    rest = [_base_layer(shape, text, i, length, dtype) for i in range(shape.layers) if i not in with_memory]
-    before = [_base_layer(shape, text, i, length, dtype) for i in with_memory]
-    after = [_memory_layer(shape, sizes, ahn_config, length, dtype)] * len(with_memory)
+    rest = [_base_layer(shape, text, i, length, width) for i in range(shape.layers) if i not in with_memory]
+    before = [_base_layer(shape, text, i, length, width) for i in with_memory]
+    after = [_memory_layer(shape, sizes, ahn_config, length, width)] * len(with_memory)
     outside = _flops_outside_mixer(shape, text, length)
     return Cost(
         length=length,
@@ -174,11 +177,15 @@ class _MemorySizes:
 
 @lru_cache(maxsize=32)
 def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
+    import torch
+
+    from ahn import memory
+
     # Asking the module itself, on the meta device, keeps this right for every memory there will be.
-    kind = memory.get(ahn_config.memory)
-    with META, torch.no_grad():
+    kind, meta = memory.get(ahn_config.memory), torch.device("meta")
+    with meta, torch.no_grad():
         module = kind(shape.hidden_size, shape.heads, shape.head_dim, q_proj=ahn_config.q_proj)
-        states = list(module.init_state(1, META).values())
+        states = list(module.init_state(1, meta).values())
         gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
     parameters = list(module.parameters())
     routed = ahn_config.router and issubclass(kind, memory.RecurrentMemory)
@@ -196,29 +203,27 @@ def _text_config(hf_config: Any) -> Any:
     return hf_config.get_text_config(decoder=True) if hasattr(hf_config, "get_text_config") else hf_config
 
 
-def _attention(shape: ModelShape, length: int, kept: int, dtype: torch.dtype) -> Usage:
-    """A layer whose L queries each see at most the last `kept` tokens."""
+def _attention(shape: ModelShape, length: int, kept: int, width: int) -> Usage:
+    """A layer whose L queries each see at most the last `kept` tokens; a cached number takes `width` bytes."""
     D, P, Hq, Hkv = shape.hidden_size, shape.head_dim, shape.heads, shape.kv_heads
     kept = min(length, kept)
     numbers = 2 * kept * P * Hkv
     projections = 4 * length * D * P * (Hq + Hkv)
     attended = 2 * P * Hq * kept**2 + 4 * (length - kept) * kept * P * Hq
-    return Usage(numbers, 0, numbers * dtype.itemsize, 0, 0, projections + attended, 0)
+    return Usage(numbers, 0, numbers * width, 0, 0, projections + attended, 0)
 
 
-def _base_layer(shape: ModelShape, text: Any, layer: int, length: int, dtype: torch.dtype) -> Usage:
+def _base_layer(shape: ModelShape, text: Any, layer: int, length: int, width: int) -> Usage:
     kind = shape.layer_types[layer]
     if kind == "full_attention":
-        return _attention(shape, length, length, dtype)
+        return _attention(shape, length, length, width)
     if kind == "sliding_attention":
-        return _attention(shape, length, text.sliding_window, dtype)
+        return _attention(shape, length, text.sliding_window, width)
     raise AHNError(f"Layer {layer} is of the kind {kind}; its cost is not known, only full and sliding attention are.")
 
 
-def _memory_layer(
-    shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, dtype: torch.dtype
-) -> Usage:
-    exact = _attention(shape, length, ahn_config.lossless, dtype)
+def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, width: int) -> Usage:
+    exact = _attention(shape, length, ahn_config.lossless, width)
     gate_bytes = min(length, ahn_config.lossless) * sizes.gate_bytes
     written = max(0, length - ahn_config.lossless)
     if written == 0:
@@ -229,7 +234,7 @@ def _memory_layer(
     return dataclasses.replace(
         exact,
         state_numbers=sizes.state_numbers + slot_numbers,
-        state_bytes=sizes.state_bytes + slot_numbers * torch.float32.itemsize,
+        state_bytes=sizes.state_bytes + slot_numbers * FLOAT32_BYTES,
         gate_bytes=gate_bytes,
         mixer_flops=exact.mixer_flops + written * (2 * (sizes.state_numbers + sizes.matrices) + slot_flops),
     )
