@@ -1,0 +1,208 @@
+"""Data of benchmarks: JSON lines in plain files or in one member of a zip, read line by line with named fields.
+
+A file comes from the Hub at a pinned commit, or from a local directory with the same file names. Directories are never
+searched: LV-Eval's archives hold all its lengths, which must not end up in one task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ahn.errors import AHNError
+
+Field = Callable[[Any], Any]
+"""Checks a value and returns it; a `ValueError` says what it must be."""
+ABSENT = object()
+"""What a `Field` is given where a record lacks it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """A file of a data set on the Hub.
+
+    Attributes:
+        repository: "owner/name".
+        revision: full commit id.
+        path: in the repository, and in a local directory that takes its place.
+        member: path inside of it, if it is a zip.
+        sha256: of the file at that commit, where it is known; another file is refused.
+    """
+
+    repository: str
+    revision: str
+    path: str
+    member: str | None = None
+    sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line: its checked fields, where it stands (for messages), and at which byte (of the member) it starts."""
+
+    fields: dict[str, Any]
+    where: str
+    offset: int
+
+
+class Data:
+    """The lines of a file that is at hand.
+
+    Args:
+        file: what to read.
+        directory: where it is; None downloads it, or takes the Hub's cached copy.
+
+    Raises:
+        AHNError: the file is not there, cannot be downloaded, or is another one than the pinned.
+    """
+
+    def __init__(self, file: DataFile, directory: Path | None) -> None:
+        self.file = file
+        self.path = _download(file) if directory is None else directory.expanduser() / file.path
+        if not self.path.is_file():
+            raise AHNError(
+                f"{self.path} is missing: --data-dir must hold {file.path} of the data set {file.repository}."
+            )
+        self.sha256 = _sha256(self.path, self.path.stat().st_size, self.path.stat().st_mtime_ns)
+        if file.sha256 not in (None, self.sha256):
+            raise AHNError(
+                f"{self.path} is not {file.path} of {file.repository} at {file.revision}: "
+                f"expected sha256 {file.sha256}, found {self.sha256}."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the data, wherever they come from."""
+        return {"repository": self.file.repository, "file": self.file.path, "member": self.file.member} | {
+            "sha256": self.sha256
+        }
+
+    def records(self, fields: Mapping[str, Field], offset: int = 0) -> Iterator[Record]:
+        """Every record from a byte on, in order; empty lines are skipped. Fields that are not named are ignored.
+
+        Args:
+            fields: name -> check.
+            offset: of a `Record`; later ones are then counted from line 1 again in messages.
+
+        Raises:
+            AHNError: no such member, a damaged archive, no UTF-8, broken JSON, a field that is missing or wrong, or no
+                record at all. The message names file and line.
+        """
+        empty = True
+        with self._opened() as stream:
+            stream.seek(offset)
+            for number, raw in enumerate(self._lines(stream), 1):
+                where = f"{self._name}, line {number}"
+                if raw.strip():
+                    empty = False
+                    yield Record(_parse(raw, where, fields), where, offset)
+                offset += len(raw)
+        if empty:
+            raise AHNError(f"{self._name} holds no samples.")
+
+    @property
+    def _name(self) -> str:
+        return f"{self.path}" if self.file.member is None else f"{self.path} ({self.file.member})"
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        if self.file.member is None:
+            with self.path.open("rb") as plain:
+                yield plain
+            return
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.file.member) as member:
+                yield io.BufferedReader(member)  # type: ignore[type-var]  # readable, if not in typeshed's eyes
+        except KeyError:
+            raise AHNError(f"{self.path} has no member {self.file.member}.") from None
+        except zipfile.BadZipFile as error:
+            raise AHNError(f"{self._name} is damaged: {error}. Download it again.") from error
+
+    def _lines(self, stream: BinaryIO) -> Iterator[bytes]:
+        try:
+            yield from stream
+        except (OSError, EOFError, zlib.error) as error:
+            raise AHNError(f"{self._name} cannot be read: {error}. Download it again.") from error
+
+
+def text(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, not {_kind(value)}")
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """One or more strings, not all of them blank."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("must be a list of texts")
+    if not any(item.strip() for item in value):
+        raise ValueError("must not be empty")
+    return tuple(value)
+
+
+def number(value: Any) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"must be a whole number, not {_kind(value)}")
+    return value
+
+
+def optional(field: Field) -> Field:
+    """The same, or None where it is null, empty or missing."""
+    return lambda value: None if value in (ABSENT, None, "", []) else field(value)
+
+
+def key_of(context: str) -> str:
+    """A short name of a text, for `Sample.context`."""
+    return hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _parse(raw: bytes, where: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AHNError(f"{where}: not valid JSON in UTF-8 ({error}).") from error
+    if not isinstance(record, dict):
+        raise AHNError(f"{where}: must be a JSON object, not {_kind(record)}.")
+    found = {}
+    for name, field in fields.items():
+        try:
+            found[name] = field(record.get(name, ABSENT))
+        except ValueError as error:
+            if name not in record:
+                raise AHNError(f"{where}: the field {name!r} is missing.") from None
+            raise AHNError(f"{where}: the field {name!r} {error}.") from None
+    return found
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+@functools.cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(file: DataFile) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(file.repository, file.path, repo_type="dataset", revision=file.revision))
+    except (OSError, ValueError) as error:  # what the Hub raises offline and for absent files
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise AHNError(
+            f"{file.path} of the data set {file.repository} cannot be downloaded ({reason}). Connect to the network, or "
+            "name a directory that holds it with --data-dir."
+        ) from error

@@ -1,0 +1,82 @@
+"""What the downloaded benchmarks have in common: a prompt from the protocol, filled from a record, scored by a metric."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from ahn.evaluation import metrics
+from ahn.evaluation.data import Data, DataFile, Record
+from ahn.evaluation.protocol import protocol_digest
+from ahn.evaluation.task import Options, Sample, Task, Truncation
+
+
+class QuestionTask(Task):
+    """A task of a benchmark with a protocol.
+
+    Args:
+        name: as in `Task`.
+        task: the benchmark's own name of it.
+        options: profile, directories and length limit.
+        protocol: the benchmark's.
+        prompt: with fields in braces.
+        file: its data.
+        max_new_tokens, truncation: as in `Task`; `options.max_length` takes the place of the truncation's limit.
+    """
+
+    benchmark: ClassVar[str]
+
+    def __init__(
+        self,
+        name: str,
+        task: str,
+        options: Options,
+        protocol: Mapping[str, Any],
+        prompt: str,
+        file: DataFile,
+        max_new_tokens: int,
+        truncation: Truncation,
+    ) -> None:
+        self.name, self.task, self.profile = name, task, options.profile
+        self.protocol, self.prompt, self.file = protocol, prompt, file
+        self.max_new_tokens = max_new_tokens
+        self.truncation = Truncation(truncation.keep, options.max_length or truncation.limit)
+        self.metric = metrics.metric_name(self.benchmark, task, self.profile, protocol)
+        self._directory = options.data_dir
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The file, located when it is first needed."""
+        return Data(self.file, self._directory)
+
+    @abstractmethod
+    def sample(self, number: int, record: Record) -> Sample:
+        """The sample of the record that is `number` records after the first."""
+
+    @abstractmethod
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """Number and record of each sample."""
+
+    def samples(self) -> Iterator[Sample]:
+        for number, record in self.records():
+            yield self.sample(number, record)
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        return metrics.score(
+            self.metric,
+            metrics.clean_prediction(prediction, self.benchmark, self.task, self.profile),
+            sample.answers,
+            sample.extra.get("keywords"),
+            protocol=self.protocol,
+            classes=sample.extra.get("classes") or (),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "protocol": protocol_digest(self.protocol),
+            "prompt": self.prompt,
+            "metric": self.metric,
+            "data": self.data.settings(),
+        }

@@ -1,0 +1,55 @@
+"""From samples to tasks and benchmarks, and what a profile scores of a prediction."""
+
+from __future__ import annotations
+
+import pytest
+
+from ahn.errors import AHNError
+from ahn.evaluation.metrics import benchmark_score, clean_prediction, longbench_length_group, score_by, task_score
+
+
+def test_task_score_is_a_rounded_percentage() -> None:
+    assert task_score([1.0, 0.0, 0.0]) == 33.33
+    assert task_score(iter([0.5])) == 50.0
+    with pytest.raises(AHNError, match="without a single scored sample"):
+        task_score([])
+
+
+def test_scores_by_length_keep_their_order() -> None:
+    assert list(score_by([("32k", 1.0), ("16k", 0.0), ("32k", 0.5)]).items()) == [("32k", 75.0), ("16k", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("length", "group"), [(0, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+"), (10**6, "8k+")]
+)
+def test_longbench_length_groups(length: int, group: str) -> None:
+    assert longbench_length_group(length) == group
+
+
+def test_a_benchmark_weighs_its_tasks_equally() -> None:
+    assert benchmark_score({"long": 10.0, "short": 20.0}) == 15.0
+    with pytest.raises(AHNError, match="without a single scored task"):
+        benchmark_score({})
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "task", "profile", "prediction", "expected"),
+    [
+        ("lveval", "cmrc_mixup", "paper", "lamp\n\nQuestion", "lamp\n\nQuestion"),
+        ("infinitebench", "longbook_qa_eng", "official", " lamp (Passage 2)", " lamp (Passage 2)"),
+        ("infinitebench", "longbook_qa_eng", "paper", " lamp (Passage 2)", "lamp"),
+        ("longbench", "hotpotqa", "official", " lamp\nsea", " lamp\nsea"),
+        ("longbench", "triviaqa", "official", "\n\nlamp \nsea", "lamp "),
+        ("longbench", "triviaqa", "paper", "\n\nlamp \nsea", "lamp "),
+        ("longbench", "hotpotqa", "paper", "lamp\n\nAnswer: sea</s>", "lamp"),
+        ("longbench", "hotpotqa", "paper", "lamp (Document 1) .assistant", "lamp"),
+        ("longbench", "dureader", "paper", "灯塔 问题\uff1a谁", "灯塔"),
+        ("longbench", "dureader", "official", "灯塔 问题\uff1a谁", "灯塔 问题\uff1a谁"),
+        ("longbench", "hotpotqa", "paper", "灯塔 问题\uff1a谁", "灯塔 问题\uff1a谁"),
+        ("ruler", "niah_single_1", "official", " 42\x00\x1f7\t ", "42\n\n7"),
+    ],
+)
+def test_what_is_scored_of_a_prediction(
+    benchmark: str, task: str, profile: str, prediction: str, expected: str
+) -> None:
+    assert clean_prediction(prediction, benchmark, task, profile) == expected
