@@ -16,6 +16,16 @@ from ahn import memory
 
 OWN = Path(__file__).parent / "golden"
 PUBLISHED = Path(__file__).parents[2] / "shared" / "golden"
+CONFIG_KEYS = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
@@ -45,11 +55,7 @@ def load_case(folder: Path) -> tuple[PreTrainedModel, ahn.AHNConfig, dict[str, A
 def base_model(case: dict[str, Any]) -> PreTrainedModel:
     """A randomly initialised model in the case's shape."""
     config_class, model_class = FAMILIES[case["family"]]
-    names = (
-        "hidden_size num_attention_heads num_key_value_heads num_hidden_layers vocab_size intermediate_size "
-        "rms_norm_eps tie_word_embeddings"
-    ).split()
-    sizes = {name: case[name] for name in names}
+    sizes = {name: case[name] for name in CONFIG_KEYS}
     if case["family"] == "qwen3":
         sizes["head_dim"] = case["head_dim"]
     rope = {"rope_type": "default", "rope_theta": case["rope_theta"]}

@@ -1,11 +1,17 @@
 """Artificial Hippocampus Networks: long context for open LLMs at constant cost (arXiv 2510.07318)."""
 
-from ahn.adapter import adapter_parameters, attach, detach, disabled, set_window
-from ahn.cache import AHNCache
-from ahn.checkpoint import from_pretrained, load_adapter, merge, save_adapter, split
-from ahn.config import AHNConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Eager, and light: the function shares its module's name, which a later import of the module would put in its place.
 from ahn.cost import cost, count_parameters
 from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from ahn.adapter import adapter_parameters, attach, detach, disabled, set_window
+    from ahn.cache import AHNCache
+    from ahn.checkpoint import from_pretrained, load_adapter, merge, save_adapter, split
+    from ahn.config import AHNConfig
 
 __all__ = [
     "AHNCache",
@@ -24,3 +30,25 @@ __all__ = [
     "set_window",
     "split",
 ]
+
+_HOME = {
+    "ahn.adapter": ("adapter_parameters", "attach", "detach", "disabled", "set_window"),
+    "ahn.cache": ("AHNCache",),
+    "ahn.checkpoint": ("from_pretrained", "load_adapter", "merge", "save_adapter", "split"),
+    "ahn.config": ("AHNConfig",),
+}
+_MODULES = ("memory", "ops", "tiny", "training")
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `ahn --help` needs neither.
+    if name in _MODULES:
+        return importlib.import_module(f"ahn.{name}")
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'ahn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])
