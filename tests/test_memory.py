@@ -236,7 +236,7 @@ def test_a_half_precision_module(name: str) -> None:
     assert all(relative_error(state[part], x) < 0.1 for part, x in expected_state.items())
 
 
-# -- what published checkpoints and the specification fix ---------------------------------------------------------------
+# -- what published checkpoints and the specification fix --------------------------------------------------------------
 
 SHAPES = {
     "GatedDeltaNet": {
@@ -306,7 +306,7 @@ def test_initial_values(name: str) -> None:
         assert (values.pop("o_norm.weight") == 1).all()
     if name == "gated_deltanet":
         rates, step = values.pop("A_log").exp(), F.softplus(values.pop("dt_bias"))
-        assert 0 < float(rates.min()) and 12 < float(rates.max()) <= 16  # U(0, 16)
+        assert float(rates.min()) > 0 and 12 < float(rates.max()) <= 16  # U(0, 16)
         assert 9e-4 < float(step.min()) < 3e-3 and 3e-2 < float(step.max()) < 0.11  # log U(1e-3, 1e-1)
         assert (values.pop("D") == 1).all()
     assert not values
