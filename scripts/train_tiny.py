@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("prepare", "base", "distill", "card"))
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, to check the stage itself")
+    parser.add_argument("--memory", action="append", help="distill this memory only (may be repeated)")
     arguments = parser.parse_args()
     if arguments.stage == "prepare":
         from tiny_stages.prepare import prepare
@@ -32,6 +33,18 @@ def main() -> None:
         from tiny_stages.base import train_base
 
         train_base(recipe, arguments.out)
+    elif arguments.stage == "distill":
+        from tiny_stages.distill import distill_memory
+        from tiny_stages.recipe import MEMORIES
+
+        for memory in arguments.memory or MEMORIES:
+            distill_memory(recipe, arguments.out, memory)
+    else:
+        from tiny_stages.card import install, write_card
+
+        write_card(recipe, arguments.out)
+        if not arguments.smoke:
+            install(arguments.out)
 
 
 if __name__ == "__main__":

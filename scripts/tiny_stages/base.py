@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from .batches import Batches, loader
-from .evaluate import Evaluation
+from .batches import Batches, loader, workers
+from .evaluate import Evaluation, banded
+from .log import Log
 from .model import build, hidden_states, save, token_losses
 from .optimizer import Muon
 from .recipe import Recipe
@@ -32,7 +33,7 @@ def train_base(recipe: Recipe, out: Path) -> None:
     model = build(recipe, tokenizer).to(device)
     losses = token_losses
     if device.type == "cuda":
-        torch._dynamo.config.cache_size_limit = 64  # three sequence lengths and evaluation, for one layer's code
+        torch._dynamo.config.cache_size_limit = 64  # one layer's code at each sequence length
         for layer in model.model.layers:
             layer.compile(dynamic=False)
         losses = torch.compile(token_losses, dynamic=False)
@@ -40,9 +41,8 @@ def train_base(recipe: Recipe, out: Path) -> None:
     log = Log(out / "base.jsonl")
     log.write(parameters=sum(p.numel() for p in model.parameters()), steps=recipe.steps, device=_device_name(device))
 
-    workers = min(12, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
     tokens, mark = 0, time.perf_counter()
-    for step, (ids, weights) in enumerate(loader(batches, workers)):
+    for step, (ids, weights) in enumerate(loader(batches, workers())):
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
         rate = learning_rate(recipe, step)
         for optimizer in optimizers:
@@ -67,7 +67,7 @@ def train_base(recipe: Recipe, out: Path) -> None:
             tokens, mark = 0, time.perf_counter()
         if (step + 1) % recipe.evaluate_every == 0 or last:
             with autocast(device):
-                log.write(step=step + 1, **evaluation(model))
+                log.write(step=step + 1, **measure(recipe, evaluation, model))
             save(model, out / "model")
             tokens, mark = 0, time.perf_counter()
     report(recipe, out, batches, device, log)
@@ -77,9 +77,18 @@ def report(recipe: Recipe, out: Path, batches: Batches, device: torch.device, lo
     """Measure what was written (bfloat16 weights, computed in float32), at the trained lengths and on every chunk."""
     model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=torch.float32).to(device).eval()
     for length in (recipe.evaluation_length, 2 * recipe.evaluation_length):
-        log.write(
-            final=True, length=length, **Evaluation(recipe, out, batches.facts, length, recipe.report_chunks)(model)
-        )
+        evaluation = Evaluation(recipe, out, batches.facts, length, recipe.report_chunks)
+        log.write(final=True, length=length, **measure(recipe, evaluation, model))
+
+
+def measure(recipe: Recipe, evaluation: Evaluation, model: Qwen3ForCausalLM) -> dict[str, float]:
+    """The model with full attention, and with sinks + window."""
+
+    def windowed(ids: Tensor) -> Tensor:
+        return hidden_states(model, ids, banded(ids, recipe.window, recipe.sinks))
+
+    full = evaluation("full", partial(hidden_states, model), model.lm_head)
+    return full | evaluation(f"window{recipe.lossless}", windowed, model.lm_head)
 
 
 def make_optimizers(recipe: Recipe, model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
@@ -114,16 +123,3 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-class Log:
-    """A JSON-lines file that is also printed, one line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", buffering=1)
-        self._start = time.perf_counter()
-
-    def write(self, **entry: Any) -> None:
-        line = json.dumps({"seconds": round(time.perf_counter() - self._start, 1)} | entry)
-        self._file.write(line + "\n")
-        print(line, flush=True)

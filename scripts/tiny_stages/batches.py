@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from pathlib import Path
@@ -14,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ahn.tiny.facts import FactWriter
 
-from .recipe import SEED, Recipe
+from .recipe import SEED, Phase, Recipe
 
 KEPT = 300  # the most frequent tokens (keywords, marks, "self") keep their meaning when names are exchanged
 RENAMED = 0.3
+IGNORED = -100
 
 
 class Renamer:
@@ -85,7 +87,36 @@ class Batches(Dataset):
         return np.array(text.ids), weights[1:]
 
 
-def phase_at(recipe: Recipe, step: int):
+class Answers(Dataset):
+    """Step n's batch for distillation: `input_ids` and `labels` (B, L), inserted lines masked but for the answers."""
+
+    def __init__(self, recipe: Recipe, folder: Path, facts: FactWriter) -> None:
+        self.settings, self.facts = recipe.distillation, facts
+        self.train = np.load(folder / "train.npy").astype(np.int64)
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        settings = self.settings
+        ids = np.zeros((settings.batch, settings.length), dtype=np.int64)
+        labels = np.zeros_like(ids)
+        for row in range(settings.batch):
+            rng = random.Random(f"distill-{SEED}-{step}-{row}")
+            count = rng.randint(*settings.facts)
+            bare = settings.length - count * self.facts.cost
+            start = rng.randrange(len(self.train) - bare)
+            text = self.facts.write(self.train[start : start + bare].tolist(), count, rng)
+            answers = [fact.answer for fact in text.facts]
+            ids[row] = labels[row] = text.ids
+            labels[row, text.inserted] = IGNORED
+            labels[row, answers] = ids[row, answers]
+        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+
+def phase_at(recipe: Recipe, step: int) -> Phase:
     """The phase that step belongs to."""
     for phase in recipe.phases:
         if step < phase.steps:
@@ -94,7 +125,12 @@ def phase_at(recipe: Recipe, step: int):
     raise IndexError("step is beyond the last phase")
 
 
-def loader(batches: Batches, workers: int) -> DataLoader:
+def workers() -> int:
+    """Processes that make batches: none without a GPU, where they would compete with the model."""
+    return min(12, (os.cpu_count() or 1) - 1) if torch.cuda.is_available() else 0
+
+
+def loader(batches: Dataset, workers: int) -> DataLoader:
     """All batches in order, made ahead in `workers` processes."""
     return DataLoader(
         batches,

@@ -1,30 +1,33 @@
-"""What the base model is measured by: held-out loss and fact recall, with full attention and with sinks + window."""
+"""What a model is measured by: held-out loss beyond the lossless total, and fact recall by distance."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from torch import Tensor, nn
 
 from ahn.tiny.facts import FactText, FactWriter
 
-from .model import hidden_states, token_losses
+from .model import token_losses
 from .recipe import SEED, Recipe
+
+Hidden = Callable[[Tensor], Tensor]
+"""Token ids (B, L) to final hidden states (B, L, D)."""
 
 BUCKETS = (0, 256, 1024, 2048, 4096, 8192)
 FACTS = 32
 BATCH = 8
 
 
-def banded(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
-    """What sinks + window sees, `window` counting the sinks: (1, 1, L, L), True where visible."""
-    query = torch.arange(length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None]
-    return ((key <= query) & ((key > query - (window - sinks)) | (key < sinks)))[None, None]
+def banded(ids: Tensor, window: int, sinks: int) -> Tensor:
+    """What sinks + window sees of ids (B, L): (1, 1, L, L), True where visible."""
+    query = torch.arange(ids.shape[1], device=ids.device)[:, None]
+    key = query.T
+    return ((key <= query) & ((key > query - window) | (key < sinks)))[None, None]
 
 
 class Evaluation:
@@ -49,28 +52,22 @@ class Evaluation:
         self.values = facts.values
 
     @torch.no_grad()
-    def __call__(self, model: Qwen3ForCausalLM) -> dict[str, float]:
-        """Losses in nats beyond the window and shares of facts recalled, by the attention's budget."""
-        device = model.device
-        window, sinks = self.recipe.windows[0], self.recipe.sinks
-        result: dict[str, float] = {}
-        for name, mask in (("full", None), (f"window{window}", banded(self.length, window, sinks, device))):
-            losses = torch.cat([self._losses(model, ids.to(device), mask) for ids in self.chunks.split(BATCH)])
-            result[f"loss_{name}"] = round(losses[:, window:].mean().item(), 4)
-            result |= {f"recall_{name}_{key}": share for key, share in self._recall(model, mask).items()}
-        return result
+    def __call__(self, name: str, hidden: Hidden, head: nn.Linear) -> dict[str, float]:
+        """The loss in nats beyond the lossless total (`loss_<name>`) and shares of facts recalled, by distance."""
+        device = head.weight.device
+        losses = []
+        for ids in self.chunks.to(device).split(BATCH):
+            losses.append(token_losses(head, hidden(ids)[:, :-1], ids[:, 1:])[:, self.recipe.lossless :])
+        result = {f"loss_{name}": round(torch.cat(losses).mean().item(), 4)}
+        return result | {f"recall_{name}_{key}": share for key, share in self._recall(hidden, head).items()}
 
-    def _losses(self, model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = hidden_states(model, ids, mask)
-        return token_losses(model.lm_head, hidden[:, :-1], ids[:, 1:])
-
-    def _recall(self, model: Qwen3ForCausalLM, mask: Tensor | None) -> dict[str, float]:
+    def _recall(self, hidden: Hidden, head: nn.Linear) -> dict[str, float]:
         right: dict[int, list[bool]] = {}
         for first in range(0, len(self.texts), BATCH):
             texts = self.texts[first : first + BATCH]
-            hidden = hidden_states(model, torch.tensor([text.ids for text in texts], device=model.device), mask)
+            states = hidden(torch.tensor([text.ids for text in texts], device=head.weight.device))
             for row, text in enumerate(texts):
-                logits = model.lm_head(hidden[row, [fact.answer - 1 for fact in text.facts]])
+                logits = head(states[row, [fact.answer - 1 for fact in text.facts]])
                 for fact, guess in zip(text.facts, logits.argmax(-1).tolist(), strict=True):
                     bucket = max(low for low in BUCKETS if low < fact.distance)
                     right.setdefault(bucket, []).append(guess == self.values[fact.value])

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from .recipe import SEED, Recipe
@@ -45,7 +44,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalL
 def hidden_states(model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Final hidden states (B, L, D) of ids (B, L). Causal; with a boolean mask (1, 1, L, L), what it shows instead.
 
-    Layer by layer, so that each layer can be compiled by itself. A mask takes the layers as they are, uncompiled.
+    Layer by layer, so that layers can be compiled one by one; measuring (no gradients) takes them as they are.
     """
     decoder = model.model
     x = decoder.embed_tokens(ids)
@@ -53,7 +52,7 @@ def hidden_states(model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None = No
         x = x.to(torch.get_autocast_dtype(ids.device.type))
     angles = decoder.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
     for layer in decoder.layers:
-        run = layer if mask is None else layer.forward
+        run = layer if torch.is_grad_enabled() else layer.forward
         x = run(x, attention_mask=mask, position_embeddings=angles)
     return decoder.norm(x)
 
@@ -61,7 +60,7 @@ def hidden_states(model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None = No
 def token_losses(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy (B, L) in nats of targets (B, L), float32."""
     logits = head(hidden).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def save(model: Qwen3ForCausalLM, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def prepare(out: Path) -> None:
     np.savez(out / "held_out.npz", **held_out)
     characters = sum(len(text) for _, text in documents)
     summary = {
+        "python": platform.python_version(),
+        "vocabulary": len(tokenizer),
         "train_documents": len(documents),
         "train_characters": characters,
         "train_tokens": len(train),

@@ -1,8 +1,8 @@
 """Facts that a text states and later asks for, at known distances: a memory's exact recall, made measurable.
 
-A statement is the line `# note: <key> = <value>`, its question the line `# recall: <key> = <value>`, both put between
+A statement is the line `# note: <key> <value>`, its question the line `# recall: <key> <value>`, both put between
 lines of ordinary text. Keys and values are single tokens of ahn-tiny's tokenizer, so that one position answers: the
-model reads `# recall: <key> =` and has to predict the value, 1 of `len(VALUES)`.
+model reads `# recall: <key>` and has to predict the value, 1 of `len(VALUES)`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ VALUES = tuple(
 )
 """What is answered: 128 nouns."""
 
-STATEMENT = "# note: {key} = {value}\n"
-QUESTION = "# recall: {key} = {value}\n"
+STATEMENT = "# note: {key} {value}\n"
+QUESTION = "# recall: {key} {value}\n"
 
 
 @dataclasses.dataclass(frozen=True)
