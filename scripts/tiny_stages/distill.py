@@ -25,9 +25,10 @@ from .recipe import SEED, Recipe
 def distill_memory(recipe: Recipe, out: Path, memory: str) -> None:
     """Read what `prepare` and `base` wrote in `out`; write out/adapters/<memory>/ in bfloat16, and a log.
 
-    The log is out/distill-<memory>.jsonl, one JSON object a line. While training: step, and the means of the last `log_every` steps of kl, ce and teacher_ce
-    (nats) and of the gradient's norm. Before and after: the keys of `Evaluation` for full attention, for sinks + window
-    ("before": the memory is untrained and adds nothing) and for the memory ("after").
+    The log is out/distill-<memory>.jsonl, one JSON object a line. While training: step, and the means of the last
+    `log_every` steps of kl, ce and teacher_ce (nats) and of the gradient's norm. Before and after: the keys of
+    `Evaluation` for full attention, for sinks + window ("before": the memory is untrained and adds nothing) and for the
+    memory ("after").
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = FactWriter(AutoTokenizer.from_pretrained(out / "model"))
