@@ -22,9 +22,11 @@ VERBS = {
     "info": "Shapes, memory parameters, cache and FLOPs of any model; no weights needed.",
     "merge": "Put a base model and an adapter into one checkpoint.",
     "split": "Take a merged checkpoint apart: base model and adapter.",
+    "eval": "Benchmarks: run tasks with a model, compare results.",
     "env": "Versions and devices: what a bug report needs.",
 }
-"""A verb and its line in `ahn --help`. The module `ahn.cli.VERB` holds it, as a function `command`."""
+"""A verb and its line in `ahn --help`. The module `ahn.cli.VERB` holds it, as a function `command`, or as a Typer
+`app` if it has verbs of its own."""
 
 
 class LazyGroup(TyperGroup):
@@ -41,8 +43,11 @@ class LazyGroup(TyperGroup):
 
 def load(verb: str) -> Any:
     """The command of a verb, with its own options and help."""
+    module = importlib.import_module(f"ahn.cli.{verb}")
+    if hasattr(module, "app"):
+        return typer.main.get_command(module.app)
     single = typer.Typer(add_completion=False)
-    single.command(verb)(importlib.import_module(f"ahn.cli.{verb}").command)
+    single.command(verb)(module.command)
     return typer.main.get_command(single)
 
 

@@ -203,6 +203,6 @@ def _download(file: DataFile) -> Path:
     except (OSError, ValueError) as error:  # what the Hub raises offline and for absent files
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AHNError(
-            f"{file.path} of the data set {file.repository} cannot be downloaded ({reason}). Connect to the network, or "
-            "name a directory that holds it with --data-dir."
+            f"{file.path} of the data set {file.repository} cannot be downloaded ({reason}). Connect to the network, "
+            "or name a directory that holds it with --data-dir."
         ) from error

@@ -32,16 +32,33 @@ def tasks(spec: str, **options: Any) -> list[Task]:
     Raises:
         AHNError: there is no such task, or an option is wrong.
     """
-    benchmark, *parts = spec.strip("/").split("/")
-    if benchmark not in BENCHMARKS:
-        raise AHNError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
-    found: list[Task] = importlib.import_module(BENCHMARKS[benchmark]).tasks(parts, Options(**options))
+    module, parts = _module(spec)
+    found: list[Task] = module.tasks(parts, Options(**options))
     return found
+
+
+def check(spec: str) -> None:
+    """Whether there is such a task: what can be known before a model is loaded.
+
+    Raises:
+        AHNError: there is none.
+    """
+    module, parts = _module(spec)
+    # "lveval/128k" leaves out the task between benchmark and length
+    if not any(set(parts) <= set(name.split("/")[1:]) for name in module.names()):
+        raise AHNError(f"There is no task {spec!r}; `ahn eval list` names all there are.")
 
 
 def names() -> list[str]:
     """Every task's name."""
     return [name for module in BENCHMARKS.values() for name in importlib.import_module(module).names()]
+
+
+def _module(spec: str) -> tuple[Any, list[str]]:
+    benchmark, *parts = spec.strip("/").split("/")
+    if benchmark not in BENCHMARKS:
+        raise AHNError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+    return importlib.import_module(BENCHMARKS[benchmark]), parts
 
 
 def pick(parts: list[str], known: tuple[str, ...], benchmark: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """InfiniteBench (arXiv 2402.13718): questions on whole novels, in English and Chinese.
 
 official: the prompts of the benchmark's script for open models, 40 new tokens, the middle cut out beyond 128 × 1024
-tokens, F1 over words or characters. paper: one English prompt for both, 256 new tokens, the last 128000 tokens, ROUGE-L.
+tokens, F1 over words or characters. paper: one English prompt for both, 256 new tokens, the last 128000 tokens kept,
+ROUGE-L.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ahn.evaluation.data import DataFile, Record
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Row, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
-from ahn.evaluation.tasks.question import QuestionTask
+from ahn.evaluation.tasks.question import QuestionTask, entry
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 REVISION = "90f0394333616266d9fe85824ceaf505093cbaa5"
@@ -47,15 +48,15 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
 
 def _task(name: str, task: str, options: Options, protocol: dict[str, Any]) -> Task:
     paper = options.profile == "paper"
-    prompts = protocol["prompts"]
+    style, prompt_of = ("gpt4", TASKS["en_qa"]) if paper else ("yarn_mistral", task)
     return InfiniteBench(
         name=f"infinitebench/{name}",
         task=task,
         options=options,
         protocol=protocol,
-        prompt=prompts["gpt4"]["longbook_qa_eng"] if paper else prompts["yarn_mistral"][task],
+        prompt=entry(protocol, prompt_of, "prompts", style),
         file=DataFile(REPOSITORY, REVISION, f"{task}.jsonl"),
-        max_new_tokens=PAPER_NEW_TOKENS if paper else protocol["max_new_tokens"][task],
+        max_new_tokens=PAPER_NEW_TOKENS if paper else entry(protocol, task, "max_new_tokens"),
         truncation=PAPER if paper else OFFICIAL,
     )
 
@@ -78,7 +79,7 @@ class InfiniteBench(QuestionTask):
         return Sample(
             id=str(fields["id"]),
             context=data.key_of(fields["context"]),
-            prompt=self.prompt.format(context=fields["context"], question=fields["input"], input=fields["input"]),
+            prompt=self.fill(context=fields["context"], question=fields["input"], input=fields["input"]),
             answers=fields["answer"],
         )
 

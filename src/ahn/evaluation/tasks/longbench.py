@@ -16,7 +16,7 @@ from ahn.evaluation.metrics.longbench import METRIC_OF_TASK
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
-from ahn.evaluation.tasks.question import QuestionTask
+from ahn.evaluation.tasks.question import QuestionTask, entry
 
 REPOSITORY = "zai-org/LongBench"
 REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
@@ -56,13 +56,13 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
 
 def _task(task: str, options: Options, protocol: dict[str, Any]) -> Task:
     paper = options.profile == "paper"
-    new_tokens = protocol["dataset2maxlen.json"][task]
+    new_tokens = entry(protocol, task, "dataset2maxlen.json")
     made = LongBench(
         name=f"longbench/{task}",
         task=task,
         options=options,
         protocol=protocol,
-        prompt=protocol["dataset2prompt.json"][task],
+        prompt=entry(protocol, task, "dataset2prompt.json"),
         # The archive's digest is pinned for the Hub's copy only: own files in its format may stand in for it.
         file=DataFile(REPOSITORY, REVISION, ARCHIVE, f"data/{task}.jsonl", None if options.data_dir else SHA256),
         max_new_tokens=min(new_tokens, PAPER_MOST_NEW_TOKENS) if paper else new_tokens,
@@ -86,7 +86,7 @@ class LongBench(QuestionTask):
         return Sample(
             id=fields["_id"],
             context=data.key_of(fields["context"]),
-            prompt=self.prompt.format(**fields),
+            prompt=self.fill(context=fields["context"], input=fields["input"]),
             answers=fields["answers"],
             extra={"classes": fields["all_classes"], "length": fields["length"]},
         )

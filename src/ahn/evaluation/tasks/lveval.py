@@ -15,7 +15,7 @@ from ahn.evaluation.data import DataFile, Record
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
-from ahn.evaluation.tasks.question import QuestionTask
+from ahn.evaluation.tasks.question import QuestionTask, entry
 
 REPOSITORY = "Infinigence/LVEval"
 REVISION = "a5390f71127e0709f33dfd73e6ee7fef1a374848"
@@ -63,9 +63,9 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
             task=task,
             options=options,
             protocol=protocol,
-            prompt=protocol["DATASET_PROMPT"][task],
+            prompt=entry(protocol, task, "DATASET_PROMPT"),
             file=DataFile(REPOSITORY, REVISION, f"{task}.zip", f"{task}/{task}_{level}.jsonl"),
-            max_new_tokens=protocol["DATASET_MAXGEN"][task],
+            max_new_tokens=entry(protocol, task, "DATASET_MAXGEN"),
             truncation=Truncation("halves", LIMIT),
         )
         for task in chosen
@@ -88,7 +88,7 @@ class LVEval(QuestionTask):
         return Sample(
             id=str(number),
             context=data.key_of(fields["context"]),
-            prompt=self.prompt.format(**fields),
+            prompt=self.fill(context=fields["context"], input=fields["input"]),
             answers=fields["answers"],
             extra={"keywords": fields["answer_keywords"], "length": fields["length"]},
         )

@@ -1,4 +1,4 @@
-"""What the downloaded benchmarks have in common: a prompt from the protocol, filled from a record, scored by a metric."""
+"""What downloaded benchmarks have in common: a prompt from the protocol, filled from a record, scored by a metric."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from ahn.errors import AHNError
 from ahn.evaluation import metrics
 from ahn.evaluation.data import Data, DataFile, Record
 from ahn.evaluation.protocol import protocol_digest
@@ -59,6 +60,15 @@ class QuestionTask(Task):
     def records(self) -> Iterator[tuple[int, Record]]:
         """Number and record of each sample."""
 
+    def fill(self, **fields: str) -> str:
+        """The prompt with a record's texts in it."""
+        try:
+            return self.prompt.format(**fields)
+        except (KeyError, IndexError) as error:
+            raise AHNError(
+                f"The protocol's prompt of {self.name} asks for {error}, but there are {', '.join(fields)}."
+            ) from None
+
     def samples(self) -> Iterator[Sample]:
         for number, record in self.records():
             yield self.sample(number, record)
@@ -80,3 +90,17 @@ class QuestionTask(Task):
             "metric": self.metric,
             "data": self.data.settings(),
         }
+
+
+def entry(protocol: Mapping[str, Any], task: str, *fields: str) -> Any:
+    """What a protocol says of a task, under these fields.
+
+    Raises:
+        AHNError: nothing.
+    """
+    table: Any = protocol
+    for field in (*fields, task):
+        if field not in table:
+            raise AHNError(f"The protocol says nothing of {task} in {' / '.join(fields)}.")
+        table = table[field]
+    return table

@@ -1,0 +1,201 @@
+"""`ahn eval`: benchmarks. `ahn eval TASK…` runs tasks; `list` and `report` are verbs of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.core import TyperGroup
+
+from ahn.cli import common
+from ahn.cli.common import AdapterOption, DeviceOption, DtypeOption, JsonOption, SinksOption, WindowOption
+from ahn.evaluation.runner import Watcher
+
+if TYPE_CHECKING:
+    from ahn.evaluation.task import Task
+
+
+class RunUnlessNamed(TyperGroup):
+    """A group whose verb `run` may be left out: `ahn eval longbench` is `ahn eval run longbench`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=RunUnlessNamed, add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Run benchmarks and compare results. `ahn eval TASK…` is short for `ahn eval run TASK…`."""
+
+
+@app.command("run")
+def run(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK…",
+            help="A benchmark, a task or one length of it: longbench, longbench/qmsum, lveval/128k, "
+            "lveval/cmrc_mixup/16k, infinitebench/en_qa, ruler/vt, needle (all: ahn eval list).",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Base model (with --adapter, or for a baseline), merged checkpoint or adapter: a directory or a Hub "
+            "id (default: the small model that comes with ahn).",
+        ),
+    ] = None,
+    adapter: AdapterOption = None,
+    method: Annotated[
+        str, typer.Option("--method", help="ahn, or a baseline with as many keys: window, full, ct-max, ct-avg.")
+    ] = "ahn",
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="official (the benchmark's protocol) or paper (that of the AHN paper).")
+    ] = "official",
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Local data under the Hub's file names; no network then.")
+    ] = None,
+    protocol_dir: Annotated[
+        Path | None, typer.Option("--protocol-dir", help="Local protocols (prompts, stop words); no network then.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=2, help="Longest prompt in tokens (default: the profile's).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="First samples of each task only.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results.")] = Path("results"),
+    haystack: Annotated[
+        Path | None, typer.Option("--haystack", help="Text to hide things in, for ruler and needle.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option("--length", min=1, help="Tokens of a prompt of ruler or needle; repeatable.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None, typer.Option("--depth", min=0, max=100, help="Depth of a needle in percent; repeatable.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Samples for each length and depth of ruler or needle.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of ruler and needle.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run tasks with a model.
+
+    Each task and configuration has its own folder in --out. A run that was interrupted goes on when the same command
+    is given again, and a finished one is not repeated. Start it on several GPUs with
+
+      accelerate launch $(which ahn) eval TASK… --model …
+    """
+    from ahn.evaluation import methods, runner
+    from ahn.evaluation.results import averages
+    from ahn.evaluation.task import Options
+    from ahn.evaluation.tasks import check
+    from ahn.evaluation.tasks import tasks as find
+    from ahn.evaluation.workers import Worker
+
+    worker = Worker.from_environment()
+    options: dict[str, Any] = {
+        "profile": profile,
+        "data_dir": data_dir,
+        "protocol_dir": protocol_dir,
+        "max_length": max_length,
+    }
+    options |= {"haystack": haystack, "lengths": tuple(length or ()), "depths": tuple(depth or ()), "samples": samples}
+    Options(**options, seed=seed)  # mistakes show before the model is loaded
+    for spec in tasks:
+        check(spec)
+    model, adapter = _named(model, adapter)
+    evaluated = methods.load(method, model, adapter, window, sinks, device or worker.device(), dtype)
+    found = [task for spec in tasks for task in find(spec, **options, seed=seed, tokenizer=evaluated.tokenizer)]
+    with common.progress() as bar:
+        watcher = Bars(bar) if worker.first else Watcher()
+        results = runner.run(list({task.name: task for task in found}.values()), evaluated, out, limit, worker, watcher)
+    if not worker.first:
+        return
+    if as_json:
+        common.print_json({"results": results, "averages": averages(results)})
+    else:
+        common.out.print(_table(results, averages(results)))
+        common.err.print(f"Results are in {out}")
+
+
+@app.command("list")
+def list_tasks(as_json: JsonOption = False) -> None:
+    """Print the name of every task."""
+    from ahn.evaluation.tasks import names
+
+    found = names()
+    if as_json:
+        common.print_json(found)
+    else:
+        typer.echo("\n".join(found))
+
+
+@app.command("report")
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Result folders, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("report"),
+) -> None:
+    """Compare results: tables with the published numbers beside, heat maps and curves, as text, CSV, PNG and HTML."""
+    from ahn.evaluation.report import write_report
+
+    write_report(folders, out)
+    common.err.print(f"The report is in {out}")
+
+
+class Bars(Watcher):
+    """Progress of a run as two bars: samples, and tokens of the prompt that is being read."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.samples, self.tokens = bar.add_task("", total=None), bar.add_task("reading", total=None)
+
+    def started(self, task: Task, samples: int, done: int) -> None:
+        self.bar.reset(self.samples, description=task.name, total=samples, completed=done)
+
+    def read(self, tokens: int, total: int) -> None:
+        self.bar.update(self.tokens, completed=tokens, total=total)
+
+    def answered(self) -> None:
+        self.bar.advance(self.samples)
+
+    def waiting(self) -> None:
+        self.bar.update(self.tokens, description="waiting for the other processes")
+
+
+def _named(model: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """What was named; the model that comes with ahn if nothing was, and an adapter's own base if only that was."""
+    if model is not None:
+        return model, adapter
+    if adapter is not None:
+        return adapter, None
+    from ahn import tiny
+    from ahn.cli.session import BEST_TINY
+
+    return str(tiny.path()), str(tiny.adapter_path(BEST_TINY))
+
+
+def _table(results: list[dict[str, Any]], means: dict[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("task")
+    for heading in ("profile", "method"):
+        table.add_column(heading)
+    for heading in ("window", "sinks", "samples", "score"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        exact = ["" if result[name] is None else f"{result[name]:,}" for name in ("window", "sinks")]
+        numbers = [*exact, f"{result['samples']:,}", f"{result['score']:.2f}"]
+        table.add_row(result["task"], result["profile"], result["method"], *numbers)
+    for name, mean in means.items():
+        table.add_row(f"mean of {name}", *[""] * 5, f"{mean:.2f}")
+    return table

@@ -1,0 +1,212 @@
+"""What is compared: a memory, and the baselines without one, on the same code path and with the same number of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import ahn
+from ahn import memory
+from ahn.config import AHNConfig
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ahn.checkpoint.directory import Checkpoint
+
+METHODS = {
+    "ahn": "sinks, window and the adapter's memory",
+    "window": "sinks and window, what leaves is forgotten",
+    "full": "full attention, the model as it is",
+    "ct-max": "Compressive Transformer, evicted tokens pooled by their maximum",
+    "ct-avg": "Compressive Transformer, evicted tokens pooled by their mean",
+}
+"""Names and what they are."""
+BASELINES = {"window": "window_only", "ct-max": "ct_max", "ct-avg": "ct_avg"}
+"""Method -> memory; the others need none, or the adapter's."""
+SAMPLED = 1 << 20
+"""Bytes of a weights file that are looked at in full from each of `PLACES` places; a smaller one is read whole."""
+PLACES = 64
+PATHS = ("_name_or_path", "base_model_name_or_path")
+"""Of a configuration: where weights once lay, which changes nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A model as a method uses it.
+
+    Attributes:
+        method: one of `METHODS`.
+        settings: everything of it that a score depends on, as JSON types.
+        about: where it came from, which no score depends on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: str
+    settings: dict[str, Any]
+    about: dict[str, Any]
+
+
+def load(
+    method: str,
+    model: str,
+    adapter: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Evaluated:
+    """Load a model for a method.
+
+    Args:
+        method: one of `METHODS`.
+        model: a base model, a merged checkpoint or an adapter; all methods but "ahn" take the base in it.
+        adapter: for a base model. Methods other than "ahn" take only the default window and sinks from it, and which
+            layers keep full attention.
+        window, sinks: of the memory and of its baselines: CT's slots are taken from this window.
+        device, dtype: as `ahn.cli.common.load_model`.
+
+    Raises:
+        AHNError: the method is unknown or needs a memory that there is not, or the model cannot be loaded.
+    """
+    from ahn.checkpoint.directory import Checkpoint
+    from ahn.checkpoint.hub import local_directory
+
+    if method not in METHODS:
+        raise AHNError(f"Unknown method {method!r}; choose one of {', '.join(METHODS)}.")
+    checkpoint = Checkpoint.open(local_directory(model))
+    if adapter is None and checkpoint.kind == "base":
+        if method == "ahn":
+            raise AHNError(f"{model} is a plain model without a memory; name an adapter for it with --adapter.")
+        loaded, tokenizer = _load_base(model, device, dtype)
+    else:
+        from ahn.cli import common
+
+        loaded, tokenizer = common.load_model(model, adapter, window, sinks, device, dtype)
+    apply(loaded, method, window, sinks)
+    base = loaded.name_or_path  # of an adapter too, which knows its base
+    used = [Checkpoint.open(local_directory(base))]
+    named = adapter or (model if checkpoint.kind == "adapter" else None)
+    if named is not None and method == "ahn":
+        used.append(Checkpoint.open(local_directory(named)))
+    settings = describe(loaded, method) | {"weights": [fingerprint(part) for part in used]}
+    settings |= {"model": Path(base).name, "tokenizer": _tokenizer_fingerprint(tokenizer)}
+    return Evaluated(loaded, tokenizer, method, settings, {"model": str(base), "adapter": named})
+
+
+def apply(model: PreTrainedModel, method: str, window: int | None = None, sinks: int | None = None) -> None:
+    """Change a loaded model, with or without an AHN, so that it works as a method says.
+
+    Args:
+        window, sinks: None takes the attached AHN's, or the defaults.
+
+    Raises:
+        AHNError: "ahn" without an AHN, or no window is left beside the slots.
+    """
+    attached: AHNConfig | None = getattr(model, "ahn_config", None)
+    if method == "ahn":
+        if attached is None:
+            raise AHNError("The method 'ahn' needs a model with a memory: name an adapter.")
+        if window is not None or sinks is not None:
+            ahn.set_window(
+                model, attached.window if window is None else window, attached.sinks if sinks is None else sinks
+            )
+        return
+    config = attached or AHNConfig()
+    chosen = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
+    config = config.replace(router=False, q_proj=False, **chosen)
+    if attached is not None:
+        ahn.detach(model)
+    if method != "full":
+        ahn.attach(model, baseline(method, config))
+
+
+def baseline(method: str, config: AHNConfig) -> AHNConfig:
+    """The configuration of a baseline that keeps as many keys as `config`: sinks + window + slots = its lossless total.
+
+    Raises:
+        AHNError: the total is too small for a slot and a window.
+    """
+    name = BASELINES[method]
+    slots = _slot_count(name)
+    # Slots grow with the window, so the widest one that fits is found by going down.
+    for window in range(config.window, 0, -1):
+        if window + slots(window) <= config.window:
+            return config.replace(memory=name, window=window)
+    raise AHNError(f"A window of {config.window} tokens has no room for {method}'s slots: choose a larger one.")
+
+
+def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
+    """Method, memory, window and sinks of a model in use, as JSON types."""
+    config: AHNConfig | None = getattr(model, "ahn_config", None)
+    found: dict[str, Any] = {"method": method, "dtype": str(model.dtype).removeprefix("torch.")}
+    found |= {"device": model.device.type, "attention": _kernel(model)}
+    if config is None:
+        return found | {"memory": None}
+    slots = _slot_count(config.memory)(config.window)
+    return found | dataclasses.asdict(config) | {"slots": slots, "budget": config.lossless + slots}
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of a checkpoint's configuration and weights.
+
+    Files of up to 64 MiB are read whole. Of a larger one it is the header, with every tensor's name and shape, and a
+    mebibyte at each of 64 places: enough to tell trainings apart in a second, whatever the model's size.
+    """
+    config = {name: value for name, value in checkpoint.config.items() if name not in PATHS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted({entry.file for entry in checkpoint.tensors.values()}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            if size <= SAMPLED * PLACES:
+                digest.update(stream.read())
+                continue
+            for place in range(PLACES):
+                stream.seek((size - SAMPLED) * place // (PLACES - 1))
+                digest.update(stream.read(SAMPLED))
+    return digest.hexdigest()
+
+
+def _slot_count(name: str) -> Callable[[int], int]:
+    with torch.device("meta"):
+        return memory.get(name)(hidden_size=1, heads=1, head_dim=1).slot_count
+
+
+def _kernel(model: PreTrainedModel) -> str:
+    adapter = getattr(model, "_ahn", None)
+    return adapter.kernel if adapter is not None else model.config._attn_implementation
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template or ""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{template}\0{backend}".encode()).hexdigest()
+
+
+def _load_base(model: str, device: str | None, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without a memory, as `ahn.cli.common.load_model` loads one with."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ahn.cli import common
+
+    place = common.pick_device(device)
+    chosen = dtype or ("float32" if place.type == "cpu" else "auto")
+    if chosen not in (*common.DTYPES, "auto"):
+        raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(common.DTYPES)}.")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise common.unreadable(model, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise AHNError(f"{model} has no tokenizer beside its weights (tokenizer.json).")
+    return loaded.to(place).eval(), tokenizer

@@ -1,0 +1,52 @@
+"""From a sample's prompt to token ids: shortened as the profile does it, then as a user's message."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ahn.evaluation.task import Task, Truncation
+from ahn.evaluation.truncation import keep_last, middle_halves, truncate_middle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether it was shortened.
+
+    A chat template is used because the tokenizer has one, whatever the model is called; thinking is off where a
+    template knows of it, as in the paper's scripts.
+
+    Raises:
+        AHNError: the limit leaves nothing of the prompt.
+    """
+    text, shortened = prompt, False
+    if task.truncation is not None:
+        text, shortened = shorten(prompt, task.truncation, task.max_new_tokens, tokenizer)
+    if task.chat_template and tokenizer.chat_template:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    # A template that starts with the first token of a text itself must not get a second one.
+    first = tokenizer.bos_token
+    ids = tokenizer(text, add_special_tokens=not (first and text.startswith(first)), verbose=False)["input_ids"]
+    return ids, shortened
+
+
+def shorten(prompt: str, how: Truncation, max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """A prompt of no more tokens than the limit, as text, and whether anything was taken away.
+
+    The text can have a few tokens more or fewer when it is tokenised again, as in the benchmarks' scripts.
+
+    Raises:
+        AHNError: the limit leaves nothing.
+    """
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if len(ids) <= how.limit:
+        return prompt, False
+    if how.keep == "halves":
+        parts = middle_halves(ids, how.limit)
+    elif how.keep == "middle-cut":
+        parts = (truncate_middle(ids, how.limit), [])
+    else:
+        parts = (keep_last(ids, how.limit, max_new_tokens), [])
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts), True

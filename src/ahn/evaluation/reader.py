@@ -1,0 +1,167 @@
+"""Greedy answers of a model: what prompts have in common is read once, everything in chunks, at constant memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ahn.cache import AHNCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHUNK = 4096
+"""Tokens read at once without an AHN, whose configuration says it otherwise."""
+CPU_CHUNK = 512
+"""On a CPU, which gains nothing from more; a progress bar gains from less."""
+
+Prompts = Mapping[int, list[int]]
+"""Token ids by any number that tells prompts apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How answers are generated: greedily, with what else the model's own generation settings say.
+
+    The benchmarks' scripts call `generate(do_sample=False)`, where those settings (such as Qwen's repetition penalty)
+    stay in force.
+    """
+
+    max_new_tokens: int
+    ends: tuple[int, ...]
+    """Token ids that end an answer."""
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        stops: Sequence[str] = (),
+    ) -> Generation:
+        """The settings for a model. `stops` end an answer at their last token, once there is a first one."""
+        named = model.generation_config.eos_token_id
+        ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+        ends |= {tokenizer(stop, add_special_tokens=False)["input_ids"][-1] for stop in stops}
+        penalty = model.generation_config.repetition_penalty
+        return cls(max_new_tokens, tuple(sorted(ends)), int(bool(stops)), 1.0 if penalty is None else penalty)
+
+    def arguments(self) -> dict[str, Any]:
+        """For `model.generate`."""
+        ends = list(self.ends) or None
+        return {
+            "do_sample": False,
+            "num_beams": 1,
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "eos_token_id": ends,
+            "pad_token_id": ends[0] if ends else 0,
+        }
+
+
+class Reader:
+    """Reads prompts and generates answers with one model.
+
+    Args:
+        model: with an AHN or without.
+        progress: called with (tokens of a prompt read so far, its tokens).
+    """
+
+    def __init__(self, model: PreTrainedModel, progress: Callable[[int, int], None] = lambda read, total: None) -> None:
+        self.model, self.progress = model, progress
+        config = getattr(model, "ahn_config", None)
+        self.chunk = CHUNK if config is None else config.prefill_chunk_size
+        if model.device.type == "cpu":
+            self.chunk = min(self.chunk, CPU_CHUNK)
+
+    @torch.inference_mode()
+    def answers(
+        self, prompts: Prompts, generation: Generation, wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """The answer to each prompt: its number and new token ids, in any order.
+
+        What several prompts start with is read once, and the cache copied where they part. Where chunks end depends on
+        `prompts` alone, so an answer is the same whichever others are `wanted`.
+
+        Args:
+            prompts: of one token or more.
+            wanted: numbers of the prompts to answer; None is all of them.
+        """
+        yield from self._fork(dict(prompts), set(prompts if wanted is None else wanted), generation, None, 0)
+
+    def _fork(
+        self, prompts: dict[int, list[int]], wanted: set[int], generation: Generation, cache: Any, read: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Answers to prompts that share their first `read` tokens, which are in the cache. The cache is used up."""
+        if not wanted & prompts.keys():
+            return
+        cache = self._new_cache() if cache is None else cache
+        if len(prompts) == 1:
+            ((number, ids),) = prompts.items()
+            yield number, self._generate(ids, cache, read, generation)
+            return
+        # A token of each must be left for `generate` to begin with.
+        shared = min(common_prefix(list(prompts.values())), min(map(len, prompts.values())) - 1)
+        self._read(next(iter(prompts.values())), cache, read, shared)
+        branches = _branches(prompts, shared)
+        for branch in branches[:-1]:
+            if wanted & branch.keys():
+                yield from self._fork(branch, wanted, generation, copy.deepcopy(cache), shared)
+        yield from self._fork(branches[-1], wanted, generation, cache, shared)
+
+    def _generate(self, ids: list[int], cache: Any, read: int, generation: Generation) -> list[int]:
+        # What is left for `generate` itself is at most a chunk, so a short prompt is read as plain transformers does.
+        rest = max(read, len(ids) - self.chunk)
+        self._read(ids, cache, read, rest, of=len(ids))
+        tokens = torch.tensor([ids], device=self.model.device)
+        output = self.model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=cache,
+            **generation.arguments(),
+        )
+        self.progress(len(ids), len(ids))
+        return output[0, len(ids) :].tolist()
+
+    def _read(self, ids: list[int], cache: Any, start: int, stop: int, of: int | None = None) -> None:
+        for first in range(start, stop, self.chunk):
+            last = min(first + self.chunk, stop)
+            tokens = torch.tensor([ids[first:last]], device=self.model.device)
+            self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.progress(last, of or stop)
+
+    def _new_cache(self) -> Any:
+        if getattr(self.model, "ahn_config", None) is not None:
+            return AHNCache.for_model(self.model)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """Number of ids that all begin with."""
+    shortest, longest = min(sequences), max(sequences)  # in order: all others lie between them
+    for position, (a, b) in enumerate(zip(shortest, longest, strict=False)):
+        if a != b:
+            return position
+    return min(len(shortest), len(longest))
+
+
+def _branches(prompts: dict[int, list[int]], shared: int) -> list[dict[int, list[int]]]:
+    """Prompts that share `shared` ids, by the next one; each on its own if that is the same too (one ends there).
+
+    The smallest come first: the largest goes on with the cache itself, so few copies are alive at a time.
+    """
+    branches: dict[int, dict[int, list[int]]] = {}
+    for number, ids in prompts.items():
+        branches.setdefault(ids[shared], {})[number] = ids
+    if len(branches) == 1:
+        return [{number: ids} for number, ids in prompts.items()]
+    return sorted(branches.values(), key=len)

@@ -1,0 +1,177 @@
+"""A result folder: what one task gave with one configuration. It explains itself, and a killed run goes on in it.
+
+config.json               everything that can change a score, with its digest, and where things came from
+predictions.jsonl         a line a sample, without contexts; `predictions.N.jsonl` of each process until all are done
+result.json               the task's figures; no times, so that it is the same however often the run was interrupted
+timing.N.jsonl            seconds and tokens of each sample
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ahn.checkpoint.output import replacing, write_json
+from ahn.errors import AHNError
+from ahn.evaluation.metrics import benchmark_score
+
+DIGITS = 10
+"""Hexadecimal digits of the digest in a folder's name."""
+
+
+class ResultFolder:
+    """The folder of one configuration.
+
+    Args:
+        out: the folder of all results.
+        settings: everything that can change a score; JSON types.
+        about: the rest that is worth knowing; JSON types.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        self.settings, self.about = settings, about
+        self.digest = digest(settings)
+        self.path = out / f"{_readable(settings)}-{self.digest[:DIGITS]}"
+
+    def open(self) -> None:
+        """Make the folder and describe it.
+
+        Raises:
+            AHNError: it cannot be written, or holds another configuration.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            config = self.path / "config.json"
+            if config.exists():
+                if json.loads(config.read_text(encoding="utf-8")).get("digest") != self.digest:
+                    raise AHNError(f"{self.path} holds the results of another configuration: choose another --out.")
+                return
+            write_json(config, {"digest": self.digest, "settings": dict(self.settings), "about": dict(self.about)})
+        except (OSError, ValueError) as error:
+            raise AHNError(f"{self.path} cannot be used for results: {error}.") from error
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Every complete row so far, by its index, of all processes of this run and of earlier ones."""
+        found: dict[int, dict[str, Any]] = {}
+        # The merged file last: the others vanish once it is there, perhaps while this process looks.
+        for file in (*sorted(self.path.glob("predictions.*.jsonl")), self.path / "predictions.jsonl"):
+            for row in _complete_lines(file):
+                found.setdefault(row["index"], row)
+        return found
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result, once there is one."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Put all rows, in order, into one file, and write the result."""
+        with replacing(self.path / "predictions.jsonl") as temporary:
+            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        names = ("task", "profile", "method", "model", "memory", "window", "sinks", "limit")
+        result = {name: self.settings.get(name) for name in names}
+        result |= {"digest": self.digest, "samples": len(rows), **summary}
+        write_json(self.path / "result.json", result)
+        # Only now: until the result is there, they are what a killed run goes on from.
+        for file in self.path.glob("predictions.*.jsonl"):
+            file.unlink()
+        return result
+
+
+class Shard:
+    """A process's own files in a folder: rows appended and written out one by one. Use it in a `with` block.
+
+    Raises:
+        AHNError: another process writes to it, which must be a second run of the same command.
+    """
+
+    def __init__(self, folder: ResultFolder, rank: int) -> None:
+        self._paths = [folder.path / f"{name}.{rank}.jsonl" for name in ("predictions", "timing")]
+        self._files: list[IO[bytes]] = []
+
+    def __enter__(self) -> Shard:
+        for path in self._paths:
+            file = path.open("a+b")
+            self._files.append(file)
+            _lock(file, path)
+            _repair(file)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def append(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """Add a sample's row, and its times."""
+        for file, line in zip(self._files, (row, timing), strict=True):
+            file.write(_line(line).encode())
+            file.flush()
+
+
+def averages(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Unweighted means over the tasks of a benchmark, where there are several: "longbench", or "lveval/128k"."""
+    groups: dict[str, dict[str, float]] = {}
+    for result in results:
+        benchmark, *rest = result["task"].split("/")
+        groups.setdefault("/".join([benchmark, *rest[1:]]), {})[result["task"]] = result["score"]
+    return {name: benchmark_score(scores) for name, scores in groups.items() if len(scores) > 1}
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """sha256 of settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _readable(settings: Mapping[str, Any]) -> str:
+    parts = [settings["task"], settings["profile"], settings["model"], settings["method"]]
+    if settings["method"] == "ahn":
+        parts.append(settings["memory"])
+    if settings.get("window") is not None:
+        parts.append(f"w{settings['window']}+{settings['sinks']}")
+    return "-".join(re.sub(r"[^\w.+]+", "_", str(part)) for part in parts)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # A lone surrogate, which a broken prediction can hold, has no UTF-8.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
+
+
+def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file. A last line without its end is being written, or was when the run was killed."""
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    for number, raw in enumerate(lines, 1):
+        if raw.endswith(b"\n"):
+            try:
+                yield json.loads(raw)
+            except ValueError as error:
+                raise AHNError(f"{file}, line {number} is damaged: remove it, and its sample is run again.") from error
+
+
+def _repair(file: IO[bytes]) -> None:
+    """Cut off a line that a kill has torn."""
+    file.seek(0)
+    whole = 0
+    for line in file:
+        whole += len(line) if line.endswith(b"\n") else 0
+    file.truncate(whole)
+    file.seek(0, os.SEEK_END)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except OSError:
+        raise AHNError(f"Another process is writing {path}: wait for it, or stop it.") from None
