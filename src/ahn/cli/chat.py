@@ -1,0 +1,161 @@
+"""`ahn chat`: a conversation with one cache over all turns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, SinksOption, WindowOption
+from ahn.cli.generate import (
+    MemoryOption,
+    ModelOption,
+    NewTokensOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    TopPOption,
+    read,
+)
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from ahn.cli.session import Sampling, Session
+
+COMMANDS = """\
+/reset      forget everything and start again
+/save FILE  write the conversation's memory to a file
+/load FILE  go on with a conversation that was saved
+/stats      what window and memory hold
+/quit       leave (so does the end of input)"""
+
+
+def command(
+    model: ModelOption = None,
+    adapter: MemoryOption = None,
+    max_new_tokens: NewTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    system: SystemOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk with a model; one line is one message.
+
+    One cache lives over all turns: each turn reads only what is new, and
+    what leaves the window goes into the memory, so a conversation can go on
+    for ever at constant cost. Messages may also be piped in, a line each.
+    With --json each reply is one line of JSON.
+
+    In the conversation, /reset starts again, /save FILE and /load FILE keep
+    and resume it, /stats says what the memory holds, /quit leaves.
+
+    \b
+    Examples:
+      ahn chat --model BASE --adapter AHN --system "Be brief."
+      printf 'Hello\\nWho are you?\\n' | ahn chat --model MERGED
+    """
+    from ahn.cli.session import Sampling, open_session
+    from ahn.cli.turns import PlainTurns, TemplateTurns
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    session = open_session(model, adapter, window, sinks, device, dtype)
+    turns: PlainTurns
+    if session.tokenizer.chat_template:
+        turns = TemplateTurns(session, system, tell)
+    elif system is not None:
+        raise AHNError("--system needs a chat template; this model has none.")
+    else:
+        turns = PlainTurns(session)
+        tell("This model has no chat template: it continues your text instead of answering it.")
+    if sys.stdin.isatty():
+        config = session.cache.config
+        tell(f"{config.memory}, window {config.window:,}, sinks {config.sinks:,}; /help lists the commands.")
+    for line in _lines():
+        if line.startswith("/"):
+            if line == "/quit":
+                break
+            _obey_or_tell(line, turns)
+        elif line:
+            _reply(turns, line, sampling, as_json)
+
+
+def tell(text: str) -> None:
+    """A line for the person, on standard error."""
+    typer.echo(text, err=True)
+
+
+def _lines() -> Iterator[str]:
+    """Lines from the keyboard, with editing and history where there is a readline, or from a pipe."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            yield line.strip()
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() uses it when it is imported)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        yield line.strip()
+
+
+def _obey_or_tell(line: str, turns: Any) -> None:
+    """A command; at the keyboard its error is no reason to lose the conversation."""
+    try:
+        _obey(line, turns)
+    except AHNError as error:
+        if not sys.stdin.isatty():
+            raise
+        tell(str(error))
+
+
+def _obey(line: str, turns: Any) -> None:
+    from ahn.cache import AHNCache
+    from ahn.cli.session import sentence
+
+    verb, _, file = line.partition(" ")
+    session: Session = turns.session
+    if verb == "/reset":
+        turns.reset()
+        tell("Forgot everything.")
+    elif verb == "/save" and file:
+        session.cache.save(file.strip())
+        tell(f"Saved {file.strip()}: {sentence(session.memory())}")
+    elif verb == "/load" and file:
+        turns.reset(AHNCache.load(file.strip(), session.model))
+        tell(f"Loaded {file.strip()}: {sentence(session.memory())}")
+    elif verb == "/stats":
+        tell(sentence(session.memory()) if session.cache.seen else "Nothing read yet.")
+    else:
+        tell(COMMANDS if verb == "/help" else f"Unknown command {line!r}. There are\n{COMMANDS}")
+
+
+def _reply(turns: Any, line: str, sampling: Sampling, as_json: bool) -> None:
+    session: Session = turns.session
+    ids = turns.next_input(line)
+    read(session, ids)
+    start, pieces = time.perf_counter(), []
+    for piece in session.write(sampling):
+        pieces.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - start
+    turns.close("".join(pieces))
+    if as_json:
+        reply = {"reply": "".join(pieces), "finished": session.finished, "new_tokens": len(session.written)}
+        typer.echo(json.dumps(reply | {"seconds": round(seconds, 3)} | session.memory(), ensure_ascii=False))
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()

@@ -1,0 +1,247 @@
+"""`ahn demo`: see a memory work on real text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ahn.cli import common
+from ahn.cli.common import DeviceOption, DtypeOption, JsonOption
+from ahn.cli.generate import ModelOption, read_text
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ahn.demo import Comparison, Document, Method
+
+TINY = "ahn-tiny"
+WINDOW, SINKS = 224, 32
+LONGER = 16
+"""Length of a document in multiples of sinks + window, when none is asked for."""
+DOCUMENTS = 6
+NEW_TOKENS = 80
+TAIL = 40
+"""Tokens that are shown of what was read last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is demonstrated: a bare base model, the ways to read, and the texts."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    methods: list[Method]
+    documents: list[Document]
+    no_facts: str | None
+    """Why there are no facts in the documents, if there are none."""
+
+    @property
+    def is_tiny(self) -> bool:
+        """The model that comes with ahn."""
+        return self.name == TINY
+
+
+def command(
+    model: ModelOption = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "--ahn-path", help="Adapter for the model; may be given more than once."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Read this file instead of the standard library's sources.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=1, help="Last tokens kept exactly.")] = WINDOW,
+    sinks: Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exactly.")] = SINKS,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help=f"Tokens a document (default: {LONGER} times sinks + window).")
+    ] = None,
+    documents: Annotated[int, typer.Option("--documents", min=1, help="Documents to read.")] = DOCUMENTS,
+    out: Annotated[Path, typer.Option("--out", help="Directory for results.json and figure.png.")] = Path("ahn-demo"),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """See a memory work: real text far beyond the window, on this machine.
+
+    A small model that comes with ahn reads sources of Python's standard
+    library that it was not trained on. With full attention it sees all of a
+    document; with sinks + window, the first and the last few tokens; with a
+    memory, those and a state of fixed size. The table shows what each is
+    worth on the text beyond the window, and what it costs. At the end the
+    best memory writes on from where its window does not reach.
+
+    With --model and --adapter, the same with a model of your own.
+
+    \b
+    Examples:
+      ahn demo
+      ahn demo --length 8192 --documents 2
+      ahn demo --model BASE --adapter AHN --text book.txt --window 2016
+    """
+    from ahn.demo import compare
+
+    start = time.perf_counter()
+    subject = _subject(model, adapter or [], text, (window, sinks), length, documents, device, dtype)
+    if not as_json:
+        _introduce(subject)
+    total = sum(len(document.text.ids) for document in subject.documents)
+    with common.progress() as bar:
+        tasks = {method.name: bar.add_task(method.name, total=total) for method in subject.methods}
+        comparison = compare(
+            subject.model, subject.methods, subject.documents, lambda name, tokens: bar.advance(tasks[name], tokens)
+        )
+    if not as_json:
+        common.out.print(_table(comparison))
+        common.out.print(*_notes(subject, comparison), sep="\n", style="dim")
+    continuation = _write_on(subject, comparison, show=not as_json)
+    data = {"model": subject.name, **comparison.as_data(), "no_facts": subject.no_facts, "continuation": continuation}
+    data["seconds"] = round(time.perf_counter() - start, 1)
+    _write_files(data, comparison, f"{subject.name} on {'text' if text is None else text.name}", out)
+    if as_json:
+        common.print_json(data)
+    else:
+        common.out.print(f"{data['seconds']:.0f} s in all. Wrote {escape(str(out))}/figure.png and results.json.")
+
+
+def _subject(
+    model: str | None,
+    adapters: list[str],
+    text: Path | None,
+    exact: tuple[int, int],
+    length: int | None,
+    documents: int,
+    device: str | None,
+    dtype: str | None,
+) -> Subject:
+    """Load everything, so that what is wrong with it is said before the measuring starts."""
+    from ahn import tiny
+    from ahn.cli.session import open_session
+    from ahn.demo import make_documents, make_methods
+    from ahn.memory import names
+    from ahn.tiny.corpus import held_out_text
+
+    name = model or (adapters[0] if adapters else TINY)
+    if name == TINY:
+        model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in names()]
+    texts = held_out_text() if text is None else [(text.name, read_text(text))]
+    session = open_session(model, adapters[0] if adapters else None, *exact, device, dtype)
+    lossless = sum(exact)
+    made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
+    return Subject(name, session.model, session.tokenizer, make_methods(session.model, adapters[1:]), made, no_facts)
+
+
+def _introduce(subject: Subject) -> None:
+    config = subject.methods[-1].config
+    assert config is not None
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    length = len(subject.documents[0].text.ids)
+    names = ", ".join(document.name for document in subject.documents)
+    unseen = " that it was not trained on" if subject.is_tiny else ""
+    common.out.print(
+        f"\n[bold]{escape(subject.name)}[/] ({parameters / 1e6:,.1f} M parameters, frozen) reads "
+        f"{len(subject.documents)} documents of {length:,} tokens{unseen}: {escape(names)}. {config.sinks} sinks and a "
+        f"window of {config.window} cover 1/{length / config.lossless:.0f} of each.\n"
+    )
+
+
+def _table(comparison: Comparison) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("\n", no_wrap=True)
+    headings = ("perplexity\npast window", "gap\nwon back", "facts recalled\n(95% interval)")
+    for heading in (*headings, "cache\nMiB", "peak\nMiB", "tokens/s\n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in comparison.results:
+        facts = "-"
+        if result.facts_interval:
+            low, high = result.facts_interval
+            facts = f"{result.facts_recalled / result.facts_asked:.0%} ({100 * low:.0f}-{100 * high:.0f})"
+        table.add_row(
+            result.name,
+            f"{result.perplexity:.2f}",
+            "-" if result.gap_won_back is None else f"{result.gap_won_back:.0%}",
+            facts,
+            f"{result.cache_bytes / 2**20:.1f}",
+            "-" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f}",
+            f"{result.tokens_per_second:,.0f}",
+            style="bold" if result.name == comparison.best_memory.name else None,
+        )
+    return table
+
+
+def _notes(subject: Subject, comparison: Comparison) -> list[str]:
+    """What the columns mean, for somebody who sees them for the first time."""
+    first = comparison.results[0]
+    facts = f"{first.facts_asked} facts, each stated before the window when it is asked for."
+    if not first.facts_asked:
+        facts = f"No facts: {subject.no_facts or 'the documents are too short for them.'}"
+    peak = "Peak: memory that reading took, on top of the model."
+    if first.peak_bytes is None:
+        peak = "Peak memory cannot be measured on this platform."
+    return [
+        f"Perplexity of {comparison.tokens_compared:,} tokens. Of the gap, 0% is sinks + window, 100% full attention.",
+        f"{facts} Cache: at the end of a document. {peak}",
+    ]
+
+
+def _write_on(subject: Subject, comparison: Comparison, show: bool) -> dict[str, Any]:
+    """Let the best memory write on after a long text: the answer to a fact if it recalled one that the window lost."""
+    from ahn.cli.session import Sampling, Session
+
+    best = next(method for method in subject.methods if method.name == comparison.best_memory.name)
+    recall = comparison.longest_recall(best.name)
+    document = recall.document if recall else subject.documents[0]
+    ids = document.text.ids[: recall.fact.answer] if recall else document.text.ids
+    with best.on(subject.model):
+        session = Session(subject.model, subject.tokenizer)
+        session.read(ids)
+        if show:
+            common.out.print(f"\n[bold]{best.name}[/] writes on after {len(ids):,} tokens of {escape(document.name)}.")
+            if recall:
+                _explain(subject, recall.fact, recall.guesses)
+            shown = subject.tokenizer.decode(ids[-TAIL:]).partition("\n")[2]
+            common.out.print(f"\n[dim]{escape(shown)}[/]", end="", highlight=False, soft_wrap=True)
+        pieces = []
+        for piece in session.write(Sampling(NEW_TOKENS)):
+            pieces.append(piece)
+            if show:
+                common.out.print(piece, end="", style="bold green", markup=False, soft_wrap=True)
+    if show:
+        common.out.print("\n")
+    told = {"fact": dataclasses.asdict(recall.fact)} if recall else {}
+    return {"method": best.name, "document": document.name, "tokens_read": len(ids), "text": "".join(pieces), **told}
+
+
+def _explain(subject: Subject, fact: Any, guesses: dict[str, int]) -> None:
+    from ahn.demo.methods import WINDOW_ONLY
+    from ahn.tiny.facts import STATEMENT
+
+    line = STATEMENT.format(key=fact.key, value=fact.value).strip()
+    lost = subject.tokenizer.decode([guesses[WINDOW_ONLY]]).strip()
+    common.out.print(
+        f"{fact.distance:,} tokens earlier the text says “{escape(line)}”, far out of the window's sight. "
+        f"Sinks + window alone would answer “{escape(lost)}”."
+    )
+
+
+def _write_files(data: dict[str, Any], comparison: Comparison, title: str, out: Path) -> None:
+    from ahn import plots
+    from ahn.demo.figure import comparison_figure
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / f".results.{os.getpid()}.partial"
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, out / "results.json")
+    except OSError as error:
+        raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
+    plots.save(comparison_figure(comparison, title), out / "figure.png")

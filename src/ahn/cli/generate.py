@@ -1,0 +1,156 @@
+"""`ahn generate`: continue a text of any length."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ahn.cli import common
+from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, SinksOption, WindowOption
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from ahn.cli.session import Session
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "--base-model",
+        help="Base model (with --adapter), merged checkpoint or adapter: a directory or a Hub id "
+        "(default: the small model that comes with ahn).",
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--adapter", "--ahn-path", help="Adapter to put on the model: a directory or a Hub id."),
+]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
+TemperatureOption = Annotated[
+    float,
+    typer.Option("--temperature", min=0, help="0 takes the most probable token each time; above, tokens are drawn."),
+]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Draw only among the tokens that make up this probability.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+SystemOption = Annotated[str | None, typer.Option("--system", help="System message, for a model with a chat template.")]
+
+
+def command(
+    model: ModelOption = None,
+    adapter: MemoryOption = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The text, or what follows the text of --file.")
+    ] = None,
+    file: Annotated[str | None, typer.Option("--file", help="File with the text; - is standard input.")] = None,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    system: SystemOption = None,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no-chat-template", help="Continue the bare text even if the model has a chat template.")
+    ] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text of any length.
+
+    The text comes from --prompt, from --file or from standard input. It is
+    read in chunks, so memory use does not grow with its length: what leaves
+    the window goes into the memory. If the model has a chat template, the
+    text is sent as a user's message. Only the continuation goes to standard
+    output.
+
+    \b
+    Examples:
+      ahn generate --prompt "def main():"
+      ahn generate --model BASE --adapter AHN --file book.txt --prompt "Who did it?"
+      cat notes.txt | ahn generate --max-new-tokens 100 --temperature 0.7
+    """
+    from ahn.cli.session import Sampling, open_session, sentence, warn_beyond_training
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    text = _text(prompt, file)
+    session = open_session(model, adapter, window, sinks, device, dtype)
+    ids = _as_prompt(session, text, system, template=not no_chat_template)
+    if warning := warn_beyond_training(session, len(ids) + max_new_tokens):
+        typer.echo(f"Note: {warning}", err=True)
+    read_seconds = read(session, ids)
+    read_state = session.memory()
+    if not as_json:
+        typer.echo(f"Read {sentence(read_state)}; {len(ids) / read_seconds:,.0f} tokens/s", err=True)
+
+    start, pieces = time.perf_counter(), []
+    for piece in session.write(sampling):
+        pieces.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    write_seconds = time.perf_counter() - start
+    if as_json:
+        result = {"text": "".join(pieces), "new_tokens": len(session.written), "finished": session.finished}
+        times = {"read_seconds": round(read_seconds, 3), "write_seconds": round(write_seconds, 3)}
+        common.print_json(result | {"prompt": read_state} | times)
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    speed = len(session.written) / write_seconds
+    typer.echo(f"Wrote {len(session.written):,} tokens; {speed:,.1f} tokens/s", err=True)
+
+
+def read(session: Session, ids: list[int]) -> float:
+    """Read with a progress bar on standard error; returns seconds."""
+    start = time.perf_counter()
+    with common.progress() as bar:
+        task = bar.add_task("reading", total=len(ids))
+        session.read(ids, lambda tokens: bar.advance(task, tokens))
+    return time.perf_counter() - start
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a file, or of standard input.
+
+    Raises:
+        AHNError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if path is None else path.expanduser().read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise AHNError(f"Cannot read {path or 'standard input'}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise AHNError(f"{path or 'Standard input'} is not UTF-8 text (byte {error.start}).") from error
+
+
+def _text(prompt: str | None, file: str | None) -> str:
+    """The text that the options name.
+
+    Raises:
+        AHNError: as `read_text`.
+        typer.BadParameter: nothing was named, and nothing is piped in.
+    """
+    if file is None and prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give --prompt or --file, or pipe a text in")
+    if file is None and prompt is not None:
+        return prompt
+    text = read_text(None if file in (None, "-") else Path(str(file)))
+    return text if prompt is None else f"{text.rstrip()}\n\n{prompt}"
+
+
+def _as_prompt(session: Session, text: str, system: str | None, template: bool) -> list[int]:
+    """Token ids of the text, as a user's message if the model takes messages."""
+    if not template or not session.tokenizer.chat_template:
+        if system is not None:
+            raise AHNError("--system needs a chat template; this model has none, or --no-chat-template is given.")
+        return session.encode(text, start=True)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    rendered = session.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return session.encode(rendered, start=False)

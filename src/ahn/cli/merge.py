@@ -1,0 +1,60 @@
+"""`ahn merge`: one checkpoint from a base model and an adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ahn.cli import common
+from ahn.cli.common import JsonOption
+
+
+def command(
+    base_model: Annotated[str, typer.Option("--base-model", "--model", help="Base model: a directory or a Hub id.")],
+    ahn_path: Annotated[str, typer.Option("--ahn-path", "--adapter", help="Adapter: a directory or a Hub id.")],
+    output_path: Annotated[Path, typer.Option("--output-path", help="New directory for the merged checkpoint.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Put a base model and an adapter into one checkpoint.
+
+    Tensors are copied byte for byte, a slice at a time, so this works for a
+    model of any size in little memory. The result appears under its name only
+    when it is complete. No model is built and nothing is converted.
+
+    \b
+    Example:
+      ahn merge --base-model ./Qwen2.5-3B --ahn-path ./AHN-3B --output-path ./out
+    """
+    from ahn.checkpoint import merge
+
+    written = copy_with_progress("merging", lambda report: merge(base_model, ahn_path, output_path, report))
+    say(as_json, written | {"output": str(output_path)}, f"Wrote {output_path}")
+
+
+def copy_with_progress(text: str, copy: Callable[[Callable[[int, int], None]], Any]) -> dict[str, Any]:
+    """Run `copy` with a progress bar in bytes on standard error; returns bytes and seconds."""
+    start, done = time.perf_counter(), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=common.err, transient=True) as bar:
+        task = bar.add_task(text, total=None)
+
+        def report(copied: int, total: int) -> None:
+            nonlocal done
+            done = copied
+            bar.update(task, completed=copied, total=total)
+
+        copy(report)
+    return {"bytes": done, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def say(as_json: bool, result: dict[str, Any], text: str) -> None:
+    """The result on standard output."""
+    if as_json:
+        common.print_json(result)
+    else:
+        common.out.print(f"{text}: {result['bytes'] / 1e9:.3f} GB of tensors in {result['seconds']:.1f} s")

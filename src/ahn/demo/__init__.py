@@ -1,0 +1,11 @@
+"""The demonstration behind `ahn demo`: full attention, sinks + window, and memories, measured on the same text.
+
+`documents` makes the texts, `methods` the ways to read them, `reading` reads one, `comparison` puts it all together,
+`figure` draws it. Nothing here prints.
+"""
+
+from ahn.demo.comparison import Comparison, compare
+from ahn.demo.documents import Document, make_documents
+from ahn.demo.methods import Method, make_methods
+
+__all__ = ["Comparison", "Document", "Method", "compare", "make_documents", "make_methods"]

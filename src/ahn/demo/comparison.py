@@ -1,0 +1,207 @@
+"""Read every document in every way, and sum it up: perplexity beyond the window, the gap won back, facts, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ahn.demo import peak
+from ahn.demo.documents import Document
+from ahn.demo.methods import FULL, WINDOW_ONLY, Method, synchronize
+from ahn.demo.reading import CHUNK, Reading, read
+from ahn.tiny.facts import Fact
+
+Z = 1.959964
+"""Two-sided 95 % of a normal distribution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One method over all documents.
+
+    Attributes:
+        loss: nats a token of the real text beyond the window; `perplexity` is its exponential.
+        gap_won_back: 0 is sinks + window, 1 is full attention; None when those two do not differ.
+        facts_recalled, facts_asked: facts stated beyond the window; `facts_interval` is the share's 95 % interval.
+        cache_bytes: at the end of a document.
+        peak_bytes: above what the process (or GPU) held before; None where it cannot be measured.
+        tokens_per_second: reading, losses included.
+        loss_by_position: mean loss of every `bin` tokens of the documents, from their beginning; None for an empty bin.
+        cache_by_position: (tokens read, bytes).
+    """
+
+    name: str
+    is_memory: bool
+    loss: float
+    perplexity: float
+    gap_won_back: float | None
+    facts_recalled: int
+    facts_asked: int
+    facts_interval: tuple[float, float] | None
+    cache_bytes: int
+    peak_bytes: int | None
+    tokens_per_second: float
+    loss_by_position: list[float | None]
+    cache_by_position: list[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """One asked fact and the token that each method guessed for its value."""
+
+    document: Document
+    fact: Fact
+    guesses: dict[str, int]
+
+    def right(self, method: str) -> bool:
+        """Whether this method guessed the value."""
+        return self.guesses[method] == self.document.text.ids[self.fact.answer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All methods over all documents.
+
+    Attributes:
+        documents: all of `length` tokens.
+        tokens_compared: over which losses and perplexities are taken.
+        bin: tokens an entry of `Result.loss_by_position`.
+        recalls: every asked fact, with the token that each method guessed, by its name.
+    """
+
+    window: int
+    sinks: int
+    length: int
+    documents: Sequence[Document]
+    tokens_compared: int
+    bin: int
+    results: list[Result]
+    recalls: list[Recall]
+
+    def as_data(self) -> dict[str, Any]:
+        """JSON types: everything but texts and single facts."""
+        numbers = {name: getattr(self, name) for name in ("window", "sinks", "length", "tokens_compared", "bin")}
+        names = [document.name for document in self.documents]
+        return numbers | {"documents": names, "results": [dataclasses.asdict(result) for result in self.results]}
+
+    @property
+    def best_memory(self) -> Result:
+        """The memory with the smallest loss."""
+        return min((result for result in self.results if result.is_memory), key=lambda result: result.loss)
+
+    def longest_recall(self, memory: str) -> Recall | None:
+        """Of the facts that this memory recalled and sinks + window did not, the one stated longest ago."""
+        won = [recall for recall in self.recalls if recall.right(memory) and not recall.right(WINDOW_ONLY)]
+        return max(won, key=lambda recall: recall.fact.distance, default=None)
+
+
+def compare(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    documents: Sequence[Document],
+    advance: Callable[[str, int], Any] = lambda name, tokens: None,
+) -> Comparison:
+    """Read every document with every method.
+
+    Args:
+        model: the bare base model.
+        methods: full attention, sinks + window, and at least one memory.
+        documents: at least one; all of one length.
+        advance: called with the method's name and a number of tokens, as reading goes on.
+    """
+    config = next(method.config for method in methods if method.config is not None)
+    length = len(documents[0].text.ids)
+    real = [_real(document) for document in documents]
+    beyond = torch.arange(length - 1) >= config.lossless
+    counted = [mask & beyond for mask in real]
+    facts = [document.facts_beyond(config.window, config.sinks) for document in documents]
+    measured = {}
+    for method in methods:
+        with method.on(model):
+            read(model, method, documents[0].text.ids[: 2 * CHUNK])  # first calls are slow and take memory for good
+            synchronize(model)
+            with peak.measure(model.device) as peaked:
+                readings = [
+                    read(
+                        model, method, document.text.ids, [fact.answer for fact in some], partial(advance, method.name)
+                    )
+                    for document, some in zip(documents, facts, strict=True)
+                ]
+        measured[method.name] = (method, readings, peaked.bytes)
+    losses = {name: _mean_loss(readings, counted) for name, (_, readings, _) in measured.items()}
+    recalls = [
+        Recall(document, fact, {name: readings[n].guesses[m] for name, (_, readings, _) in measured.items()})
+        for n, document in enumerate(documents)
+        for m, fact in enumerate(facts[n])
+    ]
+    results = [
+        _result(method, readings, peak_bytes, recalls, losses, _by_position(readings, real, config.lossless))
+        for method, readings, peak_bytes in measured.values()
+    ]
+    tokens = int(sum(mask.sum() for mask in counted))
+    return Comparison(
+        config.window, config.sinks, length, documents, tokens, bin=config.lossless, results=results, recalls=recalls
+    )
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float] | None:
+    """Wilson's 95 % confidence interval of a share; None without trials."""
+    if trials == 0:
+        return None
+    share = successes / trials
+    centre = (share + Z**2 / (2 * trials)) / (1 + Z**2 / trials)
+    half = Z / (1 + Z**2 / trials) * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _real(document: Document) -> Tensor:
+    """(L - 1,) True where the predicted token is of the real text, not of a fact."""
+    real = torch.ones(len(document.text.ids) - 1, dtype=torch.bool)
+    real[torch.tensor(document.text.inserted, dtype=torch.long) - 1] = False
+    return real
+
+
+def _mean_loss(readings: Sequence[Reading], counted: Sequence[Tensor]) -> float:
+    return float(torch.cat([r.losses[mask] for r, mask in zip(readings, counted, strict=True)]).double().mean())
+
+
+def _result(
+    method: Method,
+    readings: Sequence[Reading],
+    peak_bytes: int | None,
+    recalls: Sequence[Recall],
+    losses: dict[str, float],
+    loss_by_position: list[float | None],
+) -> Result:
+    loss, full, window = (losses[name] for name in (method.name, FULL, WINDOW_ONLY))
+    recalled = sum(recall.right(method.name) for recall in recalls)
+    tokens = sum(len(reading.losses) + 1 for reading in readings)
+    return Result(
+        name=method.name,
+        is_memory=method.is_memory,
+        loss=loss,
+        perplexity=math.exp(loss),
+        gap_won_back=(window - loss) / (window - full) if window > full else None,
+        facts_recalled=recalled,
+        facts_asked=len(recalls),
+        facts_interval=wilson(recalled, len(recalls)),
+        cache_bytes=readings[0].cache_bytes[-1][1],
+        peak_bytes=peak_bytes,
+        tokens_per_second=tokens / sum(reading.seconds for reading in readings),
+        loss_by_position=loss_by_position,
+        cache_by_position=[(0, 0), *readings[0].cache_bytes],
+    )
+
+
+def _by_position(readings: Sequence[Reading], real: Sequence[Tensor], size: int) -> list[float | None]:
+    """Mean loss of every `size` positions over all documents, from their beginnings."""
+    losses = torch.stack([reading.losses for reading in readings]).split(size, dim=1)
+    masks = torch.stack(list(real)).split(size, dim=1)
+    return [float(loss[mask].mean()) if mask.any() else None for loss, mask in zip(losses, masks, strict=True)]
