@@ -39,8 +39,9 @@ def command(
 def copy_with_progress(text: str, copy: Callable[[Callable[[int, int], None]], Any]) -> dict[str, Any]:
     """Run `copy` with a progress bar in bytes on standard error; returns bytes and seconds."""
     start, done = time.perf_counter(), 0
+    quiet = not common.err.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=common.err, transient=True) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=common.err, transient=True, disable=quiet) as bar:
         task = bar.add_task(text, total=None)
 
         def report(copied: int, total: int) -> None:
@@ -57,4 +58,4 @@ def say(as_json: bool, result: dict[str, Any], text: str) -> None:
     if as_json:
         common.print_json(result)
     else:
-        common.out.print(f"{text}: {result['bytes'] / 1e9:.3f} GB of tensors in {result['seconds']:.1f} s")
+        typer.echo(f"{text}: {result['bytes'] / 1e9:.3f} GB of tensors in {result['seconds']:.1f} s")

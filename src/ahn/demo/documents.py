@@ -52,7 +52,11 @@ def make_documents(
     writer, reason = _fact_writer(tokenizer)
     facts = 0 if writer is None else min(FACTS, length // (4 * writer.cost), len(writer.keys))
     bare = length - (facts * writer.cost if writer is not None else 0)
-    encoded = [(name, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for name, text in texts]
+    encoded: list[tuple[str, list[int]]] = []
+    for name, text in texts:
+        encoded.append((name, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+        if sum(len(ids) >= bare for _, ids in encoded) == count:
+            break  # a document of each is enough
     pieces = list(_pieces(encoded, bare, count)) or list(_pieces([_joined(encoded)], bare, count))
     if not pieces:
         tokens = sum(len(ids) for _, ids in encoded)

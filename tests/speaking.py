@@ -1,0 +1,78 @@
+"""Checkpoints with a real tokenizer: a tiny random model that reads and writes text, and an adapter for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import awaken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+import ahn
+from ahn import tiny
+from ahn.cli.session import Session
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WINDOW, SINKS = 12, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaking:
+    """Directories of a base model and of an adapter that names it."""
+
+    base: Path
+    adapter: Path
+
+
+def tokenizer(template: str | None = None) -> PreTrainedTokenizerBase:
+    """The shipped tokenizer, with a chat template and its special tokens or without any template."""
+    loaded = AutoTokenizer.from_pretrained(tiny.path())
+    loaded.chat_template = template
+    if template:
+        loaded.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        loaded.eos_token = "<|im_end|>"
+    return loaded
+
+
+def model(words: PreTrainedTokenizerBase, **config: Any) -> Qwen3ForCausalLM:
+    """A random model for a tokenizer, with a memory whose weights all matter."""
+    torch.manual_seed(0)
+    base = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+    return awaken(ahn.attach(base, ahn.AHNConfig(**{"window": WINDOW, "sinks": SINKS} | config))).eval()
+
+
+def session(template: str | None = None, **config: Any) -> Session:
+    """A session in this process."""
+    words = tokenizer(template)
+    return Session(model(words, **config), words)
+
+
+def save(folder: Path, template: str | None = None, **config: Any) -> Speaking:
+    """The same model as base and adapter on disk."""
+    words = tokenizer(template)
+    adapted = model(words, **config)
+    saved = Speaking(folder / "base", folder / "adapter")
+    adapted.config._name_or_path = adapted.name_or_path = str(saved.base)
+    ahn.save_adapter(adapted, saved.adapter)
+    ahn.detach(adapted).save_pretrained(saved.base)
+    words.save_pretrained(saved.base)
+    return saved
