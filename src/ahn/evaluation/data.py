@@ -169,6 +169,8 @@ def key_of(context: str) -> str:
 def _parse(raw: bytes, where: str, fields: Mapping[str, Field]) -> dict[str, Any]:
     try:
         record = json.loads(raw.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise AHNError(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1}).") from error
     except (ValueError, RecursionError) as error:
         raise AHNError(f"{where}: not valid JSON in UTF-8 ({error}).") from error
     if not isinstance(record, dict):

@@ -134,7 +134,7 @@ def _readable(settings: Mapping[str, Any]) -> str:
         parts.append(settings["memory"])
     if settings.get("window") is not None:
         parts.append(f"w{settings['window']}+{settings['sinks']}")
-    return "-".join(re.sub(r"[^\w.+]+", "_", str(part)) for part in parts)
+    return "-".join(re.sub(r"[^\w.+-]+", "_", str(part)) for part in parts)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,140 @@
+"""A memory and its baselines: the same path, the same number of keys, and fingerprints that tell weights apart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import benchmark_files as files
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ahn
+from ahn.checkpoint import merge
+from ahn.checkpoint.directory import Checkpoint
+from ahn.errors import AHNError
+from ahn.evaluation import methods
+
+TEXT = "The lamp of the old harbour was blue, and nobody asked why the mill stood still for seven winters."
+
+
+@torch.no_grad()
+def logits(evaluated: methods.Evaluated) -> torch.Tensor:
+    ids = evaluated.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    return evaluated.model(ids).logits
+
+
+def test_the_adapter_is_at_work(tiny: tuple[str, str]) -> None:
+    loaded = methods.load("ahn", *tiny, device="cpu")
+    assert loaded.model.ahn_config.memory == "gated_deltanet"
+    assert (loaded.settings["window"], loaded.settings["sinks"]) == (files.WINDOW, files.SINKS)
+    assert loaded.settings["memory"] == "gated_deltanet"
+    assert len(loaded.settings["weights"]) == 2
+    other = methods.load("ahn", *tiny, window=20, sinks=4, device="cpu")
+    assert (other.settings["window"], other.settings["sinks"], other.settings["budget"]) == (20, 4, 24)
+
+
+def test_full_attention_is_the_base_model(tiny: tuple[str, str]) -> None:
+    base = methods.load("full", tiny[0], device="cpu")
+    assert not hasattr(base.model, "ahn_config")
+    assert base.settings["memory"] is None
+    assert "window" not in base.settings
+    through_adapter = methods.load("full", *tiny, window=20, device="cpu")
+    assert logits(through_adapter).equal(logits(base))
+    # So one full run serves the comparison with every adapter.
+    assert through_adapter.settings == base.settings
+    assert methods.load("full", tiny[1], device="cpu").settings == base.settings
+
+
+@pytest.mark.parametrize("method", ["window", "ct-max", "ct-avg"])
+@pytest.mark.parametrize(("window", "sinks"), [(None, None), (40, 4), (2, 0), (7, 0)])
+def test_baselines_keep_as_many_keys(method: str, window: int | None, sinks: int | None, tiny: tuple[str, str]) -> None:
+    loaded = methods.load(method, *tiny, window=window, sinks=sinks, device="cpu")
+    config, settings = loaded.model.ahn_config, loaded.settings
+    memory = loaded.model.get_decoder().layers[0].ahn.fn
+    budget = (files.WINDOW if window is None else window) + (files.SINKS if sinks is None else sinks)
+    assert config.window + config.sinks + memory.slot_count(config.window) == settings["budget"] <= budget
+    # The widest window that fits: one more token would not.
+    assert config.window + 1 + config.sinks + memory.slot_count(config.window + 1) > budget
+    assert settings["memory"] == memory.name == methods.BASELINES[method]
+    assert settings["sinks"] == (files.SINKS if sinks is None else sinks)
+    assert not list(memory.parameters())
+
+
+def test_the_papers_budget() -> None:
+    """128 + 32640 of the paper: a fifth of the window goes to slots, since they are a quarter of what remains."""
+    config = methods.baseline("ct-avg", ahn.AHNConfig())
+    assert (config.window, config.sinks) == (26112, 128)
+    assert config.window + 26112 // 4 == 32640
+
+
+def test_a_plain_model_serves_every_baseline_but_no_memory(tiny: tuple[str, str]) -> None:
+    assert methods.load("window", tiny[0], window=20, sinks=2, device="cpu").settings["budget"] == 22
+    with pytest.raises(AHNError, match="is a plain model without a memory; name an adapter for it with --adapter"):
+        methods.load("ahn", tiny[0])
+    with pytest.raises(AHNError, match="Unknown method 'retrieval'; choose one of ahn, window, full, ct-max, ct-avg"):
+        methods.load("retrieval", *tiny)
+    with pytest.raises(AHNError, match="has no room for ct-max's slots"):
+        methods.load("ct-max", tiny[0], window=1, device="cpu")
+
+
+def test_a_merged_checkpoint_serves_every_method(tiny: tuple[str, str], tmp_path: Path) -> None:
+    merged = str(tmp_path / "merged")
+    merge(*tiny, merged)
+    assert logits(methods.load("ahn", merged, device="cpu")).equal(logits(methods.load("ahn", *tiny, device="cpu")))
+    assert logits(methods.load("full", merged, device="cpu")).equal(logits(methods.load("full", *tiny, device="cpu")))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+@pytest.mark.parametrize("method", ["ahn", "full"])
+def test_mistakes_in_loading(method: str, dtype: str, tiny: tuple[str, str]) -> None:
+    adapter = tiny[1] if method == "ahn" else None
+    with pytest.raises(AHNError, match=f"Unknown dtype '{dtype}'"):
+        methods.load(method, tiny[0], adapter, device="cpu", dtype=dtype)
+
+
+def test_a_model_in_memory_can_be_changed(tiny: tuple[str, str]) -> None:
+    model = models.adapted(window=30, sinks=2)
+    methods.apply(model, "ahn", window=20)
+    assert (model.ahn_config.window, model.ahn_config.sinks) == (20, 2)
+    methods.apply(model, "window")
+    assert (model.ahn_config.memory, model.ahn_config.window, model.ahn_config.sinks) == ("window_only", 20, 2)
+    methods.apply(model, "full")
+    assert methods.describe(model, "full")["memory"] is None
+    with pytest.raises(AHNError, match="needs a model with a memory"):
+        methods.apply(model, "ahn")
+
+
+# -- fingerprints --------------------------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> str:
+    return methods.fingerprint(Checkpoint.open(path))
+
+
+def test_a_fingerprint_is_of_the_content_not_of_the_place(tiny: tuple[str, str], tmp_path: Path) -> None:
+    for source in map(Path, tiny):
+        moved = Path(shutil.copytree(source, tmp_path / f"moved-{source.name}"))
+        assert fingerprint(moved) == fingerprint(source)
+        tensors = load_file(moved / "model.safetensors")
+        list(tensors.values())[-1].view(-1)[-1] += 1e-3
+        save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+        assert fingerprint(moved) != fingerprint(source)
+
+
+def test_a_large_file_is_sampled(tiny: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Header, first and last bytes are always looked at; training changes all that lies between."""
+    monkeypatch.setattr(methods, "SAMPLED", 64)
+    moved = Path(shutil.copytree(tiny[0], tmp_path / "moved"))
+    before = fingerprint(moved)
+    weights = moved / "model.safetensors"
+    assert weights.stat().st_size > 64 * methods.PLACES
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(moved) != before
+    tensors = load_file(moved / "model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    assert fingerprint(moved) != before

@@ -1,0 +1,132 @@
+"""Samples spread over processes, as `accelerate launch` starts them: the same results as of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark_files as files
+import pytest
+import torch
+
+from ahn.errors import AHNError
+from ahn.evaluation import methods, runner
+from ahn.evaluation.runner import Job
+from ahn.evaluation.task import Task
+from ahn.evaluation.tasks import tasks
+from ahn.evaluation.workers import Worker
+
+SPECS = ("infinitebench/en_qa", "longbench/hotpotqa")
+
+
+@pytest.fixture
+def found(tmp_path: Path, protocol_dir: Path) -> list[Task]:
+    """Two tasks of some short samples; the first has questions that share a book."""
+    rows = [files.infinitebench_row(number, book=files.STORY[: 50 + number // 2]) for number in range(7)]
+    files.write_infinitebench(tmp_path, rows)
+    files.write_longbench(tmp_path, hotpotqa=[files.longbench_row(number, context="a b") for number in range(3)])
+    return [task for spec in SPECS for task in tasks(spec, data_dir=tmp_path, protocol_dir=protocol_dir)]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny: tuple[str, str]) -> methods.Evaluated:
+    return methods.load("ahn", *tiny, window=20, sinks=4, device="cpu")
+
+
+def outcome(out: Path) -> dict[str, bytes]:
+    """What runs leave, but for their times."""
+    every = (file for file in out.rglob("*") if file.is_file() and not file.name.startswith("timing"))
+    return {str(file.relative_to(out)): file.read_bytes() for file in every}
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_any_number_of_workers_gives_the_same(
+    count: int, found: list[Task], evaluated: methods.Evaluated, tmp_path: Path
+) -> None:
+    one = runner.run(found, evaluated, tmp_path / "one", worker=Worker())
+    for rank in range(1, count):
+        assert runner.run(found, evaluated, tmp_path / "many", worker=Worker(rank, count)) == []
+    assert not [*(tmp_path / "many").glob("*/result.json")]
+    assert runner.run(found, evaluated, tmp_path / "many", worker=Worker(0, count)) == one
+    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
+
+
+def test_another_number_of_workers_goes_on_where_the_first_stopped(
+    found: list[Task], evaluated: methods.Evaluated, tmp_path: Path
+) -> None:
+    one = runner.run(found, evaluated, tmp_path / "one", worker=Worker())
+    runner.run(found, evaluated, tmp_path / "many", worker=Worker(2, 3))
+    assert runner.run(found, evaluated, tmp_path / "many", worker=Worker()) == one
+    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
+
+
+def test_every_group_has_one_worker(found: list[Task]) -> None:
+    job = Job(found[0], None, runner.plan(found[0], None))  # type: ignore[arg-type]
+    assert job.groups == ((0, 1), (2, 3), (4, 5), (6,))
+    shares = [job.share(Worker(rank, 3)) for rank in range(3)]
+    assert shares == [{0, 1, 6}, {2, 3}, {4, 5}]
+
+
+PROCESS = """
+import sys, torch
+from pathlib import Path
+from ahn.evaluation import methods, runner
+from ahn.evaluation.tasks import tasks
+torch.set_num_threads(1)
+base, adapter, data, protocols, out, *specs = sys.argv[1:]
+found = [t for spec in specs for t in tasks(spec, data_dir=Path(data), protocol_dir=Path(protocols))]
+evaluated = methods.load("ahn", base, adapter, window=20, sinks=4, device="cpu")
+print(len(runner.run(found, evaluated, Path(out))))
+"""
+
+
+def test_two_processes(
+    found: list[Task], evaluated: methods.Evaluated, tiny: tuple[str, str], protocol_dir: Path, tmp_path: Path
+) -> None:
+    """Started at once, with nothing in common but the environment of a launcher and the folder."""
+    arguments = [*tiny, str(tmp_path), str(protocol_dir), str(tmp_path / "two"), *SPECS]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *arguments],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    runner.run(found, evaluated, tmp_path / "one", worker=Worker())
+    for rank, process in enumerate(started):
+        printed, errors = process.communicate(timeout=120)
+        assert (process.returncode, printed.split()) == (0, ["2" if rank == 0 else "0"]), errors
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
+
+
+# -- which process this is -----------------------------------------------------------------------------------------
+
+
+def test_a_launcher_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert Worker.from_environment() == Worker(0, 1, 0)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Worker.from_environment() == Worker(9, 16, 1)
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    with pytest.raises(AHNError, match="RANK is 9 of WORLD_SIZE 9"):
+        Worker.from_environment()
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(AHNError, match="must be whole numbers"):
+        Worker.from_environment()
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [Worker(rank, 16, rank % 8).device() for rank in (0, 7, 8)] == ["cuda:0", "cuda:7", "cuda:0"]
+    assert Worker().device() is None  # as without a launcher: whatever is the fastest
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Worker(1, 2, 1).device() is None
