@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import cache as memoize
 from types import MethodType
@@ -116,10 +117,25 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
         return []
     config = model.ahn_config if cache is None else cache.config
     seen, length = (0 if cache is None else cache.seen), tokens.shape[1]
-    if seen + length <= config.lossless:
-        return []  # nothing leaves the window: exactly the base model's own forward
-    size = config.prefill_chunk_size
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    # While nothing leaves the window it is exactly the base model's own forward.
+    size = config.prefill_chunk_size if seen + length > config.lossless else length
+    cuts = set(range(0, length, size)) | _gaps(kwargs.get("attention_mask"), length) | {length}
+    return list(itertools.pairwise(sorted(cuts)))
+
+
+def _gaps(attention_mask: Any, length: int) -> set[int]:
+    """Columns of the new tokens where padding begins between real tokens of a row.
+
+    A chat's next turn has them: the last answer's last token is read together with the next, left-padded message.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or length == 1:
+        return set()
+    real = attention_mask[:, -length:].bool()
+    if bool(real.all()):
+        return set()
+    follows = real.flip(1).int().cummax(1).values.flip(1).bool()  # this token or a later one of the row is real
+    begins = real[:, :-1] & ~real[:, 1:] & follows[:, 1:]
+    return {column + 1 for column in begins.any(0).nonzero()[:, 0].tolist()}
 
 
 def _wanted_rows(logits_to_keep: int | Tensor, length: int) -> Tensor:
