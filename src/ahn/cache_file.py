@@ -64,7 +64,8 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     try:
         with safe_open(path, framework="pt", device=str(model.device)) as file:
             description = json.loads((file.metadata() or {}).get("ahn", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            # Copies have their own aligned memory: kernels round differently where it is not aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except FileNotFoundError:
         raise AHNError(f"There is no cache file {path}.") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -78,9 +79,13 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     for index, layer in enumerate(cache.layers):
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        missing = {"keys", "values"} - own.keys()
+        if missing and (own or isinstance(layer, AHNLayer)):
+            raise AHNError(f"{path} is incomplete: {prefix}{min(missing)} is missing.")
         if isinstance(layer, AHNLayer):
             layer.window, layer.sinks = cache.config.window, cache.config.sinks
             layer.load_tensors(own, description["seen"])
+            cache._batch = len(own["keys"])
         elif own:
             layer.lazy_initialization(own["keys"], own["values"])
             layer.keys, layer.values = own["keys"], own["values"]
