@@ -30,7 +30,8 @@ class AHNLayer(CacheLayerMixin):
         keys, values: (B, Hkv, T, P), T = min(tokens seen, S + W), after RoPE. Until S + W tokens were seen they lie in
             index order, then as [S sinks | W window]; in the window, slot `oldest` holds the oldest token.
         gates: write gates of the same slots, each (B, Hq, T, ...) float32.
-        state: the memory's state after everything that left the window, or None while nothing has.
+        state: the memory's state after everything that left the window, or None before the first forward.
+        under_way: new tokens were taken, but their forward is not over.
     """
 
     is_sliding = False
@@ -51,6 +52,7 @@ class AHNLayer(CacheLayerMixin):
         self.oldest = 0
         self.visibility: Visibility | None = None
         self._leaving: tuple[Tensor, Tensor] | None = None
+        self.under_way = False
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -68,6 +70,7 @@ class AHNLayer(CacheLayerMixin):
                 "An AHNCache works only with the model it was made for, with its adapter enabled; "
                 "inside ahn.disabled(model) pass another cache or none."
             )
+        self.under_way = True
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._steps_in_ring(view):
@@ -120,11 +123,6 @@ class AHNLayer(CacheLayerMixin):
             view.evicted_slots(values),
             {name: view.evicted_slots(gate) for name, gate in gates.items()},
         )
-
-    @property
-    def stopped_halfway(self) -> bool:
-        """A token's keys were taken, but its forward never came to `evict`."""
-        return self._leaving is not None
 
     def _steps_in_ring(self, view: Visibility) -> bool:
         """A single token after the window is full replaces the oldest in place instead of copying the window."""
@@ -318,6 +316,7 @@ class AHNCache(Cache):
 
     def finish(self, layer: AHNLayer) -> None:
         """Called when a layer's forward is over."""
+        layer.under_way = False
         if layer is self.layers[max(self.memory_layers)]:
             self.padding, self._next_padding = self._next_padding, None
         if self.offloading:
@@ -326,7 +325,7 @@ class AHNCache(Cache):
     def _check_layers_agree(self) -> None:
         """An interrupt amid a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
         read = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
-        if len(read) > 1 or any(layer.stopped_halfway for layer in self.memory_layers.values()):
+        if len(read) > 1 or any(layer.under_way for layer in self.memory_layers.values()):
             raise AHNError(
                 "A forward with this cache stopped halfway, so its layers have read different tokens. Go on from a "
                 "copy made before (copy.deepcopy(cache)), or start again (cache.reset())."
