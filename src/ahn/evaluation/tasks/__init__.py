@@ -16,8 +16,8 @@ BENCHMARKS = {
     "lveval": "ahn.evaluation.tasks.lveval",
     "infinitebench": "ahn.evaluation.tasks.infinitebench",
     "longbench": "ahn.evaluation.tasks.longbench",
-    "ruler": "ahn.evaluation.ruler",
-    "needle": "ahn.evaluation.needle",
+    "ruler": "ahn.evaluation.tasks.ruler",
+    "needle": "ahn.evaluation.tasks.needle",
 }
 """First part of a task's name -> module."""
 

@@ -1,0 +1,121 @@
+"""What generated tasks share: prompts of a given number of tokens, in the words of the evaluated model's tokenizer."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from ahn.errors import AHNError
+from ahn.evaluation.task import Options
+from ahn.tiny.facts import KEYS, VALUES
+
+Made = TypeVar("Made")
+
+WORDS = tuple(f"{first}-{second}" for first in KEYS for second in VALUES)
+"""16384 pairs of nouns, in place of the adjective-noun pairs that RULER takes from a package."""
+UNBOUNDED = 1 << 40
+CLOSE = 0.98
+"""A prompt is long enough when it has this share of the tokens that it may have."""
+
+
+class Prompter:
+    """Turns a message into a prompt, and counts its tokens.
+
+    The answer's first words belong into the model's own turn, after the chat template, so prompts are templated here
+    and not by the runner: a generated task has `chat_template = False`.
+
+    Args:
+        options: with the evaluated model's tokenizer.
+
+    Raises:
+        AHNError: there is no tokenizer.
+    """
+
+    def __init__(self, options: Options, name: str) -> None:
+        if options.tokenizer is None:
+            raise AHNError(f"{name} makes prompts of a given number of tokens and needs the model's tokenizer for it.")
+        self.tokenizer = options.tokenizer
+
+    def wrap(self, message: str, prefix: str) -> str:
+        """The message as a user's turn where the tokenizer has a template, then the beginning of the answer."""
+        if not self.tokenizer.chat_template:
+            return message + prefix
+        turn = [{"role": "user", "content": message}]
+        start: str = self.tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return start + prefix
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt."""
+        return len(self.tokenizer(prompt, verbose=False)["input_ids"])
+
+    def settings(self) -> dict[str, Any]:
+        """How messages became prompts."""
+        return {"prompts": "templated" if self.tokenizer.chat_template else "plain"}
+
+
+class Fit:
+    """Finds how much haystack fits into a prompt, and remembers it: counting tokens is what takes time.
+
+    Args:
+        limit: tokens of a prompt at most.
+        prompt_of: the prompt of what a `make` function made.
+        count: tokens of a prompt.
+        name: of the task, for messages.
+        most: the largest size that can be made.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        prompt_of: Callable[[Any], str],
+        count: Callable[[str], int],
+        name: str,
+        most: int = UNBOUNDED,
+    ) -> None:
+        self._limit, self._prompt_of, self._count, self._name, self._most = limit, prompt_of, count, name, most
+        self._sizes: dict[Hashable, int] = {}
+
+    def __call__(self, key: Hashable, make: Callable[[int], Made]) -> Made:
+        """`make(size)` for the largest size that fits; later keys take one near that of the first.
+
+        Args:
+            key: of the sample; `make` must give the same for it every time.
+            make: makes a sample with that many units of haystack, and more tokens the larger the size.
+
+        Raises:
+            AHNError: even size 0 is too long, or all there is too short.
+        """
+        if key not in self._sizes:
+            self._sizes[key] = self._adjust(make) if self._sizes else self._search(make)
+        return make(self._sizes[key])
+
+    def _tokens(self, make: Callable[[int], Made], size: int) -> int:
+        return self._count(self._prompt_of(make(size)))
+
+    def _search(self, make: Callable[[int], Made]) -> int:
+        if (least := self._tokens(make, 0)) > self._limit:
+            raise AHNError(
+                f"{self._name}: without any haystack a prompt has {least} tokens, more than the {self._limit} that are "
+                "left beside the answer. Give a greater --length."
+            )
+        above = min(16, self._most)
+        while self._tokens(make, above) <= self._limit:
+            if above == self._most:
+                raise AHNError(f"{self._name}: there is not enough to fill so long a prompt. Give a smaller --length.")
+            above = min(2 * above, self._most)
+        return bisect.bisect_right(range(above), self._limit, key=lambda size: self._tokens(make, size)) - 1
+
+    def _adjust(self, make: Callable[[int], Made]) -> int:
+        """From the first sample's size, in a step or two: a search for each of 500 long prompts would take hours."""
+        size = next(iter(self._sizes.values()))
+        found = self._tokens(make, size)
+        if found < CLOSE * self._limit:
+            size = min(int(size * self._limit / found), self._most)
+        while self._tokens(make, size) > self._limit:
+            if size == 0:
+                raise AHNError(f"{self._name}: no sample of this length can be made. Give a greater --length.")
+            size -= max(1, size // 100)
+        return size
