@@ -20,6 +20,8 @@ CPU_CHUNK = 512
 """Tokens read at once on a CPU, which gains nothing from more; a progress bar gains from less."""
 BEST_TINY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
+TINY_DEVICE = "cpu"
+"""Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
 CONTEXT = 8
 """Tokens decoded together with a new one: what a token looks like depends on its neighbours."""
 
@@ -163,6 +165,7 @@ def open_session(
 
     if model is None and adapter is None:
         model, adapter = str(tiny.path()), str(tiny.adapter_path(BEST_TINY))
+        device = device or TINY_DEVICE
     elif model is None:
         model, adapter = adapter, None  # an adapter knows its base
     assert model is not None
