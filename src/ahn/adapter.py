@@ -231,8 +231,13 @@ def _attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
     if module is None:
         raise AHNError(f"{type(layer).__name__} has no self_attn; an AHN needs a decoder with standard attention.")
     name = type(module).__name__
-    if not (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")) or not hasattr(module, "o_proj"):
-        raise AHNError(f"{name} has no q_proj (or qkv_proj) and o_proj; latent attention is not supported.")
+    fused = getattr(module, "qkv_proj", None) is not None
+    needed = ("qkv_proj", "o_proj") if fused else ("q_proj", "k_proj", "v_proj", "o_proj")
+    missing = [part for part in needed if getattr(module, part, None) is None]
+    if missing:
+        raise AHNError(
+            f"{name} has no {', '.join(missing)}; latent attention and shared keys and values are not supported."
+        )
     if module.o_proj.in_features != shape.heads * shape.head_dim:
         raise AHNError(
             f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
