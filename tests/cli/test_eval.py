@@ -104,7 +104,21 @@ def test_report_is_handed_its_folders(ahn_cli: Any, monkeypatch: pytest.MonkeyPa
     assert asked == [([tmp_path / "a", tmp_path / "b"], tmp_path / "r")]
 
 
+def test_perplexity(ahn_cli: Any, given: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("ahn.evaluation.perplexity")
+    text = tmp_path / "book.txt"
+    text.write_text(3 * files.STORY)
+    named = given[: given.index("--data-dir")]
+    result = ahn_cli(
+        "eval", "perplexity", *named, "--device", "cpu", "--text", text, "--length", 200, "--out", tmp_path, "--json"
+    )
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert (found["task"], found["method"], found["tokens"]) == ("perplexity", "ahn", 200)
+    assert found["loss"] > 0
+
+
 def test_help_names_the_verbs(ahn_cli: Any) -> None:
     text = ahn_cli("eval", "--help").out
-    assert all(verb in text for verb in ("run", "list", "report"))
+    assert all(verb in text for verb in ("run", "perplexity", "list", "report"))
     assert "--method" in ahn_cli("eval", "run", "--help").out

@@ -1,4 +1,4 @@
-"""`ahn eval`: benchmarks. `ahn eval TASK…` runs tasks; `list` and `report` are verbs of their own."""
+"""`ahn eval`: benchmarks. `ahn eval TASK…` runs tasks; `perplexity`, `list` and `report` are verbs of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,22 @@ from ahn.cli.common import AdapterOption, DeviceOption, DtypeOption, JsonOption,
 from ahn.evaluation.runner import Watcher
 
 if TYPE_CHECKING:
+    from ahn.evaluation.methods import Evaluated
     from ahn.evaluation.task import Task
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Base model (with --adapter, or for a baseline), merged checkpoint or adapter: a directory or a Hub "
+        "id (default: the small model that comes with ahn).",
+    ),
+]
+MethodOption = Annotated[
+    str, typer.Option("--method", help="ahn, or a baseline with as many keys: window, full, ct-max, ct-avg.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the results.")]
 
 
 class RunUnlessNamed(TyperGroup):
@@ -44,18 +59,9 @@ def run(
             "lveval/cmrc_mixup/16k, infinitebench/en_qa, ruler/vt, needle (all: ahn eval list).",
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Base model (with --adapter, or for a baseline), merged checkpoint or adapter: a directory or a Hub "
-            "id (default: the small model that comes with ahn).",
-        ),
-    ] = None,
+    model: ModelOption = None,
     adapter: AdapterOption = None,
-    method: Annotated[
-        str, typer.Option("--method", help="ahn, or a baseline with as many keys: window, full, ct-max, ct-avg.")
-    ] = "ahn",
+    method: MethodOption = "ahn",
     window: WindowOption = None,
     sinks: SinksOption = None,
     profile: Annotated[
@@ -71,7 +77,7 @@ def run(
         int | None, typer.Option("--max-length", min=2, help="Longest prompt in tokens (default: the profile's).")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="First samples of each task only.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the results.")] = Path("results"),
+    out: OutOption = Path("results"),
     haystack: Annotated[
         Path | None, typer.Option("--haystack", help="Text to hide things in, for ruler and needle.")
     ] = None,
@@ -96,7 +102,7 @@ def run(
 
       accelerate launch $(which ahn) eval TASK… --model …
     """
-    from ahn.evaluation import methods, runner
+    from ahn.evaluation import runner
     from ahn.evaluation.results import averages
     from ahn.evaluation.task import Options
     from ahn.evaluation.tasks import check
@@ -114,8 +120,7 @@ def run(
     Options(**options, seed=seed)  # mistakes show before the model is loaded
     for spec in tasks:
         check(spec)
-    model, adapter = _named(model, adapter)
-    evaluated = methods.load(method, model, adapter, window, sinks, device or worker.device(), dtype)
+    evaluated = _load(method, model, adapter, window, sinks, device or worker.device(), dtype)
     found = [task for spec in tasks for task in find(spec, **options, seed=seed, tokenizer=evaluated.tokenizer)]
     with common.progress() as bar:
         watcher = Bars(bar) if worker.first else Watcher()
@@ -126,6 +131,42 @@ def run(
         common.print_json({"results": results, "averages": averages(results)})
     else:
         common.out.print(_table(results, averages(results)))
+        common.err.print(f"Results are in {out}")
+
+
+@app.command("perplexity")
+def perplexity(
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    method: MethodOption = "ahn",
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", help="Text file, or JSON lines with a field text (default: code from Python's library)."
+        ),
+    ] = None,
+    book: Annotated[int, typer.Option("--book", min=0, help="Number of the text in JSON lines.")] = 0,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens to read (default: all).")] = None,
+    out: OutOption = Path("results"),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the perplexity of a long document by position, with the memory that it takes."""
+    from ahn.evaluation import documents
+    from ahn.evaluation import perplexity as measured
+
+    evaluated = _load(method, model, adapter, window, sinks, device, dtype)
+    document = documents.load(evaluated.tokenizer, text, length, book)
+    with common.progress() as bar:
+        reading = bar.add_task("reading", total=len(document.ids))
+        result = measured.run(evaluated, document, out, advance=lambda tokens: bar.advance(reading, tokens))
+    if as_json:
+        common.print_json(result)
+    else:
+        common.print_pairs((name, str(value)) for name, value in result.items() if value is not None)
         common.err.print(f"Results are in {out}")
 
 
@@ -173,21 +214,32 @@ class Bars(Watcher):
         self.bar.update(self.tokens, description="waiting for the other processes")
 
 
-def _named(model: str | None, adapter: str | None) -> tuple[str, str | None]:
-    """What was named; the model that comes with ahn if nothing was, and an adapter's own base if only that was."""
-    if model is not None:
-        return model, adapter
-    if adapter is not None:
-        return adapter, None
+def _load(
+    method: str,
+    model: str | None,
+    adapter: str | None,
+    window: int | None,
+    sinks: int | None,
+    device: str | None,
+    dtype: str | None,
+) -> Evaluated:
+    """What was named; the model that comes with ahn if nothing was, and an adapter with its base if only that was."""
     from ahn import tiny
-    from ahn.cli.session import BEST_TINY
+    from ahn.cli.session import BEST_TINY, TINY_DEVICE
+    from ahn.evaluation import methods
 
-    return str(tiny.path()), str(tiny.adapter_path(BEST_TINY))
+    if model is None and adapter is None:
+        model, adapter = str(tiny.path()), str(tiny.adapter_path(BEST_TINY))
+        device = device or TINY_DEVICE
+    elif model is None:
+        model, adapter = adapter, None
+    assert model is not None
+    return methods.load(method, model, adapter, window, sinks, device, dtype)
 
 
 def _table(results: list[dict[str, Any]], means: dict[str, float]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     for heading in ("profile", "method"):
         table.add_column(heading)
     for heading in ("window", "sinks", "samples", "score"):

@@ -20,6 +20,8 @@ from ahn.checkpoint.output import replacing, write_json
 from ahn.errors import AHNError
 from ahn.evaluation.metrics import benchmark_score
 
+COLUMNS = ("task", "profile", "method", "model", "memory", "window", "sinks", "limit")
+"""Settings that a result repeats, so that a table needs no other file."""
 DIGITS = 10
 """Hexadecimal digits of the digest in a folder's name."""
 
@@ -74,13 +76,16 @@ class ResultFolder:
         """Put all rows, in order, into one file, and write the result."""
         with replacing(self.path / "predictions.jsonl") as temporary:
             temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        names = ("task", "profile", "method", "model", "memory", "window", "sinks", "limit")
-        result = {name: self.settings.get(name) for name in names}
-        result |= {"digest": self.digest, "samples": len(rows), **summary}
-        write_json(self.path / "result.json", result)
+        result = self.conclude({"samples": len(rows), **summary})
         # Only now: until the result is there, they are what a killed run goes on from.
         for file in self.path.glob("predictions.*.jsonl"):
             file.unlink()
+        return result
+
+    def conclude(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the result: these figures, and what tells configurations apart."""
+        result = {name: self.settings.get(name) for name in COLUMNS} | {"digest": self.digest, **figures}
+        write_json(self.path / "result.json", result)
         return result
 
 
