@@ -106,7 +106,7 @@ def command(
     continuation = _write_on(subject, comparison, show=not as_json)
     data = {"model": subject.name, **comparison.as_data(), "no_facts": subject.no_facts, "continuation": continuation}
     data["seconds"] = round(time.perf_counter() - start, 1)
-    _write_files(data, comparison, f"{subject.name} on {'text' if text is None else text.name}", out)
+    _write_files(data, comparison, f"{subject.name} reads {'the standard library' if text is None else text.name}", out)
     if as_json:
         common.print_json(data)
     else:

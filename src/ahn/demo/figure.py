@@ -30,7 +30,12 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
         text.plot(*zip(*points, strict=True), **style)
         tokens, sizes = zip(*result.cache_by_position, strict=True)
         cache.plot(tokens, [size / 2**20 for size in sizes], **style)
+        if result.name == FULL or result.name == comparison.best_memory.name:
+            _end_value(cache, tokens[-1], sizes[-1] / 2**20, colour)
     text.set_title(f"Perplexity of the next {comparison.bin} tokens (lower is better)", fontsize=10, loc="left")
+    text.set_yscale("log")
+    text.yaxis.set_major_formatter("{x:g}")
+    text.yaxis.set_minor_formatter("{x:g}")
     cache.set_title("Cache (MiB)", fontsize=10, loc="left")
     cache.set_ylim(bottom=0)
     for axis in (text, cache):
@@ -50,3 +55,7 @@ def _positions(axis: Any, comparison: Comparison) -> None:
     lossless = comparison.window + comparison.sinks
     label = f"{lossless:,} exact tokens"
     axis.axvline(lossless, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label=label)
+
+
+def _end_value(axis: Any, x: float, y: float, colour: str) -> None:
+    axis.annotate(f"{y:.1f}", (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10, color=colour)
