@@ -90,9 +90,11 @@ class Batches(Dataset):
 class Answers(Dataset):
     """Step n's batch for distillation: `input_ids` and `labels` (B, L), inserted lines masked but for the answers."""
 
-    def __init__(self, recipe: Recipe, folder: Path, facts: FactWriter) -> None:
-        self.settings, self.facts = recipe.distillation, facts
+    def __init__(self, recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.settings, self.rename_share = recipe.distillation, recipe.rename_share
         self.train = np.load(folder / "train.npy").astype(np.int64)
+        self.facts = FactWriter(tokenizer)
+        self.rename = Renamer(tokenizer, self.train, {*self.facts.keys.values(), *self.facts.values.values()})
 
     def __len__(self) -> int:
         return self.settings.steps
@@ -108,7 +110,10 @@ class Answers(Dataset):
             count = rng.randint(*settings.facts)
             bare = settings.length - count * self.facts.cost
             start = rng.randrange(len(self.train) - bare)
-            text = self.facts.write(self.train[start : start + bare].tolist(), count, rng)
+            window = self.train[start : start + bare]
+            if rng.random() < self.rename_share:
+                window = self.rename(window, np.random.default_rng(rng.getrandbits(64)))
+            text = self.facts.write(window.tolist(), count, rng)
             answers = [fact.answer for fact in text.facts]
             ids[row] = labels[row] = text.ids
             labels[row, text.inserted] = IGNORED

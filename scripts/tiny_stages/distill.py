@@ -31,7 +31,8 @@ def distill_memory(recipe: Recipe, out: Path, memory: str) -> None:
     memory ("after").
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = FactWriter(AutoTokenizer.from_pretrained(out / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    facts = FactWriter(tokenizer)
     lengths = (recipe.evaluation_length, 2 * recipe.evaluation_length)
     evaluations = [Evaluation(recipe, out, facts, length, recipe.evaluation_chunks) for length in lengths]
     settings = recipe.distillation
@@ -57,7 +58,7 @@ def distill_memory(recipe: Recipe, out: Path, memory: str) -> None:
 
     distill(
         model,
-        loader(Answers(recipe, out, facts), workers()),
+        loader(Answers(recipe, out, tokenizer), workers()),
         settings.steps,
         WindowSchedule(totals=settings.totals, sink_candidates=settings.sinks, lower_ratio=0.0, seed=SEED),
         loss="kl",

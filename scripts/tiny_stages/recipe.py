@@ -28,10 +28,10 @@ class Phase:
 class Distillation:
     """Training of one memory: lossless totals and sinks are drawn anew each step, the student mimics full attention."""
 
-    steps: int = 800
+    steps: int = 300
     length: int = 4096
     batch: int = 16
-    facts: tuple[int, int] = (16, 64)
+    facts: tuple[int, int] = (24, 96)
     totals: tuple[int, ...] = (128, 256, 512, 1024)
     sinks: tuple[int, ...] = (0, 16, 32, 64)
     lr: float = 2e-3

@@ -48,16 +48,19 @@ def delta_rule(
     from_v, from_k = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         [v.shape[-1], k.shape[-1]], dim=-1
     )
+    total = G[..., -1:, None]
+    k_out = (k * (total - G.unsqueeze(-1)).exp()).mT
+    # A chunk takes its state S to `forget S + learn`: one product a chunk is all that has to wait for the one before.
+    forget = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) * total.exp() - k_out @ from_k
+    learn = k_out @ from_v
+    before = []
+    for forget_c, learn_c in zip(forget.unbind(2), learn.unbind(2), strict=True):
+        before.append(state)
+        state = forget_c @ state + learn_c
+    states = torch.stack(before, dim=2)
     local = (q @ k.mT) * D
-    q_in = q * G.exp().unsqueeze(-1)
-    total = G[..., -1]
-    k_out = k * (total.unsqueeze(-1) - G).exp().unsqueeze(-1)
-    reads = []
-    for c in range(q.shape[2]):
-        update = from_v[:, :, c] - from_k[:, :, c] @ state
-        reads.append(q_in[:, :, c] @ state + local[:, :, c] @ update)
-        state = state * total[:, :, c, None, None].exp() + k_out[:, :, c].mT @ update
-    return torch.stack(reads, dim=2).flatten(2, 3)[:, :, :N], state
+    reads = (q * G.exp().unsqueeze(-1)) @ states + local @ (from_v - from_k @ states)
+    return reads.flatten(2, 3)[:, :, :N], state
 
 
 def decay_rule(
@@ -67,12 +70,11 @@ def decay_rule(
     N = q.shape[2]
     q, k, v, decay = (_split(x, chunk) for x in (q, k, v, decay))
     G = decay.cumsum(-1)
-    inside = ((q @ k.mT) * _decay_matrix(G)) @ v
-    q_in = q * G.exp().unsqueeze(-1)
-    total = G[..., -1]
-    written = (k * (total.unsqueeze(-1) - G).exp().unsqueeze(-1)).mT @ v
-    reads = []
-    for c in range(q.shape[2]):
-        reads.append(q_in[:, :, c] @ state)
-        state = state * total[:, :, c, None, None].exp() + written[:, :, c]
-    return (torch.stack(reads, dim=2) + inside).flatten(2, 3)[:, :, :N], state
+    total = G[..., -1:, None]
+    learn = (k * (total - G.unsqueeze(-1)).exp()).mT @ v
+    before = []
+    for keep, learn_c in zip(total.exp().unbind(2), learn.unbind(2), strict=True):
+        before.append(state)
+        state = torch.addcmul(learn_c, state, keep)
+    reads = (q * G.exp().unsqueeze(-1)) @ torch.stack(before, dim=2) + ((q @ k.mT) * _decay_matrix(G)) @ v
+    return reads.flatten(2, 3)[:, :, :N], state
