@@ -1,0 +1,70 @@
+"""Long documents for perplexity: text files, books in JSON lines, or what every Python brings along."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ahn.errors import AHNError
+from ahn.evaluation import data
+from ahn.evaluation.data import Data, DataFile
+from ahn.tiny.corpus import held_out_text
+
+TITLES = ("short_book_title", "title")
+"""Fields that name a book in JSON lines (the first is PG19's)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text as token ids, and what identifies it."""
+
+    name: str
+    sha256: str
+    ids: list[int]
+
+
+def load(tokenizer: Any, source: Path | None = None, length: int | None = None, number: int = 0) -> Document:
+    """A document.
+
+    Args:
+        tokenizer: of the model that will read it.
+        source: a text file, or JSON lines with the field "text" (such as PG19's); None takes the modules of the
+            standard library that ahn-tiny never saw, one after another.
+        length: tokens to take from the beginning; None takes all.
+        number: of the book in JSON lines, from 0.
+
+    Raises:
+        AHNError: the file cannot be read or has no such book, or the text has fewer than `length` tokens, or than 2.
+    """
+    name, text = _held_out() if source is None else _read(source.expanduser(), number)
+    ids = tokenizer(text, verbose=False)["input_ids"][:length]
+    if len(ids) < max(2, length or 0):
+        raise AHNError(f"{name} has only {len(ids)} tokens: give a longer text, or a smaller --length.")
+    return Document(name, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), ids)
+
+
+def _held_out() -> tuple[str, str]:
+    texts = held_out_text()
+    names = ", ".join(name for name, _ in texts)
+    return f"standard library: {names}", "\n".join(text for _, text in texts)
+
+
+def _read(source: Path, number: int) -> tuple[str, str]:
+    if source.suffix == ".jsonl":
+        return _book(source, number)
+    try:
+        return source.name, source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AHNError(f"{source} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _book(source: Path, number: int) -> tuple[str, str]:
+    fields = {"text": data.text} | dict.fromkeys(TITLES, data.optional(data.text))
+    lines = Data(DataFile(source.name, "", source.name), source.parent)
+    for index, record in enumerate(lines.records(fields)):
+        if index == number:
+            title = next((record.fields[name] for name in TITLES if record.fields[name]), f"book {number}")
+            return f"{source.name}: {title}", record.fields["text"]
+    raise AHNError(f"{source} has no book number {number} (they are counted from 0).")
