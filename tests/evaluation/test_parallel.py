@@ -53,6 +53,16 @@ def test_any_number_of_workers_gives_the_same(
     assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
 
 
+def test_the_first_worker_waits_for_the_others(
+    found: list[Task], evaluated: methods.Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = runner.run(found, evaluated, tmp_path / "one", worker=Worker())
+    late = iter([Worker(2, 3), Worker(1, 3)])
+    monkeypatch.setattr(runner.time, "sleep", lambda _: runner.run(found, evaluated, tmp_path / "m", worker=next(late)))
+    assert runner.run(found, evaluated, tmp_path / "m", worker=Worker(0, 3)) == one
+    assert outcome(tmp_path / "m") == outcome(tmp_path / "one")
+
+
 def test_another_number_of_workers_goes_on_where_the_first_stopped(
     found: list[Task], evaluated: methods.Evaluated, tmp_path: Path
 ) -> None:

@@ -195,9 +195,9 @@ def test_settings_of_the_model_stay_in_force(memory: methods.Evaluated) -> None:
     model.generation_config.repetition_penalty = 50.0
     try:
         generation = Generation.of(model, memory.tokenizer, 6)
-        ((_, answer),) = Reader(model).answers({0: prompt}, generation)
     finally:
         model.generation_config.repetition_penalty = None
+    ((_, answer),) = Reader(model).answers({0: prompt}, generation)
     assert generation.repetition_penalty == 50.0
     assert not set(answer) & set(prompt)
     assert len(set(answer)) == len(answer)
