@@ -8,6 +8,8 @@ Shapes as in `reference`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,40 @@ def _decay_matrix(cumulative: Tensor) -> Tensor:
     return difference.masked_fill(future, float("-inf")).exp()
 
 
+class UnitLowerInverse(torch.autograd.Function):
+    """`(I + A)⁻¹` for strictly lower triangular A (..., C, C), C a power of two, in log₂ C rounds of matrix products.
+
+    Each round joins neighbouring diagonal blocks, `[[T₁, 0], [-T₂ A₂₁ T₁, T₂]]`: forward substitution in blocks, as
+    stable as the solve it stands for, and without LAPACK's one call a matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor) -> Tensor:
+        C = A.shape[-1]
+        T = torch.ones(*A.shape[:-2], C, 1, 1, dtype=A.dtype, device=A.device)
+        size = 1
+        while size < C:
+            pairs = A.unflatten(-2, (-1, 2 * size)).unflatten(-1, (-1, 2 * size))
+            corner = pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., size:, :size]
+            first, second = T[..., 0::2, :, :], T[..., 1::2, :, :]
+            T = torch.cat(
+                [
+                    torch.cat([first, torch.zeros_like(first)], dim=-1),
+                    torch.cat([-second @ corner @ first, second], dim=-1),
+                ],
+                dim=-2,
+            )
+            size *= 2
+        T = T.squeeze(-3)
+        ctx.save_for_backward(T)
+        return T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (T,) = ctx.saved_tensors
+        return -(T.mT @ grad @ T.mT).tril(-1)
+
+
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, state: Tensor, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
@@ -42,12 +78,9 @@ def delta_rule(
     D = _decay_matrix(G)
     k_beta = k * beta.unsqueeze(-1)
     A = ((k_beta @ k.mT) * D).tril(-1)
-    system = A + torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    # One solve gives both parts of u = solve(β v) - solve(β exp(G) k) S.
-    right = torch.cat([v * beta.unsqueeze(-1), k_beta * G.exp().unsqueeze(-1)], dim=-1)
-    from_v, from_k = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
-        [v.shape[-1], k.shape[-1]], dim=-1
-    )
+    inverse = UnitLowerInverse.apply(A)
+    # The two parts of u = inverse β v - (inverse β exp(G) k) S.
+    from_v, from_k = inverse @ (v * beta.unsqueeze(-1)), inverse @ (k_beta * G.exp().unsqueeze(-1))
     total = G[..., -1:, None]
     k_out = (k * (total - G.unsqueeze(-1)).exp()).mT
     # A chunk takes its state S to `forget S + learn`: one product a chunk is all that has to wait for the one before.
