@@ -226,6 +226,6 @@ def test_peak_sees_what_was_freed_again() -> None:
     if grow(1) is None:
         pytest.skip("this system does not let a process reset its peak")
     # One tensor at a time: the peak does not depend on how often. The kernel counts pages in batches (2 MiB), and the
-    # process does other things too (8 MiB).
+    # process does other things too (16 MiB).
     for count in (1, 3):
-        assert size - (2 << 20) <= grow(count) < size + (8 << 20)  # type: ignore[operator]
+        assert size - (2 << 20) <= grow(count) < size + (16 << 20)  # type: ignore[operator]

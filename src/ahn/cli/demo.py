@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,10 +29,11 @@ TINY = "ahn-tiny"
 WINDOW, SINKS = 224, 32
 LONGER = 16
 """Length of a document in multiples of sinks + window, when none is asked for."""
-DOCUMENTS = 6
+DOCUMENTS = 5
 NEW_TOKENS = 80
 TAIL = 40
 """Tokens that are shown of what was read last."""
+WRITTEN = "bold green"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,31 +198,41 @@ def _notes(subject: Subject, comparison: Comparison) -> list[str]:
 
 
 def _write_on(subject: Subject, comparison: Comparison, show: bool) -> dict[str, Any]:
-    """Let the best memory write on after a long text: the answer to a fact if it recalled one that the window lost."""
+    """Let the best memory write on after a long text, from the answer to a fact on if it recalled one that was lost."""
     from ahn.cli.session import Sampling, Session
 
     best = next(method for method in subject.methods if method.name == comparison.best_memory.name)
     recall = comparison.longest_recall(best.name)
     document = recall.document if recall else subject.documents[0]
     ids = document.text.ids[: recall.fact.answer] if recall else document.text.ids
+    show_text = partial(_show_text, show)
     with best.on(subject.model):
         session = Session(subject.model, subject.tokenizer)
         session.read(ids)
         if show:
             common.out.print(f"\n[bold]{best.name}[/] writes on after {len(ids):,} tokens of {escape(document.name)}.")
-            if recall:
-                _explain(subject, recall.fact, recall.guesses)
-            shown = subject.tokenizer.decode(ids[-TAIL:]).partition("\n")[2]
-            common.out.print(f"\n[dim]{escape(shown)}[/]", end="", highlight=False, soft_wrap=True)
-        pieces = []
-        for piece in session.write(Sampling(NEW_TOKENS)):
-            pieces.append(piece)
-            if show:
-                common.out.print(piece, end="", style="bold green", markup=False, soft_wrap=True)
-    if show:
-        common.out.print("\n")
-    told = {"fact": dataclasses.asdict(recall.fact)} if recall else {}
-    return {"method": best.name, "document": document.name, "tokens_read": len(ids), "text": "".join(pieces), **told}
+        told: dict[str, Any] = {"method": best.name, "document": document.name, "tokens_read": len(ids)}
+        if show and recall:
+            _explain(subject, recall.fact, recall.guesses)
+        show_text("\n" + subject.tokenizer.decode(ids[-TAIL:]).partition("\n")[2], "dim")
+        if recall:
+            told |= {"fact": dataclasses.asdict(recall.fact), "answer": show_text(session.write(Sampling(1)), WRITTEN)}
+            # the line is closed for the model: facts were put between lines of text, their ends follow from nothing
+            show_text("\n", "dim")
+            session.read(session.encode("\n", start=False))
+        told["text"] = show_text(session.write(Sampling(NEW_TOKENS)), WRITTEN)
+    show_text("\n\n", "dim")
+    return told
+
+
+def _show_text(show: bool, pieces: Iterable[str], style: str) -> str:
+    """Print pieces of text as they come, and return all of it."""
+    text = []
+    for piece in pieces:
+        text.append(piece)
+        if show:
+            common.out.print(piece, end="", style=style, markup=False, soft_wrap=True)
+    return "".join(text)
 
 
 def _explain(subject: Subject, fact: Any, guesses: dict[str, int]) -> None:
@@ -229,7 +242,7 @@ def _explain(subject: Subject, fact: Any, guesses: dict[str, int]) -> None:
     line = STATEMENT.format(key=fact.key, value=fact.value).strip()
     lost = subject.tokenizer.decode([guesses[WINDOW_ONLY]]).strip()
     common.out.print(
-        f"{fact.distance:,} tokens earlier the text says “{escape(line)}”, far out of the window's sight. "
+        f"{fact.distance:,} tokens earlier, far out of the window's sight, the text says “{escape(line)}”. "
         f"Sinks + window alone would answer “{escape(lost)}”."
     )
 

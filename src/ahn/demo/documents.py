@@ -65,10 +65,10 @@ def make_documents(
         )
     documents = []
     for number, (name, ids) in enumerate(pieces):
-        text = FactText(ids, [], [])
+        with_facts = FactText(ids, [], [])
         if writer is not None:
-            text = writer.write(ids, facts, random.Random(f"{SEED}-{number}"), min_distance=lossless)
-        documents.append(Document(name, text))
+            with_facts = writer.write(ids, facts, random.Random(f"{SEED}-{number}"), min_distance=lossless)
+        documents.append(Document(name, with_facts))
     return documents, reason
 
 

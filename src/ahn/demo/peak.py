@@ -13,8 +13,11 @@ import torch
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"  # proc(5): sets VmHWM, the peak of the resident set, to the resident set of now
-M_MMAP_THRESHOLD = -3  # mallopt(3)
-MAPPED = 64 << 10  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+EXACT = {M_MMAP_THRESHOLD: 64 << 10}
+"""Allocator settings in bytes under which whatever is freed goes back to the system. They cost time."""
+USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+"""Where glibc's own adaptation of these settings ends in a program that allocates large tensors."""
 
 
 class Peak:
@@ -27,8 +30,8 @@ class Peak:
 def measure(device: torch.device) -> Iterator[Peak]:
     """Measure the peak memory of the block: of the GPU if `device` is one, else of this process (Linux with glibc).
 
-    On a CPU it leaves the allocator set so that large tensors go back to the system when they are freed; otherwise
-    what was freed before would hide what the block takes, and the same work would measure differently every time.
+    On a CPU the allocator keeps nothing back inside the block: else what was freed before it would hide what the block
+    takes, and the same work would measure differently every time. The block is slower for it.
     """
     peak = Peak()
     gc.collect()
@@ -39,21 +42,28 @@ def measure(device: torch.device) -> Iterator[Peak]:
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     resident = _reset_process_peak() if device.type == "cpu" else None
-    yield peak
-    if resident is not None:
-        peak.bytes = max(0, _status("VmHWM") - resident)
+    try:
+        yield peak
+    finally:
+        if resident is not None:
+            peak.bytes = max(0, _status("VmHWM") - resident)
+            _set_allocator(USUAL)
 
 
 def _reset_process_peak() -> int | None:
     """Start a new peak; returns the resident bytes of now, None where this cannot be done."""
     try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
-        libc.malloc_trim(0)
+        _set_allocator(EXACT)
+        ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text(RESET_PEAK)
         return _status("VmRSS")
     except (AttributeError, OSError, TypeError, ValueError):
         return None
+
+
+def _set_allocator(settings: dict[int, int]) -> None:
+    for name, value in settings.items():
+        ctypes.CDLL(None).mallopt(name, value)
 
 
 def _status(field: str) -> int:
