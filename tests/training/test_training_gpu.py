@@ -24,7 +24,7 @@ def test_bfloat16_equals_float32_on_the_same_numbers() -> None:
     positions = torch.arange(300)[None] >= 40
     found = []
     for device in ("cpu", "cuda"):
-        leaf = hidden.to(device).requires_grad_()
+        leaf = hidden.detach().clone().to(device).requires_grad_()
         losses = hidden_losses(
             leaf, teacher.to(device), targets, positions, Head(weight.to(device)), 1.0, 1.0, chunk=64
         )
