@@ -1,0 +1,207 @@
+"""Figures of a report: heat maps of needles, curves by length, and the paper's figure 3."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ahn.evaluation.report.collect import Column, Comparison, Result, Row
+from ahn.plots import MUTED, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "full": "#5b6470",
+    "window": "#e0a030",
+    "ct-max": "#8e6bbf",
+    "ct-avg": "#b08968",
+    "gated_deltanet": "#d1495b",
+    "deltanet": "#2e86ab",
+    "mamba2": "#6a994e",
+}
+OTHERS = ("#3d5a80", "#9a031e", "#588157", "#7f5539", "#6d597a")
+"""For what has no colour of its own, and for second rows of a kind."""
+MOST_NUMBERED = 144
+"""Cells of a heat map up to which each shows its number."""
+
+Group = Sequence[tuple[Row, Result]]
+
+
+def heat_maps(title: str, group: Group) -> Figure:
+    """Scores by depth and length, one map a row; the line is where a needle leaves the window."""
+    from matplotlib.figure import Figure
+
+    lengths = sorted({cell["length"] for _, result in group for cell in result.figures["grid"]})
+    depths = sorted({cell["depth"] for _, result in group for cell in result.figures["grid"]})
+    across = min(len(group), 3)
+    down = -(-len(group) // across)
+    width, height = 1.1 + 0.62 * len(lengths), 1.0 + 0.34 * len(depths)
+    figure = Figure(figsize=(max(6.4, width * across + 0.9), height * down + 0.7), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    image: Any = None
+    for place, axis in enumerate(axes.flat):
+        if place >= len(group):
+            axis.set_visible(False)
+            continue
+        row, result = group[place]
+        image = _heat_map(axis, row, result, lengths, depths)
+        axis.tick_params(labelbottom=place + across >= len(group), length=0)
+        if place + across >= len(group):
+            axis.set_xlabel("tokens", fontsize=9)
+        if place % across == 0:
+            axis.set_ylabel("depth (%)", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, aspect=30)
+    bar.outline.set_visible(False)
+    bar.set_label("found (%)", fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _heat_map(axis: Any, row: Row, result: Result, lengths: list[int], depths: list[float]) -> Any:
+    cells = {(cell["length"], cell["depth"]): cell["score"] for cell in result.figures["grid"]}
+    grid = [[cells.get((length, depth), math.nan) for length in lengths] for depth in depths]
+    image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], fontsize=8)
+    axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+    axis.set_title(f"{row.label}: {result.figures['score']:.1f} %", fontsize=10, loc="left")
+    if len(lengths) * len(depths) <= MOST_NUMBERED:
+        for (length, depth), score in cells.items():
+            colour = "white" if score > 60 else "#303a44"
+            place = (lengths.index(length), depths.index(depth))
+            axis.text(*place, f"{score:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    if row.settings.get("window"):
+        _window_edge(axis, row.settings["window"], lengths, depths)
+    return image
+
+
+def _window_edge(axis: Any, window: int, lengths: list[int], depths: list[float]) -> None:
+    """A step line above the depths that are still inside the window when a needle is asked for."""
+    edges = []
+    for length in lengths:
+        depth = 100 * (1 - window / length)
+        edges.append(sum(other < depth for other in depths) - 0.5)
+    xs = [x for n in range(len(lengths)) for x in (n - 0.5, n + 0.5)]
+    ys = [edge for edge in edges for _ in (0, 1)]
+    axis.plot(xs, ys, color="#d1495b", linewidth=1.4)
+
+
+def by_length(benchmark: str, comparison: Comparison) -> Figure | None:
+    """Mean score of a benchmark's tasks by the length in their names; None with fewer than two lengths."""
+    levels: dict[int, list[Column]] = {}
+    for column in comparison.columns:
+        found = re.fullmatch(rf"{benchmark}/[^/]+/(\d+k?)", column.label)
+        if found:
+            levels.setdefault(_length(found[1]), []).append(column)
+    if len(levels) < 2:
+        return None
+    figure, (axis,) = new_figure(1, f"{benchmark}: mean score by length")
+    colours = row_colours(comparison.rows)
+    for row in comparison.rows:
+        # Only lengths at which this row has every task: means over different tasks are no curve.
+        points = {
+            length: sum(column.scores[row.label] for column in columns) / len(columns)
+            for length, columns in sorted(levels.items())
+            if all(row.label in column.scores for column in columns)
+        }
+        if points:
+            axis.plot(*zip(*points.items(), strict=True), marker="o", markersize=4, **_style(row, colours))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(levels), [_tokens(length) for length in sorted(levels)], minor=False)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("score (%)")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def long_document(title: str, group: Group) -> Figure:
+    """The paper's figure 3: FLOPs and cache by length (computed), perplexity and peak memory by position (measured)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.6, 7.8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    colours = row_colours([row for row, _ in group])
+    for row, result in group:
+        style = _style(row, colours)
+        costs = result.lines("cost.jsonl")
+        lengths = [cost["length"] for cost in costs]
+        axes[0][0].plot(lengths, [cost["flops"] for cost in costs], **style)
+        axes[0][1].plot(lengths, [cost["cache_bytes"] / 2**20 for cost in costs], **style)
+        buckets = result.lines("positions.jsonl")
+        ends = [bucket["stop"] for bucket in buckets]
+        axes[1][0].plot(*_perplexity_curve(buckets), **style)
+        peaks = [bucket["peak_bytes"] for bucket in buckets]
+        if None not in peaks:
+            axes[1][1].plot(ends, [peak / 2**20 for peak in peaks], **style)
+    titles = (
+        "(a) work to read a text of this length (FLOPs, computed)",
+        "(b) cache at its end (MiB, computed)",
+        "(c) perplexity by position (smoothed)",
+        "(d) peak memory beyond the model while reading (MiB)",
+    )
+    for axis, text in zip(axes.flat, titles, strict=True):
+        axis.set_title(text, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="#e6e8eb", linewidth=0.8)
+        axis.set_axisbelow(True)
+    for axis in axes[0]:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        ticks = lengths[::2]
+        axis.set_xticks(ticks, [_tokens(tick) for tick in ticks], minor=False)
+        axis.set_xlabel("length (tokens)")
+    for axis in axes[1]:
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_formatter(lambda value, _: _tokens(int(value)))
+        axis.set_xlabel("position in the document (tokens)")
+        edge = max((row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group)
+        if edge:
+            axis.axvline(edge, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+    axes[1][0].set_yscale("log")
+    axes[1][0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1][0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes[1][1].set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _perplexity_curve(buckets: Sequence[dict[str, Any]], points: int = 16) -> tuple[list[float], list[float]]:
+    """Centres and perplexities of a moving mean: text differs more from page to page than methods do."""
+    span = max(1, len(buckets) // points)
+    xs, ys = [], []
+    for end in range(span, len(buckets) + 1):
+        some = buckets[end - span : end]
+        xs.append((some[0]["start"] + some[-1]["stop"]) / 2)
+        ys.append(math.exp(sum(bucket["loss"] for bucket in some) / span))
+    return xs, ys
+
+
+def row_colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for each row's label: that of its kind, if no row before it has it."""
+    colours: dict[str, str] = {}
+    spare = iter(OTHERS * len(rows))
+    for row in rows:
+        own = COLOURS.get(row.kind)
+        colours[row.label] = own if own is not None and own not in colours.values() else next(spare)
+    return colours
+
+
+def _style(row: Row, colours: dict[str, str]) -> dict[str, Any]:
+    return {"color": colours[row.label], "linewidth": 2 if row.settings["method"] == "ahn" else 1.5, "label": row.label}
+
+
+def _length(level: str) -> int:
+    return 1024 * int(level[:-1]) if level.endswith("k") else int(level)
+
+
+def _tokens(number: int) -> str:
+    """1536 as 1.5k, 2048 as 2k."""
+    if number >= 1 << 20:
+        return f"{number / (1 << 20):.3g}M"
+    return f"{number / 1024:.3g}k" if number >= 1024 else str(number)

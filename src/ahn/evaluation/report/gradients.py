@@ -1,0 +1,92 @@
+"""Gradient norms drawn on the text that they belong to: as HTML and as a figure."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS, MOST_LINES = 110, 48
+"""Characters a line of the figure, and lines at most."""
+FONT_SIZE, ADVANCE = 7.5, 0.602
+"""Points, and a character's share of them: the width of DejaVu Sans Mono, which matplotlib brings along."""
+HOT = (209, 73, 91)
+QUANTILE = 0.98
+"""Of the norms; what is longer is drawn as if it were as long. Single tokens would leave the rest pale."""
+
+Token = dict[str, Any]
+"""A line of `gradients.jsonl`: token, norm, region."""
+
+
+def strengths(tokens: Sequence[Token]) -> list[float | None]:
+    """0 to 1 for tokens in the memory, None for others."""
+    norms = sorted(token["norm"] for token in tokens if token["region"] == "remembered")
+    top = norms[min(len(norms) - 1, math.floor(QUANTILE * len(norms)))] if norms else 0.0
+    return [
+        None if token["region"] != "remembered" else min(1.0, token["norm"] / top) if top else 0.0 for token in tokens
+    ]
+
+
+def as_html(tokens: Sequence[Token]) -> str:
+    """The text with a background for each remembered token; others are grey."""
+    parts = ['<pre class="gradients">']
+    for token, strength in zip(tokens, strengths(tokens), strict=True):
+        text = html.escape(token["token"])
+        if strength is None:
+            parts.append(f'<span class="{token["region"]}">{text}</span>')
+            continue
+        red, green, blue = HOT
+        colour = f"rgba({red},{green},{blue},{strength:.2f})"
+        parts.append(f'<span style="background:{colour}" title="{token["norm"]:.2e}">{text}</span>')
+    return "".join([*parts, "</pre>"])
+
+
+def figure(title: str, tokens: Sequence[Token]) -> Figure:
+    """The end of the memory's part of the text, as much as fits, and what follows it."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    lines = _lines(tokens)
+    shown, left_out = lines[-MOST_LINES:], max(0, len(lines) - MOST_LINES)
+    width, height = COLUMNS * FONT_SIZE * ADVANCE / 72, len(shown) * FONT_SIZE * 1.45 / 72
+    drawn = Figure(figsize=(width + 0.4, height + 0.75))
+    axis = drawn.add_axes((0.2 / (width + 0.4), 0.1 / (height + 0.75), width / (width + 0.4), height / (height + 0.75)))
+    axis.set_xlim(0, COLUMNS)
+    axis.set_ylim(len(shown), 0)
+    axis.axis("off")
+    for number, line in enumerate(shown):
+        for start, text, strength, region in line:
+            if strength:
+                colour = tuple(part / 255 for part in HOT)
+                axis.add_patch(Rectangle((start, number), len(text), 1, color=colour, alpha=strength, linewidth=0))
+            grey = "#9aa3ad" if region != "remembered" else "#1d242b"
+            # One text a token keeps every character in its cell, whatever the font falls back to.
+            axis.text(start, number + 0.5, text, family="DejaVu Sans Mono", fontsize=FONT_SIZE, va="center", color=grey)
+    note = f" (the first {left_out} lines are left out)" if left_out else ""
+    drawn.suptitle(title + note, fontsize=10, x=0.2 / (width + 0.4), ha="left")
+    return drawn
+
+
+def _lines(tokens: Sequence[Token]) -> list[list[tuple[int, str, float | None, str]]]:
+    """Tokens as (column, text, strength, region) in lines of at most `COLUMNS` characters."""
+    lines: list[list[tuple[int, str, float | None, str]]] = [[]]
+    column = 0
+    for token, strength in zip(tokens, strengths(tokens), strict=True):
+        first = True
+        for piece in token["token"].replace("\r", "").expandtabs(4).split("\n"):
+            if not first:
+                lines.append([])
+                column = 0
+            first = False
+            while piece:
+                if column == COLUMNS:
+                    lines.append([])
+                    column = 0
+                part, piece = piece[: COLUMNS - column], piece[COLUMNS - column :]
+                lines[-1].append((column, part.replace("$", r"\$"), strength, token["region"]))
+                column += len(part)
+    return lines
