@@ -110,7 +110,7 @@ def test_documents(tmp_path: Path) -> None:
         "pg.jsonl: book 1",
     ]
     held_out = documents.load(tokenizer, length=20_000)
-    assert "argparse" in held_out.name and len(held_out.ids) == 20_000
+    assert "standard library" in held_out.name and len(held_out.ids) == 20_000
 
 
 def test_documents_that_cannot_be_had(tmp_path: Path) -> None:

@@ -155,9 +155,11 @@ def long_document(title: str, group: Group) -> Figure:
         ticks = lengths[::2]
         axis.set_xticks(ticks, [_tokens(tick) for tick in ticks], minor=False)
         axis.set_xlabel("length (tokens)")
+    longest = max(result.figures["tokens"] for _, result in group)
     for axis in axes[1]:
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_formatter(lambda value, _: _tokens(int(value)))
+        axis.set_xlim(0, longest)
+        step = 1 << max(0, math.ceil(math.log2(longest / 8)))
+        axis.set_xticks(range(0, longest + 1, step), [_tokens(tick) for tick in range(0, longest + 1, step)])
         axis.set_xlabel("position in the document (tokens)")
         edge = max((row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group)
         if edge:

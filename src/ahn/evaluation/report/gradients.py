@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS, MOST_LINES = 110, 48
-"""Characters a line of the figure, and lines at most."""
+COLUMNS, FEWEST_COLUMNS = 110, 70
+"""Characters a line of the figure has at most, and is wide at least."""
+MOST_LINES, LINES_AFTER = 48, 6
+"""Lines of the figure, and how many of them show what follows the memory's part of the text."""
 FONT_SIZE, ADVANCE = 7.5, 0.602
 """Points, and a character's share of them: the width of DejaVu Sans Mono, which matplotlib brings along."""
+MARGIN = 0.2
+"""Inches."""
 HOT = (209, 73, 91)
 QUANTILE = 0.98
 """Of the norms; what is longer is drawn as if it were as long. Single tokens would leave the rest pale."""
@@ -46,16 +50,19 @@ def as_html(tokens: Sequence[Token]) -> str:
 
 
 def figure(title: str, tokens: Sequence[Token]) -> Figure:
-    """The end of the memory's part of the text, as much as fits, and what follows it."""
+    """The end of the memory's part of the text, as much as fits, and the beginning of what follows."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     lines = _lines(tokens)
-    shown, left_out = lines[-MOST_LINES:], max(0, len(lines) - MOST_LINES)
-    width, height = COLUMNS * FONT_SIZE * ADVANCE / 72, len(shown) * FONT_SIZE * 1.45 / 72
-    drawn = Figure(figsize=(width + 0.4, height + 0.75))
-    axis = drawn.add_axes((0.2 / (width + 0.4), 0.1 / (height + 0.75), width / (width + 0.4), height / (height + 0.75)))
-    axis.set_xlim(0, COLUMNS)
+    last = max((n for n, line in enumerate(lines) for part in line if part[3] == "remembered"), default=0)
+    shown = lines[: last + 1 + LINES_AFTER][-MOST_LINES:]
+    columns = max([FEWEST_COLUMNS, *(start + len(text) for line in shown for start, text, _, _ in line)])
+    width, height = columns * FONT_SIZE * ADVANCE / 72, len(shown) * FONT_SIZE * 1.45 / 72
+    whole = (width + 2 * MARGIN, height + 3 * MARGIN)
+    drawn = Figure(figsize=whole)
+    axis = drawn.add_axes((MARGIN / whole[0], MARGIN / whole[1], width / whole[0], height / whole[1]))
+    axis.set_xlim(0, columns)
     axis.set_ylim(len(shown), 0)
     axis.axis("off")
     for number, line in enumerate(shown):
@@ -66,8 +73,7 @@ def figure(title: str, tokens: Sequence[Token]) -> Figure:
             grey = "#9aa3ad" if region != "remembered" else "#1d242b"
             # One text a token keeps every character in its cell, whatever the font falls back to.
             axis.text(start, number + 0.5, text, family="DejaVu Sans Mono", fontsize=FONT_SIZE, va="center", color=grey)
-    note = f" (the first {left_out} lines are left out)" if left_out else ""
-    drawn.suptitle(title + note, fontsize=10, x=0.2 / (width + 0.4), ha="left")
+    drawn.suptitle(title, fontsize=10, x=MARGIN / whole[0], y=1 - MARGIN / whole[1], ha="left", va="top")
     return drawn
 
 

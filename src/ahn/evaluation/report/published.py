@@ -69,8 +69,10 @@ def rows() -> list[Published]:
         for method, pair in zip(METHODS, pairs, strict=True):
             numbers = dict(zip(LONG, map(float, pair.split()), strict=True))
             found[f"Qwen2.5-{size}, {method}"] = {f"mean of {name}": number for name, number in numbers.items()}
-    for method, score in (LONGBENCH_7B | ABLATION_7B).items():
-        found.setdefault(f"Qwen2.5-7B, {method}", {})["mean of longbench"] = score
+            if size == "7B" and method in LONGBENCH_7B:
+                found[f"Qwen2.5-{size}, {method}"]["mean of longbench"] = LONGBENCH_7B[method]
+    for method, score in ABLATION_7B.items():
+        found[f"Qwen2.5-7B, {method}"] = {"mean of longbench": score}
     for method, scores in RULER_7B.items():
         needles = {f"ruler/{task}/128k": score for task, score in zip(NEEDLES, scores, strict=True)}
         found[f"Qwen2.5-7B, {method}"] |= needles

@@ -111,7 +111,7 @@ def published_note() -> str:
 def published_table() -> Table:
     """All published numbers."""
     rows = published.rows()
-    columns = list(dict.fromkeys(name for row in rows for name in row.scores))
+    columns = sorted({name for row in rows for name in row.scores}, key=lambda name: not name.startswith("mean"))
     return Table(
         "Published numbers",
         ("model, method", *columns),
