@@ -101,14 +101,17 @@ def _mixer(
     case: Mapping[str, Any], w: Weights, x: Tensor, window: int, sinks: int, states_at: list[int]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Attention plus memory of one layer with input x (B, L, D): output (B, L, D), keys, states after `states_at`."""
-    attention, memory = _part(w, "self_attn."), _part(w, "ahn.fn.")
+    attention, memory, router = _part(w, "self_attn."), _part(w, "ahn.fn."), _part(w, "ahn_router.")
     heads, kv_heads = case["num_attention_heads"], case["num_key_value_heads"]
-    q = _project(x, attention, "q_proj", heads)
+    q = own_q = _project(x, attention, "q_proj", heads)
     keys = _project(x, attention, "k_proj", kv_heads)
     if "q_norm.weight" in attention:
         q = _rms(q, attention["q_norm.weight"], case["rms_norm_eps"])
         keys = _rms(keys, attention["k_norm.weight"], case["rms_norm_eps"])
     q, keys = _rotate(q, case["rope_theta"]), _rotate(keys, case["rope_theta"])
+    memory_q = q
+    if "q_proj.weight" in memory:  # of the base's q before its norm and RoPE
+        memory_q = _rotate(torch.einsum("bhlp,hpr->bhlr", own_q, memory["q_proj.weight"]), case["rope_theta"])
     k = keys.repeat_interleave(heads // kv_heads, 1)
     v = _project(x, attention, "v_proj", kv_heads).repeat_interleave(heads // kv_heads, 1)
     write, read = MEMORIES[case["ahn"]]
@@ -120,7 +123,11 @@ def _mixer(
         leaves = t - window
         if leaves >= sinks:
             S = write(memory, S, k[:, :, leaves], v[:, :, leaves], x[:, leaves])
-            y = y + read(memory, S, q[:, :, t], x[:, t])
+            r = read(memory, S, memory_q[:, :, t], x[:, t])
+            if router:
+                written = leaves - sinks + 1
+                r = r * torch.sigmoid(router["alpha"] * math.log(written / window) + router["beta"])[:, None]
+            y = y + r
         outputs.append(y.flatten(1))
         states[t + 1] = S
     out = torch.stack(outputs, 1) @ attention["o_proj.weight"].T
@@ -151,4 +158,5 @@ def decoder(
         hidden = hidden + gated @ layer["mlp.down_proj.weight"].T
         all_keys.append(keys)
         all_states.append(states)
-    return _rms(hidden, w["model.norm.weight"], eps) @ w["model.embed_tokens.weight"].T, all_keys, all_states
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return _rms(hidden, w["model.norm.weight"], eps) @ head.T, all_keys, all_states

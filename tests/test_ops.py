@@ -55,7 +55,7 @@ def outputs_and_gradients(rule: str, module: object, given: Arguments, **options
     leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
     o, state = run(rule, module, leaves, **options)
     random = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype) for x in (o, state)]
+    weights = [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x) for x in (o, state)]
     sum((x * w).sum() for x, w in zip((o, state), weights, strict=True)).backward()
     gradients = {f"grad_{name}": x.grad for name, x in leaves.items() if x.grad is not None}
     return {"o": o.detach(), "state": state.detach()} | gradients

@@ -1,4 +1,4 @@
-"""The oracle itself, against the published implementation: what our own golden cases and tests rest on."""
+"""The oracle against the published implementation, and the package against the oracle where nothing is published."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import oracle
 import pytest
 import torch
 from golden import PUBLISHED, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import MEMORIES, adapted, tokens
 from safetensors.torch import load_file
 
-TOLERANCE = 1e-4  # the published numbers are float32
+from ahn import AHNCache, memory
+
+TOLERANCE = 1e-4  # float32, of the published numbers and of the package
 
 
 @torch.no_grad()
@@ -31,3 +36,28 @@ def test_oracle_is_the_published_implementation(folder: Path) -> None:
         assert relative_error(key[:, :, kept], expected[f"cached_keys_after_prefill.{i}"]) < TOLERANCE
         state = state.mT if case["ahn"] == "Mamba2" else state
         assert relative_error(state, expected[f"state_after_prefill.{i}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize("q_proj", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", [name for name in MEMORIES if memory.get(name).published_name in oracle.MEMORIES])
+@given(window=st.integers(1, 10), sinks=st.integers(0, 4), prefill=st.integers(1, 24))
+@settings(max_examples=3, deadline=None)
+def test_options_follow_the_specification(
+    name: str, family: str, q_proj: bool, router: bool, window: int, sinks: int, prefill: int
+) -> None:
+    """Router and q_proj, which the published implementation has but cannot run; a prefill, then steps."""
+    model = adapted(family, memory=name, window=window, sinks=sinks, router=router, q_proj=q_proj)
+    config, ids = model.config, tokens(2, 25)
+    case = config.to_dict() | {
+        "ahn": memory.get(name).published_name,
+        "rope_theta": config.rope_parameters["rope_theta"],
+    }
+    weights = {name: x.double() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        expected, _, _ = oracle.decoder(case, weights, ids, window, sinks)
+        cache = AHNCache.for_model(model)
+        parts = [model(ids[:, :prefill], past_key_values=cache).logits]
+        parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(prefill, 25)]
+    assert relative_error(torch.cat(parts, dim=1), expected) < TOLERANCE
