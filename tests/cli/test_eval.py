@@ -105,7 +105,6 @@ def test_report_is_handed_its_folders(ahn_cli: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_perplexity(ahn_cli: Any, given: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("ahn.evaluation.perplexity")
     text = tmp_path / "book.txt"
     text.write_text(3 * files.STORY)
     named = given[: given.index("--data-dir")]
@@ -118,7 +117,20 @@ def test_perplexity(ahn_cli: Any, given: list[str], tmp_path: Path) -> None:
     assert found["loss"] > 0
 
 
+def test_gradients(ahn_cli: Any, given: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text(3 * files.STORY)
+    named = [*given[: given.index("--data-dir")], "--device", "cpu", "--text", text, "--out", tmp_path]
+    result = ahn_cli("eval", "gradients", *named, "--length", 100, "--answer", 10, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    # Of 100 tokens the one at 89 reads first, and sees from 89 - window + 1 on.
+    assert (found["task"], found["remembered"]) == ("gradients", 90 - found["window"] - found["sinks"])
+    result = ahn_cli("eval", "gradients", *named, "--length", 30, "--answer", 10)
+    assert result.code == 1 and "give a longer text" in result.err
+
+
 def test_help_names_the_verbs(ahn_cli: Any) -> None:
     text = ahn_cli("eval", "--help").out
-    assert all(verb in text for verb in ("run", "perplexity", "list", "report"))
+    assert all(verb in text for verb in ("run", "perplexity", "gradients", "list", "report"))
     assert "--method" in ahn_cli("eval", "run", "--help").out

@@ -1,4 +1,4 @@
-"""`ahn eval`: benchmarks. `ahn eval TASK…` runs tasks; `perplexity`, `list` and `report` are verbs of their own."""
+"""`ahn eval`: benchmarks. `ahn eval TASK…` runs tasks; measurements, `list` and `report` are verbs of their own."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ ModelOption = Annotated[
 MethodOption = Annotated[
     str, typer.Option("--method", help="ahn, or a baseline with as many keys: window, full, ct-max, ct-avg.")
 ]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="Text file, or JSON lines with a field text (default: code from Python's library)."),
+]
+BookOption = Annotated[int, typer.Option("--book", min=0, help="Number of the text in JSON lines.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of the results.")]
 
 
@@ -141,13 +146,8 @@ def perplexity(
     method: MethodOption = "ahn",
     window: WindowOption = None,
     sinks: SinksOption = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text", help="Text file, or JSON lines with a field text (default: code from Python's library)."
-        ),
-    ] = None,
-    book: Annotated[int, typer.Option("--book", min=0, help="Number of the text in JSON lines.")] = 0,
+    text: TextOption = None,
+    book: BookOption = 0,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens to read (default: all).")] = None,
     out: OutOption = Path("results"),
     device: DeviceOption = None,
@@ -163,11 +163,32 @@ def perplexity(
     with common.progress() as bar:
         reading = bar.add_task("reading", total=len(document.ids))
         result = measured.run(evaluated, document, out, advance=lambda tokens: bar.advance(reading, tokens))
-    if as_json:
-        common.print_json(result)
-    else:
-        common.print_pairs((name, str(value)) for name, value in result.items() if value is not None)
-        common.err.print(f"Results are in {out}")
+    _print_figures(result, out, as_json)
+
+
+@app.command("gradients")
+def gradients(
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    method: MethodOption = "ahn",
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    text: TextOption = None,
+    book: BookOption = 0,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of the text, from its beginning.")] = 1024,
+    answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens at its end whose loss counts.")] = 64,
+    loss: Annotated[str, typer.Option("--loss", help="kl, ce, distill or a sum of them.")] = "kl",
+    out: OutOption = Path("results"),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find out which forgotten tokens matter: gradients of the distillation loss, which `report` draws on the text."""
+    from ahn.evaluation import documents, gradient_probe
+
+    evaluated = _load(method, model, adapter, window, sinks, device, dtype)
+    document = documents.load(evaluated.tokenizer, text, length, book)
+    _print_figures(gradient_probe.run(evaluated, document, out, answer, loss), out, as_json)
 
 
 @app.command("list")
@@ -235,6 +256,14 @@ def _load(
         model, adapter = adapter, None
     assert model is not None
     return methods.load(method, model, adapter, window, sinks, device, dtype)
+
+
+def _print_figures(result: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        common.print_json(result)
+    else:
+        common.print_pairs((name, str(value)) for name, value in result.items() if value is not None)
+        common.err.print(f"Results are in {out}")
 
 
 def _table(results: list[dict[str, Any]], means: dict[str, float]) -> Table:
