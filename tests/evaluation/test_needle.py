@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from word_tokenizer import WordTokenizer
 
+from ahn import tiny
 from ahn.errors import AHNError
+from ahn.evaluation import methods, runner
 from ahn.evaluation.task import Sample
 from ahn.evaluation.tasks import names, needle, tasks
 from ahn.tiny import facts
@@ -99,6 +102,20 @@ def test_hidden_between_units() -> None:
     assert needle.hide(["S", "M", "E"], units, [0, 50, 100]) == ["S", units[0], units[1], "M", units[2], "E"]
     assert needle.hide(["E", "S"], units, [100, 0]) == ["S", *units, "E"]
     assert needle.hide(["N"], [], [50]) == ["N"]
+
+
+@pytest.mark.parametrize("method", ["ahn", "window", "full"])
+def test_the_shipped_model_finds_what_its_memory_keeps(method: str, tmp_path: Path) -> None:
+    adapter = str(tiny.adapter_path("deltanet"))
+    evaluated = methods.load(method, str(tiny.path()), adapter, window=224, sinks=32, device="cpu")
+    options = {"tokenizer": evaluated.tokenizer, "lengths": (1024,), "depths": (20.0, 40.0, 60.0, 95.0), "samples": 4}
+    (result,) = runner.run(tasks("needle/fact", **options), evaluated, tmp_path)
+    found = {cell["depth"]: cell["score"] for cell in result["grid"]}
+    beyond = sum(found[depth] for depth in (20.0, 40.0, 60.0)) / 3
+    # The card: of facts beyond the window 90 % with this memory, 3 % without, 100 % with full attention. Of 12 needles
+    # 9 at least, and 3 at most: each is missed with a chance below 3 %, and nothing here is left to chance twice.
+    assert beyond <= 25 if method == "window" else beyond >= 75
+    assert found[95.0] >= 50  # still in the window
 
 
 def test_names_and_errors() -> None:

@@ -12,6 +12,7 @@ import pytest
 from word_tokenizer import WordTokenizer
 
 from ahn.errors import AHNError
+from ahn.evaluation import methods, runner
 from ahn.evaluation.task import Sample
 from ahn.evaluation.tasks import ruler, tasks
 
@@ -166,6 +167,19 @@ def test_settings_tell_configurations_apart() -> None:
         for options in ({}, {"seed": 1}, {"length": 2000}, {"template": True})
     ]
     assert len(set(settings)) == 4
+
+
+@pytest.mark.parametrize("method", ["ahn", "window", "full"])
+def test_a_run_from_end_to_end(method: str, tiny: tuple[str, str], tmp_path: Path) -> None:
+    evaluated = methods.load(method, *tiny, device="cpu")
+    found = tasks("ruler/vt/3000", tokenizer=evaluated.tokenizer, samples=2)
+    (result,) = runner.run(found, evaluated, tmp_path)
+    assert (result["samples"], result["method"]) == (2, method) and 0 <= result["score"] <= 100
+    (folder,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["prompt_tokens"] + 30 <= 3000 and row["new_tokens"] == 30 and not row["shortened"]
+        assert row["score"] == found[0].score(row["prediction"], Sample("", "", "", tuple(row["answers"])))
 
 
 def test_names_and_lengths() -> None:

@@ -111,7 +111,8 @@ def published_note() -> str:
 def published_table() -> Table:
     """All published numbers."""
     rows = published.rows()
-    columns = sorted({name for row in rows for name in row.scores}, key=lambda name: not name.startswith("mean"))
+    names = dict.fromkeys(name for row in rows for name in row.scores)
+    columns = sorted(names, key=lambda name: not name.startswith("mean"))  # stable: else as in `published`
     return Table(
         "Published numbers",
         ("model, method", *columns),
@@ -146,7 +147,7 @@ def perplexities(label: str, group: Sequence[tuple[Row, Result]]) -> Table:
         "beyond every window. Cache at the end; peak is the most that reading held beyond the model. Measuring memory "
         "slows reading on a CPU."
     )
-    return Table(f"Perplexity: {label}", headings, tuple(rows), text_columns=2, note=note)
+    return Table(label.capitalize(), headings, tuple(rows), text_columns=2, note=note)
 
 
 def common_range(group: Sequence[tuple[Row, Result]]) -> tuple[int, int]:

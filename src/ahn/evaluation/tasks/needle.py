@@ -30,7 +30,7 @@ LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 DEPTHS = tuple(10.0 * n for n in range(11))
 SAMPLES = 5
 """Texts for each length."""
-NEW_TOKENS = {"number": 32, "fact": 8}
+NEW_TOKENS = {"number": 32, "fact": 4}
 
 
 def names() -> list[str]:
