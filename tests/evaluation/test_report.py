@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -41,7 +42,7 @@ def result(
     (folder / "config.json").write_text(json.dumps({"settings": settings, "about": dict(about or {})}))
     (folder / "result.json").write_text(json.dumps(figures))
     for name, rows in (lines or {}).items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return folder
 
 
@@ -97,6 +98,13 @@ def test_the_same_task_run_in_other_ways_has_other_columns(tmp_path: Path) -> No
         ("ruler/vt/4k (1)", 1.0),
         ("ruler/vt/4k (2)", 2.0),
     ]
+
+
+def test_of_two_runs_of_the_same_the_newest_counts(tmp_path: Path) -> None:
+    for n, score in enumerate((1.0, 3.0, 2.0)):
+        file = result(tmp_path, FULL, "ruler/vt/4k", score) / "result.json"
+        os.utime(file, (n % 2, n % 2))
+    assert [column.scores for column in collect([tmp_path]).columns] == [{"full attention": 3.0}]
 
 
 def test_rows_that_would_have_one_name_get_what_tells_them_apart(tmp_path: Path) -> None:
@@ -178,6 +186,7 @@ def long_document(out: Path) -> None:
             model,
             "perplexity",
             lines={"positions.jsonl": BUCKETS[name], "cost.jsonl": COST},
+            task_settings={"sha256": "abc", "tokens": tokens},  # one was read further than the other
             document="a <book>",
             tokens=tokens,
             loss=1.5,
@@ -213,7 +222,7 @@ TOKENS = [
         ("def", 0.5, "remembered"),
         (" $x\n", 1.0, "remembered"),
         ("\n  ü" + 120 * "y", 0.0, "remembered"),
-        ("end", 3.0, "window"),
+        ("end\u2028", 3.0, "window"),
     ]
 ]
 
@@ -257,7 +266,7 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
 def test_gradients_colour_what_is_remembered() -> None:
     assert gradients.strengths(TOKENS) == [None, 0.5, 1.0, 0.0, None]
     text = gradients.as_html(TOKENS)
-    assert '<span class="sink">&lt;s&gt;</span>' in text and '<span class="window">end</span>' in text
+    assert '<span class="sink">&lt;s&gt;</span>' in text and '<span class="window">end\u2028</span>' in text
     assert re.search(r'rgba\(209,73,91,0\.50\)" title="5\.00e-01">def<', text)
     silent = [token | {"norm": 0.0} for token in TOKENS]
     assert gradients.strengths(silent) == [None, 0.0, 0.0, 0.0, None]

@@ -19,7 +19,18 @@ BENCHMARKS = ("lveval", "infinitebench", "longbench", "ruler")
 """Whose tasks have a mean."""
 VARIANT = ("profile", "limit", "max_new_tokens", "truncation", "task_settings")
 """Settings of the task, not of the model: results are compared where these are equal."""
-MODEL = ("model", "method", "memory", "window", "sinks", "weights", "router", "q_proj", "full_attention_layers")
+MODEL = (
+    "model",
+    "method",
+    "memory",
+    "window",
+    "sinks",
+    "weights",
+    "dtype",
+    "router",
+    "q_proj",
+    "full_attention_layers",
+)
 """Settings of the model that make a row."""
 
 
@@ -39,8 +50,11 @@ class Result:
 
     @property
     def variant(self) -> str:
-        """Equal for results of the same task, run in the same way."""
-        return digest({name: self.settings.get(name) for name in VARIANT})
+        """Equal for results of the same task, run in the same way; a document may have been read less far."""
+        settings = {name: self.settings.get(name) for name in VARIANT}
+        if self.task == "perplexity":
+            settings["task_settings"] = {k: v for k, v in self.settings["task_settings"].items() if k != "tokens"}
+        return digest(settings)
 
     @property
     def row(self) -> str:
@@ -55,7 +69,7 @@ class Result:
         """
         try:
             text = (self.path / name).read_text(encoding="utf-8")
-            return [json.loads(line) for line in text.splitlines()]
+            return [json.loads(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
         except (OSError, ValueError) as error:
             raise AHNError(f"{self.path / name} cannot be read: {error}.") from error
 
@@ -67,6 +81,7 @@ class Row:
     Attributes:
         label: short, and different from those of other rows.
         kind: what a colour stands for: the memory, or the method.
+        results: from the oldest to the newest.
     """
 
     label: str
@@ -79,8 +94,8 @@ class Row:
         return self.results[0].settings
 
     def find(self, task: str, variant: str) -> Result | None:
-        """Its result of a task."""
-        return next((one for one in self.results if (one.task, one.variant) == (task, variant)), None)
+        """Its result of a task: the newest, if versions of packages have changed between runs."""
+        return next((one for one in reversed(self.results) if (one.task, one.variant) == (task, variant)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +198,7 @@ def collect(folders: Iterable[Path]) -> Comparison:
     if not results:
         raise AHNError("There are no finished results in these folders (a finished one has a result.json).")
     groups: dict[str, list[Result]] = {}
-    for result in results.values():
+    for result in sorted(results.values(), key=lambda one: (one.path / "result.json").stat().st_mtime):
         groups.setdefault(result.row, []).append(result)
     ordered = sorted(groups.values(), key=_order)
     labels = _labels([group[0] for group in ordered])

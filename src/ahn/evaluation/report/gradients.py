@@ -83,7 +83,8 @@ def _lines(tokens: Sequence[Token]) -> list[list[tuple[int, str, float | None, s
     column = 0
     for token, strength in zip(tokens, strengths(tokens), strict=True):
         first = True
-        for piece in token["token"].replace("\r", "").expandtabs(4).split("\n"):
+        text = "".join(c if c.isprintable() or c == "\n" else " " for c in token["token"].expandtabs(4))
+        for piece in text.split("\n"):
             if not first:
                 lines.append([])
                 column = 0
