@@ -29,7 +29,7 @@ TINY = "ahn-tiny"
 WINDOW, SINKS = 224, 32
 LONGER = 16
 """Length of a document in multiples of sinks + window, when none is asked for."""
-DOCUMENTS = 5
+DOCUMENTS = 3
 NEW_TOKENS = 80
 TAIL = 40
 """Tokens that are shown of what was read last."""
