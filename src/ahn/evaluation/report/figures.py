@@ -120,67 +120,89 @@ def by_length(benchmark: str, comparison: Comparison) -> Figure | None:
 
 
 def long_document(title: str, group: Group) -> Figure:
-    """The paper's figure 3: FLOPs and cache by length (computed), perplexity and peak memory by position (measured)."""
+    """The paper's figure 3: FLOPs and cache by length (computed), perplexity and peak memory by position (measured).
+
+    Text differs more from page to page than methods do, so perplexity is also shown as a share of a baseline's.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.6, 7.8), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(14.4, 7.8), layout="constrained")
+    axes = figure.subplots(2, 3)
     colours = row_colours([row for row, _ in group])
+    baseline = next((result.lines("positions.jsonl") for row, result in group if row.kind == "window"), None)
     for row, result in group:
         style = _style(row, colours)
-        costs = result.lines("cost.jsonl")
+        costs, buckets = result.lines("cost.jsonl"), result.lines("positions.jsonl")
         lengths = [cost["length"] for cost in costs]
         axes[0][0].plot(lengths, [cost["flops"] for cost in costs], **style)
         axes[0][1].plot(lengths, [cost["cache_bytes"] / 2**20 for cost in costs], **style)
-        buckets = result.lines("positions.jsonl")
-        ends = [bucket["stop"] for bucket in buckets]
-        axes[1][0].plot(*_perplexity_curve(buckets), **style)
+        axes[1][0].plot(*_smoothed(buckets, [bucket["loss"] for bucket in buckets]), **style)
         peaks = [bucket["peak_bytes"] for bucket in buckets]
         if None not in peaks:
-            axes[1][1].plot(ends, [peak / 2**20 for peak in peaks], **style)
+            axes[1][1].plot([bucket["stop"] for bucket in buckets], [peak / 2**20 for peak in peaks], **style)
+        if baseline is not None:
+            both = list(zip(buckets, baseline, strict=False))
+            gain = [mine["loss"] - other["loss"] for mine, other in both if mine["stop"] == other["stop"]]
+            axes[1][2].plot(*_smoothed(buckets[: len(gain)], gain), **style)
     titles = (
         "(a) work to read a text of this length (FLOPs, computed)",
         "(b) cache at its end (MiB, computed)",
+        "",
         "(c) perplexity by position (smoothed)",
-        "(d) peak memory beyond the model while reading (MiB)",
+        "(d) peak memory beyond the model (MiB)",
+        "(e) perplexity as a share of sinks + window's (smoothed)",
     )
     for axis, text in zip(axes.flat, titles, strict=True):
         axis.set_title(text, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, color="#e6e8eb", linewidth=0.8)
         axis.set_axisbelow(True)
-    for axis in axes[0]:
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        ticks = lengths[::2]
-        axis.set_xticks(ticks, [_tokens(tick) for tick in ticks], minor=False)
-        axis.set_xlabel("length (tokens)")
-    longest = max(result.figures["tokens"] for _, result in group)
+    for axis in axes[0][:2]:
+        _length_axis(axis, lengths)
+    edge = max((row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group)
     for axis in axes[1]:
-        axis.set_xlim(0, longest)
-        step = 1 << max(0, math.ceil(math.log2(longest / 8)))
-        axis.set_xticks(range(0, longest + 1, step), [_tokens(tick) for tick in range(0, longest + 1, step)])
-        axis.set_xlabel("position in the document (tokens)")
-        edge = max((row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group)
-        if edge:
-            axis.axvline(edge, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        _position_axis(axis, max(result.figures["tokens"] for _, result in group), edge)
     axes[1][0].set_yscale("log")
-    axes[1][0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[1][0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    for name in ("set_major_formatter", "set_minor_formatter"):
+        getattr(axes[1][0].yaxis, name)(lambda value, _: f"{value:g}")
     axes[1][1].set_ylim(bottom=0)
-    axes[0][0].legend(frameon=False, fontsize=9)
+    axes[1][2].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes[1][2].set_visible(baseline is not None)
+    axes[0][2].axis("off")
+    axes[0][2].legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="center left")
     figure.suptitle(title, fontsize=12)
     return figure
 
 
-def _perplexity_curve(buckets: Sequence[dict[str, Any]], points: int = 16) -> tuple[list[float], list[float]]:
-    """Centres and perplexities of a moving mean: text differs more from page to page than methods do."""
+def _length_axis(axis: Any, lengths: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    low, high = axis.dataLim.intervaly
+    if high > 10 * low:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_xticks(lengths[::2], [_tokens(length) for length in lengths[::2]], minor=False)
+    axis.set_xlabel("length (tokens)")
+
+
+def _position_axis(axis: Any, longest: int, edge: int) -> None:
+    step = 1 << max(0, math.ceil(math.log2(longest / 8)))
+    axis.set_xlim(0, longest)
+    axis.set_xticks(range(0, longest + 1, step), [_tokens(tick) for tick in range(0, longest + 1, step)])
+    axis.set_xlabel("position in the document (tokens)")
+    if edge:
+        axis.axvline(edge, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+
+
+def _smoothed(
+    buckets: Sequence[dict[str, Any]], losses: Sequence[float], points: int = 16
+) -> tuple[list[float], list[float]]:
+    """Centres of buckets and the exponential of a moving mean of losses, over a `points`-th of the document."""
     span = max(1, len(buckets) // points)
     xs, ys = [], []
     for end in range(span, len(buckets) + 1):
-        some = buckets[end - span : end]
-        xs.append((some[0]["start"] + some[-1]["stop"]) / 2)
-        ys.append(math.exp(sum(bucket["loss"] for bucket in some) / span))
+        xs.append((buckets[end - span]["start"] + buckets[end - 1]["stop"]) / 2)
+        ys.append(math.exp(sum(losses[end - span : end]) / span))
     return xs, ys
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,9 +55,9 @@ def figure(title: str, tokens: Sequence[Token]) -> Figure:
     from matplotlib.patches import Rectangle
 
     lines = _lines(tokens)
-    last = max((n for n, line in enumerate(lines) for part in line if part[3] == "remembered"), default=0)
+    last = max((n for n, line in enumerate(lines) for part in line if part.region == "remembered"), default=0)
     shown = lines[: last + 1 + LINES_AFTER][-MOST_LINES:]
-    columns = max([FEWEST_COLUMNS, *(start + len(text) for line in shown for start, text, _, _ in line)])
+    columns = max([FEWEST_COLUMNS, *(part.start + len(part.text) for line in shown for part in line)])
     width, height = columns * FONT_SIZE * ADVANCE / 72, len(shown) * FONT_SIZE * 1.45 / 72
     whole = (width + 2 * MARGIN, height + 3 * MARGIN)
     drawn = Figure(figsize=whole)
@@ -70,30 +70,41 @@ def figure(title: str, tokens: Sequence[Token]) -> Figure:
             if strength:
                 colour = tuple(part / 255 for part in HOT)
                 axis.add_patch(Rectangle((start, number), len(text), 1, color=colour, alpha=strength, linewidth=0))
-            grey = "#9aa3ad" if region != "remembered" else "#1d242b"
-            # One text a token keeps every character in its cell, whatever the font falls back to.
-            axis.text(start, number + 0.5, text, family="DejaVu Sans Mono", fontsize=FONT_SIZE, va="center", color=grey)
+            ink = "#9aa3ad" if region != "remembered" else "#1d242b"
+            # A text for each token keeps every character in its cell, whatever the font falls back to.
+            style: dict[str, Any] = {
+                "family": "DejaVu Sans Mono",
+                "fontsize": FONT_SIZE,
+                "va": "center",
+                "parse_math": False,
+            }
+            axis.text(start, number + 0.5, text, color=ink, **style)
     drawn.suptitle(title, fontsize=10, x=MARGIN / whole[0], y=1 - MARGIN / whole[1], ha="left", va="top")
     return drawn
 
 
-def _lines(tokens: Sequence[Token]) -> list[list[tuple[int, str, float | None, str]]]:
-    """Tokens as (column, text, strength, region) in lines of at most `COLUMNS` characters."""
-    lines: list[list[tuple[int, str, float | None, str]]] = [[]]
-    column = 0
+class _Part(NamedTuple):
+    """What a line shows of a token, from a column on."""
+
+    start: int
+    text: str
+    strength: float | None
+    region: str
+
+
+def _lines(tokens: Sequence[Token]) -> list[list[_Part]]:
+    """The text in lines of at most `COLUMNS` characters."""
+    lines: list[list[_Part]] = [[]]
     for token, strength in zip(tokens, strengths(tokens), strict=True):
-        first = True
         text = "".join(c if c.isprintable() or c == "\n" else " " for c in token["token"].expandtabs(4))
-        for piece in text.split("\n"):
-            if not first:
+        for n, piece in enumerate(text.split("\n")):
+            if n:
                 lines.append([])
-                column = 0
-            first = False
             while piece:
+                column = lines[-1][-1].start + len(lines[-1][-1].text) if lines[-1] else 0
                 if column == COLUMNS:
                     lines.append([])
                     column = 0
-                part, piece = piece[: COLUMNS - column], piece[COLUMNS - column :]
-                lines[-1].append((column, part.replace("$", r"\$"), strength, token["region"]))
-                column += len(part)
+                lines[-1].append(_Part(column, piece[: COLUMNS - column], strength, token["region"]))
+                piece = piece[COLUMNS - column :]
     return lines
