@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import ahn
-from ahn.cache import AHNLayer
+from ahn.cache_layer import AHNLayer
 
 TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
 STANDARD = tuple(name for name in ARCHITECTURES if name not in ("gemma3", "gpt_oss"))

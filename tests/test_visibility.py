@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ahn import AHNCache, AHNConfig, AHNError
-from ahn.cache import AHNLayer
+from ahn.cache_layer import AHNLayer
 from ahn.visibility import Padding, Visibility
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ahn.cache import AHNCache, AHNLayer
+from ahn.cache import AHNCache
+from ahn.cache_layer import AHNLayer
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.visibility import Padding
