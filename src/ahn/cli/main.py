@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something the user can fix (`AHNError`, one line on stderr
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -61,6 +62,9 @@ def ahn() -> None:
 
 def main() -> None:
     """Run the program with the arguments of this process and exit."""
+    # Read by OpenMP when torch is imported. Its threads otherwise spin while they wait for each other, which on a
+    # machine that has other work to do slows small models tenfold and more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="ahn")
     except AHNError as error:
