@@ -218,7 +218,7 @@ def test_peak_sees_what_was_freed_again() -> None:
     size = 64 << 20
 
     def grow(count: int) -> int | None:
-        with peak.measure(torch.device("cpu")) as measured:
+        with peak.exact_allocator(), peak.measure(torch.device("cpu")) as measured:
             for _ in range(count):
                 torch.ones(size // 4).sum()
         return measured.bytes

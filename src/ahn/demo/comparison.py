@@ -125,15 +125,17 @@ def compare(
     texts = [
         (document.text.ids, [fact.answer for fact in some]) for document, some in zip(documents, facts, strict=True)
     ]
-    measured = {}
-    for method in methods:
-        step = partial(advance, method.name)
+    measured: dict[str, tuple[Method, list[Reading], int | None]] = {}
+    with peak.exact_allocator():
+        for method in methods:
+            with method.on(model):
+                read(model, method, texts[0][0][: 2 * CHUNK])  # first calls are slow and take memory for good
+                with peak.measure(model.device) as peaked:
+                    first = read(model, method, *texts[0], partial(advance, method.name))
+            measured[method.name] = (method, [first], peaked.bytes)
+    for method, readings, _ in measured.values():
         with method.on(model):
-            read(model, method, texts[0][0][: 2 * CHUNK])  # first calls are slow and take memory for good
-            with peak.measure(model.device) as peaked:
-                readings = [read(model, method, *texts[0], step)]
-            readings += [read(model, method, *text, step) for text in texts[1:]]
-        measured[method.name] = (method, readings, peaked.bytes)
+            readings += [read(model, method, *text, partial(advance, method.name)) for text in texts[1:]]
     losses = {name: _mean_loss(readings, counted) for name, (_, readings, _) in measured.items()}
     recalls = [
         Recall(document, fact, {name: readings[n].guesses[m] for name, (_, readings, _) in measured.items()})

@@ -14,8 +14,8 @@ CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"  # proc(5): sets VmHWM, the peak of the resident set, to the resident set of now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-EXACT = {M_MMAP_THRESHOLD: 64 << 10}
-"""Allocator settings in bytes under which whatever is freed goes back to the system. They cost time."""
+EXACT = {M_MMAP_THRESHOLD: 1 << 20}
+"""Allocator settings in bytes under which large tensors go back to the system when freed. Smaller costs much time."""
 USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 """Where glibc's own adaptation of these settings ends in a program that allocates large tensors."""
 
@@ -27,11 +27,24 @@ class Peak:
 
 
 @contextlib.contextmanager
-def measure(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak memory of the block: of the GPU if `device` is one, else of this process (Linux with glibc).
+def exact_allocator() -> Iterator[None]:
+    """In the block the C library keeps no large tensor back that was freed; it is slower so.
 
-    On a CPU the allocator keeps nothing back inside the block: else what was freed before it would hide what the block
-    takes, and the same work would measure differently every time. The block is slower for it.
+    Otherwise what was freed before would hide what a piece of work takes, and the same work would measure differently
+    every time. For that reason work to be measured should come before other work.
+    """
+    _set_allocator(EXACT)
+    try:
+        yield
+    finally:
+        _set_allocator(USUAL)
+
+
+@contextlib.contextmanager
+def measure(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak memory of the block: of the GPU if `device` is one, else of this process.
+
+    The latter is for Linux, inside `exact_allocator`.
     """
     peak = Peak()
     gc.collect()
@@ -42,18 +55,14 @@ def measure(device: torch.device) -> Iterator[Peak]:
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     resident = _reset_process_peak() if device.type == "cpu" else None
-    try:
-        yield peak
-    finally:
-        if resident is not None:
-            peak.bytes = max(0, _status("VmHWM") - resident)
-            _set_allocator(USUAL)
+    yield peak
+    if resident is not None:
+        peak.bytes = max(0, _status("VmHWM") - resident)
 
 
 def _reset_process_peak() -> int | None:
     """Start a new peak; returns the resident bytes of now, None where this cannot be done."""
     try:
-        _set_allocator(EXACT)
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text(RESET_PEAK)
         return _status("VmRSS")
@@ -62,8 +71,9 @@ def _reset_process_peak() -> int | None:
 
 
 def _set_allocator(settings: dict[int, int]) -> None:
-    for name, value in settings.items():
-        ctypes.CDLL(None).mallopt(name, value)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        for name, value in settings.items():
+            ctypes.CDLL(None).mallopt(name, value)
 
 
 def _status(field: str) -> int:
