@@ -58,7 +58,7 @@ def test_batches_are_a_function_of_the_step(folder: Path, tokenizer) -> None:
 
 def test_distillation_learns_answers_and_text_only(folder: Path, tokenizer) -> None:
     writer = FactWriter(tokenizer)
-    batch = Answers(SMOKE, folder, writer)[0]
+    batch = Answers(SMOKE, folder, tokenizer)[0]
     masked = batch["labels"] == -100
     assert torch.equal(batch["labels"][~masked], batch["input_ids"][~masked])
     facts = torch.isin(batch["input_ids"], torch.tensor(list(writer.values.values())))
