@@ -71,7 +71,7 @@ def _heat_map(axis: Any, row: Row, result: Result, lengths: list[int], depths: l
     axis.set_title(f"{row.label}: {result.figures['score']:.1f} %", fontsize=10, loc="left")
     if len(lengths) * len(depths) <= MOST_NUMBERED:
         for (length, depth), score in cells.items():
-            colour = "white" if score > 60 else "#303a44"
+            colour = "white" if score >= 50 else "#303a44"
             place = (lengths.index(length), depths.index(depth))
             axis.text(*place, f"{score:.0f}", ha="center", va="center", fontsize=7, color=colour)
     if row.settings.get("window"):
