@@ -66,8 +66,8 @@ def _choose(tensors: tuple[Tensor, ...], gated: bool) -> ModuleType:
     if name is None:
         if q.shape[2] == 1:
             name = "reference"  # one step is already its plainest form
-        elif q.shape[3] > 256:
-            name = "chunked"  # beyond what fla's kernels hold in registers
+        elif not 16 <= q.shape[3] <= 256:
+            name = "chunked"  # smaller than a tensor core's tile, or beyond what fla's kernels hold in registers
         else:
             needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             name = default_backend(q.device, gated, needs_grad)

@@ -173,17 +173,10 @@ class _HiddenLosses(torch.autograd.Function):
         sums = torch.zeros(3, device=student.device)
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
-            logits = head.logits(student[part])
-            log_s, log_t = logits.log_softmax(-1), head.logits(teacher[part]).log_softmax(-1)
-            target = labels[part].unsqueeze(1)
-            p_t = log_t.exp()
-            ce_s, ce_t = -log_s.gather(1, target).sum(), -log_t.gather(1, target).sum()
-            sums += torch.stack([log_t.sub_(log_s).mul_(p_t).sum(), ce_s, ce_t])
+            found, gradient = _chunk_losses(student[part], teacher[part], labels[part], head, kl, ce, wanted)
+            sums += found
             if grad is not None:
-                # d/dlogits of kl·KL + ce·CE, for probabilities s and t: (kl + ce)·s - kl·t - ce·onehot
-                g = log_s.exp_().mul_(kl + ce).sub_(p_t.mul_(kl))
-                g.scatter_add_(1, target, torch.full_like(target, -ce, dtype=g.dtype))
-                grad[part] = head.backward(g.div_(N), logits)
+                grad[part] = gradient.div_(N)
         means = sums / N
         ctx.save_for_backward(grad)
         outputs = (kl * means[0] + ce * means[1], *means.unbind())
@@ -194,6 +187,27 @@ class _HiddenLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (None if grad is None else grad * grads[0].to(grad.dtype), *[None] * 6)
+
+
+def _chunk_losses(
+    student: Tensor, teacher: Tensor, labels: Tensor, head: Head, kl: float, ce: float, wanted: bool
+) -> tuple[Tensor, Any]:
+    """Sums of KL and both cross entropies over n rows (3,), and the gradient (n, D) of `kl·KL + ce·CE` if wanted.
+
+    A function of its own, so that one chunk's logits are gone before the next one's are made.
+    """
+    logits = head.logits(student)
+    log_s, log_t = logits.log_softmax(-1), head.logits(teacher).log_softmax(-1)
+    target = labels.unsqueeze(1)
+    p_t = log_t.exp()
+    ce_s, ce_t = -log_s.gather(1, target).sum(), -log_t.gather(1, target).sum()
+    sums = torch.stack([log_t.sub_(log_s).mul_(p_t).sum(), ce_s, ce_t])
+    if not wanted:
+        return sums, None
+    # d/dlogits of kl·KL + ce·CE, for probabilities s and t: (kl + ce)·s - kl·t - ce·onehot
+    g = log_s.exp_().mul_(kl + ce).sub_(p_t.mul_(kl))
+    g.scatter_add_(1, target, torch.full_like(target, -ce, dtype=g.dtype))
+    return sums, head.backward(g, logits)
 
 
 def attention_loss(student: list[Tensor], teacher: list[Tensor], positions: Tensor, use_normalized_l2: bool) -> Tensor:
