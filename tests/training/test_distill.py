@@ -100,6 +100,29 @@ def test_a_padded_row_counts_as_it_does_alone(side: str, loss: str) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max().item())
 
 
+@pytest.mark.parametrize("loss", ["kl+ce", "distill"])
+def test_parts_of_a_batch_add_up(loss: str) -> None:
+    """Micro-batches with 3, 0 and many positions that count: gradients are those of one batch, not a mean of means."""
+    model = freeze_base(student())
+    ids = tokens(3, 30)
+    labels = ids.clone()
+    labels[0, 14:], labels[1, :] = -100, -100
+    whole = distillation_loss(model, {"input_ids": ids, "labels": labels}, window=8, sinks=2, loss=loss)
+    whole.loss.backward()
+    expected = gradients(model)
+    parts = []
+    for row in range(3):
+        batch = {"input_ids": ids[row : row + 1], "labels": labels[row : row + 1]}
+        parts.append(distillation_loss(model, batch, window=8, sinks=2, loss=loss, count=whole.valid))
+        parts[-1].loss.backward()
+    assert [part.valid for part in parts] == [3, 0, 19]
+    found = Distillation(*(sum(part[i] for part in parts) for i in range(5)))
+    assert_same(found, whole)
+    for name, gradient in gradients(model).items():
+        # float32 sums in another order
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6 * expected[name].abs().max().item())
+
+
 def test_labels_choose_what_is_learned() -> None:
     """Only the token at 20 is to be learned, so only position 19 counts: the loss of that position alone."""
     model, ids = student(), tokens(1, 40)

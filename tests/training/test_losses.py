@@ -138,13 +138,34 @@ def test_padding_has_no_position(side: str) -> None:
     assert torch.equal(valid_positions(targets, 3, mask), expected)
 
 
-def test_nothing_to_learn_from_is_an_error() -> None:
+def test_where_nothing_counts() -> None:
     targets = next_tokens(torch.arange(8)[None])
     assert valid_positions(targets, 6).sum() == 1
-    with pytest.raises(AHNError, match=r"T = 7 in sequences of L = 8"):
-        valid_positions(targets, 7)
-    with pytest.raises(AHNError, match=r"T = 0"):
-        valid_positions(torch.full((2, 8), IGNORED), 0)
+    assert not valid_positions(targets, 7).any()
+    assert not valid_positions(torch.full((2, 8), IGNORED), 0).any()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 1.0)], ids=["kl", "kl+ce"])
+def test_parts_add_up_to_the_whole(weights: tuple[float, float]) -> None:
+    """Rows of very different numbers of positions, one of them none: losses and gradients of the parts add up."""
+    student, teacher, targets, positions, head = example(torch.float32, None, False)
+    positions[0, 3:] = False
+    whole = hidden_losses(student, teacher, targets, positions, head, *weights)
+    whole.loss.backward()
+    gradient, student.grad = student.grad, None
+    count = int(positions.sum())
+    empty = positions[:1] & False
+    rows = [(0, positions[:1]), (0, empty), (1, positions[1:])]
+    parts = [
+        hidden_losses(student[i : i + 1], teacher[i : i + 1], targets[i : i + 1], p, head, *weights, count=count)
+        for i, p in rows
+    ]
+    sum(part.loss for part in parts).backward()
+    # The same float32 terms, added in another order.
+    for i in range(4):
+        torch.testing.assert_close(sum(part[i] for part in parts), whole[i], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(student.grad, gradient, rtol=1e-5, atol=1e-7)
+    assert parts[1].loss == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ahn.training.losses import (
     attention_loss,
     hidden_losses,
     next_tokens,
+    nothing_counts,
     parse_loss,
     to_device,
     valid_positions,
@@ -28,7 +29,10 @@ Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 class Distillation(NamedTuple):
-    """Losses of one batch, float32 scalars on the model's device; only `loss` carries a gradient."""
+    """Losses of one batch, float32 scalars on the model's device; only `loss` carries a gradient.
+
+    With a `count` given to `distillation_loss` they are this batch's share of the losses of a larger one.
+    """
 
     loss: Tensor
     """What is minimised."""
@@ -39,7 +43,7 @@ class Distillation(NamedTuple):
     teacher_ce: Tensor
     """The same of the teacher; `ce - teacher_ce` is the gap that the memory shall close."""
     valid: int
-    """Number of positions averaged over."""
+    """Number of positions of this batch that count."""
 
 
 def distillation_loss(
@@ -50,6 +54,7 @@ def distillation_loss(
     loss: str = "kl",
     use_normalized_l2: bool = False,
     chunk: int = CHUNK,
+    count: int | None = None,
 ) -> Distillation:
     """Losses of a student with this window against its own full attention (spec section 6).
 
@@ -64,14 +69,19 @@ def distillation_loss(
         loss: "kl", "ce", "distill" or a sum of them.
         use_normalized_l2: for "distill", compare directions of attention outputs rather than the outputs.
         chunk: positions whose logits exist at once.
+        count: positions that count in all parts of a larger batch of which this is one; losses and gradients of the
+            parts then add up to the whole's. This part may have none.
 
     Raises:
         AHNError: an unknown loss, a malformed batch, or no position that counts.
     """
     terms = parse_loss(loss)
-    ids, mask, labels = _unpack(batch)
+    ids, mask, labels = unpack(batch)
     targets = next_tokens(labels)
     positions = valid_positions(targets, window + sinks, mask)
+    valid = int(positions.sum())
+    if not (count or valid):
+        raise nothing_counts(window + sinks, ids.shape[1])
     device = model.get_input_embeddings().weight.device
     inputs = {"input_ids": to_device(ids, device)}
     if mask is not None:
@@ -84,11 +94,11 @@ def distillation_loss(
     with _attention_outputs(model, compare) as student_outputs:
         student = _hidden(model, inputs)
     weights = {term: float(term in terms) for term in ("kl", "ce")}
-    losses = hidden_losses(student, teacher, targets, positions, Head.of(model), **weights, chunk=chunk)
+    losses = hidden_losses(student, teacher, targets, positions, Head.of(model), **weights, chunk=chunk, count=count)
     total = losses.loss
     if compare:
-        total = total + attention_loss(student_outputs, teacher_outputs, positions, use_normalized_l2)
-    return Distillation(total, losses.kl, losses.ce, losses.teacher_ce, int(positions.sum()))
+        total = total + attention_loss(student_outputs, teacher_outputs, positions, use_normalized_l2, count)
+    return Distillation(total, losses.kl, losses.ce, losses.teacher_ce, valid)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -114,7 +124,7 @@ def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
-def _unpack(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+def unpack(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
     """Token ids, the attention mask unless nothing is padded, and labels in which padding is masked; each (B, L)."""
     fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     used = {name: fields[name] for name in ("input_ids", "attention_mask", "labels") if fields.get(name) is not None}

@@ -50,10 +50,7 @@ def valid_positions(targets: Tensor, lossless: int, attention_mask: Tensor | Non
         attention_mask: (B, L), 0 is padding, which is not counted in a token's position.
 
     Returns:
-        (B, L) boolean.
-
-    Raises:
-        AHNError: no position counts.
+        (B, L) boolean; all false where nothing counts.
     """
     B, L = targets.shape
     if attention_mask is None:
@@ -63,12 +60,15 @@ def valid_positions(targets: Tensor, lossless: int, attention_mask: Tensor | Non
     valid = (targets != IGNORED) & (position >= lossless)
     if attention_mask is not None:
         valid &= attention_mask != 0
-    if not valid.any():
-        raise AHNError(
-            f"No position counts in the loss: with a lossless total of T = {lossless} in sequences of L = {L} tokens, "
-            "no unmasked token is predicted from position T or later; use longer sequences or a smaller window."
-        )
     return valid
+
+
+def nothing_counts(lossless: int, length: int) -> AHNError:
+    """The error for a step in which no position counts, on sequences of up to `length` tokens."""
+    return AHNError(
+        f"No position counts in the loss: with a lossless total of T = {lossless} in sequences of L = {length} tokens, "
+        "no unmasked token is predicted from position T or later; use longer sequences or a smaller window."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """Means over N positions, float32 scalars. Only `loss` carries a gradient."""
+    """Sums over the positions divided by their count, float32 scalars. Only `loss` carries a gradient."""
 
     loss: Tensor
     kl: Tensor
@@ -138,6 +138,7 @@ def hidden_losses(
     kl: float = 1.0,
     ce: float = 0.0,
     chunk: int = CHUNK,
+    count: int | None = None,
 ) -> Losses:
     """KL(teacher ‖ student) over the vocabulary and the cross entropies, averaged over the given positions.
 
@@ -147,12 +148,14 @@ def hidden_losses(
         positions: (B, L) boolean, on the device of `targets`. On the CPU they cost no wait for the model's device.
         kl, ce: weights of the two terms in `loss`.
         chunk: positions whose logits exist at once, about 20 · chunk · V bytes.
+        count: what the sums are divided by, if not the number of these positions. A batch in several parts, each with
+            the count of all, gives losses and gradients that add up to those of the whole; a part may have none.
     """
     index = positions.flatten().nonzero().squeeze(1)
     labels = to_device(targets.flatten().index_select(0, index), student.device)
     index = to_device(index, student.device)
     rows = [x.flatten(0, 1).index_select(0, index) for x in (student, teacher.detach())]
-    return Losses(*_HiddenLosses.apply(*rows, labels, head, kl, ce, chunk))
+    return Losses(*_HiddenLosses.apply(*rows, labels, head, kl, ce, chunk, count or rows[0].shape[0]))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -161,17 +164,24 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class _HiddenLosses(torch.autograd.Function):
-    """`hidden_losses` on the rows (N, D) that count."""
+    """`hidden_losses` on the rows (n, D) that count, as a share of N."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, head: Head, kl: float, ce: float, chunk: int
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        head: Head,
+        kl: float,
+        ce: float,
+        chunk: int,
+        N: int,
     ) -> tuple[Tensor, ...]:
-        N = student.shape[0]
         wanted = ctx.needs_input_grad[0] and bool(kl or ce)
         grad = torch.zeros_like(student) if wanted else None
         sums = torch.zeros(3, device=student.device)
-        for start in range(0, N, chunk):
+        for start in range(0, student.shape[0], chunk):
             part = slice(start, start + chunk)
             found, gradient = _chunk_losses(student[part], teacher[part], labels[part], head, kl, ce, wanted)
             sums += found
@@ -186,7 +196,7 @@ class _HiddenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (None if grad is None else grad * grads[0].to(grad.dtype), *[None] * 6)
+        return (None if grad is None else grad * grads[0].to(grad.dtype), *[None] * 7)
 
 
 def _chunk_losses(
@@ -210,25 +220,30 @@ def _chunk_losses(
     return sums, head.backward(g, logits)
 
 
-def attention_loss(student: list[Tensor], teacher: list[Tensor], positions: Tensor, use_normalized_l2: bool) -> Tensor:
+def attention_loss(
+    student: list[Tensor], teacher: list[Tensor], positions: Tensor, use_normalized_l2: bool, count: int | None = None
+) -> Tensor:
     """Mean squared error between the layers' attention outputs, averaged over positions, features and layers.
 
     Args:
         student, teacher: one attention output (B, L, D) a layer.
         positions: (B, L) boolean, the positions that count.
         use_normalized_l2: scale each output to unit L2 norm over its features first.
+        count: positions to average over, if not the number of these; see `hidden_losses`.
     """
-    index = to_device(positions.flatten().nonzero().squeeze(1), student[0].device)
+    index = positions.flatten().nonzero().squeeze(1)
+    N = count or index.shape[0]
+    index = to_device(index, student[0].device)
     # Checkpointed: the float32 copies of every layer together would outweigh the model's own activations.
     errors = [
         checkpoint(_attention_error, s, t.detach(), index, use_normalized_l2, use_reentrant=False)
         for s, t in zip(student, teacher, strict=True)
     ]
-    return torch.stack(errors).mean()
+    return torch.stack(errors).mean() / (N * student[0].shape[-1])
 
 
 def _attention_error(student: Tensor, teacher: Tensor, index: Tensor, use_normalized_l2: bool) -> Tensor:
     rows = [x.flatten(0, 1).index_select(0, index).float() for x in (student, teacher)]
     if use_normalized_l2:
         rows = [F.normalize(x, dim=-1) for x in rows]
-    return F.mse_loss(*rows)
+    return F.mse_loss(*rows, reduction="sum")
