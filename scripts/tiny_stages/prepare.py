@@ -20,7 +20,6 @@ from .recipe import END_OF_TEXT, VOCABULARY
 # indentation. A newline only ever ends a token, so lines can be inserted without changing the tokens around them.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|[^\S\n]*\n+|\s+(?!\S)|\s"
 WORD_REPEATS = 4000  # often enough that each word of a fact becomes one token
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def prepare(out: Path) -> None:
@@ -76,7 +75,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
     )
 
 
