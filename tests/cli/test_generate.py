@@ -93,6 +93,12 @@ def test_chat_template(ahn_cli: Any, templated: speaking.Speaking) -> None:
     assert refused.code == 1 and "--system needs a chat template" in refused.err
 
 
+def test_the_shipped_model_continues_the_bare_text(ahn_cli: Any) -> None:
+    done = ahn_cli("generate", "--prompt", "def main():", "--max-new-tokens", 4, "--json")
+    count = len(speaking.tokenizer()("def main():")["input_ids"])
+    assert json.loads(done.out)["prompt"]["tokens_seen"] == count
+
+
 def test_what_is_wrong_is_said_in_one_line(
     ahn_cli: Any, plain: speaking.Speaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,3 +137,5 @@ def test_as_a_program_in_a_pipe(plain: speaking.Speaking) -> None:
     ]
     done = subprocess.run([str(part) for part in command], input=TEXT.encode(), capture_output=True, check=True)
     assert done.stdout.decode() == expected(plain, TEXT) + "\n"
+    first, _ = done.stderr.decode().splitlines()  # no traces of progress bars
+    assert first.startswith("Read ")

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import ahn
 from ahn.errors import AHNError
 from ahn.evaluation import methods, runner
-from ahn.evaluation.reader import Generation, Reader, common_prefix
+from ahn.evaluation.reader import Generation, Reader, common_prefix, new_cache
 from ahn.evaluation.results import averages
 from ahn.evaluation.task import Sample, Task
 from ahn.evaluation.tasks import tasks
@@ -322,9 +322,9 @@ def test_limit_and_mean(memory: methods.Evaluated, tmp_path: Path) -> None:
 
 def test_full_attention_reads_with_an_ordinary_cache(tiny: tuple[str, str]) -> None:
     model = methods.load("full", *tiny, device="cpu").model
-    assert type(Reader(model)._new_cache()) is DynamicCache
+    assert type(new_cache(model)) is DynamicCache
     model = methods.load("window", *tiny, device="cpu").model
-    assert type(Reader(model)._new_cache()) is ahn.AHNCache
+    assert type(new_cache(model)) is ahn.AHNCache
 
 
 # -- every benchmark, end to end -----------------------------------------------------------------------------------

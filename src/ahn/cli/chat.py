@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from ahn.cli.generate import (
     TemperatureOption,
     TopPOption,
     read,
+    write,
 )
 from ahn.errors import AHNError
 
@@ -145,17 +145,8 @@ def _reply(turns: Any, line: str, sampling: Sampling, as_json: bool) -> None:
     session: Session = turns.session
     ids = turns.next_input(line)
     read(session, ids)
-    start, pieces = time.perf_counter(), []
-    for piece in session.write(sampling):
-        pieces.append(piece)
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    seconds = time.perf_counter() - start
-    turns.close("".join(pieces))
+    said, seconds = write(session, sampling, show=not as_json)
+    turns.close(said)
     if as_json:
-        reply = {"reply": "".join(pieces), "finished": session.finished, "new_tokens": len(session.written)}
+        reply = {"reply": said, "finished": session.finished, "new_tokens": len(session.written)}
         typer.echo(json.dumps(reply | {"seconds": round(seconds, 3)} | session.memory(), ensure_ascii=False))
-    else:
-        sys.stdout.write("\n")
-        sys.stdout.flush()

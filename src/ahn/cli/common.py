@@ -5,8 +5,9 @@ Results go to standard output, so that they can be piped; everything else goes t
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,6 +70,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,  # it would leave an empty line in a log
     )
 
 
@@ -92,21 +94,41 @@ def load_model(
     Raises:
         AHNError: a path, device or dtype is wrong, or the checkpoint cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     from ahn.checkpoint import from_pretrained
     from ahn.checkpoint.directory import Checkpoint
     from ahn.checkpoint.hub import local_directory
+
+    source, base = (adapter, model) if adapter else (model, None)
+    if adapter is None and Checkpoint.open(local_directory(model)).kind == "base":
+        raise AHNError(f"{model} is a plain model without a memory; name an adapter for it with --adapter.")
+    return _load(
+        model, lambda **how: from_pretrained(source, base=base, window=window, sinks=sinks, **how), device, dtype
+    )
+
+
+def load_base(
+    model: str, device: str | None = None, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without a memory and its tokenizer; all else as `load_model`."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(model, functools.partial(AutoModelForCausalLM.from_pretrained, model), device, dtype)
+
+
+def _load(
+    model: str, load: Callable[..., PreTrainedModel], device: str | None, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import transformers
+    from transformers import AutoTokenizer
 
     place = pick_device(device)
     chosen = dtype or ("float32" if place.type == "cpu" else "auto")
     if chosen not in (*DTYPES, "auto"):
         raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
-    source, base = (adapter, model) if adapter else (model, None)
-    if adapter is None and Checkpoint.open(local_directory(model)).kind == "base":
-        raise AHNError(f"{model} is a plain model without a memory; name an adapter for it with --adapter.")
+    if not err.is_terminal:
+        transformers.utils.logging.disable_progress_bar()  # of loading weights: noise in a log
     try:
-        loaded = from_pretrained(source, base=base, window=window, sinks=sinks, dtype=chosen)
+        loaded = load(dtype=chosen)
         # an adapter has no tokenizer of its own; the loaded model knows where its base came from
         tokenizer = AutoTokenizer.from_pretrained(loaded.name_or_path)
     except AHNError:

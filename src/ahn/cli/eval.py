@@ -245,16 +245,10 @@ def _load(
     dtype: str | None,
 ) -> Evaluated:
     """What was named; the model that comes with ahn if nothing was, and an adapter with its base if only that was."""
-    from ahn import tiny
-    from ahn.cli.session import BEST_TINY, TINY_DEVICE
+    from ahn.cli.session import named_or_shipped
     from ahn.evaluation import methods
 
-    if model is None and adapter is None:
-        model, adapter = str(tiny.path()), str(tiny.adapter_path(BEST_TINY))
-        device = device or TINY_DEVICE
-    elif model is None:
-        model, adapter = adapter, None
-    assert model is not None
+    model, adapter, device = named_or_shipped(model, adapter, device)
     return methods.load(method, model, adapter, window, sinks, device, dtype)
 
 

@@ -14,7 +14,7 @@ from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, SinksOption, W
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
-    from ahn.cli.session import Session
+    from ahn.cli.session import Sampling, Session
 
 ModelOption = Annotated[
     str | None,
@@ -87,20 +87,12 @@ def command(
     if not as_json:
         typer.echo(f"Read {sentence(read_state)}; {len(ids) / read_seconds:,.0f} tokens/s", err=True)
 
-    start, pieces = time.perf_counter(), []
-    for piece in session.write(sampling):
-        pieces.append(piece)
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    write_seconds = time.perf_counter() - start
+    written, write_seconds = write(session, sampling, show=not as_json)
     if as_json:
-        result = {"text": "".join(pieces), "new_tokens": len(session.written), "finished": session.finished}
+        result = {"text": written, "new_tokens": len(session.written), "finished": session.finished}
         times = {"read_seconds": round(read_seconds, 3), "write_seconds": round(write_seconds, 3)}
         common.print_json(result | {"prompt": read_state} | times)
         return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
     speed = len(session.written) / write_seconds
     typer.echo(f"Wrote {len(session.written):,} tokens; {speed:,.1f} tokens/s", err=True)
 
@@ -112,6 +104,21 @@ def read(session: Session, ids: list[int]) -> float:
         task = bar.add_task("reading", total=len(ids))
         session.read(ids, lambda tokens: bar.advance(task, tokens))
     return time.perf_counter() - start
+
+
+def write(session: Session, sampling: Sampling, show: bool) -> tuple[str, float]:
+    """Continue, piece by piece on standard output if it is to `show`; returns the text and seconds."""
+    start, pieces = time.perf_counter(), []
+    for piece in session.write(sampling):
+        pieces.append(piece)
+        if show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - start
+    if show:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return "".join(pieces), seconds
 
 
 def read_text(path: Path | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -158,34 +157,21 @@ def open_session(
     Raises:
         AHNError: a model without a memory, or one that cannot be loaded.
     """
-    import transformers
-
-    from ahn import tiny
     from ahn.cli import common
 
-    if model is None and adapter is None:
-        model, adapter = str(tiny.path()), str(tiny.adapter_path(BEST_TINY))
-        device = device or TINY_DEVICE
-    elif model is None:
-        model, adapter = adapter, None  # an adapter knows its base
-    assert model is not None
-    check_memory(model, adapter)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # of loading weights: noise in a log
+    model, adapter, device = named_or_shipped(model, adapter, device)
     return Session(*common.load_model(model, adapter, window, sinks, device, dtype))
 
 
-def check_memory(model: str, adapter: str | None) -> None:
-    """Make sure, before anything is loaded, that there is a memory.
+def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:
+    """Model, adapter and device that a user named; the shipped ones if no model was named, or an adapter alone."""
+    from ahn import tiny
 
-    Raises:
-        AHNError: `model` is a plain base model and no adapter is named.
-    """
-    from ahn.checkpoint.directory import Checkpoint
-    from ahn.checkpoint.hub import local_directory
-
-    if adapter is None and Checkpoint.open(local_directory(model)).kind == "base":
-        raise AHNError(f"{model} is a base model without a memory: name an adapter for it with --adapter.")
+    if model is not None:
+        return model, adapter, device
+    if adapter is not None:
+        return adapter, None, device  # an adapter knows its base
+    return str(tiny.path()), str(tiny.adapter_path(BEST_TINY)), device or TINY_DEVICE
 
 
 def sentence(memory: dict[str, Any]) -> str:

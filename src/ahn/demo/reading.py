@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ahn.demo.methods import Method, bytes_of, synchronize
 
@@ -54,15 +55,31 @@ def read(
     wanted = torch.tensor(asked, dtype=torch.long, device=model.device) - 1
     losses, guesses, sizes = [], torch.zeros_like(wanted), []
     start = time.perf_counter()
-    for first in range(0, len(ids), CHUNK):
-        part = tokens[first : first + CHUNK]
-        logits = model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
-        targets = tokens[first + 1 : first + 1 + CHUNK]
-        losses.append(F.cross_entropy(logits[: len(targets)].float(), targets, reduction="none"))
-        here = (wanted >= first) & (wanted < first + len(part))
+    for first, logits, found in by_chunk(model, cache, tokens, 0, len(ids), CHUNK):
+        losses.append(found)
+        here = (wanted >= first) & (wanted < first + len(logits))
         guesses[here] = logits[wanted[here] - first].argmax(-1)
         synchronize(model)
-        sizes.append((first + len(part), bytes_of(cache)))
-        advance(len(part))
+        sizes.append((first + len(logits), bytes_of(cache)))
+        advance(len(logits))
     seconds = time.perf_counter() - start
     return Reading(torch.cat(losses).cpu(), guesses.tolist(), sizes, seconds)
+
+
+def by_chunk(
+    model: PreTrainedModel, cache: Cache, tokens: Tensor, start: int, stop: int, size: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Read the tokens from `start` to `stop` of a document whose earlier ones are in the cache, `size` at a time.
+
+    Args:
+        tokens: (L,), all of the document: the token after a chunk is needed for the chunk's last loss.
+
+    Yields:
+        Of each chunk of n tokens the position of the first, the logits (n, V), and the float32 losses in nats of the
+        tokens one further on, (n,): one fewer at the document's end.
+    """
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        logits = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True).logits[0]
+        targets = tokens[first + 1 : last + 1]
+        yield first, logits, F.cross_entropy(logits[: len(targets)].float(), targets, reduction="none")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ahn
-from ahn import memory
+from ahn import memory, tiny
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 
@@ -36,6 +36,8 @@ SAMPLED = 1 << 20
 PLACES = 64
 PATHS = ("_name_or_path", "base_model_name_or_path")
 """Of a configuration: where weights once lay, which changes nothing."""
+SHIPPED = "ahn-tiny"
+"""What results call the model that comes with ahn, whose directory is just called model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +81,14 @@ def load(
     """
     from ahn.checkpoint.directory import Checkpoint
     from ahn.checkpoint.hub import local_directory
+    from ahn.cli import common
 
     if method not in METHODS:
         raise AHNError(f"Unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     checkpoint = Checkpoint.open(local_directory(model))
-    if adapter is None and checkpoint.kind == "base":
-        if method == "ahn":
-            raise AHNError(f"{model} is a plain model without a memory; name an adapter for it with --adapter.")
-        loaded, tokenizer = _load_base(model, device, dtype)
+    if method != "ahn" and adapter is None and checkpoint.kind == "base":
+        loaded, tokenizer = common.load_base(model, device, dtype)
     else:
-        from ahn.cli import common
-
         loaded, tokenizer = common.load_model(model, adapter, window, sinks, device, dtype)
     apply(loaded, method, window, sinks)
     base = loaded.name_or_path  # of an adapter too, which knows its base
@@ -98,7 +97,7 @@ def load(
     if named is not None and method == "ahn":
         used.append(Checkpoint.open(local_directory(named)))
     settings = describe(loaded, method) | {"weights": [fingerprint(part) for part in used]}
-    settings |= {"model": Path(base).name, "tokenizer": _tokenizer_fingerprint(tokenizer)}
+    settings |= {"model": _name(base), "tokenizer": _tokenizer_fingerprint(tokenizer)}
     return Evaluated(loaded, tokenizer, method, settings, {"model": str(base), "adapter": named})
 
 
@@ -176,6 +175,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def _name(base: str) -> str:
+    """What results call a base model."""
+    return SHIPPED if Path(base).resolve() == tiny.path().resolve() else Path(base).name
+
+
 def _slot_count(name: str) -> Callable[[int], int]:
     with torch.device("meta"):
         return memory.get(name)(hidden_size=1, heads=1, head_dim=1).slot_count
@@ -190,23 +194,3 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template or ""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{template}\0{backend}".encode()).hexdigest()
-
-
-def _load_base(model: str, device: str | None, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model without a memory, as `ahn.cli.common.load_model` loads one with."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ahn.cli import common
-
-    place = common.pick_device(device)
-    chosen = dtype or ("float32" if place.type == "cpu" else "auto")
-    if chosen not in (*common.DTYPES, "auto"):
-        raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(common.DTYPES)}.")
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise common.unreadable(model, error) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise AHNError(f"{model} has no tokenizer beside its weights (tokenizer.json).")
-    return loaded.to(place).eval(), tokenizer

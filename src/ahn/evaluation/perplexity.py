@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ahn
-from ahn.cache import AHNCache
 from ahn.config import AHNConfig
 from ahn.demo import peak
 from ahn.demo.methods import bytes_of, synchronize
+from ahn.demo.reading import by_chunk
 from ahn.errors import AHNError
 from ahn.evaluation.documents import Document
 from ahn.evaluation.measured import conclude, open_folder
 from ahn.evaluation.methods import Evaluated
+from ahn.evaluation.reader import new_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ def measure(
             f"{bucket} and {chunk}."
         )
     tokens = torch.tensor(ids, device=model.device)
-    cache = _new_cache(model)
+    cache = new_cache(model)
     losses = torch.empty(len(ids) - 1)
     buckets = []
     for start in range(0, len(ids), bucket):
@@ -92,13 +92,9 @@ def measure(
         held = bytes_of(cache)
         with peak.measure(model.device) as peaked:
             before = time.perf_counter()
-            for first in range(start, stop, chunk):
-                last = min(first + chunk, stop)
-                logits = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True).logits[0]
-                targets = tokens[first + 1 : last + 1]
-                found = F.cross_entropy(logits[: len(targets)].float(), targets, reduction="none")
-                losses[first : first + len(targets)] = found.cpu()
-                advance(last - first)
+            for first, logits, found in by_chunk(model, cache, tokens, start, stop, chunk):
+                losses[first : first + len(found)] = found.cpu()
+                advance(len(logits))
             synchronize(model)
             seconds = time.perf_counter() - before
         most = None if peaked.bytes is None else held + peaked.bytes
@@ -127,8 +123,9 @@ def run(
     folder = open_folder(out, "perplexity", evaluated, document, {"bucket": bucket, "chunk": CHUNK})
     if folder.result is not None:
         return folder.result
-    measure(evaluated.model, document.ids[: 2 * CHUNK])  # first calls are slow and take memory for good
-    losses, buckets = measure(evaluated.model, document.ids, bucket, advance=advance)
+    with peak.exact_allocator():
+        measure(evaluated.model, document.ids[: 2 * CHUNK])  # first calls are slow and take memory for good
+        losses, buckets = measure(evaluated.model, document.ids, bucket, advance=advance)
     lines = {"positions.jsonl": [dataclasses.asdict(one) for one in buckets], "cost.jsonl": costs(evaluated.model)}
     return conclude(folder, lines, summary(losses, buckets, evaluated.model))
 
@@ -153,11 +150,3 @@ def costs(model: PreTrainedModel) -> list[dict[str, int]]:
         usage = both.full if config is None else both.ahn
         rows.append({"length": length, "flops": usage.model_flops, "cache_bytes": usage.cache_bytes})
     return rows
-
-
-def _new_cache(model: PreTrainedModel) -> Any:
-    if getattr(model, "ahn_config", None) is not None:
-        return AHNCache.for_model(model)
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -102,7 +102,7 @@ class Reader:
         """Answers to prompts that share their first `read` tokens, which are in the cache. The cache is used up."""
         if not wanted & prompts.keys():
             return
-        cache = self._new_cache() if cache is None else cache
+        cache = new_cache(self.model) if cache is None else cache
         if len(prompts) == 1:
             ((number, ids),) = prompts.items()
             yield number, self._generate(ids, cache, read, generation)
@@ -137,12 +137,14 @@ class Reader:
             self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             self.progress(last, of or stop)
 
-    def _new_cache(self) -> Any:
-        if getattr(self.model, "ahn_config", None) is not None:
-            return AHNCache.for_model(self.model)
-        from transformers import DynamicCache
 
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+def new_cache(model: PreTrainedModel) -> Any:
+    """An empty cache for a model with an AHN or without."""
+    if getattr(model, "ahn_config", None) is not None:
+        return AHNCache.for_model(model)
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
