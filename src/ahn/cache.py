@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ahn.cache_layer import AHNLayer
+from ahn.cache_layer import AHNLayer, SlotRows
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
@@ -35,6 +35,9 @@ class AHNCache(Cache):
     def __init__(self, config: AHNConfig, layers: list[Any], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.config = config
+        self.rows = SlotRows()
+        for layer in self.memory_layers.values():
+            layer.rows = self.rows
         self.padding: Padding | None = None
         self._next_padding: Padding | None = None  # of the forward under way: kept once its last layer is done
         self._batch: int | None = None
@@ -124,7 +127,9 @@ class AHNCache(Cache):
                 "copy made before (copy.deepcopy(cache)), or start again (cache.reset())."
             )
 
-    def _map_padding(self, change: Any) -> None:
+    def _map_rows(self, change: Any) -> None:
+        if self.rows.read is not None and len(self.rows.read) > 1:
+            self.rows.read = change(self.rows.read)
         if self.padding is not None:
             self.padding = self.padding.map(change)
             self._batch = len(self.padding.leading)
@@ -133,15 +138,15 @@ class AHNCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._map_padding(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_padding(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_padding(lambda x: x[indices.to(x.device)])
+        self._map_rows(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
         """Forget everything."""

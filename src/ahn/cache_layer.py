@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,18 +11,29 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.visibility import Visibility
+from ahn.visibility import Slots, Visibility
 
 Tensors = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class SlotRows:
+    """What the layers of one cache share while their tokens lie in fixed slots.
+
+    Attributes:
+        read: (B or 1,) real tokens of each row so far.
+    """
+
+    read: Tensor | None = None
 
 
 class AHNLayer(CacheLayerMixin):
     """One layer's state: exact keys and values of sinks and window, gates of the tokens in it, and the memory.
 
     Attributes:
-        keys, values: (B, Hkv, T, P), T = min(tokens seen, S + W), after RoPE. Until S + W tokens were seen they lie in
-            index order, then as [S sinks | W window]; in the window, slot `oldest` holds the oldest token.
-        gates: write gates of the same slots, each (B, Hq, T, ...) float32.
+        keys, values: (B, Hkv, T, P) after RoPE, in one of two orders. Columns: T = min(tokens seen, S + W), in index
+            order, then as [S sinks | W window]. Slots (`in_slots`): T = S + W, see `ahn.visibility.Slots`.
+        gates: write gates of the same tokens, each (B, Hq, T, ...) float32.
         state: the memory's state after everything that left the window, or None before the first forward.
         under_way: new tokens were taken, but their forward is not over.
     """
@@ -34,6 +46,7 @@ class AHNLayer(CacheLayerMixin):
         self.keys: Any
         self.values: Any
         self.window, self.sinks = config.window, config.sinks
+        self.rows = SlotRows()
         self._empty()
 
     def _empty(self) -> None:
@@ -41,7 +54,7 @@ class AHNLayer(CacheLayerMixin):
         self.gates: Tensors = {}
         self.state: Tensors | None = None
         self.seen = 0
-        self.oldest = 0
+        self.in_slots = False
         self.visibility: Visibility | None = None
         self._leaving: tuple[Tensor, Tensor] | None = None
         self.under_way = False
@@ -65,14 +78,14 @@ class AHNLayer(CacheLayerMixin):
         self.under_way = True
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._steps_in_ring(view):
-            slot = self.sinks + self.oldest
-            self._leaving = (self.keys[:, :, slot : slot + 1].clone(), self.values[:, :, slot : slot + 1].clone())
+        if self._steps_in_slots(view):
+            self.enter_slots(view.read_before)
             self._own_memory()
-            self.keys[:, :, slot] = key_states[:, :, 0].detach()
-            self.values[:, :, slot] = value_states[:, :, 0].detach()
+            self._leaving = (_take(self.keys, view.new_slot), _take(self.values, view.new_slot))
+            _put(self.keys, view.new_slot, key_states.detach())
+            _put(self.values, view.new_slot, value_states.detach())
             return self.keys, self.values
-        self._unroll()
+        self.leave_slots()
         keys = view.align(torch.cat([self.keys, key_states], dim=2))
         values = view.align(torch.cat([self.values, value_states], dim=2))
         return keys, values
@@ -82,7 +95,7 @@ class AHNLayer(CacheLayerMixin):
         view = self.visibility
         assert view is not None
         if self._leaving is not None:
-            return view.ring_mask((self.oldest + 1) % self.window)
+            return view.slot_mask
         return view.mask
 
     def evict(self, keys: Tensor, values: Tensor, gates: Tensors) -> tuple[Tensor, Tensor, Tensors]:
@@ -100,11 +113,10 @@ class AHNLayer(CacheLayerMixin):
         self.visibility, self.seen = None, view.total
         if self._leaving is not None:
             (key, value), self._leaving = self._leaving, None
-            slot = self.sinks + self.oldest
-            leaving = {name: pending[:, :, slot : slot + 1].clone() for name, pending in self.gates.items()}
+            leaving = {name: _take(pending, view.new_slot) for name, pending in self.gates.items()}
             for name, pending in self.gates.items():
-                pending[:, :, slot] = gates[name][:, :, 0].detach()
-            self.oldest = (self.oldest + 1) % self.window
+                _put(pending, view.new_slot, gates[name].detach())
+            self.rows.read = view.read_after
             return key, value, leaving
         if self.gates:
             gates = {name: view.align(torch.cat([self.gates[name], new], dim=2)) for name, new in gates.items()}
@@ -116,17 +128,24 @@ class AHNLayer(CacheLayerMixin):
             {name: view.evicted_slots(gate) for name, gate in gates.items()},
         )
 
-    def _steps_in_ring(self, view: Visibility) -> bool:
-        """A single token after the window is full replaces the oldest in place instead of copying the window."""
-        return view.length == 1 and view.rolled and view.shift is None and view.sinks_complete
+    def _steps_in_slots(self, view: Visibility) -> bool:
+        """A single token after the window is full replaces the one that leaves instead of copying the window."""
+        return view.length == 1 and view.rolled and view.shift is None
 
-    def _unroll(self) -> None:
-        """Bring the window back into index order."""
-        if self.oldest:
-            at, size = self.sinks + self.oldest, self.sinks + self.window
-            order = torch.cat([torch.arange(self.sinks), torch.arange(at, size), torch.arange(self.sinks, at)])
-            self._map(lambda x: x[:, :, order.to(x.device)], state=False)
-            self.oldest = 0
+    def enter_slots(self, read: Tensor) -> None:
+        """Lay the tokens out in fixed slots; read (B or 1,) real tokens of each row before now."""
+        if not self.in_slots:
+            slots = Slots(self.window, self.sinks)
+            self._map(lambda x: slots.from_columns(x, self.seen, read), state=False)
+            self.in_slots, self.rows.read = True, read
+
+    def leave_slots(self) -> None:
+        """Bring the tokens back into columns."""
+        if self.in_slots:
+            slots, read = Slots(self.window, self.sinks), self.rows.read
+            assert read is not None
+            self._map(lambda x: slots.to_columns(x, self.seen, read.to(x.device)), state=False)
+            self.in_slots = False
 
     def _own_memory(self) -> None:
         """Tensors made under `torch.inference_mode` cannot be written outside of it; copy them once."""
@@ -136,10 +155,10 @@ class AHNLayer(CacheLayerMixin):
     # -- the whole layer at once -----------------------------------------------------------------------------------
 
     def tensors(self) -> Tensors:
-        """All tensors of this layer by name, in index order; empty before the first forward."""
+        """All tensors of this layer by name, in columns; empty before the first forward."""
         if not self.is_initialized:
             return {}
-        self._unroll()
+        self.leave_slots()
         named = {"keys": self.keys, "values": self.values}
         named |= {f"gates.{name}": gate for name, gate in self.gates.items()}
         return named | {f"state.{name}": part for name, part in (self.state or {}).items()}
@@ -207,6 +226,7 @@ class AHNLayer(CacheLayerMixin):
         self.check_crop(tokens_to_remove)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        self.leave_slots()
         self._map(lambda x: x[:, :, :tokens_to_remove], state=False)
         self.seen = max(0, self.seen + tokens_to_remove)
 
@@ -219,3 +239,18 @@ class AHNLayer(CacheLayerMixin):
                 f"Cannot crop a cache after {self.seen} tokens: {self.seen - self.sinks - self.window} of them left "
                 "the window into the memory, which cannot be undone. Keep a copy (copy.deepcopy(cache)) to go back to."
             )
+
+
+def _take(x: Tensor, slot: Tensor) -> Tensor:
+    """A copy of x (B, H, T, ...) at slot (B or 1, 1) of each row: (B, H, 1, ...)."""
+    if slot.shape[0] == 1:
+        return x.index_select(2, slot[0])
+    return x[torch.arange(x.shape[0], device=x.device), :, slot[:, 0]].unsqueeze(2)
+
+
+def _put(x: Tensor, slot: Tensor, new: Tensor) -> None:
+    """Write new (B, H, 1, ...) into x (B, H, T, ...) at slot (B or 1, 1) of each row."""
+    if slot.shape[0] == 1:
+        x.index_copy_(2, slot[0], new.to(x.dtype))
+    else:
+        x[torch.arange(x.shape[0], device=x.device), :, slot[:, 0]] = new[:, :, 0].to(x.dtype)

@@ -119,14 +119,6 @@ class Visibility:
         """Some row has leading padding."""
         return self.after is not None and bool(self.after.leading.any())
 
-    @cached_property
-    def sinks_complete(self) -> bool:
-        """Every row's first S tokens had been seen before this forward."""
-        if not self.padded:
-            return self.seen >= self.sinks
-        assert self.after is not None
-        return self.seen - int(self.after.leading.max()) >= self.sinks
-
     def _pads(self) -> Tensor:
         """(B, 1) leading padding after this forward; (1, 1) zeros for an unpadded batch."""
         if not self.padded:
@@ -173,24 +165,34 @@ class Visibility:
 
         Padding sees only itself: a softmax over nothing would be NaN and spread.
         """
-        return self._band(self.query_positions, self.key_positions, self_slot=self.cached)
-
-    def _band(self, queries: Tensor, keys: Tensor, self_slot: int) -> Tensor:
-        queries, keys = queries[:, :, None], keys[:, None, :]
+        queries, keys = self.query_positions[:, :, None], self.key_positions[:, None, :]
         seen = (keys >= 0) & (keys <= queries) & ((keys < self.sinks) | (keys > queries - self.window))
         if self.padded:
-            own = torch.arange(keys.shape[-1], device=self.device) - self_slot
+            own = torch.arange(keys.shape[-1], device=self.device) - self.cached
             seen = seen | (own == torch.arange(queries.shape[1], device=self.device)[:, None])
         return seen[:, None]
 
-    def ring_mask(self, oldest: int) -> Tensor | None:
-        """Mask (B, 1, 1, S + W) of one query over [sinks | ring], its own key in the ring just before slot `oldest`."""
+    @cached_property
+    def new_slot(self) -> Tensor:
+        """(B or 1, 1) the fixed slot that a single new token takes; see `Slots`."""
+        return Slots(self.window, self.sinks).of(self._read())
+
+    @cached_property
+    def slot_mask(self) -> Tensor | None:
+        """Mask (B, 1, 1, S + W) of one query over fixed slots that hold its own key already; None: all are visible."""
         if not self.padded:
             return None
-        positions = self.key_positions
-        window = positions[:, self.sinks + 1 :].roll(oldest, dims=-1)
-        own = self.sinks + (oldest - 1) % self.window
-        return self._band(self.query_positions, torch.cat([positions[:, : self.sinks], window], dim=1), self_slot=own)
+        return (self._indices(0, self.sinks + self.window) <= self._read())[:, None, None, :]
+
+    @cached_property
+    def read_before(self) -> Tensor:
+        """(B or 1,) real tokens of each row before this forward."""
+        return self._read()[:, 0]
+
+    @cached_property
+    def read_after(self) -> Tensor:
+        """(B or 1,) real tokens of each row after this forward."""
+        return self.total - self._pads()[:, 0]
 
     def evicted_slots(self, x: Tensor) -> Tensor:
         """Of x (B, H, cached + length, ...): the tokens that leave, in order (B, H, evicted, ...)."""
@@ -239,6 +241,58 @@ class Visibility:
 
 
 def _gather(x: Tensor, slots: Tensor) -> Tensor:
-    """x (B, H, T, ...) at slots (B, U) of each row: (B, H, U, ...)."""
+    """x (B, H, T, ...) at slots (B or 1, U) of each row: (B, H, U, ...)."""
+    if slots.shape[0] == 1:
+        return x.index_select(2, slots[0])
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     return x.transpose(1, 2)[rows, slots].transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Fixed places for decoding: the token at position p of its row lies in slot p < S, or in S + (p - S) mod W.
+
+    A new token then takes the slot of the one that leaves, nothing moves, and rows with different padding each go
+    round at their own pace. "Columns" is the other order, that of `Visibility`.
+    """
+
+    window: int
+    sinks: int
+
+    def of(self, positions: Tensor) -> Tensor:
+        """Slots of tokens at these positions."""
+        return torch.where(positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.window)
+
+    def from_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
+        """Of x (B, H, min(seen, S + W), ...) in columns: (B, H, S + W, ...) in slots; empty slots are zero.
+
+        Args:
+            seen: columns of the batch so far.
+            read: (B or 1,) real tokens of each row.
+        """
+        slots, read = self._range(x.device), read[:, None]
+        latest = read - 1 - (read - 1 - slots) % self.window
+        position = torch.where(slots < self.sinks, slots, latest)
+        held = (position < read) & (position >= slots)
+        column = position + seen - read
+        if seen > self.sinks + self.window:
+            column = torch.where(slots < self.sinks, slots, column - (seen - self.window) + self.sinks)
+        found = _gather(x, column.clamp(0, x.shape[2] - 1)).contiguous()
+        if bool(held.all()):
+            return found
+        return found.masked_fill(~held[:, None].reshape(held.shape[0], 1, -1, *[1] * (x.dim() - 3)), 0)
+
+    def to_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
+        """The inverse of `from_columns`; columns of padding hold whatever is there."""
+        column = torch.arange(min(seen, self.sinks + self.window), device=x.device)[None]
+        index = column
+        if seen > self.sinks + self.window:
+            index = torch.where(column < self.sinks, column, column - self.sinks + seen - self.window)
+        position = (index - (seen - read[:, None])).clamp_min(0)
+        slot = self.of(position)
+        if seen > self.sinks + self.window:
+            slot = torch.where(column < self.sinks, column, slot)
+        return _gather(x, slot)
+
+    def _range(self, device: torch.device) -> Tensor:
+        return torch.arange(self.sinks + self.window, device=device)[None]
