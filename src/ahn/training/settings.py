@@ -1,0 +1,156 @@
+"""What `ahn train` can be told beyond the Trainer's own arguments: model, data and distillation, each checked alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ahn import memory
+from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
+from ahn.errors import AHNError
+from ahn.training.losses import parse_loss
+from ahn.training.schedule import LINEAR_MINIMUM, SINKS, TOTALS, WindowDraw, WindowSchedule
+
+
+def _setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Settings:
+    """The model, the data and the distillation of one run. Names are those of the published trainer where it has them.
+
+    Raises:
+        AHNError: something is missing, out of range, unknown or contradicts something else.
+    """
+
+    model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, or ahn-tiny (comes with ahn).")
+    ahn_implementation: str = _setting("GatedDeltaNet", "The memory: GatedDeltaNet, DeltaNet or Mamba2.")
+    use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
+    use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
+    fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
+    attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
+    window: int = _setting(DEFAULT_WINDOW, "Window that the finished adapter asks for (loading it can choose another).")
+    sinks: int = _setting(DEFAULT_SINKS, "Likewise its sinks.")
+
+    dataset: str | None = _setting(
+        None, "Training data: files, folders, Hub ids, chatqa2 or stdlib; several with commas between."
+    )
+    eval_dataset: str | None = _setting(None, "Held-out data, in the same forms.")
+    val_size: float = _setting(0.0, "Instead of it: hold out this share (below 1) or number of the training rows.")
+    max_samples: int | None = _setting(None, "Take the first rows of each dataset only.")
+    filter_len: int = _setting(288, "Leave out samples of this many tokens or fewer.")
+    cutoff_len: int = _setting(24576, "Cut samples to this many tokens (plain text: into pieces of it).")
+    streaming: bool = _setting(False, "Read and tokenise while training; for data larger than the disk.")
+    strict: bool = _setting(False, "Stop at the first bad row instead of skipping it.")
+    preprocessing_num_workers: int | None = _setting(None, "Processes that tokenise (default: one a core, up to 16).")
+    overwrite_cache: bool = _setting(False, "Tokenise again even if it was done before.")
+
+    loss_type: str = _setting("kl", "kl, ce, distill (attention outputs), or a sum such as kl+ce.")
+    use_normalized_l2: bool = _setting(False, "For distill: compare directions of attention outputs.")
+    sliding_window_type: str = _setting("random", "How each step's lossless total is chosen: random, fixed or linear.")
+    sliding_window: int | None = _setting(
+        None, "Lossless total (sinks + window) in tokens: of every step if fixed, else of held-out evaluation alone."
+    )
+    ahn_position: str = _setting("random", "Sinks of each step: random, or prefix (none).")
+
+    save_ahn_only: bool = _setting(True, "false: also write the merged model, OUTPUT/merged, at the end.")
+    overwrite_output_dir: bool = _setting(False, "Start anew where an earlier run was saved; its checkpoints go.")
+    plot_loss: bool = _setting(True, "Draw loss.png at the end.")
+
+    notes: list[str] = dataclasses.field(default_factory=list, init=False)
+    """What the user should know about these settings."""
+
+    def __post_init__(self) -> None:
+        self._check_present()
+        self._check_numbers()
+        parse_loss(self.loss_type)
+        if self.use_normalized_l2 and "distill" not in parse_loss(self.loss_type):
+            # The published script sets it with the loss "kl", where it changes nothing.
+            self.notes.append("use_normalized_l2 changes nothing without the loss distill")
+        self._check_window()
+        self.ahn_config  # noqa: B018  (raises)
+        self.schedule(seed=0)
+
+    @property
+    def ahn_config(self) -> AHNConfig:
+        """The memory to attach, with the window and sinks of the finished adapter."""
+        names = memory.names()
+        name = self.ahn_implementation
+        chosen = name if name in names else memory.by_published_name(name).name
+        return AHNConfig(
+            memory=chosen,
+            window=self.window,
+            sinks=self.sinks,
+            full_attention_layers=_layers(self.fa_layer_ids),
+            router=self.use_ahn_router,
+            q_proj=self.use_q_proj,
+        )
+
+    def schedule(self, seed: int) -> WindowSchedule:
+        """Draws each step's window and sinks."""
+        total = self.sliding_window if self.sliding_window_type == "fixed" else None
+        return WindowSchedule(self.sliding_window_type, self.ahn_position, total, seed=seed)
+
+    @property
+    def smallest_total(self) -> int:
+        """No step keeps fewer tokens exactly, so a sample no longer than this never teaches anything."""
+        if self.sliding_window_type == "fixed":
+            return self.sliding_window or 0
+        return LINEAR_MINIMUM if self.sliding_window_type == "linear" else min(TOTALS)
+
+    @property
+    def shortest(self) -> int:
+        """Samples of this many tokens or fewer are left out."""
+        return max(self.filter_len, self.smallest_total)
+
+    @property
+    def evaluation_draw(self) -> WindowDraw:
+        """Window and sinks of held-out evaluation: always the same, so that its numbers can be compared."""
+        total = self.sliding_window or max(total for total in TOTALS if 4 * total <= max(self.cutoff_len, 4 * 32))
+        sinks = 0 if self.ahn_position == "prefix" else max(s for s in SINKS if 8 * s <= total)
+        return WindowDraw(total - sinks, sinks)
+
+    def _check_present(self) -> None:
+        for name in ("model_name_or_path", "dataset"):
+            if not getattr(self, name):
+                raise AHNError(f"{name} is missing: name it in the configuration file or with --{name}.")
+        if self.eval_dataset and self.val_size:
+            raise AHNError("eval_dataset and val_size both say what is held out; leave one of them out.")
+
+    def _check_numbers(self) -> None:
+        minima = {"cutoff_len": 2, "filter_len": 0, "max_samples": 1, "sliding_window": 2, "val_size": 0}
+        minima |= {"preprocessing_num_workers": 1}
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise AHNError(f"{name} must be at least {minimum}, got {value}.")
+        if self.val_size >= 1 and self.val_size != int(self.val_size):
+            raise AHNError(f"val_size must be a share below 1 or a whole number of rows, got {self.val_size}.")
+
+    def _check_window(self) -> None:
+        if self.sliding_window_type == "fixed" and self.sliding_window is None:
+            raise AHNError("sliding_window_type fixed needs sliding_window, the lossless total in tokens.")
+        if self.sliding_window is not None and self.sliding_window >= self.cutoff_len:
+            raise AHNError(
+                f"sliding_window {self.sliding_window} is not below cutoff_len {self.cutoff_len}, so nothing would "
+                "leave the window; use a smaller window or longer samples."
+            )
+        if self.shortest >= self.cutoff_len:
+            what = "filter_len" if self.filter_len >= self.smallest_total else f"{self.sliding_window_type} window"
+            raise AHNError(
+                f"cutoff_len {self.cutoff_len} cuts every sample to what the {what} leaves out ({self.shortest} tokens "
+                "or fewer); use a larger cutoff_len."
+            )
+        if self.sliding_window_type == "random" and self.cutoff_len >= 8 * max(TOTALS):
+            raise AHNError(
+                f"sliding_window_type random draws totals up to {max(TOTALS)}, above an eighth of the samples: "
+                f"cutoff_len must stay below {8 * max(TOTALS)}, or use fixed or linear."
+            )
+
+
+def _layers(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in (text or "").replace(",", " ").split())
+    except ValueError:
+        raise AHNError(f"fa_layer_ids must list layer indices such as 0,1,27; got {text!r}.") from None
