@@ -24,6 +24,7 @@ VERBS = {
     "merge": "Put a base model and an adapter into one checkpoint.",
     "split": "Take a merged checkpoint apart: base model and adapter.",
     "eval": "Benchmarks: run tasks with a model, compare results.",
+    "bench": "Speed and memory, side by side, against what the machine can do.",
     "env": "Versions and devices: what a bug report needs.",
 }
 """A verb and its line in `ahn --help`. The module `ahn.cli.VERB` holds it, as a function `command`, or as a Typer

@@ -1,0 +1,89 @@
+"""Caches as they are after a long text, filled with random numbers: how a step runs does not depend on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+
+from ahn.bench.methods import Method
+from ahn.cache import AHNCache
+from ahn.cache_layer import AHNLayer
+
+SAMPLE = 13
+"""Tokens of a real forward whose cache shows shapes and plausible gates. No other size in a model is this prime."""
+STATE_STD = 0.02
+
+
+def random_tokens(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Token ids (B, L) on the model's device."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return torch.randint(vocabulary, (batch, length), device=model.device)
+
+
+def read_cache(method: Method, model: PreTrainedModel, batch: int, context: int, room: int) -> Cache:
+    """A cache that has really read `context` random tokens."""
+    cache = method.new_cache(model, batch, room)
+    model(random_tokens(model, batch, context), past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context: int, room: int) -> Cache:
+    """A cache of B conversations that looks as if each had read `context` tokens."""
+    sample = read_cache(method, model, 1, SAMPLE, SAMPLE)
+    cache = method.new_cache(model, batch, room)
+    for layer, seen in zip(cache.layers, sample.layers, strict=True):
+        if isinstance(layer, AHNLayer):
+            kept = min(context, layer.sinks + layer.window)
+            tensors = seen.tensors()
+            known = tensors["keys"].shape[2]
+            named = {name: _grown(name, x, known, batch, kept) for name, x in tensors.items()}
+            layer.load_tensors(named, context)
+        elif isinstance(layer, StaticLayer):
+            layer.lazy_initialization(_rows(seen.keys, batch), _rows(seen.values, batch))
+            layer.keys.normal_()
+            layer.values.normal_()
+            set_length(layer, context)
+        else:
+            kept = min(context, layer.sliding_window - 1) if layer.is_sliding else context
+            keys, values = (_normal(x, batch, kept) for x in (seen.keys, seen.values))
+            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+            layer.keys, layer.values = keys, values
+            if layer.is_sliding:
+                layer.cumulative_length = context
+    return cache
+
+
+def set_length(layer: StaticLayer, context: int) -> None:
+    """Make a static layer forget what came after `context` tokens."""
+    layer.cumulative_length.fill_(context)
+    if isinstance(layer, StaticSlidingWindowLayer):
+        layer.cumulative_length_int = context
+
+
+def bytes_of_cache(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds."""
+    if isinstance(cache, AHNCache):
+        return cache.nbytes()
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def _grown(name: str, x: Tensor, known: int, batch: int, tokens: int) -> Tensor:
+    """A layer's tensor of one conversation and `known` tokens, for B conversations and as many tokens as it keeps."""
+    if name in ("keys", "values"):
+        return _normal(x, batch, tokens)
+    if name.startswith("gates."):  # any real gate is a possible one, whatever it stands for
+        axis = list(x.shape).index(known, 1)
+        chosen = torch.randint(known, (tokens,), device=x.device)
+        return _rows(x.index_select(axis, chosen), batch).contiguous()
+    return torch.empty(batch, *x.shape[1:], dtype=x.dtype, device=x.device).normal_(std=STATE_STD)
+
+
+def _normal(x: Tensor, batch: int, tokens: int) -> Tensor:
+    """Of x (1, Hkv, n, P): (B, Hkv, tokens, P)."""
+    return torch.empty(batch, x.shape[1], tokens, x.shape[3], dtype=x.dtype, device=x.device).normal_()
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    return x.expand(batch, *x.shape[1:])

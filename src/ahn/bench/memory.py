@@ -1,0 +1,45 @@
+"""Peak memory of reading a prompt and of writing on, by length: flat, or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ahn.bench import decode, fill, roofline
+from ahn.bench.clock import peak_memory, release, seconds
+from ahn.bench.methods import Method
+from ahn.bench.stand import Stand, check_patience
+from ahn.demo.peak import exact_allocator
+
+
+def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
+    """Read B prompts of `context` tokens once, then generate `new_tokens`."""
+    model, device, count = stand.model, stand.device, stand.settings.new_tokens
+    work = roofline.prefill(model, method.config, context, batch)
+    check_patience(stand, work.limit(stand.ceilings), "reading the prompt")
+    release(device)
+    caches = []
+
+    def read() -> None:
+        caches.append(fill.read_cache(method, model, batch, context, context + count + 1))
+
+    with exact_allocator():  # of the CPU's memory; a GPU's is exact anyway
+        with peak_memory(device, stand.held()) as prefill:
+            reading = seconds(device, read)
+        cache = caches[0]
+        with peak_memory(device, stand.held(cache)) as decoding:
+            writing = seconds(device, lambda: decode.generate(stand, cache, fill.random_tokens(model, batch, 1), count))
+    return {
+        "prefill_peak_bytes": prefill.peak_bytes,
+        "prefill_reserved_bytes": prefill.reserved_bytes,
+        "decode_peak_bytes": decoding.peak_bytes,
+        "decode_reserved_bytes": decoding.reserved_bytes,
+        "peak_bytes": _largest(prefill.peak_bytes, decoding.peak_bytes),
+        "cache_bytes": fill.bytes_of_cache(cache),
+        "weights_bytes": stand.held(),
+        "prefill_s": reading,  # with whatever was compiled on the way
+        "decode_s": writing,
+    }
+
+
+def _largest(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)

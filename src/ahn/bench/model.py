@@ -1,0 +1,74 @@
+"""The model that is measured: real weights, or random ones of the same shape made where they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from ahn import tiny
+from ahn.bench.shapes import SHAPES, configuration
+from ahn.checkpoint.hub import local_directory
+from ahn.errors import AHNError
+
+TINY = "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A base model without a memory, in evaluation mode.
+
+    Attributes:
+        name: what tables call it.
+        random: its weights mean nothing.
+    """
+
+    name: str
+    model: PreTrainedModel
+    random: bool
+
+
+def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The model called `name`.
+
+    Args:
+        name: a name in `SHAPES`, "tiny" for the shipped model, a config.json, or a directory or Hub id.
+        random_weights: of the last two, take only the shape. The first and the third have no weights anyway.
+
+    Raises:
+        AHNError: it cannot be found or loaded.
+    """
+    if name in SHAPES:
+        return Subject(name, build(configuration(name), device, dtype), True)
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            label = path.parent.name if path.name == "config.json" else path.stem
+            return Subject(label, build(AutoConfig.from_pretrained(path), device, dtype), True)
+        source = tiny.path() if name == TINY else path if path.is_dir() else None
+        if random_weights:
+            config = AutoConfig.from_pretrained(source or name)
+            return Subject(path.name, build(config, device, dtype), True)
+        source = source or local_directory(name)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise AHNError(f"Cannot load {name!r}; known shapes are {', '.join(SHAPES)}. {first}") from error
+    return Subject(path.name, _ready(model), False)
+
+
+def build(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, made on the device: nothing passes through the host's memory."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
+    return _ready(model)
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    # Greedy, and without an end token: a random model must not stop early.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+    return model.eval().requires_grad_(False)

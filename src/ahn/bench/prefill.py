@@ -1,0 +1,45 @@
+"""Time and peak memory of reading a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ahn.bench import roofline
+from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
+from ahn.bench.fill import random_tokens
+from ahn.bench.methods import Method
+from ahn.bench.stand import Stand, check_patience
+
+WARM_CHUNKS = 3
+"""Chunks beyond sinks + window in the warm-up: the first, one in the middle and the last run the same code as later."""
+
+
+def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
+    """Read B prompts of `context` random tokens into an empty cache and give the last token's logits."""
+    model, device, settings = stand.model, stand.device, stand.settings
+    work = roofline.prefill(model, method.config, context, batch)
+    check_patience(stand, work.limit(stand.ceilings), "reading the prompt")
+    ids = random_tokens(model, batch, context)
+
+    def read(tokens: int) -> None:
+        cache = method.new_cache(model, batch, context)
+        model(ids[:, :tokens], past_key_values=cache, logits_to_keep=1)
+
+    warm = context
+    if method.config is not None:
+        warm = min(context, method.config.lossless + WARM_CHUNKS * method.config.prefill_chunk_size)
+    warmup = seconds(device, lambda: read(warm))
+    release(device)
+    with peak_memory(device, stand.held()) as memory:
+        times = repeated(device, lambda: read(context), settings.repeats, settings.budget)
+    return {
+        "seconds": median(times),
+        "spread": spread(times),
+        "times_s": times,
+        "tokens_per_second": batch * context / median(times),
+        "warmup_tokens": warm,
+        "warmup_s": warmup,
+        "peak_bytes": memory.peak_bytes,
+        "reserved_bytes": memory.reserved_bytes,
+        **work.report(stand.ceilings, median(times)),
+    }

@@ -1,0 +1,66 @@
+"""Everything that the rows of one run share: the model, the machine's ceilings, and how long to measure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ahn.bench.ceilings import Ceilings
+from ahn.bench.clock import bytes_of
+from ahn.bench.fill import bytes_of_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        new_tokens: steps in one repetition of a decode measurement.
+        real_prefill: before decoding, really read the context rather than fill the caches with random numbers.
+        repeats: repetitions of which the median counts.
+        budget: seconds after which no further repetition of a row begins.
+        max_seconds: a row whose limit alone is longer is skipped.
+    """
+
+    new_tokens: int = 64
+    real_prefill: bool = False
+    repeats: int = 5
+    budget: float = 10.0
+    max_seconds: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stand:
+    """A bare base model on a machine whose ceilings are known."""
+
+    model: PreTrainedModel
+    ceilings: Ceilings
+    settings: Settings
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def held(self, cache: Cache | None = None) -> int:
+        """Bytes of the weights and of a cache."""
+        tensors = bytes_of(self.model.parameters()) + bytes_of(self.model.buffers())
+        return tensors + (0 if cache is None else bytes_of_cache(cache))
+
+
+class Skipped(Exception):  # noqa: N818  (not an error: a row says so)
+    """A row that would take too long."""
+
+
+def check_patience(stand: Stand, limit: float, what: str) -> None:
+    """Refuse work that takes too long even at the machine's ceilings.
+
+    Raises:
+        Skipped: the limit is above `max_seconds`.
+    """
+    if limit > stand.settings.max_seconds:
+        raise Skipped(
+            f"{what} takes at least {limit:.0f} s on this machine, --max-seconds allows {stand.settings.max_seconds:g}"
+        )

@@ -1,0 +1,26 @@
+"""Tokens a second of many conversations that decode together, and the memory that they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ahn.bench import decode, fill
+from ahn.bench.clock import peak_memory, release
+from ahn.bench.methods import Method
+from ahn.bench.stand import Stand
+
+
+def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
+    """Steps of B conversations, each with `context` tokens behind it."""
+    cache, work = decode.prepare(stand, method, context, batch)
+    release(stand.device)
+    with peak_memory(stand.device, stand.held(cache)) as memory:
+        found = decode.time_step(stand, method, cache, context, batch)
+    return {
+        **found,
+        "tokens_per_second": batch / found["seconds"],
+        "cache_bytes": fill.bytes_of_cache(cache),
+        "peak_bytes": memory.peak_bytes,
+        "reserved_bytes": memory.reserved_bytes,
+        **work.report(stand.ceilings, found["seconds"]),
+    }

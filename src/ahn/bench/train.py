@@ -1,0 +1,85 @@
+"""Time and peak memory of one step of self-distillation."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ahn.adapter import adapter_parameters
+from ahn.bench import roofline
+from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
+from ahn.bench.fill import random_tokens
+from ahn.bench.methods import Method
+from ahn.bench.stand import Stand
+from ahn.errors import AHNError
+from ahn.training import distillation_loss
+
+
+def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
+    """Forward passes of teacher and student and the backward pass, for B sequences of `context` tokens.
+
+    Gradient checkpointing is on, the base has the model's dtype and the memory float32.
+    """
+    if not method.trainable or method.config is None:
+        raise AHNError(f"{method.name} has no parameters to train.")
+    model, device, config = stand.model, stand.device, method.config
+    ids = random_tokens(model, batch, context).cpu()  # as batches come
+    parameters = list(adapter_parameters(model).values())
+    valid: list[int] = []
+
+    def step() -> None:
+        found = distillation_loss(model, ids, config.window, config.sinks)
+        found.loss.backward()
+        valid.append(found.valid)
+        for parameter in parameters:
+            parameter.grad = None
+
+    with _training(model, parameters):
+        warmup = seconds(device, step)
+        release(device)
+        with peak_memory(device, stand.held()) as memory:
+            times = repeated(device, step, stand.settings.repeats, stand.settings.budget)
+    work = roofline.distillation(model, config, context, batch, valid[-1], recomputed=True)
+    return {
+        "seconds": median(times),
+        "spread": spread(times),
+        "times_s": times,
+        "tokens_per_second": batch * context / median(times),
+        "warmup_s": warmup,
+        "loss_positions": valid[-1],
+        "trained_parameters": sum(p.numel() for p in parameters),
+        "peak_bytes": memory.peak_bytes,
+        "reserved_bytes": memory.reserved_bytes,
+        **work.report(stand.ceilings, median(times)),
+    }
+
+
+@contextlib.contextmanager
+def _training(model: PreTrainedModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Training mode with gradient checkpointing and gradients for these parameters; as before afterwards."""
+    _checkpoint(model, True)
+    model.train()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        _checkpoint(model, False)
+        model.eval()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _checkpoint(model: PreTrainedModel, wanted: bool) -> None:
+    with warnings.catch_warnings():  # new names, which older versions that we support do not know
+        warnings.simplefilter("ignore", FutureWarning)
+        if wanted:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()

@@ -1,0 +1,244 @@
+"""`ahn bench`: speed and memory, side by side, against what the machine can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ahn.cli import common
+from ahn.cli.common import DTYPES, AdapterOption, DeviceOption, DtypeOption
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from ahn.bench.methods import Method
+    from ahn.bench.runner import Plan
+
+TINY_WINDOW, TINY_SINKS = 224, 32
+TRAINED_TOTAL = 8192
+"""Largest lossless total of the paper's training."""
+LENGTHS = (1, 4, 16)
+"""Contexts when none are asked for, in multiples of sinks + window."""
+BATCHES = (1, 4, 16, 32, 64, 100)
+"""Conversations of `throughput` when none are asked for."""
+UNITS = {"k": 1 << 10, "m": 1 << 20}
+
+
+class Measurement(str, Enum):  # noqa: UP042  (typer shows the values of this kind as choices)
+    prefill = "prefill"
+    decode = "decode"
+    memory = "memory"
+    throughput = "throughput"
+    train = "train"
+    report = "report"
+
+
+def command(
+    measurements: Annotated[
+        list[Measurement], typer.Argument(help="One or more, in this order; report only draws --out again.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="Shape by name (qwen2.5-3b, qwen2.5-7b, qwen2.5-14b, qwen3-4b), tiny for the model that comes with "
+            "ahn, a config.json, or a model's directory or Hub id.",
+        ),
+    ] = "tiny",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Take only the shape of a directory or Hub id.")
+    ] = False,
+    adapter: AdapterOption = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Of full-dynamic, full-static, window and the memories (gated_deltanet, …), with commas between "
+            "(default: all; for train, the memories).",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window", min=1, help="Last tokens kept exactly (default: 32640; tiny: 224; train: 8192 in all)."
+        ),
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: 128; tiny: 32).")
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option("--context", help="Lengths like 32k,128k,1M (default: 1, 4 and 16 times sinks + window)."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="Conversations at once, like 1,8 (default: 1; throughput: up to 100)."),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=2, help="Steps in each repetition of a decode measurement.")
+    ] = 64,
+    real_prefill: Annotated[
+        bool, typer.Option("--real-prefill", help="Decode after really reading the context, not from random caches.")
+    ] = False,
+    max_seconds: Annotated[
+        float, typer.Option("--max-seconds", help="Skip what takes longer even at the machine's limit.")
+    ] = 120.0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for rows.jsonl, the table and the plots.")] = Path(
+        "ahn-bench"
+    ),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure speed and memory, side by side, against what the machine can do.
+
+    Full attention (transformers' dynamic and static cache), sinks + window and
+    each memory, on one model. The machine's copy bandwidth and matmul rate are
+    measured first; every row says how close to them it comes. Rows are
+    appended to rows.jsonl in --out as they are measured, and the table and
+    plots are drawn from all rows there, so one folder can be filled by several
+    commands.
+
+    \b
+    Examples:
+      ahn bench prefill decode
+      ahn bench decode --model qwen2.5-3b --context 32k,128k,1M
+      ahn bench throughput --model qwen2.5-3b --context 128k --batch 1,32,100
+      ahn bench train --model qwen2.5-7b --methods gated_deltanet
+    """
+    names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
+    if names:
+        options = _Options(model, adapter, methods, window, sinks, context, batch)
+        plans = [options.plan(name) for name in names]
+        _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, out, device, dtype)
+    _report(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What the plans are made of, as typed."""
+
+    model: str
+    adapter: str | None
+    methods: str | None
+    window: int | None
+    sinks: int | None
+    context: str | None
+    batch: str | None
+
+    def plan(self, measurement: str) -> Plan:
+        """What to measure. Mistakes show here, before a model is loaded."""
+        from ahn.bench.runner import Plan
+
+        chosen, lossless = self._methods(measurement)
+        lengths = {"throughput": LENGTHS[1:2], "train": (3,)}.get(measurement, LENGTHS)
+        contexts = [n * lossless for n in lengths] if self.context is None else numbers("--context", self.context)
+        usual = BATCHES if measurement == "throughput" else (1,)
+        batches = list(usual) if self.batch is None else numbers("--batch", self.batch)
+        return Plan(measurement, chosen, sorted(set(contexts)), sorted(set(batches)))
+
+    def _methods(self, measurement: str) -> tuple[list[Method], int]:
+        """What to compare, and sinks + window."""
+        from ahn import memory
+        from ahn.bench.methods import WINDOW, make_methods
+        from ahn.config import DEFAULT_SINKS
+
+        names = None if self.methods is None else [name.strip() for name in self.methods.split(",")]
+        window, sinks = self.window, self.sinks
+        if self.model == "tiny":
+            window, sinks = window or TINY_WINDOW, TINY_SINKS if sinks is None else sinks
+        if measurement == "train":
+            names = names or (None if self.adapter else list(memory.names()))
+            window = window or TRAINED_TOTAL - (DEFAULT_SINKS if sinks is None else sinks)
+        chosen = make_methods(names, window, sinks, self.adapter)
+        (exact,) = make_methods([WINDOW], window, sinks, self.adapter)
+        assert exact.config is not None
+        if measurement == "train" and names is None:
+            chosen = [method for method in chosen if method.trainable]
+        return chosen, exact.config.lossless
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """A list like "32k,128k,1M"; k and M are 1024 and 1024².
+
+    Raises:
+        AHNError: one is not a positive number.
+    """
+    found = []
+    for part in text.split(","):
+        digits, unit = part.strip(), 1
+        if digits[-1:].lower() in UNITS:
+            digits, unit = digits[:-1], UNITS[digits[-1].lower()]
+        if not digits.isdecimal() or int(digits) < 1:
+            raise AHNError(f"{option} takes numbers like 4096, 32k or 1M with commas between, got {text!r}.")
+        found.append(int(digits) * unit)
+    return found
+
+
+def _measure(
+    plans: list[Plan],
+    model: str,
+    random_weights: bool,
+    new_tokens: int,
+    real_prefill: bool,
+    max_seconds: float,
+    out: Path,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    import torch
+
+    from ahn.bench import ceilings, records, runner, table
+    from ahn.bench.model import load
+    from ahn.bench.stand import Settings, Stand
+    from ahn.cli.env import environment
+
+    place = common.pick_device(device)
+    chosen = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    if chosen not in DTYPES:
+        raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+    subject = load(model, random_weights, place, getattr(torch, chosen))
+    settings = Settings(new_tokens=new_tokens, real_prefill=real_prefill, max_seconds=max_seconds)
+    rates = ceilings.measure(place, getattr(torch, chosen))
+    hardware = records.hardware(place)
+    facts: dict[str, Any] = {
+        "model": subject.name,
+        "random_weights": subject.random,
+        "model_config": subject.model.config.to_diff_dict(),
+        "dtype": chosen,
+        "hardware": hardware,
+        "ceilings": dataclasses.asdict(rates),
+        "settings": dataclasses.asdict(settings),
+        "code": records.code(),
+        "environment": environment(),
+    }
+    log = records.Log(out, facts)
+    common.err.print(
+        f"{subject.name} on {hardware['device']}, {chosen}: copy {rates.bytes_per_second / 1e12:.3f} TB/s, "
+        f"matmul {rates.flops_per_second / 1e12:.2f} TFLOP/s. Rows go to {log.path}",
+        soft_wrap=True,
+    )
+    stand = Stand(subject.model, rates, settings)
+    shared = {"model": subject.name, "device": hardware["device"], "dtype": chosen}
+    for plan in plans:
+        runner.run(
+            stand, plan, shared, log, lambda row: common.err.print(table.line(row), markup=False, soft_wrap=True)
+        )
+
+
+def _report(out: Path) -> None:
+    """Print the tables of all rows in a folder, and write them there with the plots."""
+    from ahn import plots
+    from ahn.bench import figures, records, table
+    from ahn.checkpoint.output import replacing
+
+    rows = records.read(out)
+    text = table.text(rows)
+    typer.echo(text, nl=False)
+    with replacing(out / "table.txt") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    for name, figure in figures.figures(rows).items():
+        plots.save(figure, out / f"{name}.png")
+    common.err.print(f"Rows, table and plots are in {out}")
