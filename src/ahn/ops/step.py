@@ -1,0 +1,159 @@
+"""One decoding step of a layer over fixed slots: attend, write what leaves into the memory, read, keep the new token.
+
+`step` is the plain torch form, any device; `ahn.ops.step_triton` is the same in two kernels. Both change the buffers of
+`StepBuffers` in place. Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRule:
+    """How one memory writes and reads, in the terms of `ahn.ops` (spec section 3).
+
+    With w the write gate and g the logarithm of the decay: `S ← exp(g) S; u = w (v - [delta] Sᵀ k̂); S ← S + k̂ uᵀ;
+    o = Sᵀ q̂ · scale`, then `RMSNorm(o; across one head) · silu(γ)` or `RMSNorm(o · silu(γ); across all heads)`.
+    """
+
+    write: str
+    """Name of the gate that scales a write."""
+    decay: str | None
+    """Name of the gate that is the logarithm of the decay."""
+    delta: bool
+    """Subtract what the state predicts."""
+    l2_eps: float
+    """q̂ = q / sqrt(Σq² + eps), and so k̂."""
+    scale: float
+    norm_eps: float
+    across_heads: bool
+
+
+@dataclasses.dataclass
+class StepBuffers:
+    """What a layer keeps between steps, in slots (see `ahn.visibility.Slots`).
+
+    Attributes:
+        keys, values: (B, Hkv, T, P).
+        write, decay: (B, Hq, T) float32 gates of the same tokens, where the memory has them.
+        state: (B, Hq, P, P) float32, where there is a memory.
+    """
+
+    keys: Tensor
+    values: Tensor
+    write: Tensor | None
+    decay: Tensor | None
+    state: Tensor | None
+
+
+@dataclasses.dataclass
+class StepRead:
+    """What the read of a memory needs besides the state.
+
+    Attributes:
+        query: (B, Hq, P) the memory's query, after RoPE.
+        gamma: (B, Hq) float32 the output gate before its activation.
+        weight: (B, Hq) float32 the router's weight of the read, or None.
+        norm: (P,) or (Hq · P,) weight of the norm.
+        o_proj: (Hq, P, P).
+    """
+
+    query: Tensor
+    gamma: Tensor
+    weight: Tensor | None
+    norm: Tensor
+    o_proj: Tensor
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor | None,
+    decay: Tensor | None,
+    positions: Tensor,
+    active: Tensor,
+    buffers: StepBuffers,
+    sinks: int,
+    scaling: float,
+    rule: StepRule | None,
+    read: StepRead | None,
+) -> Tensor:
+    """One token a row. A row that is not `active` changes nothing; its output means nothing.
+
+    Args:
+        query: (B, Hq, P); key, value: (B, Hkv, P) of the new token, after RoPE.
+        write, decay: (B, Hq) float32 gates of the new token.
+        positions: (B,) int64, tokens that each row has read before.
+        active: (B,) bool.
+        sinks: S.
+        scaling: of attention scores.
+        rule, read: None without a memory.
+
+    Returns:
+        (B, Hq, P): exact attention over sinks and window, plus the memory's read.
+    """
+    T = buffers.keys.shape[2]
+    window = T - sinks
+    slot = torch.where(positions < T, positions, sinks + (positions - sinks) % window)
+    leaves = active & (positions >= T)
+    rows = torch.arange(len(positions), device=positions.device)
+    memory_read: Tensor | float = 0.0
+    if rule is not None and read is not None:
+        assert buffers.write is not None and buffers.state is not None
+        gone = [
+            torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)
+        ]
+        strength = torch.where(leaves[:, None], buffers.write[rows, :, slot], 0)
+        fade = None
+        if buffers.decay is not None:
+            fade = torch.where(leaves[:, None], buffers.decay[rows, :, slot], 0)
+        o = _write_and_read(read.query, *gone, strength, fade, buffers.state, rule)
+        memory_read = _read_out(o, rule, read)
+    mine = active[:, None]
+    for ring, new in ((buffers.keys, key), (buffers.values, value), (buffers.write, write), (buffers.decay, decay)):
+        if ring is not None and new is not None:
+            fits = mine.reshape(mine.shape + (1,) * (new.dim() - 2))
+            ring[rows, :, slot] = torch.where(fits, new.to(ring.dtype), ring[rows, :, slot])
+    visible = torch.arange(T, device=slot.device) <= positions[:, None]
+    keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (buffers.keys, buffers.values))
+    exact = F.scaled_dot_product_attention(
+        query[:, :, None], keys, values, visible[:, None, None], scale=scaling, enable_gqa=True
+    )
+    return (exact[:, :, 0].float() + memory_read).to(query.dtype)
+
+
+def _write_and_read(
+    query: Tensor, key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None, state: Tensor, rule: StepRule
+) -> Tensor:
+    """Write one token (B, Hkv, P) into the state in place, then read it raw: (B, Hq, P) float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    k_hat, q_hat = (x.float() * _inverse_norm(x, rule.l2_eps) for x in (key, query))
+    if decay is not None:
+        state *= decay.exp()[..., None, None]
+    if rule.delta:
+        value = value - torch.einsum("bhkv,bhk->bhv", state, k_hat)
+    state += k_hat[..., :, None] * (write[..., None] * value)[..., None, :]
+    return torch.einsum("bhkv,bhk->bhv", state, q_hat) * rule.scale
+
+
+def _inverse_norm(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.float().square().sum(-1, keepdim=True) + eps)
+
+
+def _read_out(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
+    """Norm, gate and the projection of each head, of a raw read o (B, Hq, P): float32 of the same shape."""
+    B, H, P = o.shape
+    gate = F.silu(read.gamma)[..., None]
+    if rule.across_heads:
+        o = (o * gate).reshape(B, H * P)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + rule.norm_eps) * read.norm.float()
+    o = o.view(B, H, P) if rule.across_heads else o * gate
+    projected = torch.einsum("bhk,hkv->bhv", o.to(read.o_proj.dtype), read.o_proj).float()
+    return projected if read.weight is None else projected * read.weight[..., None]

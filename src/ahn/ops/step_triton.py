@@ -1,0 +1,217 @@
+"""`ahn.ops.step.step` in two Triton kernels, tuned for Hopper, right wherever Triton runs.
+
+The first reads: programs of one kind attend to a part of the slots each, so that a single query keeps every
+multiprocessor busy; programs of the other kind write the token that leaves into a part of one head's state, and read
+it. Neither touches what the other reads. The second combines the parts, finishes the memory's read and, now that
+nobody needs the old token any more, puts the new one into its slot.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ahn.ops.step import StepBuffers, StepRead, StepRule
+
+BLOCK = 64  # slots that a program looks at together
+STATE_COLUMNS = 32  # columns of a state that a program holds
+PROGRAMS_A_PROCESSOR = 4  # attention programs that a multiprocessor can hold at once
+
+
+def supported(query: Tensor) -> bool:
+    """Whether the kernels can work on this head dim."""
+    P = query.shape[-1]
+    return 16 <= P <= 256 and P & (P - 1) == 0
+
+
+def split_count(rows: int, slots: int, processors: int) -> int:
+    """Parts of the slots, a power of two, so that about every multiprocessor is busy with rows = B · Hkv."""
+    wanted = max(1, PROGRAMS_A_PROCESSOR * processors // rows)
+    return min(128, triton.next_power_of_2(triton.cdiv(slots, BLOCK)), 1 << (wanted.bit_length() - 1))
+
+
+@triton.jit
+def _slot(position, sinks, window):
+    ring = sinks + (position - sinks) % window
+    return tl.where(position < sinks + window, position, ring)
+
+
+@triton.jit
+def _attend_and_write(
+    query, key, value, keys, values, positions, active, partial, score,
+    memory_query, write, decay, state, read,
+    slots, sinks, scaling, per_split, l2_eps, scale,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    role = tl.program_id(0)
+    HKV: tl.constexpr = HEADS // GROUPS
+    b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
+    position = tl.load(positions + b)
+    window = slots - sinks
+    slot = _slot(position, sinks, window)
+    p = tl.arange(0, P)
+    keys += b.to(tl.int64) * stride_kb + head * stride_kh
+    values += b.to(tl.int64) * stride_vb + head * stride_vh
+    if role < SPLITS:
+        g = tl.arange(0, ROWS)
+        rows = (b * HEADS + head * GROUPS + g)[:, None] * P + p[None, :]
+        q = tl.load(query + rows, mask=(g < GROUPS)[:, None], other=0.0)
+        k_new = tl.load(key + (b * HKV + head) * P + p)
+        v_new = tl.load(value + (b * HKV + head) * P + p)
+        # The new token is not in its slot yet; the first part counts it, and no part counts what the slot holds.
+        own = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scaling
+        first = role == 0
+        highest = tl.where(first, own, float("-inf"))
+        total = tl.where(first, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
+        acc = tl.where(first, 1.0, 0.0) * v_new.to(tl.float32)[None, :] + tl.zeros([ROWS, P], tl.float32)
+        begin = role * per_split
+        end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
+        for start in range(begin, end, BLOCK_N):
+            t = start + tl.arange(0, BLOCK_N)
+            held = (t < end) & (t != slot)
+            k = tl.load(keys + t[:, None] * stride_kt + p[None, :], mask=held[:, None], other=0.0)
+            s = tl.dot(q, k.trans(), input_precision=PRECISION) * scaling
+            s = tl.where(held[None, :], s, float("-inf"))
+            new = tl.maximum(highest, tl.max(s, 1))
+            # Of a block with nothing in it, -inf - -inf would be NaN.
+            base = tl.where(new == float("-inf"), 0.0, new)
+            keep = tl.exp(highest - base)
+            e = tl.exp(s - base[:, None])
+            v = tl.load(values + t[:, None] * stride_vt + p[None, :], mask=held[:, None], other=0.0)
+            acc = acc * keep[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
+            total = total * keep + tl.sum(e, 1)
+            highest = new
+        h = b * HEADS + head * GROUPS + g
+        out = (h * SPLITS + role)[:, None] * P + p[None, :]
+        safe = tl.where(total == 0.0, 1.0, total)
+        tl.store(partial + out, acc / safe[:, None], mask=(g < GROUPS)[:, None])
+        tl.store(score + h * SPLITS + role, highest + tl.log(safe), mask=g < GROUPS)
+    else:
+        part = role - SPLITS
+        h = b * HEADS + head * GROUPS + part // (P // COLUMNS)
+        c = (part % (P // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+        tile = state + h.to(tl.int64) * P * P + p[:, None] * P + c[None, :]
+        S = tl.load(tile)
+        leaves = (position >= slots) & (tl.load(active + b) != 0)
+        q = tl.load(memory_query + h * P + p).to(tl.float32)
+        if leaves:
+            k = tl.load(keys + slot * stride_kt + p).to(tl.float32)
+            v = tl.load(values + slot * stride_vt + c).to(tl.float32)
+            k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
+            at = h.to(tl.int64) * slots + slot
+            if DECAY:
+                S *= tl.exp(tl.load(decay + at))
+            if DELTA:
+                v -= tl.sum(S * k[:, None], 0)
+            S += k[:, None] * (tl.load(write + at) * v)[None, :]
+            tl.store(tile, S)
+        q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
+        tl.store(read + h * P + c, tl.sum(S * q[:, None], 0))
+
+
+@triton.jit
+def _combine_and_keep(
+    partial, score, read, gamma, weight, norm, o_proj, out,
+    key, value, new_write, new_decay, keys, values, write, decay, positions, active,
+    slots, sinks, norm_eps,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
+    ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, h = row // HEADS, row % HEADS
+    head = h // GROUPS
+    c = part * COLUMNS + tl.arange(0, COLUMNS)
+    n = tl.arange(0, SPLITS)
+    scores = tl.load(score + row * SPLITS + n)
+    e = tl.exp(scores - tl.max(scores, 0))
+    parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
+    y = tl.sum(parts * e[:, None], 0) / tl.sum(e, 0)
+    if MEMORY:
+        p = tl.arange(0, P)
+        o = tl.load(read + row * P + p)
+        gate = tl.load(gamma + row)
+        gate = gate * tl.sigmoid(gate)
+        if ACROSS:
+            i = tl.arange(0, ALL)
+            every = tl.load(read + b * HEADS * P + i, mask=i < HEADS * P, other=0.0)
+            gates = tl.load(gamma + b * HEADS + i // P, mask=i < HEADS * P, other=0.0)
+            every *= gates * tl.sigmoid(gates)
+            size = tl.sum(every * every) / (HEADS * P)
+            o *= gate * tl.rsqrt(size + norm_eps) * tl.load(norm + h * P + p).to(tl.float32)
+        else:
+            o *= tl.rsqrt(tl.sum(o * o) / P + norm_eps) * tl.load(norm + p).to(tl.float32) * gate
+        projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
+        o = o.to(projection.dtype).to(tl.float32)
+        projected = tl.sum(o[:, None] * projection.to(tl.float32), 0)
+        if ROUTER:
+            projected *= tl.load(weight + row)
+        y += projected
+    tl.store(out + row * P + c, y)
+
+    if tl.load(active + b) != 0:
+        slot = _slot(tl.load(positions + b), sinks, slots - sinks)
+        if h % GROUPS == 0:
+            new = (b * (HEADS // GROUPS) + head) * P + c
+            keys += b.to(tl.int64) * stride_kb + head * stride_kh + slot * stride_kt
+            values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
+            tl.store(keys + c, tl.load(key + new))
+            tl.store(values + c, tl.load(value + new))
+        if MEMORY:
+            if part == 0:
+                tl.store(write + row.to(tl.int64) * slots + slot, tl.load(new_write + row))
+                if DECAY:
+                    tl.store(decay + row.to(tl.int64) * slots + slot, tl.load(new_decay + row))
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor | None,
+    decay: Tensor | None,
+    positions: Tensor,
+    active: Tensor,
+    buffers: StepBuffers,
+    sinks: int,
+    scaling: float,
+    rule: StepRule | None,
+    read: StepRead | None,
+    processors: int = 132,
+) -> Tensor:
+    """See `ahn.ops.step.step`; float32 buffers are multiplied in full precision."""
+    B, HEADS, P = query.shape
+    HKV, slots = buffers.keys.shape[1:3]
+    groups = HEADS // HKV
+    splits = split_count(B * HKV, slots, processors)
+    per_split = triton.cdiv(triton.cdiv(slots, splits), BLOCK) * BLOCK
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    partial = torch.empty(B, HEADS, splits, P, dtype=torch.float32, device=query.device)
+    score = torch.empty(B, HEADS, splits, dtype=torch.float32, device=query.device)
+    raw = torch.empty(B, HEADS, P, dtype=torch.float32, device=query.device)
+    out = torch.empty_like(query)
+    columns = min(STATE_COLUMNS, P)
+    strides = (*buffers.keys.stride()[:3], *buffers.values.stride()[:3])
+    memory = rule is not None and read is not None
+    state_programs = groups * (P // columns) if memory else 0
+    _attend_and_write[splits + state_programs, B * HKV](
+        query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
+        read.query.contiguous() if read is not None else query, buffers.write, buffers.decay, buffers.state, raw,
+        slots, sinks, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
+        SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=BLOCK,
+        COLUMNS=columns, DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _combine_and_keep[B * HEADS, P // columns](
+        partial, score, raw, *((read.gamma, read.weight, read.norm, read.o_proj) if read is not None else (None,) * 4),
+        out, key, value, write, decay, buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
+        slots, sinks, rule.norm_eps if rule else 0.0, *strides,
+        SPLITS=splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns, ALL=triton.next_power_of_2(HEADS * P),
+        MEMORY=memory, ROUTER=read is not None and read.weight is not None, ACROSS=bool(rule and rule.across_heads),
+        DECAY=bool(rule and rule.decay), num_warps=4,
+    )  # fmt: skip
+    return out

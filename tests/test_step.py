@@ -1,0 +1,92 @@
+"""One decoding step over fixed slots: the kernels against plain torch, and plain torch against the recurrences."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from golden import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ahn.ops.step import StepBuffers, StepRead, StepRule, step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+RULES = {
+    "gated_deltanet": StepRule("beta", "decay", True, 1e-6, 0.25, 1e-5, False),
+    "deltanet": StepRule("beta", None, True, 1e-6, 0.25, 1e-5, False),
+    "mamba2": StepRule("step", "decay", False, 1e-24, 1.0, 1e-5, True),
+    "window_only": None,
+}
+# Float32 with full-precision products: sums of up to a few hundred terms, in another order.
+FLOAT32 = 1e-5
+
+
+def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False):
+    """Arguments of `step`; slots that no token has taken yet are NaN."""
+    r = torch.Generator().manual_seed(seed)
+    H, T = HKV * groups, S + W
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=r)
+
+    positions = torch.tensor(positions)
+    empty = torch.arange(T) >= positions[:, None]
+    keys, values = (normal(B, HKV, T, P).masked_fill(empty[:, None, :, None], torch.nan) for _ in range(2))
+    write = torch.sigmoid(normal(B, H, T)).masked_fill(empty[:, None], torch.nan)
+    decay = -torch.rand(B, H, T, generator=r).masked_fill(empty[:, None], torch.nan)
+    state = normal(B, H, P, P)
+    active = torch.rand(B, generator=r) < 0.8
+    new_gates = torch.sigmoid(normal(B, H)), -torch.rand(B, H, generator=r)
+    buffers, read = StepBuffers(keys, values, None, None, None), None
+    if rule is not None:
+        buffers = StepBuffers(keys, values, write, decay if rule.decay else None, state)
+        norm = normal(H * P if rule.across_heads else P)
+        weight = torch.rand(B, H, generator=r) if router else None
+        read = StepRead(normal(B, H, P), normal(B, H), weight, norm, normal(H, P, P) / P**0.5)
+    gates = (new_gates[0] if rule else None, new_gates[1] if rule and rule.decay else None)
+    inputs = (normal(B, H, P), normal(B, HKV, P), normal(B, HKV, P), *gates, positions, active)
+    return inputs, buffers, (S, P**-0.5, rule, read)
+
+
+def on_device(x):
+    if isinstance(x, torch.Tensor):
+        return x.to(DEVICE)
+    if isinstance(x, StepBuffers | StepRead):
+        return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
+    return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
+
+
+def compare(inputs, buffers, rest):
+    from ahn.ops import step_triton
+
+    twin = copy.deepcopy(buffers)
+    expected = step(*inputs, twin, *rest)
+    found_buffers = on_device(copy.deepcopy(buffers))
+    found = step_triton.step(*on_device(inputs), found_buffers, *on_device(rest), processors=8)
+    active = inputs[-1]
+    if active.any():
+        assert relative_error(found.cpu()[active], expected[active]) < FLOAT32
+    for name, x in vars(twin).items():
+        if x is not None:
+            own = vars(found_buffers)[name].cpu()
+            assert torch.equal(x.isnan(), own.isnan())
+            assert relative_error(own.nan_to_num(), x.nan_to_num()) < FLOAT32, name
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(data=st.data())
+@settings(max_examples=12 if INTERPRETED else 60, deadline=None)
+def test_kernels_are_the_plain_step(name, data):
+    """Any window, any padding: rows before, at and after the first eviction, some of them paused."""
+    S, W = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 150))
+    B, HKV, groups = (data.draw(st.integers(1, n)) for n in (3, 2, 5))
+    near = st.integers(max(0, S + W - 1), S + W + 1)
+    positions = [data.draw(near | st.integers(0, 3 * (S + W))) for _ in range(B)]
+    P = data.draw(st.sampled_from([16, 32]))
+    seed, router = data.draw(st.integers(0, 99)), data.draw(st.booleans())
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router))
