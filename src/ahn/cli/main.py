@@ -22,6 +22,7 @@ VERBS = {
     "chat": "Talk with a model; one cache over all turns, however long it gets.",
     "info": "Shapes, memory parameters, cache and FLOPs of any model; no weights needed.",
     "merge": "Put a base model and an adapter into one checkpoint.",
+    "train": "Distil a memory onto a model, on one machine or many.",
     "split": "Take a merged checkpoint apart: base model and adapter.",
     "eval": "Benchmarks: run tasks with a model, compare results.",
     "bench": "Speed and memory, side by side, against what the machine can do.",

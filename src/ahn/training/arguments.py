@@ -161,7 +161,9 @@ def _from_flags(words: Sequence[str]) -> dict[str, Any]:
             name = name.replace("-", "_")
             found[name] = [value] if equals else []
         elif name is None:
-            raise AHNError(f"Unexpected {word!r}: give one configuration file first, then flags like --dataset chatqa2.")
+            raise AHNError(
+                f"Unexpected {word!r}: give one configuration file first, then flags like --dataset chatqa2."
+            )
         else:
             found[name].append(word)
     # An empty word at the end of a script's line, or a stray line break, is no value.

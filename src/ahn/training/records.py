@@ -13,7 +13,7 @@ ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "observatio
 PROMPTS, RESPONSES = ("prompt", "instruction", "question"), ("response", "output", "answer", "completion")
 
 
-class BadRow(Exception):
+class BadRowError(Exception):
     """A row that cannot be used; the message says why."""
 
 
@@ -21,7 +21,7 @@ def decode(row: dict[str, Any]) -> Any:
     """The content of a row: what a JSON line says, a text file's text, or the columns themselves.
 
     Raises:
-        BadRow: the bytes are not UTF-8, or not JSON.
+        BadRowError: the bytes are not UTF-8, or not JSON.
     """
     if set(row) != {"bytes", "form", "where"}:
         return row
@@ -29,21 +29,21 @@ def decode(row: dict[str, Any]) -> Any:
         text = row["bytes"].decode("utf-8")
         return json.loads(text) if row["form"] == "json" else {"text": text}
     except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8 at byte {error.start}") from None
+        raise BadRowError(f"not UTF-8 at byte {error.start}") from None
     except ValueError as error:
-        raise BadRow(f"not JSON: {error}") from None
+        raise BadRowError(f"not JSON: {error}") from None
 
 
 def normalise(row: Any) -> Conversation | str:
     """A conversation from `messages`, `conversations` or a prompt and a response; else the plain `text`.
 
     Raises:
-        BadRow: none of these, an unknown role, a content that is not text, or no assistant's turn to learn from.
+        BadRowError: none of these, an unknown role, a content that is not text, or no assistant's turn to learn from.
     """
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
-        raise BadRow(f"a {type(row).__name__} instead of an object")
+        raise BadRowError(f"a {type(row).__name__} instead of an object")
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return _conversation(row[name], name)
@@ -52,28 +52,30 @@ def normalise(row: Any) -> Conversation | str:
         return _pair(row, prompt, response)
     if row.get("text") is not None:
         return _text(row["text"], "text")
-    raise BadRow(f"none of messages, conversations, prompt and response, or text (it has {', '.join(row) or 'nothing'})")
+    raise BadRowError(
+        f"none of messages, conversations, prompt and response, or text (it has {', '.join(row) or 'nothing'})"
+    )
 
 
 def _conversation(messages: Any, name: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise BadRow(f"{name} is not a list of messages")
+        raise BadRowError(f"{name} is not a list of messages")
     found = [_message(message) for message in messages]
     if not any(message["role"] == "assistant" for message in found):
-        raise BadRow("no assistant's turn to learn from")
+        raise BadRowError("no assistant's turn to learn from")
     return found
 
 
 def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise BadRow("a message is not an object")
+        raise BadRowError("a message is not an object")
     role = message.get("role", message.get("from"))
     if role not in ROLES:
-        raise BadRow(f"unknown role {role!r}")
+        raise BadRowError(f"unknown role {role!r}")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):  # parts, as some APIs write them
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise BadRow("a message holds something other than text")
+            raise BadRowError("a message holds something other than text")
         content = "".join(str(part.get("text", "")) for part in content)
     return {"role": ROLES[role], "content": _text(content, "content", may_be_empty=ROLES[role] != "assistant")}
 
@@ -90,7 +92,7 @@ def _pair(row: dict[str, Any], prompt: str, response: str) -> Conversation:
 
 def _text(value: Any, name: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"{name} is not text")
+        raise BadRowError(f"{name} is not text")
     if not (value.strip() or may_be_empty):
-        raise BadRow(f"{name} is empty")
+        raise BadRowError(f"{name} is empty")
     return value

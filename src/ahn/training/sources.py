@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -53,13 +54,16 @@ def _split(names: str) -> list[str]:
 def _limited(rows: Rows, max_samples: int | None) -> Rows:
     if max_samples is None:
         return rows
-    return rows.take(max_samples) if isinstance(rows, IterableDataset) else rows.select(range(min(max_samples, len(rows))))
+    return (
+        rows.take(max_samples) if isinstance(rows, IterableDataset) else rows.select(range(min(max_samples, len(rows))))
+    )
 
 
 def _load(name: str, streaming: bool) -> Rows:
     path = Path(name).expanduser()
     if name in STANDARD_LIBRARY:
-        return _generated(_standard_library, {"held_out": STANDARD_LIBRARY[name]}, streaming)
+        arguments = {"held_out": STANDARD_LIBRARY[name], "python": sys.version}  # the version is for the cache's key
+        return _generated(_standard_library, arguments, streaming)
     if path.is_dir():
         return _from_files(_data_files(path), streaming)
     if path.is_file():
@@ -78,7 +82,9 @@ def _data_files(folder: Path) -> list[Path]:
     if not kinds:
         raise AHNError(f"{folder} holds no data: none of {', '.join((*JSON, *TEXT, *PARQUET))}.")
     if len(kinds) > 1:
-        raise AHNError(f"{folder} mixes {' and '.join(kind[0] for kind in kinds)} files: put each kind in its own folder.")
+        raise AHNError(
+            f"{folder} mixes {' and '.join(kind[0] for kind in kinds)} files: put each kind in its own folder."
+        )
     return [file for file in files if file.suffix.lower() in kinds[0]]
 
 
@@ -153,7 +159,7 @@ def _text_rows(files: list[Stamp]) -> Iterator[dict[str, Any]]:
         yield {"bytes": Path(name).read_bytes(), "form": "text", "where": os.path.basename(name)}
 
 
-def _standard_library(held_out: bool) -> Iterator[dict[str, Any]]:
+def _standard_library(held_out: bool, python: str) -> Iterator[dict[str, Any]]:
     from ahn.tiny.corpus import held_out_text, train_documents
 
     for name, text in held_out_text() if held_out else train_documents():

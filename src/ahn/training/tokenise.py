@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
-from ahn.training.records import BadRow, Conversation, decode, normalise
+from ahn.training.records import BadRowError, Conversation, decode, normalise
 
 STAND_IN = "\u2983{}\u2984"
 """Takes the place of the assistant's n-th reply when a template is asked where replies go."""
@@ -23,7 +23,7 @@ KEPT, SHORT, IDLE, BAD = "kept", "short", "idle", "bad"
 
 @dataclasses.dataclass
 class RowTokenizer:
-    """Tokenises batches of raw rows for `datasets.map`. Every row of the result is one sample, or says why there is none.
+    """Tokenises batches of raw rows for `datasets.map`; a row of the result is a sample, or says why there is none.
 
     Args:
         tokenizer: a fast one.
@@ -61,10 +61,16 @@ class RowTokenizer:
         try:
             content = normalise(decode(row))
             pieces = [self._conversation(content)] if isinstance(content, list) else self._text(content)
-        except BadRow as error:
+        except BadRowError as error:
             if self.strict:
                 raise AHNError(f"{where}: {error} (strict: the first bad row stops the run).") from None
-            yield {"input_ids": nothing, "learn": nothing.astype(bool), "fate": BAD, "problem": str(error), "where": where}
+            yield {
+                "input_ids": nothing,
+                "learn": nothing.astype(bool),
+                "fate": BAD,
+                "problem": str(error),
+                "where": where,
+            }
             return
         for ids, learn in pieces:
             fate = self._fate(ids, learn)
@@ -102,7 +108,7 @@ def render(messages: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[
     A reply ends with the end-of-turn token that the template puts after it: that is to be learned too.
 
     Raises:
-        BadRow: the template refuses the messages or rewrites what a reply says.
+        BadRowError: the template refuses the messages or rewrites what a reply says.
         AHNError: the tokenizer has no template.
     """
     if not tokenizer.chat_template:
@@ -122,7 +128,7 @@ def render(messages: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[
         found = _interleave(around, shown, tokenizer.eos_token or "")
         if found is not None and found[0] == text:
             return found
-    raise BadRow("the chat template rewrites what a reply says")
+    raise BadRowError("the chat template rewrites what a reply says")
 
 
 def _interleave(around: list[str], replies: list[str], end: str) -> tuple[str, list[tuple[int, int]]] | None:
@@ -140,4 +146,4 @@ def _template(messages: Conversation, tokenizer: PreTrainedTokenizerBase) -> str
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # jinja2's errors, and what templates raise by themselves
-        raise BadRow(f"the chat template refuses it: {error}") from None
+        raise BadRowError(f"the chat template refuses it: {error}") from None

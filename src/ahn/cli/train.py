@@ -1,0 +1,90 @@
+"""`ahn train`: distil a memory onto a model, on one machine or many."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ahn.cli import common
+from ahn.errors import AHNError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    "train", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def command(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [--FLAG VALUE]…")] = None,
+) -> None:
+    """Train a memory for a model."""
+    words = arguments or []
+    if not words or {"--help", "-h"} & set(words):
+        _help()
+        return
+    logging.getLogger("ahn").addHandler(_Console())
+    logging.getLogger("ahn").setLevel(logging.INFO)
+    try:
+        from ahn.training.arguments import parse
+        from ahn.training.run import run
+    except ImportError as error:
+        raise AHNError(f"ahn train needs more packages (no {error.name}): pip install 'ahn[train]'.") from error
+    chosen = parse(words)
+    results = run(chosen)
+    if chosen.trainer.process_index == 0:
+        _summary(results, str(chosen.trainer.output_dir))
+
+
+class _Console(logging.Handler):
+    """The package's messages on standard error, from the first process of each machine; warnings from all."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        import os
+
+        if record.levelno >= logging.WARNING or os.environ.get("LOCAL_RANK", "0") == "0":
+            common.err.print(record.getMessage(), markup=False)
+
+
+def _summary(results: dict, output: str) -> None:
+    typer.echo(f"{results['steps']:,} steps; adapter in {output}")
+    before, after = results["before"], results["after"]
+    if after is None:
+        return
+    table = Table(box=None, padding=(0, 2))
+    for name in ("held-out data, nats a token", "KL", "cross entropy", "full attention", "gap"):
+        table.add_column(name, justify="left" if name.startswith("held") else "right")
+    for name, found in (("sinks + window", before), ("with the memory", after)):
+        if found is not None:
+            table.add_row(name, *(f"{found[f'eval_{key}']:.4f}" for key in ("kl", "ce", "teacher_ce", "gap")))
+    common.out.print(table)
+
+
+def _help() -> None:
+    import dataclasses
+
+    from ahn.training.settings import Settings
+
+    typer.echo(
+        "Usage: ahn train [CONFIG.yaml] [--FLAG VALUE]…\n\n"
+        "Distil a memory onto a frozen model: it learns to give what the same model gives\n"
+        "with full attention. A flag wins over the file. On several GPUs or machines:\n"
+        "torchrun --nproc_per_node 8 --no-python ahn train CONFIG.yaml\n\n"
+        "Example:\n  ahn train configs/debug.yaml --output_dir out\n"
+    )
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for field in dataclasses.fields(Settings):
+        if field.init:
+            default = "" if field.default in (None, False) else f" [{field.default}]"
+            table.add_row(f"--{field.name}", f"{field.metadata['help']}{default}")
+    common.out.print(table, markup=False)
+    typer.echo(
+        "\nAlso every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs,\n"
+        "--max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16, --activation_checkpointing,\n"
+        "--save_steps, --resume_from_checkpoint true, --eval_strategy, --logging_steps, --report_to, --seed, …\n"
+        "docs/training.md explains them, the data formats and what the log says."
+    )

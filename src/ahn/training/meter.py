@@ -1,0 +1,60 @@
+"""What a run's log says between two lines: means of the losses, the last window, speed and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn.training.distill import Distillation
+from ahn.training.schedule import WindowDraw
+
+
+class Meter:
+    """Adds up on the device; only `read` waits for it."""
+
+    def __init__(self) -> None:
+        self._draw = WindowDraw(0, 0)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: Tensor | None = None
+        self._steps = self._tokens = 0
+        self._start = time.perf_counter()
+
+    def begin_step(self, draw: WindowDraw, tokens: int) -> None:
+        """A step with this window, on this many real tokens over all ranks."""
+        if not self._steps:
+            self._start = time.perf_counter()
+        self._draw = draw
+        self._steps += 1
+        self._tokens += tokens
+
+    def add(self, found: Distillation) -> None:
+        """One micro-batch's share of a step."""
+        parts = torch.stack([found.kl, found.ce, found.teacher_ce])
+        self._sums = parts if self._sums is None else self._sums + parts
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Means since the last call over steps and ranks; every rank must call. Nats a token, tokens/s, GiB."""
+        if self._sums is None:
+            return {}
+        kl, ce, teacher_ce = (accelerator.reduce(self._sums, "sum") / self._steps).tolist()
+        elapsed = time.perf_counter() - self._start
+        found = {"kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
+        found |= {"window": self._draw.window, "sinks": self._draw.sinks}
+        found |= {"tokens_per_second": self._tokens / elapsed, "memory_gib": peak_memory()}
+        self._clear()
+        return found
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has held on its GPU, or without one at all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,241 @@
+"""A whole run, from arguments to a finished adapter: check, read data, load, train, measure, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import is_flash_attn_2_available
+
+import ahn
+from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
+from ahn.checkpoint.hub import local_directory
+from ahn.checkpoint.output import write_json
+from ahn.errors import AHNError
+from ahn.training import checkpoints
+from ahn.training.arguments import TRUE, Arguments, TrainerArguments
+from ahn.training.card import draw_curves, write_card
+from ahn.training.data import check_tokenizer, load_data
+from ahn.training.settings import Settings
+from ahn.training.student import Student
+from ahn.training.trainer import DistillationTrainer
+
+logger = logging.getLogger("ahn")
+
+TINY = "ahn-tiny"
+RESULTS = "results.json"
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Train, and write the adapter with its card and curves into `output_dir`.
+
+    Returns:
+        What `results.json` holds: steps, and held-out metrics before and after, as far as there are any.
+
+    Raises:
+        AHNError: something does not fit, before anything is trained; or a step fails for good.
+    """
+    settings, trainer_arguments = arguments
+    _note_settings(settings, trainer_arguments)
+    with trainer_arguments.main_process_first(desc="checking"):
+        checkpoint = starting_point(settings, trainer_arguments)
+        base = base_directory(settings)
+        tokenizer = load_tokenizer(base)
+        check_sizes(settings, base, tokenizer)
+        data = load_data(
+            settings, tokenizer, trainer_arguments.seed, trainer_arguments.process_index, trainer_arguments.world_size
+        )
+    set_seed(trainer_arguments.seed)  # the new memory is the same on every rank
+    model = load_model(settings, trainer_arguments, base)
+    shared = shared_settings(arguments)
+    if checkpoint is not None:
+        checkpoints.load_memory(model, checkpoint)
+        for change in checkpoints.changed_settings(checkpoint, shared):
+            logger.warning("resuming with another setting than before: %s.", change)
+        logger.info("resuming from %s.", checkpoint)
+    trainer = DistillationTrainer(
+        Student(model, settings.loss_type, settings.use_normalized_l2),
+        trainer_arguments,
+        data,
+        settings.schedule(trainer_arguments.seed),
+        settings.evaluation_draw,
+        settings.ahn_config,
+        tokenizer.pad_token_id or 0,
+        shared,
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    after = trainer.evaluate() if data.held_out is not None else None
+    return finish(trainer, arguments, after)
+
+
+def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, float] | None) -> dict[str, Any]:
+    """Write the adapter in the base's precision, its card, the curves, the log, and the merged model if asked for."""
+    settings, output = arguments.settings, Path(arguments.trainer.output_dir)
+    model, history = trainer.student.model, trainer.state.log_history
+    trainer.write_memory(output, _dtype(arguments.trainer))
+    before = next((entry for entry in history if "eval_kl" in entry and entry["step"] == 0), None)
+    results = {"steps": trainer.state.global_step, "before": before, "after": after}
+    if trainer.is_world_process_zero():
+        rows = arguments.trainer.train_batch_size * arguments.trainer.gradient_accumulation_steps
+        write_card(
+            output,
+            arguments,
+            settings.ahn_config,
+            ahn.count_parameters(model.config, settings.ahn_config),
+            trainer.state.global_step,
+            rows * arguments.trainer.world_size,
+            before,
+            after,
+        )
+        if settings.plot_loss:
+            draw_curves(history, output / "loss.png")
+        trainer.state.save_to_json(str(output / checkpoints.STATE))
+        write_json(output / RESULTS, results)
+        if not settings.save_ahn_only:
+            ahn.merge(base_directory(settings), output, output / "merged")
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def starting_point(settings: Settings, trainer: TrainerArguments) -> Path | None:
+    """The checkpoint to go on from, or None to start anew.
+
+    Raises:
+        AHNError: an earlier run is in the way, or the named checkpoint is damaged.
+    """
+    output, wanted = Path(trainer.output_dir), trainer.resume_from_checkpoint
+    if wanted is not None and str(wanted).lower() not in (*TRUE, "false", "no"):
+        problem = checkpoints.damage(Path(wanted))
+        if problem:
+            raise AHNError(f"Cannot resume from {wanted}: {problem}")
+        return Path(wanted)
+    found = checkpoints.last_good(output)
+    if str(wanted).lower() in TRUE:
+        if found is None:
+            logger.info("%s has no checkpoint to resume from; the run starts.", output)
+        return found
+    earlier = [*checkpoints.numbered(output), *(p for p in (output / "model.safetensors",) if p.exists())]
+    if earlier and not settings.overwrite_output_dir:
+        raise AHNError(
+            f"{output} holds an earlier run ({earlier[0].name}): go on with --resume_from_checkpoint true, start anew "
+            "with --overwrite_output_dir true, or choose another output_dir."
+        )
+    checkpoints.remove([*checkpoints.numbered(output), *output.glob(".checkpoint-*.partial")])
+    return None
+
+
+def base_directory(settings: Settings) -> Path:
+    """Where the base model's files are; downloaded if need be.
+
+    Raises:
+        AHNError: they are not within reach, or are no plain model.
+    """
+    name = str(settings.model_name_or_path)
+    path = ahn.tiny.path() if name == TINY else local_directory(name)
+    kind = Checkpoint.open(path).kind
+    if kind != "base":
+        raise AHNError(f"{name} holds {DESCRIPTION[kind]}; a new memory is trained on {DESCRIPTION['base']}.")
+    return path
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer.
+
+    Raises:
+        AHNError: there is none, or it is not a fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise AHNError(f"{base} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up when the files are absent
+        raise AHNError(f"{base} has no tokenizer beside its weights (tokenizer.json).")
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises AHNError if the model has no embedding for some token, or was not made for samples this long."""
+    config = AutoConfig.from_pretrained(base).get_text_config(decoder=True)
+    if len(tokenizer) > config.vocab_size:
+        raise AHNError(
+            f"The tokenizer in {base} has {len(tokenizer)} tokens, the model embeddings for {config.vocab_size}: they "
+            "do not belong together."
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and settings.cutoff_len > limit:
+        raise AHNError(
+            f"cutoff_len {settings.cutoff_len} is beyond the {limit} positions that the model was made for: its full "
+            "attention would be a bad teacher there."
+        )
+
+
+def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> PreTrainedModel:
+    """The base in bfloat16 (`bf16`) or float32, with a new memory in float32.
+
+    Raises:
+        AHNError: it cannot be loaded, or cannot have a memory.
+    """
+    place = {"device_map": {"": trainer.device}} if trainer.device.type == "cuda" and not _sharded() else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise AHNError(f"Cannot load {base}: {str(error).strip().splitlines()[0]}") from error
+    name = str(settings.model_name_or_path)
+    model.config._name_or_path = model.name_or_path = str(base) if name == TINY else name
+    return ahn.attach(model, settings.ahn_config)
+
+
+def shared_settings(arguments: Arguments) -> dict[str, Any]:
+    """What decides the numbers of a run, as JSON types: a resumed run should have the same."""
+    own = (
+        "notes",
+        "overwrite_output_dir",
+        "overwrite_cache",
+        "preprocessing_num_workers",
+        "plot_loss",
+        "save_ahn_only",
+    )
+    settings = {name: v for name, v in dataclasses.asdict(arguments.settings).items() if name not in own}
+    names = ("seed", "data_seed", "bf16", "learning_rate", "weight_decay", "warmup_steps", "max_steps", "optim")
+    names += ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm")
+    trainer = {name: getattr(arguments.trainer, name) for name in (*names, "world_size")}
+    return settings | trainer | {"lr_scheduler_type": str(arguments.trainer.lr_scheduler_type)}
+
+
+def _note_settings(settings: Settings, trainer: TrainerArguments) -> None:
+    for note in settings.notes:
+        logger.info("%s.", note)
+    unused = torch.cuda.device_count() - 1 if trainer.world_size == 1 and trainer.device.type == "cuda" else 0
+    if unused > 0:
+        logger.warning("%d more GPUs are idle; torchrun --nproc_per_node %d uses all.", unused, unused + 1)
+
+
+def _kernel(settings: Settings) -> str | None:
+    if settings.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        logger.warning("flash_attention_2 is not installed; the base model's own choice of kernel is used.")
+        return None
+    return settings.attn_implementation
+
+
+def _dtype(trainer: TrainerArguments) -> torch.dtype:
+    return torch.bfloat16 if trainer.bf16 else torch.float32
+
+
+def _sharded() -> bool:
+    from transformers.integrations import is_fsdp_enabled
+
+    return is_fsdp_enabled()

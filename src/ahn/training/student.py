@@ -1,0 +1,106 @@
+"""Teacher and student as one module with one forward: what DDP and FSDP wrap, so that their hooks see both passes.
+
+The losses run inside this forward. FSDP2 gathers the weights that belong to no decoder layer (embedding, last norm,
+head) once when it begins and shards them again after the backward pass; every layer is gathered as it is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ahn.adapter import adapter_parameters
+from ahn.errors import AHNError
+from ahn.training.distill import Distillation, check_head, distillation_loss
+from ahn.training.losses import CHUNK
+
+UNUSED = ".fn.D"
+"""A parameter of published Gated DeltaNet checkpoints that nothing reads. DDP would wait for its gradient for ever."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One micro-batch. A class of its own, because DDP and FSDP move tensors that they find in arguments to the GPU."""
+
+    batch: dict[str, Tensor]
+    """On the CPU, longer than window + sinks, so that every parameter of the memory is used."""
+    window: int
+    sinks: int
+    count: int
+    """Positions that count in all micro-batches of all ranks of this step."""
+
+
+class Student(nn.Module):
+    """A model with an AHN attached, in training: only the memory's float32 parameters take gradients.
+
+    Args:
+        model: with an AHN attached; the base in any precision.
+        loss: "kl", "ce", "distill" or a sum.
+        use_normalized_l2: see `distillation_loss`.
+        chunk: positions whose logits exist at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: str = "kl", use_normalized_l2: bool = False, chunk: int = CHUNK):
+        super().__init__()
+        self.model = model
+        self.loss, self.use_normalized_l2, self.chunk = loss, use_normalized_l2, chunk
+        self._head_checked = False
+        model.requires_grad_(False)
+        memory = adapter_parameters(model)
+        if not memory:
+            raise AHNError(f"The memory {model.ahn_config.memory!r} has no parameters; there is nothing to train.")
+        for name, parameter in memory.items():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(not name.endswith(UNUSED))
+
+    def forward(self, part: Part) -> Distillation:
+        """The share of this micro-batch in the step's losses; see `distillation_loss`."""
+        if not self._head_checked:  # here, where a sharded model's weights are whole
+            check_head(self.model)
+            self._head_checked = True
+        return distillation_loss(
+            self.model,
+            part.batch,
+            part.window,
+            part.sinks,
+            self.loss,
+            self.use_normalized_l2,
+            self.chunk,
+            count=part.count,
+        )
+
+    def train(self, mode: bool = True) -> Student:
+        """Never train mode within a layer: dropout would make teacher and student differ by chance.
+
+        The layers themselves must know, for they recompute their activations in train mode only.
+        """
+        super().train(False)
+        self.training = mode
+        for layer in self.layers():
+            layer.training = mode
+        return self
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The decoder's layers."""
+        yield from self.model.get_decoder().layers
+
+    def memory(self) -> dict[str, nn.Parameter]:
+        """The memory's parameters by name; sharded ones under FSDP."""
+        return adapter_parameters(self.model)
+
+    def activation_checkpointing_enable(self, **arguments: Any) -> None:
+        """Recompute activations of the student's layers; the teacher, without a graph, keeps none anyway."""
+        self.model.activation_checkpointing_enable(**arguments)
+
+    def tie_weights(self) -> None:
+        """FSDP asks for it after it has replaced weights."""
+        self.model.tie_weights()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of decoder layers, which FSDP shards one by one."""
+        return sorted({type(layer).__name__ for layer in self.layers()})

@@ -1,0 +1,262 @@
+"""`DistillationTrainer`: Hugging Face's Trainer where a step is self-distillation and a checkpoint is a memory.
+
+What differs from the Trainer: window and sinks are drawn once a step, the same for every micro-batch and rank; losses
+are sums over the positions that count, divided by their number in the whole step; batches stay on the CPU until the
+model reads them; checkpoints are those of `ahn.training.checkpoints`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from ahn.checkpoint.names import short_name
+from ahn.config import AHNConfig
+from ahn.errors import AHNError
+from ahn.training import checkpoints
+from ahn.training.arguments import TrainerArguments
+from ahn.training.data import Collator, Data, lengthened
+from ahn.training.losses import IGNORED, next_tokens, nothing_counts, valid_positions
+from ahn.training.meter import Meter
+from ahn.training.schedule import WindowDraw, WindowSchedule
+from ahn.training.student import Part, Student
+
+
+class Step(NamedTuple):
+    """What all micro-batches of one optimiser step share."""
+
+    draw: WindowDraw
+    count: int
+    """Positions that count, over all micro-batches and ranks."""
+
+
+class DistillationTrainer(Trainer):
+    """Trains the memory of a `Student`.
+
+    Args:
+        student: teacher and student.
+        args: the Trainer's arguments.
+        data: training and held-out samples.
+        schedule: draws window and sinks of each step.
+        evaluation: window and sinks of held-out evaluation.
+        config: of the memory, with the window and sinks that checkpoints ask for.
+        pad_token_id: fills batches up on the right.
+        settings: what checkpoints note, and a resumed run is compared with; JSON types.
+    """
+
+    args: TrainerArguments
+    loss_is_scaled_for_ga = True  # a loss is the micro-batch's share of the step already
+
+    def __init__(
+        self,
+        student: Student,
+        args: TrainerArguments,
+        data: Data,
+        schedule: WindowSchedule,
+        evaluation: WindowDraw,
+        config: AHNConfig,
+        pad_token_id: int,
+        settings: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            data_collator=Collator(pad_token_id),
+        )
+        self.student, self.schedule, self.evaluation = student, schedule, evaluation
+        self.config, self.pad_token_id, self.settings = config, pad_token_id, settings
+        self.meter = Meter()
+        self._step: Step | None = None
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        samples = self.train_dataset
+        streamed = isinstance(samples, IterableDataset)
+        loader = DataLoader(
+            samples,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=None if streamed else self._get_train_sampler(samples),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        # A stream was divided between the ranks when it was opened.
+        return loader if streamed else self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], int | None]:
+        """The micro-batches of one step, and how many positions count in all of them together."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        own = [sum(int(b["attention_mask"].sum()) for b in batches), sum(len(b["input_ids"]) for b in batches)]
+        tokens, rows = self._over_ranks(own)
+        draw = self.schedule.draw(self.state.global_step, tokens // rows)
+        batches = [lengthened(batch, draw.lossless + 1, self.pad_token_id) for batch in batches]
+        (count,) = self._over_ranks([sum(_counting(batch, draw) for batch in batches)])
+        if not count:
+            raise nothing_counts(draw.lossless, max(batch["input_ids"].shape[1] for batch in batches))
+        self._step = Step(draw, count)
+        self.meter.begin_step(draw, tokens)
+        return batches, count
+
+    def _over_ranks(self, numbers: list[int]) -> list[int]:
+        """Each number summed over all ranks."""
+        if self.args.world_size == 1:
+            return numbers
+        total = self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum")
+        return [int(number) for number in total.tolist()]
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return inputs  # on the CPU: which positions count is then known without waiting for the device
+
+    # ---- a step ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        assert self._step is not None
+        draw, count = self._step
+        found = model(Part(inputs, draw.window, draw.sinks, count))
+        self.meter.add(found)
+        return found.loss * self.args.world_size  # DDP and FSDP divide gradients by the number of ranks
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices; norms, biases and decay rates are vectors."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(torch.as_tensor(norm)):
+            raise AHNError(
+                f"Step {self.state.global_step + 1}: the gradient's norm is {float(norm)}. The memory is as it was "
+                "before this step; lower learning_rate, or look at the data of this step."
+            )
+        return norm
+
+    # ---- numbers ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.meter.read(self.accelerator)
+        super().log({name: _rounded(value) for name, value in logs.items()}, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses on held-out samples with one fixed window; every rank takes its share of the batches."""
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        if samples is None:
+            raise AHNError("There is no held-out data: name eval_dataset or val_size.")
+        self.model.eval()
+        start, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
+        valid = 0
+        for batch in self._held_out_batches(samples):
+            found = self.model(Part(batch, self.evaluation.window, self.evaluation.sinks, count=1))
+            sums += torch.stack(found[:4]).double().cpu()
+            valid += found.valid
+        total = self.accelerator.reduce(torch.cat([sums, torch.tensor([valid])]).float().to(self.args.device), "sum")
+        if not total[4]:
+            raise nothing_counts(self.evaluation.lossless, max(len(row) for row in samples["input_ids"]))
+        loss, kl, ce, teacher_ce = (total[:4] / total[4]).tolist()
+        found_metrics = {"loss": loss, "kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
+        found_metrics |= {"window": self.evaluation.window, "sinks": self.evaluation.sinks, "positions": int(total[4])}
+        found_metrics["runtime"] = time.perf_counter() - start
+        metrics = {f"{metric_key_prefix}_{name}": _rounded(value) for name, value in found_metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_batches(self, samples: Dataset) -> Iterator[dict[str, Tensor]]:
+        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        batches = -(-len(samples) // size)
+        for first in range(0, batches, ranks):
+            number = first + self.args.process_index
+            begin = size * (number % batches)
+            rows = [samples[row] for row in range(begin, min(begin + size, len(samples)))]
+            batch = lengthened(self.data_collator(rows), self.evaluation.lossless + 1, self.pad_token_id)
+            if number >= batches:  # ranks whose share is shorter still take part: a sharded model needs all of them
+                batch["labels"].fill_(IGNORED)
+            yield batch
+
+    # ---- checkpoints ----
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: short_name(name) for name, parameter in self.student.memory().items()}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output, step = Path(self.args.output_dir), self.state.global_step
+        temporary, first = checkpoints.partial(output, step), self.is_world_process_zero()
+        if first:
+            checkpoints.remove([temporary])
+        self.accelerator.wait_for_everyone()
+        temporary.mkdir(parents=True, exist_ok=True)
+        self.write_memory(temporary)
+        checkpoints.write_optimizer(self.optimizer.optimizer, self._names(), temporary if first else None)
+        checkpoints.write_rng(temporary, self.args.process_index)
+        if first:
+            checkpoints.write_training(temporary, self.lr_scheduler.state_dict(), self.settings)
+            self.state.save_to_json(str(temporary / checkpoints.STATE))
+        self.accelerator.wait_for_everyone()
+        if first:
+            checkpoints.remove(path for path in [checkpoints.folder(output, step)] if path.exists())
+            temporary.rename(checkpoints.folder(output, step))
+            if self.args.save_total_limit:
+                checkpoints.remove(checkpoints.numbered(output)[self.args.save_total_limit :])
+
+    def write_memory(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """The memory as an adapter; every rank must ask, the first one writes."""
+        tensors = checkpoints.memory_tensors(self.student.memory())
+        if self.is_world_process_zero():
+            path.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            checkpoints.write_adapter(self.student.model, self.config, tensors, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: the memory's weights were read before the model was wrapped."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        path = Path(checkpoint)
+        checkpoints.load_optimizer(self.optimizer.optimizer, self._names(), path)
+        self.lr_scheduler.load_state_dict(json.loads((path / checkpoints.TRAINING).read_text())["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_rng(Path(checkpoint), self.args.process_index)
+
+
+def _counting(batch: dict[str, Tensor], draw: WindowDraw) -> int:
+    """Positions of a batch that count in the loss."""
+    return int(valid_positions(next_tokens(batch["labels"]), draw.lossless, batch["attention_mask"]).sum())
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits: enough to compare, few enough to read."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
