@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ahn import attention, memory, prefill
 from ahn.cache import AHNCache, new_columns
 from ahn.config import AHNConfig
+from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.shape import ModelShape
@@ -137,7 +138,8 @@ class AttentionHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if "ahn_forward" not in kwargs:
             return None
-        cache = kwargs.get("past_key_values")
+        step = isinstance(kwargs["ahn_forward"], StepForward)
+        cache = None if step else kwargs.get("past_key_values")
         kwargs["ahn_layer"] = attention.LayerContext(
             ahn=self.ahn,
             router=self.router,
@@ -156,6 +158,8 @@ class DecoderHook:
     model: PreTrainedModel
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if "ahn_forward" in kwargs:
+            return None  # a captured step: all is decided
         adapter: Adapter = self.model._ahn
         if not adapter.enabled:
             if isinstance(kwargs.get("past_key_values"), AHNCache):

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
+from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
@@ -89,7 +90,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask,
-    ahn_forward: ForwardContext | None = None,
+    ahn_forward: ForwardContext | StepForward | None = None,
     ahn_layer: LayerContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +106,10 @@ def attention(
     """
     if ahn_forward is None:
         raise AHNError("A decoder layer was called outside its model; an AHN needs the whole model's forward.")
+    if isinstance(ahn_forward, StepForward):
+        assert ahn_layer is not None
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return step_attention(module, query, key, value, ahn_forward, ahn_layer, scaling)
     view, kernel = ahn_forward.visibility, ahn_forward.kernel
 
     if ahn_layer is None:  # a layer that keeps the base model's attention
@@ -178,11 +183,7 @@ def _write_and_read(
     x = layer.x[:, -view.evicted :]
     query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
-        query = memory.q_proj(_query_before_rope(module, x))
-        if layer.rope is None:
-            raise AHNError("q_proj needs the model's rotary embedding, which this attention does not receive.")
-        cos, sin = (part[:, -view.evicted :] for part in layer.rope)
-        query, _ = _own_rope(module)(query, query, cos, sin)
+        query = memory_query(module, memory, layer, view.evicted)
     groups = query.shape[1] // left.key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
     o, state = memory.scan(query, key, value, left.gates, state)
@@ -190,6 +191,16 @@ def _write_and_read(
     if layer.router is not None:
         read = layer.router(view.written / view.window).unsqueeze(-1) * read
     return read, state
+
+
+def memory_query(module: nn.Module, memory: RecurrentMemory, layer: LayerContext, count: int) -> Tensor:
+    """The query of the last `count` tokens through the memory's own `q_proj`, (B, Hq, count, P)."""
+    assert memory.q_proj is not None
+    query = memory.q_proj(_query_before_rope(module, layer.x[:, -count:]))
+    if layer.rope is None:
+        raise AHNError("q_proj needs the model's rotary embedding, which this attention does not receive.")
+    cos, sin = (part[:, -count:] for part in layer.rope)
+    return _own_rope(module)(query, query, cos, sin)[0]
 
 
 def kernel_function(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

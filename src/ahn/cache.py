@@ -38,7 +38,8 @@ class AHNCache(Cache):
         self.rows = SlotRows()
         for layer in self.memory_layers.values():
             layer.rows = self.rows
-        self.padding: Padding | None = None
+        self._padding: Padding | None = None
+        self._padding_on_device = False
         self._next_padding: Padding | None = None  # of the forward under way: kept once its last layer is done
         self._batch: int | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
@@ -88,8 +89,7 @@ class AHNCache(Cache):
                 forward stopped halfway.
         """
         self._check_layers_agree()
-        if self._batch is not None and batch != self._batch:
-            raise AHNError(f"This cache holds {self._batch} sequences, the input has {batch}.")
+        self.check_batch(batch)
         before, after = self.padding, self.padding
         new = new_columns(attention_mask, self.seen, length)
         if new is None and before is not None:
@@ -102,6 +102,63 @@ class AHNCache(Cache):
         for layer in self.memory_layers.values():
             layer.visibility = view
         return view
+
+    def check_batch(self, batch: int) -> None:
+        """Raises AHNError if this cache holds another number of rows."""
+        if self._batch is not None and batch != self._batch:
+            raise AHNError(f"This cache holds {self._batch} sequences, the input has {batch}.")
+
+    # -- captured steps (ahn.decode) -------------------------------------------------------------------------------
+
+    def enter_slots(self) -> Tensor:
+        """Lay every layer out in fixed slots; returns the real tokens that each row has read, (B or 1,)."""
+        self._check_layers_agree()
+        layers = list(self.memory_layers.values())
+        if layers[0].in_slots:
+            read = self.rows.read
+            assert read is not None
+        else:
+            leading = torch.zeros(1, dtype=torch.long) if self.padding is None else self.padding.leading
+            read = self.seen - leading.to(layers[0].keys.device)
+        for layer in layers:
+            layer.enter_slots(read)
+            layer.own_memory()
+        return read
+
+    def columns_before(self) -> Tensor:
+        """(B or 1,) what to add to a row's position to get its column as rotary embeddings take it by default."""
+        if self.padding is None:
+            return torch.zeros(1, dtype=torch.long)
+        return self.padding.leading - self.padding.moved
+
+    def stepped(self, positions: Tensor, watched: bool) -> None:
+        """A captured step is over.
+
+        Args:
+            positions: (B,) real tokens that each row has read now; the next step will change it in place.
+            watched: the step had an attention mask, which only the device has seen.
+        """
+        self.rows.read = positions
+        for layer in self.memory_layers.values():
+            layer.seen += 1
+        self._padding_on_device |= watched
+
+    @property
+    def padding(self) -> Padding | None:
+        """Of the rows up to now; None while no row has any."""
+        if self._padding_on_device:
+            self._padding_on_device = False
+            assert self.rows.read is not None
+            leading = self.seen - self.rows.read
+            if self._padding is not None or bool(leading.any()):
+                before = self._padding or Padding.none(len(leading), leading.device)
+                moved = before.moved + leading - before.leading
+                self._padding = Padding(leading, before.ended, moved)
+        return self._padding
+
+    @padding.setter
+    def padding(self, padding: Padding | None) -> None:
+        self._padding, self._padding_on_device = padding, False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layer = self.layers[layer_idx]

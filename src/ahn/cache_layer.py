@@ -80,7 +80,7 @@ class AHNLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self._steps_in_slots(view):
             self.enter_slots(view.read_before)
-            self._own_memory()
+            self.own_memory()
             self._leaving = (_take(self.keys, view.new_slot), _take(self.values, view.new_slot))
             _put(self.keys, view.new_slot, key_states.detach())
             _put(self.values, view.new_slot, value_states.detach())
@@ -147,10 +147,10 @@ class AHNLayer(CacheLayerMixin):
             self._map(lambda x: slots.to_columns(x, self.seen, read.to(x.device)), state=False)
             self.in_slots = False
 
-    def _own_memory(self) -> None:
+    def own_memory(self) -> None:
         """Tensors made under `torch.inference_mode` cannot be written outside of it; copy them once."""
         if self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self._map(torch.clone, state=False)
+            self._map(torch.clone)
 
     # -- the whole layer at once -----------------------------------------------------------------------------------
 
@@ -198,7 +198,11 @@ class AHNLayer(CacheLayerMixin):
         self._empty()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        if self.in_slots:  # a captured step knows these very tensors
+            self.own_memory()
+            self._map(lambda x: x.copy_(x.index_select(0, beam_idx.to(x.device))))
+        else:
+            self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))

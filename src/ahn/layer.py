@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ahn.memory import Memory
+from ahn.ops.step import StepBuffers
 
 
 class AHN(nn.Module):
@@ -14,6 +15,8 @@ class AHN(nn.Module):
     def __init__(self, fn: Memory) -> None:
         super().__init__()
         self.fn = fn
+        self.step_buffers: StepBuffers | None = None
+        """Of the conversation whose decoding step is being captured."""
 
 
 class Router(nn.Module):

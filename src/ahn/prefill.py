@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ahn import decode
 from ahn.cache import AHNCache
 from ahn.errors import AHNError
 
@@ -82,6 +83,8 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     base = type(model).forward
     kwargs = by_name(base, args, kwargs)
+    if decode.runs(model, kwargs):
+        return decode.forward(model, kwargs)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
         return base(model, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from ahn.ops.step import StepRule
     from ahn.visibility import Visibility
 
 INIT_STD = 0.02
@@ -43,6 +44,9 @@ class Memory(nn.Module):
     """The name in published checkpoints (`_ahn_implementation`); None for what has no parameters."""
     closed_gates: ClassVar[dict[str, float]] = {}
     """For each write gate, the value at which a token leaves the state untouched."""
+
+    forgets: ClassVar[bool] = False
+    """What leaves the window has no further effect."""
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
         super().__init__()
@@ -81,6 +85,9 @@ class Memory(nn.Module):
 class RecurrentMemory(Memory, ABC):
     """A memory with one recurrent state a query head. Its read is added to what exact attention gives."""
 
+    g_proj: nn.Linear
+    """Output gate, one number a head, from the reading token's x."""
+
     def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
         super().__init__(hidden_size, heads, head_dim, q_proj)
         self.build()
@@ -103,6 +110,22 @@ class RecurrentMemory(Memory, ABC):
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """One float32 zero matrix a head: (B, H, P_key, P_value)."""
         return {"state": torch.zeros(batch, self.heads, self.head_dim, self.head_dim, device=device)}
+
+    def read_gate(self, x: Tensor) -> Tensor:
+        """The output gate before its activation, of reading tokens with attention input x (B, m, D): (B, H, m)."""
+        return head_gate(self.g_proj, x).float()
+
+    def step_rule(self) -> StepRule | None:
+        """What the fused decoding step has to know, or None: then steps go through `scan` and `read_out`, uncaptured.
+
+        A memory with a rule says by `step_norm` which norm its read goes through.
+        """
+        return None
+
+    @property
+    def step_norm(self) -> Tensor:
+        """Weight of the norm of a read, (P,) or (H · P,)."""
+        raise NotImplementedError
 
     @abstractmethod
     def build(self) -> None:

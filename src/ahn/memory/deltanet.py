@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ahn import ops
 from ahn.memory.base import RecurrentMemory, head_gate, l2_norm, rms_norm
+from ahn.ops.step import StepRule
 
 
 class DeltaNet(RecurrentMemory):
@@ -34,7 +35,15 @@ class DeltaNet(RecurrentMemory):
         o, new = ops.delta_rule(q_hat, l2_norm(k), v, gates["beta"], gates.get("decay"), state["state"])
         return o, {"state": new}
 
+    def step_rule(self) -> StepRule:
+        decay = "decay" if "decay" in self.closed_gates else None
+        return StepRule("beta", decay, True, 1e-6, self.head_dim**-0.5, self.o_norm.eps, across_heads=False)
+
+    @property
+    def step_norm(self) -> Tensor:
+        return self.o_norm.weight
+
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        gamma = head_gate(self.g_proj, x).float().unsqueeze(-1)
+        gamma = self.read_gate(x).unsqueeze(-1)
         o = rms_norm(o, self.o_norm.weight, self.o_norm.eps) * gamma * torch.sigmoid(gamma)
         return self.o_proj(o)

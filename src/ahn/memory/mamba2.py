@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ahn import ops
 from ahn.memory.base import RecurrentMemory, head_gate, rms_norm
+from ahn.ops.step import StepRule
 
 
 class Mamba2(RecurrentMemory):
@@ -44,8 +45,16 @@ class Mamba2(RecurrentMemory):
         o, new = ops.decay_rule(q_hat, k_hat, v, gates["decay"], state["state"])
         return o, {"state": new}
 
+    def step_rule(self) -> StepRule:
+        # F.normalize divides by max(norm, 1e-12).
+        return StepRule("step", "decay", False, 1e-24, 1.0, self.norm.eps, across_heads=True)
+
+    @property
+    def step_norm(self) -> Tensor:
+        return self.norm.weight
+
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        gamma = head_gate(self.g_proj, x).float().unsqueeze(-1)
+        gamma = self.read_gate(x).unsqueeze(-1)
         B, H, N, P = o.shape
         # One norm over all heads together: (B, H, N, P) to (B, N, H·P) and back.
         merged = (o * F.silu(gamma)).transpose(1, 2).reshape(B, N, H * P)

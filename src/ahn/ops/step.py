@@ -1,7 +1,9 @@
 """One decoding step of a layer over fixed slots: attend, write what leaves into the memory, read, keep the new token.
 
 `step` is the plain torch form, any device; `ahn.ops.step_triton` is the same in two kernels. Both change the buffers of
-`StepBuffers` in place. Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W.
+`StepBuffers` in place. `layer_step` chooses, as an operator that torch.compile leaves whole.
+
+Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W.
 """
 
 from __future__ import annotations
@@ -70,6 +72,11 @@ class StepRead:
     o_proj: Tensor
 
 
+def supported(head_dim: int) -> bool:
+    """Whether the kernels can work on this head dim."""
+    return 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+
+
 def step(
     query: Tensor,
     key: Tensor,
@@ -106,14 +113,12 @@ def step(
     memory_read: Tensor | float = 0.0
     if rule is not None and read is not None:
         assert buffers.write is not None and buffers.state is not None
-        gone = [
-            torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)
-        ]
+        gone = [torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)]
         strength = torch.where(leaves[:, None], buffers.write[rows, :, slot], 0)
         fade = None
         if buffers.decay is not None:
             fade = torch.where(leaves[:, None], buffers.decay[rows, :, slot], 0)
-        o = _write_and_read(read.query, *gone, strength, fade, buffers.state, rule)
+        o = _write_and_read(read.query, gone_key, gone_value, strength, fade, buffers.state, rule)
         memory_read = _read_out(o, rule, read)
     mine = active[:, None]
     for ring, new in ((buffers.keys, key), (buffers.values, value), (buffers.write, write), (buffers.decay, decay)):
@@ -157,3 +162,77 @@ def _read_out(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
     o = o.view(B, H, P) if rule.across_heads else o * gate
     projected = torch.einsum("bhk,hkv->bhv", o.to(read.o_proj.dtype), read.o_proj).float()
     return projected if read.weight is None else projected * read.weight[..., None]
+
+
+@torch.library.custom_op("ahn::step", mutates_args=("keys", "values", "write_ring", "decay_ring", "state"))
+def operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor | None,
+    decay: Tensor | None,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    write_ring: Tensor | None,
+    decay_ring: Tensor | None,
+    state: Tensor | None,
+    sinks: int,
+    scaling: float,
+    delta: bool,
+    l2_eps: float,
+    scale: float,
+    norm_eps: float,
+    across_heads: bool,
+    memory_query: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    o_proj: Tensor | None,
+) -> Tensor:
+    """`step` with every field an argument of its own, as an operator wants it; see `layer_step`."""
+    rule = read = None
+    if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
+        rule = StepRule("write", None if decay is None else "decay", delta, l2_eps, scale, norm_eps, across_heads)
+        read = StepRead(memory_query, gamma, weight, norm, o_proj)
+    buffers = StepBuffers(keys, values, write_ring, decay_ring, state)
+    if query.is_cuda:
+        from ahn.ops import step_triton
+
+        return step_triton.step(
+            query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read
+        )  # fmt: skip
+    return step(query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read)
+
+
+@operator.register_fake
+def _(query: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(query)
+
+
+def layer_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: dict[str, Tensor],
+    positions: Tensor,
+    active: Tensor,
+    buffers: StepBuffers,
+    sinks: int,
+    scaling: float,
+    rule: StepRule | None,
+    read: StepRead | None,
+) -> Tensor:
+    """`step` on the device's best path; `gates` of the new token by name, (B, Hq) each."""
+    ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state)
+    if rule is None or read is None:
+        return operator(
+            query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
+            None, None, None, None, None,
+        )  # fmt: skip
+    write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
+    return operator(
+        query, key, value, write, decay, positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps, rule.scale,
+        rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
+    )  # fmt: skip

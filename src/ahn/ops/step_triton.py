@@ -20,12 +20,6 @@ STATE_COLUMNS = 32  # columns of a state that a program holds
 PROGRAMS_A_PROCESSOR = 4  # attention programs that a multiprocessor can hold at once
 
 
-def supported(query: Tensor) -> bool:
-    """Whether the kernels can work on this head dim."""
-    P = query.shape[-1]
-    return 16 <= P <= 256 and P & (P - 1) == 0
-
-
 def split_count(rows: int, slots: int, processors: int) -> int:
     """Parts of the slots, a power of two, so that about every multiprocessor is busy with rows = B · Hkv."""
     wanted = max(1, PROGRAMS_A_PROCESSOR * processors // rows)
@@ -161,11 +155,10 @@ def _combine_and_keep(
             values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
             tl.store(keys + c, tl.load(key + new))
             tl.store(values + c, tl.load(value + new))
-        if MEMORY:
-            if part == 0:
-                tl.store(write + row.to(tl.int64) * slots + slot, tl.load(new_write + row))
-                if DECAY:
-                    tl.store(decay + row.to(tl.int64) * slots + slot, tl.load(new_decay + row))
+        if MEMORY and part == 0:
+            tl.store(write + row.to(tl.int64) * slots + slot, tl.load(new_write + row))
+            if DECAY:
+                tl.store(decay + row.to(tl.int64) * slots + slot, tl.load(new_decay + row))
 
 
 def step(

@@ -1,0 +1,5 @@
+"""Decoding on a GPU: one token for every row is one replay of a captured CUDA graph over buffers that never move."""
+
+from ahn.decode.runner import forward, runs
+
+__all__ = ["forward", "runs"]

@@ -1,0 +1,73 @@
+"""One layer of one captured step: what the attention function does when a `StepForward` is under way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ahn.memory import RecurrentMemory
+from ahn.ops.step import StepBuffers, StepRead, StepRule, layer_step
+
+if TYPE_CHECKING:
+    from ahn.attention import LayerContext
+    from ahn.cache_layer import AHNLayer
+
+
+@dataclasses.dataclass
+class StepForward:
+    """Stands where a `ForwardContext` does in an ordinary forward.
+
+    Attributes:
+        positions: (B,) tokens that each row has read before.
+        active: (B,) bool, rows whose new token is real.
+        sinks, window: of the cache.
+    """
+
+    positions: Tensor
+    active: Tensor
+    sinks: int
+    window: int
+
+
+def step_buffers(layer: AHNLayer, rule: StepRule | None) -> StepBuffers:
+    """The tensors of a cache's layer, which lies in slots, as the step operator wants them."""
+    if rule is None:
+        return StepBuffers(layer.keys, layer.values, None, None, None)
+    assert layer.state is not None
+    decay = None if rule.decay is None else layer.gates[rule.decay]
+    return StepBuffers(layer.keys, layer.values, layer.gates[rule.write], decay, layer.state["state"])
+
+
+def step_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step: StepForward, layer: LayerContext, scaling: float
+) -> tuple[Tensor, None]:
+    """Attention of one layer over fixed slots, plus the memory's read.
+
+    Args:
+        query: (B, Hq, 1, P); key, value: (B, Hkv, 1, P).
+
+    Returns:
+        (B, 1, Hq, P), and None for the weights that the kernel never writes down.
+    """
+    from ahn.attention import memory_query
+
+    memory, x = layer.ahn.fn, layer.x
+    gates: dict[str, Tensor] = {}
+    rule = read = None
+    if isinstance(memory, RecurrentMemory):
+        rule = memory.step_rule()
+        gates = {name: gate[:, :, 0] for name, gate in memory.write_gates(x).items()}
+        weight = None
+        if layer.router is not None:
+            written = step.positions - (step.window + step.sinks) + 1
+            weight = layer.router((written / step.window)[:, None])[:, :, 0]
+        own = query if memory.q_proj is None else memory_query(module, memory, layer, 1)
+        gamma = memory.read_gate(x)[:, :, 0]
+        read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight)
+    buffers = layer.ahn.step_buffers
+    assert buffers is not None
+    new = [x[:, :, 0] for x in (query, key, value)]
+    out = layer_step(new[0], new[1], new[2], gates, step.positions, step.active, buffers, step.sinks, scaling, rule, read)
+    return out[:, None], None

@@ -1,0 +1,180 @@
+"""The captured step of one conversation: fixed buffers, one CUDA graph, and when it may be used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ahn.cache import AHNCache, new_columns
+from ahn.decode.layer import StepForward, step_buffers
+from ahn.decode.regional import layers_compiled
+from ahn.memory import RecurrentMemory
+from ahn.ops.step import StepBuffers, supported
+
+_runners: WeakKeyDictionary[AHNCache, Runner] = WeakKeyDictionary()
+_EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "labels", "inputs_embeds")
+
+
+def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether this forward is a step that a graph can do; everything else takes the ordinary way."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not on_gpu(ids):
+        return False
+    if not isinstance(cache, AHNCache) or torch.is_grad_enabled() or model.training or not model._ahn.enabled:
+        return False
+    if kwargs.get("return_dict") is False or any(kwargs.get(name) not in (None, False) for name in _EXTRA_OUTPUTS):
+        return False
+    runner = _runners.get(cache)
+    return (runner is not None and runner.fits(cache, ids)) or _can_capture(model, cache, ids)
+
+
+def on_gpu(ids: Tensor) -> bool:
+    """Whether there are graphs where these tokens are."""
+    return ids.is_cuda
+
+
+def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
+    layers, decoder = cache.memory_layers, model.get_decoder()
+    if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
+        return False
+    head = model.get_output_embeddings()
+    if head is None or any(x.device != ids.device for x in (head.weight, *(layer.keys for layer in layers.values()))):
+        return False
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(x.self_attn, "sinks") for x in decoder.layers):
+        return False  # scores that only the base model's own kernels know
+    if cache.padding is not None and bool(cache.padding.ended.any()):
+        return False
+    memory = decoder.layers[0].ahn.fn
+    if isinstance(memory, RecurrentMemory):
+        return memory.step_rule() is not None and supported(memory.head_dim)
+    return memory.forgets and supported(memory.head_dim)
+
+
+def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
+    """One token a row by replaying the conversation's graph, which the first call captures."""
+    cache: AHNCache = kwargs["past_key_values"]
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    new = new_columns(mask, cache.seen, 1)
+    runner = _runners.get(cache)
+    if runner is None or not runner.fits(cache, ids):
+        cache.check_batch(len(ids))
+        runner = _runners[cache] = Runner(model, cache, len(ids))
+    elif cache.rows.read is not runner.positions:  # something else has moved the conversation on
+        runner.catch_up(cache)
+    logits = runner(ids, kwargs.get("position_ids"), None if new is None else new[:, -1])
+    cache.stepped(runner.positions, watched=new is not None)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+class StepCache(Cache):
+    """What the base model's attention finds in place of a cache: a step's keys and values go straight through."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+class Runner:
+    """A graph over the buffers of one cache.
+
+    Attributes:
+        positions: (B,) real tokens that each row has read; the graph itself moves it on.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: AHNCache, batch: int) -> None:
+        device = model.get_output_embeddings().weight.device
+        self.ids, self.position_ids = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
+        self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
+        self.active = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.all_active = False
+        self.catch_up(cache)
+        memory = model.get_decoder().layers[0].ahn.fn
+        rule = memory.step_rule() if isinstance(memory, RecurrentMemory) else None
+        self.keys = [layer.keys for layer in cache.memory_layers.values()]
+        buffers = {index: step_buffers(layer, rule) for index, layer in cache.memory_layers.items()}
+        step = StepForward(self.positions, self.active, cache.config.sinks, cache.config.window)
+        inputs = {"input_ids": self.ids, "position_ids": self.position_ids, "past_key_values": StepCache()}
+
+        def once() -> Tensor:
+            with _buffers_lent(model, buffers):
+                logits: Tensor = type(model).forward(model, **inputs, use_cache=True, ahn_forward=step).logits
+            self.positions += self.active
+            return logits
+
+        self.replay, self.logits = capture(model, once)
+
+    def fits(self, cache: AHNCache, ids: Tensor) -> bool:
+        """Still the same buffers in the same order, and as many rows."""
+        layers = cache.memory_layers.values()
+        return len(ids) == len(self.ids) and all(
+            layer.in_slots and layer.keys is own for layer, own in zip(layers, self.keys, strict=True)
+        )
+
+    def catch_up(self, cache: AHNCache) -> None:
+        """Take over how far each row has read."""
+        self.positions.copy_(cache.enter_slots())
+        self.offset.copy_(cache.columns_before())
+        cache.rows.read = self.positions
+
+    def __call__(self, ids: Tensor, position_ids: Tensor | None, real: Tensor | None) -> Tensor:
+        """Logits (B, 1, V) of one token a row; rows that are not `real` (B,) change nothing."""
+        self.ids.copy_(ids)
+        self.position_ids.copy_((self.positions + self.offset)[:, None] if position_ids is None else position_ids)
+        if real is not None:
+            self.active.copy_(real)
+            self.all_active = False
+        elif not self.all_active:
+            self.active.fill_(True)
+            self.all_active = True
+        self.replay()
+        return self.logits.clone()
+
+
+def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Compile and record a step: how to repeat it, and where its logits will be.
+
+    Every row is inactive until the first replay, so compiling leaves the conversation as it is.
+    """
+    with layers_compiled(model):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                once()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = once()
+    return graph.replay, logits
+
+
+@contextlib.contextmanager
+def _buffers_lent(model: PreTrainedModel, buffers: dict[int, StepBuffers]) -> Iterator[None]:
+    layers = model.get_decoder().layers
+    for index, own in buffers.items():
+        layers[index].ahn.step_buffers = own
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ahn.step_buffers = None
