@@ -11,8 +11,9 @@ import torch
 
 from ahn.bench.clock import median, repeated, synchronize
 
-REPEATS, BLOCK = 15, 10
-"""Times taken, and calls in each: a single call would be timed together with its launch and the wait for its end."""
+REPEATS = 15
+BLOCK = 10
+"""Calls on a GPU that are timed at once: one alone would be timed together with its launch and the wait for its end."""
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 
 
@@ -70,13 +71,14 @@ def _copy(device: torch.device, size: int) -> list[float]:
 
 def _times(device: torch.device, call: Callable[[], Any]) -> list[float]:
     """Seconds of a call, after one that warms up."""
+    calls = BLOCK if device.type == "cuda" else 1
 
     def block() -> None:
-        for _ in range(BLOCK):
+        for _ in range(calls):
             call()
 
     call()
-    return [seconds / BLOCK for seconds in repeated(device, block, REPEATS, budget=2)]
+    return [seconds / calls for seconds in repeated(device, block, REPEATS, budget=2)]
 
 
 def query(device: torch.device, fields: tuple[str, ...]) -> dict[str, Any]:

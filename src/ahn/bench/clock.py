@@ -52,9 +52,9 @@ def spread(times: list[float]) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give memory back that nothing refers to any more."""
-    gc.collect()
+    """Give memory of a GPU back that nothing refers to any more."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -20,16 +20,17 @@ WARM_STEPS = 8
 def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
     """Steps of one token, and `generate`, with a cache that has read `context` tokens."""
     cache, work = prepare(stand, method, context, batch)
+    cache_bytes = fill.bytes_of_cache(cache)
     device = stand.device
     release(device)
-    with peak_memory(device, stand.held(cache)) as memory:
+    with peak_memory(device, stand.held() + cache_bytes) as memory:
         found = time_step(stand, method, cache, context, batch)
         if not method.compiled_by_generate:
             found |= _also_through_generate(stand, cache, context, batch)
     return {
         **found,
         "tokens_per_second": batch / found["seconds"],
-        "cache_bytes": fill.bytes_of_cache(cache),
+        "cache_bytes": cache_bytes,
         "peak_bytes": memory.peak_bytes,
         "reserved_bytes": memory.reserved_bytes,
         **work.report(stand.ceilings, found["seconds"]),

@@ -63,7 +63,7 @@ def set_length(layer: StaticLayer, context: int) -> None:
 
 
 def bytes_of_cache(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds."""
+    """Bytes of all tensors that a cache holds. To be asked before it decodes: an AHNCache rearranges itself for it."""
     if isinstance(cache, AHNCache):
         return cache.nbytes()
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)

@@ -25,8 +25,8 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
     with exact_allocator():  # of the CPU's memory; a GPU's is exact anyway
         with peak_memory(device, stand.held()) as prefill:
             reading = seconds(device, read)
-        cache = caches[0]
-        with peak_memory(device, stand.held(cache)) as decoding:
+        cache, cache_bytes = caches[0], fill.bytes_of_cache(caches[0])
+        with peak_memory(device, stand.held() + cache_bytes) as decoding:
             writing = seconds(device, lambda: decode.generate(stand, cache, fill.random_tokens(model, batch, 1), count))
     return {
         "prefill_peak_bytes": prefill.peak_bytes,
@@ -34,7 +34,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "decode_peak_bytes": decoding.peak_bytes,
         "decode_reserved_bytes": decoding.reserved_bytes,
         "peak_bytes": _largest(prefill.peak_bytes, decoding.peak_bytes),
-        "cache_bytes": fill.bytes_of_cache(cache),
+        "cache_bytes": cache_bytes,
         "weights_bytes": stand.held(),
         "prefill_s": reading,  # with whatever was compiled on the way
         "decode_s": writing,

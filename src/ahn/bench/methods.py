@@ -118,9 +118,9 @@ def _method(name: str, base: AHNConfig, adapter: str | None) -> Method:
         return Method(name)
     if name == WINDOW:
         return Method(name, base.replace(memory="window_only", router=False, q_proj=False))
-    known = (*memory.names(), *memory.baselines())
-    if name not in known:
-        raise AHNError(f"Unknown method {name!r}; choose from {', '.join((DYNAMIC, STATIC, WINDOW, *known))}.")
+    if name not in memory.names():
+        known = (DYNAMIC, STATIC, WINDOW, *memory.names())
+        raise AHNError(f"Unknown method {name!r}; choose from {', '.join(known)}.")
     if adapter is not None:
         return Method(name, base, adapter)
     return Method(name, base.replace(memory=name, router=False, q_proj=False))

@@ -15,6 +15,7 @@ from ahn.bench.clock import release
 from ahn.bench.methods import Method, forget_compiled
 from ahn.bench.records import OK, OUT_OF_MEMORY, Log, Row
 from ahn.bench.stand import Skipped, Stand
+from ahn.config import AHNConfig
 from ahn.errors import AHNError
 
 MEASUREMENTS: dict[str, Callable[[Stand, Method, int, int], Row]] = {
@@ -98,6 +99,7 @@ def _failure(error: Exception) -> Row:
 
 
 def _described(method: Method) -> Row:
-    config: dict[str, Any] = {} if method.config is None else dataclasses.asdict(method.config)
-    names = ("memory", "window", "sinks", "router", "q_proj", "full_attention_layers", "prefill_chunk_size")
-    return {"method": method.name, "adapter": method.adapter, **{name: config.get(name) for name in names}}
+    fields = [field.name for field in dataclasses.fields(AHNConfig)]
+    config: Row = {name: getattr(method.config, name, None) for name in fields}
+    config["full_attention_layers"] = list(config["full_attention_layers"] or ())
+    return {"method": method.name, "adapter": method.adapter, **config}

@@ -6,11 +6,9 @@ import dataclasses
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from ahn.bench.ceilings import Ceilings
 from ahn.bench.clock import bytes_of
-from ahn.bench.fill import bytes_of_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +42,9 @@ class Stand:
     def device(self) -> torch.device:
         return self.model.device
 
-    def held(self, cache: Cache | None = None) -> int:
-        """Bytes of the weights and of a cache."""
-        tensors = bytes_of(self.model.parameters()) + bytes_of(self.model.buffers())
-        return tensors + (0 if cache is None else bytes_of_cache(cache))
+    def held(self) -> int:
+        """Bytes of the weights."""
+        return bytes_of(self.model.parameters()) + bytes_of(self.model.buffers())
 
 
 class Skipped(Exception):  # noqa: N818  (not an error: a row says so)

@@ -13,13 +13,14 @@ from ahn.bench.stand import Stand
 def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
     """Steps of B conversations, each with `context` tokens behind it."""
     cache, work = decode.prepare(stand, method, context, batch)
+    cache_bytes = fill.bytes_of_cache(cache)
     release(stand.device)
-    with peak_memory(stand.device, stand.held(cache)) as memory:
+    with peak_memory(stand.device, stand.held() + cache_bytes) as memory:
         found = decode.time_step(stand, method, cache, context, batch)
     return {
         **found,
         "tokens_per_second": batch / found["seconds"],
-        "cache_bytes": fill.bytes_of_cache(cache),
+        "cache_bytes": cache_bytes,
         "peak_bytes": memory.peak_bytes,
         "reserved_bytes": memory.reserved_bytes,
         **work.report(stand.ceilings, found["seconds"]),

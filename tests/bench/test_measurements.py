@@ -1,0 +1,125 @@
+"""Every measurement of every kind of method gives a row whose numbers agree with each other. No time is asserted."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+import ahn
+from ahn.bench import clock, decode, memory, prefill, throughput, train
+from ahn.bench.ceilings import measure as measure_ceilings
+from ahn.bench.methods import make_methods
+from ahn.bench.stand import Settings, Skipped, Stand
+from ahn.errors import AHNError
+
+NAMES = ["full-dynamic", "full-static", "window", "gated_deltanet"]
+
+
+def measured(module: Any, stand: Stand, name: str, context: int = 70, batch: int = 2) -> dict[str, Any]:
+    method = make_methods([name], 20, 4)[0]
+    with method.on(stand.model), method.without_gradients():
+        return module.measure(stand, method, context, batch)
+
+
+def check_roofline(row: dict[str, Any], tokens: int) -> None:
+    assert row["share"] == pytest.approx(row["limit_s"] / row["seconds"])
+    assert row["limit_s"] == pytest.approx(max(row["bytes"] / 1e12, row["flops"] / 1e14))
+    assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill(stand: Stand, name: str) -> None:
+    row = measured(prefill, stand, name)
+    assert len(row["times_s"]) == 2
+    assert row["seconds"] == statistics.median(row["times_s"])
+    assert row["peak_bytes"] is None or row["peak_bytes"] >= stand.held()
+    check_roofline(row, 2 * 70)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode(stand: Stand, name: str) -> None:
+    row = measured(decode, stand, name)
+    assert "generate_why" not in row
+    assert len(row["generate_times_s"]) == 2
+    assert ("times_s" in row) == (name != "full-static")  # which has no step of its own
+    assert row["cache_bytes"] > 0
+    check_roofline(row, 2)
+
+
+def test_decode_after_really_reading(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Stand(stand.model, stand.ceilings, Settings(new_tokens=2, repeats=1, real_prefill=True))
+    monkeypatch.setattr("ahn.bench.fill.synthetic_cache", None)
+    assert measured(decode, real, "mamba2")["cache_bytes"] == pytest.approx(
+        measured(decode, real, "mamba2", context=140)["cache_bytes"]
+    )
+
+
+def test_a_generate_that_fails_does_not_take_the_step_with_it(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(decode, "generate", fail)
+    row = measured(decode, stand, "mamba2")
+    assert "no such kernel" in row["generate_why"]
+    assert row["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory(stand: Stand, name: str) -> None:
+    row = measured(memory, stand, name)
+    assert row["weights_bytes"] >= stand.held()
+    if row["peak_bytes"] is not None:
+        assert row["peak_bytes"] == max(row["prefill_peak_bytes"], row["decode_peak_bytes"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_throughput(stand: Stand, name: str) -> None:
+    row = measured(throughput, stand, name, batch=3)
+    assert ("generate_s" in row) == (name == "full-static")
+    check_roofline(row, 3)
+
+
+@pytest.mark.parametrize("name", ahn.memory.names())
+def test_train(stand: Stand, name: str) -> None:
+    method, model = make_methods([name], 20, 4)[0], stand.model
+    forwards: list[bool] = []
+    layer = model.get_decoder().layers[0].mlp
+    handle = layer.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    with method.on(model, training=True):
+        row = train.measure(stand, method, 70, 2)
+    handle.remove()
+    steps = 1 + len(row["times_s"])  # the first warms up
+    # Teacher, student (whose layers keep nothing), and the student again in the backward pass.
+    assert len(forwards) == 3 * steps
+    assert row["loss_positions"] == 2 * (70 - 24 - 1)
+    check_roofline(row, 2 * 70)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_cannot_be_trained(stand: Stand) -> None:
+    with pytest.raises(AHNError, match="window has no parameters"):
+        train.measure(stand, make_methods(["window"], 20, 4)[0], 70, 1)
+
+
+@pytest.mark.parametrize("module", [prefill, memory])
+def test_patience(stand: Stand, module: Any) -> None:
+    hasty = Stand(stand.model, stand.ceilings, Settings(max_seconds=1e-12))
+    with pytest.raises(Skipped, match="at least"):
+        measured(module, hasty, "full-dynamic")
+
+
+def test_repetitions_end_with_the_budget() -> None:
+    device = torch.device("cpu")
+    assert len(clock.repeated(device, lambda: None, times=3, budget=60)) == 3
+    assert len(clock.repeated(device, lambda: None, times=3, budget=0)) == 1
+
+
+def test_ceilings_are_rates_of_what_was_timed() -> None:
+    found = measure_ceilings(torch.device("cpu"), torch.float32)
+    assert found.bytes_per_second == pytest.approx(2 * found.copied_bytes / statistics.median(found.copy_times))
+    assert found.flops_per_second == pytest.approx(2 * found.matmul_size**3 / statistics.median(found.matmul_times))
+    assert min(len(found.copy_times), len(found.matmul_times)) >= 1

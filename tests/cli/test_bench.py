@@ -1,0 +1,105 @@
+"""`ahn bench` from end to end, with a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ahn.cli.bench import numbers
+from ahn.errors import AHNError
+
+SHAPE = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 61,
+}
+SMALL = ("--window", 20, "--sinks", 4, "--new-tokens", 2, "--device", "cpu")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(SHAPE))
+    return file
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_everything_side_by_side(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--model", small, *SMALL, "--context", "50", "--batch", "1", "--out", out)
+    measurements = ("prefill", "decode", "memory", "throughput", "train")
+    result = ahn_cli("bench", *measurements, *options, "--methods", "full-dynamic,full-static,window,mamba2")
+    assert result.code == 0, result.err
+    run, *found = rows(out)
+    assert {run[name] for name in ("kind", "model", "dtype")} == {"run", "small", "float32"}
+    assert run["environment"]["packages"]["torch"]
+    assert len(run["code"]["sources_sha256"]) == 64
+    assert run["ceilings"]["copy_times"]
+    assert [row["measurement"] for row in found] == [name for name in measurements for _ in range(4)]
+    assert {row["run"] for row in found} == {run["run"]}
+    assert [row["status"] for row in found] == ["ok"] * 16 + ["unsupported"] * 3 + ["ok"]
+    assert sorted(file.name for file in out.iterdir()) == ["length.png", "rows.jsonl", "table.txt", "throughput.png"]
+    assert (out / "table.txt").read_text() == result.out
+    assert "share" in result.out
+
+
+def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for method in ("window", "deltanet"):
+        ahn_cli("bench", "prefill", "--model", small, *SMALL, "--methods", method, "--context", "30", "--out", out)
+    result = ahn_cli("bench", "report", "--out", out)
+    assert result.code == 0
+    assert [line.split()[2] for line in result.out.splitlines() if line.startswith("     30")] == ["window", "deltanet"]
+
+
+def test_defaults_follow_the_window(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ahn_cli("bench", "prefill", "train", "--model", small, *SMALL, "--out", out)
+    found = rows(out)[1:]
+    assert sorted({row["context"] for row in found if row["measurement"] == "prefill"}) == [24, 96, 384]
+    assert [(row["method"], row["context"]) for row in found if row["measurement"] == "train"] == [
+        ("deltanet", 72),
+        ("gated_deltanet", 72),
+        ("mamba2", 72),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "fast"), "Unknown method 'fast'"),
+        (("--context", "32q"), "--context takes numbers"),
+        (("--batch", "0"), "--batch takes numbers"),
+        (("--dtype", "int8"), "Unknown dtype 'int8'"),
+        (("--device", "cuda:77"), "no device 'cuda:77'"),
+        (("--adapter", "nowhere/at/all"), "nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    ahn_cli: Any, small: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    result = ahn_cli("bench", "prefill", "--model", small, "--out", tmp_path / "out", *options)
+    assert result.code == 1
+    assert message in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_of_nothing(ahn_cli: Any, tmp_path: Path) -> None:
+    result = ahn_cli("bench", "report", "--out", tmp_path)
+    assert (result.code, result.out) == (1, "")
+
+
+def test_numbers() -> None:
+    assert numbers("--context", "100, 32k,1M") == [100, 32768, 1 << 20]
+    with pytest.raises(AHNError):
+        numbers("--context", "")
