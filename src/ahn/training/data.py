@@ -70,6 +70,8 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int,
     elif settings.val_size:
         rows, held_out_rows = _split(rows, settings.val_size, seed)
     held_out = None if held_out_rows is None else _tokenised(held_out_rows, tokenise, settings, "held-out data")
+    if held_out is not None and settings.max_eval_samples is not None:
+        held_out = held_out.select(range(min(settings.max_eval_samples, len(held_out))))
     if isinstance(rows, IterableDataset):
         return Data(_stream(rows, tokenise, seed, rank, ranks), held_out)
     return Data(_tokenised(rows, tokenise, settings, "training data"), held_out)

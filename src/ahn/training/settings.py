@@ -38,6 +38,7 @@ class Settings:
     )
     eval_dataset: str | None = _setting(None, "Held-out data, in the same forms.")
     val_size: float = _setting(0.0, "Instead of it: hold out this share (below 1) or number of the training rows.")
+    max_eval_samples: int | None = _setting(None, "Measure on the first held-out samples only.")
     max_samples: int | None = _setting(None, "Take the first rows of each dataset only.")
     filter_len: int = _setting(288, "Leave out samples of this many tokens or fewer.")
     cutoff_len: int = _setting(24576, "Cut samples to this many tokens (plain text: into pieces of it).")
@@ -119,7 +120,14 @@ class Settings:
             raise AHNError("eval_dataset and val_size both say what is held out; leave one of them out.")
 
     def _check_numbers(self) -> None:
-        minima = {"cutoff_len": 2, "filter_len": 0, "max_samples": 1, "sliding_window": 2, "val_size": 0}
+        minima = {
+            "cutoff_len": 2,
+            "filter_len": 0,
+            "max_samples": 1,
+            "max_eval_samples": 1,
+            "sliding_window": 2,
+            "val_size": 0,
+        }
         minima |= {"preprocessing_num_workers": 1}
         for name, minimum in minima.items():
             value = getattr(self, name)
