@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ahn.cli.bench import numbers
+from ahn.cli.bench import Options, numbers
 from ahn.errors import AHNError
 
 SHAPE = {
@@ -62,16 +62,24 @@ def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_p
     assert [line.split()[2] for line in result.out.splitlines() if line.startswith("     30")] == ["window", "deltanet"]
 
 
-def test_defaults_follow_the_window(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    ahn_cli("bench", "prefill", "train", "--model", small, *SMALL, "--out", out)
-    found = rows(out)[1:]
-    assert sorted({row["context"] for row in found if row["measurement"] == "prefill"}) == [24, 96, 384]
-    assert [(row["method"], row["context"]) for row in found if row["measurement"] == "train"] == [
-        ("deltanet", 72),
-        ("gated_deltanet", 72),
-        ("mamba2", 72),
-    ]
+@pytest.mark.parametrize(
+    ("model", "window", "measurement", "lossless", "contexts", "batches"),
+    [
+        ("tiny", None, "prefill", 256, [256, 1024, 4096], [1]),
+        ("qwen2.5-3b", None, "decode", 32768, [32768, 131072, 1048576], [1]),
+        ("qwen2.5-3b", 8064, "memory", 8192, [8192, 32768, 262144], [1]),
+        ("qwen2.5-3b", None, "throughput", 32768, [131072], [1, 4, 16, 32, 64, 100]),
+        ("qwen2.5-7b", None, "train", 8192, [24576], [1]),
+    ],
+)
+def test_defaults_follow_the_window(
+    model: str, window: int | None, measurement: str, lossless: int, contexts: list[int], batches: list[int]
+) -> None:
+    plan = Options(model, None, None, window, None, None, None).plan(measurement)
+    assert {method.config.lossless for method in plan.methods if method.config} == {lossless}
+    assert (plan.contexts, plan.batches) == (contexts, batches)
+    first = "deltanet" if measurement == "train" else "full-dynamic"
+    assert plan.methods[0].name == first
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     if name in SHAPES:
         return Subject(name, build(configuration(name), device, dtype), True)
     path = Path(name).expanduser()
+    if not path.exists() and name != TINY and "/" not in name:
+        raise AHNError(
+            f"There is no shape, file or directory {name!r}; shapes are {', '.join(SHAPES)} and {TINY}, and an id on "
+            "the Hub has an owner (Qwen/Qwen2.5-3B-Instruct)."
+        )
     try:
         if path.is_file():
             label = path.parent.name if path.name == "config.json" else path.stem
@@ -56,7 +61,9 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise AHNError(f"Cannot load {name!r}; known shapes are {', '.join(SHAPES)}. {first}") from error
+        raise AHNError(
+            f"Cannot load {name!r}; the shapes that need no files are {', '.join(SHAPES)}. {first}"
+        ) from error
     return Subject(path.name, _ready(model), False)
 
 

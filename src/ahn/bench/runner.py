@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,14 +52,26 @@ def run(stand: Stand, plan: Plan, shared: Row, log: Log, say: Callable[[Row], An
         log.write(row)
         say(row)
 
-    for method in plan.methods:
-        try:
-            with method.on(stand.model, training=plan.measurement == "train"):
-                for context in plan.contexts:
-                    _batches(stand, plan, method, context, record)
-        except Exception as error:  # attaching is refused for some models, memories and adapters
-            record(_described(method) | _failure(error))
-        release(stand.device)
+    with _only_new_objects_collected():
+        for method in plan.methods:
+            try:
+                with method.on(stand.model, training=plan.measurement == "train"):
+                    for context in plan.contexts:
+                        _batches(stand, plan, method, context, record)
+            except Exception as error:  # attaching is refused for some models, memories and adapters
+                record(_described(method) | _failure(error))
+            release(stand.device)
+
+
+@contextlib.contextmanager
+def _only_new_objects_collected() -> Iterator[None]:
+    """Garbage collection, before every row and now and then in one, need not walk through all of torch each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _batches(stand: Stand, plan: Plan, method: Method, context: int, record: Callable[[Row], None]) -> None:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 TINY_WINDOW, TINY_SINKS = 224, 32
 TRAINED_TOTAL = 8192
 """Largest lossless total of the paper's training."""
-LENGTHS = (1, 4, 16)
+LENGTHS, TINY_LENGTHS = (1, 4, 32), (1, 4, 16)
 """Contexts when none are asked for, in multiples of sinks + window."""
-BATCHES = (1, 4, 16, 32, 64, 100)
+BATCHES, TINY_BATCHES = (1, 4, 16, 32, 64, 100), (1, 4, 16)
 """Conversations of `throughput` when none are asked for."""
+NEW_TOKENS, BUDGET = {"cpu": 8}, {"cpu": 2.0}
+"""Steps in a repetition, and seconds after which a row is not repeated again; elsewhere `Settings`' own."""
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -71,15 +73,16 @@ def command(
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option("--context", help="Lengths like 32k,128k,1M (default: 1, 4 and 16 times sinks + window)."),
+        typer.Option("--context", help="Lengths like 32k,128k,1M (default: 1, 4 and 32 times sinks + window)."),
     ] = None,
     batch: Annotated[
         str | None,
         typer.Option("--batch", help="Conversations at once, like 1,8 (default: 1; throughput: up to 100)."),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option("--new-tokens", min=2, help="Steps in each repetition of a decode measurement.")
-    ] = 64,
+        int | None,
+        typer.Option("--new-tokens", min=2, help="Steps in each repetition of a decode measurement (64; on a CPU 8)."),
+    ] = None,
     real_prefill: Annotated[
         bool, typer.Option("--real-prefill", help="Decode after really reading the context, not from random caches.")
     ] = False,
@@ -103,21 +106,21 @@ def command(
 
     \b
     Examples:
-      ahn bench prefill decode
+      ahn bench prefill decode memory throughput train
       ahn bench decode --model qwen2.5-3b --context 32k,128k,1M
       ahn bench throughput --model qwen2.5-3b --context 128k --batch 1,32,100
       ahn bench train --model qwen2.5-7b --methods gated_deltanet
     """
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
     if names:
-        options = _Options(model, adapter, methods, window, sinks, context, batch)
+        options = Options(model, adapter, methods, window, sinks, context, batch)
         plans = [options.plan(name) for name in names]
         _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, out, device, dtype)
     _report(out)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class Options:
     """What the plans are made of, as typed."""
 
     model: str
@@ -133,9 +136,10 @@ class _Options:
         from ahn.bench.runner import Plan
 
         chosen, lossless = self._methods(measurement)
-        lengths = {"throughput": LENGTHS[1:2], "train": (3,)}.get(measurement, LENGTHS)
+        tiny = self.model == "tiny"
+        lengths = {"throughput": (4,), "train": (3,)}.get(measurement, TINY_LENGTHS if tiny else LENGTHS)
         contexts = [n * lossless for n in lengths] if self.context is None else numbers("--context", self.context)
-        usual = BATCHES if measurement == "throughput" else (1,)
+        usual = (1,) if measurement != "throughput" else TINY_BATCHES if tiny else BATCHES
         batches = list(usual) if self.batch is None else numbers("--batch", self.batch)
         return Plan(measurement, chosen, sorted(set(contexts)), sorted(set(batches)))
 
@@ -181,7 +185,7 @@ def _measure(
     plans: list[Plan],
     model: str,
     random_weights: bool,
-    new_tokens: int,
+    new_tokens: int | None,
     real_prefill: bool,
     max_seconds: float,
     out: Path,
@@ -200,7 +204,12 @@ def _measure(
     if chosen not in DTYPES:
         raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     subject = load(model, random_weights, place, getattr(torch, chosen))
-    settings = Settings(new_tokens=new_tokens, real_prefill=real_prefill, max_seconds=max_seconds)
+    settings = Settings(
+        new_tokens=new_tokens or NEW_TOKENS.get(place.type, Settings.new_tokens),
+        real_prefill=real_prefill,
+        budget=BUDGET.get(place.type, Settings.budget),
+        max_seconds=max_seconds,
+    )
     rates = ceilings.measure(place, getattr(torch, chosen))
     hardware = records.hardware(place)
     facts: dict[str, Any] = {
