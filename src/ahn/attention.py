@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ahn import bands
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
 from ahn.decode.layer import StepForward, step_attention
@@ -116,7 +117,10 @@ def attention(
         return kernel_function(kernel, module)(module, query, key, value, attention_mask.resolve(kernel), **kwargs)
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
-    if view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
+    banded = bands.applies(view, query) and not memory.slot_count(view.window) and not _own_scores(kwargs)
+    if banded:
+        mask, dense = None, None
+    elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
         dense = _dense_mask_kernel(kernel, kwargs)
     else:  # nothing has left the window: exactly the base model, with its own mask
@@ -144,7 +148,11 @@ def attention(
         key, value = torch.cat([slot_keys, key], dim=2), torch.cat([slot_values, value], dim=2)
     if dense is not None:
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
-    out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
+    if banded:
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
+    else:
+        out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
     if view.evicted and isinstance(memory, RecurrentMemory):
         read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
@@ -213,8 +221,12 @@ def _dense_mask_kernel(kernel: str, kwargs: dict[str, Any]) -> str:
     """A kernel that takes a mask for each query and key and computes what the base model's own one does."""
     if kernel in _DENSE_MASK_KERNELS:
         return kernel
-    # "sdpa" ignores learned sinks (GPT-OSS) and the soft cap (Gemma 2), which flash kernels know.
-    return "eager" if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None else "sdpa"
+    return "eager" if _own_scores(kwargs) else "sdpa"
+
+
+def _own_scores(kwargs: dict[str, Any]) -> bool:
+    """Learned sinks (GPT-OSS) or a soft cap (Gemma 2), which flash kernels know and others ignore."""
+    return kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:

@@ -123,6 +123,8 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     # While nothing leaves the window it is exactly the base model's own forward.
     size = config.prefill_chunk_size if seen + length > config.lossless else length
     cuts = set(range(0, length, size)) | _gaps(kwargs.get("attention_mask"), length) | {length}
+    if 0 < config.lossless - seen < length:  # a chunk either fills the window or finds it full
+        cuts.add(config.lossless - seen)
     return list(itertools.pairwise(sorted(cuts)))
 
 

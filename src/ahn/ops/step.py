@@ -113,7 +113,9 @@ def step(
     memory_read: Tensor | float = 0.0
     if rule is not None and read is not None:
         assert buffers.write is not None and buffers.state is not None
-        gone = [torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)]
+        gone_key, gone_value = (
+            torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)
+        )
         strength = torch.where(leaves[:, None], buffers.write[rows, :, slot], 0)
         fade = None
         if buffers.decay is not None:

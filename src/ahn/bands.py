@@ -1,0 +1,110 @@
+"""Sinks + window attention for a chunk of queries, from library kernels that know no window.
+
+Of n new queries after a full window, query i sees the sinks, window keys that are at least i + 1 columns in, and the
+new keys up to its own. That is a rectangle that every query sees whole and two triangles of n × n: the new keys
+(causal), and the window's oldest keys (causal once queries and keys are turned round). Three calls of the fastest dense
+kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ahn.ops.merge import Part, merge
+from ahn.visibility import Visibility
+
+BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+
+
+def applies(view: Visibility, query: Tensor) -> bool:
+    """Whether `attend` can do this forward, and is the faster way."""
+    n, P = query.shape[2:]
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or P % 8 or P > 128:
+        return False
+    if torch.is_grad_enabled() or view.padded or view.moved or n < 2 or view.seen == 0:
+        return False
+    full = view.seen >= view.sinks + view.window
+    return (view.window > 2) if full else view.evicted == 0
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float) -> Tensor:
+    """Attention of n new queries that follow `view.seen` tokens.
+
+    Args:
+        query: (B, Hq, n, P); keys, values: (B, Hkv, cached + n, P) in columns.
+        view: without padding; either nothing leaves the window, or it is full before the first query.
+
+    Returns:
+        (B, Hq, n, P).
+    """
+    cached, n = view.cached, view.length
+    if not view.evicted:
+        old = (keys[:, :, :cached], values[:, :, :cached])
+        new = (keys[:, :, cached:], values[:, :, cached:])
+        return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling)])
+    size = min(BLOCK, view.window - 1)
+    blocks = [
+        _block(query[:, :, a : a + size], keys, values, a, view.sinks, view.window, scaling) for a in range(0, n, size)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, window: int, scaling: float) -> Tensor:
+    """Queries `start` and following, at most window - 1 of them."""
+    m = query.shape[2]
+    first = sinks + start  # the oldest column that the block's first query does not see any more
+    own, oldest, rest = (
+        slice(first + window, first + window + m),
+        slice(first + 1, first + 1 + m),
+        slice(first + 1 + m, first + window),
+    )
+    turned = [x.flip(2) for x in (query, keys[:, :, oldest], values[:, :, oldest])]
+    parts = [
+        _part(query, keys[:, :, own], values[:, :, own], True, scaling),
+        _part(turned[0], turned[1], turned[2], True, scaling, turned=True),
+    ]
+    if sinks or window > m + 1:
+        whole = [torch.cat([x[:, :, :sinks], x[:, :, rest]], dim=2) for x in (keys, values)]
+        parts.append(_part(query, whole[0], whole[1], False, scaling))
+    return merge(parts)
+
+
+def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float, turned: bool = False) -> Part:
+    out, score = kernel(query)(query, key, value, causal, scaling)
+    return Part(out, score, turned)
+
+
+def kernel(query: Tensor) -> Kernel:
+    """The dense attention that also says its log-sum-exp: cuDNN's where there is one, else FlashAttention-2."""
+    if torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        return _cudnn
+    return _flash
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    out, score, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scaling
+    )
+    return out, score.reshape(score.shape[:3])
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    out, score, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scaling
+    )
+    return out, score
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """The same written out in float32: what the kernels are compared with."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.float().repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query.float() @ key.mT * scaling
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return (scores.softmax(-1) @ value).to(query.dtype), scores.logsumexp(-1)
