@@ -92,6 +92,18 @@ def test_one_member_and_no_other(tmp_path: Path) -> None:
         list(Data(DataFile("owner/set", "f" * 40, "all.zip", "all/absent.jsonl"), tmp_path).records(FIELDS))
 
 
+def test_an_archive_may_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "long.jsonl").write_text(json.dumps(GOOD | {"text": "unpacked"}) + "\n[]\n")
+    records = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path).records(FIELDS)
+    assert next(records).fields["text"] == "unpacked"
+    with pytest.raises(AHNError, match=r"all/long\.jsonl, line 2: must be a JSON object"):
+        next(records)
+    archive(tmp_path, long=json.dumps(GOOD).encode())
+    packed = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path)
+    assert packed.path.name == "all.zip" and [record.fields["text"] for record in packed.records(FIELDS)] == ["a"]
+
+
 def test_errors_in_a_member_name_archive_member_and_line(tmp_path: Path) -> None:
     archive(tmp_path, rows=json.dumps(GOOD).encode() + b"\n{}\n")
     source = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/rows.jsonl"), tmp_path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 
 import benchmark_files as files
@@ -79,39 +80,28 @@ def test_every_group_has_one_worker(found: list[Task]) -> None:
     assert shares == [{0, 1, 6}, {2, 3}, {4, 5}]
 
 
-PROCESS = """
-import sys, torch
-from pathlib import Path
-from ahn.evaluation import methods, runner
-from ahn.evaluation.tasks import tasks
-torch.set_num_threads(1)
-base, adapter, data, protocols, out, *specs = sys.argv[1:]
-found = [t for spec in specs for t in tasks(spec, data_dir=Path(data), protocol_dir=Path(protocols))]
-evaluated = methods.load("ahn", base, adapter, window=20, sinks=4, device="cpu")
-print(len(runner.run(found, evaluated, Path(out))))
-"""
-
-
-def test_two_processes(
+def test_two_processes_of_the_launcher(
     found: list[Task], evaluated: methods.Evaluated, tiny: tuple[str, str], protocol_dir: Path, tmp_path: Path
 ) -> None:
-    """Started at once, with nothing in common but the environment of a launcher and the folder."""
-    arguments = [*tiny, str(tmp_path), str(protocol_dir), str(tmp_path / "two"), *SPECS]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *arguments],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    runner.run(found, evaluated, tmp_path / "one", worker=Worker())
-    for rank, process in enumerate(started):
-        printed, errors = process.communicate(timeout=120)
-        assert (process.returncode, printed.split()) == (0, ["2" if rank == 0 else "0"]), errors
+    """As the documentation has it, by the programs themselves; only the port is one that no other test uses."""
+    scripts = Path(sysconfig.get_path("scripts"))
+    launcher = [scripts / "accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    program = [scripts / "ahn", "eval", *SPECS, "--model", tiny[0], "--adapter", tiny[1], "--window", 20, "--sinks", 4]
+    places = ["--data-dir", tmp_path, "--protocol-dir", protocol_dir, "--out", tmp_path / "two", "--device", "cpu"]
+    done = subprocess.run(
+        [str(part) for part in (*launcher, *program, *places, "--json")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one = runner.run(found, evaluated, tmp_path / "one", worker=Worker())
+    assert json.loads(done.stdout)["results"] == one
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
+    # Both had a part: two books each of the first task's four.
+    (books,) = (tmp_path / "two").glob("infinitebench*")
+    assert [len((books / f"timing.{rank}.jsonl").read_text().splitlines()) for rank in range(2)] == [4, 3]
 
 
 # -- which process this is -----------------------------------------------------------------------------------------

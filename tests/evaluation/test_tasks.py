@@ -122,7 +122,8 @@ def test_lveval_chinese_and_rouge_tasks_use_their_own_metrics(find: Any) -> None
     [
         ({"dataset": "hotpotwikiqa_mixup_32k"}, "the field 'dataset' says 32k, expected 16k"),
         ({"length": 250_000}, "the field 'length' is 250000, which is not of the level 16k"),
-        ({"length": 7_999}, "the field 'length' is 7999, which is not of the level 16k"),
+        ({"length": 9_599}, "the field 'length' is 9599, which is not of the level 16k"),
+        ({"length": 30_000}, "the field 'length' is 30000, which is not of the level 16k"),
         ({"answers": []}, "the field 'answers' must not be empty"),
         ({"length": ...}, "the field 'length' is missing"),
     ],

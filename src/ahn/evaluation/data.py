@@ -59,19 +59,24 @@ class Data:
 
     Args:
         file: what to read.
-        directory: where it is; None downloads it, or takes the Hub's cached copy.
+        directory: where it is, or a zip's member unpacked; None downloads it, or takes the Hub's cached copy.
 
     Raises:
         AHNError: the file is not there, cannot be downloaded, or is another one than the pinned.
     """
 
     def __init__(self, file: DataFile, directory: Path | None) -> None:
-        self.file = file
         self.path = _download(file) if directory is None else directory.expanduser() / file.path
+        if directory is not None and file.member and not self.path.is_file():
+            unpacked = directory.expanduser() / file.member
+            if unpacked.is_file():
+                self.path, file = unpacked, dataclasses.replace(file, member=None, sha256=None)
         if not self.path.is_file():
+            either = f" (or {file.member})" if file.member else ""
             raise AHNError(
-                f"{self.path} is missing: --data-dir must hold {file.path} of the data set {file.repository}."
+                f"{self.path} is missing: --data-dir must hold {file.path}{either} of the data set {file.repository}."
             )
+        self.file = file
         self.sha256 = _sha256(self.path, self.path.stat().st_size, self.path.stat().st_mtime_ns)
         if file.sha256 not in (None, self.sha256):
             raise AHNError(
