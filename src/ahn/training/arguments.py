@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import os
 import warnings
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ahn.errors import AHNError
 from ahn.training.settings import Settings
@@ -71,6 +71,7 @@ class TrainerArguments(TrainingArguments):
     weight_decay: float = 0.1
     logging_steps: float = 10
     save_total_limit: int | None = 3
+    fsdp: bool = False
     activation_checkpointing_kwargs: dict[str, Any] | str | None = dataclasses.field(
         default_factory=lambda: {"use_reentrant": False}
     )
@@ -116,10 +117,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 def build(parser: Parser, values: dict[str, Any]) -> Arguments:
     """Checked arguments from values by name."""
+    notes = _shard(values)
     words = [word for name, value in values.items() if value is not None for word in _as_flag(name, value)]
-    deepspeed = values.get("deepspeed")
-    if deepspeed:
-        _check_deepspeed(str(deepspeed))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -128,6 +127,7 @@ def build(parser: Parser, values: dict[str, Any]) -> Arguments:
         raise
     except (ValueError, OSError, ImportError, TypeError) as error:  # what the Trainer's arguments refuse
         raise AHNError(f"{_first_line(error)}.") from error
+    settings.notes += notes
     _check_trainer(settings, trainer)
     return Arguments(settings, trainer)
 
@@ -220,18 +220,50 @@ def _as_flag(name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _check_deepspeed(config: str) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise AHNError(
-            "deepspeed is not installed; leave --deepspeed out (only the memory is trained, so plain data parallelism "
-            "or FSDP2, configs/accelerate/fsdp2.yaml, do the same), or pip install deepspeed."
-        )
+def _shard(values: dict[str, Any]) -> list[str]:
+    """Say how weights are sharded: by FSDP2, also where a ZeRO configuration asks for it. Returns notes for the user.
+
+    Raises:
+        AHNError: sharding of a kind that is not supported.
+    """
+    notes = []
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    config = values.pop("deepspeed", None)
+    if config is not None:
+        stage = _zero_stage(config)
+        if stage == 3 and distributed:
+            values["fsdp"] = True
+        how = "FSDP2" if stage == 3 and distributed else "plain data parallelism: only the memory has optimizer state"
+        notes.append(f"ZeRO stage {stage} becomes {how}")
+    if is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        raise AHNError("accelerate's configuration asks for DeepSpeed; use configs/accelerate/fsdp2.yaml instead.")
+    if is_true(os.environ.get("ACCELERATE_USE_FSDP")) and os.environ.get("FSDP_VERSION") != "2":
+        raise AHNError("accelerate's configuration asks for FSDP 1; set fsdp_version: 2.")
+    if is_true(values.get("fsdp")):
+        if not distributed:
+            raise AHNError("fsdp needs several processes: torchrun --nproc_per_node 8 --no-python ahn train …")
+        values.setdefault("fsdp_config", {"cpu_ram_efficient_loading": True})
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # transformers looks here when it loads the weights
+    if values.get("ddp_backend") is not None and not distributed:
+        values.pop("ddp_backend")
+        notes.append("ddp_backend changes nothing in a single process")
+    return notes
+
+
+def _zero_stage(config: Any) -> int:
     try:
-        stage = json.loads(Path(config).read_text())["zero_optimization"]["stage"]
+        content = config if isinstance(config, dict) else json.loads(Path(str(config)).read_text(encoding="utf-8"))
+        return int(content["zero_optimization"]["stage"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AHNError(f"Cannot read a ZeRO stage from {config}: {_first_line(error)}.") from error
-    if stage == 3:
-        raise AHNError("ZeRO stage 3 is not supported; shard with FSDP2 instead: configs/accelerate/fsdp2.yaml.")
+        raise AHNError(
+            f"Cannot read a ZeRO stage from the DeepSpeed configuration {config}: {_first_line(error)}; leave "
+            "--deepspeed out, --fsdp true shards the weights."
+        ) from error
+
+
+def is_true(value: Any) -> bool:
+    """Whether a flag or an environment variable says yes."""
+    return str(value).lower() in TRUE
 
 
 def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
@@ -248,20 +280,33 @@ def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
         raise AHNError(f"eval_strategy {trainer.eval_strategy.value} needs held-out data: eval_dataset or val_size.")
     if held_out:
         trainer.eval_on_start = True  # the memory reads zero then: this measures sinks + window
+    _check_reports(trainer)
     # The base's precision is ours to choose; the Trainer's mixed precision would cast the memory as well.
     trainer.mixed_precision = "no"
     trainer.ddp_find_unused_parameters = False
     trainer.logging_nan_inf_filter = False  # asks the device after every batch; the trainer itself stops at a NaN
     trainer.data_seed = trainer.seed if trainer.data_seed is None else trainer.data_seed
+    if trainer.n_gpu > 1:
+        settings.notes.append(
+            f"one of {trainer.n_gpu} GPUs is used; torchrun --nproc_per_node {trainer.n_gpu} uses all"
+        )
+        trainer._n_gpu = 1  # else the Trainer would copy the model to each in threads
     if trainer.device.type == "cpu":
         trainer.dataloader_pin_memory = False
     elif trainer.activation_checkpointing is False and not _sharding_recomputes():
         settings.notes.append("activations are kept, not recomputed: --activation_checkpointing true saves memory")
 
 
+def _check_reports(trainer: TrainerArguments) -> None:
+    here = get_available_reporting_integrations()
+    absent = [name for name in trainer.report_to if name not in here]
+    if absent:
+        raise AHNError(f"report_to {absent[0]} is not possible here: pip install {absent[0]}, or use --report_to none.")
+
+
 def _sharding_recomputes() -> bool:
     """FSDP was told to recompute activations itself."""
-    return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() in TRUE
+    return is_true(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -243,7 +243,7 @@ def attention_loss(
 
 
 def _attention_error(student: Tensor, teacher: Tensor, index: Tensor, use_normalized_l2: bool) -> Tensor:
-    rows = [x.flatten(0, 1).index_select(0, index).float() for x in (student, teacher)]
+    ours, theirs = (x.flatten(0, 1).index_select(0, index).float() for x in (student, teacher))
     if use_normalized_l2:
-        rows = [F.normalize(x, dim=-1) for x in rows]
-    return F.mse_loss(*rows, reduction="sum")
+        ours, theirs = F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1)
+    return F.mse_loss(ours, theirs, reduction="sum")

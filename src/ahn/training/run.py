@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.output import write_json
 from ahn.errors import AHNError
 from ahn.training import checkpoints
-from ahn.training.arguments import TRUE, Arguments, TrainerArguments
+from ahn.training.arguments import Arguments, TrainerArguments, is_true
 from ahn.training.card import draw_curves, write_card
 from ahn.training.data import check_tokenizer, load_data
 from ahn.training.settings import Settings
@@ -35,6 +36,13 @@ logger = logging.getLogger("ahn")
 
 TINY = "ahn-tiny"
 RESULTS = "results.json"
+FREE = ("notes", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "save_ahn_only")
+"""Settings that change no number of a run."""
+SHARED = (
+    *("seed", "data_seed", "bf16", "learning_rate", "weight_decay", "warmup_steps", "max_steps", "optim"),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "world_size"),
+)
+"""The Trainer's arguments that do."""
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
@@ -47,7 +55,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         AHNError: something does not fit, before anything is trained; or a step fails for good.
     """
     settings, trainer_arguments = arguments
-    _note_settings(settings, trainer_arguments)
+    for note in settings.notes:
+        logger.info("%s.", note)
     with trainer_arguments.main_process_first(desc="checking"):
         checkpoint = starting_point(settings, trainer_arguments)
         base = base_directory(settings)
@@ -115,13 +124,13 @@ def starting_point(settings: Settings, trainer: TrainerArguments) -> Path | None
         AHNError: an earlier run is in the way, or the named checkpoint is damaged.
     """
     output, wanted = Path(trainer.output_dir), trainer.resume_from_checkpoint
-    if wanted is not None and str(wanted).lower() not in (*TRUE, "false", "no"):
+    if wanted is not None and not is_true(wanted) and str(wanted).lower() not in ("false", "no"):
         problem = checkpoints.damage(Path(wanted))
         if problem:
             raise AHNError(f"Cannot resume from {wanted}: {problem}")
         return Path(wanted)
     found = checkpoints.last_good(output)
-    if str(wanted).lower() in TRUE:
+    if is_true(wanted):
         if found is None:
             logger.info("%s has no checkpoint to resume from; the run starts.", output)
         return found
@@ -187,7 +196,11 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
     Raises:
         AHNError: it cannot be loaded, or cannot have a memory.
     """
-    place = {"device_map": {"": trainer.device}} if trainer.device.type == "cuda" and not _sharded() else {}
+    place = (
+        {"device_map": {"": trainer.device}}
+        if trainer.device.type == "cuda" and not is_true(os.environ.get("ACCELERATE_USE_FSDP"))
+        else {}
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place
@@ -201,27 +214,9 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
 
 def shared_settings(arguments: Arguments) -> dict[str, Any]:
     """What decides the numbers of a run, as JSON types: a resumed run should have the same."""
-    own = (
-        "notes",
-        "overwrite_output_dir",
-        "overwrite_cache",
-        "preprocessing_num_workers",
-        "plot_loss",
-        "save_ahn_only",
-    )
-    settings = {name: v for name, v in dataclasses.asdict(arguments.settings).items() if name not in own}
-    names = ("seed", "data_seed", "bf16", "learning_rate", "weight_decay", "warmup_steps", "max_steps", "optim")
-    names += ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm")
-    trainer = {name: getattr(arguments.trainer, name) for name in (*names, "world_size")}
+    settings = {name: v for name, v in dataclasses.asdict(arguments.settings).items() if name not in FREE}
+    trainer = {name: getattr(arguments.trainer, name) for name in SHARED}
     return settings | trainer | {"lr_scheduler_type": str(arguments.trainer.lr_scheduler_type)}
-
-
-def _note_settings(settings: Settings, trainer: TrainerArguments) -> None:
-    for note in settings.notes:
-        logger.info("%s.", note)
-    unused = torch.cuda.device_count() - 1 if trainer.world_size == 1 and trainer.device.type == "cuda" else 0
-    if unused > 0:
-        logger.warning("%d more GPUs are idle; torchrun --nproc_per_node %d uses all.", unused, unused + 1)
 
 
 def _kernel(settings: Settings) -> str | None:
@@ -233,9 +228,3 @@ def _kernel(settings: Settings) -> str | None:
 
 def _dtype(trainer: TrainerArguments) -> torch.dtype:
     return torch.bfloat16 if trainer.bf16 else torch.float32
-
-
-def _sharded() -> bool:
-    from transformers.integrations import is_fsdp_enabled
-
-    return is_fsdp_enabled()

@@ -7,19 +7,20 @@ model reads them; checkpoints are those of `ahn.training.checkpoints`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from ahn.checkpoint.names import short_name
 from ahn.config import AHNConfig
@@ -33,7 +34,8 @@ from ahn.training.schedule import WindowDraw, WindowSchedule
 from ahn.training.student import Part, Student
 
 
-class Step(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Step:
     """What all micro-batches of one optimiser step share."""
 
     draw: WindowDraw
@@ -56,6 +58,7 @@ class DistillationTrainer(Trainer):
     """
 
     args: TrainerArguments
+    control: TrainerControl
     loss_is_scaled_for_ga = True  # a loss is the micro-batch's share of the step already
 
     def __init__(
@@ -108,21 +111,21 @@ class DistillationTrainer(Trainer):
             return [], None
         own = [sum(int(b["attention_mask"].sum()) for b in batches), sum(len(b["input_ids"]) for b in batches)]
         tokens, rows = self._over_ranks(own)
-        draw = self.schedule.draw(self.state.global_step, tokens // rows)
+        draw = self.schedule.draw(self.state.global_step, int(tokens // rows))
         batches = [lengthened(batch, draw.lossless + 1, self.pad_token_id) for batch in batches]
         (count,) = self._over_ranks([sum(_counting(batch, draw) for batch in batches)])
         if not count:
             raise nothing_counts(draw.lossless, max(batch["input_ids"].shape[1] for batch in batches))
-        self._step = Step(draw, count)
-        self.meter.begin_step(draw, tokens)
-        return batches, count
+        self._step = Step(draw, int(count))
+        self.meter.begin_step(draw, int(tokens))
+        return batches, int(count)
 
-    def _over_ranks(self, numbers: list[int]) -> list[int]:
-        """Each number summed over all ranks."""
+    def _over_ranks(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over all ranks; counts up to 2^53 stay exact."""
         if self.args.world_size == 1:
-            return numbers
-        total = self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum")
-        return [int(number) for number in total.tolist()]
+            return list(numbers)
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(own, "sum").tolist()
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return inputs  # on the CPU: which positions count is then known without waiting for the device
@@ -137,8 +140,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert self._step is not None
-        draw, count = self._step
-        found = model(Part(inputs, draw.window, draw.sinks, count))
+        draw = self._step.draw
+        found = model(Part(inputs, draw.window, draw.sinks, self._step.count))
         self.meter.add(found)
         return found.loss * self.args.world_size  # DDP and FSDP divide gradients by the number of ranks
 
@@ -172,18 +175,18 @@ class DistillationTrainer(Trainer):
         if samples is None:
             raise AHNError("There is no held-out data: name eval_dataset or val_size.")
         self.model.eval()
-        start, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
-        valid = 0
+        start, valid = time.perf_counter(), 0
+        sums = torch.zeros(4, dtype=torch.float64)
         for batch in self._held_out_batches(samples):
             found = self.model(Part(batch, self.evaluation.window, self.evaluation.sinks, count=1))
             sums += torch.stack(found[:4]).double().cpu()
             valid += found.valid
-        total = self.accelerator.reduce(torch.cat([sums, torch.tensor([valid])]).float().to(self.args.device), "sum")
-        if not total[4]:
+        *totals, count = self._over_ranks([*sums.tolist(), valid])
+        if not count:
             raise nothing_counts(self.evaluation.lossless, max(len(row) for row in samples["input_ids"]))
-        loss, kl, ce, teacher_ce = (total[:4] / total[4]).tolist()
+        loss, kl, ce, teacher_ce = (total / count for total in totals)
         found_metrics = {"loss": loss, "kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
-        found_metrics |= {"window": self.evaluation.window, "sinks": self.evaluation.sinks, "positions": int(total[4])}
+        found_metrics |= {"window": self.evaluation.window, "sinks": self.evaluation.sinks, "positions": int(count)}
         found_metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": _rounded(value) for name, value in found_metrics.items()}
         self.log(metrics)
