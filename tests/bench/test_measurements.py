@@ -49,6 +49,15 @@ def test_decode(stand: Stand, name: str) -> None:
     check_roofline(row, 2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_goes_on_from_the_context(stand: Stand, name: str) -> None:
+    method = make_methods([name], 20, 4)[0]
+    with method.on(stand.model), method.without_gradients():
+        cache, _ = decode.prepare(stand, method, 70, 2)
+        decode.generate(stand, cache, torch.zeros(2, 1, dtype=torch.long), 4)
+    assert int(cache.get_seq_length()) == 74  # 4 tokens were read: the given one, and 3 of its own
+
+
 def test_decode_after_really_reading(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Stand(stand.model, stand.ceilings, Settings(new_tokens=2, repeats=1, real_prefill=True))
     monkeypatch.setattr("ahn.bench.fill.synthetic_cache", None)

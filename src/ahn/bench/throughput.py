@@ -19,6 +19,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         found = decode.time_step(stand, method, cache, context, batch)
     return {
         **found,
+        "real_prefill": stand.settings.real_prefill,
         "tokens_per_second": batch / found["seconds"],
         "cache_bytes": cache_bytes,
         "peak_bytes": memory.peak_bytes,

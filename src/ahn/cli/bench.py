@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DTYPES, AdapterOption, DeviceOption, DtypeOption
+from ahn.cli.common import DTYPES, AdapterOption, DeviceOption
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def command(
         "ahn-bench"
     ),
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)} (default: float32 on a CPU, else bfloat16).")
+    ] = None,
 ) -> None:
     """Measure speed and memory, side by side, against what the machine can do.
 
