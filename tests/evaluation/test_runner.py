@@ -1,4 +1,4 @@
-"""Reading once and asking many times, and runs of every benchmark end to end with a tiny model."""
+"""Reading once and asking many times, and what a run leaves; `test_every_task` runs the benchmarks."""
 
 from __future__ import annotations
 
@@ -325,69 +325,6 @@ def test_full_attention_reads_with_an_ordinary_cache(tiny: tuple[str, str]) -> N
     assert type(new_cache(model)) is DynamicCache
     model = methods.load("window", *tiny, device="cpu").model
     assert type(new_cache(model)) is ahn.AHNCache
-
-
-# -- every benchmark, end to end -----------------------------------------------------------------------------------
-
-SPECS = [
-    ("lveval/hotpotwikiqa_mixup/16k", "official"),
-    ("lveval/cmrc_mixup/16k", "official"),
-    ("lveval/dureader_mixup/16k", "official"),
-    ("lveval/factrecall_en/16k", "paper"),
-    ("longbench/hotpotqa", "official"),
-    ("longbench/hotpotqa", "paper"),
-    ("longbench/samsum", "official"),
-    ("longbench/trec", "official"),
-    ("longbench/repobench-p", "paper"),
-    ("infinitebench/en_qa", "official"),
-    ("infinitebench/zh_qa", "paper"),
-]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    for name in ("hotpotwikiqa_mixup", "cmrc_mixup", "dureader_mixup", "factrecall_en"):
-        rows = [files.lveval_row(number, dataset=f"{name}_16k", answers=["blue 灯"]) for number in range(2)]
-        files.write_lveval(directory, rows, name)
-    row = files.longbench_row(0, all_classes=["Mira", "Number"], answers=["Mira"])
-    files.write_longbench(directory, samsum=[row], trec=[row], repobench_p=[row])
-    book = [files.infinitebench_row(number) for number in range(3)]
-    for task in ("en_qa", "zh_qa"):
-        files.write_infinitebench(directory, book, task)
-    return directory
-
-
-@pytest.mark.parametrize(("spec", "profile"), SPECS, ids=[f"{spec}-{profile}" for spec, profile in SPECS])
-@pytest.mark.parametrize("method", ["ahn", "window", "full"])
-def test_benchmarks_end_to_end(
-    method: str,
-    spec: str,
-    profile: str,
-    loaded: dict[str, methods.Evaluated],
-    data_dir: Path,
-    protocol_dir: Path,
-    tmp_path: Path,
-) -> None:
-    (task,) = tasks(spec, profile=profile, data_dir=data_dir, protocol_dir=protocol_dir, max_length=300)
-    task.max_new_tokens = min(task.max_new_tokens, 6)
-    (result,) = runner.run([task], loaded[method], tmp_path)
-    samples = list(task.samples())
-    assert result["samples"] == len(samples)
-    assert 0 <= result["score"] <= 100
-    ((folder),) = tmp_path.iterdir()
-    for line, sample in zip((folder / "predictions.jsonl").read_text().splitlines(), samples, strict=True):
-        row = json.loads(line)
-        assert row["id"] == sample.id
-        assert row["score"] == task.score(row["prediction"], sample)
-        # The template adds two tokens, and a cut through a character can make three of one.
-        assert row["prompt_tokens"] <= 300 + 8
-        assert row["shortened"] == (len(loaded[method].tokenizer(sample.prompt)["input_ids"]) > 300)
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny: tuple[str, str]) -> dict[str, methods.Evaluated]:
-    return {method: methods.load(method, *tiny, device="cpu") for method in ("ahn", "window", "full")}
 
 
 def test_the_shipped_model_and_an_answer_that_is_right(protocol_dir: Path, tmp_path: Path) -> None:
