@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from ahn.checkpoint.names import short_name
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.training import checkpoints
-from ahn.training.arguments import TrainerArguments
+from ahn.training.arguments import TrainerArguments, is_true
 from ahn.training.data import Collator, Data, lengthened
 from ahn.training.losses import IGNORED, next_tokens, nothing_counts, valid_positions
 from ahn.training.meter import Meter
@@ -79,6 +80,8 @@ class DistillationTrainer(Trainer):
             eval_dataset=data.held_out,
             data_collator=Collator(pad_token_id),
         )
+        if is_true(os.environ.get("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
+            raise AHNError("FSDP was asked for, but accelerate shards weights on GPUs only; leave fsdp out.")
         self.student, self.schedule, self.evaluation = student, schedule, evaluation
         self.config, self.pad_token_id, self.settings = config, pad_token_id, settings
         self.meter = Meter()

@@ -1,0 +1,93 @@
+"""Whole runs of `ahn train` in milliseconds a step: a random two-layer model, random words, and runs in other processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import ahn
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ("def", "class", "return", "import", "os", "self", "x1", "=", "(", ")")
+
+
+def write_model(path: Path) -> Path:
+    """A random Qwen3 with ahn-tiny's tokenizer and a chat template."""
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.3, max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen3ForCausalLM(shape).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(ahn.tiny.path())
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def words(number: int, seed: int) -> str:
+    """Random text of about this many words, one or two tokens each."""
+    chosen = random.Random(seed)
+    return " ".join(chosen.choice(WORDS) for _ in range(number))
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(model: Path, data: Path, output: Path, **others: Any) -> list[str]:
+    """A run of four steps on samples of different lengths; `others` wins."""
+    chosen = {
+        "model_name_or_path": model, "dataset": data, "output_dir": output, "cutoff_len": 128, "filter_len": 34,
+        "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True,
+        "plot_loss": False, "preprocessing_num_workers": 1, "disable_tqdm": True,
+    }  # fmt: skip
+    chosen |= others
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+
+
+def in_other_processes(function: Callable[[int], None], ranks: int = 1, timeout: float = 120) -> list[int]:
+    """Run `function(rank)` in forked processes, as torchrun would start them if there are several. Their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank: int) -> None:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            function(rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [int(process.exitcode or 0) for process in processes]
