@@ -26,7 +26,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def logged(folder: Path) -> list[tuple[float, ...]]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("loss", "kl", "ce", "window", "sinks", "eval_kl")
-    return [tuple(entry[name] for name in names if name in entry) for entry in history if {"kl", "eval_kl"} & set(entry)]
+    return [
+        tuple(entry[name] for name in names if name in entry) for entry in history if {"kl", "eval_kl"} & set(entry)
+    ]
 
 
 def shard_on_a_cpu() -> None:

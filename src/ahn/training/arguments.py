@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ahn.errors import AHNError
@@ -66,7 +66,7 @@ class TrainerArguments(TrainingArguments):
     per_device_eval_batch_size: int = 1
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-4
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: SchedulerType = SchedulerType.COSINE
     warmup_steps: float = 0.1
     weight_decay: float = 0.1
     logging_steps: float = 10

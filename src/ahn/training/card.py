@@ -85,7 +85,7 @@ def write_card(
         cutoff=settings.cutoff_len,
         window_rule=fixed.get(settings.sliding_window_type, "window and sinks drawn anew for each step"),
         lr=trainer.learning_rate,
-        scheduler=getattr(trainer.lr_scheduler_type, "value", trainer.lr_scheduler_type),
+        scheduler=trainer.lr_scheduler_type.value,
         seed=trainer.seed,
         evaluation=_evaluation(before, after),
         figure="![Loss curves](loss.png)\n" if settings.plot_loss else "",

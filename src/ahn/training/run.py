@@ -216,7 +216,7 @@ def shared_settings(arguments: Arguments) -> dict[str, Any]:
     """What decides the numbers of a run, as JSON types: a resumed run should have the same."""
     settings = {name: v for name, v in dataclasses.asdict(arguments.settings).items() if name not in FREE}
     trainer = {name: getattr(arguments.trainer, name) for name in SHARED}
-    return settings | trainer | {"lr_scheduler_type": str(arguments.trainer.lr_scheduler_type)}
+    return settings | trainer | {"lr_scheduler_type": arguments.trainer.lr_scheduler_type.value}
 
 
 def _kernel(settings: Settings) -> str | None:

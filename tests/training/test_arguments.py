@@ -1,0 +1,171 @@
+"""From files and flags to settings: what is accepted, which wins, and a clear sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ahn.errors import AHNError
+from ahn.training.arguments import Arguments, parse
+from ahn.training.schedule import WindowDraw
+
+NEEDED = ["--model_name_or_path", "ahn-tiny", "--dataset", "stdlib", "--use_cpu"]
+
+PUBLISHED = """
+    --model_name_or_path Qwen/Qwen2.5-3B-Instruct --stage sft --finetuning_type freeze --freeze_extra_modules ahn
+    --loss_type kl --use_normalized_l2 True --do_train --use_fast_tokenizer --flash_attn fa2 --sliding_window 256
+    --sliding_window_type random --ahn_position random --layer_implementation Qwen2MemDecoderLayer
+    --ahn_implementation GatedDeltaNet --dataset chatqa2 --template qwen --filter_len 288 --cutoff_len 24576
+    --max_samples 100000 --overwrite_cache false --overwrite_output_dir false --preprocessing_num_workers 16
+    --output_dir ./ckpt --save_ahn_only True --logging_steps 1 --save_steps 500 --plot_loss
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 1e-4 --num_train_epochs 1
+    --lr_scheduler_type cosine --warmup_ratio 0.1 --weight_decay 0.1 --bf16 true --run_name gdn
+    --ddp_timeout 180000000
+"""
+"""The flags of a training script of the old style, less its report_to and its DeepSpeed file (tested below)."""
+
+
+def parsed(*words: Any) -> Arguments:
+    return parse([*NEEDED, *(str(word) for word in words)])
+
+
+def test_the_paper_is_the_default() -> None:
+    settings, trainer = parsed()
+    assert (settings.loss_type, settings.filter_len, settings.cutoff_len) == ("kl", 288, 24576)
+    assert (settings.sliding_window_type, settings.ahn_position, settings.save_ahn_only) == ("random", "random", True)
+    assert settings.ahn_config.memory == "gated_deltanet"
+    assert (settings.ahn_config.window, settings.ahn_config.sinks) == (32640, 128)
+    assert (trainer.learning_rate, trainer.weight_decay, trainer.num_train_epochs) == (1e-4, 0.1, 1)
+    assert trainer.get_warmup_steps(740) == 74 and trainer.lr_scheduler_type == "cosine"
+
+
+def test_published_flags_run_unchanged(tmp_path: Path) -> None:
+    zero = tmp_path / "ds_z3_config.json"
+    zero.write_text('{"zero_optimization": {"stage": 3}}')
+    settings, trainer = parse([*PUBLISHED.split(), "--deepspeed", str(zero), "--report_to", "none", "--use_cpu", " "])
+    assert settings.model_name_or_path == "Qwen/Qwen2.5-3B-Instruct" and settings.dataset == "chatqa2"
+    assert settings.attn_implementation == "flash_attention_2" and settings.plot_loss
+    assert (settings.max_samples, settings.preprocessing_num_workers) == (100000, 16)
+    assert trainer.get_warmup_steps(100) == 10 and trainer.gradient_accumulation_steps == 4
+    assert trainer.bf16 and trainer.mixed_precision == "no", "the base is bfloat16, the memory is not cast"
+    assert any("ZeRO stage 3" in note for note in settings.notes)
+
+
+def test_dashes_and_underscores_are_one() -> None:
+    assert parsed("--cutoff-len", "1024", "--use-ahn-router").settings.cutoff_len == 1024
+    assert parsed("--cutoff_len=1024").settings.cutoff_len == 1024
+
+
+def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: ahn-tiny\ndataset: stdlib\nuse_cpu: true\ncutoff-len: 2048\nlearning_rate: 1e-3\n"
+        "activation_checkpointing_kwargs: {use_reentrant: false}\nmax_samples: null\nreport_to: none\n"
+    )
+    settings, trainer = parse([str(file), "--cutoff_len", "1024", "--ahn_implementation", "mamba2"])
+    assert (settings.cutoff_len, trainer.learning_rate, settings.max_samples) == (1024, 1e-3, None)
+    assert settings.ahn_config.memory == "mamba2"
+    assert trainer.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_activation_checkpointing_is_never_reentrant() -> None:
+    assert parsed("--gradient_checkpointing", "true").trainer.activation_checkpointing
+    assert parsed().trainer.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "draw"),
+    [
+        ([], WindowDraw(4096, 0)._replace(window=4096 - 512, sinks=512)),
+        (["--sliding_window", 256], WindowDraw(224, 32)),
+        (["--sliding_window", 256, "--ahn_position", "prefix"], WindowDraw(256, 0)),
+        (["--cutoff_len", 512], WindowDraw(128, 0)),
+    ],
+)
+def test_held_out_data_has_one_window(flags: list[Any], draw: WindowDraw) -> None:
+    found = parsed(*flags).settings.evaluation_draw
+    assert (found.lossless, found.sinks) == (draw.lossless, draw.sinks)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("dataset: [", "not valid YAML"),
+        ("- chatqa2", "names and values"),
+        (b"\xff\xfe\x00", "Cannot read"),
+        ("datasett: chatqa2", "Unknown setting 'datasett'; did you mean dataset?"),
+        ("cutoff_len: many", "invalid int value: 'many'"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("bf16: perhaps", "Truthy value expected"),
+    ],
+)
+def test_wrong_files(content: str | bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(AHNError) as error:
+        parse([str(file), *NEEDED])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--cutof_len 3", "did you mean cutoff_len?"),
+        ("--totally-unheard-of 3", "ahn train --help"),
+        ("--loss_type mse", "choose from kl, ce, distill"),
+        ("--ahn_implementation GRU", "Unknown AHN implementation 'GRU'"),
+        ("--sliding_window_type often", "random, fixed, linear"),
+        ("--sliding_window_type fixed", "needs sliding_window"),
+        ("--ahn_position middle", "random, prefix"),
+        ("--sliding_window 24576", "not below cutoff_len"),
+        ("--cutoff_len 288", "cuts every sample"),
+        ("--cutoff_len 512 --sliding_window_type linear", "cuts every sample"),
+        ("--cutoff_len 65536", "must stay below 65536"),
+        ("--fa_layer_ids one", "layer indices"),
+        ("--val_size 0.1 --eval_dataset stdlib-held-out", "leave one of them out"),
+        ("--val_size 2.5", "whole number of rows"),
+        ("--filter_len -1", "at least 0"),
+        ("--window 0", "integer ≥ 1"),
+        ("--streaming true", "needs max_steps"),
+        ("--streaming true --max_steps 5 --val_size 0.1", "number of rows"),
+        ("--eval_strategy steps", "needs held-out data"),
+        ("--fp16 true", "use bf16"),
+        ("--load_best_model_at_end --save_strategy steps --eval_strategy steps --val_size 2", "is an adapter"),
+        ("--push_to_hub", "hf upload"),
+        ("--stage dpo", "stage dpo is not what this training does"),
+        ("--warmup_ratio 3", "below 1"),
+        ("--warmup_ratio 0.1 --warmup_steps 3", "the same setting"),
+        ("--report_to nowhere", "report_to nowhere"),
+        ("--deepspeed none.json", "Cannot read a ZeRO stage"),
+        ("--fsdp true", "several processes"),
+        ("--lr_scheduler_type zigzag", "invalid choice: 'zigzag'"),
+    ],
+)
+def test_wrong_settings(flags: str, words: str) -> None:
+    with pytest.raises(AHNError) as error:
+        parsed(*flags.split())
+    assert words in str(error.value)
+
+
+def test_two_files_are_one_too_many(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset: stdlib\n")
+    with pytest.raises(AHNError, match="one configuration file comes first"):
+        parse([str(file), str(file), *NEEDED])
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset"])
+def test_missing_settings(missing: str) -> None:
+    given = {"model_name_or_path": "ahn-tiny", "dataset": "stdlib"}
+    flags = [f"--{name}={value}" for name, value in given.items() if name != missing]
+    with pytest.raises(AHNError, match=f"{missing} is missing"):
+        parse([*flags, "--use_cpu"])
+
+
+def test_bf16_wants_a_gpu_or_an_explicit_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(AHNError, match="use_cpu"):
+        parse(["--model_name_or_path", "ahn-tiny", "--dataset", "stdlib", "--bf16"])
+    assert parsed("--bf16").trainer.bf16
