@@ -39,72 +39,94 @@ def _attend_and_write(
     slots, sinks, scaling, per_split, l2_eps, scale,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     role = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     position = tl.load(positions + b)
-    window = slots - sinks
-    slot = _slot(position, sinks, window)
-    p = tl.arange(0, P)
+    slot = _slot(position, sinks, slots - sinks)
     keys += b.to(tl.int64) * stride_kb + head * stride_kh
     values += b.to(tl.int64) * stride_vb + head * stride_vh
+    first = b * HEADS + head * GROUPS
     if role < SPLITS:
-        g = tl.arange(0, ROWS)
-        rows = (b * HEADS + head * GROUPS + g)[:, None] * P + p[None, :]
-        q = tl.load(query + rows, mask=(g < GROUPS)[:, None], other=0.0)
-        k_new = tl.load(key + (b * HKV + head) * P + p)
-        v_new = tl.load(value + (b * HKV + head) * P + p)
-        # The new token is not in its slot yet; the first part counts it, and no part counts what the slot holds.
-        own = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scaling
-        first = role == 0
-        highest = tl.where(first, own, float("-inf"))
-        total = tl.where(first, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
-        acc = tl.where(first, 1.0, 0.0) * v_new.to(tl.float32)[None, :] + tl.zeros([ROWS, P], tl.float32)
-        begin = role * per_split
-        end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
-        for start in range(begin, end, BLOCK_N):
-            t = start + tl.arange(0, BLOCK_N)
-            held = (t < end) & (t != slot)
-            k = tl.load(keys + t[:, None] * stride_kt + p[None, :], mask=held[:, None], other=0.0)
-            s = tl.dot(q, k.trans(), input_precision=PRECISION) * scaling
-            s = tl.where(held[None, :], s, float("-inf"))
-            new = tl.maximum(highest, tl.max(s, 1))
-            # Of a block with nothing in it, -inf - -inf would be NaN.
-            base = tl.where(new == float("-inf"), 0.0, new)
-            keep = tl.exp(highest - base)
-            e = tl.exp(s - base[:, None])
-            v = tl.load(values + t[:, None] * stride_vt + p[None, :], mask=held[:, None], other=0.0)
-            acc = acc * keep[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
-            total = total * keep + tl.sum(e, 1)
-            highest = new
-        h = b * HEADS + head * GROUPS + g
-        out = (h * SPLITS + role)[:, None] * P + p[None, :]
-        safe = tl.where(total == 0.0, 1.0, total)
-        tl.store(partial + out, acc / safe[:, None], mask=(g < GROUPS)[:, None])
-        tl.store(score + h * SPLITS + role, highest + tl.log(safe), mask=g < GROUPS)
-    else:
-        part = role - SPLITS
-        h = b * HEADS + head * GROUPS + part // (P // COLUMNS)
-        c = (part % (P // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
-        tile = state + h.to(tl.int64) * P * P + p[:, None] * P + c[None, :]
-        S = tl.load(tile)
+        new = (b * HKV + head) * P
+        _attend(
+            query, key + new, value + new, keys, values, partial, score, first, role, position, slot,
+            slots, scaling, per_split, stride_kt, stride_vt, SPLITS, GROUPS, ROWS, P, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    elif MEMORY:
         leaves = (position >= slots) & (tl.load(active + b) != 0)
-        q = tl.load(memory_query + h * P + p).to(tl.float32)
-        if leaves:
-            k = tl.load(keys + slot * stride_kt + p).to(tl.float32)
-            v = tl.load(values + slot * stride_vt + c).to(tl.float32)
-            k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
-            at = h.to(tl.int64) * slots + slot
-            if DECAY:
-                S *= tl.exp(tl.load(decay + at))
-            if DELTA:
-                v -= tl.sum(S * k[:, None], 0)
-            S += k[:, None] * (tl.load(write + at) * v)[None, :]
-            tl.store(tile, S)
-        q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
-        tl.store(read + h * P + c, tl.sum(S * q[:, None], 0))
+        _write_and_read(
+            memory_query, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, first,
+            role - SPLITS, leaves, slot, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    query, key, value, keys, values, partial, score, first, part, position, slot,
+    slots, scaling, per_split, stride_kt, stride_vt,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of the slots, for the query heads that share a key head."""
+    p, g = tl.arange(0, P), tl.arange(0, ROWS)
+    mine = (g < GROUPS)[:, None]
+    q = tl.load(query + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
+    # The new token is not in its slot yet: the first part counts it, and no part counts what the slot holds.
+    k_new, v_new = tl.load(key + p).to(tl.float32), tl.load(value + p).to(tl.float32)
+    own = tl.sum(q.to(tl.float32) * k_new[None, :], 1) * scaling
+    counted = (part == 0).to(tl.float32)
+    highest = tl.where(part == 0, own, float("-inf"))
+    total = counted + tl.zeros([ROWS], tl.float32)
+    acc = counted * v_new[None, :] + tl.zeros([ROWS, P], tl.float32)
+    begin = part * per_split
+    end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
+    for start in range(begin, end, BLOCK_N):
+        t = start + tl.arange(0, BLOCK_N)
+        held = (t < end) & (t != slot)
+        k = tl.load(keys + t[:, None] * stride_kt + p[None, :], mask=held[:, None], other=0.0)
+        s = tl.dot(q, k.trans(), input_precision=PRECISION) * scaling
+        s = tl.where(held[None, :], s, float("-inf"))
+        new = tl.maximum(highest, tl.max(s, 1))
+        # Of a block with nothing in it, -inf - -inf would be NaN.
+        base = tl.where(new == float("-inf"), 0.0, new)
+        keep = tl.exp(highest - base)
+        e = tl.exp(s - base[:, None])
+        v = tl.load(values + t[:, None] * stride_vt + p[None, :], mask=held[:, None], other=0.0)
+        acc = acc * keep[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
+        total = total * keep + tl.sum(e, 1)
+        highest = new
+    at = (first + g) * SPLITS + part
+    safe = tl.where(total == 0.0, 1.0, total)
+    tl.store(partial + at[:, None] * P + p[None, :], acc / safe[:, None], mask=mine)
+    tl.store(score + at, highest + tl.log(safe), mask=g < GROUPS)
+
+
+@triton.jit
+def _write_and_read(
+    query, key, value, write, decay, state, read, first, part, leaves, slot, slots, l2_eps, scale,
+    P: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head's state: u, and so the update, is worked out for each column by itself."""
+    h = (first + part // (P // COLUMNS)).to(tl.int64)
+    p, c = tl.arange(0, P), (part % (P // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+    tile = state + h * P * P + p[:, None] * P + c[None, :]
+    S = tl.load(tile)
+    q = tl.load(query + h * P + p).to(tl.float32)
+    if leaves:
+        k, v = tl.load(key + p).to(tl.float32), tl.load(value + c).to(tl.float32)
+        k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
+        if DECAY:
+            S *= tl.exp(tl.load(decay + h * slots + slot))
+        if DELTA:
+            v -= tl.sum(S * k[:, None], 0)
+        S += k[:, None] * (tl.load(write + h * slots + slot) * v)[None, :]
+        tl.store(tile, S)
+    q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
+    tl.store(read + h * P + c, tl.sum(S * q[:, None], 0))
 
 
 @triton.jit
@@ -196,7 +218,7 @@ def step(
         read.query.contiguous() if read is not None else query, buffers.write, buffers.decay, buffers.state, raw,
         slots, sinks, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=BLOCK,
-        COLUMNS=columns, DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay),
+        COLUMNS=columns, MEMORY=memory, DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip
     _combine_and_keep[B * HEADS, P // columns](

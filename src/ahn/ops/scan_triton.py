@@ -1,0 +1,199 @@
+"""Write many tokens and read after each, in three Triton kernels with fixed settings: nothing is tuned at first use.
+
+Tokens go in chunks of C = 64 (the WY form of arXiv 2406.06484, section 3, with decay as in 2412.06464; see
+`ahn.ops.chunked`): what a chunk writes as a function of the state before it, for all chunks at once; the states, one
+chunk after the other; the reads, for all chunks at once, through norm, gate and projection where one head suffices.
+Keys and values are taken as the model has them: not repeated for query heads, not normalised. Forward only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ahn.ops.step import StepRead, StepRule
+
+CHUNK = 64
+STATE_COLUMNS = 32  # of a state, for one program
+
+
+@triton.jit
+def _unit_rows(x, eps):
+    x = x.to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, 1) + eps)[:, None]
+
+
+@triton.jit
+def _solve(
+    key, value, write, decay, from_k, from_v, tokens,
+    kb, kh, kt, vb, vh, vt, l2_eps,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS // GROUPS
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    t = tl.program_id(0) * C + i
+    real = t < tokens
+    k = tl.load(key + b * kb + h * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
+    v = tl.load(value + b * vb + h * vh + t[:, None] * vt + p[None, :], mask=real[:, None], other=0.0)
+    dtype = v.dtype
+    beta = tl.load(write + row * tokens + t, mask=real, other=0.0)
+    k = _unit_rows(k, l2_eps)
+    below = i[:, None] > i[None, :]
+    scaled = k * beta[:, None]
+    A = tl.dot(scaled.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
+    if DECAY:
+        G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
+        A *= tl.exp(tl.where(below, G[:, None] - G[None, :], 0.0))
+        scaled *= tl.exp(G)[:, None]
+    M = tl.where(below, -A, 0.0)
+    for j in range(2, C):  # forward substitution, row by row: as exact as the system allows
+        r = tl.sum(tl.where((i == j)[:, None], M, 0.0), 0)
+        r += tl.sum(r[:, None] * M, 0)
+        M = tl.where((i == j)[:, None], r[None, :], M)
+    M = tl.where(i[:, None] == i[None, :], 1.0, M).to(dtype)
+    v = (v.to(tl.float32) * beta[:, None]).to(dtype)
+    to = row * tl.num_programs(0) * C * P + t[:, None] * P + p[None, :]
+    tl.store(from_v + to, tl.dot(M, v, input_precision=PRECISION))
+    tl.store(from_k + to, tl.dot(M, scaled.to(dtype), input_precision=PRECISION))
+
+
+@triton.jit
+def _states(
+    key, value, write, decay, from_k, from_v, state, states, tokens, chunks,
+    kb, kh, kt, vb, vh, vt, l2_eps,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state before each chunk, and what each chunk writes (into `from_v`); some columns of one head's state."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS // GROUPS
+    i, p, c = tl.arange(0, C), tl.arange(0, P), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tile = p[:, None] * P + c[None, :]
+    key += b * kb + h * kh
+    value += b * vb + h * vh
+    S = tl.load(state + row * P * P + tile)
+    dtype = key.dtype.element_ty
+    for chunk in range(chunks):
+        at = row * chunks + chunk
+        tl.store(states + at * P * P + tile, S.to(dtype))
+        t = chunk * C + i
+        real = t < tokens
+        k = tl.load(key + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
+        k = _unit_rows(k, l2_eps)
+        new = (at * C + i)[:, None] * P + c[None, :]
+        if DELTA:
+            w = tl.load(from_k + (at * C + i)[:, None] * P + p[None, :])
+            u = tl.load(from_v + new).to(tl.float32) - tl.dot(w, S.to(dtype), input_precision=PRECISION)
+        else:
+            v = tl.load(value + t[:, None] * vt + c[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+            u = v * tl.load(write + row * tokens + t, mask=real, other=0.0)[:, None]
+        tl.store(from_v + new, u)
+        if DECAY:
+            g = tl.load(decay + row * tokens + t, mask=real, other=0.0)
+            G, total = tl.cumsum(g, 0), tl.sum(g, 0)
+            k *= tl.exp(total - G)[:, None]
+            S *= tl.exp(total)
+        S += tl.dot(tl.trans(k).to(dtype), u.to(dtype), input_precision=PRECISION)
+    tl.store(state + row * P * P + tile, S)
+
+
+@triton.jit
+def _reads(
+    query, key, decay, written, states, gamma, weight, norm, o_proj, out, tokens,
+    qb, qh, qt, kb, kh, kt, l2_eps, scale, norm_eps,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    FINISH: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Reads of one chunk and head, (B, m, Hq, P); with FINISH through norm, gate, projection and router."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    t = tl.program_id(0) * C + i
+    real = t < tokens
+    at = row * tl.num_programs(0) + tl.program_id(0)
+    q = tl.load(query + b * qb + h * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
+    k = tl.load(key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
+    dtype = k.dtype
+    q, k = _unit_rows(q, l2_eps) * scale, _unit_rows(k, l2_eps)
+    local = tl.dot(q.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
+    seen = i[:, None] >= i[None, :]
+    if DECAY:
+        G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
+        local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
+        q *= tl.exp(G)[:, None]
+    local = tl.where(seen, local, 0.0)
+    S = tl.load(states + at * P * P + p[:, None] * P + p[None, :])
+    u = tl.load(written + (at * C + i)[:, None] * P + p[None, :])
+    o = tl.dot(q.to(dtype), S, input_precision=PRECISION)
+    o += tl.dot(local.to(dtype), u, input_precision=PRECISION)
+    if FINISH:
+        gate = tl.load(gamma + row * tokens + t, mask=real, other=0.0)
+        o *= (tl.rsqrt(tl.sum(o * o, 1) / P + norm_eps) * gate * tl.sigmoid(gate))[:, None]
+        o *= tl.load(norm + p).to(tl.float32)[None, :]
+        projection = tl.load(o_proj + h * P * P + p[:, None] * P + p[None, :])
+        o = tl.dot(o.to(projection.dtype), projection, input_precision=PRECISION)
+        if ROUTER:
+            o *= tl.load(weight + row * tokens + t, mask=real, other=0.0)[:, None]
+    to = ((b * tokens + t)[:, None] * HEADS + h) * P + p[None, :]
+    tl.store(out + to, o, mask=real[:, None])
+
+
+def scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    rule: StepRule,
+    read: StepRead | None,
+) -> tuple[Tensor, Tensor]:
+    """Write m tokens in order; query i reads after token i was written.
+
+    Args:
+        query: (B, Hq, m, P) of the memory, after RoPE.
+        key, value: (B, Hkv, m, P) of the same type as the query.
+        write, decay: (B, Hq, m) float32 gates.
+        state: (B, Hq, P, P) float32 before the first write.
+        read: with gamma and weight (B, Hq, m), where `rule.across_heads` is False: the read is finished here. Its
+            `query` is not used.
+
+    Returns:
+        (B, Hq, m, P), laid out as (B, m, Hq, P): the finished read in the query's type, or the raw one in float32; and
+        the state after the last write.
+    """
+    B, HEADS, tokens, P = query.shape
+    groups, chunks = HEADS // key.shape[1], triton.cdiv(tokens, CHUNK)
+    write, state = write.contiguous(), state.clone()
+    decay = None if decay is None else decay.contiguous()
+    written = query.new_empty(B, HEADS, chunks * CHUNK, P)
+    states = query.new_empty(B, HEADS, chunks, P, P)
+    sizes = {"HEADS": HEADS, "GROUPS": groups, "P": P, "C": CHUNK, "DECAY": decay is not None}
+    sizes["PRECISION"] = "ieee" if query.dtype == torch.float32 else "tf32"
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    from_k = torch.empty_like(written) if rule.delta else None
+    if rule.delta:
+        _solve[chunks, B * HEADS](
+            key, value, write, decay, from_k, written, tokens, *strides, rule.l2_eps, **sizes, num_warps=4
+        )  # fmt: skip
+    columns = min(STATE_COLUMNS, P)
+    _states[P // columns, B * HEADS](
+        key, value, write, decay, from_k, written, state, states, tokens, chunks, *strides, rule.l2_eps,
+        COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    del from_k
+    finish = read is not None
+    out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype if finish else torch.float32, device=query.device)
+    gamma, weight = (None, None) if read is None else (read.gamma.contiguous(), read.weight)
+    _reads[chunks, B * HEADS](
+        query, key, decay, written, states, gamma, None if weight is None else weight.contiguous(),
+        None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
+        *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
+        FINISH=finish, ROUTER=weight is not None, **sizes, num_warps=8,
+    )  # fmt: skip
+    return out.transpose(1, 2), state

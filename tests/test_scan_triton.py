@@ -1,0 +1,89 @@
+"""The scan's kernels against the recurrences, one token at a time."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import relative_error
+from test_step import DEVICE, RULES
+
+from ahn.ops import reference
+from ahn.ops.step import StepRead, _read_out
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Float32 with full-precision products: a chunk's system of 64 equations, sums of 64 terms in another order.
+FLOAT32 = 2e-5
+# Factors in bfloat16 (relative step 2^-8): the state, the inverse, and some products of them in a row.
+BFLOAT16 = 8 * 2**-8
+NAMES = [name for name, rule in RULES.items() if rule is not None]
+
+
+def expected(query, key, value, write, decay, state, rule, read):
+    """Float64, through `ahn.ops.reference`."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value, write, decay, state = (
+        None if x is None else x.double() for x in (query, key, value, write, decay, state)
+    )
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    q = query * torch.rsqrt(query.square().sum(-1, keepdim=True) + rule.l2_eps) * rule.scale
+    k = key * torch.rsqrt(key.square().sum(-1, keepdim=True) + rule.l2_eps)
+    if rule.delta:
+        o, state = reference.delta_rule(q, k, value, write, decay, state)
+    else:
+        o, state = reference.decay_rule(q, k, value * write[..., None], decay, state)
+    if read is None:
+        return o, state
+    B, H, m, P = o.shape
+    merged = o.transpose(1, 2).reshape(B * m, H, P)
+    flat = StepRead(
+        merged,
+        *(x.double().transpose(1, 2).reshape(B * m, H) for x in (read.gamma, read.weight)),
+        read.norm.double(),
+        read.o_proj.double(),
+    )
+    return _read_out(merged, rule, flat).double().view(B, m, H, P).transpose(1, 2), state
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "P"), [(1, 1, 1, 16), (64, 2, 1, 16), (65, 4, 2, 16), (150, 2, 2, 32)]
+)
+def test_the_scan_is_the_recurrence(name: str, tokens: int, heads: int, kv_heads: int, P: int) -> None:
+    check(name, tokens, heads, kv_heads, P, torch.float32, FLOAT32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("P", [64, 128])
+def test_on_a_gpu_in_bfloat16(name: str, P: int) -> None:
+    check(name, 333, 8, 2, P, torch.bfloat16, BFLOAT16)
+
+
+def check(name: str, tokens: int, heads: int, kv_heads: int, P: int, dtype: torch.dtype, tolerance: float) -> None:
+    from ahn.ops import scan_triton
+
+    rule, r = RULES[name], torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=r).to(dtype)
+
+    query = normal(2, tokens, heads, P).transpose(1, 2)  # strides as the model has them
+    key, value = (normal(2, kv_heads, tokens + 7, P)[:, :, 5 : 5 + tokens] for _ in range(2))
+    key[:, :, tokens // 2 :] = key[:, :, :1]  # repeated keys: the system is as hard as it gets
+    write = torch.sigmoid(normal(2, heads, tokens).float())
+    decay = -F.softplus(normal(2, heads, tokens).float()) / 4 if rule.decay else None
+    state = 0.1 * normal(2, heads, P, P).float()
+    read = None
+    if not rule.across_heads:
+        gates = [normal(2, heads, tokens).float() for _ in range(2)]
+        read = StepRead(query, *gates, 1 + 0.1 * normal(P), normal(heads, P, P) / P**0.5)
+    wanted, wanted_state = expected(query, key, value, write, decay, state, rule, read)
+    on = [None if x is None else x.to(DEVICE) for x in (query, key, value, write, decay, state)]
+    moved = None if read is None else StepRead(**{n: x.to(DEVICE) for n, x in vars(read).items()})
+    found, found_state = scan_triton.scan(*on, rule, moved)
+    assert relative_error(found.float().cpu(), wanted) < tolerance
+    assert relative_error(found_state.cpu(), wanted_state) < tolerance
