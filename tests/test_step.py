@@ -80,7 +80,7 @@ def compare(inputs, buffers, rest):
 
 @pytest.mark.parametrize("name", RULES)
 @given(data=st.data())
-@settings(max_examples=12 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=12 if INTERPRETED else 5, deadline=None)
 def test_kernels_are_the_plain_step(name, data):
     """Any window, any padding: rows before, at and after the first eviction, some of them paused."""
     S, W = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 150))

@@ -17,13 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn import bands
+from ahn import bands, ops
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
+from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
 
 NAME = "ahn"
@@ -157,7 +158,8 @@ def attention(
     if view.evicted and isinstance(memory, RecurrentMemory):
         read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
         tail = view.length - view.evicted
-        out = torch.cat([out[:, :tail], out[:, tail:] + read.transpose(1, 2).to(out.dtype)], dim=1)
+        whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
+        out = torch.cat([out[:, :tail], whole], dim=1) if tail else whole
     if cache_layer is not None:
         cache_layer.state = {name: part.detach() for name, part in state.items()} or None
         if ahn_layer.cache is not None:
@@ -192,13 +194,23 @@ def _write_and_read(
     query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
         query = memory_query(module, memory, layer, view.evicted)
-    groups = query.shape[1] // left.key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
-    o, state = memory.scan(query, key, value, left.gates, state)
+    weight = None if layer.router is None else layer.router(view.written / view.window)
+    rule = memory.step_rule()
+    if rule is not None and ops.scans_whole(query):
+        finish = None
+        if not rule.across_heads:
+            finish = StepRead(query, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight)
+        decay = None if rule.decay is None else left.gates[rule.decay]
+        o, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
+        state = {"state": new}
+        if finish is not None:
+            return o, state
+    else:
+        groups = query.shape[1] // left.key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
+        o, state = memory.scan(query, key, value, left.gates, state)
     read = memory.read_out(o, x)
-    if layer.router is not None:
-        read = layer.router(view.written / view.window).unsqueeze(-1) * read
-    return read, state
+    return read if weight is None else weight.unsqueeze(-1) * read, state
 
 
 def memory_query(module: nn.Module, memory: RecurrentMemory, layer: LayerContext, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -94,12 +95,13 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
     rows, order = wanted.sort()
     logits: list[Tensor] = []
-    for start, stop in pieces:
-        inside = rows[(rows >= start) & (rows < stop)] - start
-        part = _slice(kwargs, start, stop, seen)
-        # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
-        output = base(model, **part, logits_to_keep=inside if len(inside) else 1)
-        logits.append(output.logits[:, : len(inside)])
+    with decode.leaves_compiled(model) if model.device.type == "cuda" else contextlib.nullcontext():
+        for start, stop in pieces:
+            inside = rows[(rows >= start) & (rows < stop)] - start
+            part = _slice(kwargs, start, stop, seen)
+            # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
+            output = base(model, **part, logits_to_keep=inside if len(inside) else 1)
+            logits.append(output.logits[:, : len(inside)])
     output.logits = torch.cat(logits, dim=1)
     if not torch.equal(wanted, rows):
         output.logits = output.logits[:, order.argsort()]

@@ -69,5 +69,7 @@ def step_attention(
     buffers = layer.ahn.step_buffers
     assert buffers is not None
     new = [x[:, :, 0] for x in (query, key, value)]
-    out = layer_step(new[0], new[1], new[2], gates, step.positions, step.active, buffers, step.sinks, scaling, rule, read)
+    out = layer_step(
+        new[0], new[1], new[2], gates, step.positions, step.active, buffers, step.sinks, scaling, rule, read
+    )
     return out[:, None], None

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ahn.errors import AHNError
 from ahn.ops import chunked, reference
+from ahn.ops.step import StepRead, StepRule
 
-__all__ = ["BACKENDS", "decay_rule", "default_backend", "delta_rule", "use_backend"]
+__all__ = ["BACKENDS", "decay_rule", "default_backend", "delta_rule", "scan", "scans_whole", "use_backend"]
 
 BACKENDS = ("reference", "chunked", "fla")
 _forced: ContextVar[str | None] = ContextVar("ahn_ops_backend", default=None)
@@ -76,6 +77,33 @@ def _choose(tensors: tuple[Tensor, ...], gated: bool) -> ModuleType:
 
         return fla
     return chunked if name == "chunked" else reference
+
+
+def scans_whole(query: Tensor) -> bool:
+    """Whether `scan` can do this: it has no gradient, and wants half precision on a GPU.
+
+    Args:
+        query: (B, Hq, m, P).
+    """
+    P = query.shape[-1]
+    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and 16 <= P <= 128 and P & (P - 1) == 0
+    return fits and _forced.get() is None and not torch.is_grad_enabled()
+
+
+def scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    rule: StepRule,
+    read: StepRead | None,
+) -> tuple[Tensor, Tensor]:
+    """A memory's whole work on many tokens, in kernels; see `scan_triton.scan`."""
+    from ahn.ops import scan_triton
+
+    return scan_triton.scan(query.to(key.dtype), key, value, write, decay, state, rule, read)
 
 
 def _in_full_precision(device: torch.device) -> torch.autocast:
