@@ -152,7 +152,7 @@ def test_wrong_settings(flags: str, words: str) -> None:
 def test_two_files_are_one_too_many(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("dataset: stdlib\n")
-    with pytest.raises(AHNError, match="one configuration file comes first"):
+    with pytest.raises(AHNError, match="give one configuration file first"):
         parse([str(file), str(file), *NEEDED])
 
 

@@ -1,4 +1,4 @@
-"""Two processes on one CPU train exactly what one does with the same global batch: DDP, and weights sharded by FSDP2."""
+"""Two processes on one CPU train what one does with the same global batch: DDP, and weights sharded by FSDP2."""
 
 from __future__ import annotations
 

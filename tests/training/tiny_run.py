@@ -1,4 +1,4 @@
-"""Whole runs of `ahn train` in milliseconds a step: a random two-layer model, random words, and runs in other processes."""
+"""Whole runs of `ahn train` in milliseconds a step: a random two-layer model, random words, other processes."""
 
 from __future__ import annotations
 
