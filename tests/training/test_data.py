@@ -91,7 +91,7 @@ def test_bad_rows_are_counted_named_and_skipped(load: Any, tmp_path: Path, caplo
         "a.jsonl:18: not UTF-8",
     ):
         assert problem in caplog.text
-    with pytest.raises(AHNError, match="a.jsonl:14: text is not text"):
+    with pytest.raises(AHNError, match=r"a.jsonl:14: text is not text"):
         load(file, strict=True)
 
 
