@@ -14,7 +14,7 @@ from word_tokenizer import WordTokenizer
 from ahn.errors import AHNError
 from ahn.evaluation import methods, runner
 from ahn.evaluation.task import Sample
-from ahn.evaluation.tasks import ruler, tasks
+from ahn.evaluation.tasks import check, ruler, tasks
 
 GENERATED = [task for task in ruler.TASKS if not task.startswith("qa")]
 COUNT = WordTokenizer()
@@ -191,6 +191,8 @@ def test_names_and_lengths() -> None:
     assert found("ruler/vt/2k", lengths=(512,)) == ["ruler/vt/2k"]
     assert found("ruler/vt", lengths=(512, 2048)) == ["ruler/vt/512", "ruler/vt/2k"]
     assert set(found("ruler")) == {name for name in ruler.names() if "/qa_" not in name}
+    for spec in ("ruler", "ruler/vt", "ruler/4k", "ruler/vt/4k", "ruler/vt/3000", "ruler/2k"):
+        check(spec)  # before a model is loaded
     for wrong in ("ruler/sum", "ruler/vt/long", "ruler/vt/4k/x"):
         with pytest.raises(AHNError):
             found(wrong)

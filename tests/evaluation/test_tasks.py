@@ -73,7 +73,7 @@ def test_a_protocol_without_the_task(tmp_path: Path) -> None:
     files.write_json(tmp_path / "longbench.json", {"dataset2maxlen.json": lengths, "dataset2prompt.json": prompts})
     with pytest.raises(AHNError, match="says nothing of qmsum"):
         tasks("longbench/qmsum", protocol_dir=tmp_path)
-    files.write_longbench(tmp_path, trec=[files.longbench_row(0)])
+    files.write_longbench(tmp_path, trec=[files.longbench_row(0, all_classes=["Mira"])])
     (trec,) = tasks("longbench/trec", protocol_dir=tmp_path, data_dir=tmp_path)
     with pytest.raises(AHNError, match="asks for 'other', but there are context, input"):
         next(trec.samples())
@@ -144,6 +144,24 @@ def test_lveval_reads_the_level_that_was_asked_for(find: Any, tmp_path: Path) ->
 
 
 # -- LongBench -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("trec", {"all_classes": None}, "'all_classes' must name the classes of longbench/trec"),
+        ("trec", {"all_classes": []}, "'all_classes' must name the classes"),
+        ("passage_retrieval_en", {"answers": ["7"]}, "the answer '7' in 'answers' must match 'Paragraph"),
+        ("passage_retrieval_zh", {"answers": ["段落7", "第7段"]}, "the answer '第7段' in 'answers' must match '段落"),
+    ],
+)
+def test_longbench_answers_that_cannot_be_scored(
+    task: str, changes: dict[str, Any], message: str, find: Any, tmp_path: Path
+) -> None:
+    files.write_longbench(tmp_path, **{task: [files.longbench_row(0, **changes)]})
+    (found,) = find(f"longbench/{task}")
+    with pytest.raises(AHNError, match=rf"data\.zip \(data/{task}\.jsonl\), line 1: .*{message}"):
+        list(found.samples())
 
 
 def test_longbench_profiles(find: Any, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ METRIC_OF_TASK = {
     "repobench-p": "lb.code_sim",
 }
 
+PARAGRAPH, PARAGRAPH_CHINESE = r"Paragraph (\d+)", r"段落(\d+)"
+"""What answers of the retrieval tasks look like."""
+
 
 def rouge_l_chinese(prediction: str, answer: str) -> float:
     """ROUGE-L over jieba's words as they are, punctuation included (`rouge_zh_score`)."""
@@ -63,12 +66,12 @@ def count(prediction: str, answer: str) -> float:
 
 def retrieval(prediction: str, answer: str) -> float:
     """`count`, of the paragraph number in an answer such as "Paragraph 7" (`retrieval_score`)."""
-    return count(prediction, _number(answer, r"Paragraph (\d+)"))
+    return count(prediction, _number(answer, PARAGRAPH))
 
 
 def retrieval_chinese(prediction: str, answer: str) -> float:
     """As `retrieval`, for answers such as "段落7" (`retrieval_zh_score`)."""
-    return count(prediction, _number(answer, r"段落(\d+)"))
+    return count(prediction, _number(answer, PARAGRAPH_CHINESE))
 
 
 def code_similarity(prediction: str, answer: str) -> float:

@@ -2,6 +2,7 @@
 
 names() -> Sequence[str]                                       its tasks, such as "longbench/qmsum"
 tasks(parts: Sequence[str], options: Options) -> list[Task]    those that "longbench" + "/".join(parts) stands for
+LENGTH: re.Pattern                                             where it is generated: any length a name may end with
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def check(spec: str) -> None:
         AHNError: there is none.
     """
     module, parts = _module(spec)
+    if parts and hasattr(module, "LENGTH") and module.LENGTH.fullmatch(parts[-1]):
+        parts = parts[:-1]
     # "lveval/128k" leaves out the task between benchmark and length
     if not any(set(parts) <= set(name.split("/")[1:]) for name in module.names()):
         raise AHNError(f"There is no task {spec!r}; `ahn eval list` names all there are.")

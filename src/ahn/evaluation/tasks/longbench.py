@@ -6,13 +6,14 @@ official: the middle is cut out beyond the model's limit (31500 tokens for model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
 from ahn.evaluation.data import DataFile, Record
-from ahn.evaluation.metrics.longbench import METRIC_OF_TASK
+from ahn.evaluation.metrics.longbench import METRIC_OF_TASK, PARAGRAPH, PARAGRAPH_CHINESE
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
@@ -39,6 +40,9 @@ FIELDS = {
     "length": data.number,
     "all_classes": data.optional(data.texts),
 }
+
+ANSWERS = {"lb.retrieval": PARAGRAPH, "lb.retrieval_zh": PARAGRAPH_CHINESE}
+"""Metric -> what its answers must look like."""
 
 
 def names() -> list[str]:
@@ -79,7 +83,9 @@ class LongBench(QuestionTask):
     benchmark = "longbench"
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        return enumerate(self.data.records(FIELDS))
+        for number, record in enumerate(self.data.records(FIELDS)):
+            self._check(record)
+            yield number, record
 
     def sample(self, number: int, record: Record) -> Sample:
         fields = record.fields
@@ -90,3 +96,12 @@ class LongBench(QuestionTask):
             answers=fields["answers"],
             extra={"classes": fields["all_classes"], "length": fields["length"]},
         )
+
+    def _check(self, record: Record) -> None:
+        """What the task's metric needs besides a prediction must be there."""
+        if self.metric == "lb.classification" and record.fields["all_classes"] is None:
+            raise AHNError(f"{record.where}: the field 'all_classes' must name the classes of {self.name}.")
+        pattern = ANSWERS.get(self.metric, "")
+        for answer in record.fields["answers"]:
+            if not re.search(pattern, answer):
+                raise AHNError(f"{record.where}: the answer {answer!r} in 'answers' must match {pattern!r}.")

@@ -28,7 +28,9 @@ SAMPLES = 500
 NEW_TOKENS = dict.fromkeys(needles.TASKS, 128) | {"vt": 30, "cwe": 120, "fwe": 50} | dict.fromkeys(questions.FILES, 32)
 TASKS = tuple(NEW_TOKENS)
 LEVELS = ("4k", "8k", "16k", "32k", "64k", "128k")
-"""The benchmark's lengths; any other can be asked for."""
+"""The benchmark's lengths."""
+LENGTH = re.compile(r"[1-9]\d*k?")
+"""What can be asked for: any number of tokens."""
 
 Make = Callable[[int, random.Random, int], Problem]
 """(number of the sample, its chance, size) -> problem"""
@@ -45,7 +47,7 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
     are left out of "all" where there are no data for them.
     """
     rest = list(parts)
-    levels = [rest.pop()] if rest and re.fullmatch(r"[1-9]\d*k?", rest[-1]) else []
+    levels = [rest.pop()] if rest and LENGTH.fullmatch(rest[-1]) else []
     if len(rest) > 1:
         raise AHNError(f"RULER has no length {rest[1]!r}; choose one of {', '.join(LEVELS)}, or a number of tokens.")
     lengths = [_tokens(level) for level in levels] or options.lengths or [_tokens(level) for level in LEVELS]
