@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Annotated
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,30 +28,41 @@ def command(
     if not words or {"--help", "-h"} & set(words):
         _help()
         return
-    logging.getLogger("ahn").addHandler(_Console())
-    logging.getLogger("ahn").setLevel(logging.INFO)
     try:
         from ahn.training.arguments import parse
         from ahn.training.run import run
     except ImportError as error:
         raise AHNError(f"ahn train needs more packages (no {error.name}): pip install 'ahn[train]'.") from error
-    chosen = parse(words)
-    results = run(chosen)
+    with _messages():
+        chosen = parse(words)
+        results = run(chosen)
     if chosen.trainer.process_index == 0:
         _summary(results, str(chosen.trainer.output_dir))
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Shows what the package logs."""
+    log, console = logging.getLogger("ahn"), _Console()
+    level = log.level
+    log.addHandler(console)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(console)
+        log.setLevel(level)
 
 
 class _Console(logging.Handler):
     """The package's messages on standard error, from the first process of each machine; warnings from all."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        import os
-
         if record.levelno >= logging.WARNING or os.environ.get("LOCAL_RANK", "0") == "0":
             common.err.print(record.getMessage(), markup=False)
 
 
-def _summary(results: dict, output: str) -> None:
+def _summary(results: dict[str, Any], output: str) -> None:
     typer.echo(f"{results['steps']:,} steps; adapter in {output}")
     before, after = results["before"], results["after"]
     if after is None:
@@ -84,7 +98,8 @@ def _help() -> None:
     common.out.print(table, markup=False)
     typer.echo(
         "\nAlso every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs,\n"
-        "--max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16, --activation_checkpointing,\n"
-        "--save_steps, --resume_from_checkpoint true, --eval_strategy, --logging_steps, --report_to, --seed, …\n"
+        "--max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16,\n"
+        "--activation_checkpointing, --save_steps, --resume_from_checkpoint true, --eval_strategy,\n"
+        "--logging_steps, --report_to, --seed, …\n"
         "docs/training.md explains them, the data formats and what the log says."
     )

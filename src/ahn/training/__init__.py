@@ -1,4 +1,4 @@
-"""Self-distillation: the window schedule, losses from hidden states, one step, and a compact loop."""
+"""Self-distillation: the window schedule, losses from hidden states, one step, a compact loop; `run` is `ahn train`."""
 
 from ahn.training.distill import Distillation, check_head, distillation_loss
 from ahn.training.loop import StepLog, distill
