@@ -185,13 +185,12 @@ class AHNCache(Cache):
             )
 
     def _map_rows(self, change: Any) -> None:
+        padding = self.padding  # worked out from rows that have not moved yet
         if self.rows.read is not None and len(self.rows.read) > 1:
             self.rows.read = change(self.rows.read)
-        if self.padding is not None:
-            self.padding = self.padding.map(change)
-            self._batch = len(self.padding.leading)
-        else:
-            self._batch = None
+        self.padding = None if padding is None else padding.map(change)
+        keys = next(iter(self.memory_layers.values())).keys
+        self._batch = None if keys is None else len(keys)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -212,17 +211,18 @@ class AHNCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 only zeroes these
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.padding = self._batch = None
+        self.padding = self._batch = self.rows.read = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
+        padding = self.padding  # worked out from what is read before anything is forgotten
         # Layers that may refuse go first: a refusal must not leave the others cropped.
         for layer in self.memory_layers.values():
             layer.check_crop(tokens_to_remove)
         for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
             layer.crop(tokens_to_remove)
-        if self.padding is not None:
-            self.padding = dataclasses.replace(self.padding, leading=self.padding.leading.clamp_max(self.seen))
+        if padding is not None:
+            self.padding = dataclasses.replace(padding, leading=padding.leading.clamp_max(self.seen))
 
     def to(self, device: torch.device | str) -> AHNCache:
         """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself."""

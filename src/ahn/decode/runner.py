@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from ahn.decode.regional import layers_compiled
 from ahn.memory import RecurrentMemory
 from ahn.ops.step import StepBuffers, supported
 
-_runners: WeakKeyDictionary[AHNCache, Runner] = WeakKeyDictionary()
-_EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "labels", "inputs_embeds")
+_runners: weakref.WeakKeyDictionary[AHNCache, Runner] = weakref.WeakKeyDictionary()
+_MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
@@ -30,10 +30,17 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     if not isinstance(cache, AHNCache) or torch.is_grad_enabled() or model.training or not model._ahn.enabled:
         return False
-    if kwargs.get("return_dict") is False or any(kwargs.get(name) not in (None, False) for name in _EXTRA_OUTPUTS):
+    if kwargs.get("labels") is not None or kwargs.get("inputs_embeds") is not None:
+        return False
+    if _asked(model, kwargs, "return_dict") is False or any(_asked(model, kwargs, name) for name in _MORE_OUTPUTS):
         return False
     runner = _runners.get(cache)
-    return (runner is not None and runner.fits(cache, ids)) or _can_capture(model, cache, ids)
+    return (runner is not None and runner.fits(model, cache, ids)) or _can_capture(model, cache, ids)
+
+
+def _asked(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    value = kwargs.get(name)
+    return getattr(model.config, name, None) if value is None else value
 
 
 def on_gpu(ids: Tensor) -> bool:
@@ -65,7 +72,7 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     new = new_columns(mask, cache.seen, 1)
     runner = _runners.get(cache)
-    if runner is None or not runner.fits(cache, ids):
+    if runner is None or not runner.fits(model, cache, ids):
         cache.check_batch(len(ids))
         runner = _runners[cache] = Runner(model, cache, len(ids))
     elif cache.rows.read is not runner.positions:  # something else has moved the conversation on
@@ -102,16 +109,21 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, batch: int) -> None:
+        self.adapter, self.weight = model._ahn, _address(model)
         device = model.get_output_embeddings().weight.device
-        self.ids, self.position_ids = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
-        self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
-        self.active = torch.zeros(batch, dtype=torch.bool, device=device)
+        with torch.inference_mode(False):  # what is made here is written in any mode
+            self.ids, self.position_ids = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
+            self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
+            self.active = torch.zeros(batch, dtype=torch.bool, device=device)
+            cache.enter_slots()
         self.all_active = False
-        self.catch_up(cache)
         memory = model.get_decoder().layers[0].ahn.fn
         rule = memory.step_rule() if isinstance(memory, RecurrentMemory) else None
-        self.keys = [layer.keys for layer in cache.memory_layers.values()]
+        # The cache owns its buffers: once it has others, those that the graph knows are freed.
+        self.keys = [weakref.ref(layer.keys) for layer in cache.memory_layers.values()]
         buffers = {index: step_buffers(layer, rule) for index, layer in cache.memory_layers.items()}
+        self.states = [buffer.state for buffer in buffers.values()]
+        self.catch_up(cache)
         step = StepForward(self.positions, self.active, cache.config.sinks, cache.config.window)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, "past_key_values": StepCache()}
 
@@ -123,18 +135,22 @@ class Runner:
 
         self.replay, self.logits = capture(model, once)
 
-    def fits(self, cache: AHNCache, ids: Tensor) -> bool:
-        """Still the same buffers in the same order, and as many rows."""
+    def fits(self, model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
+        """Still the same weights, the same buffers in the same order, and as many rows."""
+        if len(ids) != len(self.ids) or model._ahn is not self.adapter or _address(model) != self.weight:
+            return False
         layers = cache.memory_layers.values()
-        return len(ids) == len(self.ids) and all(
-            layer.in_slots and layer.keys is own for layer, own in zip(layers, self.keys, strict=True)
-        )
+        return all(layer.in_slots and layer.keys is own() for layer, own in zip(layers, self.keys, strict=True))
 
     def catch_up(self, cache: AHNCache) -> None:
-        """Take over how far each row has read."""
+        """Take over how far each row has read, and the state: an ordinary step puts a new one in its place."""
         self.positions.copy_(cache.enter_slots())
         self.offset.copy_(cache.columns_before())
         cache.rows.read = self.positions
+        for layer, own in zip(cache.memory_layers.values(), self.states, strict=True):
+            if own is not None and layer.state is not None and layer.state["state"] is not own:
+                own.copy_(layer.state["state"])
+                layer.state = {"state": own}
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None, real: Tensor | None) -> Tensor:
         """Logits (B, 1, V) of one token a row; rows that are not `real` (B,) change nothing."""
@@ -148,6 +164,12 @@ class Runner:
             self.all_active = True
         self.replay()
         return self.logits.clone()
+
+
+def _address(model: PreTrainedModel) -> int:
+    """Where the weights are; a model that was moved has others, even if it came back."""
+    address: int = model.get_output_embeddings().weight.data_ptr()
+    return address
 
 
 def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
