@@ -55,10 +55,10 @@ def _messages() -> Iterator[None]:
 
 
 class _Console(logging.Handler):
-    """The package's messages on standard error, from the first process of each machine; warnings from all."""
+    """The package's messages on standard error, from the first process: all of them have the same to say."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING or os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":
             common.err.print(record.getMessage(), markup=False)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ahn.errors import AHNError
 from ahn.training.settings import Settings
+from ahn.training.sharding import TRUE, first_line, recomputes, shard
 
 RENAMED = {
     "warmup_ratio": "warmup_steps",  # a number below 1 is a share there
@@ -31,7 +31,6 @@ RENAMED = {
     "flash_attn": "attn_implementation",
 }
 KERNELS = {"fa2": "flash_attention_2", "disabled": "eager", "sdpa": "sdpa", "auto": None}
-TRUE = ("true", "1", "yes", "t", "y")
 COMPATIBLE: dict[str, tuple[str, ...] | None] = {
     "stage": ("sft",),
     "finetuning_type": ("freeze",),
@@ -117,7 +116,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 def build(parser: Parser, values: dict[str, Any]) -> Arguments:
     """Checked arguments from values by name."""
-    notes = _shard(values)
+    notes = shard(values)
     words = [word for name, value in values.items() if value is not None for word in _as_flag(name, value)]
     try:
         with warnings.catch_warnings():
@@ -126,7 +125,7 @@ def build(parser: Parser, values: dict[str, Any]) -> Arguments:
     except AHNError:
         raise
     except (ValueError, OSError, ImportError, TypeError) as error:  # what the Trainer's arguments refuse
-        raise AHNError(f"{_first_line(error)}.") from error
+        raise AHNError(f"{first_line(error)}.") from error
     settings.notes += notes
     _check_trainer(settings, trainer)
     return Arguments(settings, trainer)
@@ -141,7 +140,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise AHNError(f"Cannot read the configuration {path}: {_first_line(error)}.") from error
+        raise AHNError(f"Cannot read the configuration {path}: {first_line(error)}.") from error
     except yaml.YAMLError as error:
         raise AHNError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if content is None:
@@ -220,52 +219,6 @@ def _as_flag(name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _shard(values: dict[str, Any]) -> list[str]:
-    """Say how weights are sharded: by FSDP2, also where a ZeRO configuration asks for it. Returns notes for the user.
-
-    Raises:
-        AHNError: sharding of a kind that is not supported.
-    """
-    notes = []
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    config = values.pop("deepspeed", None)
-    if config is not None:
-        stage = _zero_stage(config)
-        if stage == 3 and distributed:
-            values["fsdp"] = True
-        how = "FSDP2" if stage == 3 and distributed else "plain data parallelism: only the memory has optimizer state"
-        notes.append(f"ZeRO stage {stage} becomes {how}")
-    if is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED")):
-        raise AHNError("accelerate's configuration asks for DeepSpeed; use configs/accelerate/fsdp2.yaml instead.")
-    if is_true(os.environ.get("ACCELERATE_USE_FSDP")) and os.environ.get("FSDP_VERSION") != "2":
-        raise AHNError("accelerate's configuration asks for FSDP 1; set fsdp_version: 2.")
-    if is_true(values.get("fsdp")):
-        if not distributed:
-            raise AHNError("fsdp needs several processes: torchrun --nproc_per_node 8 --no-python ahn train …")
-        values.setdefault("fsdp_config", {"cpu_ram_efficient_loading": True})
-        os.environ["ACCELERATE_USE_FSDP"] = "true"  # transformers looks here when it loads the weights
-    if values.get("ddp_backend") is not None and not distributed:
-        values.pop("ddp_backend")
-        notes.append("ddp_backend changes nothing in a single process")
-    return notes
-
-
-def _zero_stage(config: Any) -> int:
-    try:
-        content = config if isinstance(config, dict) else json.loads(Path(str(config)).read_text(encoding="utf-8"))
-        return int(content["zero_optimization"]["stage"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AHNError(
-            f"Cannot read a ZeRO stage from the DeepSpeed configuration {config}: {_first_line(error)}; leave "
-            "--deepspeed out, --fsdp true shards the weights."
-        ) from error
-
-
-def is_true(value: Any) -> bool:
-    """Whether a flag or an environment variable says yes."""
-    return str(value).lower() in TRUE
-
-
 def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainerArguments)}
     for name, instead in REFUSED.items():
@@ -283,7 +236,7 @@ def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
     _check_reports(trainer)
     # The base's precision is ours to choose; the Trainer's mixed precision would cast the memory as well.
     trainer.mixed_precision = "no"
-    trainer.ddp_find_unused_parameters = False
+    trainer.ddp_find_unused_parameters = trainer.ddp_broadcast_buffers = False
     trainer.logging_nan_inf_filter = False  # asks the device after every batch; the trainer itself stops at a NaN
     trainer.data_seed = trainer.seed if trainer.data_seed is None else trainer.data_seed
     if trainer.n_gpu > 1:
@@ -293,7 +246,7 @@ def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
         trainer._n_gpu = 1  # else the Trainer would copy the model to each in threads
     if trainer.device.type == "cpu":
         trainer.dataloader_pin_memory = False
-    elif trainer.activation_checkpointing is False and not _sharding_recomputes():
+    elif trainer.activation_checkpointing is False and not recomputes():
         settings.notes.append("activations are kept, not recomputed: --activation_checkpointing true saves memory")
 
 
@@ -302,13 +255,3 @@ def _check_reports(trainer: TrainerArguments) -> None:
     absent = [name for name in trainer.report_to if name not in here]
     if absent:
         raise AHNError(f"report_to {absent[0]} is not possible here: pip install {absent[0]}, or use --report_to none.")
-
-
-def _sharding_recomputes() -> bool:
-    """FSDP was told to recompute activations itself."""
-    return is_true(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING"))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

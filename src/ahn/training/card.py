@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn import plots
+from ahn.checkpoint.output import replacing
 from ahn.config import AHNConfig
 from ahn.training.arguments import Arguments
 
@@ -90,7 +91,8 @@ def write_card(
         evaluation=_evaluation(before, after),
         figure="![Loss curves](loss.png)\n" if settings.plot_loss else "",
     )
-    (path / "README.md").write_text(text, encoding="utf-8")
+    with replacing(path / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _evaluation(before: dict[str, float] | None, after: dict[str, float] | None) -> str:

@@ -26,10 +26,13 @@ class Meter:
         self._steps = self._tokens = 0
         self._start = time.perf_counter()
 
-    def begin_step(self, draw: WindowDraw, tokens: int) -> None:
-        """A step with this window, on this many real tokens over all ranks."""
+    def start(self) -> None:
+        """A step begins, with waiting for its data. What came since the last line (evaluation) is not timed."""
         if not self._steps:
             self._start = time.perf_counter()
+
+    def note(self, draw: WindowDraw, tokens: int) -> None:
+        """The step's window, and its real tokens over all ranks."""
         self._draw = draw
         self._steps += 1
         self._tokens += tokens

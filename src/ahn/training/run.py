@@ -25,10 +25,11 @@ from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.output import write_json
 from ahn.errors import AHNError
 from ahn.training import checkpoints
-from ahn.training.arguments import Arguments, TrainerArguments, is_true
+from ahn.training.arguments import Arguments, TrainerArguments
 from ahn.training.card import draw_curves, write_card
 from ahn.training.data import check_tokenizer, load_data
 from ahn.training.settings import Settings
+from ahn.training.sharding import is_true
 from ahn.training.student import Student
 from ahn.training.trainer import DistillationTrainer
 
@@ -84,7 +85,11 @@ def run(arguments: Arguments) -> dict[str, Any]:
         shared,
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    after = trainer.evaluate() if data.held_out is not None else None
+    after = None
+    if data.held_out is not None:
+        entries = [entry for entry in trainer.state.log_history if "eval_kl" in entry]
+        done = bool(entries) and entries[-1]["step"] == trainer.state.global_step
+        after = entries[-1] if done else trainer.evaluate()
     return finish(trainer, arguments, after)
 
 

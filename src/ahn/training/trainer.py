@@ -27,11 +27,12 @@ from ahn.checkpoint.names import short_name
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.training import checkpoints
-from ahn.training.arguments import TrainerArguments, is_true
+from ahn.training.arguments import TrainerArguments
 from ahn.training.data import Collator, Data, lengthened
 from ahn.training.losses import IGNORED, next_tokens, nothing_counts, valid_positions
 from ahn.training.meter import Meter
 from ahn.training.schedule import WindowDraw, WindowSchedule
+from ahn.training.sharding import is_true
 from ahn.training.student import Part, Student
 
 
@@ -109,6 +110,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], int | None]:
         """The micro-batches of one step, and how many positions count in all of them together."""
+        self.meter.start()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
@@ -120,7 +122,7 @@ class DistillationTrainer(Trainer):
         if not count:
             raise nothing_counts(draw.lossless, max(batch["input_ids"].shape[1] for batch in batches))
         self._step = Step(draw, int(count))
-        self.meter.begin_step(draw, int(tokens))
+        self.meter.note(draw, int(tokens))
         return batches, int(count)
 
     def _over_ranks(self, numbers: Sequence[float]) -> list[float]:
