@@ -33,7 +33,7 @@ class AHNLayer(CacheLayerMixin):
     Attributes:
         keys, values: (B, Hkv, T, P) after RoPE, in one of two orders. Columns: T = min(tokens seen, S + W), in index
             order, then as [S sinks | W window]. Slots (`in_slots`): T = S + W, see `ahn.visibility.Slots`.
-        gates: write gates of the same tokens, each (B, Hq, T, ...) float32.
+        gates: write gates of the same tokens, each (B, Hq, T, ...), in the keys' precision: their logits have no more.
         state: the memory's state after everything that left the window, or None before the first forward.
         under_way: new tokens were taken, but their forward is not over.
     """
@@ -113,11 +113,12 @@ class AHNLayer(CacheLayerMixin):
         self.visibility, self.seen = None, view.total
         if self._leaving is not None:
             (key, value), self._leaving = self._leaving, None
-            leaving = {name: _take(pending, view.new_slot) for name, pending in self.gates.items()}
+            leaving = {name: _take(pending, view.new_slot).float() for name, pending in self.gates.items()}
             for name, pending in self.gates.items():
                 _put(pending, view.new_slot, gates[name].detach())
             self.rows.read = view.read_after
             return key, value, leaving
+        gates = {name: gate.to(keys.dtype) for name, gate in gates.items()}
         if self.gates:
             gates = {name: view.align(torch.cat([self.gates[name], new], dim=2)) for name, new in gates.items()}
         self.keys, self.values = view.keep(keys).detach(), view.keep(values).detach()
@@ -125,7 +126,7 @@ class AHNLayer(CacheLayerMixin):
         return (
             view.evicted_slots(keys),
             view.evicted_slots(values),
-            {name: view.evicted_slots(gate) for name, gate in gates.items()},
+            {name: view.evicted_slots(gate).float() for name, gate in gates.items()},
         )
 
     def _steps_in_slots(self, view: Visibility) -> bool:

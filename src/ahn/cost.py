@@ -25,8 +25,8 @@ class Usage:
     """What one sequence of a given length costs, over all layers.
 
     Numbers and bytes of the cache differ in two ways. The paper counts numbers: keys, values and states alike. Bytes
-    are what `AHNCache` occupies: keys and values in the model's dtype, states in float32, and the write gates of the
-    kept tokens, float32 too, which wait there until their token leaves (the paper leaves them out).
+    are what `AHNCache` occupies: keys, values and the write gates of the kept tokens in the model's dtype, states in
+    float32. The gates wait there until their token leaves (the paper leaves them out).
 
     A FLOP is a multiplication or an addition. As in the paper only matrix products count (norms, RoPE, softmax and
     element-wise gates do not), and a causal product of L queries with L keys counts half of the square.
@@ -165,14 +165,15 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
 
 @dataclasses.dataclass(frozen=True)
 class _MemorySizes:
-    """One layer's memory: counts of numbers, and the bytes of one sequence's state and of one token's write gates."""
+    """One layer's memory: counts of numbers, and the bytes of one sequence's state."""
 
     parameters: int
     matrices: int
     slots: int
     state_numbers: int
     state_bytes: int
-    gate_bytes: int
+    gate_numbers: int
+    """Of one token."""
 
 
 @lru_cache(maxsize=32)
@@ -195,7 +196,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
         slots=module.slot_count(ahn_config.window),
         state_numbers=sum(s.numel() for s in states),
         state_bytes=sum(s.nbytes for s in states),
-        gate_bytes=sum(g.nbytes for g in gates),
+        gate_numbers=sum(g.numel() for g in gates),
     )
 
 
@@ -224,7 +225,7 @@ def _base_layer(shape: ModelShape, text: Any, layer: int, length: int, width: in
 
 def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, width: int) -> Usage:
     exact = _attention(shape, length, ahn_config.lossless, width)
-    gate_bytes = min(length, ahn_config.lossless) * sizes.gate_bytes
+    gate_bytes = min(length, ahn_config.lossless) * sizes.gate_numbers * width
     written = max(0, length - ahn_config.lossless)
     if written == 0:
         return dataclasses.replace(exact, gate_bytes=gate_bytes)

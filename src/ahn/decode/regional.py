@@ -7,8 +7,10 @@ a step never uses. Inside `layers_compiled` they are made the same.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from ahn.ops import vector
 # One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
 # A matrix-vector product as a fused reduction, not as a call of cuBLAS: it reads weights faster, and takes in the
-# norms, biases and activations around it.
-_OPTIONS = {"coordinate_descent_tuning": True}
+# norms, biases and activations around it; and products that do not wait for each other (q, k, v, gates) in one kernel.
+_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 
 class _Vectors(TorchFunctionMode):
@@ -57,16 +59,31 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block norms and plain MLPs run compiled, for chunks of any length: half of their memory traffic."""
-    leaves = [leaf for layer in model.get_decoder().layers for leaf in layer.modules() if _is_leaf(leaf)]
+    """Inside the block norms, rotations and plain MLPs run compiled, for chunks of any length.
+
+    Each is then one pass over memory; the rest of a layer is matrix products and attention.
+    """
+    layers = model.get_decoder().layers
+    leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
+    source = sys.modules[type(layers[0].self_attn).__module__]
+    rope = getattr(source, "apply_rotary_pos_emb", None)
     for leaf in leaves:
         leaf.compile(dynamic=True)
+    if rope is not None:
+        source.apply_rotary_pos_emb = _compiled(rope)  # type: ignore[attr-defined]
     try:
         with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
     finally:
         for leaf in leaves:
             leaf._compiled_call_impl = None
+        if rope is not None:
+            source.apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -26,6 +26,13 @@ def _unit_rows(x, eps):
 
 
 @triton.jit
+def _corner(i, size):
+    """Where the second of two neighbouring blocks looks at the first."""
+    together = i[:, None] // (2 * size) == i[None, :] // (2 * size)
+    return together & (i[:, None] % (2 * size) >= size) & (i[None, :] % (2 * size) < size)
+
+
+@triton.jit
 def _solve(
     key, value, write, decay, from_k, from_v, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
@@ -50,12 +57,15 @@ def _solve(
         G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
         A *= tl.exp(tl.where(below, G[:, None] - G[None, :], 0.0))
         scaled *= tl.exp(G)[:, None]
-    M = tl.where(below, -A, 0.0)
-    for j in range(2, C):  # forward substitution, row by row: as exact as the system allows
-        r = tl.sum(tl.where((i == j)[:, None], M, 0.0), 0)
-        r += tl.sum(r[:, None] * M, 0)
-        M = tl.where((i == j)[:, None], r[None, :], M)
-    M = tl.where(i[:, None] == i[None, :], 1.0, M).to(dtype)
+    A = tl.where(below, A, 0.0)
+    # Neighbouring diagonal blocks of the inverse join to [[T1, 0], [-T2 A21 T1, T2]]: forward substitution in blocks.
+    T = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - tl.where(_corner(i, 1), A, 0.0)
+    size = 2
+    while size < C:
+        corner = tl.where(_corner(i, size), A, 0.0)
+        T -= tl.dot(tl.dot(T, corner, input_precision=PRECISION), T, input_precision=PRECISION)
+        size *= 2
+    M = T.to(dtype)
     v = (v.to(tl.float32) * beta[:, None]).to(dtype)
     to = row * tl.num_programs(0) * C * P + t[:, None] * P + p[None, :]
     tl.store(from_v + to, tl.dot(M, v, input_precision=PRECISION))
@@ -179,7 +189,7 @@ def scan(
     from_k = torch.empty_like(written) if rule.delta else None
     if rule.delta:
         _solve[chunks, B * HEADS](
-            key, value, write, decay, from_k, written, tokens, *strides, rule.l2_eps, **sizes, num_warps=4
+            key, value, write, decay, from_k, written, tokens, *strides, rule.l2_eps, **sizes, num_warps=8
         )  # fmt: skip
     columns = min(STATE_COLUMNS, P)
     _states[P // columns, B * HEADS](

@@ -42,7 +42,7 @@ class StepBuffers:
 
     Attributes:
         keys, values: (B, Hkv, T, P).
-        write, decay: (B, Hq, T) float32 gates of the same tokens, where the memory has them.
+        write, decay: (B, Hq, T) gates of the same tokens, where the memory has them.
         state: (B, Hq, P, P) float32, where there is a memory.
     """
 
@@ -116,10 +116,10 @@ def step(
         gone_key, gone_value = (
             torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)
         )
-        strength = torch.where(leaves[:, None], buffers.write[rows, :, slot], 0)
+        strength = torch.where(leaves[:, None], buffers.write[rows, :, slot], 0).float()
         fade = None
         if buffers.decay is not None:
-            fade = torch.where(leaves[:, None], buffers.decay[rows, :, slot], 0)
+            fade = torch.where(leaves[:, None], buffers.decay[rows, :, slot], 0).float()
         o = _write_and_read(read.query, gone_key, gone_value, strength, fade, buffers.state, rule)
         memory_read = _read_out(o, rule, read)
     mine = active[:, None]

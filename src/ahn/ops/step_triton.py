@@ -75,13 +75,9 @@ def _attend(
     p, g = tl.arange(0, P), tl.arange(0, ROWS)
     mine = (g < GROUPS)[:, None]
     q = tl.load(query + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
-    # The new token is not in its slot yet: the first part counts it, and no part counts what the slot holds.
-    k_new, v_new = tl.load(key + p).to(tl.float32), tl.load(value + p).to(tl.float32)
-    own = tl.sum(q.to(tl.float32) * k_new[None, :], 1) * scaling
-    counted = (part == 0).to(tl.float32)
-    highest = tl.where(part == 0, own, float("-inf"))
-    total = counted + tl.zeros([ROWS], tl.float32)
-    acc = counted * v_new[None, :] + tl.zeros([ROWS, P], tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, P], tl.float32)
     begin = part * per_split
     end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
     for start in range(begin, end, BLOCK_N):
@@ -98,6 +94,13 @@ def _attend(
         v = tl.load(values + t[:, None] * stride_vt + p[None, :], mask=held[:, None], other=0.0)
         acc = acc * keep[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
         total = total * keep + tl.sum(e, 1)
+        highest = new
+    if part == 0:  # the new token, which is not in its slot yet: every part has left that slot out
+        own = tl.sum(q.to(tl.float32) * tl.load(key + p).to(tl.float32)[None, :], 1) * scaling
+        new = tl.maximum(highest, own)
+        keep, e = tl.exp(highest - new), tl.exp(own - new)
+        acc = acc * keep[:, None] + e[:, None] * tl.load(value + p).to(tl.float32)[None, :]
+        total = total * keep + e
         highest = new
     at = (first + g) * SPLITS + part
     safe = tl.where(total == 0.0, 1.0, total)
@@ -120,10 +123,10 @@ def _write_and_read(
         k, v = tl.load(key + p).to(tl.float32), tl.load(value + c).to(tl.float32)
         k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
         if DECAY:
-            S *= tl.exp(tl.load(decay + h * slots + slot))
+            S *= tl.exp(tl.load(decay + h * slots + slot).to(tl.float32))
         if DELTA:
             v -= tl.sum(S * k[:, None], 0)
-        S += k[:, None] * (tl.load(write + h * slots + slot) * v)[None, :]
+        S += k[:, None] * (tl.load(write + h * slots + slot).to(tl.float32) * v)[None, :]
         tl.store(tile, S)
     q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
     tl.store(read + h * P + c, tl.sum(S * q[:, None], 0))
@@ -143,13 +146,15 @@ def _combine_and_keep(
     head = h // GROUPS
     c = part * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.arange(0, SPLITS)
+    p = tl.arange(0, P)
     scores = tl.load(score + row * SPLITS + n)
-    e = tl.exp(scores - tl.max(scores, 0))
     parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
+    if MEMORY:  # all loads are under way before the first result is needed
+        projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
+        o = tl.load(read + row * P + p)
+    e = tl.exp(scores - tl.max(scores, 0))
     y = tl.sum(parts * e[:, None], 0) / tl.sum(e, 0)
     if MEMORY:
-        p = tl.arange(0, P)
-        o = tl.load(read + row * P + p)
         gate = tl.load(gamma + row)
         gate = gate * tl.sigmoid(gate)
         if ACROSS:
@@ -161,7 +166,6 @@ def _combine_and_keep(
             o *= gate * tl.rsqrt(size + norm_eps) * tl.load(norm + h * P + p).to(tl.float32)
         else:
             o *= tl.rsqrt(tl.sum(o * o) / P + norm_eps) * tl.load(norm + p).to(tl.float32) * gate
-        projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
         o = o.to(projection.dtype).to(tl.float32)
         projected = tl.sum(o[:, None] * projection.to(tl.float32), 0)
         if ROUTER:
