@@ -14,6 +14,7 @@ from typing import Any
 import benchmark_files as files
 import pytest
 
+from ahn import tiny
 from ahn.evaluation import lm_eval as ours
 from ahn.evaluation.tasks import lveval
 
@@ -166,3 +167,62 @@ def test_lveval_scores_as_ahn_eval_does(tiny: tuple[str, str], protocol_dir: Pat
     assert [sample["score"] for sample in samples] == [row["score"] for row in rows]
     score = found["results"]["lveval_hotpotwikiqa_mixup_16k"]["score,none"]
     assert 100 * score == pytest.approx(result["score"], abs=0.005)  # `ahn eval` rounds to two decimals
+
+
+def built_in(folder: str, name: str, **metadata: Any) -> Any:
+    """A task that the harness ships, as its command line finds it (which first looks at all others)."""
+    from lm_eval import tasks
+
+    path = Path(tasks.__file__).parent / folder
+    manager = tasks.TaskManager(include_path=str(path), include_defaults=False, metadata=metadata)
+    return manager.load([name])["tasks"][name]
+
+
+def responses(task: Any, model: str, **arguments: Any) -> tuple[list[str], dict[str, float]]:
+    """What a model wrote, and the task's figures."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from ahn.evaluation.lm_eval import model as _register  # noqa: F401
+
+    how: dict[str, Any] = {"device": "cpu", "limit": 2, "bootstrap_iters": 0, "gen_kwargs": "max_gen_toks=4"}
+    how["task_manager"] = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=[task], **how)
+    ((name, samples),) = found["samples"].items()
+    figures = {key: value for key, value in found["results"][name].items() if key.endswith(",none")}
+    return [sample["resps"][0][0] for sample in samples], figures
+
+
+def check_built_in(task: Any) -> None:
+    """With the shipped model: full attention writes what the harness's own class does; memory and window run, too."""
+    shipped = {"pretrained": str(tiny.path()), "adapter": str(tiny.adapter_path("gated_deltanet"))}
+    texts, figures = responses(task, "hf", pretrained=shipped["pretrained"], dtype="float32")
+    assert responses(task, "ahn", method="full", **shipped) == (texts, figures)
+    for method in ("ahn", "window"):
+        found, scores = responses(task, "ahn", method=method, window=48, sinks=16, **shipped)
+        assert len(found) == len(texts) == 2 and scores.keys() == figures.keys()
+    # All fits into 2048 tokens: nothing is forgotten, and nothing may differ.
+    assert responses(task, "ahn", method="ahn", window=2048, sinks=16, **shipped) == (texts, figures)
+
+
+@needs_lm_eval
+def test_the_harness_own_ruler() -> None:
+    check_built_in(built_in("ruler", "niah_single_1", pretrained=str(tiny.path()), max_seq_lengths=[320]))
+
+
+@needs_lm_eval
+def test_the_harness_own_longbench(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [files.longbench_row(number, context=2 * files.STORY) for number in range(2)]
+    local = datasets.Dataset.from_list([row | {"question": row["input"]} for row in rows])
+    asked = []
+
+    def load(path: str, name: str, **options: Any) -> Any:
+        asked.append((path, name))
+        return datasets.DatasetDict(test=local)
+
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", load)  # in place of the Hub
+    task = built_in("longbench", "longbench_hotpotqa")
+    assert asked == [("Xnhyacinth/LongBench", "hotpotqa")]
+    check_built_in(task)
