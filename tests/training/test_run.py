@@ -111,6 +111,12 @@ def test_the_base_is_not_touched(train: Any, tiny_model: Path, tmp_path: Path, m
     assert with_state == {name for name in tensors if not name.endswith("fn.D")} and number == len(with_state)
 
 
+def counting(part: Part) -> int:
+    """Positions at window + sinks or later with a next token; the texts have nothing masked."""
+    lengths = part.batch["attention_mask"].sum(1) - 1
+    return int((lengths - part.window - part.sinks).clamp_min(0).sum())
+
+
 def test_every_micro_batch_sees_the_steps_window(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And counts what the whole step counts, also after a resume; a batch is longer than its window."""
     parts: list[Part] = []
@@ -126,6 +132,7 @@ def test_every_micro_batch_sees_the_steps_window(train: Any, monkeypatch: pytest
     first_run = [(step[0].window, step[0].sinks, step[0].count) for step in steps]
     for step in steps:
         assert len({(part.window, part.sinks, part.count) for part in step}) == 1
+        assert step[0].count == sum(counting(part) for part in step)
         assert all(part.batch["input_ids"].shape[1] > part.window + part.sinks for part in step)
     assert len({(window, sinks) for window, sinks, _ in first_run}) > 1, "they are drawn anew"
     parts.clear()
