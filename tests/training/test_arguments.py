@@ -63,10 +63,11 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     file.write_text(
         "model_name_or_path: ahn-tiny\ndataset: stdlib\nuse_cpu: true\ncutoff-len: 2048\nlearning_rate: 1e-3\n"
         "activation_checkpointing_kwargs: {use_reentrant: false}\nmax_samples: null\nreport_to: none\n"
+        "save_strategy: no\n"
     )
     settings, trainer = parse([str(file), "--cutoff_len", "1024", "--ahn_implementation", "mamba2"])
     assert (settings.cutoff_len, trainer.learning_rate, settings.max_samples) == (1024, 1e-3, None)
-    assert settings.ahn_config.memory == "mamba2"
+    assert settings.ahn_config.memory == "mamba2" and trainer.save_strategy == "no"
     assert trainer.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 

@@ -210,6 +210,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
+    if value is False and name.endswith("_strategy"):
+        return [f"--{name}", "no"]  # YAML reads a bare no as false
     if isinstance(value, bool):
         return [f"--{name}", str(value).lower()]
     if isinstance(value, dict):
