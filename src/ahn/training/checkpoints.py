@@ -190,7 +190,7 @@ def write_rng(path: Path, rank: int) -> None:
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         tensors["cuda"] = torch.cuda.get_rng_state()
     rest = {"python": [version, gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
     save_file(tensors, path / RNG.format(rank), metadata={"rest": json.dumps(rest)})
@@ -210,7 +210,7 @@ def load_rng(path: Path, rank: int) -> None:
     name, position, has_gauss, cached = rest["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
+    if "cuda" in tensors and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(tensors["cuda"])
 
 

@@ -57,7 +57,7 @@ class Meter:
 
 def peak_memory() -> float:
     """GiB: the most that this process has held on its GPU, or without one at all."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
