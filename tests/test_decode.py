@@ -259,6 +259,22 @@ def test_conversations_take_turns_on_one_model(graphs: Graphs) -> None:
     assert graphs == Graphs(captures=3, replays=36)
 
 
+def test_a_graph_outlives_inference_mode(graphs: Graphs) -> None:
+    """What is made in `torch.inference_mode` may not be written outside of it."""
+    talk = Talk(shared(), 2)
+    with torch.inference_mode():
+        talk.read([20, 11])
+        talk.steps(2)
+    talk.steps(2)
+    with torch.inference_mode():
+        talk.read([1, 1], output_hidden_states=True)
+    talk.steps(2)
+    talk.read([1, 1], output_hidden_states=True)
+    talk.steps(1)
+    talk.check(TOLERANCE)
+    assert graphs == Graphs(captures=1, replays=7)
+
+
 def test_a_cache_after_reset_takes_another_batch(graphs: Graphs) -> None:
     talk = Talk(shared(), 2)
     talk.read([14, 9])

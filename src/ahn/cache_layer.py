@@ -150,8 +150,8 @@ class AHNLayer(CacheLayerMixin):
 
     def own_memory(self) -> None:
         """Tensors made under `torch.inference_mode` cannot be written outside of it; copy them once."""
-        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self._map(torch.clone)
+        if not torch.is_inference_mode_enabled():
+            self._map(lambda x: x.clone() if x.is_inference() else x)
 
     # -- the whole layer at once -----------------------------------------------------------------------------------
 
