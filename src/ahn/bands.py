@@ -24,12 +24,13 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor
 def applies(view: Visibility, query: Tensor) -> bool:
     """Whether `attend` can do this forward, and is the faster way."""
     n, P = query.shape[2:]
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or P % 8 or P > 128:
+    if query.is_cuda and (query.dtype not in (torch.float16, torch.bfloat16) or P % 8 or P > 128):
         return False
-    if torch.is_grad_enabled() or view.padded or view.moved or n < 2 or view.seen == 0:
+    if query.device.type not in ("cuda", "cpu") or torch.is_grad_enabled() or n < 2 or view.seen == 0:
         return False
-    full = view.seen >= view.sinks + view.window
-    return (view.window > 2) if full else view.evicted == 0
+    if view.padded or view.moved:
+        return False
+    return view.window > 2 if view.seen >= view.sinks + view.window else view.evicted == 0
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float) -> Tensor:
@@ -80,10 +81,19 @@ def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: floa
 
 
 def kernel(query: Tensor) -> Kernel:
-    """The dense attention that also says its log-sum-exp: cuDNN's where there is one, else FlashAttention-2."""
+    """The dense attention that also says its log-sum-exp: torch's on a CPU, cuDNN's, else FlashAttention-2."""
+    if not query.is_cuda:
+        return _cpu
     if torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(query.device) >= (8, 0):
         return _cudnn
     return _flash
+
+
+def _cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    out, score = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=scaling
+    )
+    return out, score
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
