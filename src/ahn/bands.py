@@ -28,7 +28,7 @@ def applies(view: Visibility, query: Tensor) -> bool:
         return False
     if query.device.type not in ("cuda", "cpu") or torch.is_grad_enabled() or n < 2 or view.seen == 0:
         return False
-    if view.padded or view.moved:
+    if view.padded or view.moved or torch.is_autocast_enabled(query.device.type):
         return False
     return view.window > 2 if view.seen >= view.sinks + view.window else view.evicted == 0
 
