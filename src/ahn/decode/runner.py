@@ -109,7 +109,8 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, batch: int) -> None:
-        self.adapter, self.weight = model._ahn, _address(model)
+        # Held, so that the weights of a model that was moved and came back cannot lie in the same place.
+        self.adapter, self.weight = model._ahn, _a_weight(model).detach()
         device = model.get_output_embeddings().weight.device
         with torch.inference_mode(False):  # what is made here is written in any mode
             self.ids, self.position_ids = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
@@ -137,7 +138,8 @@ class Runner:
 
     def fits(self, model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         """Still the same weights, the same buffers in the same order, and as many rows."""
-        if len(ids) != len(self.ids) or model._ahn is not self.adapter or _address(model) != self.weight:
+        moved = _a_weight(model).data_ptr() != self.weight.data_ptr()
+        if len(ids) != len(self.ids) or model._ahn is not self.adapter or moved:
             return False
         layers = cache.memory_layers.values()
         return all(layer.in_slots and layer.keys is own() for layer, own in zip(layers, self.keys, strict=True))
@@ -166,10 +168,10 @@ class Runner:
         return self.logits.clone()
 
 
-def _address(model: PreTrainedModel) -> int:
-    """Where the weights are; a model that was moved has others, even if it came back."""
-    address: int = model.get_output_embeddings().weight.data_ptr()
-    return address
+def _a_weight(model: PreTrainedModel) -> Tensor:
+    """A small weight that is where all are."""
+    weight: Tensor = model.get_decoder().layers[0].self_attn.o_proj.weight
+    return weight
 
 
 def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
