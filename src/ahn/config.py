@@ -39,7 +39,7 @@ class AHNConfig:
     full_attention_layers: tuple[int, ...] = ()
     router: bool = False
     q_proj: bool = False
-    prefill_chunk_size: int = 4096
+    prefill_chunk_size: int = 8192
 
     def __post_init__(self) -> None:
         for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1)):

@@ -17,7 +17,7 @@ from ahn.ops.step import StepBuffers, StepRead, StepRule
 
 BLOCK = 64  # slots that a program looks at together
 STATE_COLUMNS = 32  # columns of a state that a program holds
-PROGRAMS_A_PROCESSOR = 4  # attention programs that a multiprocessor can hold at once
+PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
 def split_count(rows: int, slots: int, processors: int) -> int:
