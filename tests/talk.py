@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,10 +71,19 @@ class Talk:
             self.rows[row], self._logits[row] = self.rows[row][:kept], [torch.cat(self._logits[row])[:kept]]
 
     @torch.no_grad()
-    def check(self, tolerance: float) -> None:
-        """Every logit so far is that of an uncached forward of the row alone."""
+    def error(self, reference: PreTrainedModel | None = None) -> float:
+        """Largest relative error of a row's logits so far, against an uncached forward of the row alone.
+
+        Args:
+            reference: the model of that forward; None takes the conversation's own.
+        """
+        reference, errors = reference or self.model, [0.0]
         for own, logits in zip(self.rows, self._logits, strict=True):
             if own:
-                ids = torch.tensor([own], device=self.model.device)
-                expected = self.model(ids, use_cache=False).logits[0]
-                assert relative_error(torch.cat(logits), expected.float().cpu()) < tolerance
+                expected = reference(torch.tensor([own], device=reference.device), use_cache=False).logits[0]
+                errors.append(relative_error(torch.cat(logits), expected.float().cpu()))
+        return float("nan") if any(map(math.isnan, errors)) else max(errors)
+
+    def check(self, tolerance: float) -> None:
+        """Every logit so far is that of an uncached forward of the row alone."""
+        assert self.error() < tolerance
