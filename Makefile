@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
 
-.PHONY: demo test
+.PHONY: demo test test-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -19,6 +19,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
+
+# What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; about a minute.
+test-gpu: $(VENV)/installed-dev
+	$(INSTALL) --editable '.[cuda]'
+	$(BIN)/pytest tests/gpu tests/test_step.py tests/test_bands.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
