@@ -491,17 +491,9 @@ def _traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
-_UNFLATTEN = pytest.mark.xfail(
-    strict=True, reason="torch.compile cannot look into Tensor.unflatten: ten graphs a layer"
-)
-
-
 @pytest.mark.parametrize(
     ("memory", "options"),
-    [
-        ("gated_deltanet", {"router": True}),
-        pytest.param("deltanet", {"q_proj": True}, marks=_UNFLATTEN),
-    ],
+    [("gated_deltanet", {"router": True}), ("deltanet", {"q_proj": True})],
 )
 def test_layers_compile_once(memory: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """For all layers, all conversations of a batch size, and all lengths."""

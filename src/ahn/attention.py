@@ -252,7 +252,8 @@ def _query_before_rope(module: nn.Module, x: Tensor) -> Tensor:
     """The base model's query of x (B, m, D) before its norm and RoPE: (B, Hq, m, P)."""
     # Phi-3 keeps q, k and v in one matrix, q first.
     query = module.q_proj(x) if hasattr(module, "q_proj") else module.qkv_proj(x)[..., : module.o_proj.in_features]
-    return query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    # view, not unflatten: torch.compile cannot look into the latter.
+    return query.view(*query.shape[:-1], -1, module.head_dim).transpose(1, 2)
 
 
 def _own_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:

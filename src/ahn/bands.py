@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ahn.ops import has_triton
 from ahn.ops.merge import Part, merge
 from ahn.visibility import Visibility
 
@@ -24,7 +25,8 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor
 def applies(view: Visibility, query: Tensor) -> bool:
     """Whether `attend` can do this forward, and is the faster way."""
     n, P = query.shape[2:]
-    if query.is_cuda and (query.dtype not in (torch.float16, torch.bfloat16) or P % 8 or P > 128):
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and not (half and P % 8 == 0 and P <= 128 and has_triton()):
         return False
     if query.device.type not in ("cuda", "cpu") or torch.is_grad_enabled() or n < 2 or view.seen == 0:
         return False

@@ -115,7 +115,9 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
         tokens = kwargs.get("inputs_embeds")
     if tokens is None or not model._ahn.enabled or torch.is_grad_enabled() or kwargs.get("labels") is not None:
         return []
-    if kwargs.get("output_hidden_states") or kwargs.get("output_attentions") or kwargs.get("return_dict") is False:
+    if any(decode.asked(model, kwargs, name) for name in decode.MORE_OUTPUTS):
+        return []
+    if decode.asked(model, kwargs, "return_dict") is False:
         return []
     cache = kwargs.get("past_key_values")
     if not wants_cache(model, kwargs) or not (cache is None or isinstance(cache, AHNCache)):

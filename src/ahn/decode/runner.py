@@ -17,10 +17,11 @@ from ahn.cache import AHNCache, new_columns
 from ahn.decode.layer import StepForward, step_buffers
 from ahn.decode.regional import layers_compiled
 from ahn.memory import RecurrentMemory
+from ahn.ops import has_triton
 from ahn.ops.step import StepBuffers, supported
 
 _runners: weakref.WeakKeyDictionary[AHNCache, Runner] = weakref.WeakKeyDictionary()
-_MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
+MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
@@ -32,20 +33,21 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     if kwargs.get("labels") is not None or kwargs.get("inputs_embeds") is not None:
         return False
-    if _asked(model, kwargs, "return_dict") is False or any(_asked(model, kwargs, name) for name in _MORE_OUTPUTS):
+    if asked(model, kwargs, "return_dict") is False or any(asked(model, kwargs, name) for name in MORE_OUTPUTS):
         return False
     runner = _runners.get(cache)
     return (runner is not None and runner.fits(model, cache, ids)) or _can_capture(model, cache, ids)
 
 
-def _asked(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+def asked(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """An argument of forward, or what the model's configuration says of it."""
     value = kwargs.get(name)
     return getattr(model.config, name, None) if value is None else value
 
 
 def on_gpu(ids: Tensor) -> bool:
-    """Whether there are graphs where these tokens are."""
-    return ids.is_cuda
+    """Whether there are graphs, and our kernels, where these tokens are."""
+    return ids.is_cuda and has_triton()
 
 
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:

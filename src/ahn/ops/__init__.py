@@ -19,7 +19,16 @@ from ahn.errors import AHNError
 from ahn.ops import chunked, reference
 from ahn.ops.step import StepRead, StepRule
 
-__all__ = ["BACKENDS", "decay_rule", "default_backend", "delta_rule", "scan", "scans_whole", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "decay_rule",
+    "default_backend",
+    "delta_rule",
+    "has_triton",
+    "scan",
+    "scans_whole",
+    "use_backend",
+]
 
 BACKENDS = ("reference", "chunked", "fla")
 _forced: ContextVar[str | None] = ContextVar("ahn_ops_backend", default=None)
@@ -42,6 +51,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 @cache
 def _has_fla() -> bool:
     return importlib.util.find_spec("fla") is not None
+
+
+@cache
+def has_triton() -> bool:
+    """Whether our kernels can run; torch brings Triton along on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
@@ -87,7 +102,7 @@ def scans_whole(query: Tensor) -> bool:
     """
     P = query.shape[-1]
     fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and 16 <= P <= 128 and P & (P - 1) == 0
-    return fits and _forced.get() is None and not torch.is_grad_enabled()
+    return fits and _forced.get() is None and not torch.is_grad_enabled() and has_triton()
 
 
 def scan(
@@ -103,7 +118,8 @@ def scan(
     """A memory's whole work on many tokens, in kernels; see `scan_triton.scan`."""
     from ahn.ops import scan_triton
 
-    return scan_triton.scan(query.to(key.dtype), key, value, write, decay, state, rule, read)
+    with torch.cuda.device(query.device):
+        return scan_triton.scan(query.to(key.dtype), key, value, write, decay, state, rule, read)
 
 
 def _in_full_precision(device: torch.device) -> torch.autocast:

@@ -28,7 +28,8 @@ def merge(parts: list[Part]) -> Tensor:
     if parts[0].out.is_cuda:
         from ahn.ops import merge_triton
 
-        return merge_triton.merge(parts)
+        with torch.cuda.device(parts[0].out.device):
+            return merge_triton.merge(parts)
     return plain(parts)
 
 

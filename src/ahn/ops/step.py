@@ -202,9 +202,10 @@ def operator(
     if query.is_cuda:
         from ahn.ops import step_triton
 
-        return step_triton.step(
-            query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read
-        )  # fmt: skip
+        with torch.cuda.device(query.device):
+            return step_triton.step(
+                query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read
+            )  # fmt: skip
     return step(query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read)
 
 

@@ -16,7 +16,8 @@ def long_vector(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     from ahn.ops import vector_triton
 
-    return vector_triton.product(x, weight)
+    with torch.cuda.device(x.device):
+        return vector_triton.product(x, weight)
 
 
 @long_vector.register_fake
