@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNCache, AHNError
-from ahn.decode import regional, runner
+from ahn.compiled import layers_compiled
+from ahn.decode import runner
 
 WINDOW, SINKS = 9, 3
 LOSSLESS = WINDOW + SINKS
@@ -505,7 +506,7 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], monkeypatch:
 
     def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         def replay() -> Tensor:
-            with regional.layers_compiled(model):
+            with layers_compiled(model):
                 assert all(layer._compiled_call_impl is not None for layer in model.get_decoder().layers)
                 return once()
 
@@ -531,7 +532,7 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], monkeypatch:
         talk.steps(2)
         talk.check(TOLERANCE)
         assert len(compiled) == 2, "another batch size"
-        with pytest.raises(KeyError), regional.layers_compiled(model):
+        with pytest.raises(KeyError), layers_compiled(model):
             raise KeyError
         assert _traces(model) == before
     finally:

@@ -24,6 +24,7 @@ from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
+from ahn.memory_query import memory_query
 from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
 
@@ -193,7 +194,7 @@ def _write_and_read(
     x = layer.x[:, -view.evicted :]
     query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
-        query = memory_query(module, memory, layer, view.evicted)
+        query = memory_query(module, memory, layer.x, layer.rope, view.evicted)
     weight = None if layer.router is None else layer.router(view.written / view.window)
     rule = memory.step_rule()
     if rule is not None and ops.scans_whole(query):
@@ -211,16 +212,6 @@ def _write_and_read(
         o, state = memory.scan(query, key, value, left.gates, state)
     read = memory.read_out(o, x)
     return read if weight is None else weight.unsqueeze(-1) * read, state
-
-
-def memory_query(module: nn.Module, memory: RecurrentMemory, layer: LayerContext, count: int) -> Tensor:
-    """The query of the last `count` tokens through the memory's own `q_proj`, (B, Hq, count, P)."""
-    assert memory.q_proj is not None
-    query = memory.q_proj(_query_before_rope(module, layer.x[:, -count:]))
-    if layer.rope is None:
-        raise AHNError("q_proj needs the model's rotary embedding, which this attention does not receive.")
-    cos, sin = (part[:, -count:] for part in layer.rope)
-    return _own_rope(module)(query, query, cos, sin)[0]
 
 
 def kernel_function(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -246,18 +237,3 @@ def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Ten
     if mask is None or kernel == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _query_before_rope(module: nn.Module, x: Tensor) -> Tensor:
-    """The base model's query of x (B, m, D) before its norm and RoPE: (B, Hq, m, P)."""
-    # Phi-3 keeps q, k and v in one matrix, q first.
-    query = module.q_proj(x) if hasattr(module, "q_proj") else module.qkv_proj(x)[..., : module.o_proj.in_features]
-    # view, not unflatten: torch.compile cannot look into the latter.
-    return query.view(*query.shape[:-1], -1, module.head_dim).transpose(1, 2)
-
-
-def _own_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    rope = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if rope is None:
-        raise AHNError(f"q_proj needs apply_rotary_pos_emb in {type(module).__module__}; use a config without q_proj.")
-    return rope

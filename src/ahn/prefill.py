@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ahn import decode
 from ahn.cache import AHNCache
+from ahn.compiled import leaves_compiled
 from ahn.errors import AHNError
 
 
@@ -95,7 +96,7 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
     rows, order = wanted.sort()
     logits: list[Tensor] = []
-    with decode.leaves_compiled(model) if model.device.type == "cuda" else contextlib.nullcontext():
+    with leaves_compiled(model) if model.device.type == "cuda" else contextlib.nullcontext():
         for start, stop in pieces:
             inside = rows[(rows >= start) & (rows < stop)] - start
             part = _slice(kwargs, start, stop, seen)

@@ -70,6 +70,9 @@ def in_other_processes(function: Callable[[int], None], ranks: int = 1, timeout:
     def child(rank: int) -> None:
         from accelerate.state import AcceleratorState, GradientState
 
+        torch.set_num_threads(
+            1
+        )  # a forked process makes its own pool: now, before threads that load weights race for it
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if ranks > 1:

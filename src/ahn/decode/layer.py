@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ahn.memory import RecurrentMemory
+from ahn.memory_query import memory_query
 from ahn.ops.step import StepBuffers, StepRead, StepRule, layer_step
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def step_attention(
     Returns:
         (B, 1, Hq, P), and None for the weights that the kernel never writes down.
     """
-    from ahn.attention import memory_query
-
     memory, x = layer.ahn.fn, layer.x
     gates: dict[str, Tensor] = {}
     rule = read = None
@@ -63,7 +62,7 @@ def step_attention(
         if layer.router is not None:
             written = step.positions - (step.window + step.sinks) + 1
             weight = layer.router((written / step.window)[:, None])[:, :, 0]
-        own = query if memory.q_proj is None else memory_query(module, memory, layer, 1)
+        own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1)
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight)
     buffers = layer.ahn.step_buffers

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ahn.cache import AHNCache, new_columns
+from ahn.compiled import layers_compiled
 from ahn.decode.layer import StepForward, step_buffers
-from ahn.decode.regional import layers_compiled
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
 from ahn.ops.step import StepBuffers, supported

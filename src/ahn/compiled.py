@@ -1,4 +1,6 @@
-"""Compile one decoder layer and run all of them with it: seconds instead of the minute that a whole model takes.
+"""Parts of a model compiled for a while: a decoder layer for steps, its small modules for reading long prompts.
+
+One layer is compiled and all run with it: seconds instead of the minute that a whole model takes.
 
 Layers differ in numbers that torch.compile would compile again for (their index, the handles of their hooks) and that
 a step never uses. Inside `layers_compiled` they are made the same.
