@@ -16,3 +16,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def triton() -> None:
+    """Our kernels, on a GPU or interpreted; not everywhere is there a Triton."""
+    pytest.importorskip("triton")

@@ -37,6 +37,7 @@ def test_bands_are_the_mask(data: st.DataObject) -> None:
     assert relative_error(found, expected) < FLOAT32
 
 
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("count", [2, 3])
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)

@@ -47,6 +47,7 @@ def expected(query, key, value, write, decay, state, rule, read):
     return _read_out(merged, rule, flat).double().view(B, m, H, P).transpose(1, 2), state
 
 
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "P"), [(1, 1, 1, 16), (64, 2, 1, 16), (65, 4, 2, 16), (150, 2, 2, 32)]

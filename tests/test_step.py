@@ -78,6 +78,7 @@ def compare(inputs, buffers, rest):
             assert relative_error(own.nan_to_num(), x.nan_to_num()) < FLOAT32, name
 
 
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", RULES)
 @given(data=st.data())
 @settings(max_examples=12 if INTERPRETED else 5, deadline=None)

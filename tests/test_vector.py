@@ -11,6 +11,7 @@ from test_step import DEVICE
 from ahn.ops import vector
 
 
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(("rows", "features"), [(1, 1), (7, 33), (64, 100), (130, 257)])
 def test_the_kernel_is_the_product(rows: int, features: int) -> None:
     from ahn.ops import vector_triton
