@@ -58,11 +58,15 @@ def _devices() -> list[str]:
 
 
 def _ops_backends() -> dict[str, str]:
-    """The backend of long scans on the best device: in inference, and in training (which may need another one)."""
+    """What computes the memory on the best device, in inference and in training."""
     from ahn import ops
 
     device = common.pick_device(None)
-    return {use: ops.default_backend(device, needs_grad=use == "training") for use in ("inference", "training")}
+    training = ops.default_backend(device, needs_grad=True)
+    if device.type != "cuda":
+        return {"inference": training, "training": training}
+    kernels = "ahn's kernels" if ops.has_triton() else "no kernels: they need Triton and a C compiler (gcc)"
+    return {"inference": kernels, "training": training}
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
@@ -55,8 +57,9 @@ def _has_fla() -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether our kernels can run; torch brings Triton along on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether our kernels can run: Triton is there (torch brings it along on Linux), and a C compiler for it to call."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers)
 
 
 @cache
