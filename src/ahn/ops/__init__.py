@@ -57,7 +57,7 @@ def _has_fla() -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether our kernels can run: Triton is there (torch brings it along on Linux), and a C compiler for it to call."""
+    """Whether our kernels can run: with Triton (torch brings it along on Linux) and a C compiler that it calls."""
     compilers = (os.environ.get("CC", ""), "gcc", "clang")
     return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers)
 
