@@ -662,3 +662,16 @@ def test_an_adapted_model_can_be_copied(how: str) -> None:
     assert not torch.equal(twin(ids).logits, expected) and torch.equal(model(ids).logits, expected)
     ahn.detach(twin)
     assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_attention_weights_of_a_chunk() -> None:
+    """The base model's "eager" kernel gives weights, on a live cache too."""
+    model = student()
+    ahn.detach(model)
+    model.set_attn_implementation("eager")
+    ahn.attach(model, ahn.AHNConfig(window=8, sinks=2))
+    cache = start(model, tokens(1, 30))
+    out = model(tokens(1, 5, seed=1), past_key_values=cache, output_attentions=True)
+    assert all(weights.shape[-2:] == (5, 15) for weights in out.attentions)
+    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones_like(out.attentions[0][..., 0]))

@@ -119,7 +119,8 @@ def attention(
         return kernel_function(kernel, module)(module, query, key, value, attention_mask.resolve(kernel), **kwargs)
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
-    banded = bands.applies(view, query) and not memory.slot_count(view.window) and not _own_scores(kwargs)
+    plain = kernel != "eager" and not _own_scores(kwargs)  # "eager" is asked for where its weights are wanted
+    banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
     if banded:
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
