@@ -675,3 +675,15 @@ def test_attention_weights_of_a_chunk() -> None:
     out = model(tokens(1, 5, seed=1), past_key_values=cache, output_attentions=True)
     assert all(weights.shape[-2:] == (5, 15) for weights in out.attentions)
     torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones_like(out.attentions[0][..., 0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "olmo"])
+def test_chunks_below_the_window_are_the_base_models(architecture: str) -> None:
+    """To the last bit: until something leaves the window, a later chunk runs on the base model's own kernel."""
+    ids = tokens(1, 20)
+    plain, model = base(architecture), adapted(architecture, window=30, sinks=2)
+    theirs, ours = DynamicCache(config=plain.config), AHNCache.for_model(model)
+    for part in ids.split(7, dim=1):
+        expected = plain(part, past_key_values=theirs).logits
+        assert torch.equal(model(part, past_key_values=ours).logits, expected)

@@ -26,13 +26,17 @@ def applies(view: Visibility, query: Tensor) -> bool:
     """Whether `attend` can do this forward, and is the faster way."""
     n, P = query.shape[2:]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and not (half and P % 8 == 0 and P <= 128 and has_triton()):
+    if query.is_cuda and not (half and P % 8 == 0 and P <= 128 and has_triton() and _ampere(query.device)):
         return False
     if query.device.type not in ("cuda", "cpu") or torch.is_grad_enabled() or n < 2 or view.seen == 0:
         return False
     if view.padded or view.moved or torch.is_autocast_enabled(query.device.type):
         return False
-    return view.window > 2 if view.seen >= view.sinks + view.window else view.evicted == 0
+    if view.seen >= view.sinks + view.window:
+        return view.window > 2
+    # On a CPU nothing has changed until something leaves the window, to the last bit. On a GPU the base model's own way
+    # of reading a later chunk is a dense mask.
+    return query.is_cuda and view.evicted == 0
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float) -> Tensor:
@@ -86,9 +90,12 @@ def kernel(query: Tensor) -> Kernel:
     """The dense attention that also says its log-sum-exp: torch's on a CPU, cuDNN's, else FlashAttention-2."""
     if not query.is_cuda:
         return _cpu
-    if torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(query.device) >= (8, 0):
-        return _cudnn
-    return _flash
+    return _cudnn if torch.version.cuda and torch.backends.cudnn.is_available() else _flash
+
+
+def _ampere(device: torch.device) -> bool:
+    """Older GPUs have neither kernel."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:

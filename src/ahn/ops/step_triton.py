@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ahn.ops.step import StepBuffers, StepRead, StepRule
 
-BLOCK = 64  # slots that a program looks at together
+TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
-def split_count(rows: int, slots: int, processors: int) -> int:
+def split_count(rows: int, slots: int, block: int, processors: int) -> int:
     """Parts of the slots, a power of two, so that about every multiprocessor is busy with rows = B · Hkv."""
     wanted = max(1, PROGRAMS_A_PROCESSOR * processors // rows)
-    return min(128, triton.next_power_of_2(triton.cdiv(slots, BLOCK)), 1 << (wanted.bit_length() - 1))
+    return min(128, triton.next_power_of_2(triton.cdiv(slots, block)), 1 << (wanted.bit_length() - 1))
 
 
 @triton.jit
@@ -206,8 +206,9 @@ def step(
     B, HEADS, P = query.shape
     HKV, slots = buffers.keys.shape[1:3]
     groups = HEADS // HKV
-    splits = split_count(B * HKV, slots, processors)
-    per_split = triton.cdiv(triton.cdiv(slots, splits), BLOCK) * BLOCK
+    block = min(64, max(16, TILE_BYTES // (P * buffers.keys.element_size())))
+    splits = split_count(B * HKV, slots, block, processors)
+    per_split = triton.cdiv(triton.cdiv(slots, splits), block) * block
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     partial = torch.empty(B, HEADS, splits, P, dtype=torch.float32, device=query.device)
     score = torch.empty(B, HEADS, splits, dtype=torch.float32, device=query.device)
@@ -221,7 +222,7 @@ def step(
         query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
         read.query.contiguous() if read is not None else query, buffers.write, buffers.decay, buffers.state, raw,
         slots, sinks, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
-        SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=BLOCK,
+        SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         COLUMNS=columns, MEMORY=memory, DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip
