@@ -24,6 +24,7 @@ from ahn.config import AHNConfig
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
+from ahn.memory_query import evicted_rope
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
 
@@ -61,6 +62,8 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     decoder, layers = _decoder_layers(model)
     chosen = shape.memory_layers(config.full_attention_layers)
     modules = {index: _attention_module(layers[index], shape) for index in chosen}
+    if config.content_keys and not hasattr(decoder, "rotary_emb"):
+        raise AHNError(f"content_keys needs {type(decoder).__name__}.rotary_emb, which it has not.")
     kernel = decoder.config._attn_implementation
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
@@ -177,7 +180,10 @@ class DecoderHook:
         view = self._view(cache, tokens, kwargs.get("attention_mask"))
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
-        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel)
+        context = kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel)
+        if self.model.ahn_config.content_keys and view.evicted:
+            context.evicted_rope = evicted_rope(decoder, view, kwargs.get("position_ids"))
+            context.rope_scaling = getattr(decoder.rotary_emb, "attention_scaling", 1.0)
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

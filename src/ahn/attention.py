@@ -17,14 +17,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn import bands, ops
+from ahn import bands, ops, slot_attention
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
-from ahn.memory_query import memory_query
+from ahn.memory.slots import ExactSlots
+from ahn.memory_query import Rope, before_rope, memory_query
 from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
 
@@ -39,6 +40,9 @@ class ForwardContext:
     visibility: Visibility
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
+    evicted_rope: Rope | None = None
+    """With `content_keys`, where something leaves the window: how its keys were rotated."""
+    rope_scaling: float = 1.0
 
 
 @dataclasses.dataclass
@@ -120,8 +124,9 @@ def attention(
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     plain = kernel != "eager" and not _own_scores(kwargs)  # "eager" is asked for where its weights are wanted
+    slotted = isinstance(memory, ExactSlots) and view.evicted > 0
     banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
-    if banded:
+    if banded or (slotted and view.length > 1):
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
@@ -151,14 +156,19 @@ def attention(
         key, value = torch.cat([slot_keys, key], dim=2), torch.cat([slot_values, value], dim=2)
     if dense is not None:
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
-    if banded:
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if isinstance(memory, ExactSlots) and slotted:
+        if not plain:
+            raise AHNError(f"The memory {memory.name!r} needs plain attention: no eager kernel, soft cap or learned sinks.")
+        held = slot_attention.attend(memory, query, key, value, left, view, mask, state, cache_layer is not None, scaling)
+        out, weights, state = held[0].transpose(1, 2), None, held[1]
+    elif banded:
         out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
     else:
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
     if view.evicted and isinstance(memory, RecurrentMemory):
-        read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
+        read, state = _write_and_read(module, memory, ahn_layer, ahn_forward, query, left, state)
         tail = view.length - view.evicted
         whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
         out = torch.cat([out[:, :tail], whole], dim=1) if tail else whole
@@ -186,16 +196,21 @@ def _write_and_read(
     module: nn.Module,
     memory: RecurrentMemory,
     layer: LayerContext,
-    view: Visibility,
+    forward: ForwardContext,
     query: Tensor,
     left: Evicted,
     state: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
+    view, content = forward.visibility, forward.evicted_rope is not None
     x = layer.x[:, -view.evicted :]
     query = query[:, :, -view.evicted :]
+    if content:
+        left = dataclasses.replace(left, key=before_rope(module, left.key, forward.evicted_rope, forward.rope_scaling))
     if memory.q_proj is not None:
-        query = memory_query(module, memory, layer.x, layer.rope, view.evicted)
+        query = memory_query(module, memory, layer.x, layer.rope, view.evicted, content)
+    elif content:
+        query = before_rope(module, query, layer.rope, forward.rope_scaling)
     weight = None if layer.router is None else layer.router(view.written / view.window)
     rule = memory.step_rule()
     if rule is not None and ops.scans_whole(query):
@@ -204,13 +219,14 @@ def _write_and_read(
             finish = StepRead(query, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight)
         decay = None if rule.decay is None else left.gates[rule.decay]
         o, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
-        state = {"state": new}
+        state = state | {"state": new}
         if finish is not None:
             return o, state
     else:
         groups = query.shape[1] // left.key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
-        o, state = memory.scan(query, key, value, left.gates, state)
+        o, new_state = memory.scan(query, key, value, left.gates, state)
+        state = state | new_state
     read = memory.read_out(o, x)
     return read if weight is None else weight.unsqueeze(-1) * read, state
 

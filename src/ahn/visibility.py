@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ahn.errors import AHNError
 
+FOREVER = 2**31 - 1
+"""A key that is never out of sight, where its last query is asked for."""
+
 
 @dataclasses.dataclass
 class Padding:
@@ -173,6 +176,16 @@ class Visibility:
         return seen[:, None]
 
     @cached_property
+    def until(self) -> Tensor:
+        """(B or 1, 1, cached + length) int32: of the new tokens from a key's own on, those before this one see it.
+
+        Together with causality this is `mask`, but for padding, which sees nothing here.
+        """
+        keys = self.key_positions
+        last = torch.where(keys < self.sinks, FOREVER, keys + self.window - self.query_positions[:, :1])
+        return torch.where(keys < 0, -1, last)[:, None].int()
+
+    @cached_property
     def new_slot(self) -> Tensor:
         """(B or 1, 1) the fixed slot that a single new token takes; see `Slots`."""
         return Slots(self.window, self.sinks).of(self._read())
@@ -206,6 +219,11 @@ class Visibility:
         first = self.seen - self.window if self.rolled else self.sinks
         positions = self._indices(first, first + self.evicted) - self._pads()
         return positions >= (self._read() - self.window).clamp_min(self.sinks)
+
+    @cached_property
+    def evicted_positions(self) -> Tensor:
+        """(B or 1, evicted) positions of the tokens that leave; meaningless for padding."""
+        return self.query_positions[:, self.length - self.evicted :] - self.window
 
     @cached_property
     def written(self) -> Tensor:

@@ -47,6 +47,8 @@ class Memory(nn.Module):
 
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
+    keeps_slots: ClassVar[bool] = False
+    """Attention sees some evicted tokens as they are; see `ahn.memory.slots` and `ahn.slot_attention`."""
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
         super().__init__()
@@ -106,6 +108,10 @@ class RecurrentMemory(Memory, ABC):
         if self.q_proj is not None:
             nn.init.normal_(self.q_proj.weight, std=INIT_STD)
         self.reset_gates()
+
+    @torch.no_grad()
+    def start_with_horizons(self, horizons: Tensor) -> None:
+        """Before training: let each head forget with this e-fold, (H,) tokens. Nothing where nothing is forgotten."""
 
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """One float32 zero matrix a head: (B, H, P_key, P_value)."""

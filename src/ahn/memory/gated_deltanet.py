@@ -37,6 +37,12 @@ class GatedDeltaNet(DeltaNet):
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         nn.init.ones_(self.D)
 
+    @torch.no_grad()
+    def start_with_horizons(self, horizons: Tensor) -> None:
+        self.A_log.zero_()
+        step = 1 / horizons
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
         step = F.softplus(head_gate(self.a_proj, x).float() + self.dt_bias.float()[:, None])
         return super().write_gates(x) | {"decay": -self.A_log.float().exp()[:, None] * step}

@@ -33,6 +33,10 @@ class Mamba2(RecurrentMemory):
         self.A_log.copy_(torch.arange(1, self.heads + 1, dtype=self.A_log.dtype, device=self.A_log.device).log())
         nn.init.ones_(self.norm.weight)
 
+    @torch.no_grad()
+    def start_with_horizons(self, horizons: Tensor) -> None:
+        self.A_log.copy_(-(horizons * F.softplus(self.dt_bias)).log())
+
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
         step = F.softplus(head_gate(self.dt_proj, x).float() + self.dt_bias.float()[:, None])
         return {"step": step, "decay": -self.A_log.float().exp()[:, None] * step}
