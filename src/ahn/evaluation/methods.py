@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 import ahn
 from ahn import memory, tiny
@@ -135,12 +132,7 @@ def baseline(method: str, config: AHNConfig) -> AHNConfig:
         AHNError: the total is too small for a slot and a window.
     """
     name = BASELINES[method]
-    slots = _slot_count(name)
-    # Slots grow with the window, so the widest one that fits is found by going down.
-    for window in range(config.window, 0, -1):
-        if window + slots(window) <= config.window:
-            return config.replace(memory=name, window=window)
-    raise AHNError(f"A window of {config.window} tokens has no room for {method}'s slots: choose a larger one.")
+    return config.replace(memory=name, window=memory.window_within(name, config.window))
 
 
 def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
@@ -150,7 +142,7 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     found |= {"device": model.device.type, "attention": _kernel(model)}
     if config is None:
         return found | {"memory": None}
-    slots = _slot_count(config.memory)(config.window)
+    slots = memory.slot_count(config.memory, config.window)
     return found | dataclasses.asdict(config) | {"slots": slots, "budget": config.lossless + slots}
 
 
@@ -178,11 +170,6 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def _name(base: str) -> str:
     """What results call a base model."""
     return SHIPPED if Path(base).resolve() == tiny.path().resolve() else Path(base).name
-
-
-def _slot_count(name: str) -> Callable[[int], int]:
-    with torch.device("meta"):
-        return memory.get(name)(hidden_size=1, heads=1, head_dim=1).slot_count
 
 
 def _kernel(model: PreTrainedModel) -> str:

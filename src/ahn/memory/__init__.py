@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import pkgutil
 from functools import cache
 
+import torch
+
 from ahn.errors import AHNError
 from ahn.memory.base import Memory, RecurrentMemory
 
-__all__ = ["Memory", "RecurrentMemory", "baselines", "by_published_name", "get", "names"]
+__all__ = ["Memory", "RecurrentMemory", "baselines", "by_published_name", "get", "names", "slot_count", "window_within"]
 
 
 @cache
@@ -49,3 +52,23 @@ def by_published_name(published: str) -> type[Memory]:
             return cls
     known = ", ".join(cls.published_name for cls in _registry().values() if cls.published_name)
     raise AHNError(f"Unknown AHN implementation {published!r}; this installation has {known}.")
+
+
+def slot_count(name: str, window: int) -> int:
+    """Keys a layer that attention sees besides sinks and window with the memory called `name`."""
+    with torch.device("meta"):
+        return get(name)(hidden_size=1, heads=1, head_dim=1).slot_count(window)
+
+
+def window_within(name: str, keys: int) -> int:
+    """The widest window that fits into `keys` exact keys together with the memory's slots.
+
+    Raises:
+        AHNError: there is no room for a window of one token.
+    """
+    with torch.device("meta"):
+        slots = get(name)(hidden_size=1, heads=1, head_dim=1).slot_count
+    window = bisect.bisect_right(range(1, keys + 1), keys, key=lambda window: window + slots(window))
+    if window < 1:
+        raise AHNError(f"A window of {keys} tokens has no room for the slots of {name}: choose a larger one.")
+    return window
