@@ -76,7 +76,7 @@ def test_a_plain_model_serves_every_baseline_but_no_memory(tiny: tuple[str, str]
         methods.load("ahn", tiny[0])
     with pytest.raises(AHNError, match="Unknown method 'retrieval'; choose one of ahn, window, full, ct-max, ct-avg"):
         methods.load("retrieval", *tiny)
-    with pytest.raises(AHNError, match="has no room for ct-max's slots"):
+    with pytest.raises(AHNError, match="has no room for the slots of ct_max"):
         methods.load("ct-max", tiny[0], window=1, device="cpu")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 256  # arrivals compared at once with all that are held: (C + BLOCK) × BLOCK numbers a head
+BLOCK = 1024  # arrivals compared at once with all that are held: (C + BLOCK) × BLOCK numbers a head
 
 
 def dropped_at(held: Tensor, arriving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
