@@ -53,7 +53,7 @@ def held_out_text(root: Path | None = None) -> list[tuple[str, str]]:
         AHNError: the directory holds none of the modules as source.
     """
     root = stdlib() if root is None else root
-    found = [(name, _read(root / f"{name}.py")) for name in HELD_OUT]
+    found = [(name, read_source(root / f"{name}.py")) for name in HELD_OUT]
     texts = [(name, text) for name, text in found if text]
     if not texts:
         raise AHNError(
@@ -72,13 +72,13 @@ def train_documents(root: Path | None = None) -> list[tuple[str, str]]:
         AHNError: the directory holds no Python sources beside the held-out ones.
     """
     root = stdlib() if root is None else root
-    held_out = {line for name in HELD_OUT for line in _long_lines(_read(root / f"{name}.py"))}
+    held_out = {line for name in HELD_OUT for line in long_lines(read_source(root / f"{name}.py"))}
     documents: dict[str, list[str]] = {}
     seen: set[str] = set()
     for path in _sources(root):
-        text = _read(path)
+        text = read_source(path)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        if not text or digest in seen or _repeats(text, held_out):
+        if not text or digest in seen or repeats(text, held_out):
             continue
         seen.add(digest)
         relative = path.relative_to(root)
@@ -100,7 +100,7 @@ def _sources(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path) -> str:
+def read_source(path: Path) -> str:
     """The file's text with plain newlines; empty when it is missing or not UTF-8 (as some test files)."""
     try:
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
@@ -108,10 +108,12 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _long_lines(text: str) -> list[str]:
+def long_lines(text: str) -> list[str]:
+    """Stripped lines that are long enough to be recognised in another file."""
     return [line for line in map(str.strip, text.splitlines()) if len(line) >= COPY_LINE]
 
 
-def _repeats(text: str, held_out: set[str]) -> bool:
-    lines = _long_lines(text)
+def repeats(text: str, held_out: set[str]) -> bool:
+    """The text is a near copy: too many of its long lines are among the held-out ones."""
+    lines = long_lines(text)
     return bool(lines) and sum(line in held_out for line in lines) > COPY_SHARE * len(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from .log import write_json
 from .recipe import SEED, Recipe
 
 MAX_POSITION = 32768
@@ -41,8 +41,8 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalL
     return model
 
 
-def hidden_states(model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Final hidden states (B, L, D) of ids (B, L). Causal; with a boolean mask (1, 1, L, L), what it shows instead.
+def hidden_states(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
+    """Final hidden states (B, L, D) of ids (B, L) with full attention.
 
     Layer by layer, so that layers can be compiled one by one; measuring (no gradients) takes them as they are.
     """
@@ -53,7 +53,7 @@ def hidden_states(model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None = No
     angles = decoder.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
     for layer in decoder.layers:
         run = layer if torch.is_grad_enabled() else layer.forward
-        x = run(x, attention_mask=mask, position_embeddings=angles)
+        x = run(x, attention_mask=None, position_embeddings=angles)
     return decoder.norm(x)
 
 
@@ -74,12 +74,6 @@ def save(model: Qwen3ForCausalLM, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     config = model.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     generation = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
-    _write_json(folder / "generation_config.json", generation)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(part, path)
+    write_json(folder / "generation_config.json", generation)

@@ -1,0 +1,134 @@
+"""What a memory is worth: make a base model, distil memories onto it, measure them, draw the figures.
+
+    python benchmarks/quality/run.py --out runs/quality                     # everything that is not done yet
+    python benchmarks/quality/run.py prepare base --out runs/quality        # some stages
+    python benchmarks/quality/run.py distill evaluate --out runs/quality --share 0/2    # and 1/2 in a second process
+    python benchmarks/quality/run.py report --out runs/quality
+
+Stages are prepare (CPU: corpus, tokenizer, token ids), base (the base model), distill (a memory of each run), evaluate
+(all of them and the baselines) and report (results.jsonl, tables, figures). What has been done is not done again.
+
+`--recipe tiny` makes ahn-tiny, the model that ships with the package; its last stage, `card`, has to be named: it writes
+the model card and copies everything into the package. `--smoke` is a shape that a CPU finishes in about a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+STAGES = ("prepare", "base", "distill", "evaluate", "report")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    for stage in options.stages or STAGES:
+        globals()[f"_{stage}"](options, out)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line to options; `recipe` is the recipe itself."""
+    from stages.recipes import RECIPES, smoke
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (all), or card")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of this study")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="study")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape, to check the stages themselves")
+    parser.add_argument("--corpus", type=Path, action="append", default=[], help="a folder of packages to read instead")
+    parser.add_argument("--seconds", type=float, help="base: shorten training so that it ends by then")
+    parser.add_argument("--device", help="cuda:0, cpu, ...; default: a GPU if there is one")
+    parser.add_argument("--only", type=_names, default=(), help="distill, evaluate: these rows only, a,b,...")
+    parser.add_argument("--seeds", type=_numbers, default=(), help="distill, evaluate: these seeds only, 0,1,...")
+    parser.add_argument("--share", type=_share, default=(0, 1), help="distill, evaluate: I/N, every N-th run from the I-th")
+    options = parser.parse_args(arguments)
+    unknown = set(options.stages) - {*STAGES, "card"}
+    if unknown:
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}, card")
+    recipe = RECIPES[options.recipe]
+    options.recipe = smoke(recipe) if options.smoke else recipe
+    known = {run.name for run in options.recipe.runs}
+    from stages.recipe import BASELINES
+
+    missing = set(options.only) - known - set(BASELINES)
+    if missing:
+        parser.error(f"the recipe has no run {', '.join(sorted(missing))}; it has {', '.join(sorted(known))}")
+    return options
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"{text}: the first number must be below the second")
+    return index, count
+
+
+def _device(options: argparse.Namespace) -> Any:
+    import torch
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _prepare(options: argparse.Namespace, out: Path) -> None:
+    from stages.prepare import DONE, prepare
+
+    if not (out / DONE).exists():
+        prepare(options.recipe, out, options.corpus)
+
+
+def _base(options: argparse.Namespace, out: Path) -> None:
+    from stages.base import DONE, train_base
+
+    if not (out / DONE).exists():
+        train_base(options.recipe, out, _device(options), options.seconds)
+
+
+def _distill(options: argparse.Namespace, out: Path) -> None:
+    from stages.distill import distill_memory, marker
+    from stages.recipe import tasks
+
+    index, count = options.share
+    for task in tasks(options.recipe, options.only, options.seeds)[index::count]:
+        if not marker(out, task).exists():
+            distill_memory(options.recipe, out, task, _device(options))
+
+
+def _evaluate(options: argparse.Namespace, out: Path) -> None:
+    from stages.evaluate import evaluate
+    from stages.recipe import baselines, tasks
+
+    index, count = options.share
+    chosen = [*tasks(options.recipe, options.only, options.seeds), *baselines(options.only)]
+    evaluate(options.recipe, out, chosen[index::count], _device(options))
+
+
+def _report(options: argparse.Namespace, out: Path) -> None:
+    from stages.report import report
+
+    report(options.recipe, out)
+
+
+def _card(options: argparse.Namespace, out: Path) -> None:
+    from stages.card import install, write_card
+
+    write_card(options.recipe, out)
+    if not options.smoke:
+        install(options.recipe, out)
+
+
+if __name__ == "__main__":
+    main()

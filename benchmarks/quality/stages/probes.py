@@ -1,0 +1,115 @@
+"""What models are measured on: held-out sequences, texts full of facts, and single facts at chosen depths.
+
+A probe asks a model for hidden states of token ids, whichever way it reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ahn.tiny.facts import FactText, FactWriter
+
+from .recipe import SEED, Context
+
+Hidden = Callable[[Tensor], Tensor]
+"""Token ids (B, L) to final hidden states (B, L, D)."""
+
+BUCKETS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+"""Distances in tokens; a bucket reaches from one, exclusive, to the next, inclusive."""
+FACTS = 48
+"""In one text, at most; a quarter of its tokens is the other limit."""
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+"""Where a needle is stated: 0 is the beginning of the text, which ends with the question."""
+
+
+def bucket(distance: int) -> int:
+    """The lower end of a distance's bucket."""
+    return max(low for low in BUCKETS if low < distance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """A text that ends with the question for a fact stated at `depth`, a share of its length."""
+
+    text: FactText
+    depth: float
+
+
+class Probes:
+    """Fixed probes of one context length, the same at every call and on every machine with the same corpus."""
+
+    def __init__(self, folder: Path, facts: FactWriter, context: Context) -> None:
+        self.context, self.facts = context, facts
+        with np.load(folder / "held_out.npz") as held_out:
+            self._documents = {name: held_out[name].astype(np.int64) for name in held_out.files}
+        pieces = self._pieces(context.length)
+        self.sources = [name for name, _ in pieces[: context.chunks]]
+        self.chunks = torch.from_numpy(np.stack([ids for _, ids in pieces[: context.chunks]]))
+        count = min(FACTS, context.length // (4 * facts.cost))
+        bare = context.length - count * facts.cost
+        self.texts = [
+            facts.write(ids[:bare].tolist(), count, random.Random(f"{SEED}-{n}"))
+            for n, (_, ids) in enumerate(pieces[: context.texts])
+        ]
+        self.needles = {length: self._needles(length) for length in context.needle_lengths}
+
+    def _pieces(self, length: int) -> list[tuple[str, np.ndarray]]:
+        """Whole pieces of documents, the first of each, then the second, …; of all of them joined if none is as long.
+
+        A piece's name is its document's.
+        """
+        documents = self._documents
+        if max(map(len, documents.values())) < length:
+            documents = {"joined": np.concatenate(list(documents.values()))}
+        starts = range(0, max(map(len, documents.values())), length)
+        pieces = [(name, ids[start : start + length]) for start in starts for name, ids in documents.items()]
+        whole = [(name, ids) for name, ids in pieces if len(ids) == length]
+        if not whole:
+            raise ValueError(f"All held-out text is shorter than {length} tokens; hold out more or measure less.")
+        return whole
+
+    def _needles(self, length: int) -> list[Needle]:
+        """`trials` needles at each depth, each text `length` tokens long and the facts' own."""
+        pieces, found = self._pieces(length), []
+        for depth in DEPTHS:
+            for trial in range(self.context.trials):
+                rng = random.Random(f"needle-{SEED}-{length}-{depth}-{trial}")
+                ids = rng.choice(pieces)[1].tolist()
+                cut = int(depth * length)
+                starts = self.facts.line_starts(ids[cut:])
+                text = self.facts.write(ids[cut:], 1, rng, min_distance=starts[-1] - starts[0])
+                facts = [dataclasses.replace(fact, answer=fact.answer + cut) for fact in text.facts]
+                whole = FactText(ids[:cut] + text.ids, facts, [position + cut for position in text.inserted])
+                found.append(Needle(whole, depth))
+        return found
+
+
+@torch.no_grad()
+def recalled(hidden: Hidden, head: nn.Linear, texts: list[FactText], values: dict[str, int], batch: int) -> list[bool]:
+    """Whether each fact of texts of one length was recalled, text by text in the order of their facts."""
+    right: list[bool] = []
+    for first in range(0, len(texts), batch):
+        part = texts[first : first + batch]
+        states = hidden(torch.tensor([text.ids for text in part], device=head.weight.device))
+        for row, text in enumerate(part):
+            guesses = head(states[row, [fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
+            right += [guess == values[fact.value] for guess, fact in zip(guesses, text.facts, strict=True)]
+    return right
+
+
+def by_distance(texts: list[FactText], right: list[bool]) -> dict[str, list[int]]:
+    """Hits and asked facts of each bucket of distances, by the bucket's lower end."""
+    counts: dict[int, list[int]] = {}
+    facts = [fact for text in texts for fact in text.facts]
+    for fact, hit in zip(facts, right, strict=True):
+        entry = counts.setdefault(bucket(fact.distance), [0, 0])
+        entry[0] += hit
+        entry[1] += 1
+    return {str(low): counts[low] for low in sorted(counts)}
