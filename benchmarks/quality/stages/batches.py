@@ -64,8 +64,11 @@ class Texts:
         rng = random.Random(seed)
         count = rng.randint(*facts)
         bare = length - count * self.facts.cost
-        start = rng.randrange(len(self.train) - bare)
-        window = self.train[start : start + bare].astype(np.int64)
+        while True:  # until there are lines to put facts between: some files are one long table
+            start = rng.randrange(len(self.train) - bare)
+            window = self.train[start : start + bare].astype(np.int64)
+            if len(self.facts.line_starts(window.tolist())) > 8:
+                break
         if rng.random() < self.rename_share:
             window = self.rename(window, np.random.default_rng(rng.getrandbits(64)))
         return self.facts.write(window.tolist(), count, rng, max_distance=reach)
