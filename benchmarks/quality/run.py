@@ -76,7 +76,9 @@ def _share(text: str) -> tuple[int, int]:
 
 def _device(options: argparse.Namespace) -> Any:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)

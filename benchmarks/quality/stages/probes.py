@@ -34,6 +34,16 @@ def bucket(distance: int) -> int:
     return max(low for low in BUCKETS if low < distance)
 
 
+def repeat_distances(ids: np.ndarray) -> np.ndarray:
+    """For each token of ids (L,) but the first, how many tokens ago it followed the same token; 0 for never, (L - 1,)."""
+    pairs = ids[:-1] * (int(ids.max()) + 1) + ids[1:]
+    order = np.argsort(pairs, kind="stable")
+    same = np.flatnonzero(pairs[order[1:]] == pairs[order[:-1]])
+    distances = np.zeros(len(pairs), dtype=np.int64)
+    distances[order[same + 1]] = order[same + 1] - order[same]
+    return distances
+
+
 @dataclasses.dataclass(frozen=True)
 class Needle:
     """A text that ends with the question for a fact stated at `depth`, a share of its length."""
@@ -58,6 +68,7 @@ class Probes:
             facts.write(ids[:bare].tolist(), count, random.Random(f"{SEED}-{n}"))
             for n, (_, ids) in enumerate(pieces[: context.texts])
         ]
+        self.repeats = np.stack([repeat_distances(ids) for ids in self.chunks.numpy()])
         self.needles = {length: self._needles(length) for length in context.needle_lengths}
 
     def _pieces(self, length: int) -> list[tuple[str, np.ndarray]]:
