@@ -112,9 +112,7 @@ def is_text(text: str) -> bool:
         return False
     lines = text.split("\n")
     digits = sum(map(text.count, "0123456789"))
-    return (
-        len(text) < MEAN_LINE * len(lines) and max(map(len, lines)) < LONGEST_LINE and digits < DIGITS * len(text)
-    )
+    return len(text) < MEAN_LINE * len(lines) and max(map(len, lines)) < LONGEST_LINE and digits < DIGITS * len(text)
 
 
 def load(path: str) -> str:

@@ -1,8 +1,9 @@
-"""Stage `evaluate`: loss, distance from full attention, recall and needles of every trained memory and the baselines."""
+"""Stage `evaluate`: loss, distance from full attention, recall and needles of every memory and the baselines."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3ForCausalLM
 
 from ahn.tiny.facts import FactWriter
+from ahn.training.losses import Head
 
 from .distill import marker
 from .log import Clock, write_lines
@@ -73,7 +75,7 @@ class Bench:
     """A context's probes, and what full attention makes of its sequences: the teacher's hidden states (N, L, D)."""
 
     def __init__(self, model: PreTrainedModel, probes: Probes) -> None:
-        self.probes, self.head = probes, model.lm_head
+        self.probes, self.head = probes, Head.of(model)
         self.batch = max(1, TOKENS // probes.context.length)
         self.ids = probes.chunks.to(model.device)
         hidden = reader(model)
@@ -96,12 +98,12 @@ class Bench:
     def recall(self, reading: Reading, texts: list[Any]) -> list[bool]:
         """Whether each fact was recalled."""
         batch = max(1, TOKENS // len(texts[0].ids))
-        return recalled(reading.hidden, self.head, texts, self.probes.facts.values, batch)
+        return recalled(reading.hidden, self.head.logits, texts, self.probes.facts.values, batch)
 
 
-def token_losses(head: nn.Linear, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+def token_losses(head: Head, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy and KL(teacher ‖ student) of rows (n, D), as (2, n) float32."""
-    ours, theirs = (head(x).float().log_softmax(-1) for x in (student, teacher))
+    ours, theirs = (head.logits(x).log_softmax(-1) for x in (student, teacher))
     ce = -ours.gather(1, targets[:, None])[:, 0]
     return torch.stack([ce, (theirs.exp() * (theirs - ours)).sum(-1)])
 
@@ -154,7 +156,7 @@ def _by_repeat(ce: np.ndarray, distances: np.ndarray) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     edges = [*BUCKETS, np.inf]
     groups = {"none": distances == 0}
-    groups |= {str(low): (distances > low) & (distances <= high) for low, high in zip(edges, edges[1:], strict=False)}
+    groups |= {str(low): (distances > low) & (distances <= high) for low, high in itertools.pairwise(edges)}
     for name, chosen in groups.items():
         if chosen.any():
             found[name] = [round(float(ce[chosen].mean()), 5), int(chosen.sum())]

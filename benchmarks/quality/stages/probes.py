@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ahn.tiny.facts import FactText, FactWriter
 
 from .recipe import SEED, Context
 
 Hidden = Callable[[Tensor], Tensor]
-"""Token ids (B, L) to final hidden states (B, L, D)."""
+"""Token ids (B, L), on any device, to final hidden states (B, L, D)."""
+Logits = Callable[[Tensor], Tensor]
+"""Hidden states (n, D) to logits (n, V)."""
 
 BUCKETS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Distances in tokens; a bucket reaches from one, exclusive, to the next, inclusive."""
@@ -35,7 +37,7 @@ def bucket(distance: int) -> int:
 
 
 def repeat_distances(ids: np.ndarray) -> np.ndarray:
-    """For each token of ids (L,) but the first, how many tokens ago it followed the same token; 0 for never, (L - 1,)."""
+    """How many tokens ago each token of ids (L,) but the first followed the same token; 0 for never, (L - 1,)."""
     pairs = ids[:-1] * (int(ids.max()) + 1) + ids[1:]
     order = np.argsort(pairs, kind="stable")
     same = np.flatnonzero(pairs[order[1:]] == pairs[order[:-1]])
@@ -103,14 +105,17 @@ class Probes:
 
 
 @torch.no_grad()
-def recalled(hidden: Hidden, head: nn.Linear, texts: list[FactText], values: dict[str, int], batch: int) -> list[bool]:
-    """Whether each fact of texts of one length was recalled, text by text in the order of their facts."""
+def recalled(hidden: Hidden, logits: Logits, texts: list[FactText], values: dict[str, int], batch: int) -> list[bool]:
+    """Whether each fact of texts of one length was recalled, text by text in the order of their facts.
+
+    `hidden` is asked for `batch` texts at once, on the CPU.
+    """
     right: list[bool] = []
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
-        states = hidden(torch.tensor([text.ids for text in part], device=head.weight.device))
+        states = hidden(torch.tensor([text.ids for text in part]))
         for row, text in enumerate(part):
-            guesses = head(states[row, [fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
+            guesses = logits(states[row, [fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
             right += [guess == values[fact.value] for guess, fact in zip(guesses, text.facts, strict=True)]
     return right
 

@@ -38,9 +38,7 @@ class Reading:
 
 
 @contextlib.contextmanager
-def method(
-    model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: int, length: int
-) -> Iterator[Reading]:
+def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: int, length: int) -> Iterator[Reading]:
     """Inside the block the bare base model reads as the row says.
 
     Args:
@@ -85,7 +83,7 @@ def reader(model: PreTrainedModel) -> Hidden:
         cache = ahn.AHNCache.for_model(model) if adapted else DynamicCache(config=model.config)
         parts = [
             decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
-            for part in ids.split(CHUNK, dim=1)
+            for part in ids.to(model.device).split(CHUNK, dim=1)
         ]
         return torch.cat(parts, dim=1)
 
