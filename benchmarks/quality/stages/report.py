@@ -84,8 +84,7 @@ def _ablations(results: Results) -> Iterable[str]:
     yield "\n## Trained in other ways\n"
     yield (
         "Differences to the same memory trained as the recipe says, with the same seeds and on the same sequences; "
-        "positive is worse.
-"
+        "positive is worse.\n"
     )
     yield "| run | compared with | budget | loss, mnat | KL, mnat | won back % | recalled % | the other's |"
     yield "|---|---|---|---|---|---|---|---|"
