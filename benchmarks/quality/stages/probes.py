@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ BUCKETS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Distances in tokens; a bucket reaches from one, exclusive, to the next, inclusive."""
 FACTS = 48
 """In one text, at most; a quarter of its tokens is the other limit."""
-DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
 """Where a needle is stated: 0 is the beginning of the text, which ends with the question."""
 
 
@@ -94,14 +94,20 @@ class Probes:
         for depth in DEPTHS:
             for trial in range(self.context.trials):
                 rng = random.Random(f"needle-{SEED}-{length}-{depth}-{trial}")
-                ids = rng.choice(pieces)[1].tolist()
                 cut = int(depth * length)
-                starts = self.facts.line_starts(ids[cut:])
+                ids, starts = next(self._with_lines(rng.sample(pieces, len(pieces)), cut))
                 text = self.facts.write(ids[cut:], 1, rng, min_distance=starts[-1] - starts[0])
                 facts = [dataclasses.replace(fact, answer=fact.answer + cut) for fact in text.facts]
                 whole = FactText(ids[:cut] + text.ids, facts, [position + cut for position in text.inserted])
                 found.append(Needle(whole, depth))
         return found
+
+    def _with_lines(self, pieces: list[tuple[str, np.ndarray]], cut: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Those with two lines or more after `cut`, and where those begin, counted from there."""
+        for _, piece in pieces:
+            starts = self.facts.line_starts(piece[cut:].tolist())
+            if len(starts) > 1:
+                yield piece.tolist(), starts
 
 
 @torch.no_grad()
