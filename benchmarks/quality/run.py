@@ -8,8 +8,8 @@
 Stages are prepare (CPU: corpus, tokenizer, token ids), base (the base model), distill (a memory of each run), evaluate
 (all of them and the baselines) and report (results.jsonl, tables, figures). What has been done is not done again.
 
-`--recipe tiny` makes ahn-tiny, the model that ships with the package; its last stage, `card`, has to be named: it writes
-the model card and copies everything into the package. `--smoke` is a shape that a CPU finishes in about a minute.
+`--recipe tiny` makes ahn-tiny, the model that ships with the package; its last stage, `card`, has to be named: it
+writes the model card and copies everything into the package. `--smoke` is a shape that a CPU finishes in a minute.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda:0, cpu, ...; default: a GPU if there is one")
     parser.add_argument("--only", type=_names, default=(), help="distill, evaluate: these rows only, a,b,...")
     parser.add_argument("--seeds", type=_numbers, default=(), help="distill, evaluate: these seeds only, 0,1,...")
-    parser.add_argument("--share", type=_share, default=(0, 1), help="distill, evaluate: I/N, every N-th run from the I-th")
+    parser.add_argument(
+        "--share", type=_share, default=(0, 1), help="distill, evaluate: I/N, every N-th row from the I-th"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.stages) - {*STAGES, "card"}
     if unknown:
@@ -76,7 +78,9 @@ def _share(text: str) -> tuple[int, int]:
 
 def _device(options: argparse.Namespace) -> Any:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from .batches import Batches, Texts, loader, workers
@@ -92,11 +92,14 @@ def train_base(recipe: Recipe, out: Path, device: torch.device, seconds: float |
 
 def measure(probes: Probes, model: Qwen3ForCausalLM) -> dict[str, Any]:
     """With full attention: the loss of a token, and facts recalled by distance (hits, asked)."""
-    hidden = partial(hidden_states, model)
+
+    def hidden(ids: Tensor) -> Tensor:
+        return hidden_states(model, ids.to(model.device))
+
     with torch.no_grad():
         parts = [
-            token_losses(model.lm_head, hidden(ids)[:, :-1], ids[:, 1:])
-            for ids in probes.chunks.to(model.device).split(4)
+            token_losses(model.lm_head, hidden(ids)[:, :-1], ids[:, 1:].to(model.device))
+            for ids in probes.chunks.split(4)
         ]
     right = recalled(hidden, model.lm_head, probes.texts, probes.facts.values, batch=4)
     return {"loss_full": round(torch.cat(parts).mean().item(), 4), "recall_full": by_distance(probes.texts, right)}

@@ -2,7 +2,8 @@
 
 The installed corpus is every Python source that the running interpreter can import: its standard library and its
 site-packages. A top-level package is one long document, its files in the order of their paths. Held out are the
-modules of `ahn.tiny.corpus.HELD_OUT` and about 2 % of the packages, chosen by a hash of their names.
+modules of `ahn.tiny.corpus.HELD_OUT` and about 2 % of the packages, chosen by a hash of their names; neither their
+tests nor near copies of their files are trained on.
 """
 
 from __future__ import annotations
@@ -73,17 +74,22 @@ def split(corpus: Corpus, pool: Pool, folders: Sequence[Path] = ()) -> Split:
     if corpus.most is not None:
         packages = _some(packages, fixed, corpus.most)
     texts = _read(packages, pool)
-    sizes = {name: sum(map(len, pieces)) for name, pieces in texts.items()}
-    held_out = {*fixed, *choose_held_out({name: size for name, size in sizes.items() if name not in fixed})}
-    lines = {line for name in held_out for text in texts[name] for line in long_lines(text)}
+    sizes = {name: sum(map(len, files.values())) for name, files in texts.items() if name not in fixed}
+    held_out = sorted(name for name in {*fixed, *choose_held_out(sizes)} if texts[name])
+    lines = {line for name in held_out for text in texts[name].values() for line in long_lines(text)}
+    tests = tuple(f"/test_{name}" for name in held_out)
     train = []
-    for name, pieces in texts.items():
-        kept = [text for text in pieces if not repeats(text, lines)] if name not in held_out else []
+    for name, files in texts.items():
+        if name in held_out:
+            continue
+        kept = [
+            text for path, text in files.items() if not (any(map(path.__contains__, tests)) or repeats(text, lines))
+        ]
         if kept:
             train.append((name, kept))
     if not train or not held_out:
         raise AHNError("There is too little Python source to train on and to hold out; name other folders.")
-    return Split(train, [(name, texts[name]) for name in sorted(held_out) if texts[name]])
+    return Split(train, [(name, list(texts[name].values())) for name in held_out])
 
 
 def choose_held_out(sizes: dict[str, int]) -> list[str]:
@@ -106,9 +112,7 @@ def is_text(text: str) -> bool:
         return False
     lines = text.split("\n")
     digits = sum(map(text.count, "0123456789"))
-    return (
-        len(text) < MEAN_LINE * len(lines) and max(map(len, lines)) < LONGEST_LINE and digits < DIGITS * len(text)
-    )
+    return len(text) < MEAN_LINE * len(lines) and max(map(len, lines)) < LONGEST_LINE and digits < DIGITS * len(text)
 
 
 def load(path: str) -> str:
@@ -123,15 +127,13 @@ def _roots() -> list[Path]:
 
 
 def _packages(roots: Iterable[Path]) -> dict[str, list[Path]]:
-    """Files by top-level package, both in order; not the tests of the fixed held-out modules."""
-    tests = tuple(f"test_{name}" for name in HELD_OUT)
+    """Files by top-level package, both in order."""
     found: dict[str, list[Path]] = {}
     for root in roots:
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
             parts = path.relative_to(root).parts
-            if NOT_TEXT.intersection(parts) or any(part.removesuffix(".py").startswith(tests) for part in parts):
-                continue
-            found.setdefault(parts[0].removesuffix(".py"), []).append(path)
+            if not NOT_TEXT.intersection(parts):
+                found.setdefault(parts[0].removesuffix(".py"), []).append(path)
     return dict(sorted(found.items()))
 
 
@@ -146,16 +148,16 @@ def _some(packages: dict[str, list[Path]], fixed: list[str], most: int) -> dict[
     return {name: paths for name, paths in packages.items() if name in kept}
 
 
-def _read(packages: dict[str, list[Path]], pool: Pool) -> dict[str, list[str]]:
-    """Texts of the files; a file that occurs twice is used once."""
+def _read(packages: dict[str, list[Path]], pool: Pool) -> dict[str, dict[str, str]]:
+    """Texts by package and path; a file that occurs twice is used once."""
     owners = [(name, str(path)) for name, paths in packages.items() for path in paths]
     seen: set[bytes] = set()
-    texts: dict[str, list[str]] = {name: [] for name in packages}
-    for (name, _), text in zip(owners, pool.map(load, [path for _, path in owners]), strict=True):
+    texts: dict[str, dict[str, str]] = {name: {} for name in packages}
+    for (name, path), text in zip(owners, pool.map(load, [path for _, path in owners]), strict=True):
         digest = hashlib.sha256(text.encode()).digest()
         if text and digest not in seen:
             seen.add(digest)
-            texts[name].append(text if text.endswith("\n") else text + "\n")
+            texts[name][path] = text if text.endswith("\n") else text + "\n"
     return texts
 
 

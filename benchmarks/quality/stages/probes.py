@@ -7,31 +7,43 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ahn.tiny.facts import FactText, FactWriter
 
 from .recipe import SEED, Context
 
 Hidden = Callable[[Tensor], Tensor]
-"""Token ids (B, L) to final hidden states (B, L, D)."""
+"""Token ids (B, L), on any device, to final hidden states (B, L, D)."""
+Logits = Callable[[Tensor], Tensor]
+"""Hidden states (n, D) to logits (n, V)."""
 
 BUCKETS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Distances in tokens; a bucket reaches from one, exclusive, to the next, inclusive."""
 FACTS = 48
 """In one text, at most; a quarter of its tokens is the other limit."""
-DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
 """Where a needle is stated: 0 is the beginning of the text, which ends with the question."""
 
 
 def bucket(distance: int) -> int:
     """The lower end of a distance's bucket."""
     return max(low for low in BUCKETS if low < distance)
+
+
+def repeat_distances(ids: np.ndarray) -> np.ndarray:
+    """How many tokens ago each token of ids (L,) but the first followed the same token; 0 for never, (L - 1,)."""
+    pairs = ids[:-1] * (int(ids.max()) + 1) + ids[1:]
+    order = np.argsort(pairs, kind="stable")
+    same = np.flatnonzero(pairs[order[1:]] == pairs[order[:-1]])
+    distances = np.zeros(len(pairs), dtype=np.int64)
+    distances[order[same + 1]] = order[same + 1] - order[same]
+    return distances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Probes:
             facts.write(ids[:bare].tolist(), count, random.Random(f"{SEED}-{n}"))
             for n, (_, ids) in enumerate(pieces[: context.texts])
         ]
+        self.repeats = np.stack([repeat_distances(ids) for ids in self.chunks.numpy()])
         self.needles = {length: self._needles(length) for length in context.needle_lengths}
 
     def _pieces(self, length: int) -> list[tuple[str, np.ndarray]]:
@@ -81,25 +94,34 @@ class Probes:
         for depth in DEPTHS:
             for trial in range(self.context.trials):
                 rng = random.Random(f"needle-{SEED}-{length}-{depth}-{trial}")
-                ids = rng.choice(pieces)[1].tolist()
                 cut = int(depth * length)
-                starts = self.facts.line_starts(ids[cut:])
+                ids, starts = next(self._with_lines(rng.sample(pieces, len(pieces)), cut))
                 text = self.facts.write(ids[cut:], 1, rng, min_distance=starts[-1] - starts[0])
                 facts = [dataclasses.replace(fact, answer=fact.answer + cut) for fact in text.facts]
                 whole = FactText(ids[:cut] + text.ids, facts, [position + cut for position in text.inserted])
                 found.append(Needle(whole, depth))
         return found
 
+    def _with_lines(self, pieces: list[tuple[str, np.ndarray]], cut: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Those with two lines or more after `cut`, and where those begin, counted from there."""
+        for _, piece in pieces:
+            starts = self.facts.line_starts(piece[cut:].tolist())
+            if len(starts) > 1:
+                yield piece.tolist(), starts
+
 
 @torch.no_grad()
-def recalled(hidden: Hidden, head: nn.Linear, texts: list[FactText], values: dict[str, int], batch: int) -> list[bool]:
-    """Whether each fact of texts of one length was recalled, text by text in the order of their facts."""
+def recalled(hidden: Hidden, logits: Logits, texts: list[FactText], values: dict[str, int], batch: int) -> list[bool]:
+    """Whether each fact of texts of one length was recalled, text by text in the order of their facts.
+
+    `hidden` is asked for `batch` texts at once, on the CPU.
+    """
     right: list[bool] = []
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
-        states = hidden(torch.tensor([text.ids for text in part], device=head.weight.device))
+        states = hidden(torch.tensor([text.ids for text in part]))
         for row, text in enumerate(part):
-            guesses = head(states[row, [fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
+            guesses = logits(states[row, [fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
             right += [guess == values[fact.value] for guess, fact in zip(guesses, text.facts, strict=True)]
     return right
 

@@ -61,8 +61,8 @@ STUDY = Recipe(
         Run("gated_deltanet-fixed1024", {"memory": "gated_deltanet"}, {"total": 1024}),
     ),
     contexts=(
-        Context(8192, (256, 512, 1024), chunks=48, texts=32, needle_lengths=(1024, 2048, 4096, 8192), trials=16),
-        Context(16384, (512,), chunks=16, texts=8, needle_lengths=(16384,), trials=8, far=True),
+        Context(8192, (256, 512, 1024), chunks=48, texts=32, needle_lengths=(1024, 2048, 4096, 8192), trials=8),
+        Context(16384, (512,), chunks=16, texts=8, needle_lengths=(16384,), trials=4, far=True),
         Context(32768, (512,), chunks=8, texts=4, needle_lengths=(32768,), trials=4, far=True),
         Context(65536, (512,), chunks=4, texts=2, needle_lengths=(65536,), trials=4, far=True),
     ),

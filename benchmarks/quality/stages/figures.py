@@ -1,0 +1,237 @@
+"""The figures of the report. Colours are those of Okabe and Ito, which colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ahn.plots import MUTED, new_figure, save
+
+from .intervals import wilson
+from .rows import FULL, WINDOW, Group, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
+MARKERS = "osD^vPX*"
+FIXED = {FULL: "#000000", WINDOW: MUTED}
+NAMES = {FULL: "full attention", WINDOW: "sinks + window", "ct_max": "CT-max", "ct_avg": "CT-avg"}
+
+
+def draw(results: Results, folder: Path) -> list[str]:
+    """Draw every figure that there are numbers for; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for function in (won_back, recall, positions, repeats, far, needles, ablations):
+        figure = function(results)
+        if figure is not None:
+            save(figure, folder / f"{function.__name__}.png")
+            drawn.append(function.__name__)
+    return drawn
+
+
+def won_back(results: Results) -> Figure | None:
+    """Share of the gap won back with intervals, a panel a budget."""
+    places = results.places(far=False)
+    figure, axes = new_figure(len(places), "Loss won back between sinks + window (0 %) and full attention (100 %)")
+    figure.set_figheight(1.6 + 0.36 * len(_methods(results)))
+    for axis, (context, budget) in zip(axes, places, strict=True):
+        groups = [group for group in results.at(context, budget) if group.method in _methods(results)]
+        for place, group in enumerate(groups):
+            colour = _style(results, group)["color"]
+            for row in group.seeds if len(group.seeds) > 1 else []:
+                axis.plot(100 * group.won_back(row)[0], place + 0.22, "|", color=colour, markersize=7)
+            _whisker(axis, [100 * number for number in group.won_back()], place, colour)
+        _names(axis, [group.method for group in groups])
+        axis.axvline(0, color=MUTED, linewidth=1)
+        axis.set_xlabel("% won back; ticks above: single seeds")
+        axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
+    return figure
+
+
+def recall(results: Results) -> Figure | None:
+    """Facts recalled by distance, a panel a budget."""
+    places = results.places(far=False)
+    figure, axes = new_figure(len(places), "Facts recalled, by how long ago they were stated")
+    for axis, (context, budget) in zip(axes, places, strict=True):
+        groups = _shown(results, context, budget)
+        buckets = list(groups[0].first["recall"])
+        edges = [*map(int, buckets), context]
+        for number, group in enumerate(groups):
+            shares = [hits / asked for hits, asked in map(group.recall, buckets)]
+            ends = np.array([wilson(*group.recall(bucket)) for bucket in buckets]).T
+            x = np.arange(len(buckets)) + 0.07 * (number - len(groups) / 2)
+            errors = 100 * np.abs(ends - shares)
+            axis.errorbar(x, 100 * np.array(shares), errors, **_style(results, group), capsize=2, linewidth=1.4)
+        axis.axhline(100 * groups[0].first["recall_chance"], color=MUTED, linestyle=":", linewidth=1)
+        axis.set_xticks(range(len(buckets)), [f"≤{_short(high)}" for high in edges[1:]])
+        axis.axvline(sum(edge <= budget for edge in edges[1:]) - 0.5, color=MUTED, linestyle="--", linewidth=1)
+        axis.set_xlabel("tokens ago (dashed: the budget; dotted: chance)")
+        axis.set_ylabel("% recalled")
+        axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
+    _legend(figure, axes[0])
+    return figure
+
+
+def positions(results: Results) -> Figure | None:
+    """Loss above full attention's by position in the text, a panel a budget."""
+    places = results.places(far=False)
+    figure, axes = new_figure(len(places), "Loss above full attention's, by position (lower is better)")
+    for axis, (context, budget) in zip(axes, places, strict=True):
+        _by_position(results, axis, context, budget)
+    _legend(figure, axes[0])
+    return figure
+
+
+def far(results: Results) -> Figure | None:
+    """Loss by position in long texts, beyond what the base model was trained for, a panel a length."""
+    places = results.places(far=True)
+    if not places:
+        return None
+    figure, axes = new_figure(len(places), "Loss by position in long texts (lower is better)")
+    for axis, (context, budget) in zip(axes, places, strict=True):
+        _by_position(results, axis, context, budget, above=False)
+    _legend(figure, axes[0])
+    return figure
+
+
+def repeats(results: Results) -> Figure | None:
+    """Loss above full attention's by how long ago a pair of tokens was last seen, a panel a budget."""
+    places = results.places(far=False)
+    title = "Loss above full attention's, by how long ago the token last followed the same token (lower is better)"
+    figure, axes = new_figure(len(places), title)
+    for axis, (context, budget) in zip(axes, places, strict=True):
+        groups = _shown(results, context, budget)
+        names = [name for name in groups[0].full["loss_by_repeat"]]
+        base = np.array([groups[0].full["loss_by_repeat"][name][0] for name in names])
+        for group in groups:
+            losses = np.mean([[row["loss_by_repeat"][name][0] for name in names] for row in group.seeds], axis=0)
+            axis.plot(range(len(names)), losses - base, **_style(results, group), linewidth=1.4)
+        highs = [*names[2:], str(context)]
+        axis.set_xticks(range(len(names)), ["never", *[f"≤{_short(int(high))}" for high in highs]])
+        axis.set_xlabel("tokens ago")
+        axis.set_ylabel("nats a token")
+        axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
+    _legend(figure, axes[0])
+    return figure
+
+
+def needles(results: Results) -> Figure | None:
+    """Single facts found, by length of the text and depth of the fact: a map a method, at the middle budget."""
+    budgets = sorted({budget for _, budget in results.places(far=False)})
+    budget = budgets[len(budgets) // 2]
+    cells = {method: dict(_cells(results, method, budget)) for method in _methods(results, baselines=True)}
+    cells = {method: found for method, found in cells.items() if found}
+    if not cells:
+        return None
+    lengths = sorted({length for found in cells.values() for length, _ in found})
+    depths = sorted({depth for found in cells.values() for _, depth in found})
+    figure, axes = new_figure(len(cells), f"% of single facts found, {budget} tokens kept exactly")
+    figure.set_size_inches(1.2 + (0.6 + 0.38 * len(lengths)) * len(cells), 3.2)
+    for number, (axis, (method, found)) in enumerate(zip(axes, cells.items(), strict=True)):
+        grid = np.array([[found.get((length, depth), np.nan) for length in lengths] for depth in depths])
+        axis.grid(False)
+        image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for (row, column), share in np.ndenumerate(grid):
+            if not np.isnan(share):
+                ink = "white" if share < 0.5 else "black"
+                axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
+        axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], fontsize=8)
+        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if number == 0 else [])
+        axis.set_title(NAMES.get(method, method), fontsize=9)
+    axes[0].set_ylabel("stated at % of the text")
+    figure.supxlabel("tokens of text before the question", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def ablations(results: Results) -> Figure | None:
+    """Differences in loss and KL to the same memory trained as the recipe says."""
+    pairs = results.pairs()
+    if not pairs:
+        return None
+    budgets = sorted({group.budget for group, _ in pairs})
+    names = list(dict.fromkeys(group.method for group, _ in pairs))
+    figure, axes = new_figure(2, "Trained in other ways: difference to the recipe's own (positive is worse)")
+    figure.set_figheight(1.6 + 0.45 * len(names))
+    for axis, key, title in zip(axes, ("chunk_losses", "chunk_kl"), ("loss", "KL from full attention"), strict=True):
+        for group, reference in pairs:
+            number = budgets.index(group.budget)
+            place = names.index(group.method) + 0.22 * (number - (len(budgets) - 1) / 2)
+            difference = [1000 * part for part in group.minus(reference, key)]
+            label = f"{group.budget} kept" if group.method == names[0] else None
+            _whisker(axis, difference, place, COLOURS[number], MARKERS[number], label)
+        _names(axis, names)
+        axis.axvline(0, color=MUTED, linewidth=1)
+        axis.set_xlabel("thousandths of a nat a token")
+        axis.set_title(title, fontsize=10, loc="left")
+    _legend(figure, axes[0])
+    return figure
+
+
+def _by_position(results: Results, axis: Any, context: int, budget: int, above: bool = True) -> None:
+    for group in _shown(results, context, budget):
+        losses = group.mean("loss_by_position") - (np.array(group.full["loss_by_position"]) if above else 0)
+        middle = (np.arange(len(losses)) + 0.5) * group.first["position_size"]
+        axis.plot(middle, losses, **_style(results, group) | {"markersize": 3}, linewidth=1.4)
+    axis.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axis.set_xlabel("position in the text, tokens")
+    axis.set_ylabel("nats a token")
+    axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
+
+
+def _methods(results: Results, baselines: bool = False) -> list[str]:
+    """What the figures compare: no ablations; full attention and sinks + window if `baselines`."""
+    names = dict.fromkeys(group.method for group in results.groups)
+    left_out = () if baselines else (FULL, WINDOW)
+    return [name for name in names if results.reference(name) is None and name not in left_out]
+
+
+def _shown(results: Results, context: int, budget: int) -> list[Group]:
+    shown = _methods(results, baselines=True)
+    return [group for group in results.at(context, budget) if group.method in shown]
+
+
+def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[int, float], float]]:
+    """Share of needles found by (length, depth)."""
+    for group in results.groups:
+        if (group.method, group.budget) == (method, budget):
+            for length, grid in group.first["needles"].items():
+                for depth in grid:
+                    hits, asked = group.needles(length, depth)
+                    yield (int(length), float(depth)), hits / asked
+
+
+def _style(results: Results, group: Group) -> dict[str, Any]:
+    """Colour, mark and name of a method, the same in every figure."""
+    others = _methods(results)
+    number = others.index(group.method) if group.method in others else 0
+    colour = FIXED.get(group.method, COLOURS[number % len(COLOURS)])
+    marker = "" if group.method in FIXED else MARKERS[number % len(MARKERS)]
+    return {"color": colour, "marker": marker, "markersize": 5, "label": NAMES.get(group.method, group.method)}
+
+
+def _whisker(
+    axis: Any, number: Sequence[float], place: float, colour: str, marker: str = "o", label: str | None = None
+) -> None:
+    value, low, high = number
+    axis.plot([low, high], [place, place], color=colour, linewidth=1.6)
+    axis.plot(value, place, marker, color=colour, markersize=6, label=label)
+
+
+def _names(axis: Any, methods: Sequence[str]) -> None:
+    axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods])
+    axis.set_ylim(len(methods) - 0.5, -0.5)
+
+
+def _legend(figure: Figure, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+
+
+def _short(tokens: float) -> str:
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"

@@ -1,0 +1,95 @@
+"""How each row reads: full attention, a baseline or a trained memory, at an equal budget, chunk by chunk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+import ahn
+from ahn.checkpoint import load_adapter
+
+from .distill import adapter
+from .probes import Hidden
+from .recipe import Task
+
+CHUNK = 1024
+"""Tokens of a row read at once through the cache, so that no mask has a side as long as the text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A model as a row of the comparison uses it.
+
+    Attributes:
+        hidden: reads token ids.
+        about: window, sinks, slots, and what the memory costs at the context's length.
+    """
+
+    hidden: Hidden
+    about: dict[str, Any]
+
+
+@contextlib.contextmanager
+def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: int, length: int) -> Iterator[Reading]:
+    """Inside the block the bare base model reads as the row says.
+
+    Args:
+        budget: keys that a layer sees: sinks + window, and a memory's slots.
+        length: of the context, for the costs.
+    """
+    if task.run.name == "full":
+        costs = ahn.cost(model.config, ahn.AHNConfig(memory="window_only"), length, model.dtype).full
+        yield Reading(reader(model), _about("full", length, 0, 0, 0, costs))
+        return
+    if task.seed is None:
+        ahn.attach(model, ahn.AHNConfig(memory=task.run.name, window=budget - sinks, sinks=sinks))
+    else:
+        load_adapter(model, adapter(out, task), window=budget - sinks, sinks=sinks)
+    try:
+        slots = fit_window(model, budget)
+        config: ahn.AHNConfig = model.ahn_config
+        cost = ahn.cost(model.config, config, length, model.dtype)
+        about = _about(config.memory, config.window, sinks, slots, cost.parameters, cost.ahn)
+        yield Reading(reader(model), about)
+    finally:
+        ahn.detach(model)
+
+
+def fit_window(model: PreTrainedModel, budget: int) -> int:
+    """Narrow the window of an adapted model until sinks + window + slots is at most the budget; returns the slots."""
+    memory = next(layer.ahn.fn for layer in model.get_decoder().layers if hasattr(layer, "ahn"))
+    sinks = model.ahn_config.sinks
+    for window in range(budget - sinks, 0, -1):
+        if sinks + window + memory.slot_count(window) <= budget:
+            ahn.set_window(model, window, sinks)
+            return memory.slot_count(window)
+    raise ValueError(f"A budget of {budget} has no room for {sinks} sinks, a window and the slots of {memory.name}.")
+
+
+def reader(model: PreTrainedModel) -> Hidden:
+    """Token ids (B, L) to hidden states (B, L, D), through a cache."""
+    decoder = model.get_decoder()
+
+    def hidden(ids: Tensor) -> Tensor:
+        adapted = hasattr(model, "ahn_config")
+        cache = ahn.AHNCache.for_model(model) if adapted else DynamicCache(config=model.config)
+        parts = [
+            decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+            for part in ids.to(model.device).split(CHUNK, dim=1)
+        ]
+        return torch.cat(parts, dim=1)
+
+    return hidden
+
+
+def _about(memory: str, window: int, sinks: int, slots: int, parameters: int, usage: Any) -> dict[str, Any]:
+    sizes = {name: getattr(usage, name) for name in ("kv_bytes", "state_bytes", "gate_bytes")}
+    return {"memory": memory, "window": window, "sinks": sinks, "slots": slots, "parameters": parameters, **sizes}

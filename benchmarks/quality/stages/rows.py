@@ -1,0 +1,143 @@
+"""Rows of all tasks, joined with full attention and sinks + window at the same context and budget, seeds together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .intervals import bootstrap
+from .log import read_lines
+from .recipe import BASELINES, Recipe, Run
+
+FULL, WINDOW = BASELINES[:2]
+LONG = ("chunk_losses", "chunk_kl", "sources")
+"""Keys that only the intervals need."""
+Number = tuple[float, float, float]
+"""A value and the ends of its 95 % interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One method at one context and budget: the rows of all its seeds, and the two rows that it is compared with."""
+
+    method: str
+    context: int
+    budget: int
+    seeds: list[dict[str, Any]]
+    full: dict[str, Any]
+    window: dict[str, Any]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The first seed's row."""
+        return self.seeds[0]
+
+    def like(self, other: Group) -> Group:
+        """With the seeds of another group only, so that both learned from the same batches."""
+        seeds = {row["seed"] for row in other.seeds}
+        return dataclasses.replace(self, seeds=[row for row in self.seeds if row["seed"] in seeds])
+
+    def chunk(self, name: str) -> np.ndarray:
+        """A number a sequence, (N,), averaged over seeds."""
+        return np.mean([row[name] for row in self.seeds], axis=0)
+
+    def won_back(self, row: dict[str, Any] | None = None) -> Number:
+        """Share of the loss between sinks + window and full attention that this method wins back; of one seed's row."""
+        losses = self.chunk("chunk_losses") if row is None else np.array(row["chunk_losses"])
+        columns = [np.array(self.full["chunk_losses"]), np.array(self.window["chunk_losses"]), losses]
+        return bootstrap(lambda full, window, own: (window - own) / (window - full), columns, self.full["sources"])
+
+    def kl(self) -> Number:
+        """KL from full attention, nats a token."""
+        return bootstrap(lambda kl: kl, [self.chunk("chunk_kl")], self.full["sources"])
+
+    def minus(self, other: Group, name: str) -> Number:
+        """The difference to another method on the same sequences."""
+        columns = [self.chunk(name), other.chunk(name)]
+        return bootstrap(lambda own, others: own - others, columns, self.full["sources"])
+
+    def recall(self, bucket: str | None = None) -> tuple[int, int]:
+        """Facts recalled and asked, from beyond the budget or from one bucket of distances, all seeds together."""
+        found = [row["recall_beyond"] if bucket is None else row["recall"][bucket] for row in self.seeds]
+        return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+
+    def mean(self, name: str) -> np.ndarray:
+        """A number or a list of numbers, averaged over seeds."""
+        return np.mean([row[name] for row in self.seeds], axis=0)
+
+    def needles(self, length: str, depth: str) -> tuple[int, int]:
+        """Needles found and asked at one length and depth."""
+        found = [row["needles"][length][depth] for row in self.seeds if length in row["needles"]]
+        return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+
+
+class Results:
+    """Everything that has been measured so far in a folder."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        order = [*BASELINES, *[run.name for run in recipe.runs]]
+        rows = [row for file in sorted((out / "evaluation").glob("*.jsonl")) for row in read_lines(file)]
+        known = [row for row in rows if row["method"] in order]
+        self.recipe = recipe
+        self.groups: list[Group] = []
+        places = {(row["context"], row["budget"]) for row in known}
+        for context, budget in sorted(places):
+            here = [row for row in known if (row["context"], row["budget"]) == (context, budget)]
+            by_method = {name: [row for row in here if row["method"] == name] for name in order}
+            if not (by_method[FULL] and by_method[WINDOW]):
+                continue  # nothing to compare with yet
+            ends = by_method[FULL][0], by_method[WINDOW][0]
+            self.groups += [Group(name, context, budget, rows, *ends) for name, rows in by_method.items() if rows]
+
+    def at(self, context: int, budget: int) -> list[Group]:
+        """Methods measured there, baselines first."""
+        return [group for group in self.groups if (group.context, group.budget) == (context, budget)]
+
+    def places(self, far: bool) -> list[tuple[int, int]]:
+        """Contexts and budgets, the long ones or the others."""
+        lengths = [context.length for context in self.recipe.contexts if context.far == far]
+        return sorted({(g.context, g.budget) for g in self.groups if g.context in lengths})
+
+    def pairs(self) -> list[tuple[Group, Group]]:
+        """Runs that train a memory in another way, each with the run that trains it as the recipe says."""
+        found = []
+        for context, budget in self.places(far=False):
+            here = {group.method: group for group in self.at(context, budget)}
+            for group in here.values():
+                other = here.get(self.reference(group.method) or "")
+                same = None if other is None else other.like(group)
+                if same is not None and same.seeds:
+                    found.append((group, same))
+        return found
+
+    def reference(self, method: str) -> str | None:
+        """The run that trains the same memory with the recipe's own settings."""
+        runs = {run.name: run for run in self.recipe.runs}
+        if method not in runs or not runs[method].changes:
+            return None
+        same = [run for run in runs.values() if _plain(run) and run.settings == runs[method].settings]
+        return same[0].name if same else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a seed, as results.jsonl has them."""
+        found = []
+        for group in self.groups:
+            for row in group.seeds:
+                light = {name: value for name, value in row.items() if name not in LONG}
+                ends = {"loss_full": group.full["loss"], "loss_window": group.window["loss"]}
+                won_back = [round(number, 4) for number in group.won_back(row)]
+                found.append(light | ends | {"kl_window": group.window["kl"], "won_back": won_back})
+        return found
+
+
+def _plain(run: Run) -> bool:
+    return not run.changes
+
+
+def spread(values: Sequence[float]) -> str:
+    """The range over seeds, in brackets; nothing for one."""
+    return f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
