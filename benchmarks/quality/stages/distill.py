@@ -8,11 +8,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel, Qwen3ForCausalLM
 
 import ahn
 from ahn.adapter import adapter_parameters
 from ahn.checkpoint import save_adapter
+from ahn.memory import RecurrentMemory
 from ahn.training import StepLog, WindowSchedule, distill
 
 from .batches import stored_batches
@@ -44,6 +45,8 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
     model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=torch.float32).to(device)
     budget = recipe.contexts[0].budgets[0]  # which window is saved with the memory; training draws its own
     ahn.attach(model, ahn.AHNConfig(**{"window": budget - recipe.sinks, "sinks": recipe.sinks} | run.settings))
+    if settings.horizons is not None:
+        start_with_horizons(model, *settings.horizons)
     log = Log(out / "distill" / f"{task.name}.jsonl")
     parameters = sum(p.numel() for p in adapter_parameters(model).values())
     log.write(run=task.name, parameters=parameters, steps=settings.steps)
@@ -78,6 +81,15 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
     last = {name: statistics.mean(getattr(each, name) for each in logs[-20:]) for name in ("kl", "ce", "teacher_ce")}
     about = {"run": run.name, "seed": seed, "parameters": parameters, "seconds": log.seconds()}
     write_json(marker(out, task), about | {"recipe": recipe.fingerprint(run), "last": last})
+
+
+def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float) -> None:
+    """Let the heads of each layer begin with e-folds from `shortest` to `longest` tokens, evenly in the logarithm."""
+    for layer in model.get_decoder().layers:
+        memory = layer.ahn.fn
+        if isinstance(memory, RecurrentMemory):
+            steps = torch.linspace(0, 1, memory.heads, device=memory.o_proj.weight.device)
+            memory.start_with_horizons(shortest * (longest / shortest) ** steps)
 
 
 def schedule(settings: Distillation, seed: int) -> WindowSchedule:

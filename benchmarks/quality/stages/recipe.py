@@ -54,7 +54,8 @@ class Phase:
 class Distillation:
     """Training of one memory, which mimics full attention.
 
-    Lossless totals and sinks are drawn anew each step; with `total` set the total is always that one.
+    Lossless totals and sinks are drawn anew each step; with `total` set the total is always that one. With `horizons`
+    the heads of a layer begin by forgetting with e-folds between these numbers of tokens, evenly in the logarithm.
     """
 
     steps: int = 300
@@ -70,6 +71,7 @@ class Distillation:
     weight_decay: float = 0.1
     warmup: float = 0.05
     log_every: int = 50
+    horizons: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ TINY = Recipe(
 )
 
 _THREE = (0, 1, 2)
+SLOW = (256.0, 16384.0)
 STUDY = Recipe(
     name="study",
     corpus=Corpus("installed", vocabulary=8192, sample=24_000_000),
@@ -59,6 +60,15 @@ STUDY = Recipe(
         Run("gated_deltanet-fixed256", {"memory": "gated_deltanet"}, {"total": 256}),
         Run("gated_deltanet-fixed512", {"memory": "gated_deltanet"}, {"total": 512}),
         Run("gated_deltanet-fixed1024", {"memory": "gated_deltanet"}, {"total": 1024}),
+        Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}),
+        Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}),
+        Run("deltanet-content", {"memory": "deltanet", "content_keys": True}),
+        Run("gated_deltanet-content", {"memory": "gated_deltanet", "content_keys": True}, {"horizons": SLOW}),
+        Run("feature_deltanet-content", {"memory": "feature_deltanet", "content_keys": True}, {"horizons": SLOW}),
+        Run("slots"),
+        Run("slots-share1", {"memory": "slots"}),
+        Run("slots-attention", {"memory": "slots"}),
+        Run("slotted_deltanet", {"content_keys": True}, {"horizons": SLOW}),
     ),
     contexts=(
         Context(8192, (256, 512, 1024), chunks=48, texts=32, needle_lengths=(1024, 2048, 4096, 8192), trials=8),
