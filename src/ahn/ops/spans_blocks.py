@@ -1,0 +1,73 @@
+"""Which blocks of queries and keys see each other, for the kernels of `ahn.ops.spans`, and how large blocks are."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of one block, and how Triton runs its program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles(kernel: str, query: Tensor) -> Tiles:
+    """Block sizes for "forward", "queries" or "keys" (of the backward pass)."""
+    P, half = query.shape[-1], query.dtype != torch.float32
+    if not half:  # without tensor cores: registers are what limits
+        return Tiles(32, 32, 4, 1)
+    if _shared_memory(query.device) < 160 * 1024:  # GPUs without a data centre's 160 KB and more
+        return Tiles(64, 32, 4, 2) if P > 64 else Tiles(64, 64, 4, 2)
+    if kernel == "forward":
+        return Tiles(128, 128, 8, 3) if P <= 64 else Tiles(128, 64, 8, 3)
+    if kernel == "queries":
+        return Tiles(128, 64, 8, 3) if P > 64 else Tiles(128, 128, 8, 2)
+    return Tiles(64, 128, 8, 2) if P > 64 else Tiles(64, 128, 8, 3)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Which blocks see each other: for each of `rows` blocks the others, wholly visible ones first.
+
+    Attributes:
+        index: (B or 1, Hkv or 1, rows, columns) int32.
+        count: (B or 1, Hkv or 1, rows, 2) int32, of the wholly visible and of all visible ones.
+    """
+
+    index: Tensor
+    count: Tensor
+
+
+def blocks(until: Tensor, biased_from: Tensor | None, n: int, tile: Tiles, by_key: bool) -> Blocks:
+    """Lists for each block of queries, or with `by_key` for each block of keys."""
+    T, M, N = until.shape[-1], tile.queries, tile.keys
+    first = torch.arange(0, n, M, device=until.device)[:, None]  # query of each block
+    own = torch.arange(0, T, N, device=until.device) - (T - n)  # query whose own token is each block's first
+    fill = (0, -T % N)
+    ends = F.pad(until, fill).unflatten(-1, (-1, N))[..., None, :, :]  # 0 beyond T: not wholly visible
+    some = (own < (first + M).clamp_max(n)) & (ends.amax(-1) > first)
+    whole = (own + N - 1 <= first) & (ends.amin(-1) >= first + M) & (first + M <= n)
+    if biased_from is not None:  # each column is biased for all queries of the block, or for none
+        starts = F.pad(biased_from, fill).unflatten(-1, (-1, N))[..., None, :, :]
+        whole = whole & ((starts.amax(-1) <= first) | (starts.amin(-1) >= first + M))
+    rank = some.byte() + (some & whole).byte()
+    rank = rank.mT if by_key else rank
+    index = rank.argsort(dim=-1, descending=True, stable=True).int()
+    return Blocks(index.contiguous(), torch.stack([(rank == 2).sum(-1), (rank > 0).sum(-1)], -1).int())

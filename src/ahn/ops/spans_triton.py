@@ -1,0 +1,183 @@
+"""The forward kernel of `ahn.ops.spans`: attention in blocks (FlashAttention-2, arXiv 2307.08691), skipping the unseen.
+
+For each block of queries a list of the key blocks that some of its queries see is made beforehand (see
+`ahn.ops.spans_blocks`): first the blocks that all of them see whole, which need no masks, then the others. Block sizes
+are fixed: nothing is tuned at first use. Exponentials are powers of two; `score` is the logarithm to base 2 of a
+query's sum of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ahn.ops.spans_blocks import Blocks, Tiles, blocks, tiles
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _logits(s, i, c, first, before, end, start, bias, scale, MASKED: tl.constexpr, BIAS: tl.constexpr):
+    """Scores to base 2 of queries i and columns c. Of an unmasked block, all queries see what its first one sees."""
+    x = s * scale
+    if BIAS:
+        x += tl.where((i if MASKED else first) >= start, bias, 0.0)
+    if MASKED:
+        x = tl.where((c - before <= i) & (i < end), x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _columns(until, bias, since, c, T, MASKED: tl.constexpr, BIAS: tl.constexpr):
+    """End, start of the bias, and bias (base 2) of columns c."""
+    end, start, b = c, c, c.to(tl.float32)
+    if MASKED:
+        end = tl.load(until + c, mask=c < T, other=0)
+    if BIAS:
+        start = tl.load(since + c, mask=c < T, other=0)
+        b = tl.load(bias + c, mask=c < T, other=0.0) * LOG2E
+    return end, start, b
+
+
+@triton.jit
+def _tile(base, start, offset, p, stride, stop, P: tl.constexpr, MASKED: tl.constexpr):
+    """Rows start + offset of a (rows, P) matrix; zeros from row `stop` on."""
+    at = base + start.to(tl.int64) * stride + offset[:, None] * stride + p[None, :]
+    if MASKED:
+        return tl.load(at, mask=(start + offset < stop)[:, None], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _attend(
+    acc, total, highest, q, i, first, key, value, until, bias, since, index, begin, stop, before, T, kt, vt, scale,
+    P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go on with key blocks begin to stop of a list."""
+    o, p = tl.arange(0, N), tl.arange(0, P)
+    for j in range(begin, stop):
+        start = tl.load(index + j) * N
+        k = _tile(key, start, o, p, kt, T, P, MASKED)
+        s = tl.dot(q, k.trans(), input_precision=PRECISION)
+        if MASKED or BIAS:
+            c = (start + o)[None, :]
+            end, from_, b = _columns(until, bias, since, c, T, MASKED, BIAS)
+            x = _logits(s, i, c, first, before, end, from_, b, scale, MASKED, BIAS)
+            new = tl.maximum(highest, tl.max(x, 1))
+            # Of a query that has seen nothing yet, -inf - -inf would be NaN.
+            base = tl.where(new == float("-inf"), 0.0, new)
+            e = tl.exp2(x - base[:, None])
+        else:  # the same with a multiplication less
+            new = tl.maximum(highest, tl.max(s, 1) * scale)
+            base = new
+            e = tl.exp2(s * scale - base[:, None])
+        keep = tl.exp2(highest - base)
+        v = _tile(value, start, o, p, vt, T, P, MASKED)
+        acc = tl.dot(e.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+        total = total * keep + tl.sum(e, 1)
+        highest = new
+    return acc, total, highest
+
+
+@triton.jit
+def _forward(
+    query, key, value, until, bias, since, index, count, out, score, n, T, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, ub, uh, sb, sh, xb, xh,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most: they begin first
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    head, row = h // GROUPS, tl.program_id(1).to(tl.int64)
+    first = block * M
+    o, p = tl.arange(0, M), tl.arange(0, P)
+    i = (first + o)[:, None]
+    q = _tile(query + b * qb + h * qh, first, o, p, qt, n, P, True)
+    key += b * kb + head * kh
+    value += b * vb + head * vh
+    until += b * ub + head * uh
+    since += b * sb + head * sh
+    bias += (b * (HEADS // GROUPS) + head) * T
+    at = (b * xb + head * xh) * tl.num_programs(0) + block
+    whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
+    index += at * COLUMNS
+    before = T - n
+    highest = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, P], tl.float32)
+    acc, total, highest = _attend(
+        acc, total, highest, q, i, first, key, value, until, bias, since, index, 0, whole, before, T, kt, vt, scale,
+        P, N, False, BIAS, PRECISION,
+    )  # fmt: skip
+    acc, total, highest = _attend(
+        acc, total, highest, q, i, first, key, value, until, bias, since, index, whole, some, before, T, kt, vt,
+        scale, P, N, True, BIAS, PRECISION,
+    )  # fmt: skip
+    safe = tl.where(total == 0.0, 1.0, total)
+    real = first + o < n
+    to = out + b * ob + h * oh + first.to(tl.int64) * ot + o[:, None] * ot + p[None, :]
+    tl.store(to, acc / safe[:, None], mask=real[:, None])
+    # Infinite where nothing is seen: the backward pass then finds weights of zero.
+    tl.store(score + row * n + first + o, tl.where(total == 0.0, float("inf"), highest + tl.log2(safe)), mask=real)
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """x (B, H, T, P) with neighbouring features side by side, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of the rows, heads and tokens of some (B, H, T, P)."""
+    return [x.stride(d) for x in tensors for d in range(3)]
+
+
+def span_arguments(
+    key: Tensor, until: Tensor, bias: Tensor | None, biased_from: Tensor | None, lists: Blocks
+) -> tuple[list[Tensor], list[int]]:
+    """The kernels' arguments until, bias, since, index and count, and the strides of their rows and heads."""
+    until = until.contiguous()
+    since = until if biased_from is None else biased_from.contiguous()
+    tensors = [until, until if bias is None else bias.contiguous(), since, lists.index, lists.count]
+    wide = [x.expand(*key.shape[:2], *x.shape[2:]) for x in (until, since, lists.count[..., 0])]  # broadcast: stride 0
+    rows = lists.count.shape[2]
+    found = [stride for x in wide[:2] for stride in x.stride()[:2]]
+    return tensors, [*found, *(stride // (2 * rows) for stride in wide[2].stride()[:2])]
+
+
+def sizes(query: Tensor, key: Tensor, lists: Blocks, tile: Tiles, bias: Tensor | None) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    return {
+        "HEADS": query.shape[1], "GROUPS": query.shape[1] // key.shape[1], "COLUMNS": lists.index.shape[-1],
+        "P": query.shape[-1], "M": tile.queries, "N": tile.keys, "BIAS": bias is not None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    until: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    biased_from: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `ahn.ops.spans.attend`: (B, Hq, n, P), and (B, Hq, n) the `score` that the backward pass needs."""
+    B, HEADS, n, P = query.shape
+    tile = tiles("forward", query)
+    lists = blocks(until, biased_from, n, tile, by_key=False)
+    spans, span_strides = span_arguments(key, until, bias, biased_from, lists)
+    query, key, value = by_rows(query), by_rows(key), by_rows(value)
+    out = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)
+    score = torch.empty(B, HEADS, n, dtype=torch.float32, device=query.device)
+    _forward[triton.cdiv(n, tile.queries), B * HEADS](
+        query, key, value, *spans, out, score, n, key.shape[2], scaling * LOG2E.value,
+        *strides(query, key, value, out), *span_strides, **sizes(query, key, lists, tile, bias),
+    )  # fmt: skip
+    return out, score
