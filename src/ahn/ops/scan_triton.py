@@ -3,10 +3,14 @@
 Tokens go in chunks of C = 64 (the WY form of arXiv 2406.06484, section 3, with decay as in 2412.06464; see
 `ahn.ops.chunked`): what a chunk writes as a function of the state before it, for all chunks at once; the states, one
 chunk after the other; the reads, for all chunks at once, through norm, gate and projection where one head suffices.
-Keys and values are taken as the model has them: not repeated for query heads, not normalised. Forward only.
+Keys and values are taken as the model has them: not repeated for query heads, not normalised. Gradients are in
+`ahn.ops.scan_backward_triton`.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +23,26 @@ CHUNK = 64
 STATE_COLUMNS = 32  # of a state, for one program
 
 
+@dataclasses.dataclass
+class Written:
+    """What writing leaves behind, all but the last state in the keys' type.
+
+    Attributes:
+        written: (B, Hq, N · C, P) what each token adds to the state, N chunks of C tokens.
+        states: (B, Hq, N, P, P) before each chunk.
+        state: (B, Hq, P, P) float32 after the last one.
+        from_k: (B, Hq, N · C, P), inverse: (B, Hq, N · C, C); kept for gradients of a delta rule only.
+    """
+
+    written: Tensor
+    states: Tensor
+    state: Tensor
+    from_k: Tensor | None
+    inverse: Tensor | None
+
+
 @triton.jit
-def _unit_rows(x, eps):
+def unit_rows(x, eps):
     x = x.to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x, 1) + eps)[:, None]
 
@@ -34,10 +56,10 @@ def _corner(i, size):
 
 @triton.jit
 def _solve(
-    key, value, write, decay, from_k, from_v, tokens,
+    key, value, write, decay, from_k, from_v, inverse, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A."""
     row = tl.program_id(1).to(tl.int64)
@@ -49,7 +71,7 @@ def _solve(
     v = tl.load(value + b * vb + h * vh + t[:, None] * vt + p[None, :], mask=real[:, None], other=0.0)
     dtype = v.dtype
     beta = tl.load(write + row * tokens + t, mask=real, other=0.0)
-    k = _unit_rows(k, l2_eps)
+    k = unit_rows(k, l2_eps)
     below = i[:, None] > i[None, :]
     scaled = k * beta[:, None]
     A = tl.dot(scaled.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
@@ -66,6 +88,8 @@ def _solve(
         T -= tl.dot(tl.dot(T, corner, input_precision=PRECISION), T, input_precision=PRECISION)
         size *= 2
     M = T.to(dtype)
+    if KEEP:
+        tl.store(inverse + (row * tl.num_programs(0) * C + t)[:, None] * C + i[None, :], M)
     v = (v.to(tl.float32) * beta[:, None]).to(dtype)
     to = row * tl.num_programs(0) * C * P + t[:, None] * P + p[None, :]
     tl.store(from_v + to, tl.dot(M, v, input_precision=PRECISION))
@@ -94,7 +118,7 @@ def _states(
         t = chunk * C + i
         real = t < tokens
         k = tl.load(key + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
-        k = _unit_rows(k, l2_eps)
+        k = unit_rows(k, l2_eps)
         new = (at * C + i)[:, None] * P + c[None, :]
         if DELTA:
             w = tl.load(from_k + (at * C + i)[:, None] * P + p[None, :])
@@ -129,7 +153,7 @@ def _reads(
     q = tl.load(query + b * qb + h * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
     k = tl.load(key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
     dtype = k.dtype
-    q, k = _unit_rows(q, l2_eps) * scale, _unit_rows(k, l2_eps)
+    q, k = unit_rows(q, l2_eps) * scale, unit_rows(k, l2_eps)
     local = tl.dot(q.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
     seen = i[:, None] >= i[None, :]
     if DECAY:
@@ -151,6 +175,67 @@ def _reads(
             o *= tl.load(weight + row * tokens + t, mask=real, other=0.0)[:, None]
     to = ((b * tokens + t)[:, None] * HEADS + h) * P + p[None, :]
     tl.store(out + to, o, mask=real[:, None])
+
+
+def write_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    rule: StepRule,
+    keep: bool = False,
+) -> Written:
+    """Write m tokens in order; arguments as in `scan`, gates contiguous. `keep` what only gradients need."""
+    B, HEADS, tokens, P = query.shape
+    chunks = triton.cdiv(tokens, CHUNK)
+    state = state.clone(memory_format=torch.contiguous_format)
+    written = key.new_empty(B, HEADS, chunks * CHUNK, P)
+    states = key.new_empty(B, HEADS, chunks, P, P)
+    sizes, strides = kernel_sizes(query, key, decay), (*key.stride()[:3], *value.stride()[:3])
+    from_k, inverse = None, None
+    if rule.delta:
+        from_k = torch.empty_like(written)
+        inverse = written.new_empty(B, HEADS, chunks * CHUNK, CHUNK) if keep else None
+        _solve[chunks, B * HEADS](
+            key, value, write, decay, from_k, written, inverse, tokens, *strides, rule.l2_eps, KEEP=keep, **sizes,
+            num_warps=8,
+        )  # fmt: skip
+    columns = min(STATE_COLUMNS, P)
+    _states[P // columns, B * HEADS](
+        key, value, write, decay, from_k, written, state, states, tokens, chunks, *strides, rule.l2_eps,
+        COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return Written(written, states, state, from_k if keep else None, inverse)
+
+
+def read_raw(
+    query: Tensor, key: Tensor, decay: Tensor | None, done: Written, rule: StepRule, read: StepRead | None = None
+) -> Tensor:
+    """The reads of `scan`, (B, Hq, m, P)."""
+    B, HEADS, tokens, P = query.shape
+    chunks = triton.cdiv(tokens, CHUNK)
+    finish = read is not None
+    out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype if finish else torch.float32, device=query.device)
+    gamma, weight = (None, None) if read is None else (read.gamma.contiguous(), read.weight)
+    _reads[chunks, B * HEADS](
+        query, key, decay, done.written, done.states, gamma, None if weight is None else weight.contiguous(),
+        None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
+        *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
+        FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), num_warps=8,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def kernel_sizes(query: Tensor, key: Tensor, decay: Tensor | None) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    HEADS, P = query.shape[1], query.shape[3]
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    groups = HEADS // key.shape[1]
+    return {
+        "HEADS": HEADS, "GROUPS": groups, "P": P, "C": CHUNK, "DECAY": decay is not None, "PRECISION": precision
+    }  # fmt: skip
 
 
 def scan(
@@ -177,33 +262,6 @@ def scan(
         (B, Hq, m, P), laid out as (B, m, Hq, P): the finished read in the query's type, or the raw one in float32; and
         the state after the last write.
     """
-    B, HEADS, tokens, P = query.shape
-    groups, chunks = HEADS // key.shape[1], triton.cdiv(tokens, CHUNK)
-    write, state = write.contiguous(), state.clone()
-    decay = None if decay is None else decay.contiguous()
-    written = query.new_empty(B, HEADS, chunks * CHUNK, P)
-    states = query.new_empty(B, HEADS, chunks, P, P)
-    sizes = {"HEADS": HEADS, "GROUPS": groups, "P": P, "C": CHUNK, "DECAY": decay is not None}
-    sizes["PRECISION"] = "ieee" if query.dtype == torch.float32 else "tf32"
-    strides = (*key.stride()[:3], *value.stride()[:3])
-    from_k = torch.empty_like(written) if rule.delta else None
-    if rule.delta:
-        _solve[chunks, B * HEADS](
-            key, value, write, decay, from_k, written, tokens, *strides, rule.l2_eps, **sizes, num_warps=8
-        )  # fmt: skip
-    columns = min(STATE_COLUMNS, P)
-    _states[P // columns, B * HEADS](
-        key, value, write, decay, from_k, written, state, states, tokens, chunks, *strides, rule.l2_eps,
-        COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    del from_k
-    finish = read is not None
-    out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype if finish else torch.float32, device=query.device)
-    gamma, weight = (None, None) if read is None else (read.gamma.contiguous(), read.weight)
-    _reads[chunks, B * HEADS](
-        query, key, decay, written, states, gamma, None if weight is None else weight.contiguous(),
-        None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
-        *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
-        FINISH=finish, ROUTER=weight is not None, **sizes, num_warps=8,
-    )  # fmt: skip
-    return out.transpose(1, 2), state
+    write, decay = write.contiguous(), None if decay is None else decay.contiguous()
+    done = write_all(query, key, value, write, decay, state, rule)
+    return read_raw(query, key, decay, done, rule, read), done.state

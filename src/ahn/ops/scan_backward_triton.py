@@ -1,0 +1,290 @@
+"""Gradients of `ahn.ops.scan_triton`'s scan, in Triton kernels with fixed settings.
+
+Of one chunk, with L and A the products of queries and keys with earlier keys, weighed by the decay between them
+(`ahn.ops.chunked`), T = (I + A)⁻¹, and S the state before it:
+
+    (I + A) u = r = β (v - exp(G) k S)      o = exp(G) q S + L u      S' = exp(Gₑ) S + (exp(Gₑ - G) k)ᵀ u
+
+the gradients of states and writes go backwards through the chunks, one after the other,
+
+    du = Lᵀ do + exp(Gₑ - G) k dS'          dS = exp(Gₑ) dS' + (exp(G) q)ᵀ do - (T β exp(G) k)ᵀ du
+
+and everything else follows for all chunks at once from dr = Tᵀ du and dA = -dr uᵀ.
+
+No result of a product is transposed on its way into the next one: Triton 3.4 to 3.7.0 miscompile that on Hopper
+(flash-linear-attention issues 640 and 984; its gated backward refuses to run there). What is needed both ways round is
+multiplied twice, or goes through memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ahn.ops.scan_triton import CHUNK, STATE_COLUMNS, kernel_sizes, read_raw, unit_rows, write_all
+from ahn.ops.step import StepRule
+
+
+@triton.jit
+def _rows(base, real, t, stride, p):
+    return tl.load(base + t[:, None] * stride + p[None, :], mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def _through_norm(x, grad, eps, scale):
+    """Gradient of x, of the same rows' gradient after `unit_rows(x) * scale`."""
+    r = tl.rsqrt(tl.sum(x * x, 1) + eps)[:, None]
+    unit = x * r
+    return (grad - unit * tl.sum(unit * grad, 1)[:, None]) * (r * scale)
+
+
+@triton.jit
+def _local_writes(
+    query, key, decay, grad, grad_written, tokens,
+    qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Lᵀ do: what a chunk's own reads ask of its writes."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    t = tl.program_id(0) * C + i
+    real = t < tokens
+    dtype = key.dtype.element_ty
+    q = unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale
+    k = unit_rows(_rows(key + b * kb + h // GROUPS * kh, real, t, kt, p), l2_eps)
+    local = tl.dot(k.to(dtype), tl.trans(q.to(dtype)), input_precision=PRECISION)
+    later = i[:, None] <= i[None, :]
+    if DECAY:
+        G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
+        local *= tl.exp(tl.where(later, G[None, :] - G[:, None], 0.0))
+    local = tl.where(later, local, 0.0)
+    do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
+    to = (row * tl.num_programs(0) + tl.program_id(0)) * C
+    tl.store(grad_written + (to + i)[:, None] * P + p[None, :], tl.dot(local.to(dtype), do, input_precision=PRECISION))
+
+
+@triton.jit
+def _states_backward(
+    query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks,
+    qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state after each chunk, and of what each chunk writes; some columns of one head's state."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p, c = tl.arange(0, C), tl.arange(0, P), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tile = p[:, None] * P + c[None, :]
+    query += b * qb + h * qh
+    key += b * kb + h // GROUPS * kh
+    grad += b * gb + h * gh
+    dtype = key.dtype.element_ty
+    dS = tl.load(grad_state + row * P * P + tile)
+    for n in range(chunks):
+        chunk = chunks - 1 - n
+        at = row * chunks + chunk
+        tl.store(grad_states + at * P * P + tile, dS.to(dtype))
+        t = chunk * C + i
+        real = t < tokens
+        q = unit_rows(_rows(query, real, t, qt, p), l2_eps) * scale
+        k = unit_rows(_rows(key, real, t, kt, p), l2_eps)
+        do = _rows(grad, real, t, gt, c).to(dtype)
+        new = (at * C + i)[:, None] * P + c[None, :]
+        before = dS.to(dtype)
+        if DECAY:
+            g = tl.load(decay + row * tokens + t, mask=real, other=0.0)
+            G, total = tl.cumsum(g, 0), tl.sum(g, 0)
+            q *= tl.exp(G)[:, None]
+            k *= tl.exp(total - G)[:, None]
+            dS *= tl.exp(total)
+        du = tl.load(grad_written + new).to(tl.float32) + tl.dot(k.to(dtype), before, input_precision=PRECISION)
+        tl.store(grad_written + new, du)
+        dS += tl.dot(tl.trans(q.to(dtype)), do, input_precision=PRECISION)
+        if DELTA:
+            w = tl.load(from_k + (at * C + i)[:, None] * P + p[None, :])
+            dS -= tl.dot(tl.trans(w), du.to(dtype), input_precision=PRECISION)
+    tl.store(grad_state + row * P * P + tile, dS)
+
+
+@triton.jit
+def _queries_backward(
+    query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
+    qb, qh, qt, kb, kh, kt, gb, gh, gt, tb, th, tt, l2_eps, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, what reads of the state ask of G, and dr in the place of du."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    t = tl.program_id(0) * C + i
+    real = t < tokens
+    at = row * tl.num_programs(0) + tl.program_id(0)
+    own = (at * C + i)[:, None] * P + p[None, :]
+    dtype = key.dtype.element_ty
+    do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
+    S = tl.load(states + at * P * P + p[:, None] * P + p[None, :])
+    dq = tl.dot(do, tl.trans(S), input_precision=PRECISION)
+    local = tl.dot(do, tl.trans(tl.load(written + own)), input_precision=PRECISION)
+    seen = i[:, None] >= i[None, :]
+    q = _rows(query + b * qb + h * qh, real, t, qt, p).to(tl.float32)
+    if DECAY:
+        G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
+        dq *= tl.exp(G)[:, None]
+        tl.store(from_reads + row * tokens + t, tl.sum(dq * unit_rows(q, l2_eps), 1) * scale, mask=real)
+        local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
+    local = tl.where(seen, local, 0.0)
+    k = unit_rows(_rows(key + b * kb + h // GROUPS * kh, real, t, kt, p), l2_eps)
+    dq += tl.dot(local.to(dtype), k.to(dtype), input_precision=PRECISION)
+    dq = _through_norm(q, dq, l2_eps, scale)
+    tl.store(grad_query + b * tb + h * th + t[:, None] * tt + p[None, :], dq, mask=real[:, None])
+    if DELTA:
+        T = tl.load(inverse + (at * C + i)[None, :] * C + i[:, None])  # transposed
+        dr = tl.dot(T, tl.load(grad_written + own), input_precision=PRECISION)
+        tl.debug_barrier()  # no thread stores before all have read
+        tl.store(grad_written + own, dr)
+
+
+@triton.jit
+def _keys_backward(
+    query, key, value, write, decay, written, states, grad, grad_written, grad_states, from_reads,
+    grad_key, grad_value, grad_write, grad_decay, tokens,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, l2_eps, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one query head, (B, Hq, m, P), and the gradients of its gates."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    t = tl.program_id(0) * C + i
+    real = t < tokens
+    at = row * tl.num_programs(0) + tl.program_id(0)
+    own = (at * C + i)[:, None] * P + p[None, :]
+    tile = at * P * P + p[:, None] * P + p[None, :]
+    gates = row * tokens + t
+    to = gates[:, None] * P + p[None, :]
+    dtype = key.dtype.element_ty
+    key += b * kb + h // GROUPS * kh
+    beta = tl.load(write + gates, mask=real, other=0.0)
+    k = unit_rows(_rows(key, real, t, kt, p), l2_eps)
+    u = tl.load(written + own)
+    dr = tl.load(grad_written + own)
+    dG, G, total = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
+
+    # Through the state after the chunk.
+    dS = tl.load(grad_states + tile)
+    dk = tl.dot(u, tl.trans(dS), input_precision=PRECISION)
+    if DECAY:
+        g = tl.load(decay + gates, mask=real, other=0.0)
+        G, total = tl.cumsum(g, 0), tl.sum(g, 0)
+        dk *= tl.exp(total - G)[:, None]
+        kept = tl.sum(dk * k, 1)
+        dG = tl.load(from_reads + gates, mask=real, other=0.0) - kept
+        S = tl.load(states + tile).to(tl.float32)
+        total = tl.sum(kept, 0) + tl.exp(total) * tl.sum(tl.sum(S * dS.to(tl.float32), 1), 0)  # the gradient from here
+    # Through the state before it.
+    v = _rows(value + b * vb + h // GROUPS * vh, real, t, vt, p).to(tl.float32)
+    dr32 = dr.to(tl.float32)
+    tl.store(grad_value + to, dr32 * beta[:, None], mask=real[:, None])
+    if DELTA:
+        S = tl.load(states + tile)
+        v -= tl.dot(k.to(dtype), S, input_precision=PRECISION) * tl.exp(G)[:, None]
+        subtracted = tl.dot(dr, tl.trans(S), input_precision=PRECISION) * (beta * tl.exp(G))[:, None]
+        dk -= subtracted
+        dG -= tl.sum(subtracted * k, 1)
+    dbeta = tl.sum(dr32 * v, 1)
+
+    # Through the products inside the chunk; row j, column i: token i looks at j.
+    distance = G[None, :] - G[:, None]
+    before = i[:, None] < i[None, :]
+    k = k.to(dtype)
+    q = (unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale).to(dtype)
+    do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
+    local = tl.dot(u, tl.trans(do), input_precision=PRECISION)
+    local = tl.where(i[:, None] <= i[None, :], local * tl.exp(tl.minimum(distance, 0.0)), 0.0)
+    dk += tl.dot(local.to(dtype), q, input_precision=PRECISION)
+    if DECAY:
+        local = tl.where(before, local * tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
+        dG += tl.sum(local, 0) - tl.sum(local, 1)
+    if DELTA:
+        weight = tl.exp(-tl.abs(distance))
+        as_seen = tl.where(before, -tl.dot(u, tl.trans(dr), input_precision=PRECISION) * weight, 0.0)
+        as_seeing = tl.where(
+            i[:, None] > i[None, :], -tl.dot(dr, tl.trans(u), input_precision=PRECISION) * weight, 0.0
+        )
+        both = as_seen * beta[None, :] + as_seeing * beta[:, None]
+        dk += tl.dot(both.to(dtype), k, input_precision=PRECISION)
+        as_seen *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        dbeta += tl.sum(as_seen, 0)
+        if DECAY:
+            as_seen *= beta[None, :]
+            dG += tl.sum(as_seen, 0) - tl.sum(as_seen, 1)
+    tl.store(grad_write + gates, dbeta, mask=real)
+    if DECAY:
+        tl.store(grad_decay + gates, tl.cumsum(dG, 0, reverse=True) + total, mask=real)
+    dk = _through_norm(_rows(key, real, t, kt, p).to(tl.float32), dk, l2_eps, 1.0)
+    tl.store(grad_key + to, dk, mask=real[:, None])
+
+
+class Scan(torch.autograd.Function):
+    """`scan_triton.scan` without finishing the read: (query, key, value, write, decay, state, rule) to (o, state)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        write: Tensor,
+        decay: Tensor | None,
+        state: Tensor,
+        rule: StepRule,
+    ) -> tuple[Tensor, Tensor]:
+        write, decay = write.contiguous(), None if decay is None else decay.contiguous()
+        done = write_all(query, key, value, write, decay, state, rule, keep=True)
+        ctx.save_for_backward(
+            query, key, value, write, decay, done.written, done.states, done.from_k, done.inverse
+        )
+        ctx.rule = rule
+        return read_raw(query, key, decay, done, rule), done.state
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, write, decay, written, states, from_k, inverse = ctx.saved_tensors
+        rule = ctx.rule
+        B, HEADS, tokens, P = query.shape
+        sizes, chunks = kernel_sizes(query, key, decay), triton.cdiv(tokens, CHUNK)
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad_state = grad_state.clone(memory_format=torch.contiguous_format)
+        read = (*query.stride()[:3], *key.stride()[:3], *grad.stride()[:3])
+        grad_written, grad_states = torch.empty_like(written), torch.empty_like(states)
+        _local_writes[chunks, B * HEADS](
+            query, key, decay, grad, grad_written, tokens, *read, rule.l2_eps, rule.scale, **sizes, num_warps=8
+        )  # fmt: skip
+        columns = min(STATE_COLUMNS, P)
+        _states_backward[P // columns, B * HEADS](
+            query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks, *read,
+            rule.l2_eps, rule.scale, COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        grad_query, from_reads = torch.empty_like(query), torch.empty_like(write)
+        _queries_backward[chunks, B * HEADS](
+            query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
+            *read, *grad_query.stride()[:3], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
+        )  # fmt: skip
+        grad_key, grad_value = (torch.empty(query.shape, dtype=key.dtype, device=key.device) for _ in range(2))
+        grad_write, grad_decay = torch.empty_like(write), None if decay is None else torch.empty_like(decay)
+        _keys_backward[chunks, B * HEADS](
+            query, key, value, write, decay, written, states, grad, grad_written, grad_states, from_reads,
+            grad_key, grad_value, grad_write, grad_decay, tokens,
+            *read[:6], *value.stride()[:3], *read[6:], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
+        )  # fmt: skip
+        if HEADS > key.shape[1]:
+            grad_key, grad_value = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (grad_key, grad_value))
+        return grad_query, grad_key, grad_value, grad_write, grad_decay, grad_state, None

@@ -1,0 +1,105 @@
+"""The scan's gradients in kernels against autograd through the recurrences, one token at a time in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import relative_error
+from test_scan_triton import BFLOAT16, FLOAT32, INTERPRETED, NAMES, expected
+from test_step import DEVICE, RULES
+from torch import Tensor
+
+# Of a chunk's products the backward repeats those of the forward and takes products of their results.
+BACKWARD = 2
+GATES = {"usual": (0.0, 0.25), "forgets": (2.0, 30.0), "keeps": (-2.0, 1e-4), "closed": (-torch.inf, 0.0)}
+
+
+def inputs(
+    name: str, tokens: int, heads: int, kv_heads: int, P: int, dtype: torch.dtype, gates: str = "usual"
+) -> dict[str, Tensor | None]:
+    """Arguments of a scan for two rows, strided as a model has them; half of all keys nearly repeat."""
+    r = torch.Generator().manual_seed(tokens + P)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=r)
+
+    opened, forgotten = GATES[gates]
+    key = normal(2, kv_heads, tokens + 7, P)
+    key[:, :, tokens // 2 :] = key[:, :, :1] + 0.1 * key[:, :, tokens // 2 :]
+    return {
+        "query": normal(2, tokens, heads, P).to(dtype).transpose(1, 2),
+        "key": key.to(dtype)[:, :, 5 : 5 + tokens],
+        "value": normal(2, kv_heads, tokens + 7, P).to(dtype)[:, :, 5 : 5 + tokens],
+        "write": torch.sigmoid(normal(2, heads, tokens) + opened),
+        "decay": -F.softplus(normal(2, heads, tokens)) * forgotten if RULES[name].decay else None,
+        "state": 0.3 * normal(2, heads, P, P),
+    }
+
+
+def outputs_and_gradients(function, given: dict[str, Tensor | None], rule, only_state: bool) -> dict[str, Tensor]:
+    """Read, state and the gradients of a random projection of both, or of the state alone."""
+    leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in given.items()}
+    o, state = function(*leaves.values(), rule)
+    r = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=r).to(x) for x in (o, state)]
+    total = (state * weights[1]).sum()
+    if not only_state:
+        total = total + (o * weights[0]).sum()
+    total.backward()
+    gradients = {f"grad_{name}": x.grad for name, x in leaves.items() if x is not None and x.grad is not None}
+    return {"o": o.detach(), "state": state.detach()} | gradients
+
+
+def errors_of(name: str, given: dict[str, Tensor | None], only_state: bool = False) -> dict[str, float]:
+    """Relative to each tensor's norm, or to 1 where it is smaller: terms that cancel leave their rounding behind."""
+    from ahn.ops.scan_backward_triton import Scan
+
+    rule = RULES[name]
+    exact = {part: None if x is None else x.double() for part, x in given.items()}
+    wanted = outputs_and_gradients(lambda *x: expected(*x, None), exact, rule, only_state)
+    moved = {part: None if x is None else x.to(DEVICE) for part, x in given.items()}
+    found = outputs_and_gradients(Scan.apply, moved, rule, only_state)
+    assert all(found[f"grad_{part}"].dtype == x.dtype for part, x in given.items() if f"grad_{part}" in found)
+    zeros = {part: torch.zeros_like(x) for part, x in found.items() if part not in wanted}  # not in the graph at all
+    assert found.keys() >= wanted.keys()
+    return {
+        part: relative_error(x.double().cpu(), (wanted | zeros)[part].cpu())
+        if (wanted | zeros)[part].norm() > 1
+        else float((x.double().cpu() - (wanted | zeros)[part].cpu()).norm())
+        for part, x in found.items()
+    }
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory is NaN: what a kernel does not fill, or reads before it is filled, shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "P"), [(1, 1, 1, 16), (64, 2, 1, 16), (65, 4, 2, 16), (150, 2, 2, 32)]
+)
+def test_gradients(name: str, tokens: int, heads: int, kv_heads: int, P: int) -> None:
+    errors = errors_of(name, inputs(name, tokens, heads, kv_heads, P, torch.float32))
+    assert max(errors.values()) < BACKWARD * FLOAT32, errors
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gates", ["forgets", "keeps", "closed"])
+def test_gates_at_their_ends(name: str, gates: str) -> None:
+    errors = errors_of(name, inputs(name, 130, 2, 1, 16, torch.float32, gates))
+    assert max(errors.values()) < BACKWARD * FLOAT32, errors
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_the_last_state_alone(name: str) -> None:
+    errors = errors_of(name, inputs(name, 70, 2, 1, 16, torch.float32), only_state=True)
+    assert max(errors.values()) < BACKWARD * FLOAT32, errors
