@@ -139,6 +139,4 @@ def test_the_cache_stops_growing_and_is_saved(tmp_path: object) -> None:
     found = ahn.AHNCache.load(path, model)
     ids = tokens(1, 3, seed=5)
     with torch.no_grad():
-        assert torch.equal(
-            model(ids, past_key_values=found).logits, model(ids, past_key_values=cache).logits
-        )
+        assert torch.equal(model(ids, past_key_values=found).logits, model(ids, past_key_values=cache).logits)

@@ -159,8 +159,12 @@ def attention(
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if isinstance(memory, ExactSlots) and slotted:
         if not plain:
-            raise AHNError(f"The memory {memory.name!r} needs plain attention: no eager kernel, soft cap or learned sinks.")
-        held = slot_attention.attend(memory, query, key, value, left, view, mask, state, cache_layer is not None, scaling)
+            raise AHNError(
+                f"The memory {memory.name!r} needs plain attention: no eager kernel, soft cap or learned sinks."
+            )
+        held = slot_attention.attend(
+            memory, query, key, value, left, view, mask, state, cache_layer is not None, scaling
+        )
         out, weights, state = held[0].transpose(1, 2), None, held[1]
     elif banded:
         out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None

@@ -60,7 +60,9 @@ def evicted_rope(decoder: nn.Module, view: Visibility, position_ids: Tensor | No
 
 def _given(rope: Rope | None) -> Rope:
     if rope is None:
-        raise AHNError("q_proj and content_keys need the model's rotary embedding, which this attention does not receive.")
+        raise AHNError(
+            "q_proj and content_keys need the model's rotary embedding, which this attention does not receive."
+        )
     return rope
 
 

@@ -107,9 +107,7 @@ def _step(query: Tensor, key: Tensor, value: Tensor, held: Held, mask: Tensor | 
     faded = faded[:, :, None].repeat_interleave(groups, dim=1)
     scores = torch.cat([faded, seen.expand(B, query.shape[1], 1, T)], dim=-1).to(query.dtype)
     keys, values = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)
-    return F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=scores, scale=scaling, enable_gqa=groups > 1
-    )
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=scores, scale=scaling, enable_gqa=groups > 1)
 
 
 def _chunk(

@@ -216,9 +216,7 @@ def _keys_backward(
     if DELTA:
         weight = tl.exp(-tl.abs(distance))
         as_seen = tl.where(before, -tl.dot(u, tl.trans(dr), input_precision=PRECISION) * weight, 0.0)
-        as_seeing = tl.where(
-            i[:, None] > i[None, :], -tl.dot(dr, tl.trans(u), input_precision=PRECISION) * weight, 0.0
-        )
+        as_seeing = tl.where(i[:, None] > i[None, :], -tl.dot(dr, tl.trans(u), input_precision=PRECISION) * weight, 0.0)
         both = as_seen * beta[None, :] + as_seeing * beta[:, None]
         dk += tl.dot(both.to(dtype), k, input_precision=PRECISION)
         as_seen *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
@@ -249,9 +247,7 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         write, decay = write.contiguous(), None if decay is None else decay.contiguous()
         done = write_all(query, key, value, write, decay, state, rule, keep=True)
-        ctx.save_for_backward(
-            query, key, value, write, decay, done.written, done.states, done.from_k, done.inverse
-        )
+        ctx.save_for_backward(query, key, value, write, decay, done.written, done.states, done.from_k, done.inverse)
         ctx.rule = rule
         return read_raw(query, key, decay, done, rule), done.state
 

@@ -28,6 +28,7 @@ class Settings:
     ahn_implementation: str = _setting("GatedDeltaNet", "The memory: GatedDeltaNet, DeltaNet or Mamba2.")
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
+    use_content_keys: bool = _setting(False, "The memory's keys and queries are those before the rotary embedding.")
     fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
     window: int = _setting(DEFAULT_WINDOW, "Window that the finished adapter asks for (loading it can choose another).")
@@ -86,6 +87,7 @@ class Settings:
             full_attention_layers=_layers(self.fa_layer_ids),
             router=self.use_ahn_router,
             q_proj=self.use_q_proj,
+            content_keys=self.use_content_keys,
         )
 
     def schedule(self, seed: int) -> WindowSchedule:
