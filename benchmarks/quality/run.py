@@ -50,6 +50,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(options.stages) - {*STAGES, "card"}
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}, card")
+    if "card" in options.stages and options.recipe != "tiny":
+        parser.error("the card is ahn-tiny's: name --recipe tiny")
     recipe = RECIPES[options.recipe]
     options.recipe = smoke(recipe) if options.smoke else recipe
     known = {run.name for run in options.recipe.runs}
