@@ -63,9 +63,6 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for group in groups:
         first = group.first
-        won = "" if group.method in (FULL, WINDOW) else percent(group.won_back())
-        if won:
-            won += spread([100 * group.won_back(row)[0] for row in group.seeds])
         state = (first["state_bytes"] + first["gate_bytes"]) / 1024
         cells = [
             group.method,
@@ -73,12 +70,20 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
             f"{state:.0f}",
             f"{first['kv_bytes'] / 1024:.0f}",
             f"{group.mean('loss'):.4f}",
-            won,
+            _won_back(group),
             f"{group.kl()[0]:.4f}",
             _share(*group.recall()),
             _share(*_all_needles(group)),
         ]
         yield "| " + " | ".join(cells) + " |"
+
+
+def _won_back(group: Group) -> str:
+    if group.method in (FULL, WINDOW):
+        return ""
+    if group.window["loss"] <= group.full["loss"]:
+        return "full attention is no better"  # beyond the lengths that the base model knows
+    return percent(group.won_back()) + spread([100 * group.won_back(row)[0] for row in group.seeds])
 
 
 def _ablations(results: Results) -> Iterable[str]:
