@@ -18,19 +18,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-STAGES = ("prepare", "base", "distill", "evaluate", "report")
-
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     for stage in options.stages or STAGES:
-        globals()[f"_{stage}"](options, out)
+        RUN[stage](options, out)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line to options; `recipe` is the recipe itself."""
+    from stages.recipe import BASELINES
     from stages.recipes import RECIPES, smoke
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,14 +46,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--share", type=_share, default=(0, 1), help="distill, evaluate: I/N, every N-th row from the I-th"
     )
     options = parser.parse_args(arguments)
-    unknown = set(options.stages) - {*STAGES, "card"}
+    unknown = set(options.stages) - set(RUN)
     if unknown:
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}, card")
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(RUN)}")
+    if "card" in options.stages and options.recipe != "tiny":
+        parser.error("the card is ahn-tiny's: name --recipe tiny")
     recipe = RECIPES[options.recipe]
     options.recipe = smoke(recipe) if options.smoke else recipe
     known = {run.name for run in options.recipe.runs}
-    from stages.recipe import BASELINES
-
     missing = set(options.only) - known - set(BASELINES)
     if missing:
         parser.error(f"the recipe has no run {', '.join(sorted(missing))}; it has {', '.join(sorted(known))}")
@@ -81,7 +80,7 @@ def _device(options: argparse.Namespace) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -132,6 +131,11 @@ def _card(options: argparse.Namespace, out: Path) -> None:
     write_card(options.recipe, out)
     if not options.smoke:
         install(options.recipe, out)
+
+
+STAGES = {"prepare": _prepare, "base": _base, "distill": _distill, "evaluate": _evaluate, "report": _report}
+"""What a command without stages does, in this order."""
+RUN = STAGES | {"card": _card}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages of scripts/train_tiny.py, in small: data and optimiser are what the model card says."""
+"""Parts of benchmarks/quality, in small: data and optimiser are what the model card says."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ahn import tiny
 from ahn.tiny.corpus import held_out_text
 from ahn.tiny.facts import FactWriter
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
-from tiny_stages.base import learning_rate  # noqa: E402
-from tiny_stages.batches import KEPT, Answers, Batches, Renamer  # noqa: E402
-from tiny_stages.evaluate import Evaluation, banded  # noqa: E402
-from tiny_stages.model import build, hidden_states, save  # noqa: E402
-from tiny_stages.optimizer import Muon, orthogonalise  # noqa: E402
-from tiny_stages.recipe import SMOKE  # noqa: E402
+from stages.base import learning_rate
+from stages.batches import KEPT, Answers, Batches, Renamer, Texts, stored_batches
+from stages.model import build, hidden_states, save
+from stages.optimizer import Muon, orthogonalise
+from stages.pace import RESERVE, SETTLED, Pace
+from stages.recipes import TINY, smoke
+
+SMOKE = smoke(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +43,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 
 def test_batches_are_a_function_of_the_step(folder: Path, tokenizer) -> None:
-    batches = Batches(SMOKE, folder, tokenizer)
+    texts = Texts(SMOKE, folder, tokenizer)
+    batches = Batches(SMOKE, texts, 0)
     ids, weights = batches[0]
     phase = SMOKE.phases[0]
     assert ids.shape == (phase.batch, phase.length + 1)
     assert weights.shape == (phase.batch, phase.length)
     assert torch.equal(batches[0][0], ids)
     assert not torch.equal(batches[1][0], ids)
-    assert batches[phase.steps][0].shape[1] == SMOKE.phases[1].length + 1
+    assert len(list(batches)) == phase.steps
+    later = Batches(SMOKE, texts, 1)
+    assert later[0][0].shape[1] == SMOKE.phases[1].length + 1
     # Weighted positions are answers: all of them values of facts, the token before a key.
     answers = ids[:, 1:][weights == SMOKE.answer_weight]
-    assert set(answers.tolist()) <= set(batches.facts.values.values())
+    assert set(answers.tolist()) <= set(texts.facts.values.values())
     assert phase.batch * phase.facts[0] <= len(answers) <= phase.batch * phase.facts[1]
 
 
 def test_distillation_learns_answers_and_text_only(folder: Path, tokenizer) -> None:
     writer = FactWriter(tokenizer)
-    batch = Answers(SMOKE, folder, tokenizer)[0]
+    batches = stored_batches(SMOKE, SMOKE.distillation, folder, tokenizer, seed=3)
+    assert len(batches) == SMOKE.distillation.steps
+    batch = batches[1]
+    ids, learned = Answers(SMOKE.distillation, Texts(SMOKE, folder, tokenizer), seed=3)[1]
+    assert np.array_equal(batch["input_ids"], ids) and np.array_equal(batch["labels"] != -100, learned)
     masked = batch["labels"] == -100
     assert torch.equal(batch["labels"][~masked], batch["input_ids"][~masked])
     facts = torch.isin(batch["input_ids"], torch.tensor(list(writer.values.values())))
     assert (facts & ~masked).any() and (facts & masked).any()
+    other = stored_batches(SMOKE, SMOKE.distillation, folder, tokenizer, seed=4)
+    assert not torch.equal(other[1]["input_ids"], batch["input_ids"])
 
 
 def test_renaming_is_one_to_one_and_spares_frequent_and_fixed_tokens(folder: Path, tokenizer) -> None:
@@ -93,11 +103,38 @@ def test_muon_steps_are_orthogonal_and_of_adams_size() -> None:
 
 def test_learning_rate_rises_stays_and_falls() -> None:
     recipe = dataclasses.replace(SMOKE, warmup=4, cooldown=0.5)
-    rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
+    pace = Pace(recipe, None)
+    steps = [(number, step) for number, phase in enumerate(recipe.phases) for step in range(phase.steps)]
+    rates = [learning_rate(recipe, done, pace.progress(*step)) for done, step in enumerate(steps)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[recipe.steps // 2] == 1.0
     assert 0 < rates[-1] < 0.1
     assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+
+
+@pytest.mark.parametrize(("seconds", "compiling", "step_time"), [(300, 60, 0.1), (200, 20, 0.4), (3000, 60, 0.05)])
+def test_a_limited_pace_ends_in_time_and_reaches_the_end(seconds: float, compiling: float, step_time: float) -> None:
+    now = 0.0
+    pace = Pace(TINY, seconds, clock=lambda: now)
+    last = 0.0
+    for number, phase in enumerate(TINY.phases):
+        pace.begin()
+        step = 0
+        while step < pace.steps[number]:
+            assert last <= pace.progress(number, step) < 1
+            last = pace.progress(number, step)
+            # Every step of one phase takes as long; phases differ by the tokens of a step.
+            now += compiling if step == 0 else step_time * phase.batch * phase.length / 65536
+            pace.done(number, step)
+            step += 1
+        assert SETTLED < step <= phase.steps
+    assert pace.progress(len(TINY.phases) - 1, pace.steps[-1]) == 1.0
+    unlimited = len(TINY.phases) * compiling + TINY.steps * step_time
+    if unlimited < seconds - RESERVE:
+        assert pace.steps == [phase.steps for phase in TINY.phases]
+    # Within a step of each phase and what measuring needs.
+    assert now <= seconds - RESERVE + 2 * len(TINY.phases) * step_time
+    assert now >= min(unlimited, seconds - RESERVE) - compiling - 2 * len(TINY.phases) * step_time
 
 
 def test_hidden_states_are_the_models_own(tmp_path: Path, tokenizer) -> None:
@@ -108,39 +145,7 @@ def test_hidden_states_are_the_models_own(tmp_path: Path, tokenizer) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         assert torch.equal(model.lm_head(hidden_states(model, ids)), expected)
-        # A band as long as the sequence hides nothing; the mask takes another kernel, so equal to float32 rounding.
-        banded_logits = model.lm_head(hidden_states(model, ids, banded(ids, 40, 0)))
-        torch.testing.assert_close(banded_logits, expected, rtol=1e-4, atol=1e-4)
     save(model, tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
-
-
-def test_band() -> None:
-    visible = banded(torch.zeros(1, 6), window=2, sinks=1)[0, 0]
-    assert visible.int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 0, 1, 1, 0, 0],
-        [1, 0, 0, 1, 1, 0],
-        [1, 0, 0, 0, 1, 1],
-    ]
-
-
-def test_evaluation_finds_what_a_perfect_model_would_recall(folder: Path, tokenizer) -> None:
-    """A head that reads the next token off the "hidden state" recalls every fact and loses nothing."""
-    writer = FactWriter(tokenizer)
-    evaluation = Evaluation(SMOKE, folder, writer, SMOKE.evaluation_length, 2)
-    size = len(tokenizer)
-    head = torch.nn.Linear(size, size, bias=False)
-    torch.nn.init.eye_(head.weight)
-
-    def hidden(ids: torch.Tensor) -> torch.Tensor:
-        return 100.0 * torch.nn.functional.one_hot(ids.roll(-1, dims=1), size).float()
-
-    found = evaluation("perfect", hidden, head)
-    assert found["loss_perfect"] < 1e-3
-    recalls = [value for key, value in found.items() if key.startswith("recall")]
-    assert recalls and all(value == 1.0 for value in recalls)

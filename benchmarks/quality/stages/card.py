@@ -1,4 +1,4 @@
-"""Stage `card`: the model card from the run's own logs, and everything that ships copied into the package."""
+"""Stage `card`: the model card of ahn-tiny from the run's own files, and all that ships copied into the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ahn import tiny
 from ahn.tiny.corpus import HELD_OUT
 from ahn.tiny.facts import QUESTION, STATEMENT
 
-from .recipe import MEMORIES, SEED, Recipe
+from .log import read_lines
+from .recipe import SEED, Recipe
+from .rows import FULL, WINDOW, Group, Results
 
 PACKAGE = Path(tiny.__file__).parent
 
@@ -19,12 +21,13 @@ CARD = Path(__file__).with_name("card.md")
 
 
 def write_card(recipe: Recipe, out: Path) -> None:
-    """Write out/README.md from the run's logs."""
+    """Write out/README.md from the run's logs and rows."""
     prepared = json.loads((out / "prepare.json").read_text())
-    base = _read(out / "base.jsonl")
+    base = json.loads((out / "base.json").read_text())
+    trained = [entry for entry in read_lines(out / "base.jsonl") if "loss" in entry]
+    results = Results(recipe, out)
     settings = recipe.distillation
-    final = [entry for entry in base if entry.get("final")]
-    trained = [entry for entry in base if "loss" in entry]
+    budget = recipe.contexts[0].budgets[0]
     phases = ", ".join(
         f"{p.steps} of {p.batch} times {p.length} tokens with {p.facts[0]} to {p.facts[1]} facts"
         + (f" at most {p.reach} tokens away" if p.reach else "")
@@ -33,8 +36,10 @@ def write_card(recipe: Recipe, out: Path) -> None:
     text = CARD.read_text().format(
         **{name: getattr(recipe, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "warmup")},
         **{name: getattr(recipe, name) for name in ("matrix_lr", "matrix_decay", "other_lr", "cooldown", "steps")},
-        **{name: getattr(recipe, name) for name in ("answer_weight", "lossless", "sinks", "window")},
-        parameters=base[0]["parameters"] / 1e6,
+        **{name: getattr(recipe, name) for name in ("answer_weight", "sinks")},
+        lossless=budget,
+        window=budget - recipe.sinks,
+        parameters=base["parameters"] / 1e6,
         vocabulary=prepared["vocabulary"],
         python=prepared["python"],
         documents=prepared["train_documents"],
@@ -46,61 +51,50 @@ def write_card(recipe: Recipe, out: Path) -> None:
         question=QUESTION.strip().format(key="<key>", value="<value>"),
         rename=recipe.rename_share,
         seed=SEED,
-        seen=sum(p.steps * p.batch * p.length for p in recipe.phases) / 1e6,
-        seconds=trained[-1]["seconds"],
-        device=base[0]["device"],
+        seen=base["tokens"] / 1e6,
+        seconds=base["seconds"],
+        device=base["device"],
         phases=phases,
         train_loss=trained[-1]["loss"],
-        base_rows="\n".join(_base_row(entry, recipe.lossless) for entry in final),
+        base_rows="\n".join(_base_row(results, context, budget) for context, _ in results.places(far=False)),
         distill_steps=settings.steps,
         distill_batch=settings.batch,
         distill_length=settings.length,
         distill_lr=settings.lr,
         totals=", ".join(map(str, settings.totals)),
         sink_choices=", ".join(map(str, settings.sinks)),
-        chunks=recipe.evaluation_chunks,
-        memory_rows="\n".join(row for memory in MEMORIES for row in _memory_rows(out, memory, recipe)),
+        chunks=recipe.contexts[0].chunks,
+        memory_rows="\n".join(_memory_row(group) for run in recipe.runs for group in _of(results, run.name)),
     )
     (out / "README.md").write_text(text)
 
 
-def install(out: Path) -> None:
+def install(recipe: Recipe, out: Path) -> None:
     """Copy model, adapters and card into the package."""
     shutil.copy(out / "README.md", PACKAGE / "README.md")
     shutil.copytree(out / "model", PACKAGE / "model", dirs_exist_ok=True)
-    for memory in MEMORIES:
-        shutil.copytree(out / "adapters" / memory, PACKAGE / "adapters" / memory, dirs_exist_ok=True)
+    for run in recipe.runs:
+        shutil.copytree(out / "adapters" / run.name, PACKAGE / "adapters" / run.name, dirs_exist_ok=True)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _of(results: Results, method: str) -> list[Group]:
+    return [group for group in results.groups if group.method == method]
 
 
-def _beyond(entry: dict[str, Any], name: str, lossless: int) -> str:
-    """Facts recalled from farther back than the lossless total, by distance: "97 % (256 to 1024), …"."""
-    prefix = f"recall_{name}_from"
-    lows = [int(key.removeprefix(prefix)) for key in entry if key.startswith(prefix)]
-    return ", ".join(f"{100 * entry[f'{prefix}{low}']:.0f} % from {low}" for low in lows if low >= lossless)
+def _beyond(row: dict[str, Any], lossless: int) -> str:
+    """Facts recalled from farther back than the lossless total, by distance: "97 % from 256, …"."""
+    found = {int(low): counts for low, counts in row["recall"].items() if int(low) >= lossless}
+    return ", ".join(f"{100 * hits / asked:.0f} % from {low}" for low, (hits, asked) in found.items())
 
 
-def _base_row(entry: dict[str, Any], lossless: int) -> str:
-    window = f"window{lossless}"
-    losses = f"{entry['loss_full']:.3f} | {entry[f'loss_{window}']:.3f}"
-    return f"| {entry['length']} | {losses} | {_beyond(entry, 'full', 0)} | {_beyond(entry, window, lossless)} |"
+def _base_row(results: Results, context: int, budget: int) -> str:
+    full, window = ({g.method: g for g in results.at(context, budget)}[name].first for name in (FULL, WINDOW))
+    losses = f"{full['loss']:.3f} | {window['loss']:.3f}"
+    return f"| {context} | {losses} | {_beyond(full, 0)} | {_beyond(window, budget)} |"
 
 
-def _memory_rows(out: Path, memory: str, recipe: Recipe) -> list[str]:
-    entries = _read(out / f"distill-{memory}.jsonl")
-    parameters = next(entry["parameters"] for entry in entries if "parameters" in entry)
-    rows = []
-    for length in (recipe.evaluation_length, 2 * recipe.evaluation_length):
-        at = [entry for entry in entries if entry.get("length") == length]
-        full, before, after = (
-            next(entry for entry in at if f"loss_{name}" in entry) for name in ("full", "before", "after")
-        )
-        losses = full["loss_full"], before["loss_before"], after["loss_after"]
-        won = (losses[1] - losses[2]) / (losses[1] - losses[0])
-        recalled = _beyond(after, "after", recipe.lossless)
-        columns = [memory, parameters, length, *(f"{loss:.3f}" for loss in losses), f"{100 * won:.0f} %", recalled]
-        rows.append("| " + " | ".join(map(str, columns)) + " |")
-    return rows
+def _memory_row(group: Group) -> str:
+    losses = [f"{row['loss']:.3f}" for row in (group.full, group.window, group.first)]
+    won = f"{100 * group.won_back()[0]:.0f} %"
+    columns = [group.method, group.first["parameters"], group.context, *losses, won, _beyond(group.first, group.budget)]
+    return "| " + " | ".join(map(str, columns)) + " |"

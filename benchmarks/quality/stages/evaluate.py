@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, model: PreTrainedModel, probes: Probes) -> None:
         self.probes, self.head = probes, Head.of(model)
-        self.batch = max(1, TOKENS // probes.context.length)
+        self.batch = rows_at_once(probes.context.length)
         self.ids = probes.chunks.to(model.device)
         hidden = reader(model)
         self.teacher = torch.cat([hidden(ids) for ids in self.ids.split(self.batch)])
@@ -97,8 +97,13 @@ class Bench:
 
     def recall(self, reading: Reading, texts: list[Any]) -> list[bool]:
         """Whether each fact was recalled."""
-        batch = max(1, TOKENS // len(texts[0].ids))
+        batch = rows_at_once(len(texts[0].ids))
         return recalled(reading.hidden, self.head.logits, texts, self.probes.facts.values, batch)
+
+
+def rows_at_once(length: int) -> int:
+    """A power of two, so that few shapes occur: GPU kernels are chosen or built for each."""
+    return 1 << (max(1, TOKENS // length).bit_length() - 1)
 
 
 def token_losses(head: Head, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def won_back(results: Results) -> Figure | None:
             _whisker(axis, [100 * number for number in group.won_back()], place, colour)
         _names(axis, [group.method for group in groups])
         axis.axvline(0, color=MUTED, linewidth=1)
-        axis.set_xlabel("% won back; ticks above: single seeds")
+        axis.set_xlabel("% won back; ticks below: single seeds")
         axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
     return figure
 
@@ -174,11 +174,15 @@ def ablations(results: Results) -> Figure | None:
 
 
 def _by_position(results: Results, axis: Any, context: int, budget: int, above: bool = True) -> None:
+    top = 0.0
     for group in _shown(results, context, budget):
         losses = group.mean("loss_by_position") - (np.array(group.full["loss_by_position"]) if above else 0)
         middle = (np.arange(len(losses)) + 0.5) * group.first["position_size"]
         axis.plot(middle, losses, **_style(results, group) | {"markersize": 3}, linewidth=1.4)
-    axis.xaxis.set_major_formatter(lambda value, _: _short(value))
+        top = max(top, losses.max() if group.method != FULL else 0.0)
+    low = axis.get_ylim()[0]
+    axis.set_ylim(low, top + 0.08 * (top - low))  # full attention may leave it beyond the lengths that the base knows
+    axis.set_xticks(range(0, context + 1, context // 4), [_short(part * context / 4) for part in range(5)])
     axis.set_xlabel("position in the text, tokens")
     axis.set_ylabel("nats a token")
     axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")

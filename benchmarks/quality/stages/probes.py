@@ -27,8 +27,8 @@ BUCKETS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Distances in tokens; a bucket reaches from one, exclusive, to the next, inclusive."""
 FACTS = 48
 """In one text, at most; a quarter of its tokens is the other limit."""
-DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-"""Where a needle is stated: 0 is the beginning of the text, which ends with the question."""
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where a needle is stated, as a share of the text, which ends with the question. Sinks see the very beginning."""
 
 
 def bucket(distance: int) -> int:

@@ -38,12 +38,16 @@ def _page(results: Results, out: Path, pictures: Sequence[str]) -> Iterable[str]
 
 
 def _setup(results: Results, out: Path) -> Iterable[str]:
-    base, prepared = (json.loads((out / name).read_text()) for name in ("base.json", "prepare.json"))
-    yield (
-        f"Base model: {base['parameters'] / 1e6:.1f} M parameters, trained on {base['tokens'] / 1e6:.0f} M tokens of "
-        f"{prepared['train_tokens'] / 1e6:.1f} M in {base['seconds']:.0f} s on {base['device']}; recipe "
-        f"`{results.recipe.name}` ({results.recipe.fingerprint()}).\n"
-    )
+    prepared = json.loads((out / "prepare.json").read_text())
+    recipe = f"recipe `{results.recipe.name}` ({results.recipe.fingerprint()})"
+    if (out / "base.json").exists():
+        base = json.loads((out / "base.json").read_text())
+        yield (
+            f"Base model: {base['parameters'] / 1e6:.1f} M parameters, trained on {base['tokens'] / 1e6:.0f} M tokens "
+            f"of {prepared['train_tokens'] / 1e6:.1f} M in {base['seconds']:.0f} s on {base['device']}; {recipe}.\n"
+        )
+    else:
+        yield f"The base model's training was cut: these are the weights it had saved; {recipe}.\n"
     yield f"Held out: {', '.join(prepared['held_out_tokens'])}.\n"
     yield (
         "All methods see equally many keys a layer: sinks + window, and slots where a memory has them. Losses are nats "
@@ -59,9 +63,6 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for group in groups:
         first = group.first
-        won = "" if group.method in (FULL, WINDOW) else percent(group.won_back())
-        if won:
-            won += spread([100 * group.won_back(row)[0] for row in group.seeds])
         state = (first["state_bytes"] + first["gate_bytes"]) / 1024
         cells = [
             group.method,
@@ -69,12 +70,20 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
             f"{state:.0f}",
             f"{first['kv_bytes'] / 1024:.0f}",
             f"{group.mean('loss'):.4f}",
-            won,
+            _won_back(group),
             f"{group.kl()[0]:.4f}",
             _share(*group.recall()),
             _share(*_all_needles(group)),
         ]
         yield "| " + " | ".join(cells) + " |"
+
+
+def _won_back(group: Group) -> str:
+    if group.method in (FULL, WINDOW):
+        return ""
+    if group.window["loss"] <= group.full["loss"]:
+        return "full attention is no better"  # beyond the lengths that the base model knows
+    return percent(group.won_back()) + spread([100 * group.won_back(row)[0] for row in group.seeds])
 
 
 def _ablations(results: Results) -> Iterable[str]:
@@ -86,8 +95,8 @@ def _ablations(results: Results) -> Iterable[str]:
         "Differences to the same memory trained as the recipe says, with the same seeds and on the same sequences; "
         "positive is worse.\n"
     )
-    yield "| run | compared with | budget | loss, mnat | KL, mnat | won back % | recalled % | the other's |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| run | compared with | budget | loss, mnat | KL, mnat | KL is | won back % | recalled % | the other's |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for group, reference in pairs:
         cells = [
             group.method,
@@ -95,11 +104,17 @@ def _ablations(results: Results) -> Iterable[str]:
             str(group.budget),
             _signed(group.minus(reference, "chunk_losses")),
             _signed(group.minus(reference, "chunk_kl")),
+            _verdict(group.minus(reference, "chunk_kl")),
             percent(group.won_back()),
             _share(*group.recall()),
             _share(*reference.recall()),
         ]
         yield "| " + " | ".join(cells) + " |"
+
+
+def _verdict(difference: Number) -> str:
+    _, low, high = difference
+    return "worse" if low > 0 else "better" if high < 0 else "not told apart"
 
 
 def percent(number: Number) -> str:

@@ -1,7 +1,7 @@
 """ahn-tiny: a small real language model, and a memory of each kind for it, shipped with the package.
 
-Made by `scripts/train_tiny.py` from the standard library's sources; `README.md` beside the weights is its model card.
-Load it with `AutoModelForCausalLM.from_pretrained(ahn.tiny.path())`.
+Made by `benchmarks/quality/run.py --recipe tiny` from the standard library's sources; `README.md` beside the weights is
+its model card. Load it with `AutoModelForCausalLM.from_pretrained(ahn.tiny.path())`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ def _shipped(directory: Path, file: str) -> Path:
     if not (directory / file).is_file():
         raise AHNError(
             f"ahn-tiny has no {directory.relative_to(_HERE)} in this installation; reinstall ahn, "
-            "or train it with scripts/train_tiny.py."
+            "or train it with benchmarks/quality/run.py."
         )
     return directory
