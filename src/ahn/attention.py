@@ -25,6 +25,7 @@ from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
 from ahn.memory_query import memory_query
+from ahn.ops import spans
 from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
 
@@ -121,7 +122,8 @@ def attention(
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     plain = kernel != "eager" and not _own_scores(kwargs)  # "eager" is asked for where its weights are wanted
     banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
-    if banded:
+    spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs) and not memory.slot_count(view.window)
+    if banded or spanned:
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
@@ -151,9 +153,11 @@ def attention(
         key, value = torch.cat([slot_keys, key], dim=2), torch.cat([slot_values, value], dim=2)
     if dense is not None:
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if banded:
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
+    elif spanned:
+        out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
@@ -167,6 +171,12 @@ def attention(
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(cache_layer)
     return out, weights
+
+
+def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
+    unpadded = view.evicted > 0 and not view.padded and not view.moved
+    return unpadded and not kwargs.get("dropout") and spans.supported(query)
 
 
 def _without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted:
