@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import adapted, awaken, base, tokens
 from torch import Tensor
+from transformers import PreTrainedModel
 
+import ahn
 from ahn import AHNError
 from ahn.ops import spans
 from ahn.visibility import Visibility
@@ -167,6 +173,77 @@ def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
         )
         (alone,) = torch.autograd.grad(out, inputs[name], case.gradient)
         assert torch.equal(alone, once[name])
+
+
+def learned(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, checkpointing: bool) -> dict[str, Tensor]:
+    """Output of a student, and gradients of its memory and of its input."""
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    parameters = ahn.adapter_parameters(model)
+    logits = model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits.float()
+    if mask is not None:
+        logits = logits * mask[..., None]
+    gradients = torch.autograd.grad(logits.square().mean(), [x, *parameters.values()], allow_unused=True)
+    model.gradient_checkpointing_disable()
+    found = dict(zip(["input", *parameters], gradients, strict=True))
+    return {"logits": logits.detach()} | {name: x for name, x in found.items() if x is not None}
+
+
+@contextlib.contextmanager
+def used() -> Iterator[list[int]]:
+    """Counts the calls of the kernels."""
+    calls, forward = [0], spans.Spans.forward
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(*args: Any) -> Tensor:
+            calls[0] += 1
+            return forward(*args)
+
+        patch.setattr(spans.Spans, "forward", staticmethod(counted))
+        yield calls
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.skipif(not INTERPRETED, reason="tests/gpu has this for a GPU")
+@pytest.mark.parametrize("right_padded", [False, True], ids=["", "right-padded"])
+def test_a_student_learns_what_it_learns_with_a_mask(right_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(window=14, sinks=3)
+    ids, mask = tokens(2, 40), None
+    if right_padded:
+        mask = torch.ones_like(ids)
+        mask[1, 31:] = 0
+    wanted = learned(model, ids, mask, checkpointing=False)
+    monkeypatch.setattr(spans, "supported", lambda query: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for checkpointing in (False, True):
+        with used() as calls:
+            found = learned(model, ids, mask, checkpointing)
+        layers = model.config.num_hidden_layers
+        assert calls == [2 * layers if checkpointing else layers]
+        errors = {name: relative_error(found[name], x) for name, x in wanted.items()}
+        # Sums of up to forty terms in another order, some ten of them in a row.
+        assert found.keys() == wanted.keys() and max(errors.values()) < 2e-5, errors
+    with used() as calls:  # nothing leaves the window
+        learned(model, ids[:, :17], None, checkpointing=False)
+    assert calls == [0]
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("changes", [{"memory": "ct_max"}, {"attn_implementation": "eager"}, {"dropout": 0.5}])
+def test_who_keeps_the_mask(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(window=14, sinks=3, **{k: v for k, v in changes.items() if k == "memory"})
+    if "dropout" in changes:
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = changes["dropout"]
+    if "attn_implementation" in changes:
+        model = awaken(ahn.attach(base(attn_implementation="eager"), ahn.AHNConfig(window=14, sinks=3)))
+    monkeypatch.setattr(spans, "supported", lambda query: True)
+    with used() as calls:
+        learned(model, tokens(1, 40), None, checkpointing=False)
+    assert calls == [0]
 
 
 @given(st.data())
