@@ -26,6 +26,7 @@ from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
 from ahn.memory.slots import ExactSlots
 from ahn.memory_query import Rope, before_rope, memory_query
+from ahn.ops import spans
 from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
 
@@ -126,7 +127,8 @@ def attention(
     plain = kernel != "eager" and not _own_scores(kwargs)  # "eager" is asked for where its weights are wanted
     slotted = isinstance(memory, ExactSlots) and view.evicted > 0
     banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
-    if banded or (slotted and view.length > 1):
+    spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs) and not memory.slot_count(view.window)
+    if banded or spanned or (slotted and view.length > 1):
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
@@ -168,6 +170,8 @@ def attention(
         out, weights, state = held[0].transpose(1, 2), None, held[1]
     elif banded:
         out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
+    elif spanned:
+        out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
@@ -181,6 +185,12 @@ def attention(
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(cache_layer)
     return out, weights
+
+
+def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
+    unpadded = view.evicted > 0 and not view.padded and not view.moved
+    return unpadded and not kwargs.get("dropout") and spans.supported(query)
 
 
 def _without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted:

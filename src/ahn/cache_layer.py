@@ -11,7 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.visibility import Slots, Visibility
+from ahn.slots import Slots
+from ahn.visibility import Visibility
 
 Tensors = dict[str, Tensor]
 
@@ -32,7 +33,7 @@ class AHNLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: (B, Hkv, T, P) after RoPE, in one of two orders. Columns: T = min(tokens seen, S + W), in index
-            order, then as [S sinks | W window]. Slots (`in_slots`): T = S + W, see `ahn.visibility.Slots`.
+            order, then as [S sinks | W window]. Slots (`in_slots`): T = S + W, see `ahn.slots.Slots`.
         gates: write gates of the same tokens, each (B, Hq, T, ...), in the keys' precision: their logits have no more.
         state: the memory's state after everything that left the window, or None before the first forward.
         under_way: new tokens were taken, but their forward is not over.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ahn.memory import slots
 from ahn.ops import retention, spans
-from ahn.visibility import FOREVER, Visibility
+from ahn.ops.spans import FOR_EVER
+from ahn.visibility import Visibility
 
 if TYPE_CHECKING:
     from ahn.attention import Evicted
@@ -127,7 +128,7 @@ def _chunk(
     arrival = torch.arange(m, device=key.device)
 
     def last_query(dropped: Tensor, got_a_slot: Tensor) -> Tensor:
-        return torch.where(got_a_slot, torch.where(dropped < m, tail + dropped, FOREVER), NEVER)
+        return torch.where(got_a_slot, torch.where(dropped < m, tail + dropped, FOR_EVER), NEVER)
 
     until = view.until.expand(B, H, T).clone()
     got_a_slot = ends > arrival  # not padding, and not a row's sinks behind its padding
@@ -136,7 +137,7 @@ def _chunk(
     if slots.LEARN == "loss" or score.requires_grad:
         faded = F.logsigmoid(score.masked_fill(~got_a_slot, 0)) * got_a_slot
         bias[:, :, S : S + m] = faded if slots.LEARN == "loss" else 0 * faded
-    biased_from = torch.full((1, 1, T), FOREVER, dtype=torch.int32, device=key.device)
+    biased_from = torch.full((1, 1, T), FOR_EVER, dtype=torch.int32, device=key.device)
     biased_from[..., S : S + m] = tail + arrival
     if held is not None:
         key, value = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)

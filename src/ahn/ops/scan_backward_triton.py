@@ -281,6 +281,6 @@ class Scan(torch.autograd.Function):
             grad_key, grad_value, grad_write, grad_decay, tokens,
             *read[:6], *value.stride()[:3], *read[6:], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
         )  # fmt: skip
-        if HEADS > key.shape[1]:
+        if key.shape[1] < HEADS:
             grad_key, grad_value = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (grad_key, grad_value))
         return grad_query, grad_key, grad_value, grad_write, grad_decay, grad_state, None

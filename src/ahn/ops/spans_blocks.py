@@ -24,7 +24,7 @@ def tiles(kernel: str, query: Tensor) -> Tiles:
     """Block sizes for "forward", "queries" or "keys" (of the backward pass)."""
     P, half = query.shape[-1], query.dtype != torch.float32
     if not half:  # without tensor cores: registers are what limits
-        return Tiles(32, 32, 4, 1)
+        return Tiles(16, 32, 4, 1) if P > 32 else Tiles(32, 32, 4, 1)
     if _shared_memory(query.device) < 160 * 1024:  # GPUs without a data centre's 160 KB and more
         return Tiles(64, 32, 4, 2) if P > 64 else Tiles(64, 64, 4, 2)
     if kernel == "forward":

@@ -19,6 +19,8 @@ from torch import Tensor
 from ahn.ops.spans_blocks import Blocks, Tiles, blocks, tiles
 
 LOG2E = tl.constexpr(math.log2(math.e))
+# Arguments that change with the lengths of a batch: new values must not make Triton compile again.
+LENGTHS = ("n", "T", "ub", "uh", "sb", "sh", "xb", "xh", "columns")
 
 
 @triton.jit
@@ -58,10 +60,13 @@ def _attend(
     acc, total, highest, q, i, first, key, value, until, bias, since, index, begin, stop, before, T, kt, vt, scale,
     P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Go on with key blocks begin to stop of a list."""
+    """Go on with key blocks begin to stop of a list.
+
+    An entry is read one block ahead, or else Triton would spend one of the stages of its pipeline on the list.
+    """
     o, p = tl.arange(0, N), tl.arange(0, P)
+    start = tl.load(index + begin, mask=begin < stop, other=0) * N
     for j in range(begin, stop):
-        start = tl.load(index + j) * N
         k = _tile(key, start, o, p, kt, T, P, MASKED)
         s = tl.dot(q, k.trans(), input_precision=PRECISION)
         if MASKED or BIAS:
@@ -81,14 +86,15 @@ def _attend(
         acc = tl.dot(e.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         total = total * keep + tl.sum(e, 1)
         highest = new
+        start = tl.load(index + tl.minimum(j + 1, stop - 1)) * N
     return acc, total, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     query, key, value, until, bias, since, index, count, out, score, n, T, scale,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, ub, uh, sb, sh, xb, xh,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, ub, uh, sb, sh, xb, xh, columns,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most: they begin first
@@ -103,9 +109,9 @@ def _forward(
     until += b * ub + head * uh
     since += b * sb + head * sh
     bias += (b * (HEADS // GROUPS) + head) * T
-    at = (b * xb + head * xh) * tl.num_programs(0) + block
+    at = b * xb + head * xh + block
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
-    index += at * COLUMNS
+    index += at * columns
     before = T - n
     highest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -139,21 +145,19 @@ def strides(*tensors: Tensor) -> list[int]:
 def span_arguments(
     key: Tensor, until: Tensor, bias: Tensor | None, biased_from: Tensor | None, lists: Blocks
 ) -> tuple[list[Tensor], list[int]]:
-    """The kernels' arguments until, bias, since, index and count, and the strides of their rows and heads."""
+    """The kernels' arguments until, bias, since, index and count; strides of their rows and heads, and `columns`."""
     until = until.contiguous()
     since = until if biased_from is None else biased_from.contiguous()
     tensors = [until, until if bias is None else bias.contiguous(), since, lists.index, lists.count]
-    wide = [x.expand(*key.shape[:2], *x.shape[2:]) for x in (until, since, lists.count[..., 0])]  # broadcast: stride 0
-    rows = lists.count.shape[2]
-    found = [stride for x in wide[:2] for stride in x.stride()[:2]]
-    return tensors, [*found, *(stride // (2 * rows) for stride in wide[2].stride()[:2])]
+    wide = [x.expand(*key.shape[:2], -1) for x in (until, since, lists.count[..., 0].contiguous())]  # broadcast: 0
+    return tensors, [*(stride for x in wide for stride in x.stride()[:2]), lists.index.shape[-1]]
 
 
-def sizes(query: Tensor, key: Tensor, lists: Blocks, tile: Tiles, bias: Tensor | None) -> dict[str, Any]:
+def sizes(query: Tensor, key: Tensor, tile: Tiles, bias: Tensor | None) -> dict[str, Any]:
     """What the kernels are compiled for."""
     return {
-        "HEADS": query.shape[1], "GROUPS": query.shape[1] // key.shape[1], "COLUMNS": lists.index.shape[-1],
-        "P": query.shape[-1], "M": tile.queries, "N": tile.keys, "BIAS": bias is not None,
+        "HEADS": query.shape[1], "GROUPS": query.shape[1] // key.shape[1], "P": query.shape[-1],
+        "M": tile.queries, "N": tile.keys, "BIAS": bias is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
@@ -178,6 +182,6 @@ def forward(
     score = torch.empty(B, HEADS, n, dtype=torch.float32, device=query.device)
     _forward[triton.cdiv(n, tile.queries), B * HEADS](
         query, key, value, *spans, out, score, n, key.shape[2], scaling * LOG2E.value,
-        *strides(query, key, value, out), *span_strides, **sizes(query, key, lists, tile, bias),
+        *strides(query, key, value, out), *span_strides, **sizes(query, key, tile, bias),
     )  # fmt: skip
     return out, score

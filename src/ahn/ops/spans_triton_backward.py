@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops.spans_blocks import blocks, tiles
-from ahn.ops.spans_triton import LOG2E, _columns, _logits, _tile, by_rows, sizes, span_arguments, strides
+from ahn.ops.spans_triton import LENGTHS, LOG2E, _columns, _logits, _tile, by_rows, sizes, span_arguments, strides
 
 DELTA_ROWS = 64
 
@@ -34,8 +34,8 @@ def _back_to_queries(
     P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o, p = tl.arange(0, N), tl.arange(0, P)
+    start = tl.load(index + begin, mask=begin < stop, other=0) * N
     for j in range(begin, stop):
-        start = tl.load(index + j) * N
         c = (start + o)[None, :]
         k = _tile(key, start, o, p, kt, T, P, MASKED)
         v = _tile(value, start, o, p, vt, T, P, MASKED)
@@ -45,14 +45,15 @@ def _back_to_queries(
         e = tl.exp2(x - lse[:, None])
         ds = e * (tl.dot(g, v.trans(), input_precision=PRECISION) - d[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        start = tl.load(index + tl.minimum(j + 1, stop - 1)) * N
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_queries(
     query, key, value, until, bias, since, index, count, score, gradient, delta, of_query, n, T, scale, scaling,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ob, oh, ot, ub, uh, sb, sh, xb, xh,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ob, oh, ot, ub, uh, sb, sh, xb, xh, columns,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -70,9 +71,9 @@ def _backward_queries(
     until += b * ub + head * uh
     since += b * sb + head * sh
     bias += (b * (HEADS // GROUPS) + head) * T
-    at = (b * xb + head * xh) * tl.num_programs(0) + block
+    at = b * xb + head * xh + block
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
-    index += at * COLUMNS
+    index += at * columns
     acc = tl.zeros([M, P], tl.float32)
     acc = _back_to_queries(
         acc, q, g, lse, d, i, first, key, value, until, bias, since, index, 0, whole, T - n, T, kt, vt, scale,
@@ -95,9 +96,9 @@ def _back_to_keys(
 ):  # fmt: skip
     """`count` query blocks of a list, from `begin`, of each head of the group."""
     o, p = tl.arange(0, M), tl.arange(0, P)
+    first = tl.load(index + begin, mask=count > 0, other=0) * M
     for j in range(count * GROUPS):
         head = (j // count).to(tl.int64)
-        first = tl.load(index + begin + j % count) * M
         i = (first + o)[None, :]
         q = _tile(query + head * qh, first, o, p, qt, n, P, MASKED)
         at = head * n + first + o
@@ -115,15 +116,16 @@ def _back_to_keys(
         if BIAS:
             db += tl.sum(tl.where((i if MASKED else first) >= start, ds, 0.0), 1)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        first = tl.load(index + begin + (j + 1) % count) * M
     return dk, dv, db
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
     query, key, value, until, bias, since, index, count, score, gradient, delta, of_key, of_value, of_bias,
     n, T, scale, scaling,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, wb, wh, wt, ub, uh, sb, sh, xb, xh,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, wb, wh, wt, ub, uh, sb, sh, xb, xh, columns,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)  # early keys are seen most: they begin first
@@ -140,9 +142,9 @@ def _backward_keys(
     gradient += b * gb + head * GROUPS * gh
     score += (b * HEADS + head * GROUPS) * n
     delta += (b * HEADS + head * GROUPS) * n
-    at = (b * xb + head * xh) * tl.num_programs(0) + block
+    at = b * xb + head * xh + block
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
-    index += at * COLUMNS
+    index += at * columns
     dk, dv = tl.zeros([N, P], tl.float32), tl.zeros([N, P], tl.float32)
     db = tl.zeros([N], tl.float32)
     dk, dv, db = _back_to_keys(
@@ -198,7 +200,7 @@ def queries(
     found = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)
     _backward_queries[triton.cdiv(n, tile.queries), B * HEADS](
         query, key, value, *spans, score, gradient, delta, found, n, key.shape[2], scaling * LOG2E.value, scaling,
-        *strides(query, key, value, gradient, found), *span_strides, **sizes(query, key, lists, tile, bias),
+        *strides(query, key, value, gradient, found), *span_strides, **sizes(query, key, tile, bias),
     )  # fmt: skip
     return found
 
@@ -226,6 +228,6 @@ def keys(
     _backward_keys[triton.cdiv(T, tile.keys), B * HKV](
         query, key, value, *spans, score, gradient, delta, of_key, of_value, delta if of_bias is None else of_bias,
         query.shape[2], T, scaling * LOG2E.value, scaling,
-        *strides(query, key, value, gradient, of_key), *span_strides, **sizes(query, key, lists, tile, bias),
+        *strides(query, key, value, gradient, of_key), *span_strides, **sizes(query, key, tile, bias),
     )  # fmt: skip
     return of_key, of_value, of_bias

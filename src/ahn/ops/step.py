@@ -38,7 +38,7 @@ class StepRule:
 
 @dataclasses.dataclass
 class StepBuffers:
-    """What a layer keeps between steps, in slots (see `ahn.visibility.Slots`).
+    """What a layer keeps between steps, in slots (see `ahn.slots.Slots`).
 
     Attributes:
         keys, values: (B, Hkv, T, P).

@@ -1,0 +1,66 @@
+"""Where a decoding cache keeps its tokens: fixed slots, in which nothing moves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+def gather(x: Tensor, slots: Tensor) -> Tensor:
+    """x (B, H, T, ...) at slots (B or 1, U) of each row: (B, H, U, ...)."""
+    if slots.shape[0] == 1:
+        return x.index_select(2, slots[0])
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.transpose(1, 2)[rows, slots].transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Fixed places for decoding: the token at position p of its row lies in slot p < S, or in S + (p - S) mod W.
+
+    A new token then takes the slot of the one that leaves, nothing moves, and rows with different padding each go
+    round at their own pace. "Columns" is the other order, that of `Visibility`.
+    """
+
+    window: int
+    sinks: int
+
+    def of(self, positions: Tensor) -> Tensor:
+        """Slots of tokens at these positions."""
+        return torch.where(positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.window)
+
+    def from_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
+        """Of x (B, H, min(seen, S + W), ...) in columns: (B, H, S + W, ...) in slots; empty slots are zero.
+
+        Args:
+            seen: columns of the batch so far.
+            read: (B or 1,) real tokens of each row.
+        """
+        slots, read = self._range(x.device), read[:, None]
+        latest = read - 1 - (read - 1 - slots) % self.window
+        position = torch.where(slots < self.sinks, slots, latest)
+        held = (position < read) & (position >= slots)
+        column = position + seen - read
+        if seen > self.sinks + self.window:
+            column = torch.where(slots < self.sinks, slots, column - (seen - self.window) + self.sinks)
+        found = gather(x, column.clamp(0, x.shape[2] - 1)).contiguous()
+        if bool(held.all()):
+            return found
+        return found.masked_fill(~held[:, None].reshape(held.shape[0], 1, -1, *[1] * (x.dim() - 3)), 0)
+
+    def to_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
+        """The inverse of `from_columns`; columns of padding hold whatever is there."""
+        column = torch.arange(min(seen, self.sinks + self.window), device=x.device)[None]
+        index = column
+        if seen > self.sinks + self.window:
+            index = torch.where(column < self.sinks, column, column - self.sinks + seen - self.window)
+        position = (index - (seen - read[:, None])).clamp_min(0)
+        slot = self.of(position)
+        if seen > self.sinks + self.window:
+            slot = torch.where(column < self.sinks, column, slot)
+        return gather(x, slot)
+
+    def _range(self, device: torch.device) -> Tensor:
+        return torch.arange(self.sinks + self.window, device=device)[None]
