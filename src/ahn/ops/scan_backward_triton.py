@@ -263,6 +263,13 @@ def _keys_backward(
         tl.store(grad_decay + gates, tl.cumsum(dG, 0, reverse=True), mask=real)
 
 
+def _stages(device: torch.device) -> int:
+    """Loads of the next chunk run beside a chunk's work where shared memory holds both (103 KB at P = 128)."""
+    if device.type != "cuda":
+        return 1  # interpreted
+    return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 112 * 1024 else 1
+
+
 class Scan(torch.autograd.Function):
     """`scan_triton.scan` without finishing the read: (query, key, value, write, decay, state, rule) to (o, state)."""
 
@@ -286,6 +293,7 @@ class Scan(torch.autograd.Function):
         return read_raw(query, key, decay, done, rule), done.state
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, write, decay, written, states, from_k, inverse = ctx.saved_tensors
         rule = ctx.rule
@@ -301,7 +309,7 @@ class Scan(torch.autograd.Function):
         columns = min(STATE_COLUMNS, P)
         _states_backward[P // columns, B * HEADS](
             query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks, *read,
-            rule.l2_eps, rule.scale, COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
+            rule.l2_eps, rule.scale, COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=_stages(query.device),
         )  # fmt: skip
         grad_query, from_reads = torch.empty_like(query), torch.empty_like(write)
         _queries_backward[chunks, B * HEADS](
