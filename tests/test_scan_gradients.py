@@ -57,7 +57,7 @@ def outputs_and_gradients(
 
 def errors_of(name: str, given: dict[str, Tensor | None], read: float = 1.0) -> dict[str, float]:
     """Relative to each tensor's norm, or to 1 where it is smaller: terms that cancel leave their rounding behind."""
-    from ahn.ops.scan_backward_triton import Scan
+    from ahn.ops.scan_gradients import Scan
 
     rule, r = RULES[name], torch.Generator().manual_seed(1)
     weights = [torch.randn(given[part].shape, generator=r) for part in ("query", "state")]

@@ -55,7 +55,7 @@ def test_gates_at_their_ends(name: str, gates: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(28, 4, 128), (16, 2, 128), (8, 2, 64)])
 def test_long_scans_of_real_shapes(name: str, shape: tuple[int, int, int]) -> None:
-    from ahn.ops.scan_backward_triton import Scan
+    from ahn.ops.scan_gradients import Scan
 
     heads, kv_heads, P = shape
     rule, r = RULES[name], torch.Generator("cuda").manual_seed(0)
@@ -82,11 +82,9 @@ def test_long_scans_of_real_shapes(name: str, shape: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_model_learns_what_it_learns_in_float32(
-    memory: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_learns_what_it_learns_in_float32(memory: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 base, or a float32 one under autocast, with a memory in float32: through kernels, and in chunks."""
-    from ahn.ops.scan_backward_triton import Scan
+    from ahn.ops.scan_gradients import Scan
 
     calls = []
     original = Scan.apply

@@ -1,7 +1,7 @@
 """The two recurrences that all memories are made of, and the one place that chooses how they are computed.
 
-`delta_rule` (DeltaNet, Gated DeltaNet) and `decay_rule` (Mamba2); shapes and equations are in `reference`. `scan` is the
-same and what goes before and after it in kernels, for whom `scans_whole` says so.
+`delta_rule` (DeltaNet, Gated DeltaNet) and `decay_rule` (Mamba2); shapes and equations are in `reference`. `scan` does
+the same and what stands around it in kernels, where `scans_whole` says so.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def scan(
     read: StepRead | None,
 ) -> tuple[Tensor, Tensor]:
     """A memory's whole work on many tokens, in kernels; see `scan_triton.scan`. With gradients if `read` is None."""
-    from ahn.ops import scan_backward_triton, scan_triton
+    from ahn.ops import scan_gradients, scan_triton
 
     dtype = _kernel_dtype(key)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.cuda.device(query.device):
         if torch.is_grad_enabled():
             assert read is None
-            return scan_backward_triton.Scan.apply(query, key, value, write, decay, state, rule)
+            return scan_gradients.Scan.apply(query, key, value, write, decay, state, rule)
         return scan_triton.scan(query, key, value, write, decay, state, rule, read)
 
 

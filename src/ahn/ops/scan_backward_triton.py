@@ -1,4 +1,4 @@
-"""Gradients of `ahn.ops.scan_triton`'s scan, in Triton kernels with fixed settings.
+"""Kernels for gradients of `ahn.ops.scan_triton`'s scan; `ahn.ops.scan_gradients` calls them, in this order.
 
 Of one chunk, with L and A the products of queries and keys with earlier keys, weighed by the decay between them
 (`ahn.ops.chunked`), T = (I + A)⁻¹, and S the state before it:
@@ -18,15 +18,10 @@ multiplied twice, or goes through memory.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ahn.ops.scan_triton import CHUNK, STATE_COLUMNS, kernel_sizes, read_raw, unit_rows, write_all
-from ahn.ops.step import StepRule
+from ahn.ops.scan_triton import unit_rows
 
 
 @triton.jit
@@ -43,7 +38,7 @@ def _through_norm(x, grad, eps, scale):
 
 
 @triton.jit
-def _local_writes(
+def local_writes(
     query, key, decay, grad, grad_written, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
@@ -70,7 +65,7 @@ def _local_writes(
 
 
 @triton.jit
-def _states_backward(
+def states_backward(
     query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
@@ -113,7 +108,7 @@ def _states_backward(
 
 
 @triton.jit
-def _queries_backward(
+def queries_backward(
     query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, tb, th, tt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
@@ -152,7 +147,7 @@ def _queries_backward(
 
 
 @triton.jit
-def _through_states(
+def through_states(
     key, value, write, decay, written, states, grad_written, grad_states, from_reads,
     grad_key, grad_value, grad_write, grad_decay, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
@@ -205,13 +200,13 @@ def _through_states(
 
 
 @triton.jit
-def _keys_backward(
+def keys_backward(
     query, key, write, decay, written, grad, grad_written, grad_key, grad_write, grad_decay, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
     DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk of one query head and the gradients of its gates: what `_through_states` found, and the chunk's own part.
+    """dk of one query head and the gradients of its gates: what `through_states` found, and the chunk's own part.
 
     In products of two tokens row j stands for the earlier one, which column i looks at.
     """
@@ -261,72 +256,3 @@ def _keys_backward(
         tl.store(grad_write + gates, dbeta, mask=real)
     if DECAY:
         tl.store(grad_decay + gates, tl.cumsum(dG, 0, reverse=True), mask=real)
-
-
-def _stages(device: torch.device) -> int:
-    """Loads of the next chunk run beside a chunk's work where shared memory holds both (103 KB at P = 128)."""
-    if device.type != "cuda":
-        return 1  # interpreted
-    return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 112 * 1024 else 1
-
-
-class Scan(torch.autograd.Function):
-    """`scan_triton.scan` without finishing the read: (query, key, value, write, decay, state, rule) to (o, state)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        write: Tensor,
-        decay: Tensor | None,
-        state: Tensor,
-        rule: StepRule,
-    ) -> tuple[Tensor, Tensor]:
-        write, decay = write.contiguous(), None if decay is None else decay.contiguous()
-        done = write_all(query, key, value, write, decay, state, rule, keep=True)
-        ctx.save_for_backward(
-            query, key, value, write, decay, done.written, done.states, done.from_k, done.inverse
-        )
-        ctx.rule = rule
-        return read_raw(query, key, decay, done, rule), done.state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, write, decay, written, states, from_k, inverse = ctx.saved_tensors
-        rule = ctx.rule
-        B, HEADS, tokens, P = query.shape
-        sizes, chunks = kernel_sizes(query, key, decay), triton.cdiv(tokens, CHUNK)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grad_state = grad_state.clone(memory_format=torch.contiguous_format)
-        read = (*query.stride()[:3], *key.stride()[:3], *grad.stride()[:3])
-        grad_written, grad_states = torch.empty_like(written), torch.empty_like(states)
-        _local_writes[chunks, B * HEADS](
-            query, key, decay, grad, grad_written, tokens, *read, rule.l2_eps, rule.scale, **sizes, num_warps=8
-        )  # fmt: skip
-        columns = min(STATE_COLUMNS, P)
-        _states_backward[P // columns, B * HEADS](
-            query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks, *read,
-            rule.l2_eps, rule.scale, COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=_stages(query.device),
-        )  # fmt: skip
-        grad_query, from_reads = torch.empty_like(query), torch.empty_like(write)
-        _queries_backward[chunks, B * HEADS](
-            query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
-            *read, *grad_query.stride()[:3], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
-        )  # fmt: skip
-        grad_key, grad_value = (torch.empty(query.shape, dtype=key.dtype, device=key.device) for _ in range(2))
-        grad_write, grad_decay = torch.empty_like(write), None if decay is None else torch.empty_like(decay)
-        _through_states[chunks, B * HEADS](
-            key, value, write, decay, written, states, grad_written, grad_states, from_reads,
-            grad_key, grad_value, grad_write, grad_decay, tokens,
-            *key.stride()[:3], *value.stride()[:3], rule.l2_eps, DELTA=rule.delta, **sizes, num_warps=8,
-        )  # fmt: skip
-        _keys_backward[chunks, B * HEADS](
-            query, key, write, decay, written, grad, grad_written, grad_key, grad_write, grad_decay, tokens,
-            *read, rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
-        )  # fmt: skip
-        if HEADS > key.shape[1]:
-            grad_key, grad_value = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (grad_key, grad_value))
-        return grad_query, grad_key, grad_value, grad_write, grad_decay, grad_state, None
