@@ -304,7 +304,7 @@ before, loaded = state(), set(sys.modules)
 import ahn
 after = state()
 assert before == after, {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-heavy = [name for name in ("fla", "triton", "typer", "rich", "matplotlib") if name in set(sys.modules) - loaded]
+heavy = [name for name in ("triton", "typer", "rich", "matplotlib") if name in set(sys.modules) - loaded]
 assert not heavy, heavy
 """
 

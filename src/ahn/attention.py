@@ -229,7 +229,7 @@ def _write_and_read(
     rule = memory.step_rule()
     if rule is not None and ops.scans_whole(query):
         finish = None
-        if not rule.across_heads:
+        if not (rule.across_heads or torch.is_grad_enabled()):
             finish = StepRead(query, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight)
         decay = None if rule.decay is None else left.gates[rule.decay]
         o, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)

@@ -28,7 +28,7 @@ STEPS = 300  # the window goes round seven times
 
 @pytest.fixture(autouse=True)
 def _float32_scans() -> Iterator[None]:
-    """fla reads prompts in bfloat16's precision; test_ops_gpu.py knows by how much."""
+    """So that nothing is rounded to bfloat16 on the way."""
     with ops.use_backend("chunked"):
         yield
 

@@ -10,7 +10,7 @@ from typing import Any
 from ahn.cli import common
 from ahn.cli.common import JsonOption
 
-PACKAGES = ("ahn", "torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "triton", "fla-core")
+PACKAGES = ("ahn", "torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "triton")
 
 
 def command(as_json: JsonOption = False) -> None:
@@ -61,12 +61,11 @@ def _ops_backends() -> dict[str, str]:
     """What computes the memory on the best device, in inference and in training."""
     from ahn import ops
 
-    device = common.pick_device(None)
-    training = ops.default_backend(device, needs_grad=True)
-    if device.type != "cuda":
-        return {"inference": training, "training": training}
-    kernels = "ahn's kernels" if ops.has_triton() else "no kernels: they need Triton and a C compiler (gcc)"
-    return {"inference": kernels, "training": training}
+    if common.pick_device(None).type != "cuda":
+        used = "chunked"
+    else:
+        used = "ahn's kernels" if ops.has_triton() else "no kernels: they need Triton and a C compiler (gcc)"
+    return {"inference": used, "training": used}
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Gradients of `ahn.ops.scan_triton`'s scan, in Triton kernels with fixed settings.
+"""Kernels for gradients of `ahn.ops.scan_triton`'s scan; `ahn.ops.scan_gradients` calls them, in this order.
 
 Of one chunk, with L and A the products of queries and keys with earlier keys, weighed by the decay between them
 (`ahn.ops.chunked`), T = (I + A)⁻¹, and S the state before it:
@@ -18,15 +18,10 @@ multiplied twice, or goes through memory.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ahn.ops.scan_triton import CHUNK, STATE_COLUMNS, kernel_sizes, read_raw, unit_rows, write_all
-from ahn.ops.step import StepRule
+from ahn.ops.scan_triton import unit_rows
 
 
 @triton.jit
@@ -43,7 +38,7 @@ def _through_norm(x, grad, eps, scale):
 
 
 @triton.jit
-def _local_writes(
+def local_writes(
     query, key, decay, grad, grad_written, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
@@ -70,7 +65,7 @@ def _local_writes(
 
 
 @triton.jit
-def _states_backward(
+def states_backward(
     query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
@@ -113,7 +108,7 @@ def _states_backward(
 
 
 @triton.jit
-def _queries_backward(
+def queries_backward(
     query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, tb, th, tt, l2_eps, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
@@ -152,16 +147,16 @@ def _queries_backward(
 
 
 @triton.jit
-def _keys_backward(
-    query, key, value, write, decay, written, states, grad, grad_written, grad_states, from_reads,
+def through_states(
+    key, value, write, decay, written, states, grad_written, grad_states, from_reads,
     grad_key, grad_value, grad_write, grad_decay, tokens,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, l2_eps, scale,
+    kb, kh, kt, vb, vh, vt, l2_eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
     DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one query head, (B, Hq, m, P), and the gradients of its gates."""
+    """dv, and the parts of dk, dβ and dG that come from the states before and after a chunk."""
     row = tl.program_id(1).to(tl.int64)
-    b, h = row // HEADS, row % HEADS
+    b, h = row // HEADS, row % HEADS // GROUPS
     i, p = tl.arange(0, C), tl.arange(0, P)
     t = tl.program_id(0) * C + i
     real = t < tokens
@@ -171,116 +166,93 @@ def _keys_backward(
     gates = row * tokens + t
     to = gates[:, None] * P + p[None, :]
     dtype = key.dtype.element_ty
-    key += b * kb + h // GROUPS * kh
     beta = tl.load(write + gates, mask=real, other=0.0)
-    k = unit_rows(_rows(key, real, t, kt, p), l2_eps)
-    u = tl.load(written + own)
-    dr = tl.load(grad_written + own)
-    dG, G, total = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
-
-    # Through the state after the chunk.
-    dS = tl.load(grad_states + tile)
-    dk = tl.dot(u, tl.trans(dS), input_precision=PRECISION)
+    k = unit_rows(_rows(key + b * kb + h * kh, real, t, kt, p), l2_eps)
+    dk = tl.dot(tl.load(written + own), tl.trans(tl.load(grad_states + tile)), input_precision=PRECISION)
+    dG, G = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     if DECAY:
         g = tl.load(decay + gates, mask=real, other=0.0)
         G, total = tl.cumsum(g, 0), tl.sum(g, 0)
         dk *= tl.exp(total - G)[:, None]
         kept = tl.sum(dk * k, 1)
-        dG = tl.load(from_reads + gates, mask=real, other=0.0) - kept
-        S = tl.load(states + tile).to(tl.float32)
-        total = tl.sum(kept, 0) + tl.exp(total) * tl.sum(tl.sum(S * dS.to(tl.float32), 1), 0)  # the gradient from here
-    # Through the state before it.
-    v = _rows(value + b * vb + h // GROUPS * vh, real, t, vt, p).to(tl.float32)
-    dr32 = dr.to(tl.float32)
-    tl.store(grad_value + to, dr32 * beta[:, None], mask=real[:, None])
+        common = tl.zeros([C // 4, P], tl.float32)
+        for first in range(0, P, C // 4):  # two whole states in float32 would not fit the registers
+            part = at * P * P + (first + tl.arange(0, C // 4))[:, None] * P + p[None, :]
+            common += tl.load(states + part).to(tl.float32) * tl.load(grad_states + part).to(tl.float32)
+        # The gradient of Gₑ, the last token's.
+        whole = tl.sum(kept, 0) + tl.exp(total) * tl.sum(tl.sum(common, 1), 0)
+        last = (t == tokens - 1) | (real & (i == C - 1))
+        dG = tl.load(from_reads + gates, mask=real, other=0.0) - kept + tl.where(last, whole, 0.0)
+    v = _rows(value + b * vb + h * vh, real, t, vt, p).to(tl.float32)
+    dr = tl.load(grad_written + own)
     if DELTA:
         S = tl.load(states + tile)
-        v -= tl.dot(k.to(dtype), S, input_precision=PRECISION) * tl.exp(G)[:, None]
         subtracted = tl.dot(dr, tl.trans(S), input_precision=PRECISION) * (beta * tl.exp(G))[:, None]
         dk -= subtracted
         dG -= tl.sum(subtracted * k, 1)
-    dbeta = tl.sum(dr32 * v, 1)
+        v -= tl.dot(k.to(dtype), S, input_precision=PRECISION) * tl.exp(G)[:, None]
+    tl.store(grad_key + to, dk, mask=real[:, None])
+    dr = dr.to(tl.float32)
+    tl.store(grad_write + gates, tl.sum(dr * v, 1), mask=real)
+    tl.store(grad_value + to, dr * beta[:, None], mask=real[:, None])
+    if DECAY:
+        tl.store(grad_decay + gates, dG, mask=real)
 
-    # Through the products inside the chunk; row j, column i: token i looks at j.
-    distance = G[None, :] - G[:, None]
+
+@triton.jit
+def keys_backward(
+    query, key, write, decay, written, grad, grad_written, grad_key, grad_write, grad_decay, tokens,
+    qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk of one query head and the gradients of its gates: what `through_states` found, and the chunk's own part.
+
+    In products of two tokens row j stands for the earlier one, which column i looks at.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p = tl.arange(0, C), tl.arange(0, P)
+    t = tl.program_id(0) * C + i
+    real = t < tokens
+    own = ((row * tl.num_programs(0) + tl.program_id(0)) * C + i)[:, None] * P + p[None, :]
+    gates = row * tokens + t
+    to = gates[:, None] * P + p[None, :]
+    dtype = key.dtype.element_ty
+    key += b * kb + h // GROUPS * kh
     before = i[:, None] < i[None, :]
-    k = k.to(dtype)
+    u = tl.load(written + own)
+    k = unit_rows(_rows(key, real, t, kt, p), l2_eps).to(dtype)
     q = (unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale).to(dtype)
     do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
     local = tl.dot(u, tl.trans(do), input_precision=PRECISION)
-    local = tl.where(i[:, None] <= i[None, :], local * tl.exp(tl.minimum(distance, 0.0)), 0.0)
-    dk += tl.dot(local.to(dtype), q, input_precision=PRECISION)
     if DECAY:
-        local = tl.where(before, local * tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
-        dG += tl.sum(local, 0) - tl.sum(local, 1)
+        G = tl.cumsum(tl.load(decay + gates, mask=real, other=0.0), 0)
+        between = tl.exp(-tl.abs(G[:, None] - G[None, :]))
+        local *= between
+        reads = tl.where(before, local * tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
+        dG = tl.load(grad_decay + gates, mask=real, other=0.0) + tl.sum(reads, 0) - tl.sum(reads, 1)
+    local = tl.where(i[:, None] <= i[None, :], local, 0.0)
+    dk = tl.dot(local.to(dtype), q, input_precision=PRECISION)
     if DELTA:
-        weight = tl.exp(-tl.abs(distance))
-        as_seen = tl.where(before, -tl.dot(u, tl.trans(dr), input_precision=PRECISION) * weight, 0.0)
-        as_seeing = tl.where(i[:, None] > i[None, :], -tl.dot(dr, tl.trans(u), input_precision=PRECISION) * weight, 0.0)
-        both = as_seen * beta[None, :] + as_seeing * beta[:, None]
-        dk += tl.dot(both.to(dtype), k, input_precision=PRECISION)
-        as_seen *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        dbeta += tl.sum(as_seen, 0)
+        beta = tl.load(write + gates, mask=real, other=0.0)
+        dr = tl.load(grad_written + own)
+        seen = tl.where(before, -tl.dot(u, tl.trans(dr), input_precision=PRECISION), 0.0)
+        seeing = tl.where(i[:, None] > i[None, :], -tl.dot(dr, tl.trans(u), input_precision=PRECISION), 0.0)
+        both = seen * beta[None, :] + seeing * beta[:, None]
+        seen *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
         if DECAY:
-            as_seen *= beta[None, :]
-            dG += tl.sum(as_seen, 0) - tl.sum(as_seen, 1)
-    tl.store(grad_write + gates, dbeta, mask=real)
-    if DECAY:
-        tl.store(grad_decay + gates, tl.cumsum(dG, 0, reverse=True) + total, mask=real)
+            both *= between
+            seen *= between
+            weighed = seen * beta[None, :]
+            dG += tl.sum(weighed, 0) - tl.sum(weighed, 1)
+        dk += tl.dot(both.to(dtype), k, input_precision=PRECISION)
+        dbeta = tl.load(grad_write + gates, mask=real, other=0.0) + tl.sum(seen, 0)
+    dk += tl.load(grad_key + to, mask=real[:, None], other=0.0).to(tl.float32)
     dk = _through_norm(_rows(key, real, t, kt, p).to(tl.float32), dk, l2_eps, 1.0)
+    tl.debug_barrier()  # no thread stores before all have read
     tl.store(grad_key + to, dk, mask=real[:, None])
-
-
-class Scan(torch.autograd.Function):
-    """`scan_triton.scan` without finishing the read: (query, key, value, write, decay, state, rule) to (o, state)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        write: Tensor,
-        decay: Tensor | None,
-        state: Tensor,
-        rule: StepRule,
-    ) -> tuple[Tensor, Tensor]:
-        write, decay = write.contiguous(), None if decay is None else decay.contiguous()
-        done = write_all(query, key, value, write, decay, state, rule, keep=True)
-        ctx.save_for_backward(query, key, value, write, decay, done.written, done.states, done.from_k, done.inverse)
-        ctx.rule = rule
-        return read_raw(query, key, decay, done, rule), done.state
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, write, decay, written, states, from_k, inverse = ctx.saved_tensors
-        rule = ctx.rule
-        B, HEADS, tokens, P = query.shape
-        sizes, chunks = kernel_sizes(query, key, decay), triton.cdiv(tokens, CHUNK)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grad_state = grad_state.clone(memory_format=torch.contiguous_format)
-        read = (*query.stride()[:3], *key.stride()[:3], *grad.stride()[:3])
-        grad_written, grad_states = torch.empty_like(written), torch.empty_like(states)
-        _local_writes[chunks, B * HEADS](
-            query, key, decay, grad, grad_written, tokens, *read, rule.l2_eps, rule.scale, **sizes, num_warps=8
-        )  # fmt: skip
-        columns = min(STATE_COLUMNS, P)
-        _states_backward[P // columns, B * HEADS](
-            query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks, *read,
-            rule.l2_eps, rule.scale, COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
-        )  # fmt: skip
-        grad_query, from_reads = torch.empty_like(query), torch.empty_like(write)
-        _queries_backward[chunks, B * HEADS](
-            query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
-            *read, *grad_query.stride()[:3], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
-        )  # fmt: skip
-        grad_key, grad_value = (torch.empty(query.shape, dtype=key.dtype, device=key.device) for _ in range(2))
-        grad_write, grad_decay = torch.empty_like(write), None if decay is None else torch.empty_like(decay)
-        _keys_backward[chunks, B * HEADS](
-            query, key, value, write, decay, written, states, grad, grad_written, grad_states, from_reads,
-            grad_key, grad_value, grad_write, grad_decay, tokens,
-            *read[:6], *value.stride()[:3], *read[6:], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
-        )  # fmt: skip
-        if key.shape[1] < HEADS:
-            grad_key, grad_value = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (grad_key, grad_value))
-        return grad_query, grad_key, grad_value, grad_write, grad_decay, grad_state, None
+    if DELTA:
+        tl.store(grad_write + gates, dbeta, mask=real)
+    if DECAY:
+        tl.store(grad_decay + gates, tl.cumsum(dG, 0, reverse=True), mask=real)

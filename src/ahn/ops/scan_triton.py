@@ -4,7 +4,7 @@ Tokens go in chunks of C = 64 (the WY form of arXiv 2406.06484, section 3, with 
 `ahn.ops.chunked`): what a chunk writes as a function of the state before it, for all chunks at once; the states, one
 chunk after the other; the reads, for all chunks at once, through norm, gate and projection where one head suffices.
 Keys and values are taken as the model has them: not repeated for query heads, not normalised. Gradients are in
-`ahn.ops.scan_backward_triton`.
+`ahn.ops.scan_gradients`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""Time and peak memory of a memory's scan, forward and with gradients: our kernels and the chunked form in torch.
+
+    python benchmarks/scan.py --out scan.jsonl          # a GPU: layers of Qwen2.5-7B and -3B, and of a small model
+    python benchmarks/scan.py --smoke                   # a CPU, seconds: that the script runs
+
+A scan is what stands between projections and read-out: keys and values as the model has them, gates and state given.
+One JSON line a measurement, with machine and versions in the first. Peaks are bytes of tensors alive in torch's
+allocator beyond the inputs, gradients of all inputs included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn import memory, ops
+from ahn.bench.records import code, hardware
+from ahn.cli.env import environment
+from ahn.memory import RecurrentMemory
+
+SHAPES = {  # B, Hq, Hkv, P, m
+    "qwen2.5-7b": (1, 28, 4, 128, 16384),
+    "qwen2.5-3b": (1, 16, 2, 128, 16384),
+    "small": (8, 8, 2, 64, 7680),
+}
+SMOKE = {"smoke": (1, 4, 2, 16, 130)}
+KINDS = ("gated_deltanet", "deltanet", "mamba2")
+Inputs = dict[str, Tensor]
+
+
+def made(shape: tuple[int, ...], device: torch.device) -> Inputs:
+    """Random inputs of ordinary size, in bfloat16 where a bfloat16 model has them so."""
+    B, HEADS, HKV, P, m = shape
+    r = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=r, device=device)
+
+    return {
+        "query": normal(B, HEADS, m, P).bfloat16(),
+        "key": normal(B, HKV, m, P).bfloat16(),
+        "value": normal(B, HKV, m, P).bfloat16(),
+        "write": torch.sigmoid(normal(B, HEADS, m)),
+        "decay": -0.1 * torch.rand(B, HEADS, m, generator=r, device=device),
+        "state": 0.1 * normal(B, HEADS, P, P),
+    }
+
+
+def scan(module: RecurrentMemory, implementation: str, given: Inputs) -> tuple[Tensor, Tensor]:
+    """Raw read (B, Hq, m, P) and state, as the model's attention calls it."""
+    query, key, value, write, decay, state = given.values()
+    rule = module.step_rule()
+    if implementation == "kernels":
+        return ops.scan(query, key, value, write, decay if rule.decay else None, state, rule, None)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    gates = {rule.write: write} | ({rule.decay: decay} if rule.decay else {})
+    o, new = module.scan(query, key, value, gates, {"state": state})
+    return o, new["state"]
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, by the device's own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(kind: str, implementation: str, gradients: bool, given: Inputs, repeats: int) -> dict[str, Any]:
+    """Times and peak of one way to do one thing, after two calls that compile and warm up."""
+    device = given["query"].device
+    module = memory.get(kind)(1, given["query"].shape[1], given["query"].shape[3])
+    leaves = {name: x.detach().requires_grad_(gradients) for name, x in given.items()}
+    weight = torch.ones((), device=device).expand(given["query"].shape)
+
+    def work() -> None:
+        with torch.set_grad_enabled(gradients):
+            o, state = scan(module, implementation, leaves)
+            if gradients:
+                torch.autograd.backward((o, state), (weight, torch.ones_like(state)))
+        for x in leaves.values():
+            x.grad = None
+
+    first = seconds(work, device)
+    seconds(work, device)
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - held
+    times = [seconds(work, device) for _ in range(repeats)]
+    return {"first_s": first, "median_s": statistics.median(times), "times_s": times, "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="append the lines to this file as well")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape on any device")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda" and not options.smoke:
+        parser.error("without a GPU only --smoke makes sense")
+
+    def write(row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(line + "\n")
+
+    write({"hardware": hardware(device), "environment": environment(), "code": code()})
+    implementations = ("chunked", "kernels") if device.type == "cuda" else ("chunked",)
+    for (name, shape), kind in itertools.product((SMOKE if options.smoke else SHAPES).items(), KINDS):
+        given = made(shape, device)
+        for implementation, gradients in itertools.product(implementations, (False, True)):
+            row = {"shape": name, "B_Hq_Hkv_P_m": shape, "memory": kind, "implementation": implementation}
+            row["pass"] = "forward+backward" if gradients else "forward"
+            try:
+                row |= measure(kind, implementation, gradients, given, options.repeats)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                row["error"] = "out of memory"
+            write(row)
+
+
+if __name__ == "__main__":
+    main()
