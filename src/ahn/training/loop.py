@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ahn.adapter import adapter_parameters, set_window
+from ahn.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.training.distill import Batch, check_head, distillation_loss
 from ahn.training.losses import parse_loss
@@ -91,7 +92,7 @@ def distill(
     device = parameters[0].device.type
     logs: list[StepLog] = []
     pending: list[tuple[StepLog, Tensor]] = []
-    with _only_trainable(model, parameters), _window_kept(model):
+    with _only_trainable(model, parameters), _window_kept(model), leaves_fused(model):
         source = iter(batches)
         for step in range(steps):
             batch = next(source, None)
