@@ -70,7 +70,7 @@ def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[No
 
 @contextlib.contextmanager
 def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block norms, rotations and plain MLPs run compiled, for sequences of any length, with gradients or not.
+    """Inside the block norms, rotations and plain MLPs run compiled, for any length, with gradients or without.
 
     Each is then one pass over memory; the rest of a layer is matrix products and attention. A block within a block
     changes nothing.
