@@ -1,4 +1,4 @@
-"""Compiled norms, rotations and MLPs under gradients: the same numbers, also where layers are run again."""
+"""What training compiles on a GPU, compiled for the CPU: the same numbers, also where layers are run again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import ahn
 from ahn.compiled import leaves_compiled
 from ahn.ops import has_triton
 from ahn.training import distillation_loss
+from ahn.training.losses import _compare
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="torch.compile needs a C compiler")
 
@@ -60,3 +61,19 @@ def test_a_block_within_a_block_changes_nothing() -> None:
             assert norm._compiled_call_impl is before
         assert norm._compiled_call_impl is before
     assert norm._compiled_call_impl is None
+
+
+def test_losses_of_a_chunk() -> None:
+    """With and without a cross entropy and a gradient; the last chunk of a sequence is shorter."""
+    torch._dynamo.reset()
+    compiled = torch.compile(_compare, dynamic=True)
+    for n, ce, dtype in [(12, 0.0, torch.bfloat16), (5, 0.0, torch.bfloat16), (7, 0.5, torch.float32), (9, 0.0, None)]:
+        g = torch.Generator().manual_seed(n)
+        student, teacher = (3 * torch.randn(n, 501, generator=g) for _ in range(2))
+        labels = torch.randint(501, (n,), generator=g)
+        found, expected = (f(student, teacher, labels, 1.0, ce, dtype) for f in (compiled, _compare))
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+        assert (found[1] is None) == (dtype is None)
+        if dtype is not None:
+            # float32 sums in another order may round to the neighbouring bfloat16
+            torch.testing.assert_close(found[1], expected[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
