@@ -57,7 +57,8 @@ def distill(
 ) -> list[StepLog]:
     """Train a model's memory to give what full attention gives: AdamW on the adapter's parameters alone.
 
-    The loop does not wait for the device between logs if batches come on the CPU. Afterwards the model has its own
+    The loop does not wait for the device between logs if batches come on the CPU (transformers asks it once a forward
+    whether samples are packed). Afterwards the model has its own
     window and `requires_grad` flags again. Train or eval mode is the caller's: gradient checkpointing needs train mode.
 
     Args:
