@@ -1,4 +1,4 @@
-"""Parts of a model compiled for a while: a decoder layer for steps, its small modules for reading long prompts.
+"""Parts of a model compiled for a while: a decoder layer for steps, its small modules for long prompts and training.
 
 One layer is compiled and all run with it: seconds instead of the minute that a whole model takes.
 
@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ahn.ops import vector
+from ahn.ops import has_triton, vector
 
 # One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
@@ -59,20 +59,33 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
             module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
 
 
+def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """`leaves_compiled` where it can be had and pays: on a GPU with Triton. Elsewhere nothing happens.
+
+    Around training it must hold until the last backward pass: with gradient checkpointing that one runs layers again,
+    and must find them as the forward pass left them.
+    """
+    return leaves_compiled(model) if model.device.type == "cuda" and has_triton() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block norms, rotations and plain MLPs run compiled, for chunks of any length.
+    """Inside the block norms, rotations and plain MLPs run compiled, for any length, with gradients or without.
 
-    Each is then one pass over memory; the rest of a layer is matrix products and attention.
+    Each is then one pass over memory; the rest of a layer is matrix products and attention. A block within a block
+    changes nothing.
     """
     layers = model.get_decoder().layers
     leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
+    if any(leaf._compiled_call_impl is not None for leaf in leaves):
+        yield
+        return
     source = sys.modules[type(layers[0].self_attn).__module__]
     rope = getattr(source, "apply_rotary_pos_emb", None)
     for leaf in leaves:
         leaf.compile(dynamic=True)
     if rope is not None:
-        source.apply_rotary_pos_emb = _compiled(rope)  # type: ignore[attr-defined]
+        source.apply_rotary_pos_emb = compiled(rope)  # type: ignore[attr-defined]
     try:
         with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
@@ -84,7 +97,8 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for tensors of any size, once a process."""
     return torch.compile(function, dynamic=True)
 
 

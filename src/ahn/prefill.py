@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -16,9 +15,8 @@ from transformers import PreTrainedModel
 
 from ahn import decode
 from ahn.cache import AHNCache
-from ahn.compiled import leaves_compiled
+from ahn.compiled import leaves_fused
 from ahn.errors import AHNError
-from ahn.ops import has_triton
 
 
 class Wrapped:
@@ -97,7 +95,7 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
     rows, order = wanted.sort()
     logits: list[Tensor] = []
-    with leaves_compiled(model) if model.device.type == "cuda" and has_triton() else contextlib.nullcontext():
+    with leaves_fused(model):
         for start, stop in pieces:
             inside = rows[(rows >= start) & (rows < stop)] - start
             part = _slice(kwargs, start, stop, seen)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ahn
-from ahn.bench import clock, decode, memory, prefill, throughput, train
+from ahn.bench import clock, decode, memory, prefill, profile, throughput, train
 from ahn.bench.ceilings import measure as measure_ceilings
 from ahn.bench.methods import make_methods
 from ahn.bench.stand import Settings, Skipped, Stand
@@ -107,6 +107,18 @@ def test_train(stand: Stand, name: str) -> None:
     check_roofline(row, 2 * 70)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_kernels_of_a_training_step(stand: Stand) -> None:
+    profiling = Stand(stand.model, stand.ceilings, Settings(repeats=1, profile=True))
+    method = make_methods(["gated_deltanet"], 20, 4)[0]
+    with method.on(stand.model, training=True):
+        row = train.measure(profiling, method, 70, 1)
+    times = [kernel["ms"] for kernel in row["kernels"][:-1]]  # the last one may sum all others
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    assert any("mm" in kernel["name"] for kernel in row["kernels"])
+    text = profile.table(row["kernels"], row["seconds"])
+    assert len(text.splitlines()) == len(row["kernels"]) + 1
 
 
 def test_what_cannot_be_trained(stand: Stand) -> None:

@@ -21,6 +21,7 @@ class Settings:
         repeats: repetitions of which the median counts.
         budget: seconds after which no further repetition of a row begins.
         max_seconds: a row whose limit alone is longer is skipped.
+        profile: list the kernels of a training step in its row.
     """
 
     new_tokens: int = 64
@@ -28,6 +29,7 @@ class Settings:
     repeats: int = 5
     budget: float = 10.0
     max_seconds: float = 120.0
+    profile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,9 @@ from ahn.bench import roofline
 from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
 from ahn.bench.fill import random_tokens
 from ahn.bench.methods import Method
+from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand
+from ahn.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.training import distillation_loss
 
@@ -39,11 +41,14 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         for parameter in parameters:
             parameter.grad = None
 
+    profiled: dict[str, Any] = {}
     with _training(model, parameters):
         warmup = seconds(device, step)
         release(device)
         with peak_memory(device, stand.held()) as memory:
             times = repeated(device, step, stand.settings.repeats, stand.settings.budget)
+        if stand.settings.profile:
+            profiled["kernels"] = kernels(device, step)
     work = roofline.distillation(model, config, context, batch, valid[-1], recomputed=True)
     return {
         "seconds": median(times),
@@ -56,18 +61,20 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "peak_bytes": memory.peak_bytes,
         "reserved_bytes": memory.reserved_bytes,
         **work.report(stand.ceilings, median(times)),
+        **profiled,
     }
 
 
 @contextlib.contextmanager
 def _training(model: PreTrainedModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Training mode with gradient checkpointing and gradients for these parameters; as before afterwards."""
+    """As `ahn train` sets a model up: gradient checkpointing, gradients for these parameters; as before afterwards."""
     _checkpoint(model, True)
     model.train()
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        yield
+        with leaves_fused(model):
+            yield
     finally:
         _checkpoint(model, False)
         model.eval()

@@ -89,6 +89,9 @@ def command(
     max_seconds: Annotated[
         float, typer.Option("--max-seconds", help="Skip what takes longer even at the machine's limit.")
     ] = 120.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="For train: also write the time of every kernel to --out.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for rows.jsonl, the table and the plots.")] = Path(
         "ahn-bench"
     ),
@@ -117,7 +120,7 @@ def command(
     if names:
         options = Options(model, adapter, methods, window, sinks, context, batch)
         plans = [options.plan(name) for name in names]
-        _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, out, device, dtype)
+        _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)
     _report(out)
 
 
@@ -190,6 +193,7 @@ def _measure(
     new_tokens: int | None,
     real_prefill: bool,
     max_seconds: float,
+    profile: bool,
     out: Path,
     device: str | None,
     dtype: str | None,
@@ -198,6 +202,7 @@ def _measure(
 
     from ahn.bench import ceilings, records, runner, table
     from ahn.bench.model import load
+    from ahn.bench.profile import table as kernel_table
     from ahn.bench.stand import Settings, Stand
     from ahn.cli.env import environment
 
@@ -211,6 +216,7 @@ def _measure(
         real_prefill=real_prefill,
         budget=BUDGET.get(place.type, Settings.budget),
         max_seconds=max_seconds,
+        profile=profile,
     )
     rates = ceilings.measure(place, getattr(torch, chosen))
     hardware = records.hardware(place)
@@ -233,10 +239,15 @@ def _measure(
     )
     stand = Stand(subject.model, rates, settings)
     shared = {"model": subject.name, "device": hardware["device"], "dtype": chosen}
+
+    def say(row: dict[str, Any]) -> None:
+        common.err.print(table.line(row), markup=False, soft_wrap=True)
+        if "kernels" in row:
+            name = "-".join(str(row[part]) for part in ("measurement", "model", "method", "context"))
+            (out / f"kernels-{name}.txt").write_text(kernel_table(row["kernels"], row["seconds"]), encoding="utf-8")
+
     for plan in plans:
-        runner.run(
-            stand, plan, shared, log, lambda row: common.err.print(table.line(row), markup=False, soft_wrap=True)
-        )
+        runner.run(stand, plan, shared, log, say)
 
 
 def _report(out: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ahn.adapter import adapter_parameters, set_window
+from ahn.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.training.distill import Batch, check_head, distillation_loss
 from ahn.training.losses import parse_loss
@@ -56,7 +57,8 @@ def distill(
 ) -> list[StepLog]:
     """Train a model's memory to give what full attention gives: AdamW on the adapter's parameters alone.
 
-    The loop does not wait for the device between logs if batches come on the CPU. Afterwards the model has its own
+    The loop does not wait for the device between logs if batches come on the CPU (transformers asks it once a forward
+    whether samples are packed). Afterwards the model has its own
     window and `requires_grad` flags again. Train or eval mode is the caller's: gradient checkpointing needs train mode.
 
     Args:
@@ -91,7 +93,7 @@ def distill(
     device = parameters[0].device.type
     logs: list[StepLog] = []
     pending: list[tuple[StepLog, Tensor]] = []
-    with _only_trainable(model, parameters), _window_kept(model):
+    with _only_trainable(model, parameters), _window_kept(model), leaves_fused(model):
         source = iter(batches)
         for step in range(steps):
             batch = next(source, None)

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ahn.compiled import compiled
 from ahn.errors import AHNError
+from ahn.ops import has_triton
 
 LOSSES = ("kl", "ce", "distill")
 IGNORED = -100
-CHUNK = 512
+CHUNK = 1024
 
 
 def parse_loss(loss: str) -> tuple[str, ...]:
@@ -147,7 +149,7 @@ def hidden_losses(
         targets: (B, L), the token each position predicts. Must be a token wherever `positions` is true.
         positions: (B, L) boolean, on the device of `targets`. On the CPU they cost no wait for the model's device.
         kl, ce: weights of the two terms in `loss`.
-        chunk: positions whose logits exist at once, about 20 · chunk · V bytes.
+        chunk: positions whose logits exist at once, about 20 · chunk · V bytes (14 on a GPU).
         count: what the sums are divided by, if not the number of these positions. A batch in several parts, each with
             the count of all, gives losses and gradients that add up to those of the whole; a part may have none.
     """
@@ -207,17 +209,32 @@ def _chunk_losses(
     A function of its own, so that one chunk's logits are gone before the next one's are made.
     """
     logits = head.logits(student)
-    log_s, log_t = logits.log_softmax(-1), head.logits(teacher).log_softmax(-1)
+    compare = compiled(_compare) if logits.is_cuda and has_triton() else _compare
+    # On a GPU the gradient is a factor in the head's precision next; a soft cap has to be worked in before.
+    dtype = head.weight.dtype if logits.is_cuda and head.softcap is None else torch.float32
+    sums, grad = compare(logits, head.logits(teacher), labels, kl, ce, dtype if wanted else None)
+    return sums, None if grad is None else head.backward(grad, logits)
+
+
+def _compare(
+    logits: Tensor, teacher: Tensor, labels: Tensor, kl: float, ce: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """`_chunk_losses` from the logits of both (n, V); the gradient (n, V) of the student's if a dtype is given for it.
+
+    Written for few passes over memory as it stands, and compiled, where it is two or three, on a GPU.
+    """
+    log_s, log_t = logits.log_softmax(-1), teacher.log_softmax(-1)
     target = labels.unsqueeze(1)
     p_t = log_t.exp()
     ce_s, ce_t = -log_s.gather(1, target).sum(), -log_t.gather(1, target).sum()
     sums = torch.stack([log_t.sub_(log_s).mul_(p_t).sum(), ce_s, ce_t])
-    if not wanted:
+    if dtype is None:
         return sums, None
     # d/dlogits of kl·KL + ce·CE, for probabilities s and t: (kl + ce)·s - kl·t - ce·onehot
     g = log_s.exp_().mul_(kl + ce).sub_(p_t.mul_(kl))
-    g.scatter_add_(1, target, torch.full_like(target, -ce, dtype=g.dtype))
-    return sums, head.backward(g, logits)
+    if ce:
+        g.scatter_add_(1, target, torch.full_like(target, -ce, dtype=g.dtype))
+    return sums, g.to(dtype)
 
 
 def attention_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -23,6 +24,7 @@ import ahn
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.output import write_json
+from ahn.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments
@@ -84,7 +86,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
         tokenizer.pad_token_id or 0,
         shared,
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # A layer of sharded weights is a class of its own with hooks that torch.compile looks into.
+    with contextlib.nullcontext() if trainer.is_fsdp_enabled else leaves_fused(model):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     after = None
     if data.held_out is not None:
         entries = [entry for entry in trainer.state.log_history if "eval_kl" in entry]

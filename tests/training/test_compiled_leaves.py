@@ -1,0 +1,79 @@
+"""What training compiles on a GPU, compiled for the CPU: the same numbers, also where layers are run again."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tiny_student import freeze_base, student, tokens
+from torch import Tensor
+
+import ahn
+from ahn.compiled import leaves_compiled
+from ahn.ops import has_triton
+from ahn.training import distillation_loss
+from ahn.training.losses import _compare
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="torch.compile needs a C compiler")
+
+
+def losses_and_gradients(length: int, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    model = freeze_base(student())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    if compiled:
+        with leaves_compiled(model):
+            found = distillation_loss(model, tokens(1, length), window=6, sinks=2)
+            found.loss.backward()
+    else:
+        found = distillation_loss(model, tokens(1, length), window=6, sinks=2)
+        found.loss.backward()
+    gradients = {n: p.grad for n, p in ahn.adapter_parameters(model).items() if p.grad is not None}
+    return torch.stack(found[:4]).detach(), gradients
+
+
+def test_same_gradients_and_no_compilation_for_another_length() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for length in (30, 41, 57):
+        found, gradients = losses_and_gradients(length, compiled=True)
+        expected, wanted = losses_and_gradients(length, compiled=False)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in gradients.items():
+            scale = wanted[name].abs().max().item()
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5 * scale)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0, "nothing was compiled"
+    assert graphs[1:] == [graphs[0]] * 2
+
+
+def test_a_block_within_a_block_changes_nothing() -> None:
+    model = student()
+    norm = model.get_decoder().layers[0].input_layernorm
+    with leaves_compiled(model):
+        before = norm._compiled_call_impl
+        with leaves_compiled(model):
+            assert norm._compiled_call_impl is before
+        assert norm._compiled_call_impl is before
+    assert norm._compiled_call_impl is None
+
+
+def test_losses_of_a_chunk() -> None:
+    """With and without a cross entropy and a gradient; the last chunk of a sequence is shorter."""
+    torch._dynamo.reset()
+    compiled = torch.compile(_compare, dynamic=True)
+    for n, ce, dtype in [(12, 0.0, torch.bfloat16), (5, 0.0, torch.bfloat16), (7, 0.5, torch.float32), (9, 0.0, None)]:
+        g = torch.Generator().manual_seed(n)
+        student, teacher = (3 * torch.randn(n, 501, generator=g) for _ in range(2))
+        labels = torch.randint(501, (n,), generator=g)
+        found, expected = (f(student, teacher, labels, 1.0, ce, dtype) for f in (compiled, _compare))
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+        assert (found[1] is None) == (dtype is None)
+        if dtype is not None:
+            # float32 sums in another order may round to the neighbouring bfloat16
+            torch.testing.assert_close(found[1], expected[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
