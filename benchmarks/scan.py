@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahn import memory, ops
+from ahn import memory
 from ahn.bench.records import code, hardware
 from ahn.cli.env import environment
 from ahn.memory import RecurrentMemory
@@ -60,7 +60,9 @@ def scan(module: RecurrentMemory, implementation: str, given: Inputs) -> tuple[T
     query, key, value, write, decay, state = given.values()
     rule = module.step_rule()
     if implementation == "kernels":
-        return ops.scan(query, key, value, write, decay if rule.decay else None, state, rule, None)
+        from ahn.ops.scan_gradients import Scan
+
+        return Scan.apply(query, key, value, write, decay if rule.decay else None, state, rule)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     gates = {rule.write: write} | ({rule.decay: decay} if rule.decay else {})

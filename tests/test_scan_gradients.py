@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative_error
-from test_scan_triton import FLOAT32, NAMES, expected
+from models import MEMORIES, adapted, tokens
+from test_scan_triton import FLOAT32, INTERPRETED, NAMES, expected
 from test_step import DEVICE, RULES
 from torch import Tensor
 
+from ahn import ops
 from ahn.ops.step import StepRule
 
 # Of a chunk's products the backward repeats those of the forward and takes products of their results.
@@ -104,3 +107,24 @@ def test_gates_at_their_ends(name: str, gates: str) -> None:
 def test_gradients_of_the_last_state_alone(name: str) -> None:
     errors = errors_of(name, inputs(name, 70, 2, 1, 16, torch.float32), read=0.0)
     assert max(errors.values()) < BACKWARD * FLOAT32, errors
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.skipif(not INTERPRETED, reason="kernels take no float32 on a GPU; tests/gpu has the same in bfloat16")
+@pytest.mark.parametrize("options", [{}, {"router": True, "q_proj": True}], ids=["plain", "options"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_model_learns_the_same(memory: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients of every parameter of memory and base, through kernels and in chunks."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    model = adapted("qwen3", memory=memory, window=6, sinks=2, **options)
+    ids, found = tokens(2, 30), []
+    for kernels in (False, True):
+        monkeypatch.setattr(ops, "scans_whole", lambda query, kernels=kernels: kernels)
+        model.zero_grad()
+        logits = model(ids, use_cache=False).logits
+        (logits * torch.arange(logits.numel()).view_as(logits).sin()).sum().backward()
+        gradients = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+        found.append({"logits": logits.detach()} | gradients)
+    assert found[0].keys() == found[1].keys() and any("ahn" in name for name in found[0])
+    errors = {name: relative_error(found[1][name], x) * min(1.0, float(x.norm())) for name, x in found[0].items()}
+    assert max(errors.values()) < 1e-4, errors  # float32 through two layers with sharp attention, forth and back
