@@ -63,7 +63,7 @@ def check(name: str, given: dict[str, Tensor], tolerance: float, **changes: floa
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("B", "heads", "tokens", "P"), [(1, 1, 1, 16), (2, 3, 5, 16), (1, 4, 300, 16), (1, 28, 3, 32)])
 @pytest.mark.parametrize("router", [False, True])
