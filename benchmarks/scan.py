@@ -3,8 +3,8 @@
     python benchmarks/scan.py --out scan.jsonl          # a GPU: layers of Qwen2.5-7B and -3B, and of a small model
     python benchmarks/scan.py --smoke                   # a CPU, seconds: that the script runs
 
-A scan is what stands between projections and read-out: keys and values as the model has them, gates and state given.
-One JSON line a measurement, with machine and versions in the first. Peaks are bytes of tensors alive in torch's
+`raw` is the recurrence alone, from keys and values as the model has them and given gates; `finished` goes on through
+norm, output gate and the projection of each head. One JSON line a measurement, machine and versions in the first. Peaks are bytes of tensors alive in torch's
 allocator beyond the inputs, gradients of all inputs included.
 """
 
@@ -26,6 +26,7 @@ from ahn import memory, ops
 from ahn.bench.records import code, hardware
 from ahn.cli.env import environment
 from ahn.memory import RecurrentMemory
+from ahn.ops.step import StepRead
 
 SHAPES = {  # B, Hq, Hkv, P, m
     "qwen2.5-7b": (1, 28, 4, 128, 16384),
@@ -52,20 +53,27 @@ def made(shape: tuple[int, ...], device: torch.device) -> Inputs:
         "write": torch.sigmoid(normal(B, HEADS, m)),
         "decay": -0.1 * torch.rand(B, HEADS, m, generator=r, device=device),
         "state": 0.1 * normal(B, HEADS, P, P),
+        "x": normal(B, m, 1).bfloat16(),
     }
 
 
-def scan(module: RecurrentMemory, implementation: str, given: Inputs) -> tuple[Tensor, Tensor]:
-    """Raw read (B, Hq, m, P) and state, as the model's attention calls it."""
-    query, key, value, write, decay, state = given.values()
+def scan(module: RecurrentMemory, implementation: str, finished: bool, given: Inputs) -> tuple[Tensor, Tensor]:
+    """Read (B, Hq, m, P) and state, as the model's attention calls it."""
+    query, key, value, write, decay, state, x = given.values()
     rule = module.step_rule()
     if implementation == "kernels":
-        return ops.scan(query, key, value, write, decay if rule.decay else None, state, rule, None)
+        from ahn.ops.scan_gradients import Scan
+
+        arguments = (query, key, value, write, decay if rule.decay else None, state, rule)
+        if not finished:
+            return Scan.apply(*arguments)
+        read = StepRead(query, module.read_gate(x), None, module.step_norm, module.o_proj.weight)
+        return ops.scan(*arguments, read)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     gates = {rule.write: write} | ({rule.decay: decay} if rule.decay else {})
     o, new = module.scan(query, key, value, gates, {"state": state})
-    return o, new["state"]
+    return module.read_out(o, x).to(query.dtype) if finished else o, new["state"]
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -82,19 +90,22 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def measure(kind: str, implementation: str, gradients: bool, given: Inputs, repeats: int) -> dict[str, Any]:
+def measure(
+    kind: str, implementation: str, finished: bool, gradients: bool, given: Inputs, repeats: int
+) -> dict[str, Any]:
     """Times and peak of one way to do one thing, after two calls that compile and warm up."""
     device = given["query"].device
-    module = memory.get(kind)(1, given["query"].shape[1], given["query"].shape[3])
+    module = memory.get(kind)(1, given["query"].shape[1], given["query"].shape[3]).to(device)
+    torch.nn.init.normal_(module.o_proj.weight, std=0.1)
     leaves = {name: x.detach().requires_grad_(gradients) for name, x in given.items()}
     weight = torch.ones((), device=device).expand(given["query"].shape)
 
     def work() -> None:
         with torch.set_grad_enabled(gradients):
-            o, state = scan(module, implementation, leaves)
+            o, state = scan(module, implementation, finished, leaves)
             if gradients:
-                torch.autograd.backward((o, state), (weight, torch.ones_like(state)))
-        for x in leaves.values():
+                torch.autograd.backward((o, state), (weight.to(o.dtype), torch.ones_like(state)))
+        for x in (*leaves.values(), *module.parameters()):
             x.grad = None
 
     first = seconds(work, device)
@@ -132,11 +143,11 @@ def main() -> None:
     implementations = ("chunked", "kernels") if device.type == "cuda" else ("chunked",)
     for (name, shape), kind in itertools.product((SMOKE if options.smoke else SHAPES).items(), KINDS):
         given = made(shape, device)
-        for implementation, gradients in itertools.product(implementations, (False, True)):
+        for finished, implementation, gradients in itertools.product((False, True), implementations, (False, True)):
             row = {"shape": name, "B_Hq_Hkv_P_m": shape, "memory": kind, "implementation": implementation}
-            row["pass"] = "forward+backward" if gradients else "forward"
+            row |= {"read": "finished" if finished else "raw", "pass": "forward+backward" if gradients else "forward"}
             try:
-                row |= measure(kind, implementation, gradients, given, options.repeats)
+                row |= measure(kind, implementation, finished, gradients, given, options.repeats)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 row["error"] = "out of memory"

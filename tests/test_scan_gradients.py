@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative_error
-from test_scan_triton import FLOAT32, NAMES, expected
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import MEMORIES, adapted, tokens
+from test_scan_triton import FLOAT32, INTERPRETED, NAMES, expected
 from test_step import DEVICE, RULES
 from torch import Tensor
 
+from ahn import ops
 from ahn.ops.step import StepRule
 
 # Of a chunk's products the backward repeats those of the forward and takes products of their results.
@@ -43,42 +48,33 @@ def inputs(
 
 def outputs_and_gradients(
     function: Callable[..., tuple[Tensor, Tensor]],
-    given: dict[str, Tensor | None],
+    arguments: dict[str, Tensor | None],
     rule: StepRule,
     weights: list[Tensor],
 ) -> dict[str, Tensor]:
     """Read, state, and the gradients of their sum under these weights."""
-    leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in given.items()}
+    leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in arguments.items()}
     outputs = function(*leaves.values(), rule)
     sum((x * weight.to(x)).sum() for x, weight in zip(outputs, weights, strict=True)).backward()
     gradients = {f"grad_{name}": x.grad for name, x in leaves.items() if x is not None}
     return {"o": outputs[0].detach(), "state": outputs[1].detach()} | gradients
 
 
-def errors_of(name: str, given: dict[str, Tensor | None], read: float = 1.0) -> dict[str, float]:
+def errors_of(name: str, arguments: dict[str, Tensor | None], read: float = 1.0) -> dict[str, float]:
     """Relative to each tensor's norm, or to 1 where it is smaller: terms that cancel leave their rounding behind."""
     from ahn.ops.scan_gradients import Scan
 
     rule, r = RULES[name], torch.Generator().manual_seed(1)
-    weights = [torch.randn(given[part].shape, generator=r) for part in ("query", "state")]
+    weights = [torch.randn(arguments[part].shape, generator=r) for part in ("query", "state")]
     weights[0] *= read
-    exact = {part: None if x is None else x.double() for part, x in given.items()}
+    exact = {part: None if x is None else x.double() for part, x in arguments.items()}
     wanted = outputs_and_gradients(lambda *x: expected(*x, None), exact, rule, weights)
-    moved = {part: None if x is None else x.to(DEVICE) for part, x in given.items()}
+    moved = {part: None if x is None else x.to(DEVICE) for part, x in arguments.items()}
     found = outputs_and_gradients(Scan.apply, moved, rule, weights)
-    assert all(found[f"grad_{part}"].dtype == x.dtype for part, x in given.items() if x is not None)
+    assert all(found[f"grad_{part}"].dtype == x.dtype for part, x in arguments.items() if x is not None)
     return {
         part: relative_error(found[part].double().cpu(), x) * min(1.0, float(x.norm())) for part, x in wanted.items()
     }
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is NaN: what a kernel does not fill, or reads before it is filled, shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
 
 
 @pytest.mark.usefixtures("triton", "poisoned")
@@ -103,4 +99,40 @@ def test_gates_at_their_ends(name: str, gates: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_the_last_state_alone(name: str) -> None:
     errors = errors_of(name, inputs(name, 70, 2, 1, 16, torch.float32), read=0.0)
+    assert max(errors.values()) < BACKWARD * FLOAT32, errors
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.skipif(not INTERPRETED, reason="kernels take no float32 on a GPU; tests/gpu has the same in bfloat16")
+@pytest.mark.parametrize("options", [{}, {"router": True, "q_proj": True}], ids=["plain", "options"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_model_learns_the_same(memory: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients of every parameter of memory and base, through kernels and in chunks."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    model = adapted("qwen3", memory=memory, window=6, sinks=2, **options)
+    ids, found = tokens(2, 30), []
+    for kernels in (False, True):
+        monkeypatch.setattr(ops, "scans_whole", lambda query, kernels=kernels: kernels)
+        model.zero_grad()
+        logits = model(ids, use_cache=False).logits
+        (logits * torch.arange(logits.numel()).view_as(logits).sin()).sum().backward()
+        gradients = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+        found.append({"logits": logits.detach()} | gradients)
+    assert found[0].keys() == found[1].keys() and any("ahn" in name for name in found[0])
+    errors = {name: relative_error(found[1][name], x) * min(1.0, float(x.norm())) for name, x in found[0].items()}
+    assert max(errors.values()) < 1e-4, errors  # float32 through two layers with sharp attention, forth and back
+
+
+@pytest.mark.usefixtures("triton")
+@given(
+    name=st.sampled_from(NAMES),
+    tokens=st.integers(1, 140),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    gates=st.sampled_from(list(GATES)),
+    read=st.sampled_from([0.0, 1.0]),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_shape(name: str, tokens: int, kv_heads: int, groups: int, gates: str, read: float) -> None:
+    errors = errors_of(name, inputs(name, tokens, kv_heads * groups, kv_heads, 16, torch.float32, gates), read)
     assert max(errors.values()) < BACKWARD * FLOAT32, errors

@@ -228,19 +228,14 @@ def _write_and_read(
     weight = None if layer.router is None else layer.router(view.written / view.window)
     rule = memory.step_rule()
     if rule is not None and ops.scans_whole(query):
-        finish = None
-        if not (rule.across_heads or torch.is_grad_enabled()):
-            finish = StepRead(query, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight)
+        finish = StepRead(query, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight)
         decay = None if rule.decay is None else left.gates[rule.decay]
-        o, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
-        state = state | {"state": new}
-        if finish is not None:
-            return o, state
-    else:
-        groups = query.shape[1] // left.key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
-        o, new_state = memory.scan(query, key, value, left.gates, state)
-        state = state | new_state
+        read, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
+        return read, state | {"state": new}
+    groups = query.shape[1] // left.key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
+    o, written = memory.scan(query, key, value, left.gates, state)
+    state = state | written
     read = memory.read_out(o, x)
     return read if weight is None else weight.unsqueeze(-1) * read, state
 

@@ -103,8 +103,9 @@ def test_a_model_learns_what_it_learns_in_float32(memory: str, autocast: bool, m
         (logits * torch.linspace(-1, 1, logits.numel(), device="cuda").view_as(logits).sin()).sum().backward()
         gradients.append(torch.cat([x.grad.double().flatten() for x in own.values() if x.grad is not None]))
     assert calls == [torch.bfloat16] * len(model.model.layers)
-    # The rest of the model rounds to bfloat16 in both, but not the same numbers.
-    assert relative_error(gradients[0].cpu(), gradients[1].cpu()) < 2 * BF16
+    # Reads differ by BF16, and the bfloat16 model around them, with its sharp attention, rounds to other numbers; a
+    # wrong gradient is off by its own size.
+    assert relative_error(gradients[0].cpu(), gradients[1].cpu()) < 4 * BF16
 
 
 def test_what_kernels_take() -> None:

@@ -122,7 +122,7 @@ class RecurrentMemory(Memory, ABC):
         return head_gate(self.g_proj, x).float()
 
     def step_rule(self) -> StepRule | None:
-        """What the fused decoding step has to know, or None: then steps go through `scan` and `read_out`, uncaptured.
+        """What our kernels have to know, or None: then all goes through `scan` and `read_out`, steps uncaptured.
 
         A memory with a rule says by `step_norm` which norm its read goes through.
         """

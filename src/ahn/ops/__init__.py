@@ -87,17 +87,28 @@ def scan(
     decay: Tensor | None,
     state: Tensor,
     rule: StepRule,
-    read: StepRead | None,
+    read: StepRead,
 ) -> tuple[Tensor, Tensor]:
-    """A memory's whole work on many tokens, in kernels; see `scan_triton.scan`. With gradients if `read` is None."""
-    from ahn.ops import scan_gradients, scan_triton
+    """A memory's whole work on many tokens, in kernels, with gradients.
+
+    Args:
+        query: (B, Hq, m, P) of the memory, after RoPE.
+        key, value: (B, Hkv, m, P).
+        write, decay: (B, Hq, m) float32 gates.
+        state: (B, Hq, P, P) float32 before the first write.
+        read: with gamma and weight (B, Hq, m); its `query` is not used.
+
+    Returns:
+        The finished read (B, Hq, m, P) in the type that kernels multiply in, and the state after the last write.
+    """
+    from ahn.ops import finish_triton, scan_gradients, scan_triton
 
     dtype = _kernel_dtype(key)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.cuda.device(query.device):
-        if torch.is_grad_enabled():
-            assert read is None
-            return scan_gradients.Scan.apply(query, key, value, write, decay, state, rule)
+        if torch.is_grad_enabled() or rule.across_heads:
+            o, state = scan_gradients.Scan.apply(query, key, value, write, decay, state, rule)
+            return finish_triton.finish(o, rule, read), state
         return scan_triton.scan(query, key, value, write, decay, state, rule, read)
 
 

@@ -221,34 +221,38 @@ def keys_backward(
     dtype = key.dtype.element_ty
     key += b * kb + h // GROUPS * kh
     before = i[:, None] < i[None, :]
-    u = tl.load(written + own)
     k = unit_rows(_rows(key, real, t, kt, p), l2_eps).to(dtype)
-    q = (unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale).to(dtype)
-    do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
-    local = tl.dot(u, tl.trans(do), input_precision=PRECISION)
+    u = tl.load(written + own)
+    dk = tl.load(grad_key + to, mask=real[:, None], other=0.0).to(tl.float32)
     if DECAY:
         G = tl.cumsum(tl.load(decay + gates, mask=real, other=0.0), 0)
-        between = tl.exp(-tl.abs(G[:, None] - G[None, :]))
-        local *= between
-        reads = tl.where(before, local * tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
-        dG = tl.load(grad_decay + gates, mask=real, other=0.0) + tl.sum(reads, 0) - tl.sum(reads, 1)
-    local = tl.where(i[:, None] <= i[None, :], local, 0.0)
-    dk = tl.dot(local.to(dtype), q, input_precision=PRECISION)
+        dG = tl.load(grad_decay + gates, mask=real, other=0.0)
     if DELTA:
         beta = tl.load(write + gates, mask=real, other=0.0)
+        dbeta = tl.load(grad_write + gates, mask=real, other=0.0)
         dr = tl.load(grad_written + own)
-        seen = tl.where(before, -tl.dot(u, tl.trans(dr), input_precision=PRECISION), 0.0)
-        seeing = tl.where(i[:, None] > i[None, :], -tl.dot(dr, tl.trans(u), input_precision=PRECISION), 0.0)
-        both = seen * beta[None, :] + seeing * beta[:, None]
+        seen = tl.dot(u, tl.trans(dr), input_precision=PRECISION)
+        seeing = tl.dot(dr, tl.trans(u), input_precision=PRECISION)
+        seen = tl.where(before, -seen, 0.0)
+        both = seen * beta[None, :] - tl.where(i[:, None] > i[None, :], seeing, 0.0) * beta[:, None]
         seen *= tl.dot(k, tl.trans(k), input_precision=PRECISION)
         if DECAY:
+            between = tl.exp(-tl.abs(G[:, None] - G[None, :]))
             both *= between
             seen *= between
-            weighed = seen * beta[None, :]
-            dG += tl.sum(weighed, 0) - tl.sum(weighed, 1)
         dk += tl.dot(both.to(dtype), k, input_precision=PRECISION)
-        dbeta = tl.load(grad_write + gates, mask=real, other=0.0) + tl.sum(seen, 0)
-    dk += tl.load(grad_key + to, mask=real[:, None], other=0.0).to(tl.float32)
+        dbeta += tl.sum(seen, 0)
+        if DECAY:
+            seen *= beta[None, :]
+            dG += tl.sum(seen, 0) - tl.sum(seen, 1)
+    q = (unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale).to(dtype)
+    do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
+    local = tl.where(i[:, None] <= i[None, :], tl.dot(u, tl.trans(do), input_precision=PRECISION), 0.0)
+    if DECAY:
+        local *= tl.exp(-tl.abs(G[:, None] - G[None, :]))
+        reads = tl.where(before, local * tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
+        dG += tl.sum(reads, 0) - tl.sum(reads, 1)
+    dk += tl.dot(local.to(dtype), q, input_precision=PRECISION)
     dk = _through_norm(_rows(key, real, t, kt, p).to(tl.float32), dk, l2_eps, 1.0)
     tl.debug_barrier()  # no thread stores before all have read
     tl.store(grad_key + to, dk, mask=real[:, None])

@@ -25,7 +25,7 @@ def _stages(device: torch.device) -> int:
 
 
 class Scan(torch.autograd.Function):
-    """`scan_triton.scan` without finishing the read: (query, key, value, write, decay, state, rule) to (o, state)."""
+    """`scan_triton.scan` with the read left raw: (query, key, value, write, decay, state, rule) to (o, state)."""
 
     @staticmethod
     def forward(

@@ -217,7 +217,7 @@ def read_raw(
     B, HEADS, tokens, P = query.shape
     chunks = triton.cdiv(tokens, CHUNK)
     finish = read is not None
-    out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype if finish else torch.float32, device=query.device)
+    out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype, device=query.device)
     gamma, weight = (None, None) if read is None else (read.gamma.contiguous(), read.weight)
     _reads[chunks, B * HEADS](
         query, key, decay, done.written, done.states, gamma, None if weight is None else weight.contiguous(),
@@ -259,8 +259,8 @@ def scan(
             `query` is not used.
 
     Returns:
-        (B, Hq, m, P), laid out as (B, m, Hq, P): the finished read in the query's type, or the raw one in float32; and
-        the state after the last write.
+        The finished or the raw read (B, Hq, m, P) in the query's type, laid out as (B, m, Hq, P), and the state after
+        the last write.
     """
     write, decay = write.contiguous(), None if decay is None else decay.contiguous()
     done = write_all(query, key, value, write, decay, state, rule)
