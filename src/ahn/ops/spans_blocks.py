@@ -22,16 +22,14 @@ class Tiles:
 
 def tiles(kernel: str, query: Tensor) -> Tiles:
     """Block sizes for "forward", "queries" or "keys" (of the backward pass)."""
-    P, half = query.shape[-1], query.dtype != torch.float32
-    if not half:  # without tensor cores: registers are what limits
+    P = query.shape[-1]
+    if query.dtype == torch.float32:  # without tensor cores registers are what limits
         return Tiles(16, 32, 4, 1) if P > 32 else Tiles(32, 32, 4, 1)
-    if _shared_memory(query.device) < 160 * 1024:  # GPUs without a data centre's 160 KB and more
+    if _shared_memory(query.device) < 200 * 1024:  # before Hopper, and GPUs for one user
         return Tiles(64, 32, 4, 2) if P > 64 else Tiles(64, 64, 4, 2)
-    if kernel == "forward":
-        return Tiles(128, 128, 8, 3) if P <= 64 else Tiles(128, 64, 8, 3)
-    if kernel == "queries":
-        return Tiles(128, 64, 8, 3) if P > 64 else Tiles(128, 128, 8, 2)
-    return Tiles(64, 128, 8, 2) if P > 64 else Tiles(64, 128, 8, 3)
+    if P > 64:
+        return Tiles(64, 128, 8, 3) if kernel == "keys" else Tiles(128, 64, 8, 3)
+    return Tiles(128, 64, 4, 3) if kernel == "forward" else Tiles(64, 64, 4, 3)
 
 
 @cache

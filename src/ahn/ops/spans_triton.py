@@ -20,7 +20,7 @@ from ahn.ops.spans_blocks import Blocks, Tiles, blocks, tiles
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Arguments that change with the lengths of a batch: new values must not make Triton compile again.
-LENGTHS = ("n", "T", "ub", "uh", "sb", "sh", "xb", "xh", "columns")
+LENGTHS = ("n", "T", "ub", "uh", "sb", "sh", "xb", "xh", "columns", "split")
 
 
 @triton.jit

@@ -15,6 +15,10 @@ from ahn.ops.spans_blocks import blocks, tiles
 from ahn.ops.spans_triton import LENGTHS, LOG2E, _columns, _logits, _tile, by_rows, sizes, span_arguments, strides
 
 DELTA_ROWS = 64
+# Sinks are seen by all queries, other keys by a window's worth: a single program for a block of sinks would still run
+# when all others are done. So the blocks that are seen most are split; few, for every part takes memory.
+PARTS = 8
+MOST_SPLIT = 8
 
 
 @triton.jit
@@ -89,15 +93,16 @@ def _backward_queries(
 
 @triton.jit
 def _back_to_keys(
-    dk, dv, db, k, v, c, end, start, bias, query, gradient, score, delta, index, begin, count, before, n,
-    qh, qt, gh, gt, scale,
+    dk, dv, db, k, v, c, end, start, bias, query, gradient, score, delta, index, begin, count, part, parts,
+    before, n, qh, qt, gh, gt, scale,
     GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`count` query blocks of a list, from `begin`, of each head of the group."""
+    """A part of: `count` query blocks of a list, from `begin`, of each head of the group."""
     o, p = tl.arange(0, M), tl.arange(0, P)
-    first = tl.load(index + begin, mask=count > 0, other=0) * M
-    for j in range(count * GROUPS):
+    j0, j1 = part * count * GROUPS // parts, (part + 1) * count * GROUPS // parts
+    first = tl.load(index + begin + j0 % tl.maximum(count, 1), mask=count > 0, other=0) * M
+    for j in range(j0, j1):
         head = (j // count).to(tl.int64)
         i = (first + o)[None, :]
         q = _tile(query + head * qh, first, o, p, qt, n, P, MASKED)
@@ -120,17 +125,33 @@ def _back_to_keys(
     return dk, dv, db
 
 
+@triton.jit
+def _store_keys(of_key, of_value, of_bias, dk, dv, db, o, p, stride, stop, BIAS: tl.constexpr):
+    """The first `stop` rows of a block."""
+    to = o[:, None] * stride + p[None, :]
+    tl.store(of_key + to, dk, mask=(o < stop)[:, None])
+    tl.store(of_value + to, dv, mask=(o < stop)[:, None])
+    if BIAS:
+        tl.store(of_bias + o, db, mask=o < stop)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
-    query, key, value, until, bias, since, index, count, score, gradient, delta, of_key, of_value, of_bias,
+    query, key, value, until, bias, since, index, count, score, gradient, delta, order, work, of_key, of_value, of_bias,
     n, T, scale, scaling,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, wb, wh, wt, ub, uh, sb, sh, xb, xh, columns,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, wb, wh, wt, ub, uh, sb, sh, xb, xh, columns, split,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)  # early keys are seen most: they begin first
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = (tl.program_id(1) // HKV).to(tl.int64), tl.program_id(1) % HKV
+    # The `split` blocks that are seen most come first, in parts; then all others.
+    program = tl.program_id(0)
+    whole_blocks = program - split * PARTS
+    part, parts = tl.where(whole_blocks < 0, program % PARTS, 0), tl.where(whole_blocks < 0, PARTS, 1)
+    rank = tl.where(whole_blocks < 0, program // PARTS, split + whole_blocks)
+    lists = b * xb + head * xh
+    block = tl.load(order + lists + rank)
     first = block * N
     o, p = tl.arange(0, N), tl.arange(0, P)
     k = _tile(key + b * kb + head * kh, first, o, p, kt, T, P, True)
@@ -142,25 +163,49 @@ def _backward_keys(
     gradient += b * gb + head * GROUPS * gh
     score += (b * HEADS + head * GROUPS) * n
     delta += (b * HEADS + head * GROUPS) * n
-    at = b * xb + head * xh + block
+    at = lists + block
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
     index += at * columns
     dk, dv = tl.zeros([N, P], tl.float32), tl.zeros([N, P], tl.float32)
     db = tl.zeros([N], tl.float32)
     dk, dv, db = _back_to_keys(
-        dk, dv, db, k, v, c, end, start, x, query, gradient, score, delta, index, 0, whole, T - n, n,
-        qh, qt, gh, gt, scale, GROUPS, P, M, False, BIAS, PRECISION,
+        dk, dv, db, k, v, c, end, start, x, query, gradient, score, delta, index, 0, whole, part, parts,
+        T - n, n, qh, qt, gh, gt, scale, GROUPS, P, M, False, BIAS, PRECISION,
     )  # fmt: skip
     dk, dv, db = _back_to_keys(
-        dk, dv, db, k, v, c, end, start, x, query, gradient, score, delta, index, whole, some - whole, T - n, n,
-        qh, qt, gh, gt, scale, GROUPS, P, M, True, BIAS, PRECISION,
+        dk, dv, db, k, v, c, end, start, x, query, gradient, score, delta, index, whole, some - whole, part, parts,
+        T - n, n, qh, qt, gh, gt, scale, GROUPS, P, M, True, BIAS, PRECISION,
     )  # fmt: skip
-    real = first + o < T
-    to = b * wb + head * wh + first.to(tl.int64) * wt + o[:, None] * wt + p[None, :]
-    tl.store(of_key + to, dk * scaling, mask=real[:, None])
-    tl.store(of_value + to, dv, mask=real[:, None])
-    if BIAS:
-        tl.store(of_bias + row + first + o, db, mask=real)
+    dk *= scaling
+    if whole_blocks < 0:
+        work += ((b * HKV + head) * split * PARTS + program) * N * (2 * P + 1)
+        _store_keys(work, work + N * P, work + 2 * N * P, dk, dv, db, o, p, P, N, BIAS)
+    else:
+        to = b * wb + head * wh + first.to(tl.int64) * wt
+        _store_keys(of_key + to, of_value + to, of_bias + row + first, dk, dv, db, o, p, wt, T - first, BIAS)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _join_parts(
+    work, order, of_key, of_value, of_bias, T, wb, wh, wt, xb, xh,
+    HKV: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums of the parts of a block that was split."""
+    rank, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, head = row // HKV, row % HKV
+    first = tl.load(order + b * xb + head * xh + rank) * N
+    o, p = tl.arange(0, N), tl.arange(0, P)
+    tile = o[:, None] * P + p[None, :]
+    dk, dv, db = tl.zeros([N, P], tl.float32), tl.zeros([N, P], tl.float32), tl.zeros([N], tl.float32)
+    work += (row * tl.num_programs(0) + rank) * PARTS * N * (2 * P + 1)
+    for _ in range(PARTS):
+        dk += tl.load(work + tile)
+        dv += tl.load(work + N * P + tile)
+        if BIAS:
+            db += tl.load(work + 2 * N * P + o)
+        work += N * (2 * P + 1)
+    to = b * wb + head * wh + first.to(tl.int64) * wt
+    _store_keys(of_key + to, of_value + to, of_bias + row * T + first, dk, dv, db, o, p, wt, T - first, BIAS)
 
 
 def delta(out: Tensor, gradient: Tensor) -> Tensor:
@@ -225,9 +270,19 @@ def keys(
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     of_key, of_value = (torch.empty(B, T, HKV, P, dtype=key.dtype, device=key.device).transpose(1, 2) for _ in range(2))
     of_bias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-    _backward_keys[triton.cdiv(T, tile.keys), B * HKV](
-        query, key, value, *spans, score, gradient, delta, of_key, of_value, delta if of_bias is None else of_bias,
+    given = delta if of_bias is None else of_bias  # a pointer that is not used without a bias
+    N, total = tile.keys, triton.cdiv(T, tile.keys)
+    split = min(MOST_SPLIT, triton.cdiv(total, 16))
+    order = lists.count[..., 1].argsort(dim=-1, descending=True, stable=True).int()
+    work = torch.empty(B * HKV * split * PARTS * N * (2 * P + 1), dtype=torch.float32, device=key.device)
+    _backward_keys[total + split * (PARTS - 1), B * HKV](
+        query, key, value, *spans, score, gradient, delta, order, work, of_key, of_value, given,
         query.shape[2], T, scaling * LOG2E.value, scaling,
-        *strides(query, key, value, gradient, of_key), *span_strides, **sizes(query, key, tile, bias),
+        *strides(query, key, value, gradient, of_key), *span_strides, split,
+        **sizes(query, key, tile, bias), PARTS=PARTS,
+    )  # fmt: skip
+    _join_parts[split, B * HKV](
+        work, order, of_key, of_value, given, T, *strides(of_key), *span_strides[4:6],
+        HKV=HKV, P=P, N=N, BIAS=bias is not None, PARTS=PARTS, num_warps=8,
     )  # fmt: skip
     return of_key, of_value, of_bias
