@@ -24,6 +24,7 @@ from ahn.config import AHNConfig
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
+from ahn.observer import Observer
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
 
@@ -36,6 +37,8 @@ class Adapter:
     """The base model's own attention implementation."""
     handles: list[RemovableHandle]
     enabled: bool = True
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+    """Asked in this order. While there are any, no step is captured or replayed."""
 
 
 def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
@@ -115,6 +118,17 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
             _use_kernel(model, attention.NAME)
 
 
+@contextlib.contextmanager
+def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterator[None]:
+    """Inside the block `observer` is asked about every forward, before all others or after them."""
+    observers = _adapter(model).observers
+    observers.insert(0 if first else len(observers), observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
+
+
 def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
     """Change window and sinks of an adapted model; caches made before keep theirs."""
     _adapter(model)
@@ -141,6 +155,7 @@ class AttentionHook:
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
         kwargs["ahn_layer"] = attention.LayerContext(
+            index=self.layer_idx,
             ahn=self.ahn,
             router=self.router,
             x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
@@ -177,7 +192,9 @@ class DecoderHook:
         view = self._view(cache, tokens, kwargs.get("attention_mask"))
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
-        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel)
+        for observer in adapter.observers:
+            observer.begin(cache, view)
+        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

@@ -25,6 +25,7 @@ from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
 from ahn.memory_query import memory_query
+from ahn.observer import Observer, Passage
 from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
 
@@ -39,12 +40,15 @@ class ForwardContext:
     visibility: Visibility
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
+    observers: tuple[Observer, ...] = ()
 
 
 @dataclasses.dataclass
 class LayerContext:
     """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
 
+    index: int
+    """Of the decoder layer."""
     ahn: AHN
     router: Router | None
     x: Tensor
@@ -158,8 +162,12 @@ def attention(
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
     if view.evicted and isinstance(memory, RecurrentMemory):
+        for observer in ahn_forward.observers:
+            left = observer.writing(ahn_layer, left)
+        tail, before = view.length - view.evicted, state
         read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
-        tail = view.length - view.evicted
+        for observer in ahn_forward.observers:
+            read = observer.reading(Passage(module, ahn_layer, view, left, before, out[:, tail:], read))
         whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
         out = torch.cat([out[:, :tail], whole], dim=1) if tail else whole
     if cache_layer is not None:

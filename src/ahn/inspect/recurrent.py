@@ -1,0 +1,25 @@
+"""Which layers of a model have a memory with a state to look into."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ahn.errors import AHNError
+from ahn.memory import RecurrentMemory
+
+
+def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
+    """The recurrent memories of an adapted model, by layer.
+
+    Raises:
+        AHNError: the model has no AHN, or one without a state.
+    """
+    if getattr(model, "_ahn", None) is None:
+        raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+    named = {i: layer.ahn.fn for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer, "ahn")}
+    found = {i: memory for i, memory in named.items() if isinstance(memory, RecurrentMemory)}
+    if not found:
+        raise AHNError(
+            f"{model.ahn_config.memory} keeps no recurrent state; there is nothing to look into or turn off."
+        )
+    return found
