@@ -38,7 +38,7 @@ def record(model: PreTrainedModel) -> Iterator[Trace]:
             not go on where the last one ended.
     """
     memories = recurrent_layers(model)
-    if model.training and model.is_gradient_checkpointing:
+    if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         raise AHNError("Gradient checkpointing runs every layer twice; call model.eval() to record.")
     for index, memory in memories.items():
         if memory.step_rule() is None:

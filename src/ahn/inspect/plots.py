@@ -29,7 +29,7 @@ def strength_figure(trace: Trace, title: str, row: int = 0) -> Figure:
     axis.grid(False)
     heads = next(iter(writes.values())).strength.shape[1]
     extent = (edges[0], edges[-1], len(rows), 0)
-    picture = axis.imshow(rows, aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
+    picture = axis.imshow(rows.numpy(), aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
     figure.colorbar(picture, ax=axis, label="write strength")
     axis.set_yticks([heads * (n + 0.5) for n in range(len(writes))], [str(layer) for layer in writes])
     for n in range(1, len(writes)):
@@ -49,12 +49,19 @@ def state_figure(trace: Trace, title: str, row: int = 0) -> Figure:
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     colours = matplotlib.colormaps["viridis"]
     for n, (layer, w) in enumerate(writes.items()):
-        norms = _binned(w.state_norm[row][:, real], len(middles)).mean(0)
+        norms = _binned(w.state_norm[row][:, real], len(middles)).mean(0).tolist()
         axis.plot(middles, norms, color=colours(n / max(1, len(writes) - 1)), linewidth=1.6, label=str(layer))
     axis.set_ylabel("norm of the state, mean over heads")
     axis.set_xlabel("position of the written token")
     axis.set_ylim(bottom=0)
-    axis.legend(title="layer", frameon=False, fontsize=8, ncols=1 + len(writes) // 12, loc="center left")
+    axis.legend(
+        title="layer",
+        frameon=False,
+        fontsize=8,
+        ncols=1 + len(writes) // 12,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     return figure
 
 

@@ -15,6 +15,7 @@ KINDS = ("number", "name", "keyword", "operator", "whitespace", "text", "other")
 
 _UNKNOWN = "\ufffd"  # stands for special tokens and for parts of a character
 _PREFIX = r"(?<!\w)[rbfuRBFU]{0,2}"
+_TELLING, _VISIBLE = re.compile(r"\w"), re.compile(r"\S")
 _PARTS = re.compile(
     rf"""
     (?P<text> \#[^\n]* | {_PREFIX}(?P<triple>\"{{3}}|'{{3}}) (?:.|\n)*? (?:(?P=triple)|\Z)
@@ -32,9 +33,9 @@ _PARTS = re.compile(
 def token_kinds(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The kind of each token, one of `KINDS`.
 
-    A token is what its first character that is no space is part of: in `" return"` a keyword, in `"7"` of `x17` a
-    name. Tokens of spaces and newlines alone are whitespace, in strings and comments too. A quotation mark opens a
-    string if its line closes it.
+    A token is what its first letter or digit is part of, if it has none its first character that is no space: a
+    keyword in `" return"`, a name in `".append"` and in the `"7"` of `x17`. Tokens of spaces and newlines alone are
+    whitespace, in strings and comments too. A quotation mark opens a string if its line closes it.
 
     Args:
         ids: of one text, from its beginning.
@@ -43,8 +44,8 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     of = [kind for part in _PARTS.finditer("".join(pieces)) for kind in [_kind(part)] * len(part[0])]
     kinds, start = [], 0
     for piece in pieces:
-        blank = len(piece) - len(piece.lstrip())
-        kinds.append("other" if not piece else "whitespace" if blank == len(piece) else of[start + blank])
+        telling = _TELLING.search(piece) or _VISIBLE.search(piece)
+        kinds.append(of[start + telling.start()] if telling else "whitespace" if piece else "other")
         start += len(piece)
     return kinds
 
@@ -56,12 +57,11 @@ def _kind(part: re.Match[str]) -> str:
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token."""
-    distinct = sorted(set(ids))
-    texts = tokenizer.batch_decode([[i] for i in distinct], clean_up_tokenization_spaces=False)
-    names = tokenizer.convert_ids_to_tokens(distinct)
     special = set(tokenizer.all_special_ids)
     pieces = {}
-    for i, text, name in zip(distinct, texts, names, strict=True):
+    for i in set(ids):
+        text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        name = tokenizer.convert_ids_to_tokens(i)
         if name and name.startswith("\u2581") and not text.startswith(" "):
             text = f" {text}"  # SentencePiece drops the space before the first word of what it decodes
         pieces[i] = _UNKNOWN if i in special else text
