@@ -77,6 +77,38 @@ def test_heads_that_are_not_read(memory: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_tokens_that_are_kept_out(memory: str) -> None:
+    """In a padded batch, chunks and steps: exactly these writes are gone."""
+    model, ids = made(memory), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    unwanted = torch.rand(LENGTH) < 0.5
+    for sizes in ((LENGTH,), (30, 1, 1, 28)):
+        kv, start = AHNCache.for_model(model), 0
+        with ahn.inspect.record(model) as trace, ahn.inspect.without(model, heads=[1], read=True, tokens=unwanted):
+            for size in sizes:
+                part = ids[:, start : start + size]
+                start += size
+                model(part, past_key_values=kv, attention_mask=mask[:, :start])
+        for writes in trace.writes.values():
+            out = (writes.positions < 0) | unwanted[writes.positions.clamp_min(0)]
+            assert torch.equal(writes.strength[:, 1] == 0, out)
+            assert torch.equal(writes.strength[:, 0] == 0, writes.positions < 0)
+
+
+def test_tokens_choose_writes() -> None:
+    model = made("gated_deltanet")
+    with pytest.raises(AHNError, match="write=False and read=True"), ahn.inspect.without(model, tokens=torch.ones(9)):
+        pass
+    with (
+        ahn.inspect.without(model, read=True, tokens=torch.ones(40).bool()),
+        pytest.raises(AHNError, match="Position 50 leaves the window, but `tokens` has 40"),
+    ):
+        model(tokens(1, LENGTH))
+
+
+@torch.no_grad()
 def test_blocks_nest_record_and_end() -> None:
     model, plain, ids = made("gated_deltanet"), made("window_only"), tokens(1, LENGTH)
     right = model(ids).logits

@@ -14,7 +14,7 @@ from ahn.adapter import observed
 from ahn.cache import AHNCache
 from ahn.errors import AHNError
 from ahn.inspect.contribution import contribution
-from ahn.inspect.recurrent import recurrent_layers
+from ahn.inspect.memories import recurrent_layers, written_positions
 from ahn.inspect.trace import Reads, Trace, Writes
 from ahn.inspect.updates import updates
 from ahn.memory import RecurrentMemory
@@ -71,10 +71,7 @@ class _Recorder(Observer):
         self.total = view.total
         self.trace.window, self.trace.sinks = view.window, view.sinks
         queries = view.query_positions[:, view.length - view.evicted :]
-        written = queries - view.window
-        if view.writable is not None:
-            written = written.masked_fill(~view.writable, -1)
-        self.positions = written.cpu()
+        self.positions = written_positions(view).cpu()
         self.queries = queries.masked_fill(queries < view.read_before[:, None], -1).cpu()
 
     @torch.no_grad()

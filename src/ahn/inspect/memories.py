@@ -1,11 +1,13 @@
-"""Which layers of a model have a memory with a state to look into."""
+"""Which layers of a model have a memory with a state to look into, and which tokens a forward writes."""
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
 from ahn.memory import RecurrentMemory
+from ahn.visibility import Visibility
 
 
 def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
@@ -23,3 +25,9 @@ def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
             f"{model.ahn_config.memory} keeps no recurrent state; there is nothing to look into or turn off."
         )
     return found
+
+
+def written_positions(view: Visibility) -> Tensor:
+    """(B or 1, m) position of each token that leaves in this forward; -1 where a row writes nothing (padding)."""
+    written = view.query_positions[:, view.length - view.evicted :] - view.window
+    return written if view.writable is None else written.masked_fill(~view.writable, -1)
