@@ -37,7 +37,7 @@ _HOME = {
     "ahn.checkpoint": ("from_pretrained", "load_adapter", "merge", "save_adapter", "split"),
     "ahn.config": ("AHNConfig",),
 }
-_MODULES = ("memory", "ops", "tiny", "training")
+_MODULES = ("inspect", "memory", "ops", "tiny", "training")
 
 
 def __getattr__(name: str) -> Any:

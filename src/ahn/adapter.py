@@ -25,6 +25,7 @@ from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory_query import evicted_rope
+from ahn.observer import Observer
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
 
@@ -37,6 +38,8 @@ class Adapter:
     """The base model's own attention implementation."""
     handles: list[RemovableHandle]
     enabled: bool = True
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+    """Asked in this order. While there are any, no step is captured or replayed."""
 
 
 def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
@@ -118,6 +121,17 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
             _use_kernel(model, attention.NAME)
 
 
+@contextlib.contextmanager
+def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterator[None]:
+    """Inside the block `observer` is asked about every forward, before all others or after them."""
+    observers = _adapter(model).observers
+    observers.insert(0 if first else len(observers), observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
+
+
 def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
     """Change window and sinks of an adapted model; caches made before keep theirs."""
     _adapter(model)
@@ -144,6 +158,7 @@ class AttentionHook:
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
         kwargs["ahn_layer"] = attention.LayerContext(
+            index=self.layer_idx,
             ahn=self.ahn,
             router=self.router,
             x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
@@ -180,10 +195,13 @@ class DecoderHook:
         view = self._view(cache, tokens, kwargs.get("attention_mask"))
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
-        context = kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel)
+        for observer in adapter.observers:
+            observer.begin(cache, view)
+        context = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
         if self.model.ahn_config.content_keys and view.evicted:
             context.evicted_rope = evicted_rope(decoder, view, kwargs.get("position_ids"))
             context.rope_scaling = getattr(decoder.rotary_emb, "attention_scaling", 1.0)
+        kwargs["ahn_forward"] = context
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

@@ -26,6 +26,7 @@ from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
 from ahn.memory.slots import ExactSlots
 from ahn.memory_query import Rope, before_rope, memory_query
+from ahn.observer import Observer, Passage
 from ahn.ops import spans
 from ahn.ops.step import StepRead
 from ahn.visibility import Visibility
@@ -41,6 +42,7 @@ class ForwardContext:
     visibility: Visibility
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
+    observers: tuple[Observer, ...] = ()
     evicted_rope: Rope | None = None
     """With `content_keys`, where something leaves the window: how its keys were rotated."""
     rope_scaling: float = 1.0
@@ -50,6 +52,8 @@ class ForwardContext:
 class LayerContext:
     """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
 
+    index: int
+    """Of the decoder layer."""
     ahn: AHN
     router: Router | None
     x: Tensor
@@ -176,8 +180,15 @@ def attention(
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
     if view.evicted and isinstance(memory, RecurrentMemory):
+        if ahn_forward.evicted_rope is not None:
+            key = before_rope(module, left.key, ahn_forward.evicted_rope, ahn_forward.rope_scaling)
+            left = dataclasses.replace(left, key=key)
+        for observer in ahn_forward.observers:
+            left = observer.writing(ahn_layer, left)
+        tail, before = view.length - view.evicted, state
         read, state = _write_and_read(module, memory, ahn_layer, ahn_forward, query, left, state)
-        tail = view.length - view.evicted
+        for observer in ahn_forward.observers:
+            read = observer.reading(Passage(module, ahn_layer, view, left, before, out[:, tail:], read))
         whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
         out = torch.cat([out[:, :tail], whole], dim=1) if tail else whole
     if cache_layer is not None:
@@ -219,8 +230,6 @@ def _write_and_read(
     view, content = forward.visibility, forward.evicted_rope is not None
     x = layer.x[:, -view.evicted :]
     query = query[:, :, -view.evicted :]
-    if content:
-        left = dataclasses.replace(left, key=before_rope(module, left.key, forward.evicted_rope, forward.rope_scaling))
     if memory.q_proj is not None:
         query = memory_query(module, memory, layer.x, layer.rope, view.evicted, content)
     elif content:

@@ -25,6 +25,7 @@ VERBS = {
     "merge": "Put a base model and an adapter into one checkpoint.",
     "split": "Take a merged checkpoint apart: base model and adapter.",
     "eval": "Benchmarks: run tasks with a model, compare results.",
+    "inspect": "Look into a memory: what it writes of a text, and what its reads give.",
     "bench": "Speed and memory, side by side, against what the machine can do.",
     "env": "Versions and devices: what a bug report needs.",
 }

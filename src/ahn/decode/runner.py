@@ -33,6 +33,8 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     if kwargs.get("labels") is not None or kwargs.get("inputs_embeds") is not None:
         return False
+    if model._ahn.observers:  # a graph asks no one
+        return False
     if asked(model, kwargs, "return_dict") is False or any(asked(model, kwargs, name) for name in MORE_OUTPUTS):
         return False
     runner = _runners.get(cache)

@@ -25,7 +25,7 @@ def _split(x: Tensor, chunk: int) -> Tensor:
     return x.unflatten(2, (-1, chunk))
 
 
-def _decay_matrix(cumulative: Tensor) -> Tensor:
+def decay_matrix(cumulative: Tensor) -> Tensor:
     """D_ij = exp(G_i - G_j) for j ≤ i, else 0; masked before exp so that no overflow reaches the gradient."""
     difference = cumulative.unsqueeze(-1) - cumulative.unsqueeze(-2)
     future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
@@ -75,7 +75,7 @@ def delta_rule(
         decay = torch.zeros_like(beta)
     q, k, v, beta, decay = (_split(x, chunk) for x in (q, k, v, beta, decay))
     G = decay.cumsum(-1)
-    D = _decay_matrix(G)
+    D = decay_matrix(G)
     k_beta = k * beta.unsqueeze(-1)
     A = ((k_beta @ k.mT) * D).tril(-1)
     inverse = UnitLowerInverse.apply(A)
@@ -109,5 +109,5 @@ def decay_rule(
     for keep, learn_c in zip(total.exp().unbind(2), learn.unbind(2), strict=True):
         before.append(state)
         state = torch.addcmul(learn_c, state, keep)
-    reads = (q * G.exp().unsqueeze(-1)) @ torch.stack(before, dim=2) + ((q @ k.mT) * _decay_matrix(G)) @ v
+    reads = (q * G.exp().unsqueeze(-1)) @ torch.stack(before, dim=2) + ((q @ k.mT) * decay_matrix(G)) @ v
     return reads.flatten(2, 3)[:, :, :N], state

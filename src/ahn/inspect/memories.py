@@ -1,0 +1,33 @@
+"""Which layers of a model have a memory with a state to look into, and which tokens a forward writes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ahn.errors import AHNError
+from ahn.memory import RecurrentMemory
+from ahn.visibility import Visibility
+
+
+def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
+    """The recurrent memories of an adapted model, by layer.
+
+    Raises:
+        AHNError: the model has no AHN, or one without a state.
+    """
+    if getattr(model, "_ahn", None) is None:
+        raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+    named = {i: layer.ahn.fn for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer, "ahn")}
+    found = {i: memory for i, memory in named.items() if isinstance(memory, RecurrentMemory)}
+    if not found:
+        raise AHNError(
+            f"{model.ahn_config.memory} keeps no recurrent state; there is nothing to look into or turn off."
+        )
+    return found
+
+
+def written_positions(view: Visibility) -> Tensor:
+    """(B or 1, m) position of each token that leaves in this forward; -1 where a row writes nothing (padding)."""
+    written = view.query_positions[:, view.length - view.evicted :] - view.window
+    return written if view.writable is None else written.masked_fill(~view.writable, -1)

@@ -1,0 +1,58 @@
+"""What a recurrent memory really adds to its state, token by token, without a state for every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ahn.ops.chunked import decay_matrix
+from ahn.ops.step import StepRule
+
+CHUNK = 64
+
+
+def updates(
+    key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None, state: Tensor, rule: StepRule
+) -> tuple[Tensor, Tensor]:
+    """Size of every update `k̂ uᵀ` and of the state after it, in chunks of matrix products.
+
+    The state itself need not be kept for its norm: `S ← exp(g) S + k̂ uᵀ` makes
+    `‖S‖² ← exp(2g) ‖S‖² + 2 exp(g) k̂ᵀS u + ‖k̂‖² ‖u‖²`, and what the state predicts,
+    `exp(g) Sᵀk̂`, is needed for u anyway.
+
+    Args:
+        key, value: (B, Hkv, m, P) of the written tokens, after RoPE.
+        write: (B, H, m) gate.
+        decay: (B, H, m) logarithm of the decay, or None.
+        state: (B, H, P, P) before the first write.
+        rule: the memory's.
+
+    Returns:
+        ‖k̂ uᵀ‖ and the Frobenius norm of the state after it, both (B, H, m) float32.
+    """
+    groups = write.shape[1] // key.shape[1]
+    if decay is None:
+        decay = torch.zeros_like(write)
+    state = state.float()
+    sizes, norms = [], []
+    for start in range(0, write.shape[2], CHUNK):
+        here = slice(start, start + CHUNK)
+        k, v = (x[:, :, here].float().repeat_interleave(groups, dim=1) for x in (key, value))
+        w, G = write[:, :, here, None].float(), decay[:, :, here].float().cumsum(-1)
+        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + rule.l2_eps)
+        D = decay_matrix(G)
+        earlier = ((k @ k.mT) * D).tril(-1)
+        carried = (k @ state) * G.exp().unsqueeze(-1)
+        u = w * (v - carried) if rule.delta else w * v
+        if rule.delta:  # (I + w · earlier) u = w (v - carried)
+            system = torch.eye(k.shape[2], device=k.device) + w * earlier
+            u = torch.linalg.solve_triangular(system, u, upper=False, unitriangular=True)
+        predicted = carried + earlier @ u
+        size = (k.square().sum(-1) * u.square().sum(-1)).sqrt()
+        gain = size.square() + 2 * (predicted * u).sum(-1)
+        square = (2 * G).exp() * state.square().sum((-2, -1))[..., None] + (D.square() @ gain[..., None])[..., 0]
+        sizes.append(size)
+        norms.append(square.clamp_min(0).sqrt())
+        last = G[..., -1:, None]
+        state = last.exp() * state + (k * (last - G.unsqueeze(-1)).exp()).mT @ u
+    return torch.cat(sizes, dim=2), torch.cat(norms, dim=2)
