@@ -42,7 +42,8 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     batches = stored_batches(recipe, settings, out, tokenizer, seed)
     torch.manual_seed(SEED + seed)
-    model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=torch.float32).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # of the base; the memory is float32
+    model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=dtype).to(device)
     budget = recipe.contexts[0].budgets[0]  # which window is saved with the memory; training draws its own
     ahn.attach(model, ahn.AHNConfig(**{"window": budget - recipe.sinks, "sinks": recipe.sinks} | run.settings))
     if settings.horizons is not None:
@@ -70,7 +71,6 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
         weight_decay=settings.weight_decay,
         warmup=settings.warmup,
         use_normalized_l2=settings.use_normalized_l2,
-        bf16=device.type == "cuda",
         log_every=min(10, settings.log_every),
         on_step=on_step,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import platform
@@ -180,7 +181,11 @@ def _grid(probes: Probes, length: int, hits: list[bool]) -> dict[str, list[int]]
 
 def versions() -> dict[str, str]:
     """Whose versions can change a number."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ahn, where it runs from its sources
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _device_name(device: torch.device) -> str:
