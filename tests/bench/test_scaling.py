@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py with two processes on a CPU: DDP gives the losses of one process, and shares of weights train."""
+"""benchmarks/scaling.py with two processes on a CPU: DDP gives the losses of one, and shares of weights train."""
 
 from __future__ import annotations
 
