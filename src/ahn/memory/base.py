@@ -167,9 +167,9 @@ class RecurrentMemory(Memory, ABC):
 def head_gate(projection: nn.Linear, x: Tensor) -> Tensor:
     """One number a head and token: x (B, N, D) to (B, H, N), computed in the projection's own precision."""
     weight = projection.weight
-    # Not under autocast, where a product is in half precision anyway, nor without gradients: there both have one type.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if torch.is_grad_enabled() and not autocast and x.dtype == torch.bfloat16 and weight.dtype == torch.float32:
+    # Without gradients both have one type, and under autocast a product is in half precision anyway.
+    mixed = torch.is_grad_enabled() and x.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    if mixed and not torch.is_autocast_enabled(x.device.type):
         gate = _FewColumns.apply(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
         gate = gate if projection.bias is None else gate + projection.bias
     else:
