@@ -97,7 +97,7 @@ def measure(
     given: dict[str, Tensor],
     repeats: int,
 ) -> dict[str, Any]:
-    """Times and peak of one way to do one thing, after two calls that compile and warm up."""
+    """Times and peak of one way to do one thing, after calls that compile and warm up."""
     device = given["query"].device
     leaves = {name: x.detach().requires_grad_(gradients) for name, x in given.items()}
     weight = torch.ones((), device=device).expand(given["query"].shape)
@@ -110,7 +110,7 @@ def measure(
         for x in (*leaves.values(), *module.parameters()):
             x.grad = None
 
-    first, _, peak = seconds(work, device), seconds(work, device), None
+    first, peak = seconds(work, device), None
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
