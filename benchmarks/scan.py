@@ -4,8 +4,8 @@
     python benchmarks/scan.py --smoke                   # a CPU, seconds: that the script runs
 
 `raw` is the recurrence alone, from keys and values as the model has them and given gates; `finished` goes on through
-norm, output gate and the projection of each head. One JSON line a measurement, machine and versions in the first. Peaks are bytes of tensors alive in torch's
-allocator beyond the inputs, gradients of all inputs included.
+norm, output gate and the projection of each head. One JSON line a measurement, machine and versions in the first.
+Peaks are bytes alive in torch's allocator beyond the inputs, gradients of all inputs included.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ SHAPES = {  # B, Hq, Hkv, P, m
     "qwen2.5-3b": (1, 16, 2, 128, 16384),
     "small": (8, 8, 2, 64, 7680),
 }
-SMOKE = {"smoke": (1, 4, 2, 16, 130)}
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
-Inputs = dict[str, Tensor]
 
 
-def made(shape: tuple[int, ...], device: torch.device) -> Inputs:
+def made(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     """Random inputs of ordinary size, in bfloat16 where a bfloat16 model has them so."""
     B, HEADS, HKV, P, m = shape
     r = torch.Generator(device).manual_seed(0)
@@ -57,7 +55,9 @@ def made(shape: tuple[int, ...], device: torch.device) -> Inputs:
     }
 
 
-def scan(module: RecurrentMemory, implementation: str, finished: bool, given: Inputs) -> tuple[Tensor, Tensor]:
+def scan(
+    module: RecurrentMemory, implementation: str, finished: bool, given: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Read (B, Hq, m, P) and state, as the model's attention calls it."""
     query, key, value, write, decay, state, x = given.values()
     rule = module.step_rule()
@@ -69,8 +69,7 @@ def scan(module: RecurrentMemory, implementation: str, finished: bool, given: In
             return Scan.apply(*arguments)
         read = StepRead(query, module.read_gate(x), None, module.step_norm, module.o_proj.weight)
         return ops.scan(*arguments, read)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     gates = {rule.write: write} | ({rule.decay: decay} if rule.decay else {})
     o, new = module.scan(query, key, value, gates, {"state": state})
     return module.read_out(o, x).to(query.dtype) if finished else o, new["state"]
@@ -91,12 +90,15 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    kind: str, implementation: str, finished: bool, gradients: bool, given: Inputs, repeats: int
+    module: RecurrentMemory,
+    implementation: str,
+    finished: bool,
+    gradients: bool,
+    given: dict[str, Tensor],
+    repeats: int,
 ) -> dict[str, Any]:
-    """Times and peak of one way to do one thing, after two calls that compile and warm up."""
+    """Times and peak of one way to do one thing, after calls that compile and warm up."""
     device = given["query"].device
-    module = memory.get(kind)(1, given["query"].shape[1], given["query"].shape[3]).to(device)
-    torch.nn.init.normal_(module.o_proj.weight, std=0.1)
     leaves = {name: x.detach().requires_grad_(gradients) for name, x in given.items()}
     weight = torch.ones((), device=device).expand(given["query"].shape)
 
@@ -108,15 +110,11 @@ def measure(
         for x in (*leaves.values(), *module.parameters()):
             x.grad = None
 
-    first = seconds(work, device)
-    seconds(work, device)
-    peak = None
+    first, peak = seconds(work, device), None
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
-        torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - held
     times = [seconds(work, device) for _ in range(repeats)]
     return {"first_s": first, "median_s": statistics.median(times), "times_s": times, "peak_bytes": peak}
@@ -126,32 +124,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape on any device")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape, as always without a GPU")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" and not options.smoke:
-        parser.error("without a GPU only --smoke makes sense")
 
     def write(row: dict[str, Any]) -> None:
-        line = json.dumps(row)
-        print(line, flush=True)
+        print(json.dumps(row), flush=True)
         if options.out:
             with options.out.open("a") as file:
-                file.write(line + "\n")
+                print(json.dumps(row), file=file)
 
     write({"hardware": hardware(device), "environment": environment(), "code": code()})
+    shapes = {"smoke": (1, 4, 2, 16, 130)} if options.smoke or device.type != "cuda" else SHAPES
     implementations = ("chunked", "kernels") if device.type == "cuda" else ("chunked",)
-    for (name, shape), kind in itertools.product((SMOKE if options.smoke else SHAPES).items(), KINDS):
-        given = made(shape, device)
+    for (name, shape), kind in itertools.product(shapes.items(), KINDS):
+        given, module = made(shape, device), memory.get(kind)(1, shape[1], shape[3]).to(device)
+        torch.nn.init.normal_(module.o_proj.weight, std=0.1)  # a new one's are zero
         for finished, implementation, gradients in itertools.product((False, True), implementations, (False, True)):
             row = {"shape": name, "B_Hq_Hkv_P_m": shape, "memory": kind, "implementation": implementation}
             row |= {"read": "finished" if finished else "raw", "pass": "forward+backward" if gradients else "forward"}
-            try:
-                row |= measure(kind, implementation, finished, gradients, given, options.repeats)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                row["error"] = "out of memory"
-            write(row)
+            write(row | measure(module, implementation, finished, gradients, given, options.repeats))
 
 
 if __name__ == "__main__":
