@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import functools
 import signal
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,7 @@ from ahn.bench.clock import median, repeated
 from ahn.cli.env import environment
 from ahn.ops import spans
 
-
-class Shape(NamedTuple):
-    P: int
-    Hq: int
-    Hkv: int
-    B: int
-    L: int
-    window: int
-    sinks: int
+Shape = namedtuple("Shape", "P Hq Hkv B L window sinks")
 
 
 LONG, SMALL = (1, 24576, 8064, 128), Shape(16, 2, 1, 1, 64, 20, 4)

@@ -32,9 +32,7 @@ def test_kernels_are_the_plain_form(dtype: torch.dtype, P: int, n: int, T: int, 
     if kind == "window":
         case.until = torch.arange(T, dtype=torch.int32).expand(1, 1, -1) - (T - n) + 300
         case.until[..., :40] = spans.FOR_EVER
-    bias = case.bias
-    case = case.map(lambda x: x.to(dtype)).to("cuda")
-    case.bias = None if bias is None else bias.cuda()
+    case = case.cast(dtype).to("cuda")
     found, wanted = results(spans.attend, case), results(spans.plain, case.map(torch.Tensor.double))
     # A query that sees one key has gradients of nothing but rounding: errors count relative to values too.
     floor = wanted["value"].norm().item() if n == 1 else 0.0

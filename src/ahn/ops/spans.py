@@ -56,7 +56,7 @@ def attend(
         value and bias.
 
     Raises:
-        AHNError: shapes or types that do not fit each other.
+        AHNError: shapes, types or devices that do not fit each other.
     """
     _check(query, key, value, until, scaling, bias, biased_from)
     if torch.is_autocast_enabled(query.device.type):  # as torch's own attention
@@ -98,6 +98,9 @@ def _check(
         fits = x.dim() == 3 and x.shape[0] in (1, B) and x.shape[1] in (1, Hkv) and x.shape[2] == T
         if not fits or x.dtype != torch.int32:
             raise AHNError(f"{name} is {tuple(x.shape)} of {x.dtype}, not ({B} or 1, {Hkv} or 1, {T}) of torch.int32.")
+    devices = {str(x.device) for x in (query, key, value, until, bias, biased_from) if x is not None}
+    if len(devices) > 1:
+        raise AHNError(f"Arguments are on different devices: {', '.join(sorted(devices))}.")
 
 
 def visible(until: Tensor, n: int) -> Tensor:

@@ -98,8 +98,9 @@ def _forward(
     N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most: they begin first
-    b, h = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    head, row = h // GROUPS, tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    head = h // GROUPS
     first = block * M
     o, p = tl.arange(0, M), tl.arange(0, P)
     i = (first + o)[:, None]

@@ -24,12 +24,13 @@ MOST_SPLIT = 8
 @triton.jit
 def _delta(out, gradient, delta, n, ob, oh, ot, gb, gh, gt, HEADS: tl.constexpr, P: tl.constexpr, M: tl.constexpr):
     """Output times its gradient, summed over a head: (B, Hq, n)."""
-    b, h = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
     first = tl.program_id(0) * M
     i, p = tl.arange(0, M), tl.arange(0, P)
     x = _tile(out + b * ob + h * oh, first, i, p, ot, n, P, True).to(tl.float32)
     g = _tile(gradient + b * gb + h * gh, first, i, p, gt, n, P, True).to(tl.float32)
-    tl.store(delta + tl.program_id(1).to(tl.int64) * n + first + i, tl.sum(x * g, 1), mask=first + i < n)
+    tl.store(delta + row * n + first + i, tl.sum(x * g, 1), mask=first + i < n)
 
 
 @triton.jit
@@ -61,8 +62,9 @@ def _backward_queries(
     N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    head, row = h // GROUPS, tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    head = h // GROUPS
     first = block * M
     o, p = tl.arange(0, M), tl.arange(0, P)
     i, real = (first + o)[:, None], first + o < n
@@ -144,7 +146,8 @@ def _backward_keys(
     BIAS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     HKV: tl.constexpr = HEADS // GROUPS
-    b, head = (tl.program_id(1) // HKV).to(tl.int64), tl.program_id(1) % HKV
+    row = tl.program_id(1).to(tl.int64)
+    b, head = row // HKV, row % HKV
     # The `split` blocks that are seen most come first, in parts; then all others.
     program = tl.program_id(0)
     whole_blocks = program - split * PARTS
@@ -157,8 +160,7 @@ def _backward_keys(
     k = _tile(key + b * kb + head * kh, first, o, p, kt, T, P, True)
     v = _tile(value + b * vb + head * vh, first, o, p, vt, T, P, True)
     c = (first + o)[:, None]
-    row = (b * HKV + head) * T
-    end, start, x = _columns(until + b * ub + head * uh, bias + row, since + b * sb + head * sh, c, T, True, BIAS)
+    end, start, x = _columns(until + b * ub + head * uh, bias + row * T, since + b * sb + head * sh, c, T, True, BIAS)
     query += b * qb + head * GROUPS * qh
     gradient += b * gb + head * GROUPS * gh
     score += (b * HEADS + head * GROUPS) * n
@@ -178,11 +180,11 @@ def _backward_keys(
     )  # fmt: skip
     dk *= scaling
     if whole_blocks < 0:
-        work += ((b * HKV + head) * split * PARTS + program) * N * (2 * P + 1)
+        work += (row * split * PARTS + program) * N * (2 * P + 1)
         _store_keys(work, work + N * P, work + 2 * N * P, dk, dv, db, o, p, P, N, BIAS)
     else:
         to = b * wb + head * wh + first.to(tl.int64) * wt
-        _store_keys(of_key + to, of_value + to, of_bias + row + first, dk, dv, db, o, p, wt, T - first, BIAS)
+        _store_keys(of_key + to, of_value + to, of_bias + row * T + first, dk, dv, db, o, p, wt, T - first, BIAS)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
