@@ -39,7 +39,7 @@ class Writes:
 
     def half_life(self, row: int = 0) -> Tensor:
         """(H,) writes after which half of what was in the state is left, by the mean of log `decay`; inf if all."""
-        return -math.log(2) / self.decay[row][:, self.positions[row] >= 0].log().mean(-1)
+        return math.log(2) / self.decay[row][:, self.positions[row] >= 0].log().mean(-1).abs()  # -0.0 would make -inf
 
 
 @dataclasses.dataclass
