@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ahn.memory import slots
 from ahn.ops import retention, spans
 from ahn.ops.spans import FOR_EVER
 from ahn.visibility import Visibility
@@ -84,8 +83,6 @@ def attend(
         (B, Hq, n, P) and the state.
     """
     score = memory.importance(left.gates["importance"], key.shape[1])
-    if slots.LEARN == "attention" and score.requires_grad:
-        score = memory.attention_paid(query, key, score, view, scaling)
     arriving = Held(left.key, left.value, score, memory.priority(score, view.evicted_positions))
     held = Held.of(state, key, memory.slot_count(view.window))
     old_ends, ends, kept = retention.dropped_at(held.priority, arriving.priority)
@@ -102,10 +99,7 @@ def _step(query: Tensor, key: Tensor, value: Tensor, held: Held, mask: Tensor | 
     B, _, T, _ = key.shape
     groups = query.shape[1] // key.shape[1]
     seen = torch.zeros(1, 1, 1, T, device=key.device) if mask is None else torch.where(mask, 0.0, float("-inf"))
-    faded = F.logsigmoid(held.score)
-    if slots.LEARN == "attention":
-        faded = torch.where(held.score > float("-inf"), 0.0, float("-inf"))
-    faded = faded[:, :, None].repeat_interleave(groups, dim=1)
+    faded = F.logsigmoid(held.score)[:, :, None].repeat_interleave(groups, dim=1)
     scores = torch.cat([faded, seen.expand(B, query.shape[1], 1, T)], dim=-1).to(query.dtype)
     keys, values = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=scores, scale=scaling, enable_gqa=groups > 1)
@@ -134,15 +128,12 @@ def _chunk(
     got_a_slot = ends > arrival  # not padding, and not a row's sinks behind its padding
     until[:, :, S : S + m] = torch.maximum(until[:, :, S : S + m], last_query(ends, got_a_slot).int())
     bias = torch.zeros(B, H, T, device=key.device)
-    if slots.LEARN == "loss" or score.requires_grad:
-        faded = F.logsigmoid(score.masked_fill(~got_a_slot, 0)) * got_a_slot
-        bias[:, :, S : S + m] = faded if slots.LEARN == "loss" else 0 * faded
+    bias[:, :, S : S + m] = F.logsigmoid(score.masked_fill(~got_a_slot, 0)) * got_a_slot
     biased_from = torch.full((1, 1, T), FOR_EVER, dtype=torch.int32, device=key.device)
     biased_from[..., S : S + m] = tail + arrival
     if held is not None:
         key, value = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)
         until = torch.cat([last_query(old_ends, held.score > float("-inf")).int(), until], dim=2)
-        old = F.logsigmoid(held.score) if slots.LEARN == "loss" else torch.zeros_like(held.score)
-        bias = torch.cat([old, bias], dim=2)
+        bias = torch.cat([F.logsigmoid(held.score), bias], dim=2)
         biased_from = F.pad(biased_from, (held.score.shape[2], 0))
     return spans.attend(query, key, value, until, scaling, bias, biased_from)

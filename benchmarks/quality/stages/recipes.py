@@ -32,6 +32,7 @@ TINY = Recipe(
 
 _THREE = (0, 1, 2)
 SLOW = (256.0, 16384.0)
+_CONTENT = {"memory": "gated_deltanet", "content_keys": True}
 STUDY = Recipe(
     name="study",
     corpus=Corpus("installed", vocabulary=8192, sample=24_000_000),
@@ -48,33 +49,38 @@ STUDY = Recipe(
         Phase(steps=1000, length=4096, batch=16, facts=(8, 48), reach=None),
         Phase(steps=500, length=8192, batch=8, facts=(16, 64), reach=None),
     ),
-    distillation=Distillation(length=8192, batch=8, facts=(32, 128), totals=(128, 256, 512, 1024, 2048)),
+    distillation=Distillation(
+        steps=200, length=8192, batch=8, facts=(32, 128), totals=(128, 256, 512, 1024, 2048), log_every=25
+    ),
     runs=(
+        # The published memories, trained as published.
         Run("gated_deltanet", seeds=_THREE, far=True),
         Run("deltanet", seeds=_THREE, far=True),
         Run("mamba2", seeds=_THREE, far=True),
+        # The paper's ablations.
         Run("gated_deltanet-ce", {"memory": "gated_deltanet"}, {"loss": "ce"}),
         Run("gated_deltanet-distill", {"memory": "gated_deltanet"}, {"loss": "distill"}),
         Run("gated_deltanet-kl+ce", {"memory": "gated_deltanet"}, {"loss": "kl+ce"}),
         Run("gated_deltanet-kl+distill", {"memory": "gated_deltanet"}, {"loss": "kl+distill"}),
-        Run("gated_deltanet-fixed256", {"memory": "gated_deltanet"}, {"total": 256}),
         Run("gated_deltanet-fixed512", {"memory": "gated_deltanet"}, {"total": 512}),
-        Run("gated_deltanet-fixed1024", {"memory": "gated_deltanet"}, {"total": 1024}),
+        # How it begins, and how it learns.
         Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}),
         Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}),
+        Run("gated_deltanet-fast-lr", {"memory": "gated_deltanet"}, {"lr": 6e-3}),
+        # What it writes and reads by.
         Run("deltanet-content", {"memory": "deltanet", "content_keys": True}),
-        Run("gated_deltanet-content", {"memory": "gated_deltanet", "content_keys": True}, {"horizons": SLOW}),
-        Run("feature_deltanet-content", {"memory": "feature_deltanet", "content_keys": True}, {"horizons": SLOW}),
-        Run("slots"),
-        Run("slots-share1", {"memory": "slots"}),
-        Run("slots-attention", {"memory": "slots"}),
-        Run("slotted_deltanet", {"content_keys": True}, {"horizons": SLOW}),
+        Run("gated_deltanet-content", _CONTENT, {"horizons": SLOW}, seeds=_THREE, far=True),
+        Run("gated_deltanet-content-long", _CONTENT, {"horizons": SLOW, "steps": 600}),
+        Run("feature_deltanet", {"content_keys": True}, {"horizons": SLOW}, far=True),
+        # Exact tokens beside it.
+        Run("slots", far=True),
+        Run("slotted_deltanet", {"content_keys": True}, {"horizons": SLOW}, seeds=_THREE, far=True),
     ),
     contexts=(
-        Context(8192, (256, 512, 1024), chunks=48, texts=32, needle_lengths=(1024, 2048, 4096, 8192), trials=8),
-        Context(16384, (512,), chunks=16, texts=8, needle_lengths=(16384,), trials=4, far=True),
-        Context(32768, (512,), chunks=8, texts=4, needle_lengths=(32768,), trials=4, far=True),
-        Context(65536, (512,), chunks=4, texts=2, needle_lengths=(65536,), trials=4, far=True),
+        Context(8192, (256, 512, 1024), chunks=32, texts=24, needle_lengths=(2048, 4096, 8192), trials=4),
+        Context(16384, (512,), chunks=12, texts=6, needle_lengths=(16384,), trials=4, far=True),
+        Context(32768, (512,), chunks=6, texts=3, needle_lengths=(32768,), trials=4, far=True),
+        Context(65536, (512,), chunks=4, texts=2, needle_lengths=(65536,), trials=2, far=True),
     ),
     sinks=32,
 )

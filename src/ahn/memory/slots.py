@@ -12,15 +12,12 @@ without which nothing would ever lower an importance that only has no effect.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ahn.memory.base import INIT_STD, Memory, head_gate
-
-if TYPE_CHECKING:
-    from ahn.visibility import Visibility
 
 SHARE = 3
 """Slots for each token of the window."""
@@ -28,10 +25,6 @@ RECENCY = 1 / 4096
 """What a token's priority gains on an older one for each token between them."""
 PRICE = 0.03
 """Nats of the summed loss that holding one token with one head has to save."""
-LEARN = "loss"
-UNIT = 1e-3
-WEIGHT = 0.01
-SAMPLES = 128
 START = 1.0
 """Importance before training: seen at sigmoid(1) = 73 % of its weight, and with a gradient that has not vanished."""
 
@@ -59,27 +52,7 @@ class ExactSlots(Memory):
     def importance(self, gate: Tensor, kv_heads: int) -> Tensor:
         """Of evicted tokens, for each key/value head: the mean of its query heads' gates (B, H, m), (B, Hkv, m)."""
         score = gate.unflatten(1, (kv_heads, -1)).mean(2)
-        if LEARN == "attention":
-            return score
         return _Priced.apply(score) if score.requires_grad else score
-
-    @staticmethod
-    def attention_paid(query: Tensor, key: Tensor, score: Tensor, view: Visibility, scaling: float) -> Tensor:
-        """score with a gradient towards the attention that later queries pay to a token once it has left the window."""
-        m, L = score.shape[2], view.length
-        with torch.no_grad():
-            chosen = torch.randint(L - m, L, (SAMPLES,), device=query.device)
-            columns = torch.arange(L, device=query.device)
-            q = query.index_select(2, chosen).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-            scores = (q @ key.mT).float() * scaling
-            groups = q.shape[2] // SAMPLES
-            t = chosen.repeat(groups)[:, None]
-            weights = scores.masked_fill(columns > t, float("-inf")).softmax(-1)
-            left = columns[view.sinks : view.sinks + m]
-            eligible = (left + view.window <= t).float()
-            paid = (weights[..., view.sinks : view.sinks + m] * eligible).sum(2) / SAMPLES / groups
-            queries = eligible.sum(0) / SAMPLES / groups
-        return _Expected.apply(score, paid, queries)
 
     @staticmethod
     def priority(score: Tensor, positions: Tensor) -> Tensor:
@@ -92,24 +65,6 @@ class ExactSlots(Memory):
             return priority
         uniform = torch.rand_like(priority).clamp(1e-20, 1 - 1e-7)  # the logarithms stay finite
         return priority - torch.log(-torch.log(uniform))
-
-
-class _Expected(torch.autograd.Function):
-    """The identity, with the gradient of a Poisson regression: exp(score) shall be the expected attention a query pays.
-
-    Attention is counted in units of `UNIT`, so that scores stay near 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, score: Tensor, paid: Tensor, queries: Tensor) -> Tensor:
-        ctx.save_for_backward(score, paid, queries)
-        return score.view_as(score)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        score, paid, queries = ctx.saved_tensors
-        slope = queries * score.clamp_max(8).exp() - paid / UNIT
-        return grad + slope * (WEIGHT / (score.shape[0] * score.shape[2])), None, None
 
 
 class _Priced(torch.autograd.Function):
