@@ -127,7 +127,7 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.mark.usefixtures("triton", "_poisoned")
 @given(data=st.data())
-@settings(max_examples=15 if INTERPRETED else 60, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
+@settings(max_examples=8 if INTERPRETED else 60, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
 def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
     B, Hkv, groups = (data.draw(st.integers(1, most)) for most in (2, 2, 3))
     n = data.draw(st.integers(1, 100))
