@@ -158,6 +158,25 @@ def test_rows_of_a_padded_batch_are_rows_alone() -> None:
     assert batch.evicted_at(SINKS, row=1) == SINKS + WINDOW
 
 
+@torch.no_grad()
+def test_padding_between_turns() -> None:
+    """A row that waits neither writes nor reads; what it reads afterwards is as if it had not waited."""
+    model, ids = shared(), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, 40:60] = 0
+    with ahn.inspect.record(model) as trace:
+        kv = AHNCache.for_model(model)
+        for start, stop in ((0, 40), (40, 70), (70, LENGTH)):
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=kv)
+    alone = recorded(model, torch.cat([ids[1:, :40], ids[1:, 60:]], dim=1))
+    for layer, mine in alone.writes.items():
+        for own, both in ((mine, trace.writes[layer]), (alone.reads[layer], trace.reads[layer])):
+            real = both.positions[1] >= 0
+            assert both.positions[1, real].tolist() == own.positions[0].tolist()
+            for name, x in vars(own).items():
+                assert relative_error(getattr(both, name)[1:][..., real], x) < TOLERANCE, name
+
+
 def test_when_a_token_left() -> None:
     trace = recorded(shared(), tokens(1, LENGTH), (40, 50))
     assert trace.evicted_at(SINKS - 1) is None
