@@ -9,6 +9,9 @@ import dataclasses
 
 from .recipe import Context, Corpus, Distillation, Phase, Recipe, Run
 
+SLOW = (256.0, 16384.0)
+"""Shortest and longest e-fold of forgetting, in tokens, that heads begin with."""
+
 TINY = Recipe(
     name="tiny",
     corpus=Corpus("stdlib", vocabulary=4096, sample=1 << 30),
@@ -25,13 +28,17 @@ TINY = Recipe(
         Phase(steps=150, length=8192, batch=8, facts=(16, 64), reach=None),
     ),
     distillation=Distillation(),
-    runs=(Run("gated_deltanet"), Run("deltanet"), Run("mamba2")),
+    runs=(
+        Run("gated_deltanet", {"content_keys": True}, {"horizons": SLOW}),
+        Run("deltanet", {"content_keys": True}),
+        Run("mamba2", {}, {"horizons": SLOW}),
+        Run("slotted_deltanet", {"content_keys": True}, {"horizons": SLOW}),
+    ),
     contexts=(Context(4096, (256,), chunks=24, texts=16), Context(8192, (256,), chunks=24, texts=16)),
     sinks=32,
 )
 
 _THREE = (0, 1, 2)
-SLOW = (256.0, 16384.0)
 _CONTENT = {"memory": "gated_deltanet", "content_keys": True}
 STUDY = Recipe(
     name="study",
