@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import ahn.ops.product
+import ahn.ops.product  # noqa: F401  (registers the operator)
 
 _LINEAR, _SILU = (F.linear, torch._C._nn.linear), (F.silu, torch._C._nn.silu)
 _MUL, _ADD = (operator.mul, torch.mul, "mul"), (operator.add, torch.add, "add")
@@ -151,7 +151,8 @@ def _gated(linears: list[fx.Node]) -> _Gated | None:
 def _added(linears: list[fx.Node]) -> _Added | None:
     whole = _only_user(linears[0]) if len(linears) == 1 else None
     for linear, residual in _either(whole, _ADD):
-        if linear is linears[0] and isinstance(residual, fx.Node) and residual is not linear and _alike(residual, linear):
+        other = isinstance(residual, fx.Node) and residual is not linear
+        if linear is linears[0] and other and _alike(residual, linear):
             return _Added(whole, residual)
     return None
 

@@ -1,8 +1,8 @@
 """Programmatic dependent launch: on Hopper a kernel of ours may start while the one before it still works.
 
-A kernel that is launched so says at its start that its successor may come, fetches what no kernel writes (weights), and
-waits for its predecessor before it reads or writes anything else. Since every one of them waits, whatever ran before the
-predecessor has ended as well. What other kernels write may be prefetched into L2 before the wait, but not loaded.
+A kernel that is launched so says at its start that its successor may come, fetches what no kernel writes (weights),
+and waits for its predecessor before it reads or writes anything else. Since every one of them waits, whatever ran
+before the predecessor has ended as well.
 """
 
 from __future__ import annotations
@@ -40,12 +40,3 @@ def wait(PDL: tl.constexpr):
     """Until everything launched earlier has ended."""
     if PDL:
         gdc_wait()
-
-
-@triton.jit
-def prefetch(pointers, inside):
-    """Lines that these addresses are in, into L2; only where there are dependent launches."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [pointers.to(tl.int64), inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -26,8 +26,8 @@ def _product(
     announce(PDL)
     block = tl.program_id(0)
     # Which matrix, and which of its rows: blocks of rows are counted through all matrices. `biased` is the number of
-    # rows with a bias, all or none.
-    weight, bias, biased, count, first, local = weights[0], biases[0], BIASED[0] * rows[0], rows[0], 0, block
+    # rows with a bias, all or none (a bit of BIASED for each matrix).
+    weight, bias, biased, count, first, local = weights[0], biases[0], (BIASED & 1) * rows[0], rows[0], 0, block
     if not SILU:
         blocks_before, rows_before = 0, 0
         for i in tl.static_range(1, COUNT):
@@ -35,7 +35,7 @@ def _product(
             rows_before += rows[i - 1]
             here = block >= blocks_before
             weight, bias = tl.where(here, weights[i], weight), tl.where(here, biases[i], bias)
-            biased = tl.where(here, BIASED[i] * rows[i], biased)
+            biased = tl.where(here, (BIASED >> i & 1) * rows[i], biased)
             count, first = tl.where(here, rows[i], count), tl.where(here, rows_before, first)
             local = tl.where(here, block - blocks_before, local)
     n = local * ROWS + tl.arange(0, ROWS)
@@ -76,7 +76,7 @@ def _product(
     y += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)
     if SILU:
         up = tl.sum(acc_u, 1) * factor
-        up += tl.load(biases[1] + n, mask=n < BIASED[1] * rows[0], other=0.0).to(tl.float32)
+        up += tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
         y = y * tl.sigmoid(y) * up
     if RESIDUAL:
         y += tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
@@ -102,11 +102,12 @@ def product(
     held = tuple(weight.contiguous() for weight in weights)
     out = torch.empty(counts[0] if silu else sum(counts), dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(counts[0], rows) if silu else sum(triton.cdiv(count, rows) for count in counts)
+    # Where there is no bias, a pointer that is never read.
+    given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
+    biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     _product[blocks,](
-        x.contiguous(), held, tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True)),
-        counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
-        COUNT=len(counts), BIASED=tuple(int(bias is not None) for bias in biases), NORM=norm is not None, SILU=silu,
-        RESIDUAL=residual is not None, ROWS=rows, FEATURES=features, LOOP=features < K, num_warps=warps,
-        **dependent.options(x),
+        x.contiguous(), held, given, counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
+        COUNT=len(counts), BIASED=biased, NORM=norm is not None, SILU=silu, RESIDUAL=residual is not None,
+        ROWS=rows, FEATURES=features, LOOP=features < K, num_warps=warps, **dependent.options(x),
     )  # fmt: skip
     return out
