@@ -513,8 +513,7 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], monkeypatch:
         logits = replay()
         return lambda: logits.copy_(replay()), logits
 
-    with_options = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: with_options(f, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(torch._inductor, "compile", lambda module, inputs, options: backend(module, inputs))
     monkeypatch.setattr(runner, "capture", capture)
     config = ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, **options)
     model = awaken(ahn.attach(base(num_hidden_layers=4), config))

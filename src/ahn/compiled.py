@@ -11,30 +11,29 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch._inductor
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from ahn.ops import has_triton, vector
+from ahn.fusion import fuse
+from ahn.ops import has_triton
 
 # One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
-# A matrix-vector product as a fused reduction, not as a call of cuBLAS: it reads weights faster, and takes in the
-# norms, biases and activations around it; and products that do not wait for each other (q, k, v, gates) in one kernel.
-_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}
+_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}  # independent small passes in one kernel
 
 
-class _Vectors(TorchFunctionMode):
-    """Products with a single row in the form that compiles best, whatever module asks for them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (vector.linear if func is F.linear else func)(*args, **(kwargs or {}))
+def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
+    """torch.compile's backend for a layer: its own, after our fusions."""
+    fuse(module.graph)
+    module.recompile()
+    return torch._inductor.compile(module, list(inputs), options=_OPTIONS)
 
 
 @contextlib.contextmanager
@@ -48,9 +47,9 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
         module.layer_idx = 0
         module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
         module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
-        layer.compile(dynamic=False, options=_OPTIONS)
+        layer.compile(dynamic=False, backend=_lower)
     try:
-        with torch._dynamo.config.patch(recompile_limit=_VARIANTS), _Vectors():
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
     finally:
         for layer, (module, index, hooks), with_kwargs in zip(layers, before, flags, strict=True):

@@ -13,17 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ahn.ops import dependent
+from ahn.ops.dependent import announce, wait
 from ahn.ops.step import StepBuffers, StepRead, StepRule
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
+SPLITS = 128  # most parts of the slots: all of them are combined by one program
+STAGES = 3  # tiles under way
 
 
 def split_count(rows: int, slots: int, block: int, processors: int) -> int:
     """Parts of the slots, a power of two, so that about every multiprocessor is busy with rows = B · Hkv."""
     wanted = max(1, PROGRAMS_A_PROCESSOR * processors // rows)
-    return min(128, triton.next_power_of_2(triton.cdiv(slots, block)), 1 << (wanted.bit_length() - 1))
+    return min(SPLITS, triton.next_power_of_2(triton.cdiv(slots, block)), 1 << (wanted.bit_length() - 1))
 
 
 @triton.jit
@@ -40,9 +44,11 @@ def _attend_and_write(
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STATE_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    role = tl.program_id(0)
+    announce(PDL)
+    wait(PDL)
+    part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     position = tl.load(positions + b)
@@ -50,17 +56,17 @@ def _attend_and_write(
     keys += b.to(tl.int64) * stride_kb + head * stride_kh
     values += b.to(tl.int64) * stride_vb + head * stride_vh
     first = b * HEADS + head * GROUPS
-    if role < SPLITS:
+    if part >= STATE_PROGRAMS:  # those that write begin first, so that none of them is left for the end
         new = (b * HKV + head) * P
         _attend(
-            query, key + new, value + new, keys, values, partial, score, first, role, position, slot,
+            query, key + new, value + new, keys, values, partial, score, first, part - STATE_PROGRAMS, position, slot,
             slots, scaling, per_split, stride_kt, stride_vt, SPLITS, GROUPS, ROWS, P, BLOCK_N, PRECISION,
         )  # fmt: skip
     elif MEMORY:
         leaves = (position >= slots) & (tl.load(active + b) != 0)
         _write_and_read(
             memory_query, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, first,
-            role - SPLITS, leaves, slot, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+            part, leaves, slot, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
         )  # fmt: skip
 
 
@@ -140,17 +146,21 @@ def _combine_and_keep(
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
     ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr, DECAY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    announce(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
     b, h = row // HEADS, row % HEADS
     head = h // GROUPS
     c = part * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.arange(0, SPLITS)
     p = tl.arange(0, P)
+    if MEMORY:  # all loads are under way before the first result is needed; weights without waiting
+        projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
+    wait(PDL)
     scores = tl.load(score + row * SPLITS + n)
     parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
-    if MEMORY:  # all loads are under way before the first result is needed
-        projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
+    if MEMORY:
         o = tl.load(read + row * P + p)
     e = tl.exp(scores - tl.max(scores, 0))
     y = tl.sum(parts * e[:, None], 0) / tl.sum(e, 0)
@@ -218,13 +228,15 @@ def step(
     strides = (*buffers.keys.stride()[:3], *buffers.values.stride()[:3])
     memory = rule is not None and read is not None
     state_programs = groups * (P // columns) if memory else 0
+    launch = dependent.options(query)
     _attend_and_write[splits + state_programs, B * HKV](
         query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
         read.query.contiguous() if read is not None else query, buffers.write, buffers.decay, buffers.state, raw,
         slots, sinks, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         COLUMNS=columns, MEMORY=memory, DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        STATE_PROGRAMS=state_programs, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=STAGES, **launch,
     )  # fmt: skip
     _combine_and_keep[B * HEADS, P // columns](
         partial, score, raw, *((read.gamma, read.weight, read.norm, read.o_proj) if read is not None else (None,) * 4),
@@ -232,6 +244,6 @@ def step(
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns, ALL=triton.next_power_of_2(HEADS * P),
         MEMORY=memory, ROUTER=read is not None and read.weight is not None, ACROSS=bool(rule and rule.across_heads),
-        DECAY=bool(rule and rule.decay), num_warps=4,
+        DECAY=bool(rule and rule.decay), num_warps=4, **launch,
     )  # fmt: skip
     return out

@@ -1,0 +1,113 @@
+"""`ahn.ops.product.product` in Triton: a few rows a program, many programs in flight, weights before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ahn.ops import dependent
+from ahn.ops.dependent import announce, wait
+
+ROWS = 4  # weights that a program holds at once: so many rows of so many features
+FEATURES = 2048
+WARPS = 8
+
+
+@triton.jit
+def _product(
+    x, weights, biases, rows, norm, residual, out, features, eps,
+    COUNT: tl.constexpr, BIASED: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    announce(PDL)
+    block = tl.program_id(0)
+    # Which matrix, and which of its rows: blocks of rows are counted through all matrices. `biased` is the number of
+    # rows with a bias, all or none (a bit of BIASED for each matrix).
+    weight, bias, biased, count, first, local = weights[0], biases[0], (BIASED & 1) * rows[0], rows[0], 0, block
+    if not SILU:
+        blocks_before, rows_before = 0, 0
+        for i in tl.static_range(1, COUNT):
+            blocks_before += tl.cdiv(rows[i - 1], ROWS)
+            rows_before += rows[i - 1]
+            here = block >= blocks_before
+            weight, bias = tl.where(here, weights[i], weight), tl.where(here, biases[i], bias)
+            biased = tl.where(here, (BIASED >> i & 1) * rows[i], biased)
+            count, first = tl.where(here, rows[i], count), tl.where(here, rows_before, first)
+            local = tl.where(here, block - blocks_before, local)
+    n = local * ROWS + tl.arange(0, ROWS)
+    real = n < count
+    f = tl.arange(0, FEATURES)
+    at = n.to(tl.int64)[:, None] * features + f[None, :]
+    w = tl.load(weight + at, mask=real[:, None] & (f < features)[None, :], other=0.0)
+    if SILU:
+        u = tl.load(weights[1] + at, mask=real[:, None] & (f < features)[None, :], other=0.0)
+    wait(PDL)
+
+    v = tl.load(x + f, mask=f < features, other=0.0).to(tl.float32)
+    squares = v * v
+    if NORM:  # the norm's factor is the same for all features and comes last
+        v *= tl.load(norm + f, mask=f < features, other=0.0).to(tl.float32)
+    acc = w.to(tl.float32) * v[None, :]
+    if SILU:
+        acc_u = u.to(tl.float32) * v[None, :]
+    if LOOP:
+        for start in range(FEATURES, features, FEATURES):
+            f_now = start + f
+            inside = f_now < features
+            w = tl.load(weight + at + start, mask=real[:, None] & inside[None, :], other=0.0)
+            if SILU:
+                u = tl.load(weights[1] + at + start, mask=real[:, None] & inside[None, :], other=0.0)
+            v = tl.load(x + f_now, mask=inside, other=0.0).to(tl.float32)
+            squares += v * v
+            if NORM:
+                v *= tl.load(norm + f_now, mask=inside, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32) * v[None, :]
+            if SILU:
+                acc_u += u.to(tl.float32) * v[None, :]
+    y = tl.sum(acc, 1)
+    factor = 1.0
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / features + eps)
+    y = y * factor
+    y += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)
+    if SILU:
+        up = tl.sum(acc_u, 1) * factor
+        up += tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
+        y = y * tl.sigmoid(y) * up
+    if RESIDUAL:
+        y += tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + first + n, y, mask=real)
+
+
+def product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None,
+    eps: float,
+    silu: bool,
+    residual: Tensor | None,
+    rows: int = ROWS,
+    features: int = FEATURES,
+    warps: int = WARPS,
+) -> Tensor:
+    """See `ahn.ops.product.product`; the last three arguments are what a program takes at once."""
+    K = weights[0].shape[1]
+    counts = tuple(weight.shape[0] for weight in weights)
+    features = min(features, triton.next_power_of_2(K))
+    held = tuple(weight.contiguous() for weight in weights)
+    out = torch.empty(counts[0] if silu else sum(counts), dtype=x.dtype, device=x.device)
+    blocks = triton.cdiv(counts[0], rows) if silu else sum(triton.cdiv(count, rows) for count in counts)
+    # Where there is no bias, a pointer that is never read.
+    given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
+    biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
+    _product[blocks,](
+        x.contiguous(), held, given, counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
+        COUNT=len(counts), BIASED=biased, NORM=norm is not None, SILU=silu, RESIDUAL=residual is not None,
+        ROWS=rows, FEATURES=features, LOOP=features < K, num_warps=warps, **dependent.options(x),
+    )  # fmt: skip
+    return out
