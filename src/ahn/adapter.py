@@ -155,7 +155,7 @@ class AttentionHook:
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
         kwargs["ahn_layer"] = attention.LayerContext(
-            index=self.layer_idx,
+            index=-1 if step else self.layer_idx,
             ahn=self.ahn,
             router=self.router,
             x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],

@@ -49,7 +49,7 @@ class LayerContext:
     """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
 
     index: int
-    """Of the decoder layer."""
+    """Of the decoder layer; -1 in a captured step, which is compiled once for all layers."""
     ahn: AHN
     router: Router | None
     x: Tensor
