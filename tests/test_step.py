@@ -61,13 +61,13 @@ def on_device(x):
     return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
 
 
-def compare(inputs, buffers, rest):
+def compare(inputs, buffers, rest, processors=8):
     from ahn.ops import step_triton
 
     twin = copy.deepcopy(buffers)
     expected = step(*inputs, twin, *rest)
     found_buffers = on_device(copy.deepcopy(buffers))
-    found = step_triton.step(*on_device(inputs), found_buffers, *on_device(rest), processors=8)
+    found = step_triton.step(*on_device(inputs), found_buffers, *on_device(rest), processors=processors)
     active = inputs[-1]
     if active.any():
         assert relative_error(found.cpu()[active], expected[active]) < FLOAT32
@@ -91,3 +91,14 @@ def test_kernels_are_the_plain_step(name, data):
     P = data.draw(st.sampled_from([16, 32]))
     seed, router = data.draw(st.integers(0, 99)), data.draw(st.booleans())
     compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("position", [100, 8231])
+def test_a_single_row_in_many_parts(position):
+    """As many parts as there can be; most of them see nothing before the window is full, some never do."""
+    from ahn.ops import step_triton
+
+    assert step_triton.schedule(1, 8200, 64, 132)[0] == 256
+    inputs, buffers, rest = made(RULES["gated_deltanet"], 1, 1, 2, 16, 4, 8196, [position], seed=0)
+    compare((*inputs[:-1], torch.tensor([True])), buffers, rest, processors=132)
