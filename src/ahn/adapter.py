@@ -24,7 +24,6 @@ from ahn.config import AHNConfig
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
-from ahn.memory_query import evicted_rope
 from ahn.observer import Observer
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
@@ -65,8 +64,6 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     decoder, layers = _decoder_layers(model)
     chosen = shape.memory_layers(config.full_attention_layers)
     modules = {index: _attention_module(layers[index], shape) for index in chosen}
-    if config.content_keys and not hasattr(decoder, "rotary_emb"):
-        raise AHNError(f"content_keys needs {type(decoder).__name__}.rotary_emb, which it has not.")
     kernel = decoder.config._attn_implementation
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
@@ -158,7 +155,7 @@ class AttentionHook:
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
         kwargs["ahn_layer"] = attention.LayerContext(
-            index=self.layer_idx,
+            index=-1 if step else self.layer_idx,
             ahn=self.ahn,
             router=self.router,
             x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
@@ -197,11 +194,7 @@ class DecoderHook:
             kwargs["position_ids"] = view.column_positions
         for observer in adapter.observers:
             observer.begin(cache, view)
-        context = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
-        if self.model.ahn_config.content_keys and view.evicted:
-            context.evicted_rope = evicted_rope(decoder, view, kwargs.get("position_ids"))
-            context.rope_scaling = getattr(decoder.rotary_emb, "attention_scaling", 1.0)
-        kwargs["ahn_forward"] = context
+        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

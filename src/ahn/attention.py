@@ -17,15 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn import bands, ops, slot_attention
+from ahn import bands, ops
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.memory import Memory, RecurrentMemory
-from ahn.memory.slots import ExactSlots
-from ahn.memory_query import Rope, before_rope, memory_query
+from ahn.memory_query import memory_query
 from ahn.observer import Observer, Passage
 from ahn.ops import spans
 from ahn.ops.step import StepRead
@@ -43,9 +42,6 @@ class ForwardContext:
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
     observers: tuple[Observer, ...] = ()
-    evicted_rope: Rope | None = None
-    """With `content_keys`, where something leaves the window: how its keys were rotated."""
-    rope_scaling: float = 1.0
 
 
 @dataclasses.dataclass
@@ -53,7 +49,7 @@ class LayerContext:
     """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
 
     index: int
-    """Of the decoder layer."""
+    """Of the decoder layer; -1 in a captured step, which is compiled once for all layers."""
     ahn: AHN
     router: Router | None
     x: Tensor
@@ -129,10 +125,9 @@ def attention(
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     plain = kernel != "eager" and not _own_scores(kwargs)  # "eager" is asked for where its weights are wanted
-    slotted = isinstance(memory, ExactSlots) and view.evicted > 0
     banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
     spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs) and not memory.slot_count(view.window)
-    if banded or spanned or (slotted and view.length > 1):
+    if banded or spanned:
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
@@ -163,16 +158,7 @@ def attention(
     if dense is not None:
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    if isinstance(memory, ExactSlots) and slotted:
-        if not plain:
-            raise AHNError(
-                f"The memory {memory.name!r} needs plain attention: no eager kernel, soft cap or learned sinks."
-            )
-        held = slot_attention.attend(
-            memory, query, key, value, left, view, mask, state, cache_layer is not None, scaling
-        )
-        out, weights, state = held[0].transpose(1, 2), None, held[1]
-    elif banded:
+    if banded:
         out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
     elif spanned:
         out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
@@ -180,13 +166,10 @@ def attention(
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
     if view.evicted and isinstance(memory, RecurrentMemory):
-        if ahn_forward.evicted_rope is not None:
-            key = before_rope(module, left.key, ahn_forward.evicted_rope, ahn_forward.rope_scaling)
-            left = dataclasses.replace(left, key=key)
         for observer in ahn_forward.observers:
             left = observer.writing(ahn_layer, left)
         tail, before = view.length - view.evicted, state
-        read, state = _write_and_read(module, memory, ahn_layer, ahn_forward, query, left, state)
+        read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
         for observer in ahn_forward.observers:
             read = observer.reading(Passage(module, ahn_layer, view, left, before, out[:, tail:], read))
         whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
@@ -221,30 +204,26 @@ def _write_and_read(
     module: nn.Module,
     memory: RecurrentMemory,
     layer: LayerContext,
-    forward: ForwardContext,
+    view: Visibility,
     query: Tensor,
     left: Evicted,
     state: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
-    view, content = forward.visibility, forward.evicted_rope is not None
     x = layer.x[:, -view.evicted :]
     query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
-        query = memory_query(module, memory, layer.x, layer.rope, view.evicted, content)
-    elif content:
-        query = before_rope(module, query, layer.rope, forward.rope_scaling)
+        query = memory_query(module, memory, layer.x, layer.rope, view.evicted)
     weight = None if layer.router is None else layer.router(view.written / view.window)
     rule = memory.step_rule()
     if rule is not None and ops.scans_whole(query):
         finish = StepRead(query, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight)
         decay = None if rule.decay is None else left.gates[rule.decay]
         read, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
-        return read, state | {"state": new}
+        return read, {"state": new}
     groups = query.shape[1] // left.key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
-    o, written = memory.scan(query, key, value, left.gates, state)
-    state = state | written
+    o, state = memory.scan(query, key, value, left.gates, state)
     read = memory.read_out(o, x)
     return read if weight is None else weight.unsqueeze(-1) * read, state
 

@@ -26,8 +26,6 @@ class AHNConfig:
         full_attention_layers: indices of layers that keep full attention and get no memory.
         router: learn, per head, how much the memory's read counts as more tokens are written.
         q_proj: learn, per head, a projection of the query that reads the memory.
-        content_keys: the memory's keys and queries are those before the rotary embedding, so that a key is found again by
-            what it means, at any distance. Published checkpoints have them after it.
         prefill_chunk_size: tokens processed at once when a prompt is longer than the lossless total. A trade of
             speed against peak memory; the result is the same to float tolerance.
 
@@ -41,7 +39,6 @@ class AHNConfig:
     full_attention_layers: tuple[int, ...] = ()
     router: bool = False
     q_proj: bool = False
-    content_keys: bool = False
     prefill_chunk_size: int = 8192
 
     def __post_init__(self) -> None:
@@ -49,7 +46,7 @@ class AHNConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {value!r}.")
-        for name in ("router", "q_proj", "content_keys"):
+        for name in ("router", "q_proj"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"AHNConfig.{name} must be True or False, got {getattr(self, name)!r}.")
         layers = self.full_attention_layers

@@ -176,13 +176,13 @@ class Visibility:
 
     @cached_property
     def until(self) -> Tensor:
-        """(B or 1, 1, cached + length) int32: of the new tokens from a key's own on, those before this one see it.
+        """(1, 1, cached + length) int32: the first new token that does not see a column any more; only without padding.
 
-        Together with causality this is `mask`, but for padding, which sees nothing here.
+        The same as `mask`, in the form of `ahn.ops.spans.attend`.
         """
+        assert not self.padded
         keys = self.key_positions
-        last = torch.where(keys < self.sinks, FOR_EVER, keys + self.window - self.query_positions[:, :1])
-        return torch.where(keys < 0, -1, last)[:, None].int()
+        return torch.where(keys < self.sinks, FOR_EVER, keys + self.window - self.seen).int()[None]
 
     @cached_property
     def new_slot(self) -> Tensor:
@@ -218,11 +218,6 @@ class Visibility:
         first = self.seen - self.window if self.rolled else self.sinks
         positions = self._indices(first, first + self.evicted) - self._pads()
         return positions >= (self._read() - self.window).clamp_min(self.sinks)
-
-    @cached_property
-    def evicted_positions(self) -> Tensor:
-        """(B or 1, evicted) positions of the tokens that leave; meaningless for padding."""
-        return self.query_positions[:, self.length - self.evicted :] - self.window
 
     @cached_property
     def written(self) -> Tensor:

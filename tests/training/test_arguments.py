@@ -170,3 +170,16 @@ def test_bf16_wants_a_gpu_or_an_explicit_cpu(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(AHNError, match="use_cpu"):
         parse(["--model_name_or_path", "ahn-tiny", "--dataset", "stdlib", "--bf16"])
     assert parsed("--bf16").trainer.bf16
+
+
+def test_horizons() -> None:
+    assert parsed().settings.horizons is None
+    assert parsed("--memory_horizons", "256,16384").settings.horizons == (256.0, 16384.0)
+    settings = parsed("--memory-horizons", "1,2", "--ahn_implementation", "DeltaNet").settings
+    assert any("memory_horizons changes nothing for DeltaNet" in note for note in settings.notes)
+
+
+@pytest.mark.parametrize("text", ["256", "a,b", "2,1", "0,5", "1,inf", "1,2,3"])
+def test_horizons_that_are_none(text: str) -> None:
+    with pytest.raises(AHNError, match="memory_horizons must be two numbers of tokens"):
+        parsed("--memory_horizons", text)

@@ -8,13 +8,13 @@ import statistics
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import ahn
 from ahn.adapter import adapter_parameters
 from ahn.checkpoint import save_adapter
-from ahn.memory import RecurrentMemory
 from ahn.training import StepLog, WindowSchedule, distill
+from ahn.training.start import start_with_horizons
 
 from .batches import stored_batches
 from .log import Log, write_json
@@ -81,15 +81,6 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
     last = {name: statistics.mean(getattr(each, name) for each in logs[-20:]) for name in ("kl", "ce", "teacher_ce")}
     about = {"run": run.name, "seed": seed, "parameters": parameters, "seconds": log.seconds()}
     write_json(marker(out, task), about | {"recipe": recipe.fingerprint(run), "last": last})
-
-
-def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float) -> None:
-    """Let the heads of each layer begin with e-folds from `shortest` to `longest` tokens, evenly in the logarithm."""
-    for layer in model.get_decoder().layers:
-        memory = layer.ahn.fn
-        if isinstance(memory, RecurrentMemory):
-            steps = torch.linspace(0, 1, memory.heads, device=memory.o_proj.weight.device)
-            memory.start_with_horizons(shortest * (longest / shortest) ** steps)
 
 
 def schedule(settings: Distillation, seed: int) -> WindowSchedule:

@@ -28,18 +28,12 @@ TINY = Recipe(
         Phase(steps=150, length=8192, batch=8, facts=(16, 64), reach=None),
     ),
     distillation=Distillation(),
-    runs=(
-        Run("gated_deltanet", {"content_keys": True}, {"horizons": SLOW}),
-        Run("deltanet", {"content_keys": True}),
-        Run("mamba2", {}, {"horizons": SLOW}),
-        Run("slotted_deltanet", {"content_keys": True}, {"horizons": SLOW}),
-    ),
+    runs=(Run("gated_deltanet"), Run("deltanet"), Run("mamba2")),
     contexts=(Context(4096, (256,), chunks=24, texts=16), Context(8192, (256,), chunks=24, texts=16)),
     sinks=32,
 )
 
 _THREE = (0, 1, 2)
-_CONTENT = {"memory": "gated_deltanet", "content_keys": True}
 STUDY = Recipe(
     name="study",
     corpus=Corpus("installed", vocabulary=8192, sample=24_000_000),
@@ -71,17 +65,9 @@ STUDY = Recipe(
         Run("gated_deltanet-kl+distill", {"memory": "gated_deltanet"}, {"loss": "kl+distill"}),
         Run("gated_deltanet-fixed512", {"memory": "gated_deltanet"}, {"total": 512}),
         # How it begins, and how it learns.
-        Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}),
+        Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}, seeds=_THREE, far=True),
         Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}),
-        Run("gated_deltanet-fast-lr", {"memory": "gated_deltanet"}, {"lr": 6e-3}),
-        # What it writes and reads by.
-        Run("deltanet-content", {"memory": "deltanet", "content_keys": True}),
-        Run("gated_deltanet-content", _CONTENT, {"horizons": SLOW}, seeds=_THREE, far=True),
-        Run("gated_deltanet-content-long", _CONTENT, {"horizons": SLOW, "steps": 600}),
-        Run("feature_deltanet", {"content_keys": True}, {"horizons": SLOW}, far=True),
-        # Exact tokens beside it.
-        Run("slots", far=True),
-        Run("slotted_deltanet", {"content_keys": True}, {"horizons": SLOW}, seeds=_THREE, far=True),
+        Run("gated_deltanet-slow-long", {"memory": "gated_deltanet"}, {"horizons": SLOW, "steps": 1000}),
     ),
     contexts=(
         Context(8192, (256, 512, 1024), chunks=32, texts=24, needle_lengths=(2048, 4096, 8192), trials=4),

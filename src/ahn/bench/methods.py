@@ -117,13 +117,13 @@ def _method(name: str, base: AHNConfig, adapter: str | None) -> Method:
     if name in (DYNAMIC, STATIC):
         return Method(name)
     if name == WINDOW:
-        return Method(name, base.replace(memory="window_only", router=False, q_proj=False, content_keys=False))
+        return Method(name, base.replace(memory="window_only", router=False, q_proj=False))
     if name not in memory.names():
         known = (DYNAMIC, STATIC, WINDOW, *memory.names())
         raise AHNError(f"Unknown method {name!r}; choose from {', '.join(known)}.")
     if adapter is not None:
         return Method(name, base, adapter)
-    return Method(name, base.replace(memory=name, router=False, q_proj=False, content_keys=False))
+    return Method(name, base.replace(memory=name, router=False, q_proj=False))
 
 
 def _randomise(model: PreTrainedModel) -> None:

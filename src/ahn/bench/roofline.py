@@ -152,7 +152,7 @@ def _prompt(model: PreTrainedModel, config: AHNConfig | None, length: int) -> Fl
     linear = projections + found.full.model_flops - found.full.mixer_flops - vocabulary
     if config is None:
         return Flops(linear, found.full.mixer_flops - projections, 0, 0)
-    forgetting = config.replace(memory="window_only", router=False, q_proj=False, content_keys=False)
+    forgetting = config.replace(memory="window_only", router=False, q_proj=False)
     exact = cost(hf_config, forgetting, length).ahn.mixer_flops
     return Flops(linear, exact - projections, found.ahn.mixer_flops - exact, 0)
 

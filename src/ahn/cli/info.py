@@ -180,7 +180,7 @@ def _cost_data(cost: Cost) -> dict[str, Any]:
 def _summary(subject: Subject) -> list[tuple[str, str]]:
     data = as_data(subject, [])
     shape, config, layers = data["shape"], subject.config, data["memory_layers"]
-    options = [name for name in ("router", "q_proj", "content_keys") if getattr(config, name)]
+    options = [name for name in ("router", "q_proj") if getattr(config, name)]
     rows = [
         ("model", f"{subject.name} ({data['model_type']}), {data['model_parameters']:,} parameters"),
         (

@@ -62,7 +62,7 @@ def step_attention(
         if layer.router is not None:
             written = step.positions - (step.window + step.sinks) + 1
             weight = layer.router((written / step.window)[:, None])[:, :, 0]
-        own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1, content=False)
+        own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1)
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight)
     buffers = layer.ahn.step_buffers

@@ -65,8 +65,6 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     if cache.padding is not None and bool(cache.padding.ended.any()):
         return False
     memory = decoder.layers[0].ahn.fn
-    if memory.keeps_slots or model.ahn_config.content_keys:
-        return False  # the step's kernels know neither
     if isinstance(memory, RecurrentMemory):
         return memory.step_rule() is not None and supported(memory.head_dim)
     return memory.forgets and supported(memory.head_dim)

@@ -118,7 +118,7 @@ def apply(model: PreTrainedModel, method: str, window: int | None = None, sinks:
         return
     config = attached or AHNConfig()
     chosen = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
-    config = config.replace(router=False, q_proj=False, content_keys=False, **chosen)
+    config = config.replace(router=False, q_proj=False, **chosen)
     if attached is not None:
         ahn.detach(model)
     if method != "full":

@@ -28,12 +28,12 @@ def _registry() -> dict[str, type[Memory]]:
 
 def names() -> tuple[str, ...]:
     """Names of the memories that can be trained, as `AHNConfig.memory` takes them."""
-    return tuple(name for name, cls in _registry().items() if cls.published_name)
+    return tuple(name for name, cls in _registry().items() if issubclass(cls, RecurrentMemory))
 
 
 def baselines() -> tuple[str, ...]:
     """Names of what memories are compared with; `AHNConfig.memory` takes these too. They have no parameters."""
-    return tuple(name for name, cls in _registry().items() if not cls.published_name)
+    return tuple(name for name, cls in _registry().items() if not issubclass(cls, RecurrentMemory))
 
 
 def get(name: str) -> type[Memory]:

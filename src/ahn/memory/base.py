@@ -47,8 +47,6 @@ class Memory(nn.Module):
 
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
-    keeps_slots: ClassVar[bool] = False
-    """Attention sees some evicted tokens as they are; see `ahn.memory.slots` and `ahn.slot_attention`."""
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
         super().__init__()

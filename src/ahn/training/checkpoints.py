@@ -126,7 +126,7 @@ def load_memory(model: PreTrainedModel, path: Path) -> None:
     saved, own = read_settings(checkpoint), model.ahn_config
     differing = [
         name
-        for name in ("memory", "router", "q_proj", "content_keys", "full_attention_layers")
+        for name in ("memory", "router", "q_proj", "full_attention_layers")
         if getattr(saved, name) != getattr(own, name)
     ]
     if differing:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn import memory
 from ahn.adapter import disabled, set_window
 from ahn.errors import AHNError
 from ahn.training.losses import (
@@ -66,7 +65,7 @@ def distillation_loss(
         batch: token ids (B, L), or a mapping with `input_ids` and, each (B, L) and optional, `attention_mask`
             (0 is padding) and `labels` (-100 is not to be learned; all tokens if absent). Best left on the CPU: which
             positions count is then known without waiting for the model's device.
-        window, sinks: of the student, in tokens. A memory with slots takes them from this window.
+        window, sinks: of the student, in tokens.
         loss: "kl", "ce", "distill" or a sum of them.
         use_normalized_l2: for "distill", compare directions of attention outputs rather than the outputs.
         chunk: positions whose logits exist at once.
@@ -88,8 +87,7 @@ def distillation_loss(
     if mask is not None:
         inputs["attention_mask"] = to_device(mask, device)
 
-    # Slots are part of the budget, so that the total of exact keys is the same for every memory.
-    set_window(model, memory.window_within(model.ahn_config.memory, window), sinks)
+    set_window(model, window, sinks)
     compare = "distill" in terms
     with disabled(model), torch.no_grad(), _attention_outputs(model, compare) as teacher_outputs:
         teacher = _hidden(model, inputs)

@@ -32,6 +32,7 @@ from ahn.training.card import draw_curves, write_card
 from ahn.training.data import check_tokenizer, load_data
 from ahn.training.settings import Settings
 from ahn.training.sharding import is_true
+from ahn.training.start import start_with_horizons
 from ahn.training.student import Student
 from ahn.training.trainer import DistillationTrainer
 
@@ -218,7 +219,10 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
         raise AHNError(f"Cannot load {base}: {str(error).strip().splitlines()[0]}") from error
     name = str(settings.model_name_or_path)
     model.config._name_or_path = model.name_or_path = str(base) if name == TINY else name
-    return ahn.attach(model, settings.ahn_config)
+    ahn.attach(model, settings.ahn_config)
+    if settings.horizons is not None:
+        start_with_horizons(model, *settings.horizons)
+    return model
 
 
 def shared_settings(arguments: Arguments) -> dict[str, Any]:

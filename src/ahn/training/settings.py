@@ -28,7 +28,9 @@ class Settings:
     ahn_implementation: str = _setting("GatedDeltaNet", "The memory: GatedDeltaNet, DeltaNet or Mamba2.")
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
-    use_content_keys: bool = _setting(False, "The memory's keys and queries are those before the rotary embedding.")
+    memory_horizons: str | None = _setting(
+        None, "Shortest and longest e-fold of forgetting that heads begin with, in tokens, such as 256,16384."
+    )
     fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
     window: int = _setting(DEFAULT_WINDOW, "Window that the finished adapter asks for (loading it can choose another).")
@@ -72,6 +74,8 @@ class Settings:
             self.notes.append("use_normalized_l2 changes nothing without the loss distill")
         self._check_window()
         self.ahn_config  # noqa: B018  (raises)
+        if self.horizons is not None and self.ahn_config.memory == "deltanet":
+            self.notes.append("memory_horizons changes nothing for DeltaNet, which never forgets")
         self.schedule(seed=0)
 
     @property
@@ -87,8 +91,23 @@ class Settings:
             full_attention_layers=_layers(self.fa_layer_ids),
             router=self.use_ahn_router,
             q_proj=self.use_q_proj,
-            content_keys=self.use_content_keys,
         )
+
+    @property
+    def horizons(self) -> tuple[float, float] | None:
+        """`memory_horizons` as numbers."""
+        if self.memory_horizons is None:
+            return None
+        try:
+            shortest, longest = (float(part) for part in str(self.memory_horizons).split(","))
+        except ValueError:
+            shortest, longest = 0.0, 0.0
+        if not 0 < shortest <= longest < float("inf"):
+            raise AHNError(
+                f"memory_horizons must be two numbers of tokens, the shorter first, such as 256,16384; got "
+                f"{self.memory_horizons!r}."
+            )
+        return shortest, longest
 
     def schedule(self, seed: int) -> WindowSchedule:
         """Draws each step's window and sinks."""

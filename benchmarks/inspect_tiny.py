@@ -1,6 +1,6 @@
 """What the memories of ahn-tiny store: the numbers of docs/inspect.md.
 
-    python scripts/inspect_tiny.py gated_deltanet OUT.json [--documents 8]
+    python benchmarks/inspect_tiny.py gated_deltanet OUT.json [--documents 8]
 
 Reads held-out documents of 4096 tokens with 32 facts each (256 exact tokens), once as they are and once with each part
 of the memory off, and writes means over documents with 95 % intervals (Student's t; shares of facts: Wilson's).

@@ -1,0 +1,21 @@
+"""How a new memory begins, where that is not what the paper's code does."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from ahn.memory import RecurrentMemory
+
+
+def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float) -> None:
+    """Let the heads of each layer begin by forgetting with e-folds of `shortest` to `longest` tokens.
+
+    They are spread evenly in the logarithm over a layer's heads. A memory that never forgets (DeltaNet) stays as it is.
+    Training hardly moves decay rates, so what a head begins with is what it can remember in the end (docs/results.md).
+    """
+    for layer in model.get_decoder().layers:
+        memory = layer.ahn.fn if hasattr(layer, "ahn") else None
+        if isinstance(memory, RecurrentMemory):
+            places = torch.linspace(0, 1, memory.heads, device=memory.o_proj.weight.device)
+            memory.start_with_horizons(shortest * (longest / shortest) ** places)
