@@ -48,7 +48,8 @@ def won_back(results: Results) -> Figure | None:
             _whisker(axis, [100 * number for number in group.won_back()], place, colour)
         _names(axis, [group.method for group in groups])
         axis.axvline(0, color=MUTED, linewidth=1)
-        axis.set_xlabel("% won back; ticks below: single seeds")
+        several = any(len(group.seeds) > 1 for group in groups)
+        axis.set_xlabel("% won back" + ("; ticks below: single seeds" if several else ""))
         axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
     return figure
 
@@ -192,7 +193,7 @@ def _methods(results: Results, baselines: bool = False) -> list[str]:
     """What the figures compare: no ablations; full attention and sinks + window if `baselines`."""
     names = dict.fromkeys(group.method for group in results.groups)
     left_out = () if baselines else (FULL, WINDOW)
-    return [name for name in names if results.reference(name) is None and name not in left_out]
+    return [name for name in names if results.stands_alone(name) and name not in left_out]
 
 
 def _shown(results: Results, context: int, budget: int) -> list[Group]:

@@ -31,7 +31,7 @@ def _page(results: Results, out: Path, pictures: Sequence[str]) -> Iterable[str]
     for far in (False, True):
         for context, budget in results.places(far):
             yield f"\n## {budget} tokens kept exactly, {context} read\n"
-            yield from _table([g for g in results.at(context, budget) if results.reference(g.method) is None])
+            yield from _table([g for g in results.at(context, budget) if results.stands_alone(g.method)])
     yield from _ablations(results)
     yield "\n## Figures\n"
     yield from (f"![{name}](figures/{name}.png)\n" for name in pictures)

@@ -122,6 +122,13 @@ class Results:
         same = [run for run in runs.values() if _plain(run) and run.settings == runs[method].settings]
         return same[0].name if same else None
 
+    def stands_alone(self, method: str) -> bool:
+        """Whether it is listed among the methods: all but ablations, which only stand beside what they change.
+
+        A run that is measured at the long contexts is a method, however it was trained.
+        """
+        return self.reference(method) is None or any(run.name == method and run.far for run in self.recipe.runs)
+
     def rows(self) -> list[dict[str, Any]]:
         """A row a seed, as results.jsonl has them."""
         found = []
