@@ -37,7 +37,7 @@ def _normed(o, gamma, norm, row, tokens, ob, oh, ot, gb, gh, gt, eps,
 
 
 @triton.jit
-def _forward(
+def _finish(
     o, gamma, norm, out, tokens, ob, oh, ot, gb, gh, gt, eps,
     HEADS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _finish_backward(
     o, gamma, norm, grad, grad_o, grad_gamma, grad_norm, rows, tokens,
     ob, oh, ot, gb, gh, gt, db, dh, dt, eps,
     HEADS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, ACROSS: tl.constexpr,
@@ -96,7 +96,7 @@ class NormAndGate(torch.autograd.Function):
         ctx.save_for_backward(o, gamma, norm)
         ctx.rule = rule
         out = torch.empty(B, tokens, HEADS, P, dtype=o.dtype, device=o.device)
-        _forward[(B * tokens,)](
+        _finish[(B * tokens,)](
             o, gamma, norm, out, tokens, *o.stride()[:3], *gamma.stride(), rule.norm_eps,
             HEADS=HEADS, ROWS=triton.next_power_of_2(HEADS), P=P, ACROSS=rule.across_heads, num_warps=4,
         )  # fmt: skip
@@ -112,7 +112,7 @@ class NormAndGate(torch.autograd.Function):
         grad_gamma = torch.empty(B, tokens, HEADS, dtype=gamma.dtype, device=o.device)
         programs = min(PROGRAMS, B * tokens)
         grad_norm = torch.empty(programs, norm.shape[0], dtype=torch.float32, device=o.device)
-        _backward[(programs,)](
+        _finish_backward[(programs,)](
             o, gamma, norm, grad, grad_o, grad_gamma, grad_norm, B * tokens, tokens,
             *o.stride()[:3], *gamma.stride(), *grad.stride()[:3], ctx.rule.norm_eps,
             HEADS=HEADS, ROWS=triton.next_power_of_2(HEADS), P=P, ACROSS=ctx.rule.across_heads, num_warps=8,
