@@ -63,7 +63,7 @@ def methods(shape: Shape, device: str) -> dict[str, tuple[Attend, int]]:
     until = torch.where(row < shape.sinks, spans.FOR_EVER, row + shape.window).int()[None, None]
     size = (shape.B, shape.Hkv, L)
     lives = torch.randint(1, 2 * shape.window, size, device=device, dtype=torch.int32)
-    random, since, bias = row.int() + lives, row.int() + lives // 2, torch.randn(size, device=device)
+    random = row.int() + lives
 
     def pairs(until: Tensor) -> int:
         return int((until.clamp_max(L) - row).expand(size).sum())
@@ -75,7 +75,6 @@ def methods(shape: Shape, device: str) -> dict[str, tuple[Attend, int]]:
     found: dict[str, tuple[Attend, int]] = {
         "spans": (lambda q, k, v: spans.attend(q, k, v, until, scaling), pairs(until)),
         "spans random": (lambda q, k, v: spans.attend(q, k, v, random, scaling), pairs(random)),
-        "spans random bias": (lambda q, k, v: spans.attend(q, k, v, random, scaling, bias, since), pairs(random)),
     }
     full = shape.B * shape.Hkv * L * (L + 1) // 2
     if device == "cuda":

@@ -36,8 +36,6 @@ class Case:
     value: Tensor
     until: Tensor
     scaling: float
-    bias: Tensor | None
-    biased_from: Tensor | None
     gradient: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Case:
@@ -48,15 +46,15 @@ class Case:
         return Case(**parts)
 
     def cast(self, dtype: torch.dtype) -> Case:
-        """In that type, but for the bias."""
-        return dataclasses.replace(self.map(lambda x: x.to(dtype)), bias=self.bias)
+        """In that type."""
+        return self.map(lambda x: x.to(dtype))
 
     def to(self, device: str) -> Case:
         """All tensors on that device."""
         return Case(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()})
 
 
-def made(B: int, Hkv: int, groups: int, n: int, T: int, P: int, seed: int, bias: bool, wide: tuple[bool, bool]) -> Case:
+def made(B: int, Hkv: int, groups: int, n: int, T: int, P: int, seed: int, wide: tuple[bool, bool]) -> Case:
     """Random spans, some of them empty or without end; strides as the model has them."""
     r = torch.Generator().manual_seed(seed)
 
@@ -66,10 +64,9 @@ def made(B: int, Hkv: int, groups: int, n: int, T: int, P: int, seed: int, bias:
     rows, heads = B if wide[0] else 1, Hkv if wide[1] else 1
     until = torch.randint(-T, 2 * n + 1, (rows, heads, T), generator=r, dtype=torch.int32)
     until[torch.rand(until.shape, generator=r) < 0.2] = spans.FOR_EVER
-    since = torch.randint(-T, 2 * n + 1, (1, heads, T), generator=r, dtype=torch.int32)
     query, gradient = (normal(B, n, Hkv * groups, P).transpose(1, 2) for _ in range(2))
     key, value = (normal(B, Hkv, T + 5, P)[:, :, 3 : 3 + T] for _ in range(2))
-    return Case(query, key, value, until, 0.3, normal(B, Hkv, T) if bias else None, since if bias else None, gradient)
+    return Case(query, key, value, until, 0.3, gradient)
 
 
 Attend = Callable[..., Tensor]
@@ -77,13 +74,8 @@ Attend = Callable[..., Tensor]
 
 def results(attend: Attend, case: Case) -> dict[str, Tensor]:
     """The output and all gradients."""
-    inputs = {"query": case.query, "key": case.key, "value": case.value}
-    if case.bias is not None:
-        inputs["bias"] = case.bias
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = attend(
-        leaves["query"], leaves["key"], leaves["value"], case.until, case.scaling, leaves.get("bias"), case.biased_from
-    )
+    leaves = {name: getattr(case, name).detach().requires_grad_() for name in ("query", "key", "value")}
+    out = attend(*leaves.values(), case.until, case.scaling)
     out.backward(case.gradient)
     return {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
@@ -99,13 +91,12 @@ def rounding(case: Case) -> dict[str, float]:
     Hkv, groups = case.key.shape[1], case.query.shape[1] // case.key.shape[1]
     query, gradient = (x.unflatten(1, (Hkv, groups)) for x in (exact.query, exact.gradient))
     score = case.scaling * (query @ exact.key.mT[:, :, None]).abs().max().item()
-    bias = 0.0 if case.bias is None else case.bias.abs().max().item()
-    rounded = torch.finfo(case.query.dtype).eps + 8 * UNIT * (1 + score + bias)
+    rounded = torch.finfo(case.query.dtype).eps + 8 * UNIT * (1 + score)
     ds = 2 * (gradient @ exact.value.mT[:, :, None]).abs().max().item() * rounded
     q, k, v, g = (x.abs().max().item() for x in (exact.query, exact.key, exact.value, exact.gradient))
     many = 1 + (case.query.shape[2] * groups) ** 0.5
     bounds = {"out": v * rounded, "query": case.scaling * k * ds, "key": case.scaling * q * ds * many}
-    return bounds | {"value": g * rounded * many, "bias": ds * many}
+    return bounds | {"value": g * rounded * many}
 
 
 def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], bounds: dict[str, float]) -> None:
@@ -132,27 +123,23 @@ def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
     B, Hkv, groups = (data.draw(st.integers(1, most)) for most in (2, 2, 3))
     n = data.draw(st.integers(1, 100))
     T = n + data.draw(st.sampled_from([0, 0, 1, 37]))
-    P, bias = data.draw(st.sampled_from([16, 32, 64])), data.draw(st.booleans())
+    P = data.draw(st.sampled_from([16, 32, 64]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))
     wide = data.draw(st.booleans()), data.draw(st.booleans())
-    case = made(B, Hkv, groups, n, T, P, data.draw(st.integers(0, 99)), bias, wide).cast(dtype)
+    case = made(B, Hkv, groups, n, T, P, data.draw(st.integers(0, 99)), wide).cast(dtype)
     wanted = results(spans.plain, case.map(Tensor.double))
     found = results(spans.Spans.apply, case.to(DEVICE))
     compare(found, wanted, rounding(case))
 
 
 @pytest.mark.usefixtures("triton", "_poisoned")
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(("n", "T"), [(128, 128), (96, 160), (130, 131)])
-def test_kernels_with_a_window(n: int, T: int, bias: bool) -> None:
-    """Most blocks need no mask here; biases begin where columns would have left."""
-    case = made(1, 1, 2, n, T, 16, n, bias, (False, False))
+def test_kernels_with_a_window(n: int, T: int) -> None:
+    """Most blocks need no mask here."""
+    case = made(1, 1, 2, n, T, 16, n, (False, False))
     ends = torch.arange(T, dtype=torch.int32)[None, None] - (T - n) + 70
-    if bias:
-        case = dataclasses.replace(case, biased_from=ends, until=torch.full_like(ends, spans.FOR_EVER))
-    else:
-        ends[..., :40] = spans.FOR_EVER
-        case = dataclasses.replace(case, until=ends)
+    ends[..., :40] = spans.FOR_EVER
+    case = dataclasses.replace(case, until=ends)
     wanted = results(spans.plain, case.map(Tensor.double))
     compare(results(spans.Spans.apply, case.to(DEVICE)), wanted, rounding(case))
 
@@ -160,25 +147,23 @@ def test_kernels_with_a_window(n: int, T: int, bias: bool) -> None:
 @pytest.mark.usefixtures("triton", "_poisoned")
 @pytest.mark.parametrize("attend", ["plain", "kernels"])
 def test_who_sees_nothing_reads_zero(attend: str) -> None:
-    case = made(1, 1, 2, 50, 60, 16, 0, True, (False, False))
+    case = made(1, 1, 2, 50, 60, 16, 0, (False, False))
     case = dataclasses.replace(case, until=torch.full((1, 1, 60), 7, dtype=torch.int32)).to(DEVICE)
     found = results(spans.plain if attend == "plain" else spans.Spans.apply, case)
     assert (found["out"][:, :, 7:] == 0).all() and (found["query"][:, :, 7:] == 0).all()
-    assert (found["key"][:, :, 17:] == 0).all() and (found["bias"][:, :, 17:] == 0).all()
+    assert (found["key"][:, :, 17:] == 0).all() and (found["value"][:, :, 17:] == 0).all()
     assert all(x.isfinite().all() for x in found.values()) and found["out"][:, :, :7].any()
 
 
 @pytest.mark.usefixtures("triton")
 def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
-    case = made(2, 2, 2, 70, 90, 16, 3, True, (True, True)).to(DEVICE)
+    case = made(2, 2, 2, 70, 90, 16, 3, (True, True)).to(DEVICE)
     once, twice = results(spans.Spans.apply, case), results(spans.Spans.apply, case)
     assert all(torch.equal(x, twice[name]) for name, x in once.items())
-    for name in ("query", "value", "bias"):
-        inputs = {part: getattr(case, part) for part in ("query", "key", "value", "bias")}
+    for name in ("query", "key", "value"):
+        inputs = {part: getattr(case, part) for part in ("query", "key", "value")}
         inputs[name] = inputs[name].detach().requires_grad_()
-        out = spans.Spans.apply(
-            inputs["query"], inputs["key"], inputs["value"], case.until, case.scaling, inputs["bias"], case.biased_from
-        )
+        out = spans.Spans.apply(*inputs.values(), case.until, case.scaling)
         (alone,) = torch.autograd.grad(out, inputs[name], case.gradient)
         assert torch.equal(alone, once[name])
 
@@ -266,7 +251,7 @@ def test_until_is_the_mask(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_plain_form_is_torchs_attention(dtype: torch.dtype) -> None:
     view = Visibility(9, 3, 0, 40, torch.device("cpu"))
-    case = made(2, 2, 2, 40, 40, 16, 1, False, (False, False)).map(lambda x: x.to(dtype))
+    case = made(2, 2, 2, 40, 40, 16, 1, (False, False)).map(lambda x: x.to(dtype))
     found = spans.attend(case.query, case.key, case.value, view.until, case.scaling)
     exact = case.map(Tensor.double)
     wanted = torch.nn.functional.scaled_dot_product_attention(
@@ -277,11 +262,11 @@ def test_the_plain_form_is_torchs_attention(dtype: torch.dtype) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    case = made(1, 2, 2, 8, 8, 16, 0, True, (False, False))
+    case = made(1, 2, 2, 8, 8, 16, 0, (False, False))
 
     def attend(**changes: object) -> Tensor:
         given = vars(case) | changes
-        return spans.attend(*(given[name] for name in list(given)[:7]))
+        return spans.attend(*(given[name] for name in list(given)[:5]))
 
     attend()
     bad: list[dict[str, object]] = [
@@ -289,11 +274,9 @@ def test_bad_input_is_refused() -> None:
         {"value": case.value.double()},
         {"scaling": 0.0},
         {"until": case.until.to("meta")},
-        {"bias": None},
-        {"bias": torch.zeros(1, 1, 8)},
         {"until": case.until.long()},
         {"until": case.until[..., :5]},
-        {"biased_from": case.until[0]},
+        {"until": case.until[0]},
     ]
     for changes in bad:
         with pytest.raises(AHNError):

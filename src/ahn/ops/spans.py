@@ -30,15 +30,7 @@ def supported(query: Tensor) -> bool:
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    until: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    biased_from: Tensor | None = None,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
     """Attention of n queries over T keys, the last n of which are the queries' own tokens.
 
     Column c is the own token of query c - (T - n), and visible to that query and the following ones before `until[c]`;
@@ -48,17 +40,15 @@ def attend(
         query: (B, Hq, n, P); key, value: (B, Hkv, T, P) of the same type.
         until: (B or 1, Hkv or 1, T) int32, the index of the first query that does not see the column any more.
         scaling: of the scores, positive.
-        bias: (B, Hkv, T) float32, added to the scaled scores (natural logarithm) of a column for queries from
-            `biased_from` (B or 1, Hkv or 1, T) int32 on.
 
     Returns:
-        (B, Hq, n, P), laid out as (B, n, Hq, P); zeros for a query that sees nothing. Gradients flow to query, key,
-        value and bias.
+        (B, Hq, n, P), laid out as (B, n, Hq, P); zeros for a query that sees nothing. Gradients flow to query, key
+        and value.
 
     Raises:
         AHNError: shapes, types or devices that do not fit each other.
     """
-    _check(query, key, value, until, scaling, bias, biased_from)
+    _check(query, key, value, until, scaling)
     if torch.is_autocast_enabled(query.device.type):  # as torch's own attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -66,19 +56,11 @@ def attend(
         raise AHNError(f"query, key and value have different types: {query.dtype}, {key.dtype}, {value.dtype}.")
     if supported(query):
         with torch.cuda.device(query.device):
-            return Spans.apply(query, key, value, until, scaling, bias, biased_from)
-    return plain(query, key, value, until, scaling, bias, biased_from)
+            return Spans.apply(query, key, value, until, scaling)
+    return plain(query, key, value, until, scaling)
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    until: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    biased_from: Tensor | None,
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> None:
     B, Hq, n, P = query.shape
     Hkv, T = key.shape[1:3]
     if key.shape != value.shape or key.shape != (B, Hkv, T, P) or Hq % Hkv or n > T:
@@ -88,17 +70,12 @@ def _check(
         )
     if scaling <= 0:
         raise AHNError(f"scaling is {scaling}; it must be positive.")
-    if (bias is None) != (biased_from is None):
-        raise AHNError("bias and biased_from come together or not at all.")
-    if bias is not None and (bias.shape != (B, Hkv, T) or bias.dtype != torch.float32):
-        raise AHNError(f"bias is {tuple(bias.shape)} of {bias.dtype}, not {(B, Hkv, T)} of torch.float32.")
-    for name, x in (("until", until), ("biased_from", biased_from)):
-        if x is None:
-            continue
-        fits = x.dim() == 3 and x.shape[0] in (1, B) and x.shape[1] in (1, Hkv) and x.shape[2] == T
-        if not fits or x.dtype != torch.int32:
-            raise AHNError(f"{name} is {tuple(x.shape)} of {x.dtype}, not ({B} or 1, {Hkv} or 1, {T}) of torch.int32.")
-    devices = {str(x.device) for x in (query, key, value, until, bias, biased_from) if x is not None}
+    fits = until.dim() == 3 and until.shape[0] in (1, B) and until.shape[1] in (1, Hkv) and until.shape[2] == T
+    if not fits or until.dtype != torch.int32:
+        raise AHNError(
+            f"until is {tuple(until.shape)} of {until.dtype}, not ({B} or 1, {Hkv} or 1, {T}) of torch.int32."
+        )
+    devices = {str(x.device) for x in (query, key, value, until)}
     if len(devices) > 1:
         raise AHNError(f"Arguments are on different devices: {', '.join(sorted(devices))}.")
 
@@ -111,23 +88,12 @@ def visible(until: Tensor, n: int) -> Tensor:
     return (own <= i) & (i < until[..., None, :])
 
 
-def plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    until: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    biased_from: Tensor | None = None,
-) -> Tensor:
+def plain(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
     """`attend` with the scores written out, in float32 at least."""
     n, Hkv = query.shape[2], key.shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(exact).unflatten(1, (Hkv, -1))
     scores = grouped @ key.to(exact).mT[:, :, None] * scaling
-    if bias is not None and biased_from is not None:
-        biased = torch.arange(n, device=query.device)[:, None] >= biased_from[..., None, :]
-        scores = scores + torch.where(biased, bias[..., None, :], 0)[:, :, None]
     seen = visible(until, n)[:, :, None]
     weights = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1).masked_fill(~seen, 0)
     out = weights @ value.to(exact)[:, :, None]
@@ -138,38 +104,27 @@ class Spans(torch.autograd.Function):
     """The kernels of `ahn.ops.spans_triton`; arguments are those of `attend`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        until: Tensor,
-        scaling: float,
-        bias: Tensor | None,
-        biased_from: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
         """(B, Hq, n, P)."""
         from ahn.ops import spans_triton
 
-        out, score = spans_triton.forward(query, key, value, until, scaling, bias, biased_from)
-        ctx.save_for_backward(query, key, value, until, bias, biased_from, out, score)
+        out, score = spans_triton.forward(query, key, value, until, scaling)
+        ctx.save_for_backward(query, key, value, until, out, score)
         ctx.scaling = scaling
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Of query, key, value and bias, as far as they are wanted."""
+        """Of query, key and value, as far as they are wanted."""
         from ahn.ops import spans_triton_backward as kernels
         from ahn.ops.spans_triton import by_rows
 
-        query, key, value, until, bias, biased_from, out, score = ctx.saved_tensors
+        query, key, value, until, out, score = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         gradient = by_rows(gradient)
         delta = kernels.delta(out, gradient)
-        common = (query, key, value, until, ctx.scaling, bias, biased_from, score, gradient, delta)
+        common = (query, key, value, until, ctx.scaling, score, gradient, delta)
         of_query = kernels.queries(*common) if wanted[0] else None
-        of_keys: tuple[Tensor | None, ...] = (None, None, None)
-        if wanted[1] or wanted[2] or wanted[5]:
-            of_keys = kernels.keys(*common)
-        return of_query, of_keys[0], of_keys[1], None, None, of_keys[2], None
+        of_key, of_value = kernels.keys(*common) if wanted[1] or wanted[2] else (None, None)
+        return of_query, of_key, of_value, None, None

@@ -53,18 +53,14 @@ class Blocks:
     count: Tensor
 
 
-def blocks(until: Tensor, biased_from: Tensor | None, n: int, tile: Tiles, by_key: bool) -> Blocks:
+def blocks(until: Tensor, n: int, tile: Tiles, by_key: bool) -> Blocks:
     """Lists for each block of queries, or with `by_key` for each block of keys."""
     T, M, N = until.shape[-1], tile.queries, tile.keys
     first = torch.arange(0, n, M, device=until.device)[:, None]  # query of each block
     own = torch.arange(0, T, N, device=until.device) - (T - n)  # query whose own token is each block's first
-    fill = (0, -T % N)
-    ends = F.pad(until, fill).unflatten(-1, (-1, N))[..., None, :, :]  # 0 beyond T: not wholly visible
+    ends = F.pad(until, (0, -T % N)).unflatten(-1, (-1, N))[..., None, :, :]  # 0 beyond T: not wholly visible
     some = (own < (first + M).clamp_max(n)) & (ends.amax(-1) > first)
     whole = (own + N - 1 <= first) & (ends.amin(-1) >= first + M) & (first + M <= n)
-    if biased_from is not None:  # each column is biased for all queries of the block, or for none
-        starts = F.pad(biased_from, fill).unflatten(-1, (-1, N))[..., None, :, :]
-        whole = whole & ((starts.amax(-1) <= first) | (starts.amin(-1) >= first + M))
     rank = some.byte() + (some & whole).byte()
     rank = rank.mT if by_key else rank
     index = rank.argsort(dim=-1, descending=True, stable=True).int()

@@ -20,30 +20,13 @@ from ahn.ops.spans_blocks import Blocks, Tiles, blocks, tiles
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Arguments that change with the lengths of a batch: new values must not make Triton compile again.
-LENGTHS = ("n", "T", "ub", "uh", "sb", "sh", "xb", "xh", "columns", "split")
+LENGTHS = ("n", "T", "ub", "uh", "xb", "xh", "columns", "split")
 
 
 @triton.jit
-def _logits(s, i, c, first, before, end, start, bias, scale, MASKED: tl.constexpr, BIAS: tl.constexpr):
-    """Scores to base 2 of queries i and columns c. Of an unmasked block, all queries see what its first one sees."""
-    x = s * scale
-    if BIAS:
-        x += tl.where((i if MASKED else first) >= start, bias, 0.0)
-    if MASKED:
-        x = tl.where((c - before <= i) & (i < end), x, float("-inf"))
-    return x
-
-
-@triton.jit
-def _columns(until, bias, since, c, T, MASKED: tl.constexpr, BIAS: tl.constexpr):
-    """End, start of the bias, and bias (base 2) of columns c."""
-    end, start, b = c, c, c.to(tl.float32)
-    if MASKED:
-        end = tl.load(until + c, mask=c < T, other=0)
-    if BIAS:
-        start = tl.load(since + c, mask=c < T, other=0)
-        b = tl.load(bias + c, mask=c < T, other=0.0) * LOG2E
-    return end, start, b
+def _masked(x, i, c, before, end):
+    """Scores of queries i and columns c, minus infinity where a query does not see a column."""
+    return tl.where((c - before <= i) & (i < end), x, float("-inf"))
 
 
 @triton.jit
@@ -57,8 +40,8 @@ def _tile(base, start, offset, p, stride, stop, P: tl.constexpr, MASKED: tl.cons
 
 @triton.jit
 def _attend(
-    acc, total, highest, q, i, first, key, value, until, bias, since, index, begin, stop, before, T, kt, vt, scale,
-    P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, total, highest, q, i, key, value, until, index, begin, stop, before, T, kt, vt, scale,
+    P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go on with key blocks begin to stop of a list.
 
@@ -69,10 +52,10 @@ def _attend(
     for j in range(begin, stop):
         k = _tile(key, start, o, p, kt, T, P, MASKED)
         s = tl.dot(q, k.trans(), input_precision=PRECISION)
-        if MASKED or BIAS:
+        if MASKED:
             c = (start + o)[None, :]
-            end, from_, b = _columns(until, bias, since, c, T, MASKED, BIAS)
-            x = _logits(s, i, c, first, before, end, from_, b, scale, MASKED, BIAS)
+            end = tl.load(until + c, mask=c < T, other=0)
+            x = _masked(s * scale, i, c, before, end)
             new = tl.maximum(highest, tl.max(x, 1))
             # Of a query that has seen nothing yet, -inf - -inf would be NaN.
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -92,10 +75,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward(
-    query, key, value, until, bias, since, index, count, out, score, n, T, scale,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, ub, uh, sb, sh, xb, xh, columns,
+    query, key, value, until, index, count, out, score, n, T, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, ub, uh, xb, xh, columns,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most: they begin first
     row = tl.program_id(1).to(tl.int64)
@@ -108,8 +91,6 @@ def _forward(
     key += b * kb + head * kh
     value += b * vb + head * vh
     until += b * ub + head * uh
-    since += b * sb + head * sh
-    bias += (b * (HEADS // GROUPS) + head) * T
     at = b * xb + head * xh + block
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
     index += at * columns
@@ -118,12 +99,12 @@ def _forward(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, P], tl.float32)
     acc, total, highest = _attend(
-        acc, total, highest, q, i, first, key, value, until, bias, since, index, 0, whole, before, T, kt, vt, scale,
-        P, N, False, BIAS, PRECISION,
+        acc, total, highest, q, i, key, value, until, index, 0, whole, before, T, kt, vt, scale,
+        P, N, False, PRECISION,
     )  # fmt: skip
     acc, total, highest = _attend(
-        acc, total, highest, q, i, first, key, value, until, bias, since, index, whole, some, before, T, kt, vt,
-        scale, P, N, True, BIAS, PRECISION,
+        acc, total, highest, q, i, key, value, until, index, whole, some, before, T, kt, vt,
+        scale, P, N, True, PRECISION,
     )  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)
     real = first + o < n
@@ -143,46 +124,35 @@ def strides(*tensors: Tensor) -> list[int]:
     return [x.stride(d) for x in tensors for d in range(3)]
 
 
-def span_arguments(
-    key: Tensor, until: Tensor, bias: Tensor | None, biased_from: Tensor | None, lists: Blocks
-) -> tuple[list[Tensor], list[int]]:
-    """The kernels' arguments until, bias, since, index and count; strides of their rows and heads, and `columns`."""
+def span_arguments(key: Tensor, until: Tensor, lists: Blocks) -> tuple[list[Tensor], list[int]]:
+    """The kernels' arguments until, index and count; strides of their rows and heads, and `columns`."""
     until = until.contiguous()
-    since = until if biased_from is None else biased_from.contiguous()
-    tensors = [until, until if bias is None else bias.contiguous(), since, lists.index, lists.count]
-    wide = [x.expand(*key.shape[:2], -1) for x in (until, since, lists.count[..., 0].contiguous())]  # broadcast: 0
+    tensors = [until, lists.index, lists.count]
+    wide = [x.expand(*key.shape[:2], -1) for x in (until, lists.count[..., 0].contiguous())]  # broadcast: 0
     return tensors, [*(stride for x in wide for stride in x.stride()[:2]), lists.index.shape[-1]]
 
 
-def sizes(query: Tensor, key: Tensor, tile: Tiles, bias: Tensor | None) -> dict[str, Any]:
+def sizes(query: Tensor, key: Tensor, tile: Tiles) -> dict[str, Any]:
     """What the kernels are compiled for."""
     return {
         "HEADS": query.shape[1], "GROUPS": query.shape[1] // key.shape[1], "P": query.shape[-1],
-        "M": tile.queries, "N": tile.keys, "BIAS": bias is not None,
+        "M": tile.queries, "N": tile.keys,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    until: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    biased_from: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """See `ahn.ops.spans.attend`: (B, Hq, n, P), and (B, Hq, n) the `score` that the backward pass needs."""
     B, HEADS, n, P = query.shape
     tile = tiles("forward", query)
-    lists = blocks(until, biased_from, n, tile, by_key=False)
-    spans, span_strides = span_arguments(key, until, bias, biased_from, lists)
+    lists = blocks(until, n, tile, by_key=False)
+    spans, span_strides = span_arguments(key, until, lists)
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     out = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)
     score = torch.empty(B, HEADS, n, dtype=torch.float32, device=query.device)
     _forward[triton.cdiv(n, tile.queries), B * HEADS](
         query, key, value, *spans, out, score, n, key.shape[2], scaling * LOG2E.value,
-        *strides(query, key, value, out), *span_strides, **sizes(query, key, tile, bias),
+        *strides(query, key, value, out), *span_strides, **sizes(query, key, tile),
     )  # fmt: skip
     return out, score

@@ -1,7 +1,7 @@
 """The backward kernels of `ahn.ops.spans`, on the same lists of blocks as the forward one.
 
-One gives the gradient of queries, block by block. The other gives that of keys, values and biases, and adds up the
-query heads of a group inside one program: nothing is added by atomics, so the same inputs always give the same bits.
+One gives the gradient of queries, block by block. The other gives that of keys and values, and adds up the query
+heads of a group inside one program: nothing is added by atomics, so the same inputs always give the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops.spans_blocks import blocks, tiles
-from ahn.ops.spans_triton import LENGTHS, LOG2E, _columns, _logits, _tile, by_rows, sizes, span_arguments, strides
+from ahn.ops.spans_triton import LENGTHS, LOG2E, _masked, _tile, by_rows, sizes, span_arguments, strides
 
 DELTA_ROWS = 64
 # Sinks are seen by all queries, other keys by a window's worth: a single program for a block of sinks would still run
@@ -35,8 +35,8 @@ def _delta(out, gradient, delta, n, ob, oh, ot, gb, gh, gt, HEADS: tl.constexpr,
 
 @triton.jit
 def _back_to_queries(
-    acc, q, g, lse, d, i, first, key, value, until, bias, since, index, begin, stop, before, T, kt, vt, scale,
-    P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, q, g, lse, d, i, key, value, until, index, begin, stop, before, T, kt, vt, scale,
+    P: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o, p = tl.arange(0, N), tl.arange(0, P)
     start = tl.load(index + begin, mask=begin < stop, other=0) * N
@@ -45,8 +45,11 @@ def _back_to_queries(
         k = _tile(key, start, o, p, kt, T, P, MASKED)
         v = _tile(value, start, o, p, vt, T, P, MASKED)
         s = tl.dot(q, k.trans(), input_precision=PRECISION)
-        end, from_, b = _columns(until, bias, since, c, T, MASKED, BIAS)
-        x = _logits(s, i, c, first, before, end, from_, b, scale, MASKED, BIAS)
+        if MASKED:
+            end = tl.load(until + c, mask=c < T, other=0)
+            x = _masked(s * scale, i, c, before, end)
+        else:
+            x = s * scale
         e = tl.exp2(x - lse[:, None])
         ds = e * (tl.dot(g, v.trans(), input_precision=PRECISION) - d[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -56,10 +59,10 @@ def _back_to_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _backward_queries(
-    query, key, value, until, bias, since, index, count, score, gradient, delta, of_query, n, T, scale, scaling,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ob, oh, ot, ub, uh, sb, sh, xb, xh, columns,
+    query, key, value, until, index, count, score, gradient, delta, of_query, n, T, scale, scaling,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ob, oh, ot, ub, uh, xb, xh, columns,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -75,19 +78,17 @@ def _backward_queries(
     key += b * kb + head * kh
     value += b * vb + head * vh
     until += b * ub + head * uh
-    since += b * sb + head * sh
-    bias += (b * (HEADS // GROUPS) + head) * T
     at = b * xb + head * xh + block
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
     index += at * columns
     acc = tl.zeros([M, P], tl.float32)
     acc = _back_to_queries(
-        acc, q, g, lse, d, i, first, key, value, until, bias, since, index, 0, whole, T - n, T, kt, vt, scale,
-        P, N, False, BIAS, PRECISION,
+        acc, q, g, lse, d, i, key, value, until, index, 0, whole, T - n, T, kt, vt, scale,
+        P, N, False, PRECISION,
     )  # fmt: skip
     acc = _back_to_queries(
-        acc, q, g, lse, d, i, first, key, value, until, bias, since, index, whole, some, T - n, T, kt, vt, scale,
-        P, N, True, BIAS, PRECISION,
+        acc, q, g, lse, d, i, key, value, until, index, whole, some, T - n, T, kt, vt, scale,
+        P, N, True, PRECISION,
     )  # fmt: skip
     to = of_query + b * ob + h * oh + first.to(tl.int64) * ot + o[:, None] * ot + p[None, :]
     tl.store(to, acc * scaling, mask=real[:, None])
@@ -95,10 +96,9 @@ def _backward_queries(
 
 @triton.jit
 def _back_to_keys(
-    dk, dv, db, k, v, c, end, start, bias, query, gradient, score, delta, index, begin, count, part, parts,
+    dk, dv, k, v, c, end, query, gradient, score, delta, index, begin, count, part, parts,
     before, n, qh, qt, gh, gt, scale,
-    GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of: `count` query blocks of a list, from `begin`, of each head of the group."""
     o, p = tl.arange(0, M), tl.arange(0, P)
@@ -115,35 +115,33 @@ def _back_to_keys(
         else:
             lse, d = tl.load(score + at), tl.load(delta + at)
         s = tl.dot(k, q.trans(), input_precision=PRECISION)
-        x = _logits(s, i, c, first, before, end, start, bias, scale, MASKED, BIAS)
+        x = s * scale
+        if MASKED:
+            x = _masked(x, i, c, before, end)
         e = tl.exp2(x - lse[None, :])
         g = _tile(gradient + head * gh, first, o, p, gt, n, P, MASKED)
         dv = tl.dot(e.to(g.dtype), g, dv, input_precision=PRECISION)
         ds = e * (tl.dot(v, g.trans(), input_precision=PRECISION) - d[None, :])
-        if BIAS:
-            db += tl.sum(tl.where((i if MASKED else first) >= start, ds, 0.0), 1)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         first = tl.load(index + begin + (j + 1) % count) * M
-    return dk, dv, db
+    return dk, dv
 
 
 @triton.jit
-def _store_keys(of_key, of_value, of_bias, dk, dv, db, o, p, stride, stop, BIAS: tl.constexpr):
+def _store_keys(of_key, of_value, dk, dv, o, p, stride, stop):
     """The first `stop` rows of a block."""
     to = o[:, None] * stride + p[None, :]
     tl.store(of_key + to, dk, mask=(o < stop)[:, None])
     tl.store(of_value + to, dv, mask=(o < stop)[:, None])
-    if BIAS:
-        tl.store(of_bias + o, db, mask=o < stop)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
-    query, key, value, until, bias, since, index, count, score, gradient, delta, order, work, of_key, of_value, of_bias,
+    query, key, value, until, index, count, score, gradient, delta, order, work, of_key, of_value,
     n, T, scale, scaling,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, wb, wh, wt, ub, uh, sb, sh, xb, xh, columns, split,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, wb, wh, wt, ub, uh, xb, xh, columns, split,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     HKV: tl.constexpr = HEADS // GROUPS
     row = tl.program_id(1).to(tl.int64)
@@ -160,7 +158,8 @@ def _backward_keys(
     k = _tile(key + b * kb + head * kh, first, o, p, kt, T, P, True)
     v = _tile(value + b * vb + head * vh, first, o, p, vt, T, P, True)
     c = (first + o)[:, None]
-    end, start, x = _columns(until + b * ub + head * uh, bias + row * T, since + b * sb + head * sh, c, T, True, BIAS)
+    until += b * ub + head * uh
+    end = tl.load(until + c, mask=c < T, other=0)
     query += b * qb + head * GROUPS * qh
     gradient += b * gb + head * GROUPS * gh
     score += (b * HEADS + head * GROUPS) * n
@@ -169,28 +168,27 @@ def _backward_keys(
     whole, some = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
     index += at * columns
     dk, dv = tl.zeros([N, P], tl.float32), tl.zeros([N, P], tl.float32)
-    db = tl.zeros([N], tl.float32)
-    dk, dv, db = _back_to_keys(
-        dk, dv, db, k, v, c, end, start, x, query, gradient, score, delta, index, 0, whole, part, parts,
-        T - n, n, qh, qt, gh, gt, scale, GROUPS, P, M, False, BIAS, PRECISION,
+    dk, dv = _back_to_keys(
+        dk, dv, k, v, c, end, query, gradient, score, delta, index, 0, whole, part, parts,
+        T - n, n, qh, qt, gh, gt, scale, GROUPS, P, M, False, PRECISION,
     )  # fmt: skip
-    dk, dv, db = _back_to_keys(
-        dk, dv, db, k, v, c, end, start, x, query, gradient, score, delta, index, whole, some - whole, part, parts,
-        T - n, n, qh, qt, gh, gt, scale, GROUPS, P, M, True, BIAS, PRECISION,
+    dk, dv = _back_to_keys(
+        dk, dv, k, v, c, end, query, gradient, score, delta, index, whole, some - whole, part, parts,
+        T - n, n, qh, qt, gh, gt, scale, GROUPS, P, M, True, PRECISION,
     )  # fmt: skip
     dk *= scaling
     if whole_blocks < 0:
-        work += (row * split * PARTS + program) * N * (2 * P + 1)
-        _store_keys(work, work + N * P, work + 2 * N * P, dk, dv, db, o, p, P, N, BIAS)
+        work += (row * split * PARTS + program) * (2 * N * P)
+        _store_keys(work, work + N * P, dk, dv, o, p, P, N)
     else:
         to = b * wb + head * wh + first.to(tl.int64) * wt
-        _store_keys(of_key + to, of_value + to, of_bias + row * T + first, dk, dv, db, o, p, wt, T - first, BIAS)
+        _store_keys(of_key + to, of_value + to, dk, dv, o, p, wt, T - first)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _join_parts(
-    work, order, of_key, of_value, of_bias, T, wb, wh, wt, xb, xh,
-    HKV: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
+    work, order, of_key, of_value, T, wb, wh, wt, xb, xh,
+    HKV: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the parts of a block that was split."""
     rank, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -198,16 +196,14 @@ def _join_parts(
     first = tl.load(order + b * xb + head * xh + rank) * N
     o, p = tl.arange(0, N), tl.arange(0, P)
     tile = o[:, None] * P + p[None, :]
-    dk, dv, db = tl.zeros([N, P], tl.float32), tl.zeros([N, P], tl.float32), tl.zeros([N], tl.float32)
-    work += (row * tl.num_programs(0) + rank) * PARTS * N * (2 * P + 1)
+    dk, dv = tl.zeros([N, P], tl.float32), tl.zeros([N, P], tl.float32)
+    work += (row * tl.num_programs(0) + rank) * PARTS * 2 * N * P
     for _ in range(PARTS):
         dk += tl.load(work + tile)
         dv += tl.load(work + N * P + tile)
-        if BIAS:
-            db += tl.load(work + 2 * N * P + o)
-        work += N * (2 * P + 1)
+        work += 2 * N * P
     to = b * wb + head * wh + first.to(tl.int64) * wt
-    _store_keys(of_key + to, of_value + to, of_bias + row * T + first, dk, dv, db, o, p, wt, T - first, BIAS)
+    _store_keys(of_key + to, of_value + to, dk, dv, o, p, wt, T - first)
 
 
 def delta(out: Tensor, gradient: Tensor) -> Tensor:
@@ -226,8 +222,6 @@ def queries(
     value: Tensor,
     until: Tensor,
     scaling: float,
-    bias: Tensor | None,
-    biased_from: Tensor | None,
     score: Tensor,
     gradient: Tensor,
     delta: Tensor,
@@ -241,13 +235,13 @@ def queries(
     """
     B, HEADS, n, P = query.shape
     tile = tiles("queries", query)
-    lists = blocks(until, biased_from, n, tile, by_key=False)
-    spans, span_strides = span_arguments(key, until, bias, biased_from, lists)
+    lists = blocks(until, n, tile, by_key=False)
+    spans, span_strides = span_arguments(key, until, lists)
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     found = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)
     _backward_queries[triton.cdiv(n, tile.queries), B * HEADS](
         query, key, value, *spans, score, gradient, delta, found, n, key.shape[2], scaling * LOG2E.value, scaling,
-        *strides(query, key, value, gradient, found), *span_strides, **sizes(query, key, tile, bias),
+        *strides(query, key, value, gradient, found), *span_strides, **sizes(query, key, tile),
     )  # fmt: skip
     return found
 
@@ -258,33 +252,29 @@ def keys(
     value: Tensor,
     until: Tensor,
     scaling: float,
-    bias: Tensor | None,
-    biased_from: Tensor | None,
     score: Tensor,
     gradient: Tensor,
     delta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of keys and values (B, Hkv, T, P) and of the bias (B, Hkv, T); arguments as for `queries`."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values (B, Hkv, T, P); arguments as for `queries`."""
     B, HKV, T, P = key.shape
     tile = tiles("keys", query)
-    lists = blocks(until, biased_from, query.shape[2], tile, by_key=True)
-    spans, span_strides = span_arguments(key, until, bias, biased_from, lists)
+    lists = blocks(until, query.shape[2], tile, by_key=True)
+    spans, span_strides = span_arguments(key, until, lists)
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     of_key, of_value = (torch.empty(B, T, HKV, P, dtype=key.dtype, device=key.device).transpose(1, 2) for _ in range(2))
-    of_bias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-    given = delta if of_bias is None else of_bias  # a pointer that is not used without a bias
     N, total = tile.keys, triton.cdiv(T, tile.keys)
     split = min(MOST_SPLIT, triton.cdiv(total, 16))
     order = lists.count[..., 1].argsort(dim=-1, descending=True, stable=True).int()
-    work = torch.empty(B * HKV * split * PARTS * N * (2 * P + 1), dtype=torch.float32, device=key.device)
+    work = torch.empty(B * HKV * split * PARTS * 2 * N * P, dtype=torch.float32, device=key.device)
     _backward_keys[total + split * (PARTS - 1), B * HKV](
-        query, key, value, *spans, score, gradient, delta, order, work, of_key, of_value, given,
+        query, key, value, *spans, score, gradient, delta, order, work, of_key, of_value,
         query.shape[2], T, scaling * LOG2E.value, scaling,
         *strides(query, key, value, gradient, of_key), *span_strides, split,
-        **sizes(query, key, tile, bias), PARTS=PARTS,
+        **sizes(query, key, tile), PARTS=PARTS,
     )  # fmt: skip
     _join_parts[split, B * HKV](
-        work, order, of_key, of_value, given, T, *strides(of_key), *span_strides[4:6],
-        HKV=HKV, P=P, N=N, BIAS=bias is not None, PARTS=PARTS, num_warps=8,
+        work, order, of_key, of_value, T, *strides(of_key), *span_strides[2:4],
+        HKV=HKV, P=P, N=N, PARTS=PARTS, num_warps=8,
     )  # fmt: skip
-    return of_key, of_value, of_bias
+    return of_key, of_value
