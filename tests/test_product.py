@@ -49,5 +49,8 @@ def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     norm = made(K) if data.draw(st.booleans()) else None
     residual = made(sizes[0] if silu else sum(sizes)) if data.draw(st.booleans()) else None
     arguments = (made(K), weights, biases, norm, 1e-5, silu, residual)
-    found = product_triton.product(*arguments, rows=data.draw(st.sampled_from([1, 4])), features=tile, warps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product_triton, "ROWS", data.draw(st.sampled_from([1, 4])))
+        patch.setattr(product_triton, "FEATURES", tile)
+        found = product_triton.product(*arguments)
     assert relative_error(found.cpu(), reference(*arguments).cpu()) < FLOAT32

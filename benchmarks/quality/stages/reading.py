@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import ahn
+from ahn import memory
 from ahn.checkpoint import load_adapter
 
 from .distill import adapter
@@ -65,13 +66,10 @@ def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: in
 
 def fit_window(model: PreTrainedModel, budget: int) -> int:
     """Narrow the window of an adapted model until sinks + window + slots is at most the budget; returns the slots."""
-    memory = next(layer.ahn.fn for layer in model.get_decoder().layers if hasattr(layer, "ahn"))
-    sinks = model.ahn_config.sinks
-    for window in range(budget - sinks, 0, -1):
-        if sinks + window + memory.slot_count(window) <= budget:
-            ahn.set_window(model, window, sinks)
-            return memory.slot_count(window)
-    raise ValueError(f"A budget of {budget} has no room for {sinks} sinks, a window and the slots of {memory.name}.")
+    config: ahn.AHNConfig = model.ahn_config
+    window = memory.window_within(config.memory, budget - config.sinks)
+    ahn.set_window(model, window, config.sinks)
+    return memory.slot_count(config.memory, window)
 
 
 def reader(model: PreTrainedModel) -> Hidden:

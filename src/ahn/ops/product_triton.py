@@ -91,23 +91,20 @@ def product(
     eps: float,
     silu: bool,
     residual: Tensor | None,
-    rows: int = ROWS,
-    features: int = FEATURES,
-    warps: int = WARPS,
 ) -> Tensor:
-    """See `ahn.ops.product.product`; the last three arguments are what a program takes at once."""
+    """See `ahn.ops.product.product`."""
     K = weights[0].shape[1]
     counts = tuple(weight.shape[0] for weight in weights)
-    features = min(features, triton.next_power_of_2(K))
+    features = min(FEATURES, triton.next_power_of_2(K))
     held = tuple(weight.contiguous() for weight in weights)
     out = torch.empty(counts[0] if silu else sum(counts), dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(counts[0], rows) if silu else sum(triton.cdiv(count, rows) for count in counts)
+    blocks = triton.cdiv(counts[0], ROWS) if silu else sum(triton.cdiv(count, ROWS) for count in counts)
     # Where there is no bias, a pointer that is never read.
     given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     _product[blocks,](
         x.contiguous(), held, given, counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
         COUNT=len(counts), BIASED=biased, NORM=norm is not None, SILU=silu, RESIDUAL=residual is not None,
-        ROWS=rows, FEATURES=features, LOOP=features < K, num_warps=warps, **dependent.options(x),
+        ROWS=ROWS, FEATURES=features, LOOP=features < K, num_warps=WARPS, **dependent.options(x),
     )  # fmt: skip
     return out

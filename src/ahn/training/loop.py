@@ -58,8 +58,8 @@ def distill(
     """Train a model's memory to give what full attention gives: AdamW on the adapter's parameters alone.
 
     The loop does not wait for the device between logs if batches come on the CPU (transformers asks it once a forward
-    whether samples are packed). Afterwards the model has its own
-    window and `requires_grad` flags again. Train or eval mode is the caller's: gradient checkpointing needs train mode.
+    whether samples are packed). Afterwards the model has its own window and `requires_grad` flags again. Train or eval
+    mode is the caller's: gradient checkpointing needs train mode.
 
     Args:
         model: with an AHN attached; its adapter in float32 (as `attach` makes it), the base in any precision.

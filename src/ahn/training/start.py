@@ -12,7 +12,7 @@ def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float)
     """Let the heads of each layer begin by forgetting with e-folds of `shortest` to `longest` tokens.
 
     They are spread evenly in the logarithm over a layer's heads. A memory that never forgets (DeltaNet) stays as it is.
-    Training hardly moves decay rates, so what a head begins with is what it can remember in the end (docs/results.md).
+    A brief training hardly moves decay rates: a head then remembers as long as it began with (docs/results.md).
     """
     for layer in model.get_decoder().layers:
         memory = layer.ahn.fn if hasattr(layer, "ahn") else None
