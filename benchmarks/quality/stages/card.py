@@ -12,7 +12,7 @@ from ahn.tiny.corpus import HELD_OUT
 from ahn.tiny.facts import QUESTION, STATEMENT
 
 from .log import read_lines
-from .recipe import SEED, Recipe
+from .recipe import SEED, Distillation, Recipe
 from .rows import FULL, WINDOW, Group, Results
 
 PACKAGE = Path(tiny.__file__).parent
@@ -63,10 +63,18 @@ def write_card(recipe: Recipe, out: Path) -> None:
         distill_lr=settings.lr,
         totals=", ".join(map(str, settings.totals)),
         sink_choices=", ".join(map(str, settings.sinks)),
+        start=_start(settings),
         chunks=recipe.contexts[0].chunks,
         memory_rows="\n".join(_memory_row(group) for run in recipe.runs for group in _of(results, run.name)),
     )
     (out / "README.md").write_text(text)
+
+
+def _start(settings: Distillation) -> str:
+    if settings.horizons is None:
+        return ""
+    shortest, longest = settings.horizons
+    return f". Where a memory forgets, its\nheads begin with e-folds of {shortest:g} to {longest:g} tokens"
 
 
 def install(recipe: Recipe, out: Path) -> None:

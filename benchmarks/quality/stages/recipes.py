@@ -27,7 +27,7 @@ TINY = Recipe(
         Phase(steps=1250, length=4096, batch=16, facts=(8, 48), reach=None),
         Phase(steps=150, length=8192, batch=8, facts=(16, 64), reach=None),
     ),
-    distillation=Distillation(),
+    distillation=Distillation(steps=600, horizons=SLOW),
     runs=(Run("gated_deltanet"), Run("deltanet"), Run("mamba2")),
     contexts=(Context(4096, (256,), chunks=24, texts=16), Context(8192, (256,), chunks=24, texts=16)),
     sinks=32,
@@ -66,8 +66,12 @@ STUDY = Recipe(
         Run("gated_deltanet-fixed512", {"memory": "gated_deltanet"}, {"total": 512}),
         # How it begins, and how it learns.
         Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}, seeds=_THREE, far=True),
-        Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}),
+        Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}, seeds=_THREE, far=True),
         Run("gated_deltanet-slow-long", {"memory": "gated_deltanet"}, {"horizons": SLOW, "steps": 1000}),
+        Run("deltanet-long", {"memory": "deltanet"}, {"steps": 1000}),
+        Run("deltanet-lr6e-3", {"memory": "deltanet"}, {"lr": 6e-3}),
+        Run("deltanet-q_proj", {"memory": "deltanet", "q_proj": True}),
+        Run("deltanet-router", {"memory": "deltanet", "router": True}),
     ),
     contexts=(
         Context(8192, (256, 512, 1024), chunks=32, texts=24, needle_lengths=(2048, 4096, 8192), trials=4),
