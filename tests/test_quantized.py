@@ -1,6 +1,6 @@
 """Quantized tokens between window and memory: against a full-sequence form, cut in any way, padded, saved and moved.
 
-Codes jump where a number lies on the edge of two levels, and float32 in another order of operations can carry it across.
+Codes jump where a number lies on the edge of two levels, and float32 in another order of operations can carry it over.
 The models here compute in float64 and the examples do not change from run to run, so that no test meets such a number.
 """
 
@@ -58,11 +58,15 @@ def quantize(x: Tensor, unbiased: bool, sinks: int, window: int) -> Tensor:
     z = y / y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
     level = levels[(z[..., None] - levels).abs().argmin(-1)]
     inner = (y * level).sum(-1, keepdim=True)
-    scale = y.square().sum(-1, keepdim=True) / inner.clamp_min(1e-30) if unbiased else inner / level.square().sum(-1, keepdim=True)
+    scale = (
+        y.square().sum(-1, keepdim=True) / inner.clamp_min(1e-30)
+        if unbiased
+        else inner / level.square().sum(-1, keepdim=True)
+    )
     return (level * scale.bfloat16()) @ rotation + mean
 
 
-def plain_attention(module, query, key, value, mask, scaling=None, **kwargs):  # noqa: ANN001, ANN003, ANN201
+def plain_attention(module, query, key, value, mask, scaling=None, **kwargs):
     W, S, C = WIDTHS["window"], WIDTHS["sinks"], WIDTHS["quantized"]
     groups, L = query.shape[1] // key.shape[1], query.shape[2]
     t, j = torch.arange(L)[:, None], torch.arange(L)
@@ -95,9 +99,7 @@ def plain(model: PreTrainedModel, ids: Tensor, window: int, sinks: int, quantize
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])  # qwen2: key biases, head dimension 8
-@given(
-    window=st.integers(1, 12), sinks=st.integers(0, 4), quantized=st.integers(1, 20), length=st.integers(1, 50)
-)
+@given(window=st.integers(1, 12), sinks=st.integers(0, 4), quantized=st.integers(1, 20), length=st.integers(1, 50))
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_it_is_the_plain_form(architecture: str, window: int, sinks: int, quantized: int, length: int) -> None:
     model, ids = with_tier(shared("window_only", architecture), window, sinks, quantized), tokens(2, length)
@@ -146,7 +148,11 @@ def test_codes_win_back_what_the_window_loses() -> None:
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @given(
-    window=st.integers(1, 12), sinks=st.integers(0, 5), quantized=st.integers(1, 20), pieces=pieces, chunk=st.integers(1, 9)
+    window=st.integers(1, 12),
+    sinks=st.integers(0, 5),
+    quantized=st.integers(1, 20),
+    pieces=pieces,
+    chunk=st.integers(1, 9),
 )
 @settings(max_examples=8, deadline=None, derandomize=True)
 @example(window=7, sinks=3, quantized=9, pieces=[1] * 40, chunk=1)

@@ -132,7 +132,7 @@ def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterato
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int | None = None) -> None:
-    """Change window, sinks and, unless None, the quantized tokens of an adapted model; caches made before keep theirs."""
+    """Change window, sinks and (unless None) quantized tokens of an adapted model; caches made before keep theirs."""
     _adapter(model)
     config: AHNConfig = model.ahn_config
     quantized = config.quantized if quantized is None else quantized
@@ -219,8 +219,8 @@ class DecoderHook:
         config: AHNConfig = self.model.ahn_config
         if config.quantized and torch.is_grad_enabled():
             raise AHNError(
-                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train with "
-                "quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
+                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
+                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
             )
         return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after, config.quantized)
 

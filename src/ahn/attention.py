@@ -156,8 +156,6 @@ def attention(
     slots = memory.extra_keys(left.key, left.value, view, state)
     if slots is not None:
         slot_keys, slot_values, visible, state = slots
-        if mask is None:
-            mask = torch.ones(1, 1, view.length, key.shape[2], dtype=torch.bool, device=key.device)
         key, value, mask = _with_extra_keys(key, value, mask, slot_keys, slot_values, visible[:, None])
     if dense is not None:
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
@@ -190,10 +188,10 @@ def _with_extra_keys(
     key: Tensor, value: Tensor, mask: Tensor | None, more_key: Tensor, more_value: Tensor, visible: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values with more before them, and the mask (B or 1, 1, n, T) of all; None where all are seen."""
-    if mask is not None or visible is not None:
-        n = (visible if mask is None else mask).shape[2]
+    known = visible if mask is None else mask
+    if known is not None:
         parts = [
-            torch.ones(1, 1, n, x.shape[2], dtype=torch.bool, device=x.device) if seen is None else seen
+            known.new_ones(1, 1, known.shape[2], x.shape[2]) if seen is None else seen
             for x, seen in ((more_key, visible), (key, mask))
         ]
         batch = max(len(part) for part in parts)

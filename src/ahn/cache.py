@@ -98,9 +98,7 @@ class AHNCache(Cache):
             before = before or Padding.none(batch, device)
             after = before.advance(new.to(device), self.seen)
         config = self.config
-        view = Visibility(
-            config.window, config.sinks, self.seen, length, device, before, after, config.quantized
-        )
+        view = Visibility(config.window, config.sinks, self.seen, length, device, before, after, config.quantized)
         self._batch, self._next_padding = batch, after
         for layer in self.memory_layers.values():
             layer.visibility = view

@@ -2,8 +2,8 @@
 
 A rotation makes the numbers of any vector look Gaussian (QuaRot, arXiv 2404.00456), and for Gaussian numbers the best
 four levels are known (Lloyd 1982, Max 1960), so nothing has to be learned or calibrated. A vector's one scale decides
-what the codes preserve: the least squared error, which suits values, or every inner product on average, which suits keys
-(TurboQuant, arXiv 2504.19874): the levels pull a vector towards zero, and a softmax over such keys is too flat.
+what the codes preserve: the least squared error, which suits values, or every inner product on average, which suits
+keys (TurboQuant, arXiv 2504.19874): the levels pull a vector towards zero, and a softmax over such keys is too flat.
 """
 
 from __future__ import annotations
