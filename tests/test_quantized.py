@@ -21,7 +21,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import ahn
+from ahn import bands
 from ahn.ops.quantize import decode, encode
+from ahn.visibility import Visibility
 
 TOLERANCE = 1e-4  # memories compute in float32
 MEMORIES = ("gated_deltanet", "mamba2", "window_only", "ct_avg")
@@ -143,6 +145,46 @@ def test_codes_win_back_what_the_window_loses() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_bands_with_a_tier_are_the_mask(data: st.DataObject) -> None:
+    window, sinks, quantized = (data.draw(st.integers(*range_)) for range_ in ((3, 12), (0, 3), (3, 15)))
+    seen, n = sinks + window + data.draw(st.integers(0, 20)), data.draw(st.integers(2, 40))
+    view = Visibility(window, sinks, seen, n, torch.device("cpu"), quantized=quantized)
+    held = min(seen - sinks - window, quantized)
+    query = torch.randn(1, 4, n, 8)
+    exact = [torch.randn(1, 2, view.cached + n, 8) for _ in range(2)]
+    coarse = [torch.randn(1, 2, held + n, 8) for _ in range(2)]
+    t = torch.arange(n)[:, None] + held  # which of the coarse keys leaves the window for a query
+    j = torch.arange(held + n)
+    mask = torch.cat([view.mask[0, 0], (j <= t) & (j > t - quantized)], dim=-1)
+    key, value = (torch.cat(pair, dim=2) for pair in zip(exact, coarse, strict=True))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    with torch.no_grad():
+        found = bands.attend(query, exact[0], exact[1], view, 0.3, (coarse[0], coarse[1]))
+    assert relative_error(found, expected) < 1e-5
+    joined = bands.join(query[:, :, -1:], (exact[0], exact[1]), (coarse[0], coarse[1]), 0.3)
+    whole = torch.nn.functional.scaled_dot_product_attention(query[:, :, -1:], key, value, scale=0.3, enable_gqa=True)
+    assert relative_error(joined, whole) < 1e-5
+
+
+@torch.no_grad()
+def test_bands_read_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mask of queries times keys: chunks after a full window, and single tokens, go through the fast kernels."""
+    model, ids = with_tier(shared("gated_deltanet"), 9, 2, 7), tokens(2, 40)
+    cache = ahn.AHNCache.for_model(model)
+    read(model, ids[:, :11], [11], cache)
+
+    def refused(*arguments: object) -> None:
+        raise AssertionError("a dense mask")
+
+    monkeypatch.setattr("ahn.attention._with_extra_keys", refused)
+    read(model, ids[:, 11:], [4, 8, 1, 1, 15], cache)
+    with pytest.raises(AssertionError, match="a dense mask"):  # a tier that one step would not fill
+        fresh = ahn.AHNCache.for_model(model)
+        read(model, ids, [11, 1], fresh)
+
+
 # -- however it is cut and padded --------------------------------------------------------------------------------------
 
 
@@ -201,6 +243,32 @@ def test_a_padded_batch_is_its_rows_alone(memory: str, turns: Turns, quantized: 
             for name, part in (layer.state or {}).items():
                 if name == "state" or name.startswith("quantized."):
                     assert relative_error(other.state[name][row], part[0]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("memory", MEMORIES[:3])
+@given(turns=turns(), quantized=st.integers(1, 12))
+@settings(max_examples=12, deadline=None, derandomize=True)
+@example(turns=Turns(window=5, sinks=2, chunks=[[9, 9], [1, 1], [30, 30], [1, 1], [1, 1], [4, 4]]), quantized=6)
+@example(turns=Turns(window=6, sinks=3, chunks=[[15, 4], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=4)
+def test_codes_that_lose_nothing_are_a_wider_window(memory: str, turns: Turns, quantized: int) -> None:
+    """Who sees whom, what is written when: all as with a window of W + C, if a code is the number itself."""
+    ids, mask, _ = padded(turns.chunks)
+    lengths = [max(chunk) for chunk in turns.chunks]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ahn.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
+        patch.setattr("ahn.quantized.decode", lambda codes, scale, dtype: codes)
+        model = with_tier(shared(memory), turns.window, turns.sinks, quantized)
+        tier = ahn.AHNCache.for_model(model)
+        found = read(model, ids, lengths, tier, mask)
+    model = with_tier(model, turns.window + quantized, turns.sinks, 0)
+    wide = ahn.AHNCache.for_model(model)
+    expected = read(model, ids, lengths, wide, mask)
+    assert relative_error(found[mask.bool()], expected[mask.bool()]) < TOLERANCE
+    for index, layer in wide.memory_layers.items():
+        if memory != "window_only":
+            state = tier.memory_layers[index].state
+            assert state is not None and layer.state is not None
+            assert relative_error(state["state"], layer.state["state"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -125,9 +125,9 @@ def attention(
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     # "eager" is asked for where its weights are wanted.
-    plain = kernel != "eager" and not _own_scores(kwargs) and not view.quantized
-    banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
-    spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs) and not memory.slot_count(view.window)
+    plain = kernel != "eager" and not _own_scores(kwargs) and not memory.slot_count(view.window)
+    banded = plain and bands.applies(view, query)
+    spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs)
     if banded or spanned:
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
@@ -145,15 +145,18 @@ def attention(
         state = cache_layer.state
     left = _without_padding(left, memory, view)
     state, tier = quantized.split(state)
+    writes, beside = view.delayed, None
     if view.quantized and view.evicted:
-        passed = quantized.push(view.tier, tier, left, key, value)
-        key, value, mask = _with_extra_keys(key, value, mask, passed.key, passed.value, passed.visible)
-        view, left, tier = view.delayed, _without_padding(passed.left, memory, view.delayed), passed.state
-    elif view.quantized:
-        view = view.delayed
+        passed = quantized.push(view.tier, tier, left, key, value, in_order=banded)
+        left, tier = _without_padding(passed.left, memory, writes), passed.state
+        whole = view.length == 1 and mask is None and passed.visible is None
+        if banded or (plain and whole and bands.supported(query)):
+            beside = passed.key, passed.value
+        else:
+            key, value, mask = _with_extra_keys(key, value, mask, passed.key, passed.value, passed.visible)
     state = state or memory.init_state(query.shape[0], query.device)
 
-    slots = memory.extra_keys(left.key, left.value, view, state)
+    slots = memory.extra_keys(left.key, left.value, writes, state)
     if slots is not None:
         slot_keys, slot_values, visible, state = slots
         key, value, mask = _with_extra_keys(key, value, mask, slot_keys, slot_values, visible[:, None])
@@ -161,21 +164,23 @@ def attention(
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if banded:
-        out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
+        out, weights = bands.attend(query, key, value, view, scaling, beside).transpose(1, 2), None
+    elif beside is not None:
+        out, weights = bands.join(query, (key, value), beside, scaling).transpose(1, 2), None
     elif spanned:
         out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
-    if view.evicted and isinstance(memory, RecurrentMemory):
+    if writes.evicted and isinstance(memory, RecurrentMemory):
         for observer in ahn_forward.observers:
             left = observer.writing(ahn_layer, left)
-        tail, before = view.length - view.evicted, state
-        read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
+        tail, before = view.length - writes.evicted, state
+        read, state = _write_and_read(module, memory, ahn_layer, writes, query, left, state)
         for observer in ahn_forward.observers:
-            read = observer.reading(Passage(module, ahn_layer, view, left, before, out[:, tail:], read))
-        whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
-        out = torch.cat([out[:, :tail], whole], dim=1) if tail else whole
+            read = observer.reading(Passage(module, ahn_layer, writes, left, before, out[:, tail:], read))
+        added = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
+        out = torch.cat([out[:, :tail], added], dim=1) if tail else added
     if cache_layer is not None:
         state = state | quantized.prefixed(tier)
         cache_layer.state = {name: part.detach() for name, part in state.items()} or None
@@ -201,7 +206,7 @@ def _with_extra_keys(
 
 def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
-    unpadded = view.evicted > 0 and not view.padded and not view.moved
+    unpadded = view.evicted > 0 and not view.padded and not view.moved and not view.quantized
     return unpadded and not kwargs.get("dropout") and spans.supported(query)
 
 

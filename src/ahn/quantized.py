@@ -102,7 +102,22 @@ class TierView:
         ring = self.capacity if self.held else 0
         new = ring + positions - self.new[:, :1]
         found = torch.where(positions < first, self._slots(positions), new) if self.held else new
-        return found.clamp(0, ring + self.view.evicted - 1)
+        return found.clamp(0, ring + (0 if self.steps else self.view.evicted) - 1)
+
+    def before(self, ring: Tensor, new: Tensor) -> Tensor:
+        """[ring before | leaving] of one tensor (B, H, C + m, ...); of a single token the ring says enough."""
+        return ring if self.steps else torch.cat([ring, new], dim=2)
+
+    @cached_property
+    def in_order(self) -> Tensor:
+        """(1, e + m) where in [ring before | leaving] the tokens are, the oldest first; only without padding."""
+        view = self.view
+        new = torch.arange(view.evicted, device=view.device)
+        if not self.held:
+            return new[None]
+        newest = view.seen - view.window  # the first position that is not in the ring
+        ring = torch.arange(max(view.sinks, newest - self.capacity), newest, device=view.device)
+        return torch.cat([self._slots(ring), self.capacity + new])[None]
 
     @cached_property
     def first_window(self) -> tuple[Tensor, Tensor | None] | None:
@@ -144,13 +159,16 @@ def split(state: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str,
 
 
 @torch.no_grad()
-def push(tier: TierView, state: dict[str, Tensor], left: Evicted, keys: Tensor, values: Tensor) -> Passed:
+def push(
+    tier: TierView, state: dict[str, Tensor], left: Evicted, keys: Tensor, values: Tensor, in_order: bool = False
+) -> Passed:
     """Take the tokens that leave the window, give those that leave the tier.
 
     Args:
         state: the tier's tensors before; empty before the first token left.
         left: m tokens; zeros for padding.
         keys, values: (B, Hkv, T, P) in columns, all that the forward holds exactly.
+        in_order: give the decoded tokens in the order of the text (there is no padding), without `visible`.
     """
     capacity, dtype = tier.capacity, left.key.dtype
     offsets = _offsets(tier, state, keys, values)
@@ -160,7 +178,7 @@ def push(tier: TierView, state: dict[str, Tensor], left: Evicted, keys: Tensor, 
         codes, scales = encode(x.to(precise(dtype)) - offset, unbiased=kind == "key")
         new |= {f"{kind}s": codes, f"{kind}_scales": scales}
     new |= {GATES + name: gate.to(dtype) for name, gate in left.gates.items()}
-    both = {name: torch.cat([state[name], x], dim=2) for name, x in new.items()} if tier.held else new
+    both = {name: x if not tier.held else tier.before(state[name], x) for name, x in new.items()}
     after = {name: _put(state.get(name), x, tier.targets, capacity) for name, x in new.items()}
 
     def decoded(kind: str, codes: dict[str, Tensor]) -> Tensor:
@@ -170,10 +188,12 @@ def push(tier: TierView, state: dict[str, Tensor], left: Evicted, keys: Tensor, 
     leaving = {name: gather(x, tier.sources) for name, x in both.items()}
     gates = {name.removeprefix(GATES): x.float() for name, x in leaving.items() if name.startswith(GATES)}
     seen = after if tier.steps else both
+    if in_order:
+        seen = {name: gather(x, tier.in_order) for name, x in both.items()}
     return Passed(
         key=decoded("key", seen),
         value=decoded("value", seen),
-        visible=tier.visible,
+        visible=None if in_order else tier.visible,
         left=dataclasses.replace(left, key=decoded("key", leaving), value=decoded("value", leaving), gates=gates),
         state=after | offsets,
     )
@@ -209,6 +229,9 @@ def _offsets(tier: TierView, state: dict[str, Tensor], keys: Tensor, values: Ten
 
 def _put(ring: Tensor | None, new: Tensor, slots: Tensor, capacity: int) -> Tensor:
     """new (B, H, m, ...) at slots (B or 1, m) of a copy of the ring (B, H, C, ...); slot C is dropped."""
+    if len(slots) == 1:  # no padding: all but the last C are dropped
+        copy = new.new_zeros(*new.shape[:2], capacity, *new.shape[3:]) if ring is None else ring.clone()
+        return copy.index_copy_(2, slots[0, -capacity:], new[:, :, -capacity:])
     spare = new.new_zeros(*new.shape[:2], capacity + 1 if ring is None else 1, *new.shape[3:])
     grown = spare if ring is None else torch.cat([ring, spare], dim=2)
     index = slots[:, None].expand(new.shape[0], new.shape[1], -1)

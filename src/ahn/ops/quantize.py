@@ -24,7 +24,8 @@ EDGES = (-0.9815988, 0.0, 0.9815988)
 def rotate(x: Tensor) -> Tensor:
     """x (..., P) times a Hadamard matrix over the largest power of two that divides P; its own inverse."""
     size = x.shape[-1] & -x.shape[-1]
-    return (x.unflatten(-1, (-1, size)) @ _hadamard(size, x.dtype, x.device)).flatten(-2)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.unflatten(-1, (-1, size)) @ _hadamard(size, x.dtype, x.device)).flatten(-2)
 
 
 def encode(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
