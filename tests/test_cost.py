@@ -83,8 +83,9 @@ def test_formula_of_the_paper_for_one_layer() -> None:
 
 @pytest.mark.parametrize("name", memory.names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype) -> None:
-    config = AHNConfig(memory=name, window=24, sinks=8, full_attention_layers=(1,))
+@pytest.mark.parametrize("quantized", [0, 20])
+def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype, quantized: int) -> None:
+    config = AHNConfig(memory=name, window=24, sinks=8, full_attention_layers=(1,), quantized=quantized)
     model = AutoModelForCausalLM.from_config(tiny(), dtype=dtype)
     ahn.attach(model, config)
     for length in (5, 32, 33, 70):
@@ -92,10 +93,25 @@ def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype) -> None:
             cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
         usage = cost(tiny(), config, length, dtype=dtype).ahn
         held = cache.nbytes()
-        if length <= 32:  # nothing is in the state yet; whether its zeros lie in memory is the cache's affair
-            held -= sum(x.nbytes for layer in cache.memory_layers.values() for x in (layer.state or {}).values())
+        if (
+            length <= 32 + quantized
+        ):  # nothing is in the state yet; whether its zeros lie in memory is the cache's affair
+            held -= sum(layer.state["state"].nbytes for layer in cache.memory_layers.values())
         assert held == usage.cache_bytes
-        assert (usage.state_bytes > 0) == (length > 32)
+        assert (usage.state_bytes > 0) == (length > 32 + quantized)
+        assert (usage.quantized_bytes > 0) == (quantized > 0 and length > 32)
+
+
+def test_quantized_tokens_are_keys_at_an_eighth_of_the_bytes() -> None:
+    plain, coarse = (AHNConfig(memory="window_only", window=24, sinks=8, quantized=n) for n in (0, 20))
+    L, W, C, layers, heads, kv_heads, P = 100, 32, 20, 3, 4, 2, 8
+    more = cost(tiny(), coarse, L).ahn.mixer_flops - cost(tiny(), plain, L).ahn.mixer_flops
+    assert more == layers * 4 * P * heads * (C * C / 2 + (L - W - C) * C)
+    usage = cost(tiny(), coarse, L).ahn
+    assert usage.quantized_numbers == layers * 2 * C * P * kv_heads
+    # codes of two bits, a scale of two bytes for each key and value, an offset in float32 for each of both
+    assert usage.quantized_bytes == layers * 2 * kv_heads * (C * (P // 4 + 2) + 4 * P)
+    assert usage.cache_numbers == usage.kv_numbers + usage.quantized_numbers
 
 
 @pytest.mark.parametrize("name", memory.names() + memory.baselines())

@@ -112,10 +112,10 @@ def _distill(options: argparse.Namespace, out: Path) -> None:
 
 def _evaluate(options: argparse.Namespace, out: Path) -> None:
     from stages.evaluate import evaluate
-    from stages.recipe import baselines, tasks
+    from stages.recipe import tasks, untrained
 
     index, count = options.share
-    chosen = [*tasks(options.recipe, options.only, options.seeds), *baselines(options.only)]
+    chosen = [*tasks(options.recipe, options.only, options.seeds), *untrained(options.recipe, options.only)]
     evaluate(options.recipe, out, chosen[index::count], _device(options))
 
 

@@ -25,6 +25,7 @@ from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.observer import Observer
+from ahn.ops.quantize import PER_BYTE
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
 
@@ -61,6 +62,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
     shape = ModelShape.from_config(model.config)
+    _check_head_dim(shape, config.quantized)
     decoder, layers = _decoder_layers(model)
     chosen = shape.memory_layers(config.full_attention_layers)
     modules = {index: _attention_module(layers[index], shape) for index in chosen}
@@ -129,10 +131,13 @@ def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterato
         observers.remove(observer)
 
 
-def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
-    """Change window and sinks of an adapted model; caches made before keep theirs."""
+def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int | None = None) -> None:
+    """Change window, sinks and (unless None) quantized tokens of an adapted model; caches made before keep theirs."""
     _adapter(model)
-    model.ahn_config = model.ahn_config.replace(window=window, sinks=sinks)
+    config: AHNConfig = model.ahn_config
+    quantized = config.quantized if quantized is None else quantized
+    _check_head_dim(ModelShape.from_config(model.config), quantized)
+    model.ahn_config = config.replace(window=window, sinks=sinks, quantized=quantized)
 
 
 def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -212,7 +217,12 @@ class DecoderHook:
             before = Padding.none(batch, tokens.device)
             after = before.advance(new)
         config: AHNConfig = self.model.ahn_config
-        return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after)
+        if config.quantized and torch.is_grad_enabled():
+            raise AHNError(
+                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
+                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
+            )
+        return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after, config.quantized)
 
 
 def _adapter(model: PreTrainedModel) -> Adapter:
@@ -236,6 +246,13 @@ def _add_memory(layer: nn.Module, module: nn.Module, shape: ModelShape, config: 
         layer.ahn = AHN(fn.float())
         if config.router and isinstance(fn, memory.RecurrentMemory):
             layer.ahn_router = Router(shape.heads)
+
+
+def _check_head_dim(shape: ModelShape, quantized: int) -> None:
+    if quantized and shape.head_dim % PER_BYTE:
+        raise AHNError(
+            f"quantized needs a head dimension that is a multiple of {PER_BYTE}, this model's is {shape.head_dim}."
+        )
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn import bands, ops
+from ahn import bands, ops, quantized
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
 from ahn.decode.layer import StepForward, step_attention
@@ -124,9 +124,10 @@ def attention(
         return kernel_function(kernel, module)(module, query, key, value, attention_mask.resolve(kernel), **kwargs)
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
-    plain = kernel != "eager" and not _own_scores(kwargs)  # "eager" is asked for where its weights are wanted
-    banded = plain and bands.applies(view, query) and not memory.slot_count(view.window)
-    spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs) and not memory.slot_count(view.window)
+    # "eager" is asked for where its weights are wanted.
+    plain = kernel != "eager" and not _own_scores(kwargs) and not memory.slot_count(view.window)
+    banded = plain and bands.applies(view, query)
+    spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs)
     if banded or spanned:
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
@@ -143,47 +144,69 @@ def attention(
         left = Evicted(*cache_layer.evict(key, value, gates))
         state = cache_layer.state
     left = _without_padding(left, memory, view)
-    if state is None:
-        state = memory.init_state(query.shape[0], query.device)
+    state, tier = quantized.split(state)
+    writes, beside = view.delayed, None
+    if view.quantized and view.evicted:
+        passed = quantized.push(view.tier, tier, left, key, value, in_order=banded)
+        left, tier = _without_padding(passed.left, memory, writes), passed.state
+        whole = view.length == 1 and mask is None and passed.visible is None
+        if banded or (plain and whole and bands.supported(query)):
+            beside = passed.key, passed.value
+        else:
+            key, value, mask = _with_extra_keys(key, value, mask, passed.key, passed.value, passed.visible)
+    state = state or memory.init_state(query.shape[0], query.device)
 
-    slots = memory.extra_keys(left.key, left.value, view, state)
+    slots = memory.extra_keys(left.key, left.value, writes, state)
     if slots is not None:
         slot_keys, slot_values, visible, state = slots
-        if mask is None:
-            mask = torch.ones(1, 1, view.length, key.shape[2], dtype=torch.bool, device=key.device)
-        mask = torch.cat(
-            [visible[:, None].expand(query.shape[0], -1, -1, -1), mask.expand(query.shape[0], -1, -1, -1)], -1
-        )
-        key, value = torch.cat([slot_keys, key], dim=2), torch.cat([slot_values, value], dim=2)
+        key, value, mask = _with_extra_keys(key, value, mask, slot_keys, slot_values, visible[:, None])
     if dense is not None:
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if banded:
-        out, weights = bands.attend(query, key, value, view, scaling).transpose(1, 2), None
+        out, weights = bands.attend(query, key, value, view, scaling, beside).transpose(1, 2), None
+    elif beside is not None:
+        out, weights = bands.join(query, (key, value), beside, scaling).transpose(1, 2), None
     elif spanned:
         out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:
         out, weights = kernel_function(kernel, module)(module, query, key, value, mask, **kwargs)
 
-    if view.evicted and isinstance(memory, RecurrentMemory):
+    if writes.evicted and isinstance(memory, RecurrentMemory):
         for observer in ahn_forward.observers:
             left = observer.writing(ahn_layer, left)
-        tail, before = view.length - view.evicted, state
-        read, state = _write_and_read(module, memory, ahn_layer, view, query, left, state)
+        tail, before = view.length - writes.evicted, state
+        read, state = _write_and_read(module, memory, ahn_layer, writes, query, left, state)
         for observer in ahn_forward.observers:
-            read = observer.reading(Passage(module, ahn_layer, view, left, before, out[:, tail:], read))
-        whole = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
-        out = torch.cat([out[:, :tail], whole], dim=1) if tail else whole
+            read = observer.reading(Passage(module, ahn_layer, writes, left, before, out[:, tail:], read))
+        added = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
+        out = torch.cat([out[:, :tail], added], dim=1) if tail else added
     if cache_layer is not None:
+        state = state | quantized.prefixed(tier)
         cache_layer.state = {name: part.detach() for name, part in state.items()} or None
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(cache_layer)
     return out, weights
 
 
+def _with_extra_keys(
+    key: Tensor, value: Tensor, mask: Tensor | None, more_key: Tensor, more_value: Tensor, visible: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values with more before them, and the mask (B or 1, 1, n, T) of all; None where all are seen."""
+    known = visible if mask is None else mask
+    if known is not None:
+        parts = [
+            known.new_ones(1, 1, known.shape[2], x.shape[2]) if seen is None else seen
+            for x, seen in ((more_key, visible), (key, mask))
+        ]
+        batch = max(len(part) for part in parts)
+        mask = torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=-1)
+    return torch.cat([more_key, key], dim=2), torch.cat([more_value, value], dim=2), mask
+
+
 def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
-    unpadded = view.evicted > 0 and not view.padded and not view.moved
+    unpadded = view.evicted > 0 and not view.padded and not view.moved and not view.quantized
     return unpadded and not kwargs.get("dropout") and spans.supported(query)
 
 

@@ -4,10 +4,13 @@ Of n new queries after a full window, query i sees the sinks, window keys that a
 new keys up to its own. That is a rectangle that every query sees whole and two triangles of n × n: the new keys
 (causal), and the window's oldest keys (causal once queries and keys are turned round). Three calls of the fastest dense
 kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
+
+Quantized tokens are a second window, over the stream of tokens that left the first one: as many parts again.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -19,32 +22,41 @@ from ahn.ops.merge import Part, merge
 from ahn.visibility import Visibility
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
+KeysValues: TypeAlias = tuple[Tensor, Tensor]
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 
 def applies(view: Visibility, query: Tensor) -> bool:
     """Whether `attend` can do this forward, and is the faster way."""
-    n, P = query.shape[2:]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and not (half and P % 8 == 0 and P <= 128 and has_triton() and _ampere(query.device)):
-        return False
-    if query.device.type not in ("cuda", "cpu") or torch.is_grad_enabled() or n < 2 or view.seen == 0:
-        return False
-    if view.padded or view.moved or torch.is_autocast_enabled(query.device.type):
+    if not supported(query) or query.shape[2] < 2 or view.seen == 0 or view.padded or view.moved:
         return False
     if view.seen >= view.sinks + view.window:
-        return view.window > 2
+        return view.window > 2 and view.quantized not in (1, 2)
     # On a CPU nothing has changed until something leaves the window, to the last bit. On a GPU the base model's own way
     # of reading a later chunk is a dense mask.
     return query.is_cuda and view.evicted == 0
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float) -> Tensor:
+def supported(query: Tensor) -> bool:
+    """Whether there are kernels for such queries that say their log-sum-exp; they have no backward."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    P = query.shape[-1]
+    if query.is_cuda and not (half and P % 8 == 0 and P <= 128 and has_triton() and _ampere(query.device)):
+        return False
+    device = query.device.type
+    return device in ("cuda", "cpu") and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float, tier: KeysValues | None = None
+) -> Tensor:
     """Attention of n new queries that follow `view.seen` tokens.
 
     Args:
         query: (B, Hq, n, P); keys, values: (B, Hkv, cached + n, P) in columns.
         view: without padding; either nothing leaves the window, or it is full before the first query.
+        tier: keys and values (B, Hkv, e + n, P) of quantized tokens, decoded: the e ≤ C held before, the oldest first,
+            and the n that leave the window, each seen by C queries from its own on.
 
     Returns:
         (B, Hq, n, P).
@@ -54,17 +66,53 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scalin
         old = (keys[:, :, :cached], values[:, :, :cached])
         new = (keys[:, :, cached:], values[:, :, cached:])
         return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling)])
-    size = min(BLOCK, view.window - 1)
-    blocks = [
-        _block(query[:, :, a : a + size], keys, values, a, view.sinks, view.window, scaling) for a in range(0, n, size)
-    ]
+    size = min(BLOCK, view.window - 1, view.quantized - 1 if tier else BLOCK)
+    held = tier[0].shape[2] - n if tier else 0
+    cuts = {*range(0, n, size), n}
+    if tier and 0 < view.quantized - held < n:
+        cuts.add(view.quantized - held)  # a block's queries all find the tier full, or none of them does
+    blocks = []
+    for start, stop in itertools.pairwise(sorted(cuts)):
+        block = query[:, :, start:stop]
+        exact = _parts(block, keys, values, view.sinks + start, view.sinks, view.window, scaling)
+        if tier is None:
+            blocks.append(merge(exact))
+        else:
+            coarse = _parts(block, *tier, held + start - view.quantized, 0, view.quantized, scaling)
+            blocks.append(merge([_joined(exact), _joined(coarse)]))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, window: int, scaling: float) -> Tensor:
-    """Queries `start` and following, at most window - 1 of them."""
+def join(query: Tensor, first: KeysValues, second: KeysValues, scaling: float) -> Tensor:
+    """A single query a row, (B, Hq, 1, P), over two sets of keys and values that it sees whole."""
+    run = _flash if query.is_cuda else _cpu  # cuDNN wants more than one
+    return merge([Part(*run(query, *part, False, scaling)) for part in (first, second)])
+
+
+def _joined(parts: list[Part]) -> Part:
+    """Several parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = torch.stack([part.score.flip(2) if part.turned else part.score for part in parts])
+    return Part(merge(parts), scores.logsumexp(0))
+
+
+def _parts(
+    query: Tensor, keys: Tensor, values: Tensor, first: int, sinks: int, window: int, scaling: float
+) -> list[Part]:
+    """Attention of m consecutive queries, at most window - 1.
+
+    Args:
+        first: the newest column that the first query does not see any more; negative, by at least m, where the first
+            `window` columns are still filling and there are no sinks.
+    """
     m = query.shape[2]
-    first = sinks + start  # the oldest column that the block's first query does not see any more
+    if first < 0:
+        own = slice(first + window, first + window + m)
+        parts = [_part(query, keys[:, :, own], values[:, :, own], True, scaling)]
+        if own.start:
+            parts.append(_part(query, keys[:, :, : own.start], values[:, :, : own.start], False, scaling))
+        return parts
     own, oldest, rest = (
         slice(first + window, first + window + m),
         slice(first + 1, first + 1 + m),
@@ -78,7 +126,7 @@ def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, 
     if sinks or window > m + 1:
         whole = [torch.cat([x[:, :, :sinks], x[:, :, rest]], dim=2) for x in (keys, values)]
         parts.append(_part(query, whole[0], whole[1], False, scaling))
-    return merge(parts)
+    return parts
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float, turned: bool = False) -> Part:

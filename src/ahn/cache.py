@@ -97,7 +97,8 @@ class AHNCache(Cache):
         if new is not None and (before is not None or not bool(new.all())):
             before = before or Padding.none(batch, device)
             after = before.advance(new.to(device), self.seen)
-        view = Visibility(self.config.window, self.config.sinks, self.seen, length, device, before, after)
+        config = self.config
+        view = Visibility(config.window, config.sinks, self.seen, length, device, before, after, config.quantized)
         self._batch, self._next_padding = batch, after
         for layer in self.memory_layers.values():
             layer.visibility = view

@@ -132,7 +132,8 @@ class AHNLayer(CacheLayerMixin):
 
     def _steps_in_slots(self, view: Visibility) -> bool:
         """A single token after the window is full replaces the one that leaves instead of copying the window."""
-        return view.length == 1 and view.rolled and view.shift is None
+        starts_tier = view.quantized > 0 and view.begins  # the mean of the first window is taken in columns
+        return view.length == 1 and view.rolled and view.shift is None and not starts_tier
 
     def enter_slots(self, read: Tensor) -> None:
         """Lay the tokens out in fixed slots; read (B or 1,) real tokens of each row before now."""

@@ -17,7 +17,8 @@ class AHNConfig:
     """How a frozen decoder attends and remembers (arXiv 2510.07318, section 3).
 
     A query at position t attends exactly to the first `sinks` tokens and to the last `window` tokens, itself
-    included. Every other token is written into the memory of its layer when it leaves the window.
+    included. Every other token is written into the memory of its layer when it leaves the window, or, with `quantized`,
+    that many tokens later: until then queries see what two bits a number keep of it (`ahn.quantized`).
 
     Args:
         memory: one of `ahn.memory.names()`, or of `ahn.memory.baselines()` to compare with.
@@ -28,6 +29,8 @@ class AHNConfig:
         q_proj: learn, per head, a projection of the query that reads the memory.
         prefill_chunk_size: tokens processed at once when a prompt is longer than the lossless total. A trade of
             speed against peak memory; the result is the same to float tolerance.
+        quantized: number of tokens before the window that are still seen, at two bits a number (C ≥ 0). For inference
+            with any memory, trained without it; at two bits a token takes about an eighth of its bytes in the window.
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
@@ -40,9 +43,10 @@ class AHNConfig:
     router: bool = False
     q_proj: bool = False
     prefill_chunk_size: int = 8192
+    quantized: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1)):
+        for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {value!r}.")

@@ -26,7 +26,9 @@ class Usage:
 
     Numbers and bytes of the cache differ in two ways. The paper counts numbers: keys, values and states alike. Bytes
     are what `AHNCache` occupies: keys, values and the write gates of the kept tokens in the model's dtype, states in
-    float32. The gates wait there until their token leaves (the paper leaves them out).
+    float32. The gates wait there until their token leaves (the paper leaves them out). Keys and values of quantized
+    tokens are numbers like others; their bytes are codes, scales and offsets (all of them from the first token on that
+    leaves the window).
 
     A FLOP is a multiplication or an addition. As in the paper only matrix products count (norms, RoPE, softmax and
     element-wise gates do not), and a causal product of L queries with L keys counts half of the square.
@@ -41,16 +43,18 @@ class Usage:
     """Attention with its projections, plus the memory."""
     model_flops: int
     """Mixer, MLP, and the vocabulary's two matrices, as the paper counts them."""
+    quantized_numbers: int = 0
+    quantized_bytes: int = 0
 
     @property
     def cache_numbers(self) -> int:
         """The paper's measure of the cache: keys, values and states."""
-        return self.kv_numbers + self.state_numbers
+        return self.kv_numbers + self.quantized_numbers + self.state_numbers
 
     @property
     def cache_bytes(self) -> int:
         """What the cache occupies."""
-        return self.kv_bytes + self.state_bytes + self.gate_bytes
+        return self.kv_bytes + self.quantized_bytes + self.state_bytes + self.gate_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,8 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
     (gate projections, `o_proj`, `q_proj`) a token. For Gated DeltaNet that is the paper's `P²·Hq + 3·D·Hq + P²·Hq`.
     The baselines have no matrices; slots that attention sees besides the window count as keys and values held in
     float32 (all of them from the first evicted token on; the one that is being filled is left out).
+    With C quantized tokens each of the last L - W queries attends to up to C more keys, and the memory begins to be
+    written C tokens later. The rotations of encoding and decoding are left out.
     Up to W tokens nothing is written and both columns are equal (but for the waiting gates in `gate_bytes`).
     Layers without a memory cost the same in both columns: full attention, or sliding attention with its own window.
 
@@ -193,7 +199,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
     return _MemorySizes(
         parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if routed else 0),
         matrices=sum(p.numel() for p in parameters if p.dim() > 1),
-        slots=module.slot_count(ahn_config.window),
+        slots=module.slot_count(ahn_config.window + ahn_config.quantized),
         state_numbers=sum(s.numel() for s in states),
         state_bytes=sum(s.nbytes for s in states),
         gate_numbers=sum(g.numel() for g in gates),
@@ -224,11 +230,12 @@ def _base_layer(shape: ModelShape, text: Any, layer: int, length: int, width: in
 
 
 def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig, length: int, width: int) -> Usage:
-    exact = _attention(shape, length, ahn_config.lossless, width)
-    gate_bytes = min(length, ahn_config.lossless) * sizes.gate_numbers * width
-    written = max(0, length - ahn_config.lossless)
+    exact = _with_tier(_attention(shape, length, ahn_config.lossless, width), shape, ahn_config, length)
+    waiting = min(length, ahn_config.lossless) + (ahn_config.quantized if length > ahn_config.lossless else 0)
+    exact = dataclasses.replace(exact, gate_bytes=waiting * sizes.gate_numbers * width)
+    written = max(0, length - ahn_config.lossless - ahn_config.quantized)
     if written == 0:
-        return dataclasses.replace(exact, gate_bytes=gate_bytes)
+        return exact
     P, Hq, Hkv = shape.head_dim, shape.heads, shape.kv_heads
     slot_numbers = 2 * sizes.slots * P * Hkv
     slot_flops = 4 * sizes.slots * P * Hq
@@ -236,8 +243,24 @@ def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig,
         exact,
         state_numbers=sizes.state_numbers + slot_numbers,
         state_bytes=sizes.state_bytes + slot_numbers * FLOAT32_BYTES,
-        gate_bytes=gate_bytes,
         mixer_flops=exact.mixer_flops + written * (2 * (sizes.state_numbers + sizes.matrices) + slot_flops),
+    )
+
+
+def _with_tier(exact: Usage, shape: ModelShape, ahn_config: AHNConfig, length: int) -> Usage:
+    """With the quantized tokens that are seen besides the exact ones."""
+    left, capacity = length - ahn_config.lossless, ahn_config.quantized
+    if capacity == 0 or left <= 0:
+        return exact
+    from ahn.quantized import nbytes
+
+    held = min(left, capacity)
+    attended = held**2 / 2 + (left - held) * held  # keys, over all queries: the tier fills and stays full
+    return dataclasses.replace(
+        exact,
+        mixer_flops=exact.mixer_flops + round(4 * attended * shape.head_dim * shape.heads),
+        quantized_numbers=2 * held * shape.head_dim * shape.kv_heads,
+        quantized_bytes=nbytes(capacity, shape.kv_heads, shape.head_dim),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ahn.errors import AHNError
 from ahn.ops.spans import FOR_EVER
+from ahn.quantized import TierView
 from ahn.slots import Slots, gather
 
 
@@ -69,7 +70,7 @@ class Padding:
 
 @dataclasses.dataclass
 class Visibility:
-    """One forward's view: `length` new tokens after `seen` cached ones, window W and sinks S.
+    """One forward's view: `length` new tokens after `seen` cached ones, window W, sinks S and C = `quantized`.
 
     Cached keys lie in index order while `seen ≤ S + W`; afterwards ("rolled") as [S sinks | last W indices]. New keys
     follow. A forward without cache has `seen = 0`.
@@ -82,6 +83,7 @@ class Visibility:
     device: torch.device
     before: Padding | None = None
     after: Padding | None = None
+    quantized: int = 0
 
     @property
     def total(self) -> int:
@@ -91,17 +93,44 @@ class Visibility:
     @property
     def rolled(self) -> bool:
         """The cached keys are [sinks | window], not everything."""
-        return self.seen > self.sinks + self.window
+        return self.seen > self.lossless
 
     @property
     def cached(self) -> int:
         """Number of cached key slots before this forward."""
-        return min(self.seen, self.sinks + self.window)
+        return min(self.seen, self.lossless)
 
     @property
     def evicted(self) -> int:
         """Number of tokens that leave the window during this forward; the last `evicted` queries read the memory."""
         return max(0, min(self.length, self.total - self.sinks - self.window))
+
+    @property
+    def lossless(self) -> int:
+        """Columns up to which nothing leaves the window."""
+        return self.sinks + self.window
+
+    @cached_property
+    def delayed(self) -> Visibility:
+        """The memory's view: what left the window reaches it `quantized` tokens later, as from a wider window."""
+        if not self.quantized:
+            return self
+        return dataclasses.replace(self, window=self.window + self.quantized, quantized=0)
+
+    @cached_property
+    def tier(self) -> TierView:
+        """Who sees which of the quantized tokens."""
+        return TierView(self)
+
+    @cached_property
+    def beginning(self) -> Tensor:
+        """(B or 1,) rows whose first token leaves the window."""
+        return (self.read_before <= self.lossless) & (self.read_after > self.lossless)
+
+    @cached_property
+    def begins(self) -> bool:
+        """Whether a row's first token leaves the window."""
+        return bool(self.beginning.any()) if self.padded else self.seen <= self.lossless < self.total
 
     @cached_property
     def shift(self) -> Tensor | None:
@@ -194,7 +223,7 @@ class Visibility:
         """Mask (B, 1, 1, S + W) of one query over fixed slots that hold its own key already; None: all are visible."""
         if not self.padded:
             return None
-        return (self._indices(0, self.sinks + self.window) <= self._read())[:, None, None, :]
+        return (self._indices(0, self.lossless) <= self._read())[:, None, None, :]
 
     @cached_property
     def read_before(self) -> Tensor:
@@ -237,7 +266,7 @@ class Visibility:
 
     def keep(self, x: Tensor) -> Tensor:
         """What stays cached of x (B, H, cached + length, ...): all of it, or [sinks | window]."""
-        if self.total <= self.sinks + self.window:
+        if self.total <= self.lossless:
             return x
         return torch.cat([self._keep_sinks(x), x[:, :, x.shape[2] - self.window :]], dim=2)
 

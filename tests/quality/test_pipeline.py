@@ -75,6 +75,34 @@ def test_everything_is_measured_once(study: Path) -> None:
         assert f"figures/{name}.png" in page and (study / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
+def test_rows_with_quantized_tokens_take_the_bytes_that_they_should(study: Path) -> None:
+    recipe = smoke(STUDY)
+    rows = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if not row["seed"]]
+    parts = ("kv_bytes", "quantized_bytes", "state_bytes", "gate_bytes")
+    taken = {(row["method"], row["context"], row["budget"]): sum(row[part] for part in parts) for row in rows}
+    checked = 0
+    for row in rows:
+        run = next((run for run in recipe.runs if run.name == row["method"]), None)
+        tier = None if run is None else run.tier
+        place = (row["context"], row["budget"])
+        if tier is None:
+            assert row["quantized"] == row["quantized_bytes"] == 0
+            continue
+        assert row["sinks"] + row["window"] == int(tier.exact * row["budget"])
+        if tier.bytes_of is None:
+            assert row["quantized"] == round(tier.windows * row["window"])
+            continue
+        ours, theirs = taken[(row["method"], *place)], taken[(tier.bytes_of, *place)]
+        one = recipe.layers * recipe.kv_heads * 2 * (recipe.head_dim // 4 + 2) + 64  # a token, and its gates
+        beyond = row["context"] - row["sinks"] - row["window"]
+        full = row["quantized"] == beyond
+        assert row["quantized"] <= beyond
+        assert ours <= theirs and (full or theirs - ours < one)
+        checked += 1
+    assert checked >= 4
+
+
 def test_what_is_done_is_not_done_again(study: Path) -> None:
     files = [path for path in study.rglob("*") if path.is_file() and "figures" not in path.parts]
     made = {path: path.stat().st_mtime_ns for path in files if path.name not in ("results.jsonl", "report.md")}
@@ -162,7 +190,7 @@ def test_the_study_is_what_it_says() -> None:
     assert 25e6 < parameters < 30e6
     assert max(phase.length for phase in STUDY.phases) == 8192
     # A row's digest names its own training and not the others'.
-    prints = [STUDY.fingerprint(run) for run in STUDY.runs]
+    prints = [STUDY.fingerprint(run) for run in STUDY.runs if run.tier is None]
     assert len(set(prints)) == len(prints) and STUDY.fingerprint() != TINY.fingerprint()
 
 

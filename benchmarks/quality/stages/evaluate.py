@@ -22,7 +22,7 @@ from .distill import marker
 from .log import Clock, write_lines
 from .probes import BUCKETS, Probes, by_distance, recalled
 from .reading import Reading, method, reader
-from .recipe import Context, Recipe, Task
+from .recipe import Context, Recipe, Task, training
 
 TOKENS = 131072
 """Read at once, all rows of a batch together."""
@@ -45,7 +45,8 @@ def evaluate(recipe: Recipe, out: Path, tasks: list[Task], device: torch.device)
     On a GPU everything is computed in bfloat16 (logits in float32), on a CPU in float32.
     """
     waiting = [task for task in tasks if not rows_file(out, task).exists()]
-    ready = [task for task in waiting if task.seed is None or marker(out, task).exists()]
+    needed = [training(task) for task in waiting]
+    ready = [t for t, needs in zip(waiting, needed, strict=True) if needs is None or marker(out, needs).exists()]
     for task in waiting:
         if task not in ready:
             print(f"{task.name} is not trained yet: run `distill`", flush=True)
@@ -65,7 +66,9 @@ def evaluate(recipe: Recipe, out: Path, tasks: list[Task], device: torch.device)
             if context.length not in benches:
                 benches[context.length] = Bench(model, Probes(out, facts, context))
                 clock.say(f"full attention at {context.length}")
-            identity = {"recipe": recipe.fingerprint(None if task.seed is None else task.run), **setup}
+            trained = training(task)
+            run = None if trained is None else recipe.run(trained.run.name)
+            identity = {"recipe": recipe.fingerprint(run), **setup}
             for row in measure(recipe, out, task, model, benches[context.length], context):
                 rows.append(identity | row)
             clock.say(f"{task.name} at {context.length}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from ahn.checkpoint import load_adapter
 
 from .distill import adapter
 from .probes import Hidden
-from .recipe import Task
+from .recipe import Task, Tier, training
 
 CHUNK = 1024
 """Tokens of a row read at once through the cache, so that no mask has a side as long as the text."""
@@ -31,7 +32,7 @@ class Reading:
 
     Attributes:
         hidden: reads token ids.
-        about: window, sinks, slots, and what the memory costs at the context's length.
+        about: window, sinks, slots, quantized tokens, and what the memory costs at the context's length.
     """
 
     hidden: Hidden
@@ -43,22 +44,25 @@ def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: in
     """Inside the block the bare base model reads as the row says.
 
     Args:
-        budget: keys that a layer sees: sinks + window, and a memory's slots.
+        budget: keys that a layer sees: sinks + window, and a memory's slots; a tier takes the place of some.
         length: of the context, for the costs.
     """
     if task.run.name == "full":
         costs = ahn.cost(model.config, ahn.AHNConfig(memory="window_only"), length, model.dtype).full
-        yield Reading(reader(model), _about("full", length, 0, 0, 0, costs))
+        yield Reading(reader(model), _about("full", length, 0, 0, 0, 0, costs))
         return
-    if task.seed is None:
-        ahn.attach(model, ahn.AHNConfig(memory=task.run.name, window=budget - sinks, sinks=sinks))
+    trained = training(task)
+    if trained is None:
+        ahn.attach(model, ahn.AHNConfig(**task.run.settings, window=budget - sinks, sinks=sinks))
     else:
-        load_adapter(model, adapter(out, task), window=budget - sinks, sinks=sinks)
+        load_adapter(model, adapter(out, trained), window=budget - sinks, sinks=sinks)
     try:
         slots = fit_window(model, budget)
+        if task.run.tier is not None:
+            fit_tier(model, task.run.tier, length)
         config: ahn.AHNConfig = model.ahn_config
         cost = ahn.cost(model.config, config, length, model.dtype)
-        about = _about(config.memory, config.window, sinks, slots, cost.parameters, cost.ahn)
+        about = _about(config.memory, config.window, sinks, slots, config.quantized, cost.parameters, cost.ahn)
         yield Reading(reader(model), about)
     finally:
         ahn.detach(model)
@@ -70,6 +74,24 @@ def fit_window(model: PreTrainedModel, budget: int) -> int:
     window = memory.window_within(config.memory, budget - config.sinks)
     ahn.set_window(model, window, config.sinks)
     return memory.slot_count(config.memory, window)
+
+
+def fit_tier(model: PreTrainedModel, tier: Tier, length: int) -> None:
+    """Give an adapted model, whose window is a whole budget's, the window and the quantized tokens of a tier."""
+    whole: ahn.AHNConfig = model.ahn_config
+    ahn.set_window(model, int(tier.exact * whole.lossless) - whole.sinks, whole.sinks)
+    quantized = round(tier.windows * whole.window)
+    if tier.bytes_of is not None:
+        config: ahn.AHNConfig = model.ahn_config
+
+        def taken(config: ahn.AHNConfig) -> int:
+            return ahn.cost(model.config, config, length, model.dtype).ahn.cache_bytes
+
+        most = taken(whole.replace(memory=tier.bytes_of))
+        beyond = length - config.lossless  # more would hold nothing
+        sizes = range(1, beyond + 1)
+        quantized = bisect.bisect_right(sizes, most, key=lambda tokens: taken(config.replace(quantized=tokens)))
+    ahn.set_window(model, model.ahn_config.window, whole.sinks, quantized)
 
 
 def reader(model: PreTrainedModel) -> Hidden:
@@ -88,6 +110,9 @@ def reader(model: PreTrainedModel) -> Hidden:
     return hidden
 
 
-def _about(memory: str, window: int, sinks: int, slots: int, parameters: int, usage: Any) -> dict[str, Any]:
-    sizes = {name: getattr(usage, name) for name in ("kv_bytes", "state_bytes", "gate_bytes")}
-    return {"memory": memory, "window": window, "sinks": sinks, "slots": slots, "parameters": parameters, **sizes}
+def _about(
+    memory: str, window: int, sinks: int, slots: int, quantized: int, parameters: int, usage: Any
+) -> dict[str, Any]:
+    exact = {"window": window, "sinks": sinks, "slots": slots, "quantized": quantized}
+    names = ("kv_bytes", "quantized_bytes", "state_bytes", "gate_bytes")
+    return {"memory": memory, **exact, "parameters": parameters} | {name: getattr(usage, name) for name in names}

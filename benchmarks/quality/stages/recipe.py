@@ -75,8 +75,25 @@ class Distillation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tier:
+    """Tokens at two bits a number, of a run that is not trained for them.
+
+    Args:
+        exact: share of the budget that is kept exactly, sinks included.
+        windows: how many they are, in windows of the whole budget; or
+        bytes_of: as many as let the row take no more bytes than this memory does at the whole budget.
+    """
+
+    exact: float = 1.0
+    windows: float = 0.0
+    bytes_of: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A row of the comparison: one memory, trained in one way, once a seed.
+
+    With a tier there is nothing to train: the memory has no parameters, or is the first seed's of another run.
 
     Args:
         name: what tables and files call it.
@@ -84,6 +101,8 @@ class Run:
         changes: fields of `Distillation` that differ from the recipe's.
         seeds: trainings; each changes the batches, the windows drawn and the memory's first values.
         far: measure it at the long contexts too (the first seed only).
+        tier: tokens at two bits a number besides.
+        of: the run whose memory it uses.
     """
 
     name: str
@@ -91,6 +110,8 @@ class Run:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     far: bool = False
+    tier: Tier | None = None
+    of: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,7 +125,7 @@ class Context:
 
     Args:
         length: tokens.
-        budgets: lossless totals; sinks + window (+ slots) of every method.
+        budgets: lossless totals; sinks + window (+ slots) of every method, or what a tier takes the place of.
         chunks: held-out sequences for the loss, at most.
         texts: sequences with many facts.
         needle_lengths: lengths at which single facts are asked for.
@@ -157,6 +178,10 @@ class Recipe:
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
+    def run(self, name: str) -> Run:
+        """The run of this name."""
+        return next(run for run in self.runs if run.name == name)
+
     def fingerprint(self, run: Run | None = None) -> str:
         """A digest of everything that a row depends on: data, base, and for a run its distillation."""
         content = dataclasses.asdict(self)
@@ -170,7 +195,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One training of a run, or a baseline (which has no seed)."""
+    """One training of a run, or a row without training (which has no seed)."""
 
     run: Run
     seed: int | None
@@ -183,11 +208,19 @@ class Task:
 
 def tasks(recipe: Recipe, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Task]:
     """Every training of the recipe, first seeds first. `only` and `seeds` choose some of them."""
-    found = [Task(run, seed) for run in recipe.runs for seed in run.seeds]
+    found = [Task(run, seed) for run in recipe.runs if run.tier is None for seed in run.seeds]
     chosen = [t for t in found if (not only or t.run.name in only) and (not seeds or t.seed in seeds)]
     return sorted(chosen, key=lambda task: task.seed or 0)  # stable: runs keep their order
 
 
-def baselines(only: tuple[str, ...] = ()) -> list[Task]:
-    """The rows without training."""
-    return [Task(Run(name, far=True), None) for name in BASELINES if not only or name in only]
+def untrained(recipe: Recipe, only: tuple[str, ...] = ()) -> list[Task]:
+    """The rows without training: baselines, and runs with a tier."""
+    runs = [Run(name, far=True) for name in BASELINES] + [run for run in recipe.runs if run.tier is not None]
+    return [Task(run, None) for run in runs if not only or run.name in only]
+
+
+def training(task: Task) -> Task | None:
+    """The training, by name and seed, that a row's memory comes from; None for a memory without parameters."""
+    if task.seed is not None:
+        return task
+    return None if task.run.of is None else Task(Run(task.run.of), 0)

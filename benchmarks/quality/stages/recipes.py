@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .recipe import Context, Corpus, Distillation, Phase, Recipe, Run
+from .recipe import Context, Corpus, Distillation, Phase, Recipe, Run, Tier
 
 SLOW = (256.0, 16384.0)
 """Shortest and longest e-fold of forgetting, in tokens, that heads begin with."""
@@ -72,6 +72,17 @@ STUDY = Recipe(
         Run("deltanet-lr6e-3", {"memory": "deltanet"}, {"lr": 6e-3}),
         Run("deltanet-q_proj", {"memory": "deltanet", "q_proj": True}),
         Run("deltanet-router", {"memory": "deltanet", "router": True}),
+        # Two bits a number, without training: beside the window, in place of half of it, and before a memory.
+        Run("two_bits", {"memory": "window_only"}, far=True, tier=Tier(windows=3.5)),
+        Run("two_bits-half", {"memory": "window_only"}, far=True, tier=Tier(exact=0.5, bytes_of="gated_deltanet")),
+        Run("two_bits+deltanet", {"memory": "deltanet"}, far=True, tier=Tier(windows=3.5), of="deltanet"),
+        Run(
+            "two_bits-half+deltanet",
+            {"memory": "deltanet"},
+            far=True,
+            tier=Tier(exact=0.5, bytes_of="deltanet"),
+            of="deltanet",
+        ),
     ),
     contexts=(
         Context(8192, (256, 512, 1024), chunks=32, texts=24, needle_lengths=(2048, 4096, 8192), trials=4),
@@ -105,7 +116,11 @@ def smoke(recipe: Recipe) -> Recipe:
             Phase(steps=10, length=512, batch=4, facts=(2, 12), reach=None),
         ),
         distillation=Distillation(steps=3, length=512, batch=2, facts=(4, 12), totals=(64, 128), log_every=2),
-        runs=tuple(dataclasses.replace(run, changes=_shorter(run), seeds=run.seeds[:1]) for run in recipe.runs[:5]),
+        runs=tuple(
+            dataclasses.replace(run, changes=_shorter(run), seeds=run.seeds[:1])
+            for number, run in enumerate(recipe.runs)
+            if number < 5 or run.tier is not None
+        ),
         contexts=(
             Context(512, (64, 128), chunks=4, texts=2, needle_lengths=(256,), trials=1),
             *(far if any(context.far for context in recipe.contexts) else []),

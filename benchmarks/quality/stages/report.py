@@ -50,25 +50,31 @@ def _setup(results: Results, out: Path) -> Iterable[str]:
         yield f"The base model's training was cut: these are the weights it had saved; {recipe}.\n"
     yield f"Held out: {', '.join(prepared['held_out_tokens'])}.\n"
     yield (
-        "All methods see equally many keys a layer: sinks + window, and slots where a memory has them. Losses are nats "
-        "a token, over tokens read after more than the budget. *Won back*: share of the loss between sinks + window "
-        "and full attention. Square brackets: 95 % intervals, over held-out documents (losses) and Wilson's (shares); "
-        "round ones: the range over seeds. *Recalled*: facts stated before the budget. *Needles*: single facts, all "
-        "depths and lengths."
+        "All methods see equally many keys a layer: sinks + window, and slots where a memory has them. Tokens at two "
+        "bits a number come on top, or in place of half of the exact ones: compare those rows by their bytes. Losses "
+        "are nats a token, over tokens read after more than the budget. *Won back*: share of the loss between sinks + "
+        "window and full attention. Square brackets: 95 % intervals, over held-out documents (losses) and Wilson's "
+        "(shares); round ones: the range over seeds. *Recalled*: facts stated before the budget. *Needles*: single "
+        "facts, all depths and lengths."
     )
 
 
 def _table(groups: Sequence[Group]) -> Iterable[str]:
-    yield "| method | parameters | state KiB | keys, values KiB | loss | won back % | KL | recalled % | needles % |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    heads = ("method", "parameters", "exact", "two bits", "state KiB", "keys, values KiB")
+    heads += ("loss", "won back %", "KL", "recalled %", "needles %")
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
     for group in groups:
         first = group.first
+        kept = first["kv_bytes"] + first.get("quantized_bytes", 0)
         state = (first["state_bytes"] + first["gate_bytes"]) / 1024
         cells = [
             group.method,
             f"{first['parameters']}",
+            f"{first['sinks'] + first['window']}",
+            f"{first.get('quantized', 0)}",
             f"{state:.0f}",
-            f"{first['kv_bytes'] / 1024:.0f}",
+            f"{kept / 1024:.0f}",
             f"{group.mean('loss'):.4f}",
             _won_back(group),
             f"{group.kl()[0]:.4f}",

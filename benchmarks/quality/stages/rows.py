@@ -142,7 +142,7 @@ class Results:
 
 
 def _plain(run: Run) -> bool:
-    return not run.changes
+    return not run.changes and run.tier is None
 
 
 def spread(values: Sequence[float]) -> str:

@@ -55,7 +55,7 @@ class Method:
             attach(model, self.config)
             _randomise(model)
         else:
-            load_adapter(model, self.adapter, self.config.window, self.config.sinks)
+            load_adapter(model, self.adapter, self.config.window, self.config.sinks, self.config.quantized)
         for parameter in adapter_parameters(model).values():
             parameter.data = parameter.data.to(torch.float32 if training else model.dtype)
         try:
@@ -107,7 +107,7 @@ def make_methods(
     base = AHNConfig()
     if adapter is not None:
         trained = base = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), window, sinks)
-    base = base.replace(**given)
+    base = base.replace(**given, quantized=0)  # the benchmark fills caches by itself, and knows no codes
     if names is None:
         names = [DYNAMIC, STATIC, WINDOW, *([trained.memory] if trained else memory.names())]
     return [_method(name, base, adapter if trained and name == trained.memory else None) for name in names]

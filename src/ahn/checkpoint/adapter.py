@@ -60,7 +60,11 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
 
 
 def load_adapter(
-    model: PreTrainedModel, directory: PathLike, window: int | None = None, sinks: int | None = None
+    model: PreTrainedModel,
+    directory: PathLike,
+    window: int | None = None,
+    sinks: int | None = None,
+    quantized: int | None = None,
 ) -> PreTrainedModel:
     """Attach an AHN with the settings and weights of an adapter. An AHN already on the model is replaced.
 
@@ -71,6 +75,7 @@ def load_adapter(
         directory: adapter directory or Hub id, ours or published.
         window: window to use. Default: the saved one; for published adapters 32640, never their `sliding_window`.
         sinks: likewise; for published adapters 128.
+        quantized: likewise; for published adapters 0.
 
     Returns:
         The same model object.
@@ -79,13 +84,15 @@ def load_adapter(
         AHNError: base and adapter do not fit, a tensor is missing, extra, of the wrong shape or not finite, or a file
             is missing or damaged. The model is then as it was.
     """
-    return load_ahn(model, Checkpoint.open(local_directory(directory)).require("adapter"), window, sinks)
+    return load_ahn(model, Checkpoint.open(local_directory(directory)).require("adapter"), window, sinks, quantized)
 
 
-def load_ahn(model: PreTrainedModel, checkpoint: Checkpoint, window: int | None, sinks: int | None) -> PreTrainedModel:
+def load_ahn(
+    model: PreTrainedModel, checkpoint: Checkpoint, window: int | None, sinks: int | None, quantized: int | None
+) -> PreTrainedModel:
     """Attach the AHN of an adapter or of a merged checkpoint."""
     shape = check_base(checkpoint, model.config, model.name_or_path or type(model).__name__)
-    settings = read_settings(checkpoint, window, sinks)
+    settings = read_settings(checkpoint, window, sinks, quantized)
     check_tensors(checkpoint, shape, settings)
     weights = dict(finite_tensors(checkpoint))
     report_window(checkpoint, settings, given=window is not None and sinks is not None)

@@ -41,21 +41,24 @@ TRAINING = (
 )
 
 
-def read_settings(checkpoint: Checkpoint, window: int | None = None, sinks: int | None = None) -> AHNConfig:
+def read_settings(
+    checkpoint: Checkpoint, window: int | None = None, sinks: int | None = None, quantized: int | None = None
+) -> AHNConfig:
     """The settings of a checkpoint's AHN.
 
     Args:
         checkpoint: an adapter or a merged checkpoint, ours or published.
         window: overrides the saved window. Default: the saved one; for published checkpoints 32640.
         sinks: likewise; for published checkpoints 128.
+        quantized: likewise; for published checkpoints 0.
 
     Raises:
         AHNError: the configuration names no memory, an unknown one, or values out of range.
     """
     config, file = checkpoint.config, checkpoint.path / CONFIG
     settings = _own_settings(config[BLOCK], file) if BLOCK in config else _published_settings(config, file)
-    chosen = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
-    return settings.replace(**chosen)
+    given = {"window": window, "sinks": sinks, "quantized": quantized}
+    return settings.replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def report_window(checkpoint: Checkpoint, settings: AHNConfig, given: bool) -> None:

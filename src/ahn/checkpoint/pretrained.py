@@ -28,6 +28,7 @@ def from_pretrained(
     base: PathLike | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    quantized: int | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model with its AHN.
@@ -37,6 +38,7 @@ def from_pretrained(
         base: for an adapter, the base model's directory or Hub id. Default: what the adapter's configuration names.
         window: window to use. Default: the saved one; for published checkpoints 32640, never their `sliding_window`.
         sinks: likewise; for published checkpoints 128.
+        quantized: likewise; for published checkpoints 0.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `device_map`; `revision` is that of
             `directory`.
 
@@ -60,7 +62,7 @@ def from_pretrained(
         model.config._name_or_path = model.name_or_path = str(directory)
     else:
         model = _load_base(checkpoint, base, hub, kwargs)
-    return load_ahn(model, checkpoint, window, sinks).eval()
+    return load_ahn(model, checkpoint, window, sinks, quantized).eval()
 
 
 def _load_merged(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> PreTrainedModel:

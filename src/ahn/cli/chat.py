@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, SinksOption, WindowOption
+from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
 from ahn.cli.generate import (
     MemoryOption,
     ModelOption,
@@ -44,6 +44,7 @@ def command(
     seed: SeedOption = 0,
     window: WindowOption = None,
     sinks: SinksOption = None,
+    quantized: QuantizedOption = None,
     system: SystemOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -68,7 +69,7 @@ def command(
     from ahn.cli.turns import PlainTurns, TemplateTurns
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    session = open_session(model, adapter, window, sinks, device, dtype)
+    session = open_session(model, adapter, window, sinks, quantized, device, dtype)
     turns: PlainTurns
     if session.tokenizer.chat_template:
         turns = TemplateTurns(session, system, tell)
@@ -79,7 +80,8 @@ def command(
         tell("This model has no chat template: it continues your text instead of answering it.")
     if sys.stdin.isatty():
         config = session.cache.config
-        tell(f"{config.memory}, window {config.window:,}, sinks {config.sinks:,}; /help lists the commands.")
+        coarse = f", {config.quantized:,} tokens at two bits" if config.quantized else ""
+        tell(f"{config.memory}, window {config.window:,}, sinks {config.sinks:,}{coarse}; /help lists the commands.")
     for line in _lines():
         if line.startswith("/"):
             if line == "/quit":

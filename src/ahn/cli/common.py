@@ -35,6 +35,14 @@ WindowOption = Annotated[
 SinksOption = Annotated[
     int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: the adapter's, else 128).")
 ]
+QuantizedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--quantized",
+        min=0,
+        help="Tokens before the window still seen at two bits a number (default: the adapter's, else 0).",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest there is).")
 ]
@@ -79,6 +87,7 @@ def load_model(
     adapter: str | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    quantized: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -87,7 +96,7 @@ def load_model(
     Args:
         model: directory or Hub id of a base model (with `adapter`), a merged checkpoint or an adapter.
         adapter: directory or Hub id of an adapter for `model`.
-        window, sinks: as in `AHNConfig`; None takes the defaults.
+        window, sinks, quantized: as in `AHNConfig`; None takes the defaults.
         device: a torch device; None takes CUDA, else MPS, else the CPU.
         dtype: one of `DTYPES`; None takes float32 on a CPU and the checkpoint's own dtype elsewhere.
 
@@ -101,9 +110,8 @@ def load_model(
     source, base = (adapter, model) if adapter else (model, None)
     if adapter is None and Checkpoint.open(local_directory(model)).kind == "base":
         raise AHNError(f"{model} is a plain model without a memory; name an adapter for it with --adapter.")
-    return _load(
-        model, lambda **how: from_pretrained(source, base=base, window=window, sinks=sinks, **how), device, dtype
-    )
+    settings = {"window": window, "sinks": sinks, "quantized": quantized}
+    return _load(model, lambda **how: from_pretrained(source, base=base, **settings, **how), device, dtype)
 
 
 def load_base(

@@ -65,6 +65,9 @@ def command(
     ] = None,
     window: Annotated[int, typer.Option("--window", min=1, help="Last tokens kept exactly.")] = WINDOW,
     sinks: Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exactly.")] = SINKS,
+    quantized: Annotated[
+        int, typer.Option("--quantized", min=0, help="Tokens before the window still seen at two bits a number.")
+    ] = 0,
     length: Annotated[
         int | None, typer.Option("--length", min=2, help=f"Tokens a document (default: {LONGER} times sinks + window).")
     ] = None,
@@ -94,7 +97,7 @@ def command(
     from ahn.demo import compare
 
     start = time.perf_counter()
-    subject = _subject(model, adapter or [], text, (window, sinks), length, documents, device, dtype)
+    subject = _subject(model, adapter or [], text, (window, sinks, quantized), length, documents, device, dtype)
     if not as_json:
         _introduce(subject)
     total = sum(len(document.text.ids) for document in subject.documents)
@@ -120,7 +123,7 @@ def _subject(
     model: str | None,
     adapters: list[str],
     text: Path | None,
-    exact: tuple[int, int],
+    reach: tuple[int, int, int],
     length: int | None,
     documents: int,
     device: str | None,
@@ -138,8 +141,8 @@ def _subject(
         model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in names()]
         device = device or TINY_DEVICE
     texts = held_out_text() if text is None else [(text.name, read_text(text))]
-    session = open_session(model, adapters[0] if adapters else None, *exact, device, dtype)
-    lossless = sum(exact)
+    session = open_session(model, adapters[0] if adapters else None, *reach, device, dtype)
+    lossless = reach[0] + reach[1]
     made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
     return Subject(name, session.model, session.tokenizer, make_methods(session.model, adapters[1:]), made, no_facts)
 

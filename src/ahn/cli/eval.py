@@ -10,7 +10,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ahn.cli import common
-from ahn.cli.common import AdapterOption, DeviceOption, DtypeOption, JsonOption, SinksOption, WindowOption
+from ahn.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    QuantizedOption,
+    SinksOption,
+    WindowOption,
+)
 from ahn.evaluation.runner import Watcher
 
 if TYPE_CHECKING:
@@ -69,6 +77,7 @@ def run(
     method: MethodOption = "ahn",
     window: WindowOption = None,
     sinks: SinksOption = None,
+    quantized: QuantizedOption = None,
     profile: Annotated[
         str, typer.Option("--profile", help="official (the benchmark's protocol) or paper (that of the AHN paper).")
     ] = "official",
@@ -125,7 +134,7 @@ def run(
     Options(**options, seed=seed)  # mistakes show before the model is loaded
     for spec in tasks:
         check(spec)
-    evaluated = _load(method, model, adapter, window, sinks, device or worker.device(), dtype)
+    evaluated = _load(method, model, adapter, window, sinks, quantized, device or worker.device(), dtype)
     found = [task for spec in tasks for task in find(spec, **options, seed=seed, tokenizer=evaluated.tokenizer)]
     with common.progress() as bar:
         watcher = Bars(bar) if worker.first else Watcher()
@@ -146,6 +155,7 @@ def perplexity(
     method: MethodOption = "ahn",
     window: WindowOption = None,
     sinks: SinksOption = None,
+    quantized: QuantizedOption = None,
     text: TextOption = None,
     book: BookOption = 0,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens to read (default: all).")] = None,
@@ -158,7 +168,7 @@ def perplexity(
     from ahn.evaluation import documents
     from ahn.evaluation import perplexity as measured
 
-    evaluated = _load(method, model, adapter, window, sinks, device, dtype)
+    evaluated = _load(method, model, adapter, window, sinks, quantized, device, dtype)
     document = documents.load(evaluated.tokenizer, text, length, book)
     with common.progress() as bar:
         reading = bar.add_task("reading", total=len(document.ids))
@@ -186,7 +196,7 @@ def gradients(
     """Find out which forgotten tokens matter: gradients of the distillation loss, which `report` draws on the text."""
     from ahn.evaluation import documents, gradient_probe
 
-    evaluated = _load(method, model, adapter, window, sinks, device, dtype)
+    evaluated = _load(method, model, adapter, window, sinks, 0, device, dtype)
     document = documents.load(evaluated.tokenizer, text, length, book)
     _print_figures(gradient_probe.run(evaluated, document, out, answer, loss), out, as_json)
 
@@ -241,6 +251,7 @@ def _load(
     adapter: str | None,
     window: int | None,
     sinks: int | None,
+    quantized: int | None,
     device: str | None,
     dtype: str | None,
 ) -> Evaluated:
@@ -249,7 +260,7 @@ def _load(
     from ahn.evaluation import methods
 
     model, adapter, device = named_or_shipped(model, adapter, device)
-    return methods.load(method, model, adapter, window, sinks, device, dtype)
+    return methods.load(method, model, adapter, window, sinks, quantized, device, dtype)
 
 
 def _print_figures(result: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, SinksOption, WindowOption
+from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def command(
     seed: SeedOption = 0,
     window: WindowOption = None,
     sinks: SinksOption = None,
+    quantized: QuantizedOption = None,
     system: SystemOption = None,
     no_chat_template: Annotated[
         bool, typer.Option("--no-chat-template", help="Continue the bare text even if the model has a chat template.")
@@ -78,7 +79,7 @@ def command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _text(prompt, file)
-    session = open_session(model, adapter, window, sinks, device, dtype)
+    session = open_session(model, adapter, window, sinks, quantized, device, dtype)
     ids = _as_prompt(session, text, system, template=not no_chat_template)
     if warning := warn_beyond_training(session, len(ids) + max_new_tokens):
         typer.echo(f"Note: {warning}", err=True)

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.cli.common import AdapterOption, JsonOption, SinksOption, WindowOption
+from ahn.cli.common import AdapterOption, JsonOption, QuantizedOption, SinksOption, WindowOption
 
 if TYPE_CHECKING:
     from ahn.checkpoint.directory import Checkpoint
@@ -31,6 +31,7 @@ def command(
     ] = None,
     window: WindowOption = None,
     sinks: SinksOption = None,
+    quantized: QuantizedOption = None,
     length: Annotated[
         list[int] | None, typer.Option("--length", min=1, help="Tokens of a prompt; may be given more than once.")
     ] = None,
@@ -41,7 +42,7 @@ def command(
 
     Of a Hub id only the configuration is downloaded.
     """
-    subject = look_at(model, adapter, memory, window, sinks)
+    subject = look_at(model, adapter, memory, window, sinks, quantized)
     costs = [subject.cost(n) for n in sorted(set(length or (m * subject.config.lossless for m in SHOWN)))]
     if as_json:
         common.print_json(as_data(subject, costs))
@@ -69,7 +70,14 @@ class Subject:
         return cost(self.hf_config, self.config, length)
 
 
-def look_at(model: str, adapter: str | None, memory: str | None, window: int | None, sinks: int | None) -> Subject:
+def look_at(
+    model: str,
+    adapter: str | None,
+    memory: str | None,
+    window: int | None,
+    sinks: int | None,
+    quantized: int | None = None,
+) -> Subject:
     """Find the configuration of a model and the settings of its memory, and check the weights that lie beside them.
 
     Raises:
@@ -95,14 +103,17 @@ def look_at(model: str, adapter: str | None, memory: str | None, window: int | N
         config = checkpoint_format.read_settings(settings)
         if settings.ahn_tensors:
             check_tensors(settings, shape, config)
-        checkpoint_format.report_window(settings, _changed(config, None, window, sinks), None not in (window, sinks))
+        used = _changed(config, None, window, sinks, quantized)
+        checkpoint_format.report_window(settings, used, None not in (window, sinks))
     else:
         config = AHNConfig()
-    return Subject(model, hf_config, _changed(config, memory, window, sinks), tuple(found))
+    return Subject(model, hf_config, _changed(config, memory, window, sinks, quantized), tuple(found))
 
 
-def _changed(config: AHNConfig, memory: str | None, window: int | None, sinks: int | None) -> AHNConfig:
-    chosen = {"memory": memory, "window": window, "sinks": sinks}
+def _changed(
+    config: AHNConfig, memory: str | None, window: int | None, sinks: int | None, quantized: int | None
+) -> AHNConfig:
+    chosen = {"memory": memory, "window": window, "sinks": sinks, "quantized": quantized}
     return config.replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
@@ -195,6 +206,8 @@ def _summary(subject: Subject) -> list[tuple[str, str]]:
         ("in layers", f"{_ranges(layers)} ({len(layers)} of {len(shape['layer_types'])})"),
         ("adds", f"{data['memory_parameters']:,} parameters, {_percent(data['memory_share'], 2)} of the model"),
     ]
+    if config.quantized:
+        rows.insert(5, ("at two bits", f"{config.quantized:,} tokens before the window"))
     for found in data["weights"]:
         text = f"{found['kind']}: {found['tensors']} tensors, {_unit(found['bytes'], 1024, BYTES)}"
         text += f" in {found['files']} file{'s' * (found['files'] > 1)} of {found['path']}"

@@ -55,7 +55,7 @@ def command(
     from ahn.tiny.corpus import held_out_text
 
     name, content = _longest(held_out_text()) if text is None else (text.name, read_text(text))
-    session = open_session(model, adapter, window, sinks, device, dtype)
+    session = open_session(model, adapter, window, sinks, 0, device, dtype)
     ids = session.encode(content, start=True)[:length]
     if len(ids) <= window + sinks:
         raise AHNError(f"{name} has {len(ids)} tokens, which all stay exact ({sinks} sinks + window {window}).")

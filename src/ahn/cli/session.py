@@ -123,8 +123,10 @@ class Session:
             "memory": config.memory,
             "window": config.window,
             "sinks": config.sinks,
+            "quantized": config.quantized,
             "tokens_seen": seen,
-            "tokens_in_memory": max(0, seen - config.lossless),
+            "tokens_quantized": min(config.quantized, max(0, seen - config.lossless)),
+            "tokens_in_memory": max(0, seen - config.lossless - config.quantized),
             "cache_bytes": self.cache.nbytes(),
         }
 
@@ -149,6 +151,7 @@ def open_session(
     adapter: str | None,
     window: int | None = None,
     sinks: int | None = None,
+    quantized: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> Session:
@@ -160,7 +163,7 @@ def open_session(
     from ahn.cli import common
 
     model, adapter, device = named_or_shipped(model, adapter, device)
-    return Session(*common.load_model(model, adapter, window, sinks, device, dtype))
+    return Session(*common.load_model(model, adapter, window, sinks, quantized, device, dtype))
 
 
 def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:
@@ -176,11 +179,13 @@ def named_or_shipped(model: str | None, adapter: str | None, device: str | None)
 
 def sentence(memory: dict[str, Any]) -> str:
     """`Session.memory` in words."""
-    seen, written = memory["tokens_seen"], memory["tokens_in_memory"]
+    seen, written, coarse = memory["tokens_seen"], memory["tokens_in_memory"], memory["tokens_quantized"]
     size = f"cache {memory['cache_bytes'] / 2**20:.1f} MiB"
-    if not written:
+    if not written + coarse:
         return f"{seen:,} tokens, all of them exact (window {memory['window']:,}, sinks {memory['sinks']:,}); {size}"
     exact = f"the first {memory['sinks']:,} and the last {memory['window']:,} exact"
+    if coarse:
+        exact += f", {coarse:,} before them at two bits a number"
     return f"{seen:,} tokens: {exact}, {written:,} in the memory ({memory['memory']}); {size}"
 
 

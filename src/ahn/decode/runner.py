@@ -54,6 +54,8 @@ def on_gpu(ids: Tensor) -> bool:
 
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     layers, decoder = cache.memory_layers, model.get_decoder()
+    if cache.config.quantized:  # a graph knows exact tokens and the memory
+        return False
     if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
         return False
     head = model.get_output_embeddings()

@@ -37,7 +37,7 @@ class Method:
     @property
     def is_memory(self) -> bool:
         """It remembers what leaves the window."""
-        return bool(self.weights)
+        return bool(self.weights) or (self.config is not None and self.config.quantized > 0)
 
     @contextlib.contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
@@ -63,6 +63,8 @@ class Method:
 def make_methods(model: PreTrainedModel, adapters: Sequence[str]) -> list[Method]:
     """Full attention, sinks + window, and the memory that is on the model; then one for each of `adapters`.
 
+    If the model has quantized tokens, so have all memories, and a window with nothing but them is one more method.
+
     The model's memory is taken off: what remains is the bare base model that `Method.on` expects.
 
     Args:
@@ -75,7 +77,7 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str]) -> list[Method
     config: AHNConfig = model.ahn_config
     memories = [_attached(model)]
     for adapter in adapters:
-        load_adapter(model, adapter, window=config.window, sinks=config.sinks)
+        load_adapter(model, adapter, window=config.window, sinks=config.sinks, quantized=config.quantized)
         memories.append(_attached(model))
     detach(model)
     window_only = AHNConfig(
@@ -85,6 +87,9 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str]) -> list[Method
         full_attention_layers=config.full_attention_layers,
         prefill_chunk_size=config.prefill_chunk_size,
     )
+    if config.quantized:
+        coarse = window_only.replace(quantized=config.quantized)
+        memories.insert(0, Method(f"+ {config.quantized} at two bits", coarse))
     return [Method(FULL), Method(WINDOW_ONLY, window_only), *_with_different_names(memories)]
 
 

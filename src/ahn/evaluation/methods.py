@@ -60,6 +60,7 @@ def load(
     adapter: str | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    quantized: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> Evaluated:
@@ -71,6 +72,7 @@ def load(
         adapter: for a base model. Methods other than "ahn" take only the default window and sinks from it, and which
             layers keep full attention.
         window, sinks: of the memory and of its baselines: CT's slots are taken from this window.
+        quantized: of the memory and of its baselines.
         device, dtype: as `ahn.cli.common.load_model`.
 
     Raises:
@@ -86,8 +88,8 @@ def load(
     if method != "ahn" and adapter is None and checkpoint.kind == "base":
         loaded, tokenizer = common.load_base(model, device, dtype)
     else:
-        loaded, tokenizer = common.load_model(model, adapter, window, sinks, device, dtype)
-    apply(loaded, method, window, sinks)
+        loaded, tokenizer = common.load_model(model, adapter, window, sinks, quantized, device, dtype)
+    apply(loaded, method, window, sinks, quantized)
     base = loaded.name_or_path  # of an adapter too, which knows its base
     used = [Checkpoint.open(local_directory(base))]
     named = adapter or (model if checkpoint.kind == "adapter" else None)
@@ -98,11 +100,17 @@ def load(
     return Evaluated(loaded, tokenizer, method, settings, {"model": str(base), "adapter": named})
 
 
-def apply(model: PreTrainedModel, method: str, window: int | None = None, sinks: int | None = None) -> None:
+def apply(
+    model: PreTrainedModel,
+    method: str,
+    window: int | None = None,
+    sinks: int | None = None,
+    quantized: int | None = None,
+) -> None:
     """Change a loaded model, with or without an AHN, so that it works as a method says.
 
     Args:
-        window, sinks: None takes the attached AHN's, or the defaults.
+        window, sinks, quantized: None takes the attached AHN's, or the defaults.
 
     Raises:
         AHNError: "ahn" without an AHN, or no window is left beside the slots.
@@ -111,13 +119,12 @@ def apply(model: PreTrainedModel, method: str, window: int | None = None, sinks:
     if method == "ahn":
         if attached is None:
             raise AHNError("The method 'ahn' needs a model with a memory: name an adapter.")
-        if window is not None or sinks is not None:
-            ahn.set_window(
-                model, attached.window if window is None else window, attached.sinks if sinks is None else sinks
-            )
+        window, sinks = attached.window if window is None else window, attached.sinks if sinks is None else sinks
+        ahn.set_window(model, window, sinks, quantized)
         return
     config = attached or AHNConfig()
-    chosen = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
+    given = {"window": window, "sinks": sinks, "quantized": quantized}
+    chosen = {name: value for name, value in given.items() if value is not None}
     config = config.replace(router=False, q_proj=False, **chosen)
     if attached is not None:
         ahn.detach(model)
@@ -143,7 +150,10 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     if config is None:
         return found | {"memory": None}
     slots = memory.slot_count(config.memory, config.window)
-    return found | dataclasses.asdict(config) | {"slots": slots, "budget": config.lossless + slots}
+    settings = dataclasses.asdict(config)
+    if not config.quantized:  # results from before the option are of the same configuration
+        del settings["quantized"]
+    return found | settings | {"slots": slots, "budget": config.lossless + slots}
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -139,6 +139,8 @@ def _readable(settings: Mapping[str, Any]) -> str:
         parts.append(settings["memory"])
     if settings.get("window") is not None:
         parts.append(f"w{settings['window']}+{settings['sinks']}")
+    if settings.get("quantized"):
+        parts.append(f"q{settings['quantized']}")
     return "-".join(re.sub(r"[^\w.+-]+", "_", str(part)) for part in parts)
 
 

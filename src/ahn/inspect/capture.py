@@ -69,6 +69,7 @@ class _Recorder(Observer):
             )
         self.cache = None if cache is None else weakref.ref(cache)
         self.total = view.total
+        view = view.delayed
         self.trace.window, self.trace.sinks = view.window, view.sinks
         queries = view.query_positions[:, view.length - view.evicted :]
         self.positions = written_positions(view).cpu()

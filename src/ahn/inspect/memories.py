@@ -28,6 +28,7 @@ def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
 
 
 def written_positions(view: Visibility) -> Tensor:
-    """(B or 1, m) position of each token that leaves in this forward; -1 where a row writes nothing (padding)."""
+    """(B or 1, m) position of each token that this forward writes; -1 where a row writes nothing (padding)."""
+    view = view.delayed
     written = view.query_positions[:, view.length - view.evicted :] - view.window
     return written if view.writable is None else written.masked_fill(~view.writable, -1)

@@ -65,7 +65,7 @@ class Trace:
     """What `record` saw; it may be read while the recording goes on.
 
     Attributes:
-        window, sinks: of the conversation.
+        window, sinks: of the conversation; quantized tokens count as part of the window.
     """
 
     def __init__(self) -> None:

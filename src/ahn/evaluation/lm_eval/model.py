@@ -26,7 +26,7 @@ class AHNLM(HFLM):
         pretrained: base model, merged checkpoint or adapter: a directory or a Hub id.
         adapter: a directory or a Hub id.
         method: ahn, window, full, ct-max or ct-avg.
-        window, sinks: None takes the adapter's.
+        window, sinks, quantized: None takes the adapter's.
         max_length: tokens of prompt and answer.
         device, dtype, batch_size and what else `HFLM` knows of a loaded model.
     """
@@ -38,6 +38,7 @@ class AHNLM(HFLM):
         method: str = "ahn",
         window: int | None = None,
         sinks: int | None = None,
+        quantized: int | None = None,
         max_length: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -50,7 +51,7 @@ class AHNLM(HFLM):
         elif device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness's default
         chosen = None if dtype == "auto" else dtype
-        evaluated = methods.load(method, pretrained, adapter, window, sinks, device, chosen)
+        evaluated = methods.load(method, pretrained, adapter, window, sinks, quantized, device, chosen)
         if max_length is None and method != "full":
             max_length = UNLIMITED
         super().__init__(evaluated.model, tokenizer=evaluated.tokenizer, max_length=max_length, **options)
