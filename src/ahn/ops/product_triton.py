@@ -15,6 +15,9 @@ from ahn.ops.dependent import announce, wait
 ROWS = 4  # weights that a program holds at once: so many rows of so many features
 FEATURES = 2048
 WARPS = 8
+REGISTERS = (
+    64  # for a thread of a program with a loop: four programs then fit a multiprocessor, which three did not fill
+)
 
 
 @triton.jit
@@ -45,12 +48,18 @@ def _product(
     w = tl.load(weight + at, mask=real[:, None] & (f < features)[None, :], other=0.0)
     if SILU:
         u = tl.load(weights[1] + at, mask=real[:, None] & (f < features)[None, :], other=0.0)
+        bias_u = tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0)
+    b = tl.load(bias + n, mask=n < biased, other=0.0)
+    if NORM:
+        scale = tl.load(norm + f, mask=f < features, other=0.0)
     wait(PDL)
 
     v = tl.load(x + f, mask=f < features, other=0.0).to(tl.float32)
+    if RESIDUAL:  # on its way with x: a load that begins after the sums is time that nothing hides
+        y_before = tl.load(residual + first + n, mask=real, other=0.0)
     squares = v * v
     if NORM:  # the norm's factor is the same for all features and comes last
-        v *= tl.load(norm + f, mask=f < features, other=0.0).to(tl.float32)
+        v *= scale.to(tl.float32)
     acc = w.to(tl.float32) * v[None, :]
     if SILU:
         acc_u = u.to(tl.float32) * v[None, :]
@@ -72,14 +81,11 @@ def _product(
     factor = 1.0
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 0) / features + eps)
-    y = y * factor
-    y += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)
+    y = y * factor + b.to(tl.float32)
     if SILU:
-        up = tl.sum(acc_u, 1) * factor
-        up += tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
-        y = y * tl.sigmoid(y) * up
+        y = y * tl.sigmoid(y) * (tl.sum(acc_u, 1) * factor + bias_u.to(tl.float32))
     if RESIDUAL:
-        y += tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
+        y += y_before.to(tl.float32)
     tl.store(out + first + n, y, mask=real)
 
 
@@ -102,9 +108,12 @@ def product(
     # Where there is no bias, a pointer that is never read.
     given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
+    launch = dependent.options(x)
+    if launch["PDL"] and features < K:
+        launch["maxnreg"] = REGISTERS
     _product[blocks,](
         x.contiguous(), held, given, counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
         COUNT=len(counts), BIASED=biased, NORM=norm is not None, SILU=silu, RESIDUAL=residual is not None,
-        ROWS=ROWS, FEATURES=features, LOOP=features < K, num_warps=WARPS, **dependent.options(x),
+        ROWS=ROWS, FEATURES=features, LOOP=features < K, num_warps=WARPS, **launch,
     )  # fmt: skip
     return out
