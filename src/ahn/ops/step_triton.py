@@ -21,6 +21,7 @@ from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
 LINE_BYTES = 128
+REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -315,6 +316,8 @@ def step(
     memory = rule is not None and read is not None
     state_programs = groups * (P // columns) if memory else 0
     launch = dependent.options(query)
+    # 256 parts and 64 programs for the state are more than the 528 that an H100 holds by fours. Larger tiles would spill.
+    capped = launch["PDL"] and stages == 2 and P <= 128 and query.element_size() == 2
     cos, sin, query_norm, key_norm, query_eps, key_eps, stride_turn = None, None, None, None, 0.0, 0.0, 0
     if rotation is not None:
         cos, sin, stride_turn = rotation.cos.contiguous(), rotation.sin.contiguous(), P * (len(rotation.cos) > 1)
@@ -332,7 +335,8 @@ def step(
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         LINE=min(P, LINE_BYTES // buffers.keys.element_size()), COLUMNS=columns, MEMORY=memory,
         DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATE_PROGRAMS=state_programs,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages, **launch,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
+        **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
     _combine_and_keep[B * HEADS, P // columns + 1](
         partial, score, raw, gamma, weight, norm, o_proj, out,
