@@ -15,9 +15,7 @@ from ahn.ops.dependent import announce, wait
 ROWS = 4  # weights that a program holds at once: so many rows of so many features
 FEATURES = 2048
 WARPS = 8
-REGISTERS = (
-    64  # for a thread of a program with a loop: four programs then fit a multiprocessor, which three did not fill
-)
+REGISTERS = 64  # of a thread where there is a loop, so that a multiprocessor holds four programs
 
 
 @triton.jit

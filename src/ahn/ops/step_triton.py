@@ -316,7 +316,7 @@ def step(
     memory = rule is not None and read is not None
     state_programs = groups * (P // columns) if memory else 0
     launch = dependent.options(query)
-    # 256 parts and 64 programs for the state are more than the 528 that an H100 holds by fours. Larger tiles would spill.
+    # 256 parts and 64 programs for the state are more than the 528 that an H100 holds by fours. Larger tiles spill.
     capped = launch["PDL"] and stages == 2 and P <= 128 and query.element_size() == 2
     cos, sin, query_norm, key_norm, query_eps, key_eps, stride_turn = None, None, None, None, 0.0, 0.0, 0
     if rotation is not None:
