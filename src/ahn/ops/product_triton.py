@@ -10,11 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops import dependent
-from ahn.ops.dependent import announce, wait
+from ahn.ops.dependent import announce, prefetch, wait
 
 ROWS = 4  # weights that a program holds at once: so many rows of so many features
 FEATURES = 2048
 WARPS = 8
+LINE_BYTES = 128
+AHEAD = 528  # so many programs an H100 holds at once; each asks for what the one that far on will read
 REGISTERS = 64  # of a thread where there is a loop, so that a multiprocessor holds four programs
 
 
@@ -22,7 +24,8 @@ REGISTERS = 64  # of a thread where there is a loop, so that a multiprocessor ho
 def _product(
     x, weights, biases, rows, norm, residual, out, features, eps,
     COUNT: tl.constexpr, BIASED: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, FEATURES: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     block = tl.program_id(0)
@@ -50,6 +53,12 @@ def _product(
     b = tl.load(bias + n, mask=n < biased, other=0.0)
     if NORM:
         scale = tl.load(norm + f, mask=f < features, other=0.0)
+    if block < AHEAD:  # registers hold no more, and the memory would be idle until the wait is over
+        line = tl.minimum(tl.arange(0, FEATURES // LINE) * LINE, features - 1)
+        later = (n + AHEAD * ROWS).to(tl.int64)[:, None] * features + line[None, :]
+        prefetch(weight + later, PDL)
+        if SILU:
+            prefetch(weights[1] + later, PDL)
     wait(PDL)
 
     v = tl.load(x + f, mask=f < features, other=0.0).to(tl.float32)
@@ -109,9 +118,12 @@ def product(
     launch = dependent.options(x)
     if launch["PDL"] and features < K:
         launch["maxnreg"] = REGISTERS
+    one_kind = silu or len(counts) == 1  # the rows after some rows are then of the same matrix
+    ahead = AHEAD if launch["PDL"] and one_kind and blocks > 2 * AHEAD else 0
     _product[blocks,](
         x.contiguous(), held, given, counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
         COUNT=len(counts), BIASED=biased, NORM=norm is not None, SILU=silu, RESIDUAL=residual is not None,
-        ROWS=ROWS, FEATURES=features, LOOP=features < K, num_warps=WARPS, **launch,
+        ROWS=ROWS, FEATURES=features, LOOP=features < K, AHEAD=ahead,
+        LINE=min(features, LINE_BYTES // x.element_size()), num_warps=WARPS, **launch,
     )  # fmt: skip
     return out
