@@ -3,7 +3,8 @@
 The first reads: programs of one kind attend to a part of the slots each, so that a single query keeps every
 multiprocessor busy; programs of the other kind write the token that leaves into a part of one head's state, and read
 it. Neither touches what the other reads. The second combines the parts, finishes the memory's read and, now that
-nobody needs the old token any more, puts the new one into its slot.
+nobody needs the old token any more, puts the new one into its slot. Both take heads and gates as projections give them:
+whoever needs a query, the key or a gate finishes it for itself, which costs less than a kernel that does it once.
 """
 
 from __future__ import annotations
