@@ -87,9 +87,8 @@ def _attend_and_write(
         part -= STATE_PROGRAMS
         begin = part * per_split
         end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
-        if PDL:
-            _prefetch_tokens(keys, begin, end, stride_kt, P, BLOCK_N, LINE)
-            _prefetch_tokens(values, begin, end, stride_vt, P, BLOCK_N, LINE)
+        _prefetch_tile(keys, begin, end, stride_kt, P, BLOCK_N, LINE, PDL)
+        _prefetch_tile(values, begin, end, stride_vt, P, BLOCK_N, LINE, PDL)
         wait(PDL)
         new = (b * HKV + head) * P
         _attend(
@@ -110,12 +109,17 @@ def _attend_and_write(
 
 
 @triton.jit
-def _prefetch_tokens(x, begin, end, stride, P: tl.constexpr, BLOCK_N: tl.constexpr, LINE: tl.constexpr):
-    """Keys or values of one part of the slots; LINE numbers are a cache line, or a whole token where that is less."""
-    line = tl.arange(0, P // LINE) * LINE
-    for start in range(begin, end, BLOCK_N):
-        t = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
-        prefetch(x + t[:, None] * stride + line[None, :], True)
+def _prefetch_tile(
+    x, begin, end, stride, P: tl.constexpr, BLOCK_N: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr
+):
+    """Keys or values that come first; LINE numbers are a cache line, or a whole token where that is less.
+
+    All programs' first tiles are more than the memory delivers before the wait is over, and a query must not have to
+    queue behind the rest.
+    """
+    if begin < end:
+        t = tl.minimum(begin + tl.arange(0, BLOCK_N), end - 1)
+        prefetch(x + t[:, None] * stride + tl.arange(0, P // LINE)[None, :] * LINE, PDL)
 
 
 @triton.jit
