@@ -67,7 +67,7 @@ def scan(
         arguments = (query, key, value, write, decay if rule.decay else None, state, rule)
         if not finished:
             return Scan.apply(*arguments)
-        read = StepRead(query, module.read_gate(x), None, module.step_norm, module.o_proj.weight)
+        read = StepRead(query, module.read_gate(x).float(), None, module.step_norm, module.o_proj.weight)
         return ops.scan(*arguments, read)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     gates = {rule.write: write} | ({rule.decay: decay} if rule.decay else {})

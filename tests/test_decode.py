@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNCache, AHNError
-from ahn.compiled import layers_compiled
 from ahn.decode import runner
 
 WINDOW, SINKS = 9, 3
@@ -475,64 +474,3 @@ def test_nothing_follows_padding_on_the_right(graphs: Graphs) -> None:
     with pytest.raises(AHNError, match="padding between real tokens"):
         model(tokens(2, 1), past_key_values=conversation)
     assert graphs == Graphs()
-
-
-# -- one graph for all layers ------------------------------------------------------------------------------------------
-
-
-def _traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
-    """What is changed on layers while they run compiled; hooks by identity, since they must come back themselves."""
-    return [
-        (
-            layer._compiled_call_impl, layer.self_attn.layer_idx, id(layer.self_attn._forward_pre_hooks),
-            list(layer.self_attn._forward_pre_hooks), id(layer.self_attn._forward_pre_hooks_with_kwargs),
-            dict(layer.self_attn._forward_pre_hooks_with_kwargs), layer.ahn.step_buffers,
-        )
-        for layer in model.get_decoder().layers
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("memory", "options"),
-    [("gated_deltanet", {"router": True}), ("deltanet", {"q_proj": True})],
-)
-def test_layers_compile_once(memory: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all layers, all conversations of a batch size, and all lengths."""
-    compiled: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        compiled.append(graph)
-        return graph.forward
-
-    def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        def replay() -> Tensor:
-            with layers_compiled(model):
-                assert all(layer._compiled_call_impl is not None for layer in model.get_decoder().layers)
-                return once()
-
-        logits = replay()
-        return lambda: logits.copy_(replay()), logits
-
-    monkeypatch.setattr(torch._inductor, "compile", lambda module, inputs, options: backend(module, inputs))
-    monkeypatch.setattr(runner, "capture", capture)
-    config = ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, **options)
-    model = awaken(ahn.attach(base(num_hidden_layers=4), config))
-    before = _traces(model)
-    torch._dynamo.reset()
-    try:
-        for length in (LOSSLESS - 1, 30):
-            talk = Talk(model, 1)
-            talk.read([length])
-            talk.steps(3)
-            talk.check(TOLERANCE)
-            assert len(compiled) == 1 and _traces(model) == before
-        talk = Talk(model, 2)
-        talk.read([20, 13])
-        talk.steps(2)
-        talk.check(TOLERANCE)
-        assert len(compiled) == 2, "another batch size"
-        with pytest.raises(KeyError), layers_compiled(model):
-            raise KeyError
-        assert _traces(model) == before
-    finally:
-        torch._dynamo.reset()

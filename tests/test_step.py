@@ -11,7 +11,8 @@ from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahn.ops.step import StepBuffers, StepRead, StepRule, step
+from ahn.ops.gate import ACTIVATIONS, Gate
+from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule, step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -22,11 +23,12 @@ RULES = {
     "mamba2": StepRule("step", "decay", False, 1e-24, 1.0, 1e-5, True),
     "window_only": None,
 }
+TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries and keys come
 # Float32 with full-precision products: sums of up to a few hundred terms, in another order.
 FLOAT32 = 1e-5
 
 
-def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False):
+def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="none", activation="none"):
     """Arguments of `step`; slots that no token has taken yet are NaN."""
     r = torch.Generator().manual_seed(seed)
     H, T = HKV * groups, S + W
@@ -41,22 +43,31 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False):
     decay = -torch.rand(B, H, T, generator=r).masked_fill(empty[:, None], torch.nan)
     state = normal(B, H, P, P)
     active = torch.rand(B, generator=r) < 0.8
-    new_gates = torch.sigmoid(normal(B, H)), -torch.rand(B, H, generator=r)
+    write_gate, decay_gate = Gate(torch.sigmoid(normal(B, H))), Gate(-torch.rand(B, H, generator=r))
+    if activation != "none":
+        # Logits as wide as softplus needs to be put to the test; a small rate, so that no state grows.
+        write_gate = Gate(8 * normal(B, H), activation, normal(H))
+        decay_gate = Gate(8 * normal(B, H), activation, None, normal(H) - 3)
     buffers, read = StepBuffers(keys, values, None, None, None), None
     if rule is not None:
         buffers = StepBuffers(keys, values, write, decay if rule.decay else None, state)
         norm = normal(H * P if rule.across_heads else P)
         weight = torch.rand(B, H, generator=r) if router else None
         read = StepRead(normal(B, H, P), normal(B, H), weight, norm, normal(H, P, P) / P**0.5)
-    gates = (new_gates[0] if rule else None, new_gates[1] if rule and rule.decay else None)
+    gates = (write_gate if rule else None, decay_gate if rule and rule.decay else None)
+    rotation = None
+    if turn != "none":
+        angle = 10 * torch.rand(1 if turn == "for all rows" else B, 1, P // 2, generator=r).repeat(1, 1, 2)
+        norms = (normal(P), normal(P), 1e-6, 1e-5) if turn == "after norms" else ()
+        rotation = StepRotation(angle.cos(), angle.sin(), *norms)
     inputs = (normal(B, H, P), normal(B, HKV, P), normal(B, HKV, P), *gates, positions, active)
-    return inputs, buffers, (S, P**-0.5, rule, read)
+    return inputs, buffers, (S, P**-0.5, rule, read, rotation)
 
 
 def on_device(x):
     if isinstance(x, torch.Tensor):
         return x.to(DEVICE)
-    if isinstance(x, StepBuffers | StepRead):
+    if isinstance(x, StepBuffers | StepRead | StepRotation | Gate):
         return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
     return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
 
@@ -90,7 +101,8 @@ def test_kernels_are_the_plain_step(name, data):
     positions = [data.draw(near | st.integers(0, 3 * (S + W))) for _ in range(B)]
     P = data.draw(st.sampled_from([16, 32]))
     seed, router = data.draw(st.integers(0, 99)), data.draw(st.booleans())
-    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router))
+    turn, activation = data.draw(st.sampled_from(TURNS)), data.draw(st.sampled_from(ACTIVATIONS))
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router, turn, activation))
 
 
 @pytest.mark.usefixtures("triton")

@@ -38,8 +38,11 @@ def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
 
 @contextlib.contextmanager
 def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the decoder's layers run compiled, with shared code."""
-    layers = list(model.get_decoder().layers)
+    """Inside the block the decoder's layers run compiled, with shared code, and what stands before and after them."""
+    decoder = model.get_decoder()
+    layers = list(decoder.layers)
+    # Uncompiled, the angles of a token and the last norm are 17 kernels of a few numbers each.
+    ends = [end for end in (getattr(decoder, "rotary_emb", None), getattr(decoder, "norm", None)) if end is not None]
     before = [(layer.self_attn, layer.self_attn.layer_idx, layer.self_attn._forward_pre_hooks) for layer in layers]
     flags = [layer.self_attn._forward_pre_hooks_with_kwargs for layer in layers]
     for layer in layers:
@@ -47,13 +50,15 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
         module.layer_idx = 0
         module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
         module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
-        layer.compile(dynamic=False, backend=_lower)
+    for part in (*layers, *ends):
+        part.compile(dynamic=False, backend=_lower)
     try:
         with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
     finally:
-        for layer, (module, index, hooks), with_kwargs in zip(layers, before, flags, strict=True):
-            layer._compiled_call_impl = None
+        for part in (*layers, *ends):
+            part._compiled_call_impl = None
+        for (module, index, hooks), with_kwargs in zip(before, flags, strict=True):
             module.layer_idx = index
             module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
 

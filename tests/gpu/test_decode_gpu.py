@@ -63,11 +63,12 @@ def test_float32_steps_are_the_whole_forward(memory: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-def test_one_conversation_is_the_whole_forward(architecture: str) -> None:
+@pytest.mark.parametrize(("window", "length"), [(WINDOW, 30), (8200, 8150)], ids=["one part", "many parts"])
+def test_one_conversation_is_the_whole_forward(architecture: str, window: int, length: int) -> None:
     """A single row is another step: fused products of a vector, whose kernels begin before the last one has ended."""
-    config = ahn.AHNConfig(window=WINDOW, sinks=SINKS, prefill_chunk_size=64)
+    config = ahn.AHNConfig(window=window, sinks=SINKS, prefill_chunk_size=max(64, length))
     talk = Talk(awaken(ahn.attach(base(architecture, hidden_size=64), config)).cuda(), 1)
-    talk.read([30])
+    talk.read([length])
     talk.steps(STEPS)
     assert talk.cache in runner._runners, "nothing was captured"
     talk.check(TOLERANCE)

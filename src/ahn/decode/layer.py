@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ahn.memory import RecurrentMemory
 from ahn.memory_query import memory_query
+from ahn.ops.gate import Gate
 from ahn.ops.step import StepBuffers, StepRead, StepRule, layer_step
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ def step_attention(
         (B, 1, Hq, P), and None for the weights that the kernel never writes down.
     """
     memory, x = layer.ahn.fn, layer.x
-    gates: dict[str, Tensor] = {}
+    gates: dict[str, Gate] = {}
     rule = read = None
     if isinstance(memory, RecurrentMemory):
         rule = memory.step_rule()
-        gates = {name: gate[:, :, 0] for name, gate in memory.write_gates(x).items()}
+        gates = {name: gate.first() for name, gate in memory.step_gates(x).items()}
         weight = None
         if layer.router is not None:
             written = step.positions - (step.window + step.sinks) + 1

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ahn.ops.gate import Gate
+
 if TYPE_CHECKING:
     from ahn.ops.step import StepRule
     from ahn.visibility import Visibility
@@ -116,8 +118,18 @@ class RecurrentMemory(Memory, ABC):
         return {"state": torch.zeros(batch, self.heads, self.head_dim, self.head_dim, device=device)}
 
     def read_gate(self, x: Tensor) -> Tensor:
-        """The output gate before its activation, of reading tokens with attention input x (B, m, D): (B, H, m)."""
-        return head_gate(self.g_proj, x).float()
+        """The output gate before its activation, of reading tokens with attention input x (B, m, D): (B, H, m).
+
+        In the projection's own precision; whoever goes on with it goes on in float32.
+        """
+        return head_gate(self.g_proj, x)
+
+    def step_gates(self, x: Tensor) -> dict[str, Gate]:
+        """What `write_gates` gives, in parts where this class knows them, which a captured step finishes itself.
+
+        Whoever overrides one of the two in a class that has both must override the other.
+        """
+        return {name: Gate(gate) for name, gate in self.write_gates(x).items()}
 
     def step_rule(self) -> StepRule | None:
         """What our kernels have to know, or None: then all goes through `scan` and `read_out`, steps uncaptured.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ahn import ops
 from ahn.memory.base import RecurrentMemory, head_gate, l2_norm, rms_norm
+from ahn.ops.gate import Gate
 from ahn.ops.step import StepRule
 
 
@@ -26,7 +27,10 @@ class DeltaNet(RecurrentMemory):
         nn.init.ones_(self.o_norm.weight)
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        return {"beta": torch.sigmoid(head_gate(self.b_proj, x).float())}
+        return {name: gate.value() for name, gate in self.step_gates(x).items()}
+
+    def step_gates(self, x: Tensor) -> dict[str, Gate]:
+        return {"beta": Gate(head_gate(self.b_proj, x), "sigmoid")}
 
     def scan(
         self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]
@@ -44,6 +48,6 @@ class DeltaNet(RecurrentMemory):
         return self.o_norm.weight
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        gamma = self.read_gate(x).unsqueeze(-1)
+        gamma = self.read_gate(x).float().unsqueeze(-1)
         o = rms_norm(o, self.o_norm.weight, self.o_norm.eps) * gamma * torch.sigmoid(gamma)
         return self.o_proj(o)

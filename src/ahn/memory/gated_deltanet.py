@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ahn.memory.base import head_gate
 from ahn.memory.deltanet import DeltaNet
+from ahn.ops.gate import Gate
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -43,6 +43,6 @@ class GatedDeltaNet(DeltaNet):
         step = 1 / horizons
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        step = F.softplus(head_gate(self.a_proj, x).float() + self.dt_bias.float()[:, None])
-        return super().write_gates(x) | {"decay": -self.A_log.float().exp()[:, None] * step}
+    def step_gates(self, x: Tensor) -> dict[str, Gate]:
+        decay = Gate(head_gate(self.a_proj, x), "softplus", self.dt_bias, self.A_log)
+        return super().step_gates(x) | {"decay": decay}

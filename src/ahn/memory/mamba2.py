@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ahn import ops
 from ahn.memory.base import RecurrentMemory, head_gate, rms_norm
+from ahn.ops.gate import Gate
 from ahn.ops.step import StepRule
 
 
@@ -38,8 +41,11 @@ class Mamba2(RecurrentMemory):
         self.A_log.copy_(-(horizons * F.softplus(self.dt_bias)).log())
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        step = F.softplus(head_gate(self.dt_proj, x).float() + self.dt_bias.float()[:, None])
-        return {"step": step, "decay": -self.A_log.float().exp()[:, None] * step}
+        return {name: gate.value() for name, gate in self.step_gates(x).items()}
+
+    def step_gates(self, x: Tensor) -> dict[str, Gate]:
+        step = Gate(head_gate(self.dt_proj, x), "softplus", self.dt_bias)
+        return {"step": step, "decay": dataclasses.replace(step, log_rate=self.A_log)}
 
     def scan(
         self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]
@@ -58,7 +64,7 @@ class Mamba2(RecurrentMemory):
         return self.norm.weight
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        gamma = self.read_gate(x).unsqueeze(-1)
+        gamma = self.read_gate(x).float().unsqueeze(-1)
         B, H, N, P = o.shape
         # One norm over all heads together: (B, H, N, P) to (B, N, H·P) and back.
         merged = (o * F.silu(gamma)).transpose(1, 2).reshape(B, N, H * P)

@@ -10,18 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops import dependent
-from ahn.ops.dependent import announce, wait
+from ahn.ops.dependent import announce, prefetch, wait
 
 ROWS = 4  # weights that a program holds at once: so many rows of so many features
 FEATURES = 2048
 WARPS = 8
+LINE_BYTES = 128
+AHEAD = 528  # so many programs an H100 holds at once; each asks for what the one that far on will read
+REGISTERS = 64  # of a thread where there is a loop, so that a multiprocessor holds four programs
 
 
 @triton.jit
 def _product(
     x, weights, biases, rows, norm, residual, out, features, eps,
     COUNT: tl.constexpr, BIASED: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, FEATURES: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     block = tl.program_id(0)
@@ -45,12 +49,24 @@ def _product(
     w = tl.load(weight + at, mask=real[:, None] & (f < features)[None, :], other=0.0)
     if SILU:
         u = tl.load(weights[1] + at, mask=real[:, None] & (f < features)[None, :], other=0.0)
+        bias_u = tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0)
+    b = tl.load(bias + n, mask=n < biased, other=0.0)
+    if NORM:
+        scale = tl.load(norm + f, mask=f < features, other=0.0)
+    if block < AHEAD:  # registers hold no more, and the memory would be idle until the wait is over
+        line = tl.minimum(tl.arange(0, FEATURES // LINE) * LINE, features - 1)
+        later = (n + AHEAD * ROWS).to(tl.int64)[:, None] * features + line[None, :]
+        prefetch(weight + later, PDL)
+        if SILU:
+            prefetch(weights[1] + later, PDL)
     wait(PDL)
 
     v = tl.load(x + f, mask=f < features, other=0.0).to(tl.float32)
+    if RESIDUAL:  # on its way with x: a load that begins after the sums is time that nothing hides
+        y_before = tl.load(residual + first + n, mask=real, other=0.0)
     squares = v * v
     if NORM:  # the norm's factor is the same for all features and comes last
-        v *= tl.load(norm + f, mask=f < features, other=0.0).to(tl.float32)
+        v *= scale.to(tl.float32)
     acc = w.to(tl.float32) * v[None, :]
     if SILU:
         acc_u = u.to(tl.float32) * v[None, :]
@@ -72,14 +88,11 @@ def _product(
     factor = 1.0
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 0) / features + eps)
-    y = y * factor
-    y += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)
+    y = y * factor + b.to(tl.float32)
     if SILU:
-        up = tl.sum(acc_u, 1) * factor
-        up += tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
-        y = y * tl.sigmoid(y) * up
+        y = y * tl.sigmoid(y) * (tl.sum(acc_u, 1) * factor + bias_u.to(tl.float32))
     if RESIDUAL:
-        y += tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
+        y += y_before.to(tl.float32)
     tl.store(out + first + n, y, mask=real)
 
 
@@ -102,9 +115,15 @@ def product(
     # Where there is no bias, a pointer that is never read.
     given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
+    launch = dependent.options(x)
+    if launch["PDL"] and features < K:
+        launch["maxnreg"] = REGISTERS
+    one_kind = silu or len(counts) == 1  # the rows after some rows are then of the same matrix
+    ahead = AHEAD if launch["PDL"] and one_kind and blocks > 2 * AHEAD else 0
     _product[blocks,](
         x.contiguous(), held, given, counts, norm, None if residual is None else residual.contiguous(), out, K, eps,
         COUNT=len(counts), BIASED=biased, NORM=norm is not None, SILU=silu, RESIDUAL=residual is not None,
-        ROWS=ROWS, FEATURES=features, LOOP=features < K, num_warps=WARPS, **dependent.options(x),
+        ROWS=ROWS, FEATURES=features, LOOP=features < K, AHEAD=ahead,
+        LINE=min(features, LINE_BYTES // x.element_size()), num_warps=WARPS, **launch,
     )  # fmt: skip
     return out

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn.ops.gate import Gate
+
 
 @dataclasses.dataclass(frozen=True)
 class StepRule:
@@ -58,8 +60,8 @@ class StepRead:
     """What the read of a memory needs besides the state.
 
     Attributes:
-        query: (B, Hq, P) the memory's query, after RoPE.
-        gamma: (B, Hq) float32 the output gate before its activation.
+        query: (B, Hq, P) the memory's query, like those of attention before or after RoPE.
+        gamma: (B, Hq) the output gate before its activation.
         weight: (B, Hq) float32 the router's weight of the read, or None.
         norm: (P,) or (Hq · P,) weight of the norm.
         o_proj: (Hq, P, P).
@@ -72,6 +74,24 @@ class StepRead:
     o_proj: Tensor
 
 
+@dataclasses.dataclass
+class StepRotation:
+    """What queries and keys still have to go through: an RMSNorm of each head where there is one, then RoPE.
+
+    Attributes:
+        cos, sin: (B or 1, ..., P) of the new token, as the base model's rotary embedding gives them.
+        query_norm, key_norm: (P,) weights, or None.
+        query_eps, key_eps: of these norms.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    query_eps: float = 0.0
+    key_eps: float = 0.0
+
+
 def supported(head_dim: int) -> bool:
     """Whether the kernels can work on this head dim."""
     return 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
@@ -81,8 +101,8 @@ def step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    write: Tensor | None,
-    decay: Tensor | None,
+    write: Gate | None,
+    decay: Gate | None,
     positions: Tensor,
     active: Tensor,
     buffers: StepBuffers,
@@ -90,28 +110,37 @@ def step(
     scaling: float,
     rule: StepRule | None,
     read: StepRead | None,
+    rotation: StepRotation | None = None,
 ) -> Tensor:
     """One token a row. A row that is not `active` changes nothing; its output means nothing.
 
     Args:
-        query: (B, Hq, P); key, value: (B, Hkv, P) of the new token, after RoPE.
-        write, decay: (B, Hq) float32 gates of the new token.
+        query: (B, Hq, P); key, value: (B, Hkv, P) of the new token.
+        write, decay: (B, Hq) gates of the new token.
         positions: (B,) int64, tokens that each row has read before.
         active: (B,) bool.
         sinks: S.
         scaling: of attention scores.
         rule, read: None without a memory.
+        rotation: of all queries and the key; None where they come rotated.
 
     Returns:
         (B, Hq, P): exact attention over sinks and window, plus the memory's read.
     """
+    memory_query = None if read is None else read.query
+    if rotation is not None:
+        turn = rotation.cos, rotation.sin
+        if memory_query is not None:
+            memory_query = _rotated(memory_query, *turn, rotation.query_norm, rotation.query_eps)
+        query = _rotated(query, *turn, rotation.query_norm, rotation.query_eps)
+        key = _rotated(key, *turn, rotation.key_norm, rotation.key_eps)
     T = buffers.keys.shape[2]
     window = T - sinks
     slot = torch.where(positions < T, positions, sinks + (positions - sinks) % window)
     leaves = active & (positions >= T)
     rows = torch.arange(len(positions), device=positions.device)
     memory_read: Tensor | float = 0.0
-    if rule is not None and read is not None:
+    if rule is not None and read is not None and memory_query is not None:
         assert buffers.write is not None and buffers.state is not None
         gone_key, gone_value = (
             torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)
@@ -120,10 +149,11 @@ def step(
         fade = None
         if buffers.decay is not None:
             fade = torch.where(leaves[:, None], buffers.decay[rows, :, slot], 0).float()
-        o = _write_and_read(read.query, gone_key, gone_value, strength, fade, buffers.state, rule)
+        o = _write_and_read(memory_query, gone_key, gone_value, strength, fade, buffers.state, rule)
         memory_read = _read_out(o, rule, read)
     mine = active[:, None]
-    for ring, new in ((buffers.keys, key), (buffers.values, value), (buffers.write, write), (buffers.decay, decay)):
+    kept = (buffers.keys, key), (buffers.values, value), (buffers.write, _value(write)), (buffers.decay, _value(decay))
+    for ring, new in kept:
         if ring is not None and new is not None:
             fits = mine.reshape(mine.shape + (1,) * (new.dim() - 2))
             ring[rows, :, slot] = torch.where(fits, new.to(ring.dtype), ring[rows, :, slot])
@@ -133,6 +163,20 @@ def step(
         query[:, :, None], keys, values, visible[:, None, None], scale=scaling, enable_gqa=True
     )
     return (exact[:, :, 0].float() + memory_read).to(query.dtype)
+
+
+def _value(gate: Gate | None) -> Tensor | None:
+    return None if gate is None else gate.value()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """x (B, H, P) through its norm and RoPE, rounded once."""
+    y = x.float()
+    if norm is not None:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.float()
+    first, second = y.chunk(2, dim=-1)
+    cos, sin = (part.float().view(-1, 1, x.shape[-1]) for part in (cos, sin))
+    return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def _write_and_read(
@@ -157,7 +201,7 @@ def _inverse_norm(x: Tensor, eps: float) -> Tensor:
 def _read_out(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
     """Norm, gate and the projection of each head, of a raw read o (B, Hq, P): float32 of the same shape."""
     B, H, P = o.shape
-    gate = F.silu(read.gamma)[..., None]
+    gate = F.silu(read.gamma.float())[..., None]
     if rule.across_heads:
         o = (o * gate).reshape(B, H * P)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + rule.norm_eps) * read.norm.float()
@@ -192,25 +236,43 @@ def operator(
     weight: Tensor | None,
     norm: Tensor | None,
     o_proj: Tensor | None,
+    write_activation: str = "none",
+    write_shift: Tensor | None = None,
+    write_log_rate: Tensor | None = None,
+    decay_activation: str = "none",
+    decay_shift: Tensor | None = None,
+    decay_log_rate: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    query_eps: float = 0.0,
+    key_eps: float = 0.0,
 ) -> Tensor:
-    """`step` with every field an argument of its own, as an operator wants it; see `layer_step`."""
-    rule = read = None
+    """`step` with every field an argument of its own, as an operator wants it.
+
+    See `layer_step` for all but the last six: they are those of `StepRotation`, and `ahn.fusion` gives them.
+    """
+    rule = read = rotation = None
     if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
         rule = StepRule("write", None if decay is None else "decay", delta, l2_eps, scale, norm_eps, across_heads)
         read = StepRead(memory_query, gamma, weight, norm, o_proj)
+    if cos is not None and sin is not None:
+        rotation = StepRotation(cos, sin, query_norm, key_norm, query_eps, key_eps)
+    write_gate = None if write is None else Gate(write, write_activation, write_shift, write_log_rate)
+    decay_gate = None if decay is None else Gate(decay, decay_activation, decay_shift, decay_log_rate)
     buffers = StepBuffers(keys, values, write_ring, decay_ring, state)
+    token = query, key, value, write_gate, decay_gate, positions, active
     if query.is_cuda:
         from ahn.ops import step_triton
 
         with torch.cuda.device(query.device):
-            return step_triton.step(
-                query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read
-            )  # fmt: skip
-    return step(query, key, value, write, decay, positions, active, buffers, sinks, scaling, rule, read)
+            return step_triton.step(*token, buffers, sinks, scaling, rule, read, rotation)
+    return step(*token, buffers, sinks, scaling, rule, read, rotation)
 
 
 @operator.register_fake
-def _(query: Tensor, *rest: object) -> Tensor:
+def _(query: Tensor, *rest: object, **named: object) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -218,7 +280,7 @@ def layer_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gates: dict[str, Tensor],
+    gates: dict[str, Gate],
     positions: Tensor,
     active: Tensor,
     buffers: StepBuffers,
@@ -227,7 +289,7 @@ def layer_step(
     rule: StepRule | None,
     read: StepRead | None,
 ) -> Tensor:
-    """`step` on the device's best path; `gates` of the new token by name, (B, Hq) each."""
+    """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hq) each."""
     ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state)
     if rule is None or read is None:
         return operator(
@@ -235,7 +297,13 @@ def layer_step(
             None, None, None, None, None,
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
+    fading = (None, "none", None, None) if decay is None else _parts(decay)
     return operator(
-        query, key, value, write, decay, positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps, rule.scale,
-        rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
+        query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
+        rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
+        *_parts(write)[1:], *fading[1:],
     )  # fmt: skip
+
+
+def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
+    return gate.logits, gate.activation, gate.shift, gate.log_rate

@@ -3,7 +3,8 @@
 The first reads: programs of one kind attend to a part of the slots each, so that a single query keeps every
 multiprocessor busy; programs of the other kind write the token that leaves into a part of one head's state, and read
 it. Neither touches what the other reads. The second combines the parts, finishes the memory's read and, now that
-nobody needs the old token any more, puts the new one into its slot.
+nobody needs the old token any more, puts the new one into its slot. Both take heads and gates as projections give them:
+whoever needs a query, the key or a gate finishes it for itself, which costs less than a kernel that does it once.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops import dependent
-from ahn.ops.dependent import announce, wait
-from ahn.ops.step import StepBuffers, StepRead, StepRule
+from ahn.ops.dependent import announce, prefetch, wait
+from ahn.ops.gate import Gate
+from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
-STATE_COLUMNS = 32  # columns of a state that a program holds
+STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
+LINE_BYTES = 128
+REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -40,17 +44,34 @@ def _slot(position, sinks, window):
 
 
 @triton.jit
+def _head(x, kept, norm, eps, cos, sin, P: tl.constexpr):
+    """The heads at x (a pointer, or one for each row as [N, 1]) through their norm and rotation: P numbers, float32."""
+    p = tl.arange(0, P)
+    y = tl.load(x + p, mask=kept, other=0.0).to(tl.float32)
+    if cos is not None:
+        partner = tl.where(p < P // 2, p + P // 2, p - P // 2)
+        z = tl.load(x + partner, mask=kept, other=0.0).to(tl.float32)
+        if norm is not None:
+            factor = tl.rsqrt(tl.sum(y * y, -1, keep_dims=True) / P + eps)
+            y *= factor * tl.load(norm + p).to(tl.float32)
+            z *= factor * tl.load(norm + partner).to(tl.float32)
+        z = tl.where(p < P // 2, -z, z)
+        y = y * tl.load(cos + p).to(tl.float32) + z * tl.load(sin + p).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _attend_and_write(
     query, key, value, keys, values, positions, active, partial, score,
     memory_query, write, decay, state, read,
+    query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
     slots, sinks, scaling, per_split, l2_eps, scale,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
-    STATE_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, LINE: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr,
+    DECAY: tl.constexpr, STATE_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
-    wait(PDL)
     part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
@@ -58,37 +79,63 @@ def _attend_and_write(
     slot = _slot(position, sinks, slots - sinks)
     keys += b.to(tl.int64) * stride_kb + head * stride_kh
     values += b.to(tl.int64) * stride_vb + head * stride_vh
+    if cos is not None:
+        cos += b * stride_turn
+        sin += b * stride_turn
     first = b * HEADS + head * GROUPS
     if part >= STATE_PROGRAMS:  # those that write begin first, so that none of them is left for the end
+        part -= STATE_PROGRAMS
+        begin = part * per_split
+        end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
+        _prefetch_tile(keys, begin, end, stride_kt, P, BLOCK_N, LINE, PDL)
+        _prefetch_tile(values, begin, end, stride_vt, P, BLOCK_N, LINE, PDL)
+        wait(PDL)
         new = (b * HKV + head) * P
         _attend(
-            query, key + new, value + new, keys, values, partial, score, first, part - STATE_PROGRAMS, position, slot,
-            slots, scaling, per_split, stride_kt, stride_vt, SPLITS, GROUPS, ROWS, P, BLOCK_N, PRECISION,
+            query, key + new, value + new, keys, values, partial, score, first, part, begin, end, slot,
+            query_norm, key_norm, cos, sin, query_eps, key_eps, scaling, stride_kt, stride_vt,
+            SPLITS, GROUPS, ROWS, P, BLOCK_N, PRECISION,
         )  # fmt: skip
     elif MEMORY:
+        h = (first + part // (P // COLUMNS)).to(tl.int64)
+        c = (part % (P // COLUMNS)) * COLUMNS
+        prefetch(state + h * P * P + tl.arange(0, P) * P + c, PDL)
         leaves = (position >= slots) & (tl.load(active + b) != 0)
+        wait(PDL)
         _write_and_read(
-            memory_query, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, first,
-            part, leaves, slot, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+            memory_query + h * P, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, h,
+            c, leaves, slot, query_norm, cos, sin, query_eps, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
         )  # fmt: skip
 
 
 @triton.jit
+def _prefetch_tile(
+    x, begin, end, stride, P: tl.constexpr, BLOCK_N: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr
+):
+    """Keys or values that come first; LINE numbers are a cache line, or a whole token where that is less.
+
+    All programs' first tiles are more than the memory delivers before the wait is over, and a query must not have to
+    queue behind the rest.
+    """
+    if begin < end:
+        t = tl.minimum(begin + tl.arange(0, BLOCK_N), end - 1)
+        prefetch(x + t[:, None] * stride + tl.arange(0, P // LINE)[None, :] * LINE, PDL)
+
+
+@triton.jit
 def _attend(
-    query, key, value, keys, values, partial, score, first, part, position, slot,
-    slots, scaling, per_split, stride_kt, stride_vt,
+    query, key, value, keys, values, partial, score, first, part, begin, end, slot,
+    query_norm, key_norm, cos, sin, query_eps, key_eps, scaling, stride_kt, stride_vt,
     SPLITS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of the slots, for the query heads that share a key head."""
+    """The slots from `begin` to `end`, for the query heads that share a key head."""
     p, g = tl.arange(0, P), tl.arange(0, ROWS)
     mine = (g < GROUPS)[:, None]
-    q = tl.load(query + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
+    q = _head(query + (first + g)[:, None] * P, mine, query_norm, query_eps, cos, sin, P).to(keys.dtype.element_ty)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, P], tl.float32)
-    begin = part * per_split
-    end = tl.minimum(tl.minimum(begin + per_split, slots), position.to(tl.int32))
     for start in range(begin, end, BLOCK_N):
         t = start + tl.arange(0, BLOCK_N)
         held = (t < end) & (t != slot)
@@ -105,7 +152,8 @@ def _attend(
         total = total * keep + tl.sum(e, 1)
         highest = new
     if part == 0:  # the new token, which is not in its slot yet: every part has left that slot out
-        own = tl.sum(q.to(tl.float32) * tl.load(key + p).to(tl.float32)[None, :], 1) * scaling
+        k = _head(key, p < P, key_norm, key_eps, cos, sin, P).to(keys.dtype.element_ty)
+        own = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
         new = tl.maximum(highest, own)
         keep, e = tl.exp(highest - new), tl.exp(own - new)
         acc = acc * keep[:, None] + e[:, None] * tl.load(value + p).to(tl.float32)[None, :]
@@ -119,15 +167,15 @@ def _attend(
 
 @triton.jit
 def _write_and_read(
-    query, key, value, write, decay, state, read, first, part, leaves, slot, slots, l2_eps, scale,
+    query, key, value, write, decay, state, read, h, first_column, leaves, slot,
+    query_norm, cos, sin, query_eps, slots, l2_eps, scale,
     P: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's state: u, and so the update, is worked out for each column by itself."""
-    h = (first + part // (P // COLUMNS)).to(tl.int64)
-    p, c = tl.arange(0, P), (part % (P // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+    p, c = tl.arange(0, P), first_column + tl.arange(0, COLUMNS)
     tile = state + h * P * P + p[:, None] * P + c[None, :]
     S = tl.load(tile)
-    q = tl.load(query + h * P + p).to(tl.float32)
+    q = _head(query, p < P, query_norm, query_eps, cos, sin, P)
     if leaves:
         k, v = tl.load(key + p).to(tl.float32), tl.load(value + c).to(tl.float32)
         k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
@@ -144,41 +192,76 @@ def _write_and_read(
 @triton.jit
 def _combine_and_keep(
     partial, score, read, gamma, weight, norm, o_proj, out,
-    key, value, new_write, new_decay, keys, values, write, decay, positions, active,
-    slots, sinks, norm_eps,
+    key, value, new_write, write_shift, write_log_rate, new_decay, decay_shift, decay_log_rate,
+    key_norm, cos, sin, key_eps, stride_turn,
+    keys, values, write, decay, positions, active, slots, sinks, norm_eps,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
-    ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr, DECAY: tl.constexpr,
-    PDL: tl.constexpr,
+    ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
+    WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
     b, h = row // HEADS, row % HEADS
-    head = h // GROUPS
+    if part < P // COLUMNS:
+        _combine(
+            partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
+            SPLITS, HEADS, P, COLUMNS, ALL, MEMORY, ROUTER, ACROSS, PDL,
+        )  # fmt: skip
+    else:  # a program of its own, so that nobody's result is late for it
+        position, real = tl.load(positions + b), tl.load(active + b) != 0
+        slot = _slot(position, sinks, slots - sinks)
+        head = h // GROUPS
+        p = tl.arange(0, P)
+        wait(PDL)
+        if real & (h % GROUPS == 0):
+            if cos is not None:
+                cos += b * stride_turn
+                sin += b * stride_turn
+            new = (b * (HEADS // GROUPS) + head) * P
+            keys += b.to(tl.int64) * stride_kb + head * stride_kh + slot * stride_kt
+            values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
+            tl.store(keys + p, _head(key + new, p < P, key_norm, key_eps, cos, sin, P))
+            tl.store(values + p, tl.load(value + new + p))
+        if MEMORY and real:
+            at = row.to(tl.int64) * slots + slot
+            tl.store(write + at, _gate(new_write + row, write_shift, write_log_rate, h, WRITE_ACTIVATION))
+            if new_decay is not None:
+                tl.store(decay + at, _gate(new_decay + row, decay_shift, decay_log_rate, h, DECAY_ACTIVATION))
+
+
+@triton.jit
+def _combine(
+    partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
+    SPLITS: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr,
+    MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head's output: the parts by their weights, and the memory's read."""
     c = part * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.arange(0, SPLITS)
     p = tl.arange(0, P)
     if MEMORY:  # all loads are under way before the first result is needed; weights without waiting
         projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
+        normed = tl.load(norm + (h * P + p if ACROSS else p)).to(tl.float32)
     wait(PDL)
     scores = tl.load(score + row * SPLITS + n)
     parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
     if MEMORY:
         o = tl.load(read + row * P + p)
+        gate = tl.load(gamma + row).to(tl.float32)
     e = tl.exp(scores - tl.max(scores, 0))
     y = tl.sum(parts * e[:, None], 0) / tl.sum(e, 0)
     if MEMORY:
-        gate = tl.load(gamma + row)
         gate = gate * tl.sigmoid(gate)
         if ACROSS:
             i = tl.arange(0, ALL)
             every = tl.load(read + b * HEADS * P + i, mask=i < HEADS * P, other=0.0)
-            gates = tl.load(gamma + b * HEADS + i // P, mask=i < HEADS * P, other=0.0)
+            gates = tl.load(gamma + b * HEADS + i // P, mask=i < HEADS * P, other=0.0).to(tl.float32)
             every *= gates * tl.sigmoid(gates)
             size = tl.sum(every * every) / (HEADS * P)
-            o *= gate * tl.rsqrt(size + norm_eps) * tl.load(norm + h * P + p).to(tl.float32)
+            o *= gate * tl.rsqrt(size + norm_eps) * normed
         else:
-            o *= tl.rsqrt(tl.sum(o * o) / P + norm_eps) * tl.load(norm + p).to(tl.float32) * gate
+            o *= tl.rsqrt(tl.sum(o * o) / P + norm_eps) * normed * gate
         o = o.to(projection.dtype).to(tl.float32)
         projected = tl.sum(o[:, None] * projection.to(tl.float32), 0)
         if ROUTER:
@@ -186,26 +269,31 @@ def _combine_and_keep(
         y += projected
     tl.store(out + row * P + c, y)
 
-    if tl.load(active + b) != 0:
-        slot = _slot(tl.load(positions + b), sinks, slots - sinks)
-        if h % GROUPS == 0:
-            new = (b * (HEADS // GROUPS) + head) * P + c
-            keys += b.to(tl.int64) * stride_kb + head * stride_kh + slot * stride_kt
-            values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
-            tl.store(keys + c, tl.load(key + new))
-            tl.store(values + c, tl.load(value + new))
-        if MEMORY and part == 0:
-            tl.store(write + row.to(tl.int64) * slots + slot, tl.load(new_write + row))
-            if DECAY:
-                tl.store(decay + row.to(tl.int64) * slots + slot, tl.load(new_decay + row))
+
+@triton.jit
+def _gate(logits, shift, log_rate, h, ACTIVATION: tl.constexpr):
+    """See `ahn.ops.gate.Gate`: of one token and the head h."""
+    x = tl.load(logits).to(tl.float32)
+    if shift is not None:
+        x += tl.load(shift + h).to(tl.float32)
+    if ACTIVATION == "sigmoid":
+        x = tl.sigmoid(x)
+    elif ACTIVATION == "softplus":
+        # max(x, 0) + log1p(e), where e <= 1; log1p as log(u) e / (u - 1) with u = 1 + e keeps the digits of a small e.
+        e = tl.exp(-tl.abs(x))
+        u = 1.0 + e
+        x = tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
+    if log_rate is not None:
+        x *= -tl.exp(tl.load(log_rate + h).to(tl.float32))
+    return x
 
 
 def step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    write: Tensor | None,
-    decay: Tensor | None,
+    write: Gate | None,
+    decay: Gate | None,
     positions: Tensor,
     active: Tensor,
     buffers: StepBuffers,
@@ -213,6 +301,7 @@ def step(
     scaling: float,
     rule: StepRule | None,
     read: StepRead | None,
+    rotation: StepRotation | None = None,
     processors: int = 132,
 ) -> Tensor:
     """See `ahn.ops.step.step`; float32 buffers are multiplied in full precision."""
@@ -232,21 +321,40 @@ def step(
     memory = rule is not None and read is not None
     state_programs = groups * (P // columns) if memory else 0
     launch = dependent.options(query)
+    # 256 parts and 64 programs for the state are more than the 528 that an H100 holds by fours. Larger tiles spill.
+    capped = launch["PDL"] and stages == 2 and P <= 128 and query.element_size() == 2
+    cos, sin, query_norm, key_norm, query_eps, key_eps, stride_turn = None, None, None, None, 0.0, 0.0, 0
+    if rotation is not None:
+        cos, sin, stride_turn = rotation.cos.contiguous(), rotation.sin.contiguous(), P * (len(rotation.cos) > 1)
+        query_norm, key_norm = rotation.query_norm, rotation.key_norm
+        query_eps, key_eps = rotation.query_eps, rotation.key_eps
+    read_query, gamma, weight, norm, o_proj = query, None, None, None, None
+    if read is not None:
+        read_query, gamma = read.query.contiguous(), read.gamma.contiguous()
+        weight, norm, o_proj = read.weight, read.norm, read.o_proj
     _attend_and_write[splits + state_programs, B * HKV](
         query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
-        read.query.contiguous() if read is not None else query, buffers.write, buffers.decay, buffers.state, raw,
+        read_query, buffers.write, buffers.decay, buffers.state, raw,
+        query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
         slots, sinks, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
-        COLUMNS=columns, MEMORY=memory, DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay),
-        STATE_PROGRAMS=state_programs, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=stages, **launch,
+        LINE=min(P, LINE_BYTES // buffers.keys.element_size()), COLUMNS=columns, MEMORY=memory,
+        DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATE_PROGRAMS=state_programs,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
+        **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
-    _combine_and_keep[B * HEADS, P // columns](
-        partial, score, raw, *((read.gamma, read.weight, read.norm, read.o_proj) if read is not None else (None,) * 4),
-        out, key, value, write, decay, buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
+    _combine_and_keep[B * HEADS, P // columns + 1](
+        partial, score, raw, gamma, weight, norm, o_proj, out,
+        key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
+        buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns, ALL=triton.next_power_of_2(HEADS * P),
-        MEMORY=memory, ROUTER=read is not None and read.weight is not None, ACROSS=bool(rule and rule.across_heads),
-        DECAY=bool(rule and rule.decay), num_warps=4, **launch,
+        MEMORY=memory, ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
+        WRITE_ACTIVATION=write.activation if write else "none", DECAY_ACTIVATION=decay.activation if decay else "none",
+        num_warps=4, **launch,
     )  # fmt: skip
     return out
+
+
+def _parts(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if gate is None else (gate.logits.contiguous(), gate.shift, gate.log_rate)
