@@ -1,8 +1,8 @@
 """Sinks + window attention for a chunk of queries, from library kernels that know no window.
 
 Of n new queries after a full window, query i sees the sinks, window keys that are at least i + 1 columns in, and the
-new keys up to its own. That is a rectangle that every query sees whole and two triangles of n × n: the new keys
-(causal), and the window's oldest keys (causal once queries and keys are turned round). Three calls of the fastest dense
+new keys up to its own. That is a rectangle that every query sees whole and two triangles: n × n of the new keys
+(causal), and of the window's oldest keys one that is smaller by one (causal once queries and keys are turned round). Three calls of the fastest dense
 kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ahn.ops import has_triton
 from ahn.ops.merge import Part, merge
+from ahn.ops.moves import join, turn
 from ahn.visibility import Visibility
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
@@ -65,19 +66,21 @@ def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, 
     """Queries `start` and following, at most window - 1 of them."""
     m = query.shape[2]
     first = sinks + start  # the oldest column that the block's first query does not see any more
-    own, oldest, rest = (
+    # The last query sees no more of the window's old keys than all do. So the rectangle has S + W - m keys and not one
+    # less: whole tiles of the kernel where these numbers are multiples of one.
+    oldest, rest, own = (
+        slice(first + 1, first + m),
+        slice(first + m, first + window),
         slice(first + window, first + window + m),
-        slice(first + 1, first + 1 + m),
-        slice(first + 1 + m, first + window),
     )
-    turned = [x.flip(2) for x in (query, keys[:, :, oldest], values[:, :, oldest])]
+    whole = (join([x[:, :, :sinks], x[:, :, rest]]) if sinks else x[:, :, rest] for x in (keys, values))
     parts = [
         _part(query, keys[:, :, own], values[:, :, own], True, scaling),
-        _part(turned[0], turned[1], turned[2], True, scaling, turned=True),
+        _part(query, *whole, False, scaling),
     ]
-    if sinks or window > m + 1:
-        whole = [torch.cat([x[:, :, :sinks], x[:, :, rest]], dim=2) for x in (keys, values)]
-        parts.append(_part(query, whole[0], whole[1], False, scaling))
+    if m > 1:
+        turned = (turn(x) for x in (query[:, :, : m - 1], keys[:, :, oldest], values[:, :, oldest]))
+        parts.append(_part(*turned, True, scaling, turned=True))
     return merge(parts)
 
 
