@@ -41,7 +41,7 @@ def test_join_and_turn(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_wide(dtype: torch.dtype) -> None:
-    """Keys of every model with a head dimension of 8 or more, but nothing that is not aligned, or is to have gradients."""
+    """Keys of every model with heads of 8 numbers or more; nothing unaligned, nothing that wants gradients."""
     x = torch.randn(2, 9, 3, 8).to(dtype).transpose(1, 2)
     assert moves._fits(x) and moves._fits(x[:, :, 2:5]) and moves._fits(x[:, :, :0])
     assert not moves._fits(x[..., 0]) and not moves._fits(x[..., :5]) and not moves._fits(x[..., 1:])

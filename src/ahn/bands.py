@@ -2,8 +2,8 @@
 
 Of n new queries after a full window, query i sees the sinks, window keys that are at least i + 1 columns in, and the
 new keys up to its own. That is a rectangle that every query sees whole and two triangles: n × n of the new keys
-(causal), and of the window's oldest keys one that is smaller by one (causal once queries and keys are turned round). Three calls of the fastest dense
-kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
+(causal), and of the window's oldest keys one that is smaller by one (causal once queries and keys are turned round).
+Three calls of the fastest dense kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
 """
 
 from __future__ import annotations

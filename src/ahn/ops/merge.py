@@ -25,7 +25,7 @@ class Part:
 
 
 def merge(parts: list[Part]) -> Tensor:
-    """Attention over all keys of two or three parts, the first of all queries: (B, H, n, P), laid out as (B, n, H, P)."""
+    """Attention over all keys of two or three parts, the first of all queries: (B, H, n, P), laid out (B, n, H, P)."""
     if parts[0].out.is_cuda:
         from ahn.ops import merge_triton
 

@@ -27,7 +27,7 @@ def turn(x: Tensor) -> Tensor:
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether every token's numbers are whole, aligned elements of the widest type, and no gradient is to be followed."""
+    """Whether every token's numbers are whole, aligned elements of the widest type, and nobody wants gradients."""
     if x.dim() < 4 or x.device.type not in ("cuda", "cpu") or (x.requires_grad and torch.is_grad_enabled()):
         return False
     steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])

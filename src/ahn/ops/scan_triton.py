@@ -59,7 +59,7 @@ def _solve(
 ):  # fmt: skip
     """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A.
 
-    What `_states` would otherwise work out between two chunks is prepared here, where chunks do not wait for each other:
+    What `_states` would otherwise work out between two chunks is prepared here, where no chunk waits for another:
     `faded`, the keys as the chunk's last token finds them, and `fading`, what is left of the state then.
     """
     row = tl.program_id(1).to(tl.int64)
@@ -84,8 +84,8 @@ def _solve(
         tl.store(fading + row * tl.num_programs(0) + tl.program_id(0), tl.exp(total))
     tl.store(faded + to, k)
     # Neighbouring diagonal blocks of the inverse join to [[T1, 0], [-T2 A21 T1, T2]]: forward substitution in blocks.
-    # With unit keys and gates up to 1, no entry of T or of T2 A21 exceeds 1 (each says what one token leaves of another,
-    # through contractions), and below 1 float16 has the precision of tf32, at twice its speed.
+    # With unit keys and gates up to 1, no entry of T or of T2 A21 exceeds 1 (contractions stand between two tokens), and
+    # there float16 has the precision of tf32, at twice its speed.
     exact = tl.float32 if dtype == tl.float32 else tl.float16
     apart = (
         i[:, None] ^ i[None, :]
