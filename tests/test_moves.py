@@ -21,7 +21,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_join_and_turn(data: st.DataObject) -> None:
+def test_join_and_take(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     B, H, P = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 8, 16]))
 
@@ -36,7 +36,9 @@ def test_join_and_turn(data: st.DataObject) -> None:
 
     parts = [part() for _ in range(data.draw(st.integers(1, 3)))]
     assert same_bits(moves.join(parts), torch.cat(parts, dim=2))
-    assert same_bits(moves.turn(parts[0]), parts[0].flip(2))
+    x = parts[0]
+    tokens = torch.randint(max(1, x.shape[2]), (data.draw(st.integers(0, 6)) if x.shape[2] else 0,))
+    assert same_bits(moves.take(x, tokens), x.index_select(2, tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +50,7 @@ def test_what_is_wide(dtype: torch.dtype) -> None:
     assert not moves._fits(x.transpose(2, 3))
     assert not moves._fits(torch.randn(73).to(dtype)[1:].view(1, 1, 9, 8))
     leaf = torch.randn(1, 1, 2, 8).to(dtype).requires_grad_()
-    moves.join([leaf, moves.turn(leaf)]).sum().backward()
+    moves.join([leaf, moves.take(leaf, torch.arange(2))]).sum().backward()
     assert leaf.grad is not None and bool((leaf.grad == 2).all())
 
 

@@ -1,9 +1,10 @@
 """Sinks + window attention for a chunk of queries, from library kernels that know no window.
 
 Of n new queries after a full window, query i sees the sinks, window keys that are at least i + 1 columns in, and the
-new keys up to its own. That is a rectangle that every query sees whole and two triangles: n × n of the new keys
-(causal), and of the window's oldest keys one that is smaller by one (causal once queries and keys are turned round).
-Three calls of the fastest dense kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
+new keys up to its own. That is a rectangle of S + W - n keys that every query sees whole and two triangles: n × n of
+the new keys (causal), n - 1 × n - 1 of the window's oldest ones (causal once queries and keys are turned round). Three
+calls of the fastest dense kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing. Every size
+is a multiple of the kernel's tile where window, sinks and n are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ahn.ops import has_triton
 from ahn.ops.merge import Part, merge
-from ahn.ops.moves import join, turn
+from ahn.ops.moves import join, take
 from ahn.visibility import Visibility
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
@@ -66,27 +67,30 @@ def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, 
     """Queries `start` and following, at most window - 1 of them."""
     m = query.shape[2]
     first = sinks + start  # the oldest column that the block's first query does not see any more
-    # The last query sees no more of the window's old keys than all do. So the rectangle has S + W - m keys and not one
-    # less: whole tiles of the kernel where these numbers are multiples of one.
-    oldest, rest, own = (
-        slice(first + 1, first + m),
-        slice(first + m, first + window),
-        slice(first + window, first + window + m),
-    )
-    whole = (join([x[:, :, :sinks], x[:, :, rest]]) if sinks else x[:, :, rest] for x in (keys, values))
+    rest, own = slice(first + m, first + window), slice(first + window, first + window + m)
+    whole = [join([x[:, :, :sinks], x[:, :, rest]]) if sinks else x[:, :, rest] for x in (keys, values)]
     parts = [
         _part(query, keys[:, :, own], values[:, :, own], True, scaling),
-        _part(query, *whole, False, scaling),
+        _part(query, whole[0], whole[1], False, scaling),
     ]
     if m > 1:
-        turned = (turn(x) for x in (query[:, :, : m - 1], keys[:, :, oldest], values[:, :, oldest]))
-        parts.append(_part(*turned, True, scaling, turned=True))
+        parts.append(_oldest(query, keys, values, first, scaling))
     return merge(parts)
 
 
-def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float, turned: bool = False) -> Part:
-    out, score = kernel(query)(query, key, value, causal, scaling)
-    return Part(out, score, turned)
+def _oldest(query: Tensor, keys: Tensor, values: Tensor, first: int, scaling: float) -> Part:
+    """The m - 1 keys after column `first`: query i sees all but the first i of them, and the last query none."""
+    m = query.shape[2]
+    # One query and one key too many, at the end of the reverse order, where no other query sees the key: the kernel
+    # gets m × m, which is made of whole tiles where m - 1 is not.
+    queries = torch.arange(m - 2, -2, -1, device=query.device).clamp_min(0)
+    columns = torch.arange(first + m - 1, first - 1, -1, device=query.device)
+    part = _part(take(query, queries), take(keys, columns), take(values, columns), True, scaling)
+    return Part(part.out[:, :, : m - 1], part.score[:, :, : m - 1], turned=True)
+
+
+def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> Part:
+    return Part(*kernel(query)(query, key, value, causal, scaling))
 
 
 def kernel(query: Tensor) -> Kernel:

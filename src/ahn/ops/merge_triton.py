@@ -13,9 +13,9 @@ ROWS = 16
 
 
 @triton.jit
-def _scores(score, row, i, count, TURNED: tl.constexpr):
+def _scores(score, i, count, TURNED: tl.constexpr):
     at = count - 1 - i if TURNED else i
-    return tl.load(score + row * count + at, mask=i < count, other=-float("inf"))
+    return tl.load(score + at, mask=i < count, other=-float("inf"))
 
 
 @triton.jit
@@ -28,19 +28,19 @@ def _rows(x, i, count, step, p, P, TURNED: tl.constexpr):
 @triton.jit
 def _merge(
     out, a, b, c, score_a, score_b, score_c, n, count_b, count_c, heads,
-    ab, ah, an, bb, bh, bn, cb, ch, cn,
+    ab, ah, an, bb, bh, bn, cb, ch, cn, sab, sah, sbb, sbh, scb, sch,
     TURNED_A: tl.constexpr, TURNED_B: tl.constexpr, TURNED_C: tl.constexpr, THREE: tl.constexpr,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    each = tl.program_id(1).to(tl.int64)
-    row, head = each // heads, each % heads
+    row, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.arange(0, WIDTH)
-    sa, sb = _scores(score_a, each, i, n, TURNED_A), _scores(score_b, each, i, count_b, TURNED_B)
+    sa = _scores(score_a + row * sab + head * sah, i, n, TURNED_A)
+    sb = _scores(score_b + row * sbb + head * sbh, i, count_b, TURNED_B)
     sa = tl.where(i < n, sa, 0.0)
     highest = tl.maximum(sa, sb)
     if THREE:
-        sc = _scores(score_c, each, i, count_c, TURNED_C)
+        sc = _scores(score_c + row * scb + head * sch, i, count_c, TURNED_C)
         highest = tl.maximum(highest, sc)
     ea, eb = tl.exp(sa - highest), tl.exp(sb - highest)
     x = _rows(a + row * ab + head * ah, i, n, an, p, P, TURNED_A) * ea[:, None]
@@ -60,8 +60,9 @@ def merge(parts: list[Part]) -> Tensor:
     B, H, n, P = a.out.shape
     out = torch.empty(B, n, H, P, dtype=a.out.dtype, device=a.out.device)
     _merge[triton.cdiv(n, ROWS), B * H](
-        out, a.out, b.out, c.out, *(x.score.contiguous() for x in (a, b, c)), n, b.out.shape[2], c.out.shape[2], H,
+        out, a.out, b.out, c.out, a.score, b.score, c.score, n, b.out.shape[2], c.out.shape[2], H,
         *a.out.stride()[:3], *b.out.stride()[:3], *c.out.stride()[:3],
+        *a.score.stride()[:2], *b.score.stride()[:2], *c.score.stride()[:2],
         TURNED_A=a.turned, TURNED_B=b.turned, TURNED_C=c.turned, THREE=len(parts) == 3,
         P=P, WIDTH=triton.next_power_of_2(P), BLOCK=ROWS,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Copies along the tokens of keys and values, 16 bytes at a time.
 
-torch joins and turns round what is not contiguous one element after the other: 2 bytes for every index that is worked
+torch joins and gathers what is not contiguous one element after the other: 2 bytes for every index that is worked
 out. Nothing is computed with the elements, so that several of them can pass for one of torch's widest type.
 """
 
@@ -21,9 +21,9 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), dim=2)
 
 
-def turn(x: Tensor) -> Tensor:
-    """`x.flip(2)` of (B, H, T, ...)."""
-    return x.view(_WIDEST).flip(2).view(x.dtype) if _fits(x) else x.flip(2)
+def take(x: Tensor, tokens: Tensor) -> Tensor:
+    """`x.index_select(2, tokens)` of (B, H, T, ...)."""
+    return x.view(_WIDEST).index_select(2, tokens).view(x.dtype) if _fits(x) else x.index_select(2, tokens)
 
 
 def _fits(x: Tensor) -> bool:

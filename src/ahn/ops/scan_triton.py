@@ -84,7 +84,7 @@ def _solve(
         tl.store(fading + row * tl.num_programs(0) + tl.program_id(0), tl.exp(total))
     tl.store(faded + to, k)
     # Neighbouring diagonal blocks of the inverse join to [[T1, 0], [-T2 A21 T1, T2]]: forward substitution in blocks.
-    # With unit keys and gates up to 1, no entry of T or of T2 A21 exceeds 1 (contractions stand between two tokens), and
+    # With unit keys and gates up to 1, no entry of T or of T2 A21 exceeds 1 (contractions stand between two tokens);
     # there float16 has the precision of tf32, at twice its speed.
     exact = tl.float32 if dtype == tl.float32 else tl.float16
     apart = (
