@@ -20,10 +20,10 @@ from torch import Tensor
 from ahn.ops.step import StepRead, StepRule
 
 CHUNK = 64
-STATE_COLUMNS = 32  # of a state, for one program
-# Programs that wait for one product after the other: with 128 registers a thread two of them share a multiprocessor.
-PAIRED = {"num_warps": 8} | ({"maxnreg": 128} if torch.version.cuda else {})
+STATE_COLUMNS = 16  # of a state, for one program
 STATES = {"num_warps": 4, "num_stages": 2}
+# A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
+SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
 
 
 @dataclasses.dataclass
@@ -170,18 +170,16 @@ def _reads(
     q = tl.load(query + b * qb + h * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
     k = tl.load(key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
     dtype = k.dtype
-    q, k = unit_rows(q, l2_eps) * scale, unit_rows(k, l2_eps)
-    local = tl.dot(q.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
+    q = (unit_rows(q, l2_eps) * scale).to(dtype)
+    local = tl.dot(q, tl.trans(unit_rows(k, l2_eps).to(dtype)), input_precision=PRECISION)
     seen = i[:, None] >= i[None, :]
+    o = tl.dot(q, tl.load(states + at * P * P + p[:, None] * P + p[None, :]), input_precision=PRECISION)
     if DECAY:
         G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
         local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
-        q *= tl.exp(G)[:, None]
-    local = tl.where(seen, local, 0.0)
-    S = tl.load(states + at * P * P + p[:, None] * P + p[None, :])
+        o *= tl.exp(G)[:, None]
     u = tl.load(written + (at * C + i)[:, None] * P + p[None, :])
-    o = tl.dot(q.to(dtype), S, input_precision=PRECISION)
-    o += tl.dot(local.to(dtype), u, input_precision=PRECISION)
+    o = tl.dot(tl.where(seen, local, 0.0).to(dtype), u, o, input_precision=PRECISION)
     if FINISH:
         gate = tl.load(gamma + row * tokens + t, mask=real, other=0.0)
         o *= (tl.rsqrt(tl.sum(o * o, 1) / P + norm_eps) * gate * tl.sigmoid(gate))[:, None]
@@ -218,7 +216,7 @@ def write_all(
         inverse = written.new_empty(B, HEADS, chunks * CHUNK, CHUNK) if keep else None
         _solve[chunks, B * HEADS](
             key, value, write, decay, from_k, written, faded, fading, inverse, tokens, *strides, rule.l2_eps,
-            KEEP=keep, **sizes, **PAIRED,
+            KEEP=keep, **sizes, **SOLVE,
         )  # fmt: skip
     columns = min(STATE_COLUMNS, P)
     _states[P // columns, B * HEADS](
@@ -241,7 +239,7 @@ def read_raw(
         query, key, decay, done.written, done.states, gamma, None if weight is None else weight.contiguous(),
         None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
         *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
-        FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), **PAIRED,
+        FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), **READS,
     )  # fmt: skip
     return out.transpose(1, 2)
 
