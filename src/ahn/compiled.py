@@ -22,10 +22,12 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from ahn.fusion import fuse
+from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
 
 # One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
+_GATES = ("write_gates", "read_gate")
 _OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}  # independent small passes in one kernel
 
 
@@ -71,18 +73,22 @@ def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[No
 def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block norms, rotations and plain MLPs run compiled, for any length, with gradients or without.
 
-    Each is then one pass over memory; the rest of a layer is matrix products and attention. A block within a block
-    changes nothing.
+    So do a memory's gates where no gradients are wanted. Each is then one pass over memory; the rest of a layer is
+    matrix products and attention. A block within a block changes nothing.
     """
     layers = model.get_decoder().layers
     leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
     if any(leaf._compiled_call_impl is not None for leaf in leaves):
         yield
         return
+    memories = [memory for layer in layers for memory in layer.modules() if isinstance(memory, RecurrentMemory)]
     source = sys.modules[type(layers[0].self_attn).__module__]
     rope = getattr(source, "apply_rotary_pos_emb", None)
     for leaf in leaves:
         leaf._compiled_call_impl = _for_any_length(leaf._call_impl, 1)
+    for memory in memories:
+        for name in _GATES:
+            memory.__dict__[name] = _without_gradients(getattr(memory, name))
     if rope is not None:
         source.apply_rotary_pos_emb = _rotation(rope)  # type: ignore[attr-defined]
     try:
@@ -91,6 +97,9 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for leaf in leaves:
             leaf._compiled_call_impl = None
+        for memory in memories:
+            for name in _GATES:
+                del memory.__dict__[name]
         if rope is not None:
             source.apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
 
@@ -108,6 +117,16 @@ def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., 
             if isinstance(x, Tensor) and x.dim() > 2:
                 torch._dynamo.maybe_mark_dynamic(x, tokens % x.dim())
         return inner(*args, **kwargs)
+
+    return call
+
+
+def _without_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of inputs (B, n, D), compiled for when no gradients are wanted: training has its own form of a gate."""
+    inner = _for_any_length(method, 1)
+
+    def call(x: Tensor) -> Any:
+        return method(x) if torch.is_grad_enabled() else inner(x)
 
     return call
 
