@@ -10,6 +10,7 @@ is a multiple of the kernel's tile where window, sinks and n are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -60,7 +61,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scalin
     blocks = [
         _block(query[:, :, a : a + size], keys, values, a, view.sinks, view.window, scaling) for a in range(0, n, size)
     ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+    return blocks[0] if len(blocks) == 1 else join(blocks)
 
 
 def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, window: int, scaling: float) -> Tensor:
@@ -81,12 +82,22 @@ def _block(query: Tensor, keys: Tensor, values: Tensor, start: int, sinks: int, 
 def _oldest(query: Tensor, keys: Tensor, values: Tensor, first: int, scaling: float) -> Part:
     """The m - 1 keys after column `first`: query i sees all but the first i of them, and the last query none."""
     m = query.shape[2]
-    # One query and one key too many, at the end of the reverse order, where no other query sees the key: the kernel
-    # gets m × m, which is made of whole tiles where m - 1 is not.
-    queries = torch.arange(m - 2, -2, -1, device=query.device).clamp_min(0)
-    columns = torch.arange(first + m - 1, first - 1, -1, device=query.device)
-    part = _part(take(query, queries), take(keys, columns), take(values, columns), True, scaling)
+    shifted, backwards = _reversed(m, query.device)
+    columns = slice(first, first + m)
+    turned = [take(query, shifted), take(keys[:, :, columns], backwards), take(values[:, :, columns], backwards)]
+    part = _part(turned[0], turned[1], turned[2], True, scaling)
     return Part(part.out[:, :, : m - 1], part.score[:, :, : m - 1], turned=True)
+
+
+@lru_cache(maxsize=4)
+def _reversed(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The order of m - 1 queries and of their keys, backwards, and one of each too many.
+
+    The key, `first` itself, is last: no other query sees it, and nobody reads its query. The kernel then gets m × m,
+    which is made of whole tiles where m - 1 is not.
+    """
+    backwards = torch.arange(m - 1, -1, -1, device=device)
+    return (backwards - 1).clamp_min(0), backwards
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> Part:
