@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ahn.ops import moves
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -29,15 +30,15 @@ def test_join_and_take(data: st.DataObject) -> None:
         tokens = data.draw(st.integers(0, 5))
         if data.draw(st.booleans()):  # a slice of the cache
             first = data.draw(st.integers(0, 2))
-            x = torch.randn(B, H, tokens + 2, P).to(dtype)[:, :, first : first + tokens]
+            x = torch.randn(B, H, tokens + 2, P, device=DEVICE).to(dtype)[:, :, first : first + tokens]
         else:  # as the model makes keys
-            x = torch.randn(B, tokens, H, P).to(dtype).transpose(1, 2)
-        return x.masked_fill_(torch.rand(x.shape) < 0.1, torch.nan)
+            x = torch.randn(B, tokens, H, P, device=DEVICE).to(dtype).transpose(1, 2)
+        return x.masked_fill_(torch.rand(x.shape, device=DEVICE) < 0.1, torch.nan)
 
     parts = [part() for _ in range(data.draw(st.integers(1, 3)))]
     assert same_bits(moves.join(parts), torch.cat(parts, dim=2))
     x = parts[0]
-    tokens = torch.randint(max(1, x.shape[2]), (data.draw(st.integers(0, 6)) if x.shape[2] else 0,))
+    tokens = torch.randint(max(1, x.shape[2]), (data.draw(st.integers(0, 6)) if x.shape[2] else 0,), device=DEVICE)
     assert same_bits(moves.take(x, tokens), x.index_select(2, tokens))
 
 

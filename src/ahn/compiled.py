@@ -108,7 +108,7 @@ def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., 
     """The function compiled for one model and any number of tokens, which are that dimension of all tensors.
 
     With every size open (`dynamic=True`) an element's place is worked out by divisions: a rotation of 8192 × 16 heads
-    took four times as long as its bytes.
+    took six times as long as its bytes.
     """
     inner = torch.compile(function, dynamic=False)
 
