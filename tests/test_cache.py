@@ -556,6 +556,17 @@ def test_a_chunk_holds_logits_only_where_asked_for(monkeypatch: pytest.MonkeyPat
     assert max(sizes) == 1
 
 
+@torch.no_grad()
+def test_chunks_are_whole_before_and_after_the_window_fills() -> None:
+    model, sizes = student(prefill_chunk_size=4), []
+    model.get_decoder().layers[0].register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[1]))
+    cache = AHNCache.for_model(model)
+    model(tokens(1, 21), past_key_values=cache)  # 11 until the window is full
+    assert sizes == [4, 4, 3, 4, 4, 2]
+    model(tokens(1, 9), past_key_values=cache)
+    assert sizes[6:] == [4, 4, 1]
+
+
 # -- precision, gradients, pickling ------------------------------------------------------------------------------------
 
 

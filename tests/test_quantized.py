@@ -163,7 +163,7 @@ def test_bands_with_a_tier_are_the_mask(data: st.DataObject) -> None:
     with torch.no_grad():
         found = bands.attend(query, exact[0], exact[1], view, 0.3, (coarse[0], coarse[1]))
     assert relative_error(found, expected) < 1e-5
-    joined = bands.join(query[:, :, -1:], (exact[0], exact[1]), (coarse[0], coarse[1]), 0.3)
+    joined = bands.over_both(query[:, :, -1:], (exact[0], exact[1]), (coarse[0], coarse[1]), 0.3)
     whole = torch.nn.functional.scaled_dot_product_attention(query[:, :, -1:], key, value, scale=0.3, enable_gqa=True)
     assert relative_error(joined, whole) < 1e-5
 

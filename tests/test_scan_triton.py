@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32 = 2e-5
 # Factors in bfloat16 (relative step 2^-8): the state, the inverse, and some products of them in a row.
 BFLOAT16 = 8 * 2**-8
+FLOAT16 = 8 * 2**-11
 NAMES = [name for name, rule in RULES.items() if rule is not None]
 
 
@@ -54,6 +55,13 @@ def expected(query, key, value, write, decay, state, rule, read):
 )
 def test_the_scan_is_the_recurrence(name: str, tokens: int, heads: int, kv_heads: int, P: int) -> None:
     check(name, tokens, heads, kv_heads, P, torch.float32, FLOAT32)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scan_in_float16(name: str) -> None:
+    """In half precision the inverse inside a chunk is worked out in float16; 64 tokens have blocks of every size."""
+    check(name, 70, 2, 1, 16, torch.float16, FLOAT16)
 
 
 @pytest.mark.gpu

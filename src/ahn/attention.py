@@ -166,7 +166,7 @@ def attention(
     if banded:
         out, weights = bands.attend(query, key, value, view, scaling, beside).transpose(1, 2), None
     elif beside is not None:
-        out, weights = bands.join(query, (key, value), beside, scaling).transpose(1, 2), None
+        out, weights = bands.over_both(query, (key, value), beside, scaling).transpose(1, 2), None
     elif spanned:
         out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:

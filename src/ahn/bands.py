@@ -1,9 +1,10 @@
 """Sinks + window attention for a chunk of queries, from library kernels that know no window.
 
 Of n new queries after a full window, query i sees the sinks, window keys that are at least i + 1 columns in, and the
-new keys up to its own. That is a rectangle that every query sees whole and two triangles of n × n: the new keys
-(causal), and the window's oldest keys (causal once queries and keys are turned round). Three calls of the fastest dense
-kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing.
+new keys up to its own. That is a rectangle of S + W - n keys that every query sees whole and two triangles: n × n of
+the new keys (causal), n - 1 × n - 1 of the window's oldest ones (causal once queries and keys are turned round). Three
+calls of the fastest dense kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing. Every size
+is a multiple of the kernel's tile where window, sinks and n are.
 
 Quantized tokens are a second window, over the stream of tokens that left the first one: as many parts again.
 """
@@ -12,13 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.ops import has_triton
 from ahn.ops.merge import Part, merge
+from ahn.ops.moves import join, take
 from ahn.visibility import Visibility
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
@@ -80,10 +84,10 @@ def attend(
         else:
             coarse = _parts(block, *tier, held + start - view.quantized, 0, view.quantized, scaling)
             blocks.append(merge([_joined(exact), _joined(coarse)]))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+    return blocks[0] if len(blocks) == 1 else join(blocks)
 
 
-def join(query: Tensor, first: KeysValues, second: KeysValues, scaling: float) -> Tensor:
+def over_both(query: Tensor, first: KeysValues, second: KeysValues, scaling: float) -> Tensor:
     """A single query a row, (B, Hq, 1, P), over two sets of keys and values that it sees whole."""
     run = _flash if query.is_cuda else _cpu  # cuDNN wants more than one
     return merge([Part(*run(query, *part, False, scaling)) for part in (first, second)])
@@ -93,7 +97,9 @@ def _joined(parts: list[Part]) -> Part:
     """Several parts as one."""
     if len(parts) == 1:
         return parts[0]
-    scores = torch.stack([part.score.flip(2) if part.turned else part.score for part in parts])
+    n = parts[0].score.shape[2]
+    ordered = [part.score.flip(2) if part.turned else part.score for part in parts]
+    scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for score in ordered])
     return Part(merge(parts), scores.logsumexp(0))
 
 
@@ -113,25 +119,40 @@ def _parts(
         if own.start:
             parts.append(_part(query, keys[:, :, : own.start], values[:, :, : own.start], False, scaling))
         return parts
-    own, oldest, rest = (
-        slice(first + window, first + window + m),
-        slice(first + 1, first + 1 + m),
-        slice(first + 1 + m, first + window),
-    )
-    turned = [x.flip(2) for x in (query, keys[:, :, oldest], values[:, :, oldest])]
+    rest, own = slice(first + m, first + window), slice(first + window, first + window + m)
+    whole = [join([x[:, :, :sinks], x[:, :, rest]]) if sinks else x[:, :, rest] for x in (keys, values)]
     parts = [
         _part(query, keys[:, :, own], values[:, :, own], True, scaling),
-        _part(turned[0], turned[1], turned[2], True, scaling, turned=True),
+        _part(query, whole[0], whole[1], False, scaling),
     ]
-    if sinks or window > m + 1:
-        whole = [torch.cat([x[:, :, :sinks], x[:, :, rest]], dim=2) for x in (keys, values)]
-        parts.append(_part(query, whole[0], whole[1], False, scaling))
+    if m > 1:
+        parts.append(_oldest(query, keys, values, first, scaling))
     return parts
 
 
-def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float, turned: bool = False) -> Part:
-    out, score = kernel(query)(query, key, value, causal, scaling)
-    return Part(out, score, turned)
+def _oldest(query: Tensor, keys: Tensor, values: Tensor, first: int, scaling: float) -> Part:
+    """The m - 1 keys after column `first`: query i sees all but the first i of them, and the last query none."""
+    m = query.shape[2]
+    shifted, backwards = _reversed(m, query.device)
+    columns = slice(first, first + m)
+    turned = [take(query, shifted), take(keys[:, :, columns], backwards), take(values[:, :, columns], backwards)]
+    part = _part(turned[0], turned[1], turned[2], True, scaling)
+    return Part(part.out[:, :, : m - 1], part.score[:, :, : m - 1], turned=True)
+
+
+@lru_cache(maxsize=4)
+def _reversed(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The order of m - 1 queries and of their keys, backwards, and one of each too many.
+
+    The key, `first` itself, is last: no other query sees it, and nobody reads its query. The kernel then gets m × m,
+    which is made of whole tiles where m - 1 is not.
+    """
+    backwards = torch.arange(m - 1, -1, -1, device=device)
+    return (backwards - 1).clamp_min(0), backwards
+
+
+def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> Part:
+    return Part(*kernel(query)(query, key, value, causal, scaling))
 
 
 def kernel(query: Tensor) -> Kernel:

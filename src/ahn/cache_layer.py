@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.ops.moves import join
 from ahn.slots import Slots
 from ahn.visibility import Visibility
 
@@ -87,8 +88,8 @@ class AHNLayer(CacheLayerMixin):
             _put(self.values, view.new_slot, value_states.detach())
             return self.keys, self.values
         self.leave_slots()
-        keys = view.align(torch.cat([self.keys, key_states], dim=2))
-        values = view.align(torch.cat([self.values, value_states], dim=2))
+        keys = view.align(join([self.keys, key_states]))
+        values = view.align(join([self.values, value_states]))
         return keys, values
 
     def attention_mask(self) -> Tensor | None:

@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 import torch._inductor
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from ahn.fusion import fuse
+from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
 
 # One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
+_GATES = ("write_gates", "read_gate")
 _OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}  # independent small passes in one kernel
 
 
@@ -76,28 +78,68 @@ def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[No
 def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block norms, rotations and plain MLPs run compiled, for any length, with gradients or without.
 
-    Each is then one pass over memory; the rest of a layer is matrix products and attention. A block within a block
-    changes nothing.
+    So do a memory's gates where no gradients are wanted. Each is then one pass over memory; the rest of a layer is
+    matrix products and attention. A block within a block changes nothing.
     """
     layers = model.get_decoder().layers
     leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
     if any(leaf._compiled_call_impl is not None for leaf in leaves):
         yield
         return
+    memories = [memory for layer in layers for memory in layer.modules() if isinstance(memory, RecurrentMemory)]
     source = sys.modules[type(layers[0].self_attn).__module__]
     rope = getattr(source, "apply_rotary_pos_emb", None)
     for leaf in leaves:
-        leaf.compile(dynamic=True)
+        leaf._compiled_call_impl = _for_any_length(leaf._call_impl, 1)
+    for memory in memories:
+        for name in _GATES:
+            memory.__dict__[name] = _without_gradients(getattr(memory, name))
     if rope is not None:
-        source.apply_rotary_pos_emb = compiled(rope)  # type: ignore[attr-defined]
+        source.apply_rotary_pos_emb = _rotation(rope)  # type: ignore[attr-defined]
     try:
         with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
     finally:
         for leaf in leaves:
             leaf._compiled_call_impl = None
+        for memory in memories:
+            for name in _GATES:
+                del memory.__dict__[name]
         if rope is not None:
             source.apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
+
+
+def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., Any]:
+    """The function compiled for one model and any number of tokens, which are that dimension of all tensors.
+
+    With every size open (`dynamic=True`) an element's place is worked out by divisions: a rotation of 8192 × 16 heads
+    took six times as long as its bytes.
+    """
+    inner = torch.compile(function, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for x in args:
+            if isinstance(x, Tensor) and x.dim() > 2:
+                torch._dynamo.maybe_mark_dynamic(x, tokens % x.dim())
+        return inner(*args, **kwargs)
+
+    return call
+
+
+def _without_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of inputs (B, n, D), compiled for when no gradients are wanted: training has its own form of a gate."""
+    inner = _for_any_length(method, 1)
+
+    def call(x: Tensor) -> Any:
+        return method(x) if torch.is_grad_enabled() else inner(x)
+
+    return call
+
+
+@cache
+def _rotation(rope: Callable[..., Any]) -> Callable[..., Any]:
+    """Of queries and keys (B, H, n, P) by cosines and sines (B or 1, n, P)."""
+    return _for_any_length(rope, -2)
 
 
 @cache

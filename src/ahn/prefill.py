@@ -126,10 +126,9 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     seen, length = (0 if cache is None else cache.seen), tokens.shape[1]
     # While nothing leaves the window it is exactly the base model's own forward.
     size = config.prefill_chunk_size if seen + length > config.lossless else length
-    cuts = set(range(0, length, size)) | _gaps(kwargs.get("attention_mask"), length) | {length}
-    if 0 < config.lossless - seen < length:  # a chunk either fills the window or finds it full
-        cuts.add(config.lossless - seen)
-    return list(itertools.pairwise(sorted(cuts)))
+    full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
+    cuts = {*range(0, full, size), *range(full, length, size), length}
+    return list(itertools.pairwise(sorted(cuts | _gaps(kwargs.get("attention_mask"), length))))
 
 
 def _gaps(attention_mask: Any, length: int) -> set[int]:

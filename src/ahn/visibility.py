@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ahn.errors import AHNError
+from ahn.ops.moves import join
 from ahn.ops.spans import FOR_EVER
 from ahn.quantized import TierView
 from ahn.slots import Slots, gather
@@ -268,7 +269,7 @@ class Visibility:
         """What stays cached of x (B, H, cached + length, ...): all of it, or [sinks | window]."""
         if self.total <= self.lossless:
             return x
-        return torch.cat([self._keep_sinks(x), x[:, :, x.shape[2] - self.window :]], dim=2)
+        return join([self._keep_sinks(x), x[:, :, x.shape[2] - self.window :]])
 
     def _keep_sinks(self, x: Tensor) -> Tensor:
         if not self.padded:

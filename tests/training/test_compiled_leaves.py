@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from models import MEMORIES, adapted
+from models import tokens as prompt
 from tiny_student import freeze_base, student, tokens
 from torch import Tensor
 
@@ -50,6 +52,25 @@ def test_same_gradients_and_no_compilation_for_another_length() -> None:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0, "nothing was compiled"
     assert graphs[1:] == [graphs[0]] * 2
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@torch.no_grad()
+def test_a_prompt_in_a_compiled_block(memory: str) -> None:
+    """Layers share what is compiled, and chunks of other lengths need no more of it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, graphs = adapted(memory=memory, window=9, sinks=2, prefill_chunk_size=7), []
+    methods = dict(model.get_decoder().layers[0].ahn.fn.__dict__)
+    for length in (40, 33, 51):
+        ids = prompt(1, length)
+        expected = model(ids).logits
+        with leaves_compiled(model):
+            found = model(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1:] == [graphs[0]] * 2, graphs
+    assert methods.keys() == model.get_decoder().layers[0].ahn.fn.__dict__.keys()
 
 
 def test_a_block_within_a_block_changes_nothing() -> None:

@@ -20,7 +20,10 @@ from torch import Tensor
 from ahn.ops.step import StepRead, StepRule
 
 CHUNK = 64
-STATE_COLUMNS = 32  # of a state, for one program
+STATE_COLUMNS = 16  # of a state, for one program
+STATES = {"num_warps": 4, "num_stages": 2}
+# A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
+SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
 
 
 @dataclasses.dataclass
@@ -48,57 +51,67 @@ def unit_rows(x, eps):
 
 
 @triton.jit
-def _corner(i, size):
-    """Where the second of two neighbouring blocks looks at the first."""
-    together = i[:, None] // (2 * size) == i[None, :] // (2 * size)
-    return together & (i[:, None] % (2 * size) >= size) & (i[None, :] % (2 * size) < size)
-
-
-@triton.jit
 def _solve(
-    key, value, write, decay, from_k, from_v, inverse, tokens,
+    key, value, write, decay, from_k, from_v, faded, fading, inverse, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A."""
+    """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A.
+
+    What `_states` would otherwise work out between two chunks is prepared here, where no chunk waits for another:
+    `faded`, the keys as the chunk's last token finds them, and `fading`, what is left of the state then.
+    """
     row = tl.program_id(1).to(tl.int64)
     b, h = row // HEADS, row % HEADS // GROUPS
     i, p = tl.arange(0, C), tl.arange(0, P)
     t = tl.program_id(0) * C + i
     real = t < tokens
-    k = tl.load(key + b * kb + h * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
-    v = tl.load(value + b * vb + h * vh + t[:, None] * vt + p[None, :], mask=real[:, None], other=0.0)
-    dtype = v.dtype
+    keys = key + b * kb + h * kh + t[:, None] * kt + p[None, :]
+    to = row * tl.num_programs(0) * C * P + t[:, None] * P + p[None, :]
+    dtype = key.dtype.element_ty
     beta = tl.load(write + row * tokens + t, mask=real, other=0.0)
-    k = unit_rows(k, l2_eps)
+    k = unit_rows(tl.load(keys, mask=real[:, None], other=0.0), l2_eps)
     below = i[:, None] > i[None, :]
-    scaled = k * beta[:, None]
-    A = tl.dot(scaled.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
+    A = tl.dot((k * beta[:, None]).to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
+    entering = beta
     if DECAY:
-        G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
+        g = tl.load(decay + row * tokens + t, mask=real, other=0.0)
+        G, total = tl.cumsum(g, 0), tl.sum(g, 0)
         A *= tl.exp(tl.where(below, G[:, None] - G[None, :], 0.0))
-        scaled *= tl.exp(G)[:, None]
-    A = tl.where(below, A, 0.0)
+        k *= tl.exp(total - G)[:, None]
+        entering *= tl.exp(G)
+        tl.store(fading + row * tl.num_programs(0) + tl.program_id(0), tl.exp(total))
+    tl.store(faded + to, k)
     # Neighbouring diagonal blocks of the inverse join to [[T1, 0], [-T2 A21 T1, T2]]: forward substitution in blocks.
-    T = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - tl.where(_corner(i, 1), A, 0.0)
+    # With unit keys and gates up to 1, no entry of T or of T2 A21 exceeds 1 (contractions stand between two tokens);
+    # there float16 has the precision of tf32, at twice its speed.
+    exact = tl.float32 if dtype == tl.float32 else tl.float16
+    apart = (
+        i[:, None] ^ i[None, :]
+    )  # from `size` to below 2 · size where one of two neighbouring blocks meets the other
+    A = tl.where(below, A, 0.0)
+    T = tl.where(apart == 0, 1.0, tl.where(apart == 1, -A, 0.0))
     size = 2
     while size < C:
-        corner = tl.where(_corner(i, size), A, 0.0)
-        T -= tl.dot(tl.dot(T, corner, input_precision=PRECISION), T, input_precision=PRECISION)
+        before = T.to(exact)
+        corner = tl.where((apart >= size) & (apart < 2 * size), A, 0.0).to(exact)
+        through = tl.dot(before, corner, input_precision=PRECISION)
+        T -= tl.dot(through.to(exact), before, input_precision=PRECISION)
         size *= 2
     M = T.to(dtype)
     if KEEP:
         tl.store(inverse + (row * tl.num_programs(0) * C + t)[:, None] * C + i[None, :], M)
-    v = (v.to(tl.float32) * beta[:, None]).to(dtype)
-    to = row * tl.num_programs(0) * C * P + t[:, None] * P + p[None, :]
-    tl.store(from_v + to, tl.dot(M, v, input_precision=PRECISION))
-    tl.store(from_k + to, tl.dot(M, scaled.to(dtype), input_precision=PRECISION))
+    v = tl.load(value + b * vb + h * vh + t[:, None] * vt + p[None, :], mask=real[:, None], other=0.0)
+    tl.store(from_v + to, tl.dot(M, (v.to(tl.float32) * beta[:, None]).to(dtype), input_precision=PRECISION))
+    # Loaded again: held all the while, keys would leave registers for one program a multiprocessor.
+    k = unit_rows(tl.load(keys, mask=real[:, None], other=0.0), l2_eps)
+    tl.store(from_k + to, tl.dot(M, (k * entering[:, None]).to(dtype), input_precision=PRECISION))
 
 
 @triton.jit
 def _states(
-    key, value, write, decay, from_k, from_v, state, states, tokens, chunks,
+    key, value, write, decay, from_k, from_v, faded, fading, state, states, tokens, chunks,
     kb, kh, kt, vb, vh, vt, l2_eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
     DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,24 +128,28 @@ def _states(
     for chunk in range(chunks):
         at = row * chunks + chunk
         tl.store(states + at * P * P + tile, S.to(dtype))
-        t = chunk * C + i
-        real = t < tokens
-        k = tl.load(key + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
-        k = unit_rows(k, l2_eps)
         new = (at * C + i)[:, None] * P + c[None, :]
+        whole = (at * C + i)[:, None] * P + p[None, :]
         if DELTA:
-            w = tl.load(from_k + (at * C + i)[:, None] * P + p[None, :])
+            k = tl.load(faded + whole)
+            w = tl.load(from_k + whole)
             u = tl.load(from_v + new).to(tl.float32) - tl.dot(w, S.to(dtype), input_precision=PRECISION)
+            if DECAY:
+                S *= tl.load(fading + at)
         else:
+            t = chunk * C + i
+            real = t < tokens
+            k = unit_rows(tl.load(key + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0), l2_eps)
             v = tl.load(value + t[:, None] * vt + c[None, :], mask=real[:, None], other=0.0).to(tl.float32)
             u = v * tl.load(write + row * tokens + t, mask=real, other=0.0)[:, None]
+            if DECAY:
+                g = tl.load(decay + row * tokens + t, mask=real, other=0.0)
+                total = tl.sum(g, 0)
+                k *= tl.exp(total - tl.cumsum(g, 0))[:, None]
+                S *= tl.exp(total)
+            k = k.to(dtype)
         tl.store(from_v + new, u)
-        if DECAY:
-            g = tl.load(decay + row * tokens + t, mask=real, other=0.0)
-            G, total = tl.cumsum(g, 0), tl.sum(g, 0)
-            k *= tl.exp(total - G)[:, None]
-            S *= tl.exp(total)
-        S += tl.dot(tl.trans(k).to(dtype), u.to(dtype), input_precision=PRECISION)
+        S = tl.dot(tl.trans(k), u.to(dtype), S, input_precision=PRECISION)
     tl.store(state + row * P * P + tile, S)
 
 
@@ -153,18 +170,16 @@ def _reads(
     q = tl.load(query + b * qb + h * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
     k = tl.load(key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
     dtype = k.dtype
-    q, k = unit_rows(q, l2_eps) * scale, unit_rows(k, l2_eps)
-    local = tl.dot(q.to(dtype), tl.trans(k).to(dtype), input_precision=PRECISION)
+    q = (unit_rows(q, l2_eps) * scale).to(dtype)
+    local = tl.dot(q, tl.trans(unit_rows(k, l2_eps).to(dtype)), input_precision=PRECISION)
     seen = i[:, None] >= i[None, :]
+    o = tl.dot(q, tl.load(states + at * P * P + p[:, None] * P + p[None, :]), input_precision=PRECISION)
     if DECAY:
         G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
         local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
-        q *= tl.exp(G)[:, None]
-    local = tl.where(seen, local, 0.0)
-    S = tl.load(states + at * P * P + p[:, None] * P + p[None, :])
+        o *= tl.exp(G)[:, None]
     u = tl.load(written + (at * C + i)[:, None] * P + p[None, :])
-    o = tl.dot(q.to(dtype), S, input_precision=PRECISION)
-    o += tl.dot(local.to(dtype), u, input_precision=PRECISION)
+    o = tl.dot(tl.where(seen, local, 0.0).to(dtype), u, o, input_precision=PRECISION)
     if FINISH:
         gate = tl.load(gamma + row * tokens + t, mask=real, other=0.0)
         o *= (tl.rsqrt(tl.sum(o * o, 1) / P + norm_eps) * gate * tl.sigmoid(gate))[:, None]
@@ -194,18 +209,19 @@ def write_all(
     written = key.new_empty(B, HEADS, chunks * CHUNK, P)
     states = key.new_empty(B, HEADS, chunks, P, P)
     sizes, strides = kernel_sizes(query, key, decay), (*key.stride()[:3], *value.stride()[:3])
-    from_k, inverse = None, None
+    from_k, faded, fading, inverse = None, None, None, None
     if rule.delta:
-        from_k = torch.empty_like(written)
+        from_k, faded = torch.empty_like(written), torch.empty_like(written)
+        fading = state.new_empty(B, HEADS, chunks)
         inverse = written.new_empty(B, HEADS, chunks * CHUNK, CHUNK) if keep else None
         _solve[chunks, B * HEADS](
-            key, value, write, decay, from_k, written, inverse, tokens, *strides, rule.l2_eps, KEEP=keep, **sizes,
-            num_warps=8,
+            key, value, write, decay, from_k, written, faded, fading, inverse, tokens, *strides, rule.l2_eps,
+            KEEP=keep, **sizes, **SOLVE,
         )  # fmt: skip
     columns = min(STATE_COLUMNS, P)
     _states[P // columns, B * HEADS](
-        key, value, write, decay, from_k, written, state, states, tokens, chunks, *strides, rule.l2_eps,
-        COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4, num_stages=2,
+        key, value, write, decay, from_k, written, faded, fading, state, states, tokens, chunks, *strides, rule.l2_eps,
+        COLUMNS=columns, DELTA=rule.delta, **sizes, **STATES,
     )  # fmt: skip
     return Written(written, states, state, from_k if keep else None, inverse)
 
@@ -223,7 +239,7 @@ def read_raw(
         query, key, decay, done.written, done.states, gamma, None if weight is None else weight.contiguous(),
         None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
         *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
-        FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), num_warps=8,
+        FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), **READS,
     )  # fmt: skip
     return out.transpose(1, 2)
 
