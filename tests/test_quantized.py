@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 import ahn
 from ahn import bands
 from ahn.ops.quantize import decode, encode
+from ahn.training.distill import distillation_loss
 from ahn.visibility import Visibility
 
 TOLERANCE = 1e-4  # memories compute in float32
@@ -378,6 +379,8 @@ def test_training_is_refused() -> None:
     model = with_tier(shared(), 6, 2, 5)
     with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
         model(tokens(1, 30), use_cache=False)
+    with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
+        distillation_loss(model, {"input_ids": tokens(1, 30)}, 6, 2)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PREFIX = "quantized."
 """Of the tier's tensors among those of a layer's state."""
-PARTS = ("keys", "values", "key_scales", "value_scales")
 GATES = "gates."
 
 
@@ -35,19 +34,20 @@ GATES = "gates."
 class TierView:
     """One forward's view of the tier: which slots hold which positions, and who sees them; the same for all layers.
 
-    Attributes:
-        view: of a forward in which tokens leave the window.
-        held: whether some were there before; else the ring is empty.
+    Args:
+        view: of a forward; in the attributes below tokens leave the window in it.
     """
 
     view: Visibility
 
     @property
     def capacity(self) -> int:
+        """C, the slots of the ring."""
         return self.view.quantized
 
     @property
     def held(self) -> bool:
+        """Tokens left the window before; else there is no ring yet."""
         return self.view.rolled
 
     @property
@@ -84,7 +84,7 @@ class TierView:
         ring after a single one; None if all are seen."""
         if self.steps:
             ring = self._ring(self.view.read_after)
-            full = not self.view.padded and self.view.seen >= self.view.delayed.lossless
+            full = not self.view.padded and self.view.total >= self.view.delayed.lossless
             return None if full else (ring >= 0)[:, None, None, :]
         new = self.new if self.view.writable is None else self.new.masked_fill(~self.view.writable, -1)
         new = new.masked_fill(new < self.view.sinks, -1)

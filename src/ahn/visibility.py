@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ahn.errors import AHNError
 from ahn.ops.spans import FOR_EVER
-from ahn.quantized import TierView
 from ahn.slots import Slots, gather
 
 
@@ -116,11 +115,6 @@ class Visibility:
         if not self.quantized:
             return self
         return dataclasses.replace(self, window=self.window + self.quantized, quantized=0)
-
-    @cached_property
-    def tier(self) -> TierView:
-        """Who sees which of the quantized tokens."""
-        return TierView(self)
 
     @cached_property
     def beginning(self) -> Tensor:
