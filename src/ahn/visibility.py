@@ -109,11 +109,13 @@ class Visibility:
         """Columns up to which nothing leaves the window."""
         return self.sinks + self.window
 
-    @cached_property
+    @property
     def delayed(self) -> Visibility:
         """The memory's view: what left the window reaches it `quantized` tokens later, as from a wider window."""
-        if not self.quantized:
-            return self
+        return self._delayed if self.quantized else self
+
+    @cached_property
+    def _delayed(self) -> Visibility:
         return dataclasses.replace(self, window=self.window + self.quantized, quantized=0)
 
     @cached_property
