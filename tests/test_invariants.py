@@ -354,9 +354,9 @@ class PeakBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@pytest.mark.parametrize("memory", ["gated_deltanet", "ct_avg"])
-def test_peak_memory_does_not_grow_with_the_prompt(memory: str) -> None:
-    config = ahn.AHNConfig(memory=memory, window=64, sinks=16, prefill_chunk_size=1024)
+@pytest.mark.parametrize(("memory", "quantized"), [("gated_deltanet", 0), ("gated_deltanet", 100), ("ct_avg", 0)])
+def test_peak_memory_does_not_grow_with_the_prompt(memory: str, quantized: int) -> None:
+    config = ahn.AHNConfig(memory=memory, window=64, sinks=16, prefill_chunk_size=1024, quantized=quantized)
     model = awaken(ahn.attach(base(num_hidden_layers=1), config))
     peaks = {}
     for length in (8_192, 65_536):

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 import ahn
 from ahn import bands
 from ahn.ops.quantize import decode, encode
+from ahn.training.distill import distillation_loss
 from ahn.visibility import Visibility
 
 TOLERANCE = 1e-4  # memories compute in float32
@@ -245,6 +246,17 @@ def test_a_padded_batch_is_its_rows_alone(memory: str, turns: Turns, quantized: 
                     assert relative_error(other.state[name][row], part[0]) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("chunks", [[[3], [20], [1], [1]], [[2], [30]]])
+def test_a_single_row_with_padding(chunks: list[list[int]]) -> None:
+    model = with_tier(shared("gated_deltanet"), 4, 2, 5)
+    ids, mask, (own,) = padded(chunks)
+    ids, mask = (torch.nn.functional.pad(x, (12, 0)) for x in (ids, mask))
+    lengths = [chunk[0] for chunk in chunks]
+    logits = read(model, ids, [lengths[0] + 12, *lengths[1:]], ahn.AHNCache.for_model(model), mask)
+    alone = read(model, own[None], [len(own)], ahn.AHNCache.for_model(model))
+    assert relative_error(logits[0, 12:], alone[0]) < TOLERANCE
+
+
 @pytest.mark.parametrize("memory", MEMORIES[:3])
 @given(turns=turns(), quantized=st.integers(1, 12))
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -378,6 +390,8 @@ def test_training_is_refused() -> None:
     model = with_tier(shared(), 6, 2, 5)
     with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
         model(tokens(1, 30), use_cache=False)
+    with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
+        distillation_loss(model, {"input_ids": tokens(1, 30)}, 6, 2)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

@@ -26,6 +26,7 @@ from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.observer import Observer
 from ahn.ops.quantize import PER_BYTE
+from ahn.quantized import TierView
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
 
@@ -199,7 +200,8 @@ class DecoderHook:
             kwargs["position_ids"] = view.column_positions
         for observer in adapter.observers:
             observer.begin(cache, view)
-        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
+        tier = TierView(view) if view.quantized else None
+        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers), tier)
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

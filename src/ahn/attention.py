@@ -28,6 +28,7 @@ from ahn.memory_query import memory_query
 from ahn.observer import Observer, Passage
 from ahn.ops import spans
 from ahn.ops.step import StepRead
+from ahn.quantized import TierView
 from ahn.visibility import Visibility
 
 NAME = "ahn"
@@ -42,6 +43,8 @@ class ForwardContext:
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
     observers: tuple[Observer, ...] = ()
+    tier: TierView | None = None
+    """Who sees which quantized tokens; None where there are none."""
 
 
 @dataclasses.dataclass
@@ -146,8 +149,8 @@ def attention(
     left = _without_padding(left, memory, view)
     state, tier = quantized.split(state)
     writes, beside = view.delayed, None
-    if view.quantized and view.evicted:
-        passed = quantized.push(view.tier, tier, left, key, value, in_order=banded)
+    if ahn_forward.tier is not None and view.evicted:
+        passed = quantized.push(ahn_forward.tier, tier, left, key, value, in_order=banded)
         left, tier = _without_padding(passed.left, memory, writes), passed.state
         whole = view.length == 1 and mask is None and passed.visible is None
         if banded or (plain and whole and bands.supported(query)):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PREFIX = "quantized."
 """Of the tier's tensors among those of a layer's state."""
-PARTS = ("keys", "values", "key_scales", "value_scales")
 GATES = "gates."
 
 
@@ -35,19 +34,20 @@ GATES = "gates."
 class TierView:
     """One forward's view of the tier: which slots hold which positions, and who sees them; the same for all layers.
 
-    Attributes:
-        view: of a forward in which tokens leave the window.
-        held: whether some were there before; else the ring is empty.
+    Args:
+        view: of a forward; in the attributes below tokens leave the window in it.
     """
 
     view: Visibility
 
     @property
     def capacity(self) -> int:
+        """C, the slots of the ring."""
         return self.view.quantized
 
     @property
     def held(self) -> bool:
+        """Tokens left the window before; else there is no ring yet."""
         return self.view.rolled
 
     @property
@@ -78,13 +78,26 @@ class TierView:
             kept = kept & self.view.writable
         return torch.where(kept, self._slots(self.new), self.capacity)
 
+    def put(self, ring: Tensor | None, new: Tensor) -> Tensor:
+        """The ring after, of one tensor: new (B, H, m, ...) in a copy of what was before, (B, H, C, ...)."""
+        capacity = self.capacity
+        if not self.view.padded:  # all but the last C take none
+            empty = (*new.shape[:2], capacity, *new.shape[3:])
+            copy = new.new_zeros(empty) if ring is None else ring.clone()
+            return copy.index_copy_(2, self.targets[0, -capacity:], new[:, :, -capacity:])
+        spare = new.new_zeros(*new.shape[:2], capacity + 1 if ring is None else 1, *new.shape[3:])
+        grown = spare if ring is None else torch.cat([ring, spare], dim=2)
+        index = self.targets[:, None].expand(new.shape[0], new.shape[1], -1)
+        index = index.reshape(*index.shape, *[1] * (new.dim() - 3)).expand_as(new)
+        return grown.scatter(2, index, new)[:, :, :capacity].contiguous()
+
     @cached_property
     def visible(self) -> Tensor | None:
         """(B or 1, 1, n, C + m) whether a query sees a token of [ring before | leaving], or (B or 1, 1, 1, C) of the
         ring after a single one; None if all are seen."""
         if self.steps:
             ring = self._ring(self.view.read_after)
-            full = not self.view.padded and self.view.seen >= self.view.delayed.lossless
+            full = not self.view.padded and self.view.total >= self.view.delayed.lossless
             return None if full else (ring >= 0)[:, None, None, :]
         new = self.new if self.view.writable is None else self.new.masked_fill(~self.view.writable, -1)
         new = new.masked_fill(new < self.view.sinks, -1)
@@ -170,7 +183,7 @@ def push(
         keys, values: (B, Hkv, T, P) in columns, all that the forward holds exactly.
         in_order: give the decoded tokens in the order of the text (there is no padding), without `visible`.
     """
-    capacity, dtype = tier.capacity, left.key.dtype
+    dtype = left.key.dtype
     offsets = _offsets(tier, state, keys, values)
     new: dict[str, Tensor] = {}
     for kind, x in (("key", left.key), ("value", left.value)):
@@ -179,7 +192,7 @@ def push(
         new |= {f"{kind}s": codes, f"{kind}_scales": scales}
     new |= {GATES + name: gate.to(dtype) for name, gate in left.gates.items()}
     both = {name: x if not tier.held else tier.before(state[name], x) for name, x in new.items()}
-    after = {name: _put(state.get(name), x, tier.targets, capacity) for name, x in new.items()}
+    after = {name: tier.put(state.get(name), x) for name, x in new.items()}
 
     def decoded(kind: str, codes: dict[str, Tensor]) -> Tensor:
         x = decode(codes[f"{kind}s"], codes[f"{kind}_scales"], dtype)
@@ -225,15 +238,3 @@ def _offsets(tier: TierView, state: dict[str, Tensor], keys: Tensor, values: Ten
             old = x.new_zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32)
         found[name] = old
     return found
-
-
-def _put(ring: Tensor | None, new: Tensor, slots: Tensor, capacity: int) -> Tensor:
-    """new (B, H, m, ...) at slots (B or 1, m) of a copy of the ring (B, H, C, ...); slot C is dropped."""
-    if len(slots) == 1:  # no padding: all but the last C are dropped
-        copy = new.new_zeros(*new.shape[:2], capacity, *new.shape[3:]) if ring is None else ring.clone()
-        return copy.index_copy_(2, slots[0, -capacity:], new[:, :, -capacity:])
-    spare = new.new_zeros(*new.shape[:2], capacity + 1 if ring is None else 1, *new.shape[3:])
-    grown = spare if ring is None else torch.cat([ring, spare], dim=2)
-    index = slots[:, None].expand(new.shape[0], new.shape[1], -1)
-    index = index.reshape(*index.shape, *[1] * (new.dim() - 3)).expand_as(new)
-    return grown.scatter(2, index, new)[:, :, :capacity].contiguous()

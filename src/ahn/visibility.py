@@ -20,7 +20,6 @@ from torch import Tensor
 from ahn.errors import AHNError
 from ahn.ops.moves import join
 from ahn.ops.spans import FOR_EVER
-from ahn.quantized import TierView
 from ahn.slots import Slots, gather
 
 
@@ -111,17 +110,14 @@ class Visibility:
         """Columns up to which nothing leaves the window."""
         return self.sinks + self.window
 
-    @cached_property
+    @property
     def delayed(self) -> Visibility:
         """The memory's view: what left the window reaches it `quantized` tokens later, as from a wider window."""
-        if not self.quantized:
-            return self
-        return dataclasses.replace(self, window=self.window + self.quantized, quantized=0)
+        return self._delayed if self.quantized else self
 
     @cached_property
-    def tier(self) -> TierView:
-        """Who sees which of the quantized tokens."""
-        return TierView(self)
+    def _delayed(self) -> Visibility:
+        return dataclasses.replace(self, window=self.window + self.quantized, quantized=0)
 
     @cached_property
     def beginning(self) -> Tensor:

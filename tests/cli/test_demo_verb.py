@@ -32,6 +32,17 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
         assert text in " ".join(shown.out.split())
 
 
+def test_the_verb_with_quantized_tokens(ahn_cli: Any, tmp_path: Path) -> None:
+    saved = speaking.save(tmp_path / "model")
+    options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH, "--documents", 1, "--quantized", 24, "--json")
+    done = ahn_cli("demo", "--model", saved.base, "--adapter", saved.adapter, *options, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    results = json.loads(done.out)["results"]
+    assert [entry["name"] for entry in results] == [FULL, WINDOW_ONLY, "+ 24 at two bits", "gated_deltanet"]
+    assert [entry["is_memory"] for entry in results] == [False, False, True, True]
+    assert results[2]["cache_bytes"] > results[1]["cache_bytes"]
+
+
 def test_the_verb_on_a_text_of_ones_own(ahn_cli: Any, tmp_path: Path) -> None:
     saved = speaking.save(tmp_path / "model")
     text = tmp_path / "own.txt"

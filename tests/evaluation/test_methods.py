@@ -16,6 +16,7 @@ from ahn.checkpoint import merge
 from ahn.checkpoint.directory import Checkpoint
 from ahn.errors import AHNError
 from ahn.evaluation import methods
+from ahn.evaluation.results import digest
 
 TEXT = "The lamp of the old harbour was blue, and nobody asked why the mill stood still for seven winters."
 
@@ -61,6 +62,15 @@ def test_baselines_keep_as_many_keys(method: str, window: int | None, sinks: int
     assert settings["memory"] == memory.name == methods.BASELINES[method]
     assert settings["sinks"] == (files.SINKS if sinks is None else sinks)
     assert not list(memory.parameters())
+
+
+def test_quantized_tokens_are_a_setting_only_where_there_are_some(tiny: tuple[str, str]) -> None:
+    for method in ("ahn", "window"):
+        without, coarse = (methods.load(method, *tiny, quantized=n, device="cpu") for n in (0, 16))
+        assert without.settings == methods.load(method, *tiny, device="cpu").settings
+        assert "quantized" not in without.settings and coarse.settings["quantized"] == 16
+        assert coarse.settings["budget"] == without.settings["budget"]
+        assert digest(coarse.settings) != digest(without.settings)
 
 
 def test_the_papers_budget() -> None:

@@ -41,6 +41,16 @@ def recorded(model: PreTrainedModel, ids: Tensor, sizes: tuple[int, ...] = (), *
     return trace
 
 
+def test_quantized_tokens_are_written_when_they_leave_the_codes() -> None:
+    model = adapted(window=WINDOW, sinks=SINKS, quantized=7)
+    ids = tokens(1, LENGTH)
+    trace = recorded(model, ids, (20, 1, 30, LENGTH - 51))
+    positions = next(iter(trace.writes.values())).positions[0]
+    assert positions.tolist() == list(range(SINKS, LENGTH - WINDOW - 7))
+    assert trace.evicted_at(SINKS) == SINKS + WINDOW + 7
+    assert next(iter(trace.reads.values())).positions[0].tolist() == list(range(SINKS + WINDOW + 7, LENGTH))
+
+
 def assert_same(one: Trace, other: Trace) -> None:
     assert one.writes.keys() == other.writes.keys()
     for layer, writes in one.writes.items():

@@ -1,0 +1,74 @@
+"""Quantized tokens on a GPU: the kernels over both windows, positions, and codes as on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import relative_error
+from models import adapted, tokens
+from test_invariants import read
+
+import ahn
+from ahn import bands
+from ahn.ops.quantize import decode, encode
+from ahn.visibility import Visibility
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BFLOAT16 = 2**-7  # outputs of parts are rounded twice on their way into the merged one
+
+
+@pytest.mark.parametrize(("held", "n"), [(0, 64), (40, 200), (96, 33), (96, 300)])
+@torch.no_grad()
+def test_bands_with_a_tier_are_the_mask(held: int, n: int) -> None:
+    window, sinks, quantized = 64, 4, 96
+    view = Visibility(window, sinks, sinks + window + held, n, torch.device("cuda"), quantized=quantized)
+    query, *rest = (
+        torch.randn(2, heads, length, 64, device="cuda", dtype=torch.bfloat16)
+        for heads, length in ((4, n), *[(2, view.cached + n)] * 2, *[(2, held + n)] * 2)
+    )
+    assert bands.applies(view, query)
+    t, j = torch.arange(n, device="cuda")[:, None] + held, torch.arange(held + n, device="cuda")
+    mask = torch.cat([view.mask[0, 0], (j <= t) & (j > t - quantized)], dim=-1)
+    key, value = torch.cat(rest[::2], 2).float(), torch.cat(rest[1::2], 2).float()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key, value, mask, scale=0.3, enable_gqa=True
+    )
+    found = bands.attend(query, rest[0], rest[1], view, 0.3, (rest[2], rest[3]))
+    assert relative_error(found.cpu(), expected.cpu()) < BFLOAT16
+    one = query[:, :, -1:]
+    whole = torch.nn.functional.scaled_dot_product_attention(one.float(), key, value, scale=0.3, enable_gqa=True)
+    joined = bands.join(one, (rest[0], rest[1]), (rest[2], rest[3]), 0.3)
+    assert relative_error(joined.cpu(), whole.cpu()) < BFLOAT16
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
+def test_codes_that_lose_nothing_are_a_wider_window(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokens(2, 70).cuda()
+    model = adapted(memory=memory, window=9, sinks=2, quantized=12).cuda()
+    with ahn.ops.use_backend("chunked"):
+        with monkeypatch.context() as patch:
+            patch.setattr("ahn.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
+            patch.setattr("ahn.quantized.decode", lambda codes, scale, dtype: codes)
+            found = read(model, ids, [5, 20, 1, 1, 30, *[1] * 13], ahn.AHNCache.for_model(model))
+        ahn.set_window(model, 21, 2, quantized=0)
+        expected = read(model, ids, [70], ahn.AHNCache.for_model(model))
+    assert relative_error(found.cpu(), expected.cpu()) < 1e-4
+
+
+@torch.no_grad()
+def test_codes_are_a_cpus() -> None:
+    x = torch.randn(2, 3, 50, 128)
+    for unbiased in (True, False):
+        here, there = encode(x, unbiased), encode(x.cuda(), unbiased)
+        assert (here[0] == there[0].cpu()).float().mean() > 0.999  # a number on an edge may fall to either side
+        assert relative_error(decode(*there, torch.float32).cpu(), decode(*here, torch.float32)) < 0.01
+
+
+@torch.no_grad()
+def test_half_precision_generates() -> None:
+    """Through the kernels of chunks and steps; nothing is captured."""
+    model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64).to(torch.bfloat16).cuda()
+    output = model.generate(tokens(1, 300).cuda(), max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
+    assert output.sequences.shape == (1, 340)
+    assert output.past_key_values.memory_layers[0].state["quantized.keys"].shape == (1, 2, 64, 4)
