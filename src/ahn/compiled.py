@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -36,6 +37,11 @@ def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
     fuse(module.graph)
     module.recompile()
     return torch._inductor.compile(module, list(inputs), options=_OPTIONS)
+
+
+# Of each model: what torch.compile made of its small parts. Making them costs milliseconds each, with every prompt. They
+# hold the parts, which do not hold the model.
+_wrappers: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -89,11 +95,16 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     memories = [memory for layer in layers for memory in layer.modules() if isinstance(memory, RecurrentMemory)]
     source = sys.modules[type(layers[0].self_attn).__module__]
     rope = getattr(source, "apply_rotary_pos_emb", None)
+    ready = _wrappers.get(model, {})
+    wrappers: dict[Any, Callable[..., Any]] = {}
     for leaf in leaves:
-        leaf._compiled_call_impl = _for_any_length(leaf._call_impl, 1)
+        wrappers[leaf] = ready.get(leaf) or _for_any_length(leaf._call_impl, 1)
+        leaf._compiled_call_impl = wrappers[leaf]
     for memory in memories:
         for name in _GATES:
-            memory.__dict__[name] = _without_gradients(getattr(memory, name))
+            wrappers[memory, name] = ready.get((memory, name)) or _without_gradients(getattr(memory, name))
+            memory.__dict__[name] = wrappers[memory, name]
+    _wrappers[model] = wrappers
     if rope is not None:
         source.apply_rotary_pos_emb = _rotation(rope)  # type: ignore[attr-defined]
     try:

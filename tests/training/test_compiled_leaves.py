@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -98,3 +100,23 @@ def test_losses_of_a_chunk() -> None:
         if dtype is not None:
             # float32 sums in another order may round to the neighbouring bfloat16
             torch.testing.assert_close(found[1], expected[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_the_second_prompt_finds_the_parts_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("qwen2", window=9, sinks=3)
+    with leaves_compiled(model):
+        pass
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: asked.append(function) or function)
+    with leaves_compiled(model):
+        assert all(layer.mlp._compiled_call_impl is not None for layer in model.model.layers)
+    assert not asked
+    ahn.detach(model)
+    ahn.attach(model, ahn.AHNConfig("deltanet", window=9, sinks=3))
+    with leaves_compiled(model):
+        pass
+    assert asked, "a new memory's parts were not compiled"
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
