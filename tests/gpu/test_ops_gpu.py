@@ -35,7 +35,7 @@ def in_chunks(query, key, value, write, decay, state, rule):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("P", [16, 32, 64, 128])
+@pytest.mark.parametrize("P", [64, 128])
 @pytest.mark.parametrize("length", [1, 64, 333])
 def test_gradients(name: str, P: int, length: int) -> None:
     """Against float64, one token at a time; half of all keys nearly repeat, which bfloat16 feels."""
@@ -118,7 +118,7 @@ def test_what_kernels_take() -> None:
         with torch.no_grad():
             assert ops.scans_whole(query(64, dtype)) == without
         assert ops.scans_whole(query(64, dtype)) == under
-    assert not any(ops.scans_whole(query(P, torch.bfloat16)) for P in (8, 48, 256))
+    assert not any(ops.scans_whole(query(P, torch.bfloat16)) for P in (8, 16, 32, 48, 256))
     with torch.autocast("cuda", torch.bfloat16):
         assert ops.scans_whole(query(64, torch.float32))
     with ops.use_backend("chunked"):

@@ -38,7 +38,7 @@ def test_bands_with_a_tier_are_the_mask(held: int, n: int) -> None:
     assert relative_error(found.cpu(), expected.cpu()) < BFLOAT16
     one = query[:, :, -1:]
     whole = torch.nn.functional.scaled_dot_product_attention(one.float(), key, value, scale=0.3, enable_gqa=True)
-    joined = bands.join(one, (rest[0], rest[1]), (rest[2], rest[3]), 0.3)
+    joined = bands.over_both(one, (rest[0], rest[1]), (rest[2], rest[3]), 0.3)
     assert relative_error(joined.cpu(), whole.cpu()) < BFLOAT16
 
 

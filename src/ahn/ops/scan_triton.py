@@ -20,7 +20,9 @@ from torch import Tensor
 from ahn.ops.step import StepRead, StepRule
 
 CHUNK = 64
-STATE_COLUMNS = 32  # of a state, for one program
+# Of a state, for one program. Compiled by Triton 3.6 for an H100, a delta rule's states in tiles of 16 columns read outside
+# their memory (P = 64) or were wrong (P = 16), though Triton's interpreter finds neither; tiles of 32 did neither.
+STATE_COLUMNS = 32
 STATES = {"num_warps": 4, "num_stages": 2}
 # A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
 SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
