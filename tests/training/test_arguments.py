@@ -189,5 +189,5 @@ def test_horizons_of_a_memory_that_never_forgets(flags: list[str], said: bool) -
 
 @pytest.mark.parametrize("text", ["256", "a,b", "2,1", "0,5", "1,inf", "1,2,3", "none"])
 def test_horizons_that_are_none(text: str) -> None:
-    with pytest.raises(AHNError, match="memory_horizons must be two numbers of tokens.*, or published; got"):
+    with pytest.raises(AHNError, match=r"memory_horizons must be two numbers of tokens.*, or published; got"):
         parsed("--memory_horizons", text)
