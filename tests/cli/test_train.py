@@ -20,7 +20,7 @@ def test_help(ahn_cli: Any) -> None:
     for words in (["--help"], []):
         result = ahn_cli("train", *words)
         assert result.code == 0
-        assert all(flag in result.out for flag in ("--ahn_implementation", "--dataset", "torchrun"))
+        assert all(flag in result.out for flag in ("--ahn_implementation", "[256,16384]", "torchrun"))
 
 
 def test_the_debug_run_learns_and_its_adapter_loads(ahn_cli: Any, tmp_path: Path) -> None:
@@ -48,6 +48,7 @@ def test_configurations_are_valid(name: str) -> None:
     settings, trainer = parse([str(CONFIGS / f"{name}.yaml"), "--use_cpu", "true"])
     if name == "debug":
         return
+    assert settings.horizons is None, "the paper's start"
     assert 8 * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps == 128
     assert (settings.cutoff_len, settings.filter_len, settings.dataset) == (24576, 288, "chatqa2")
     assert (trainer.learning_rate, trainer.weight_decay, trainer.get_warmup_steps(740)) == (1e-4, 0.1, 74)

@@ -173,13 +173,21 @@ def test_bf16_wants_a_gpu_or_an_explicit_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_horizons() -> None:
-    assert parsed().settings.horizons is None
-    assert parsed("--memory_horizons", "256,16384").settings.horizons == (256.0, 16384.0)
-    settings = parsed("--memory-horizons", "1,2", "--ahn_implementation", "DeltaNet").settings
-    assert any("memory_horizons changes nothing for DeltaNet" in note for note in settings.notes)
+    assert parsed().settings.horizons == (256.0, 16384.0)
+    assert parsed("--memory_horizons", "1,2").settings.horizons == (1.0, 2.0)
+    assert parsed("--memory_horizons", "published").settings.horizons is None
 
 
-@pytest.mark.parametrize("text", ["256", "a,b", "2,1", "0,5", "1,inf", "1,2,3"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [([], False), (["--memory-horizons", "256,16384"], True), (["--memory_horizons", "published"], False)],
+)
+def test_horizons_of_a_memory_that_never_forgets(flags: list[str], said: bool) -> None:
+    settings = parsed("--ahn_implementation", "DeltaNet", *flags).settings
+    assert any("memory_horizons changes nothing for DeltaNet" in note for note in settings.notes) == said
+
+
+@pytest.mark.parametrize("text", ["256", "a,b", "2,1", "0,5", "1,inf", "1,2,3", "none"])
 def test_horizons_that_are_none(text: str) -> None:
-    with pytest.raises(AHNError, match="memory_horizons must be two numbers of tokens"):
+    with pytest.raises(AHNError, match=r"memory_horizons must be two numbers of tokens.*, or published; got"):
         parsed("--memory_horizons", text)

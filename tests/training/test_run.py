@@ -278,6 +278,26 @@ def test_changed_settings_are_said(train: Any, tmp_path: Path, caplog: pytest.Lo
     assert "max_steps: 2 → 4" in caplog.text and "weight_decay: 0.1 → 0.3" in caplog.text
 
 
+@pytest.mark.parametrize("left", ["null", "nothing"])
+def test_runs_of_an_older_default_go_on(
+    left: str, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the published start had no name yet, it is what the run began with, and stays its setting."""
+    train(max_steps=2, memory_horizons="published")
+    file = tmp_path / "out" / "checkpoint-2" / "training.json"
+    written = json.loads(file.read_text())
+    del written["settings"]["memory_horizons"]
+    if left == "null":
+        written["settings"]["memory_horizons"] = None
+    file.write_text(json.dumps(written))
+    with caplog.at_level(logging.INFO):
+        train(max_steps=4, resume_from_checkpoint=True)
+    assert caplog.text.count("memory_horizons stays published") == 1
+    assert "memory_horizons: " not in caplog.text, "no changed setting"
+    later = json.loads((tmp_path / "out" / "checkpoint-4" / "training.json").read_text())
+    assert later["settings"]["memory_horizons"] == "published"
+
+
 def test_the_published_script_trains(tiny_model: Path, tmp_path: Path) -> None:
     """Its flags as they are, with a small model and data of its form in the places of the large ones."""
     chat = [{"role": "user", "content": words(200, 0)}, {"role": "assistant", "content": words(200, 1)}]

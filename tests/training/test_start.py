@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import base
 
 import ahn
 from ahn.memory import RecurrentMemory
+from ahn.training.arguments import parse
+from ahn.training.run import load_model
 from ahn.training.start import start_with_horizons
 
 
@@ -34,15 +38,19 @@ def test_layers_that_keep_full_attention_have_nothing_to_start() -> None:
     assert not hasattr(model.get_decoder().layers[0], "ahn")
 
 
-def test_a_run_begins_so(tmp_path: object) -> None:
-    """`ahn train --memory_horizons` reaches the memory before the first step."""
-    from ahn import tiny
-    from ahn.training.arguments import parse
-    from ahn.training.run import load_model
-
+@pytest.mark.parametrize(
+    ("flags", "ends"),
+    [
+        ([], (256.0, 16384.0)),
+        (["--memory_horizons", "300,600"], (300.0, 600.0)),
+        # Four heads with A = 1 … 4 and steps of softplus(1).
+        (["--memory_horizons", "published"], (1 / 1.3132617, 1 / (4 * 1.3132617))),
+    ],
+)
+def test_a_run_begins_so(flags: list[str], ends: tuple[float, float], tmp_path: Path) -> None:
+    """`ahn train --memory_horizons`, or its default, reaches the memory before the first step."""
     words = ["--model_name_or_path", "ahn-tiny", "--dataset", "stdlib", "--use_cpu", "--output_dir", str(tmp_path)]
-    settings, trainer = parse([*words, "--memory_horizons", "300,300"])
-    model = load_model(settings, trainer, tiny.path())
-    fn = model.get_decoder().layers[-1].ahn.fn
-    decay = fn.write_gates(torch.zeros(1, 1, fn.hidden_size))["decay"]
-    torch.testing.assert_close(-1 / decay, torch.full_like(decay, 300.0), rtol=1e-4, atol=0)
+    settings, trainer = parse([*words, "--ahn_implementation", "Mamba2", *flags])
+    fn = load_model(settings, trainer, ahn.tiny.path()).get_decoder().layers[-1].ahn.fn
+    decay = fn.write_gates(torch.zeros(1, 1, fn.hidden_size))["decay"][0, :, 0]
+    torch.testing.assert_close(-1 / decay[[0, -1]], torch.tensor(ends), rtol=1e-4, atol=0)

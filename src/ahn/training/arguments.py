@@ -127,6 +127,9 @@ def build(parser: Parser, values: dict[str, Any]) -> Arguments:
     except (ValueError, OSError, ImportError, TypeError) as error:  # what the Trainer's arguments refuse
         raise AHNError(f"{first_line(error)}.") from error
     settings.notes += notes
+    asked = values.get("memory_horizons") is not None and settings.horizons is not None
+    if asked and settings.ahn_config.memory == "deltanet":
+        settings.notes.append("memory_horizons changes nothing for DeltaNet, which never forgets")
     _check_trainer(settings, trainer)
     return Arguments(settings, trainer)
 

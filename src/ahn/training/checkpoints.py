@@ -33,6 +33,7 @@ from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
+from ahn.training.settings import PUBLISHED
 
 logger = logging.getLogger("ahn")
 
@@ -219,7 +220,13 @@ def write_training(path: Path, scheduler: dict[str, Any], settings: dict[str, An
     write_json(path / TRAINING, {"scheduler": scheduler, "settings": settings})
 
 
-def changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
-    """Settings that differ from those of a checkpoint, as `name: before → now`."""
-    before = read_json(path / TRAINING)["settings"]
+def read_run_settings(path: Path) -> dict[str, Any]:
+    """The settings that `write_training` wrote into a checkpoint."""
+    settings: dict[str, Any] = read_json(path / TRAINING)["settings"]
+    # Without a value, or without the name, it is of a time when the published start was the default.
+    return settings | {"memory_horizons": settings.get("memory_horizons") or PUBLISHED}
+
+
+def changed_settings(before: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Settings that differ from those before, as `name: before → now`."""
     return [f"{name}: {before[name]} → {value}" for name, value in settings.items() if before.get(name, value) != value]

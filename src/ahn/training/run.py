@@ -71,10 +71,14 @@ def run(arguments: Arguments) -> dict[str, Any]:
         )
     set_seed(trainer_arguments.seed)  # the new memory is the same on every rank
     model = load_model(settings, trainer_arguments, base)
-    shared = shared_settings(arguments)
     if checkpoint is not None:
         checkpoints.load_memory(model, checkpoint)
-        for change in checkpoints.changed_settings(checkpoint, shared):
+        before = checkpoints.read_run_settings(checkpoint)
+        began = before["memory_horizons"]
+        if began != settings.memory_horizons and settings.ahn_config.memory != "deltanet":
+            logger.info("memory_horizons stays %s: it says how a run begins.", began)
+        settings.memory_horizons = began
+        for change in checkpoints.changed_settings(before, shared_settings(arguments)):
             logger.warning("resuming with another setting than before: %s.", change)
         logger.info("resuming from %s.", checkpoint)
     trainer = DistillationTrainer(
@@ -85,7 +89,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         settings.evaluation_draw,
         settings.ahn_config,
         tokenizer.pad_token_id or 0,
-        shared,
+        shared_settings(arguments),
     )
     # A layer of sharded weights is a class of its own with hooks that torch.compile looks into.
     with contextlib.nullcontext() if trainer.is_fsdp_enabled else leaves_fused(model):

@@ -11,6 +11,9 @@ from ahn.errors import AHNError
 from ahn.training.losses import parse_loss
 from ahn.training.schedule import LINEAR_MINIMUM, SINKS, TOTALS, WindowDraw, WindowSchedule
 
+PUBLISHED = "published"
+"""`memory_horizons` that leaves heads as the paper's code begins them."""
+
 
 def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
@@ -28,8 +31,8 @@ class Settings:
     ahn_implementation: str = _setting("GatedDeltaNet", "The memory: GatedDeltaNet, DeltaNet or Mamba2.")
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
-    memory_horizons: str | None = _setting(
-        None, "Shortest and longest e-fold of forgetting that heads begin with, in tokens, such as 256,16384."
+    memory_horizons: str = _setting(
+        "256,16384", "Shortest and longest e-fold of forgetting that heads begin with, in tokens, or published."
     )
     fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
@@ -74,8 +77,7 @@ class Settings:
             self.notes.append("use_normalized_l2 changes nothing without the loss distill")
         self._check_window()
         self.ahn_config  # noqa: B018  (raises)
-        if self.horizons is not None and self.ahn_config.memory == "deltanet":
-            self.notes.append("memory_horizons changes nothing for DeltaNet, which never forgets")
+        self.horizons  # noqa: B018  (raises)
         self.schedule(seed=0)
 
     @property
@@ -95,8 +97,8 @@ class Settings:
 
     @property
     def horizons(self) -> tuple[float, float] | None:
-        """`memory_horizons` as numbers."""
-        if self.memory_horizons is None:
+        """`memory_horizons` as numbers; None for the published start."""
+        if self.memory_horizons == PUBLISHED:
             return None
         try:
             shortest, longest = (float(part) for part in str(self.memory_horizons).split(","))
@@ -104,8 +106,8 @@ class Settings:
             shortest, longest = 0.0, 0.0
         if not 0 < shortest <= longest < float("inf"):
             raise AHNError(
-                f"memory_horizons must be two numbers of tokens, the shorter first, such as 256,16384; got "
-                f"{self.memory_horizons!r}."
+                f"memory_horizons must be two numbers of tokens, the shorter first, such as 256,16384, or {PUBLISHED}; "
+                f"got {self.memory_horizons!r}."
             )
         return shortest, longest
 

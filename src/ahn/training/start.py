@@ -13,6 +13,11 @@ def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float)
 
     They are spread evenly in the logarithm over a layer's heads. A memory that never forgets (DeltaNet) stays as it is.
     A brief training hardly moves decay rates: a head then remembers as long as it began with (docs/results.md).
+    `ahn train` calls this; `ahn.attach` alone leaves the published start.
+
+    Args:
+        model: one that has a new memory, before its first step.
+        shortest, longest: e-folds in tokens, 0 < shortest ≤ longest.
     """
     for layer in model.get_decoder().layers:
         memory = layer.ahn.fn if hasattr(layer, "ahn") else None
