@@ -39,8 +39,8 @@ def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
     return torch._inductor.compile(module, list(inputs), options=_OPTIONS)
 
 
-# Of each model: what torch.compile made of its small parts. Making them costs milliseconds each, with every prompt. They
-# hold the parts, which do not hold the model.
+# Of each model: what torch.compile made of its small parts. To make them costs milliseconds each, with every prompt.
+# They hold the parts, which do not hold the model.
 _wrappers: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
