@@ -40,8 +40,9 @@ def cost(results: Results) -> Figure | None:
 
     Both are of tokens and facts that lie beyond the largest budget, so that all marks measure the same.
     """
-    (context, most), budgets = results.places(far=False)[-1], [b for _, b in results.places(far=False)]
-    figure, (losses, facts) = new_figure(2, f"What a cache is worth, {context} read: {_listed(budgets)} tokens kept")
+    context, most = results.places(far=False)[-1]
+    kept = ", ".join(str(budget) for length, budget in results.places(far=False) if length == context)
+    figure, (losses, facts) = new_figure(2, f"Loss and facts by bytes of the cache; {kept} tokens kept, {context} read")
     for method in _methods(results, baselines=True):
         groups = [group for group in results.groups if group.method == method and group.context == context]
         if method != FULL and groups:
@@ -248,10 +249,6 @@ def _recalled(group: Group, first: int) -> float:
     """Share of the facts recalled that were stated `first` tokens ago or earlier."""
     found = [group.recall(bucket) for bucket in group.first["recall"] if int(bucket) >= first]
     return sum(hits for hits, _ in found) / max(sum(asked for _, asked in found), 1)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
 def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[int, float], float]]:

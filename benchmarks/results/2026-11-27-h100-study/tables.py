@@ -68,13 +68,22 @@ def table(context: int, budget: int) -> None:
         )
 
 
+def base() -> None:
+    found, held_out = (json.loads((HERE / name).read_text()) for name in ("base.json", "prepare.json"))
+    print(f"base: {found['parameters']} parameters, {found['tokens']} tokens, {found['seconds']} s on {found['device']}")
+    print(f"held out: {len(held_out['held_out_tokens'])} packages and modules")
+    for path in sorted((HERE / "distill").glob("*.jsonl")):
+        steps = read(path)[0]["steps"]
+        print(f"{path.stem}: {steps} steps, {steps * 8 * LENGTH} tokens")
+
+
 def a_token() -> None:
     """Bytes of a token, all layers: exactly, and at two bits."""
     row = ROWS["two_bits", LENGTH, 512]
     exact = row["kv_bytes"] / (row["sinks"] + row["window"])
     codes = row["quantized_bytes"] / row["quantized"]
     state = ROWS["gated_deltanet", LENGTH, 512]["state_bytes"]
-    print(f"\na token: {exact:.0f} bytes, {codes:.0f} at two bits, 1/{exact / codes:.1f}; a state: as {state / exact:.0f}")
+    print(f"\na token: {exact:.0f} bytes, {codes:.0f} at two bits, 1/{exact / codes:.1f}; a state: {state / exact:.0f}")
 
 
 def by_distance(budget: int) -> None:
@@ -158,13 +167,19 @@ def far() -> None:
 
 
 def forgetting() -> None:
-    """E-folds in tokens without the part that depends on the token: 1 / (exp(A_log) softplus(dt_bias))."""
+    """E-folds in tokens without the part that depends on the token: 1 / (exp(A_log) softplus(dt_bias)).
+
+    A Mamba2's projection of the step has a bias besides.
+    """
     print("\ne-folds")
     rng = np.random.default_rng(0)
     step = np.exp(rng.uniform(math.log(1e-3), math.log(1e-1), 1_000_000))
     found = {"published init of Gated DeltaNet": 1 / (rng.uniform(0, 16, step.size).clip(1e-4) * step)}
     for name, layers in json.loads((HERE / "forgetting.json").read_text()).items():
-        a, b = (np.array([layer[key] for layer in layers]) for key in ("A_log", "dt_bias"))
+        a, b, projected = (
+            np.array([layer.get(key, np.zeros(8)) for layer in layers]) for key in ("A_log", "dt_bias", "dt_proj.bias")
+        )
+        b = b + projected
         found[name] = 1 / (np.exp(a) * np.log1p(np.exp(b)))
     for name, folds in found.items():
         ends = np.quantile(folds, [0.05, 0.25, 0.5, 0.75, 0.95])
@@ -190,11 +205,15 @@ def others() -> None:
     for row in read(HERE.parent / "2026-11-26-h100-study" / "results.jsonl"):
         if (row["context"], row["budget"]) == (LENGTH, 512) and row["method"] in METHODS:
             print(f"{row['method']}: won back {100 * row['won_back'][0]:.1f}, recalled {share(*row['recall_beyond'])}")
-    for folder in (HERE / "tiny", HERE.parent / "2026-11-23-ahn-tiny" / "evaluation"):
-        for row in read(folder / "mamba2.jsonl") if (folder / "mamba2.jsonl").exists() else []:
-            print(f"ahn-tiny, {folder.parent.name}: {row['context']}: {share(*row['recall_beyond'])}")
+    for row in read(HERE / "tiny" / "mamba2.jsonl"):
+        print(f"ahn-tiny, Mamba2, slow start: {row['context']} read: {share(*row['recall_beyond'])}")
+    for row in read(HERE.parent / "2026-11-23-ahn-tiny" / "distill-mamba2.jsonl"):
+        if "loss_after" in row:
+            cells = [f"{name[17:]} {number}" for name, number in row.items() if name.startswith("recall_after")]
+            print(f"ahn-tiny, Mamba2, published start: {row['length']} read:", *cells)
 
 
+base()
 for budget in BUDGETS:
     table(LENGTH, budget)
 for context in FAR:
