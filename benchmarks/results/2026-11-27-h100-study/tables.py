@@ -69,8 +69,8 @@ def table(context: int, budget: int) -> None:
 
 
 def base() -> None:
-    found, held_out = (json.loads((HERE / name).read_text()) for name in ("base.json", "prepare.json"))
-    print(f"base: {found['parameters']} parameters, {found['tokens']} tokens, {found['seconds']} s on {found['device']}")
+    row, held_out = (json.loads((HERE / name).read_text()) for name in ("base.json", "prepare.json"))
+    print(f"base: {row['parameters']} parameters, {row['tokens']} tokens, {row['seconds']} s on {row['device']}")
     print(f"held out: {len(held_out['held_out_tokens'])} packages and modules")
     for path in sorted((HERE / "distill").glob("*.jsonl")):
         steps = read(path)[0]["steps"]
