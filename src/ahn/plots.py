@@ -17,12 +17,12 @@ FULL, AHN, MUTED = "#5b6470", "#d1495b", "#9aa3ad"
 """Colours: the model as it is, the model with its memory, everything that is only there to help."""
 
 
-def new_figure(panels: int, title: str) -> tuple[Figure, list[Any]]:
-    """A figure with panels side by side, and their axes."""
+def new_figure(panels: int, title: str, rows: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure with panels side by side in each of its rows, and their axes row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure = Figure(figsize=(5.2 * panels, 4.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, which="major", color="#e6e8eb", linewidth=0.8)

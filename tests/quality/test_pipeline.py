@@ -71,7 +71,7 @@ def test_everything_is_measured_once(study: Path) -> None:
         == json.loads((study / "distill" / "gated_deltanet.json").read_text())["parameters"]
     )
     page = (study / "report.md").read_text()
-    for name in ("won_back", "recall", "positions", "repeats", "far", "needles", "ablations"):
+    for name in ("cost", "won_back", "recall", "positions", "repeats", "far", "needles", "ablations"):
         assert f"figures/{name}.png" in page and (study / "figures" / f"{name}.png").stat().st_size > 10_000
 
 

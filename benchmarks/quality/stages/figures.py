@@ -1,4 +1,4 @@
-"""The figures of the report. Colours are those of Okabe and Ito, which colour-blind readers can tell apart."""
+"""The figures of the report. Colours are of Okabe and Ito, and two of Tol: colour-blind readers can tell them apart."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .rows import FULL, WINDOW, Group, Results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
-MARKERS = "osD^vPX*"
-FIXED = {FULL: "#000000", WINDOW: MUTED}
+COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#332288", "#882255", "#0072b2", "#d55e00")
+MARKERS = "D^vPpXso*"
+FIXED = {FULL: ("#000000", "-"), WINDOW: (MUTED, "-"), "ct_max": (MUTED, "--"), "ct_avg": (MUTED, ":")}
+"""Colour and line of what has no parameters: no marks, so that the others stand out."""
 NAMES = {FULL: "full attention", WINDOW: "sinks + window", "ct_max": "CT-max", "ct_avg": "CT-avg"}
 
 
@@ -26,12 +27,40 @@ def draw(results: Results, folder: Path) -> list[str]:
     """Draw every figure that there are numbers for; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for function in (won_back, recall, positions, repeats, far, needles, ablations):
+    for function in (cost, won_back, recall, positions, repeats, far, needles, ablations):
         figure = function(results)
         if figure is not None:
             save(figure, folder / f"{function.__name__}.png")
             drawn.append(function.__name__)
     return drawn
+
+
+def cost(results: Results) -> Figure | None:
+    """Loss above full attention's and facts recalled by bytes of the cache, a line a method, a mark a budget.
+
+    Both are of tokens and facts that lie beyond the largest budget, so that all marks measure the same.
+    """
+    context, most = results.places(far=False)[-1]
+    kept = ", ".join(str(budget) for length, budget in results.places(far=False) if length == context)
+    figure, (losses, facts) = new_figure(2, f"Loss and facts by bytes of the cache; {kept} tokens kept, {context} read")
+    for method in _methods(results, baselines=True):
+        groups = [group for group in results.groups if group.method == method and group.context == context]
+        if method != FULL and groups:
+            kib = [_bytes(group) / 1024 for group in groups]
+            style = _style(results, groups[0]) | {"linewidth": 1.4}
+            losses.plot(kib, [_beyond(group.mean("loss_by_position"), group, most) for group in groups], **style)
+            facts.plot(kib, [100 * _recalled(group, most) for group in groups], **style)
+    losses.set_ylabel("nats a token above full attention's")
+    facts.set_ylabel("% recalled")
+    losses.set_title(f"Loss from token {most} on (lower is better)", fontsize=10, loc="left")
+    facts.set_title(f"Facts stated {most} tokens ago or earlier", fontsize=10, loc="left")
+    for axis in (losses, facts):
+        axis.set_ylim(bottom=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("cache at the end, KiB (keys, values, codes, states, gates)")
+    _legend(figure, losses)
+    return figure
 
 
 def won_back(results: Results) -> Figure | None:
@@ -131,9 +160,13 @@ def needles(results: Results) -> Figure | None:
         return None
     lengths = sorted({length for found in cells.values() for length, _ in found})
     depths = sorted({depth for found in cells.values() for _, depth in found})
-    figure, axes = new_figure(len(cells), f"% of single facts found, {budget} tokens kept exactly")
-    figure.set_size_inches(1.2 + (0.6 + 0.38 * len(lengths)) * len(cells), 3.2)
-    for number, (axis, (method, found)) in enumerate(zip(axes, cells.items(), strict=True)):
+    rows = 1 + (len(cells) > 6)
+    columns = -(-len(cells) // rows)
+    figure, axes = new_figure(columns, f"% of single facts found, {budget} tokens kept exactly", rows)
+    figure.set_size_inches(1.2 + (0.6 + 0.38 * len(lengths)) * columns, 1 + 2.2 * rows)
+    for axis in axes[len(cells) :]:
+        axis.set_visible(False)
+    for number, (axis, (method, found)) in enumerate(zip(axes, cells.items(), strict=False)):
         grid = np.array([[found.get((length, depth), np.nan) for length in lengths] for depth in depths])
         axis.grid(False)
         image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
@@ -142,9 +175,9 @@ def needles(results: Results) -> Figure | None:
                 ink = "white" if share < 0.5 else "black"
                 axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
         axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], fontsize=8)
-        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if number == 0 else [])
+        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if number % columns == 0 else [])
         axis.set_title(NAMES.get(method, method), fontsize=9)
-    axes[0].set_ylabel("stated at % of the text")
+    figure.supylabel("stated at % of the text", fontsize=9)
     figure.supxlabel("tokens of text before the question", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
@@ -201,6 +234,23 @@ def _shown(results: Results, context: int, budget: int) -> list[Group]:
     return [group for group in results.at(context, budget) if group.method in shown]
 
 
+def _bytes(group: Group) -> int:
+    """Of a whole cache: keys and values, codes, states, and gates that wait."""
+    return sum(group.first.get(f"{part}_bytes", 0) for part in ("kv", "quantized", "state", "gate"))
+
+
+def _beyond(by_position: np.ndarray, group: Group, first: int) -> float:
+    """Mean loss above full attention's from token `first` on."""
+    start = first // group.first["position_size"]
+    return float(np.mean(by_position[start:] - np.array(group.full["loss_by_position"])[start:]))
+
+
+def _recalled(group: Group, first: int) -> float:
+    """Share of the facts recalled that were stated `first` tokens ago or earlier."""
+    found = [group.recall(bucket) for bucket in group.first["recall"] if int(bucket) >= first]
+    return sum(hits for hits, _ in found) / max(sum(asked for _, asked in found), 1)
+
+
 def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[int, float], float]]:
     """Share of needles found by (length, depth)."""
     for group in results.groups:
@@ -213,11 +263,13 @@ def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[i
 
 def _style(results: Results, group: Group) -> dict[str, Any]:
     """Colour, mark and name of a method, the same in every figure."""
-    others = _methods(results)
-    number = others.index(group.method) if group.method in others else 0
-    colour = FIXED.get(group.method, COLOURS[number % len(COLOURS)])
-    marker = "" if group.method in FIXED else MARKERS[number % len(MARKERS)]
-    return {"color": colour, "marker": marker, "markersize": 5, "label": NAMES.get(group.method, group.method)}
+    name = {"label": NAMES.get(group.method, group.method)}
+    if group.method in FIXED:
+        colour, line = FIXED[group.method]
+        return name | {"color": colour, "linestyle": line, "marker": ""}
+    number = [other for other in _methods(results) if other not in FIXED].index(group.method)
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    return name | {"color": colour, "marker": marker, "markersize": 5}
 
 
 def _whisker(

@@ -67,8 +67,8 @@ STUDY = Recipe(
         # How it begins, and how it learns.
         Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}, seeds=_THREE, far=True),
         Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}, seeds=_THREE, far=True),
-        Run("gated_deltanet-slow-long", {"memory": "gated_deltanet"}, {"horizons": SLOW, "steps": 1000}),
-        Run("deltanet-long", {"memory": "deltanet"}, {"steps": 1000}),
+        Run("gated_deltanet-slow-long", {"memory": "gated_deltanet"}, {"horizons": SLOW, "steps": 1000}, far=True),
+        Run("deltanet-long", {"memory": "deltanet"}, {"steps": 1000}, far=True),
         Run("deltanet-lr6e-3", {"memory": "deltanet"}, {"lr": 6e-3}),
         Run("deltanet-q_proj", {"memory": "deltanet", "q_proj": True}),
         Run("deltanet-router", {"memory": "deltanet", "router": True}),

@@ -1,4 +1,4 @@
-"""Every number of docs/results.md, from the files beside this one.
+"""Every number of docs/results.md that is about this study, from the files beside this one.
 
 python tables.py
 """
