@@ -22,8 +22,9 @@ from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
+from ahn.evicted import Evicted, without_padding
 from ahn.layer import AHN, Router
-from ahn.memory import Memory, RecurrentMemory
+from ahn.memory import RecurrentMemory
 from ahn.memory_query import memory_query
 from ahn.observer import Observer, Passage
 from ahn.ops import spans
@@ -60,15 +61,6 @@ class LayerContext:
     cache: AHNCache | None
     cache_layer: AHNLayer | None
     rope: tuple[Tensor, Tensor] | None
-
-
-@dataclasses.dataclass
-class Evicted:
-    """The m tokens that leave the window in one forward: key, value (B, Hkv, m, P), gates (B, Hq, m, ...)."""
-
-    key: Tensor
-    value: Tensor
-    gates: dict[str, Tensor]
 
 
 class LazyMask:
@@ -146,12 +138,12 @@ def attention(
     else:
         left = Evicted(*cache_layer.evict(key, value, gates))
         state = cache_layer.state
-    left = _without_padding(left, memory, view)
+    left = without_padding(left, memory, view)
     state, tier = quantized.split(state)
     writes, beside = view.delayed, None
     if ahn_forward.tier is not None and view.evicted:
         passed = quantized.push(ahn_forward.tier, tier, left, key, value, in_order=banded)
-        left, tier = _without_padding(passed.left, memory, writes), passed.state
+        left, tier = without_padding(passed.left, memory, writes), passed.state
         whole = view.length == 1 and mask is None and passed.visible is None
         if banded or (plain and whole and bands.supported(query)):
             beside = passed.key, passed.value
@@ -211,19 +203,6 @@ def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> boo
     """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
     unpadded = view.evicted > 0 and not view.padded and not view.moved and not view.quantized
     return unpadded and not kwargs.get("dropout") and spans.supported(query)
-
-
-def _without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted:
-    """Evicted tokens that cannot harm a state: closed gates keep padding out, zeros keep its NaN from being 0 · NaN."""
-    if view.writable is None or not view.evicted:
-        return left
-    kept = view.writable[:, None, :]
-    gates = {}
-    for name, gate in left.gates.items():
-        fits = kept.reshape(kept.shape + (1,) * (gate.dim() - 3))
-        gates[name] = torch.where(fits, gate, memory.closed_gates[name])
-    padding = ~kept[..., None]
-    return Evicted(left.key.masked_fill(padding, 0), left.value.masked_fill(padding, 0), gates)
 
 
 def _write_and_read(

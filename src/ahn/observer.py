@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ahn.attention import Evicted, LayerContext
+    from ahn.attention import LayerContext
     from ahn.cache import AHNCache
+    from ahn.evicted import Evicted
     from ahn.visibility import Visibility
 
 

@@ -22,7 +22,7 @@ from ahn.ops.quantize import PER_BYTE, decode, encode, precise
 from ahn.slots import gather
 
 if TYPE_CHECKING:
-    from ahn.attention import Evicted
+    from ahn.evicted import Evicted
     from ahn.visibility import Visibility
 
 PREFIX = "quantized."

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.adapter import observed
-from ahn.attention import Evicted, LayerContext
+from ahn.attention import LayerContext
 from ahn.cache import AHNCache
 from ahn.errors import AHNError
+from ahn.evicted import Evicted
 from ahn.inspect.memories import recurrent_layers, written_positions
 from ahn.observer import Observer, Passage
 from ahn.visibility import Visibility

@@ -1,0 +1,33 @@
+"""The tokens that leave the window in one forward, on their way into the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ahn.memory import Memory
+from ahn.visibility import Visibility
+
+
+@dataclasses.dataclass
+class Evicted:
+    """The m tokens that leave the window in one forward: key, value (B, Hkv, m, P), gates (B, Hq, m, ...)."""
+
+    key: Tensor
+    value: Tensor
+    gates: dict[str, Tensor]
+
+
+def without_padding(left: Evicted, memory: Memory, view: Visibility) -> Evicted:
+    """Evicted tokens that cannot harm a state: closed gates keep padding out, zeros keep its NaN from being 0 · NaN."""
+    if view.writable is None or not view.evicted:
+        return left
+    kept = view.writable[:, None, :]
+    gates = {}
+    for name, gate in left.gates.items():
+        fits = kept.reshape(kept.shape + (1,) * (gate.dim() - 3))
+        gates[name] = torch.where(fits, gate, memory.closed_gates[name])
+    padding = ~kept[..., None]
+    return Evicted(left.key.masked_fill(padding, 0), left.value.masked_fill(padding, 0), gates)
