@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import ahn
-from ahn import bands
-from ahn.ops.quantize import decode, encode
+from ahn import bands, quantized
+from ahn.evicted import Evicted
+from ahn.ops.quantize import decode, encode, rotate, turned
 from ahn.training.distill import distillation_loss
 from ahn.visibility import Visibility
 
@@ -164,9 +165,23 @@ def test_bands_with_a_tier_are_the_mask(data: st.DataObject) -> None:
     with torch.no_grad():
         found = bands.attend(query, exact[0], exact[1], view, 0.3, (coarse[0], coarse[1]))
     assert relative_error(found, expected) < 1e-5
-    joined = bands.over_both(query[:, :, -1:], (exact[0], exact[1]), (coarse[0], coarse[1]), 0.3)
-    whole = torch.nn.functional.scaled_dot_product_attention(query[:, :, -1:], key, value, scale=0.3, enable_gqa=True)
-    assert relative_error(joined, whole) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_dim", [8, 12, 64])
+def test_a_single_query_sees_what_the_codes_decode_to(head_dim: int) -> None:
+    query, exact = torch.randn(2, 4, 1, head_dim), [torch.randn(2, 2, 9, head_dim) for _ in range(2)]
+    offsets = [3 * torch.randn(2, 2, head_dim) for _ in range(2)]
+    encoded = [encode(torch.randn(2, 2, 21, head_dim), unbiased) for unbiased in (True, False)]
+    keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, offsets, strict=True))
+    state = {"key_offset": offsets[0], "value_offset": offsets[1]}
+    unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
+    passed = quantized.Passed(*(turned(*x, torch.float32) for x in encoded), None, unread, state)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, torch.cat([exact[0], keys], 2), torch.cat([exact[1], values], 2), scale=0.3, enable_gqa=True
+    )
+    found = quantized.attend(query, exact[0], exact[1], passed, 0.3)
+    assert relative_error(found, expected) < 1e-5  # float32: one more rotation each way, sums of 30 terms
 
 
 @torch.no_grad()
@@ -269,6 +284,7 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, turns: Turns, q
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ahn.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
         patch.setattr("ahn.quantized.decode", lambda codes, scale, dtype: codes)
+        patch.setattr("ahn.quantized.turned", lambda codes, scale, dtype: rotate(codes))
         model = with_tier(shared(memory), turns.window, turns.sinks, quantized)
         tier = ahn.AHNCache.for_model(model)
         found = read(model, ids, lengths, tier, mask)

@@ -139,14 +139,14 @@ def attention(
         left = Evicted(*cache_layer.evict(key, value, gates))
         state = cache_layer.state
     left = without_padding(left, memory, view)
-    state, tier = quantized.split(state)
-    writes, beside = view.delayed, None
-    if ahn_forward.tier is not None and view.evicted:
-        passed = quantized.push(ahn_forward.tier, tier, left, key, value, in_order=banded)
-        left, tier = without_padding(passed.left, memory, writes), passed.state
-        whole = view.length == 1 and mask is None and passed.visible is None
-        if banded or (plain and whole and bands.supported(query)):
-            beside = passed.key, passed.value
+    state, coded = quantized.split(state)
+    writes, tier, beside = view.delayed, ahn_forward.tier, None
+    if tier is not None and view.evicted:
+        whole = plain and view.length == 1 and mask is None and tier.visible is None and bands.supported(query)
+        passed = quantized.push(tier, coded, left, key, value, in_order=banded, turn=not whole)
+        left, coded = without_padding(passed.left, memory, writes), passed.state
+        if whole or banded:
+            beside = passed
         else:
             key, value, mask = _with_extra_keys(key, value, mask, passed.key, passed.value, passed.visible)
     state = state or memory.init_state(query.shape[0], query.device)
@@ -159,9 +159,10 @@ def attention(
         kernel, mask = dense, _as_kernel_mask(mask, dense, query.dtype)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if banded:
-        out, weights = bands.attend(query, key, value, view, scaling, beside).transpose(1, 2), None
+        coarse = None if beside is None else (beside.key, beside.value)
+        out, weights = bands.attend(query, key, value, view, scaling, coarse).transpose(1, 2), None
     elif beside is not None:
-        out, weights = bands.over_both(query, (key, value), beside, scaling).transpose(1, 2), None
+        out, weights = quantized.attend(query, key, value, beside, scaling).transpose(1, 2), None
     elif spanned:
         out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:
@@ -177,7 +178,7 @@ def attention(
         added = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
         out = torch.cat([out[:, :tail], added], dim=1) if tail else added
     if cache_layer is not None:
-        state = state | quantized.prefixed(tier)
+        state = state | quantized.prefixed(coded)
         cache_layer.state = {name: part.detach() for name, part in state.items()} or None
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(cache_layer)

@@ -87,12 +87,6 @@ def attend(
     return blocks[0] if len(blocks) == 1 else join(blocks)
 
 
-def over_both(query: Tensor, first: KeysValues, second: KeysValues, scaling: float) -> Tensor:
-    """A single query a row, (B, Hq, 1, P), over two sets of keys and values that it sees whole."""
-    run = _flash if query.is_cuda else _cpu  # cuDNN wants more than one
-    return merge([Part(*run(query, *part, False, scaling)) for part in (first, second)])
-
-
 def _joined(parts: list[Part]) -> Part:
     """Several parts as one."""
     if len(parts) == 1:
@@ -160,6 +154,11 @@ def kernel(query: Tensor) -> Kernel:
     if not query.is_cuda:
         return _cpu
     return _cudnn if torch.version.cuda and torch.backends.cudnn.is_available() else _flash
+
+
+def kernel_of_one(query: Tensor) -> Kernel:
+    """The same for a single query a row: cuDNN wants more than one."""
+    return _flash if query.is_cuda else _cpu
 
 
 def _ampere(device: torch.device) -> bool:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ahn.ops.quantize import PER_BYTE, decode, encode, precise
+from ahn import bands
+from ahn.ops.merge import Part, merge
+from ahn.ops.quantize import PER_BYTE, decode, encode, precise, rotate, turned
 from ahn.slots import gather
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ class Passed:
     """What the tier makes of the tokens that leave the window in one forward.
 
     Attributes:
-        key, value: (B, Hkv, T, P) what the queries see of the tier, decoded.
+        key, value: (B, Hkv, T, P) what the queries see of the tier, decoded; or `turned`.
         visible: (B or 1, 1, n, T) which query sees which of them; None if all do.
         left: the m' tokens that leave the tier, decoded; the last m' queries read after each was written.
         state: the tier's tensors after the forward.
@@ -163,6 +165,11 @@ class Passed:
     left: Evicted
     state: dict[str, Tensor]
 
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """(B, Hkv, P) float32 what was taken from all keys and values before they were encoded."""
+        return self.state["key_offset"], self.state["value_offset"]
+
 
 def split(state: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A layer's state: the memory's own tensors, and the tier's without their prefix."""
@@ -173,7 +180,13 @@ def split(state: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str,
 
 @torch.no_grad()
 def push(
-    tier: TierView, state: dict[str, Tensor], left: Evicted, keys: Tensor, values: Tensor, in_order: bool = False
+    tier: TierView,
+    state: dict[str, Tensor],
+    left: Evicted,
+    keys: Tensor,
+    values: Tensor,
+    in_order: bool = False,
+    turn: bool = True,
 ) -> Passed:
     """Take the tokens that leave the window, give those that leave the tier.
 
@@ -182,6 +195,7 @@ def push(
         left: m tokens; zeros for padding.
         keys, values: (B, Hkv, T, P) in columns, all that the forward holds exactly.
         in_order: give the decoded tokens in the order of the text (there is no padding), without `visible`.
+        turn: without, keys and values are given as `attend` takes them, neither rotated back nor with their offsets.
     """
     dtype = left.key.dtype
     offsets = _offsets(tier, state, keys, values)
@@ -194,7 +208,9 @@ def push(
     both = {name: x if not tier.held else tier.before(state[name], x) for name, x in new.items()}
     after = {name: tier.put(state.get(name), x) for name, x in new.items()}
 
-    def decoded(kind: str, codes: dict[str, Tensor]) -> Tensor:
+    def decoded(kind: str, codes: dict[str, Tensor], turn: bool = True) -> Tensor:
+        if not turn:
+            return turned(codes[f"{kind}s"], codes[f"{kind}_scales"], dtype)
         x = decode(codes[f"{kind}s"], codes[f"{kind}_scales"], dtype)
         return (x + offsets[f"{kind}_offset"].unsqueeze(2)).to(dtype)
 
@@ -204,12 +220,30 @@ def push(
     if in_order:
         seen = {name: gather(x, tier.in_order) for name, x in both.items()}
     return Passed(
-        key=decoded("key", seen),
-        value=decoded("value", seen),
+        key=decoded("key", seen, turn),
+        value=decoded("value", seen, turn),
         visible=None if in_order else tier.visible,
         left=dataclasses.replace(left, key=decoded("key", leaving), value=decoded("value", leaving), gates=gates),
         state=after | offsets,
     )
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, passed: Passed, scaling: float) -> Tensor:
+    """A single query a row over all keys that are held exactly and all of the tier, which `push` has not turned.
+
+    The rotation is orthogonal: turning the query, and in the end the result, is as good as turning every key and value.
+    What the keys' offset adds to a score is the same for all of them.
+
+    Args:
+        query: (B, Hq, 1, P); keys, values: (B, Hkv, T, P).
+    """
+    run, kind = bands.kernel_of_one(query), precise(query.dtype)
+    groups = query.shape[1] // keys.shape[1]
+    key_offset, value_offset = (x.to(kind).repeat_interleave(groups, dim=1).unsqueeze(2) for x in passed.offsets)
+    out, score = run(rotate(query.to(kind)).to(query.dtype), passed.key, passed.value, False, scaling)
+    score = score + scaling * (query * key_offset).sum(-1)
+    out = (rotate(out.to(kind)) + value_offset).to(query.dtype)
+    return merge([Part(*run(query, keys, values, False, scaling)), Part(out, score)])
 
 
 def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:

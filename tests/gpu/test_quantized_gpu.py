@@ -9,8 +9,9 @@ from models import adapted, tokens
 from test_invariants import read
 
 import ahn
-from ahn import bands
-from ahn.ops.quantize import decode, encode
+from ahn import bands, quantized
+from ahn.evicted import Evicted
+from ahn.ops.quantize import decode, encode, rotate, turned
 from ahn.visibility import Visibility
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -36,10 +37,22 @@ def test_bands_with_a_tier_are_the_mask(held: int, n: int) -> None:
     )
     found = bands.attend(query, rest[0], rest[1], view, 0.3, (rest[2], rest[3]))
     assert relative_error(found.cpu(), expected.cpu()) < BFLOAT16
-    one = query[:, :, -1:]
-    whole = torch.nn.functional.scaled_dot_product_attention(one.float(), key, value, scale=0.3, enable_gqa=True)
-    joined = bands.over_both(one, (rest[0], rest[1]), (rest[2], rest[3]), 0.3)
-    assert relative_error(joined.cpu(), whole.cpu()) < BFLOAT16
+
+
+def test_a_single_query_sees_what_the_codes_decode_to() -> None:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, 64, device="cuda", dtype=torch.bfloat16)
+
+    query, exact = normal(2, 4, 1), [normal(2, 2, 68) for _ in range(2)]
+    state = {name: normal(2, 2).float() for name in ("key_offset", "value_offset")}
+    encoded = [encode(normal(2, 2, 300), unbiased) for unbiased in (True, False)]
+    keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, state.values(), strict=True))
+    unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
+    passed = quantized.Passed(*(turned(*x, torch.bfloat16) for x in encoded), None, unread, state)
+    key, value = (torch.cat([a.float(), b], 2) for a, b in zip(exact, (keys, values), strict=True))
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), key, value, scale=0.125, enable_gqa=True)
+    found = quantized.attend(query, exact[0], exact[1], passed, 0.125)
+    assert relative_error(found.cpu(), expected.cpu()) < 2 * BFLOAT16  # codes times scales are rounded as well
 
 
 @pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
@@ -50,6 +63,7 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, monkeypatch: py
         with monkeypatch.context() as patch:
             patch.setattr("ahn.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
             patch.setattr("ahn.quantized.decode", lambda codes, scale, dtype: codes)
+            patch.setattr("ahn.quantized.turned", lambda codes, scale, dtype: rotate(codes))
             found = read(model, ids, [5, 20, 1, 1, 30, *[1] * 13], ahn.AHNCache.for_model(model))
         ahn.set_window(model, 21, 2, quantized=0)
         expected = read(model, ids, [70], ahn.AHNCache.for_model(model))

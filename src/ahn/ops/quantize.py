@@ -51,9 +51,13 @@ def encode(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The vectors (..., P) that `encode` left of its input: float32, or float64 for a `dtype` of that precision."""
-    kind = precise(dtype)
-    level = F.embedding(codes.int(), _bytes(kind, codes.device)).flatten(-2)
-    return rotate(level * scale.to(kind).unsqueeze(-1))
+    return rotate(turned(codes, scale, precise(dtype)))
+
+
+def turned(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `decode` gives before it is rotated back, (..., P) of this type."""
+    level = F.embedding(codes.int(), _bytes(dtype, codes.device)).flatten(-2)
+    return level * scale.to(dtype).unsqueeze(-1)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
