@@ -36,8 +36,8 @@ def test_the_card_says_where_each_row_was_measured(run_folder: Path) -> None:
     card.write_card(TINY, run_folder)
     text = (run_folder / "README.md").read_text()
     assert "in bfloat16 on NVIDIA H100 80GB HBM3 (two_bits, two_bits+deltanet: in float32 on CPU)" in text
-    for name, memory in (("two_bits", "no memory"), ("two_bits+deltanet", "the memory deltanet")):
-        assert f"`{name}`, not trained: 784 tokens before the window at two bits a number, {memory}" in text
+    for name, memory in (("two_bits", "no memory"), ("two_bits+deltanet", "the memory of `deltanet`")):
+        assert f"`{name}` sees 784 tokens before the window at two bits a number, with {memory} behind them" in text
         file = run_folder / "evaluation" / f"{name}.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps(row | {"device": "a pocket calculator"}) + "\n" for row in rows))

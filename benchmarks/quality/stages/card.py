@@ -93,8 +93,11 @@ def _where(results: Results) -> str:
 def _tier(results: Results, run: Run) -> str:
     """A sentence about a run with tokens at two bits."""
     quantized = _of(results, run.name)[0].first["quantized"]
-    behind = f"the memory {run.of} behind them" if run.of else "no memory"
-    return f"\n`{run.name}`, not trained: {quantized} tokens before the window at two bits a number, {behind}."
+    behind = f"the memory of `{run.of}`" if run.of else "no memory"
+    return (
+        f"\n`{run.name}` sees {quantized} tokens before the window at two bits a number, with {behind} behind them; "
+        "nothing is trained for it."
+    )
 
 
 def install(recipe: Recipe, out: Path) -> None:

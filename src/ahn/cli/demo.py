@@ -90,11 +90,11 @@ def command(
     A small model that comes with ahn reads sources of Python's standard
     library that it was not trained on. With full attention it sees all of a
     document; with sinks + window, the first and the last few tokens; with a
-    memory, those and a state of fixed size; with two bits, some more tokens
-    before the window, roughly, with and without a memory of what came before
-    them. The table shows what each is worth on the text beyond the window,
-    and what it costs. At the end the best one writes on from where its
-    window does not reach.
+    memory, those and a state of fixed size; with two bits, also the tokens
+    just before the window, coarsely, without and with a memory behind them.
+    The table shows what each is worth on the text beyond the window, and
+    what it costs. At the end the best of the latter writes on from where
+    its window does not reach.
 
     With --model and --adapter, the same with a model of your own.
 
