@@ -11,13 +11,12 @@ import pytest
 
 from ahn import tiny
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 from stages import card
 from stages.recipes import TINY
 
-RESULTS = ROOT / "benchmarks" / "results" / "2026-11-26-ahn-tiny"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-ahn-tiny"
 SHIPPED = Path(tiny.__file__).parent
 
 
