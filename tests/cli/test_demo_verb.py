@@ -8,7 +8,7 @@ from typing import Any
 
 import speaking
 
-from ahn.demo.methods import FULL, WINDOW_ONLY
+from ahn.demo.methods import FULL, TWO_BITS, WINDOW_ONLY
 
 WINDOW, SINKS = speaking.WINDOW, speaking.SINKS
 LOSSLESS = WINDOW + SINKS
@@ -22,25 +22,45 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
     done = ahn_cli("demo", *own, "--out", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     result = json.loads(done.out)
-    assert [entry["name"] for entry in result["results"]] == [FULL, WINDOW_ONLY, "gated_deltanet"]
+    names = [FULL, WINDOW_ONLY, "gated_deltanet", TWO_BITS, f"{TWO_BITS} + gated_deltanet"]
+    assert [entry["name"] for entry in result["results"]] == names
+    assert result["quantized"] == 42  # 3.5 windows
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert result["continuation"]["text"]
 
     shown = ahn_cli("demo", *own, "--out", tmp_path / "out")
-    for text in ("reads 2 documents", "sinks + window", "gated_deltanet writes on", "figure.png"):
+    for text in ("reads 2 documents", "sinks + window", "writes on after", "the 42 tokens", "figure.png"):
         assert text in " ".join(shown.out.split())
 
 
 def test_the_verb_with_quantized_tokens(ahn_cli: Any, tmp_path: Path) -> None:
     saved = speaking.save(tmp_path / "model")
-    options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH, "--documents", 1, "--quantized", 24, "--json")
-    done = ahn_cli("demo", "--model", saved.base, "--adapter", saved.adapter, *options, "--out", tmp_path / "out")
-    assert done.code == 0, done.err
-    results = json.loads(done.out)["results"]
-    assert [entry["name"] for entry in results] == [FULL, WINDOW_ONLY, "+ 24 at two bits", "gated_deltanet"]
-    assert [entry["is_memory"] for entry in results] == [False, False, True, True]
-    assert results[2]["cache_bytes"] > results[1]["cache_bytes"]
+    options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH, "--documents", 1, "--out", tmp_path / "out")
+    own = ("demo", "--model", saved.base, "--adapter", saved.adapter, "--adapter", saved.adapter, *options, "--json")
+
+    def results(tokens: int) -> list[dict[str, Any]]:
+        done = ahn_cli(*own, "--quantized", tokens)
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert result["quantized"] == tokens
+        return result["results"]
+
+    without, some, more = results(0), results(24), results(48)
+    memories = ["gated_deltanet #1", "gated_deltanet #2"]
+    assert [entry["name"] for entry in without] == [FULL, WINDOW_ONLY, *memories]
+    names = [FULL, WINDOW_ONLY, *memories, TWO_BITS, f"{TWO_BITS} + gated_deltanet"]
+    assert [entry["name"] for entry in some] == [entry["name"] for entry in more] == names
+    assert [entry["is_memory"] for entry in some] == [False, False, True, True, True, True]
+    for none, few, many in zip(without, some, more, strict=False):
+        assert none["loss"] == few["loss"] == many["loss"]  # the rows without two bits do not see them
+    # A number of a key or value takes 2 bits, a vector of 8 one float16 more, and a memory's gates wait in the cache
+    # as long as the token does: what 24 more tokens cost.
+    packed = 24 * 2 * 2 * 2 * (8 // 4 + 2)
+    gates = 24 * 2 * 2 * 4 * 4
+    grown = [many["cache_bytes"] - few["cache_bytes"] for few, many in zip(some, more, strict=True)]
+    assert grown == [0, 0, 0, 0, packed, packed + gates]
+    assert some[4]["loss"] != more[4]["loss"] and some[5]["loss"] != more[5]["loss"]
 
 
 def test_the_verb_on_a_text_of_ones_own(ahn_cli: Any, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from ahn import tiny
 from ahn.tiny.corpus import HELD_OUT
 from ahn.tiny.facts import QUESTION, STATEMENT
 
+from .distill import adapter
 from .log import read_lines
-from .recipe import SEED, Distillation, Recipe
+from .recipe import SEED, Distillation, Recipe, Run, tasks
 from .rows import FULL, WINDOW, Group, Results
 
 PACKAGE = Path(tiny.__file__).parent
@@ -65,6 +66,8 @@ def write_card(recipe: Recipe, out: Path) -> None:
         sink_choices=", ".join(map(str, settings.sinks)),
         start=_start(settings),
         chunks=recipe.contexts[0].chunks,
+        where=_where(results),
+        tiers="".join(_tier(results, run) for run in recipe.runs if run.tier is not None),
         memory_rows="\n".join(_memory_row(group) for run in recipe.runs for group in _of(results, run.name)),
     )
     (out / "README.md").write_text(text)
@@ -77,12 +80,32 @@ def _start(settings: Distillation) -> str:
     return f". Where a memory forgets, its\nheads begin with e-folds of {shortest:g} to {longest:g} tokens"
 
 
+def _where(results: Results) -> str:
+    """What the rows were measured on: "in bfloat16 on … (…: in float32 on …)", the trained memories' place first."""
+    methods: dict[str, list[str]] = {}
+    for group in sorted(results.groups, key=lambda group: group.first["seed"] is None):
+        named = methods.setdefault(f"in {group.first['dtype']} on {group.first['device']}", [])
+        named += [group.method] if group.method not in named else []
+    usual, *others = methods
+    return usual + "".join(f" ({', '.join(methods[place])}: {place})" for place in others)
+
+
+def _tier(results: Results, run: Run) -> str:
+    """A sentence about a run with tokens at two bits."""
+    quantized = _of(results, run.name)[0].first["quantized"]
+    behind = f"the memory of `{run.of}`" if run.of else "no memory"
+    return (
+        f"\n`{run.name}` sees {quantized} tokens before the window at two bits a number, with {behind} behind them; "
+        "nothing is trained for it."
+    )
+
+
 def install(recipe: Recipe, out: Path) -> None:
-    """Copy model, adapters and card into the package."""
+    """Copy model, trained adapters and card into the package."""
     shutil.copy(out / "README.md", PACKAGE / "README.md")
     shutil.copytree(out / "model", PACKAGE / "model", dirs_exist_ok=True)
-    for run in recipe.runs:
-        shutil.copytree(out / "adapters" / run.name, PACKAGE / "adapters" / run.name, dirs_exist_ok=True)
+    for task in tasks(recipe):
+        shutil.copytree(adapter(out, task), PACKAGE / "adapters" / task.name, dirs_exist_ok=True)
 
 
 def _of(results: Results, method: str) -> list[Group]:

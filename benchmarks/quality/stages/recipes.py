@@ -28,7 +28,14 @@ TINY = Recipe(
         Phase(steps=150, length=8192, batch=8, facts=(16, 64), reach=None),
     ),
     distillation=Distillation(steps=600, horizons=SLOW),
-    runs=(Run("gated_deltanet"), Run("deltanet"), Run("mamba2")),
+    runs=(
+        Run("gated_deltanet"),
+        Run("deltanet"),
+        Run("mamba2"),
+        # Two bits a number, without training: alone, and before a memory.
+        Run("two_bits", {"memory": "window_only"}, tier=Tier(windows=3.5)),
+        Run("two_bits+deltanet", {"memory": "deltanet"}, tier=Tier(windows=3.5), of="deltanet"),
+    ),
     contexts=(Context(4096, (256,), chunks=24, texts=16), Context(8192, (256,), chunks=24, texts=16)),
     sinks=32,
 )

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TINY = "ahn-tiny"
 WINDOW, SINKS = 224, 32
+TWO_BIT_WINDOWS = 3.5
+"""Tokens at two bits a number in multiples of the window, when none are asked for."""
 LONGER = 16
 """Length of a document in multiples of sinks + window, when none is asked for."""
 DOCUMENTS = 3
@@ -66,8 +68,14 @@ def command(
     window: Annotated[int, typer.Option("--window", min=1, help="Last tokens kept exactly.")] = WINDOW,
     sinks: Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exactly.")] = SINKS,
     quantized: Annotated[
-        int, typer.Option("--quantized", min=0, help="Tokens before the window still seen at two bits a number.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--quantized",
+            min=0,
+            help="Tokens before the window that two more rows see at two bits a number "
+            f"(default: {TWO_BIT_WINDOWS:g} windows; 0: no such rows).",
+        ),
+    ] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=2, help=f"Tokens a document (default: {LONGER} times sinks + window).")
     ] = None,
@@ -82,9 +90,11 @@ def command(
     A small model that comes with ahn reads sources of Python's standard
     library that it was not trained on. With full attention it sees all of a
     document; with sinks + window, the first and the last few tokens; with a
-    memory, those and a state of fixed size. The table shows what each is
-    worth on the text beyond the window, and what it costs. At the end the
-    best memory writes on from where its window does not reach.
+    memory, those and a state of fixed size; with two bits, also the tokens
+    just before the window, coarsely, without and with a memory behind them.
+    The table shows what each is worth on the text beyond the window, and
+    what it costs. At the end the best of the latter writes on from where
+    its window does not reach.
 
     With --model and --adapter, the same with a model of your own.
 
@@ -97,7 +107,8 @@ def command(
     from ahn.demo import compare
 
     start = time.perf_counter()
-    subject = _subject(model, adapter or [], text, (window, sinks, quantized), length, documents, device, dtype)
+    tier = round(TWO_BIT_WINDOWS * window) if quantized is None else quantized
+    subject = _subject(model, adapter or [], text, (window, sinks), tier, length, documents, device, dtype)
     if not as_json:
         _introduce(subject)
     total = sum(len(document.text.ids) for document in subject.documents)
@@ -123,7 +134,8 @@ def _subject(
     model: str | None,
     adapters: list[str],
     text: Path | None,
-    reach: tuple[int, int, int],
+    reach: tuple[int, int],
+    quantized: int,
     length: int | None,
     documents: int,
     device: str | None,
@@ -141,10 +153,11 @@ def _subject(
         model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in names()]
         device = device or TINY_DEVICE
     texts = held_out_text() if text is None else [(text.name, read_text(text))]
-    session = open_session(model, adapters[0] if adapters else None, *reach, device, dtype)
-    lossless = reach[0] + reach[1]
+    session = open_session(model, adapters[0] if adapters else None, *reach, 0, device, dtype)
+    lossless = sum(reach)
     made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
-    return Subject(name, session.model, session.tokenizer, make_methods(session.model, adapters[1:]), made, no_facts)
+    methods = make_methods(session.model, adapters[1:], quantized)
+    return Subject(name, session.model, session.tokenizer, methods, made, no_facts)
 
 
 def _introduce(subject: Subject) -> None:
@@ -162,9 +175,9 @@ def _introduce(subject: Subject) -> None:
 
 
 def _table(comparison: Comparison) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("\n", no_wrap=True)
-    headings = ("perplexity\npast window", "gap\nwon back", "facts recalled\n(95% interval)")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("\n")
+    headings = ("perplexity\npast window", "gap won\nback", "facts recalled\n(95% interval)")
     for heading in (*headings, "cache\nMiB", "peak\nMiB", "tokens/s\n"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in comparison.results:
@@ -194,9 +207,12 @@ def _notes(subject: Subject, comparison: Comparison) -> list[str]:
     peak = "Peak: memory that reading took, on top of the model."
     if first.peak_bytes is None:
         peak = "Peak memory cannot be measured on this platform."
+    coarse = comparison.quantized
+    two_bits = [f"Two bits: also the {coarse:,} tokens before the window, at two bits a number."] if coarse else []
     return [
         f"Perplexity of {comparison.tokens_compared:,} tokens. Of the gap, 0% is sinks + window, 100% full attention.",
         f"{facts} Cache: at the end of a document. {peak}",
+        *two_bits,
     ]
 
 

@@ -1,4 +1,4 @@
-"""The demonstration behind `ahn demo`: full attention, sinks + window, and memories, measured on the same text.
+"""The demonstration behind `ahn demo`: full attention, sinks + window, memories, two bits, measured on the same text.
 
 `documents` makes the texts, `methods` the ways to read them, `reading` reads one, `comparison` puts it all together,
 `figure` draws it. Nothing here prints.

@@ -70,6 +70,7 @@ class Comparison:
     """All methods over all documents.
 
     Attributes:
+        quantized: tokens at two bits a number, of the methods that have any; 0 if none has.
         documents: all of `length` tokens.
         tokens_compared: over which losses and perplexities are taken.
         bin: tokens an entry of `Result.loss_by_position`.
@@ -78,6 +79,7 @@ class Comparison:
 
     window: int
     sinks: int
+    quantized: int
     length: int
     documents: Sequence[Document]
     tokens_compared: int
@@ -87,9 +89,10 @@ class Comparison:
 
     def as_data(self) -> dict[str, Any]:
         """JSON types: everything but texts and single facts."""
-        numbers = {name: getattr(self, name) for name in ("window", "sinks", "length", "tokens_compared", "bin")}
-        names = [document.name for document in self.documents]
-        return numbers | {"documents": names, "results": [dataclasses.asdict(result) for result in self.results]}
+        names = ("window", "sinks", "quantized", "length", "tokens_compared", "bin")
+        numbers = {name: getattr(self, name) for name in names}
+        documents = [document.name for document in self.documents]
+        return numbers | {"documents": documents, "results": [dataclasses.asdict(result) for result in self.results]}
 
     @property
     def best_memory(self) -> Result:
@@ -116,7 +119,8 @@ def compare(
         documents: at least one; all of one length.
         advance: called with the method's name and a number of tokens, as reading goes on.
     """
-    config = next(method.config for method in methods if method.config is not None)
+    configs = [method.config for method in methods if method.config is not None]
+    config, quantized = configs[0], max(config.quantized for config in configs)
     length = len(documents[0].text.ids)
     real = [_real(document) for document in documents]
     beyond = torch.arange(length - 1) >= config.lossless
@@ -148,7 +152,15 @@ def compare(
     ]
     tokens = int(sum(mask.sum() for mask in counted))
     return Comparison(
-        config.window, config.sinks, length, documents, tokens, bin=config.lossless, results=results, recalls=recalls
+        window=config.window,
+        sinks=config.sinks,
+        quantized=quantized,
+        length=length,
+        documents=documents,
+        tokens_compared=tokens,
+        bin=config.lossless,
+        results=results,
+        recalls=recalls,
     )
 
 

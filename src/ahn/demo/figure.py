@@ -1,41 +1,42 @@
-"""The demonstration as a figure: perplexity and cache by position."""
+"""The demonstration as a figure: loss above full attention, and cache, by position."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from ahn.demo.comparison import Comparison, Result
-from ahn.demo.methods import FULL, WINDOW_ONLY
+from ahn.demo.methods import FULL, TWO_BITS, WINDOW_ONLY
 from ahn.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIXED = {FULL: "#5b6470", WINDOW_ONLY: "#e0a030"}
-MEMORIES = ("#d1495b", "#2e86ab", "#6a994e", "#8e6bbf")
+FIXED = {FULL: "#5b6470", WINDOW_ONLY: "#e0a030", TWO_BITS: "#a58bd3"}
+TWO_BITS_AND_MEMORY = "#4b2e83"
+MEMORIES = ("#d1495b", "#2e86ab", "#6a994e", "#b07d4f")
 
 
 def comparison_figure(comparison: Comparison, title: str) -> Figure:
-    """Two panels over the position in the document: perplexity of the real text, and bytes of the cache."""
+    """Two panels over the position in the document: loss of the real text above full attention's, bytes of the cache.
+
+    Differences, because a text is harder in some places than in others by far more than methods differ.
+    """
     figure, (text, cache) = new_figure(2, title)
+    full = next(result for result in comparison.results if result.name == FULL).loss_by_position
     for result, colour in zip(comparison.results, _colours(comparison.results), strict=True):
-        style = {"color": colour, "linewidth": 2 if result.is_memory else 1.6, "label": result.name}
-        starts = [n * comparison.bin for n in range(len(result.loss_by_position))]
+        style = {"color": colour, "linewidth": 1.8, "label": result.name}
         points = [
-            (start + comparison.bin / 2, math.exp(loss))
-            for start, loss in zip(starts, result.loss_by_position, strict=True)
-            if loss is not None
+            ((n + 0.5) * comparison.bin, loss - lowest)
+            for n, (loss, lowest) in enumerate(zip(result.loss_by_position, full, strict=True))
+            if loss is not None and lowest is not None
         ]
         text.plot(*zip(*points, strict=True), **style)
         tokens, sizes = zip(*result.cache_by_position, strict=True)
         cache.plot(tokens, [size / 2**20 for size in sizes], **style)
         if result.name == FULL or result.name == comparison.best_memory.name:
             _end_value(cache, tokens[-1], sizes[-1] / 2**20, colour)
-    text.set_title(f"Perplexity of the next {comparison.bin} tokens (lower is better)", fontsize=10, loc="left")
-    text.set_yscale("log")
-    text.yaxis.set_major_formatter("{x:g}")
-    text.yaxis.set_minor_formatter("{x:g}")
+    text.set_title("Loss above full attention (nats a token, lower is better)", fontsize=10, loc="left")
     cache.set_title("Cache (MiB)", fontsize=10, loc="left")
     cache.set_ylim(bottom=0)
     for axis in (text, cache):
@@ -45,8 +46,13 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
 
 
 def _colours(results: list[Result]) -> list[str]:
-    memories = [result.name for result in results if result.is_memory]
-    return [FIXED.get(r.name) or MEMORIES[memories.index(r.name) % len(MEMORIES)] for r in results]
+    found, memories = [], itertools.cycle(MEMORIES)
+    for result in results:
+        if result.name in FIXED:
+            found.append(FIXED[result.name])
+        else:
+            found.append(TWO_BITS_AND_MEMORY if result.name.startswith(TWO_BITS) else next(memories))
+    return found
 
 
 def _positions(axis: Any, comparison: Comparison) -> None:

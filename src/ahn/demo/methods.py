@@ -1,4 +1,4 @@
-"""The ways to read that are compared: full attention, sinks + window, and memories, all on one base model."""
+"""The ways to read that are compared, all on one base model: full attention, sinks + window, memories, two bits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ahn.config import AHNConfig
 
 FULL = "full attention"
 WINDOW_ONLY = "sinks + window"
+TWO_BITS = "two bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Method:
 
     Attributes:
         name: what tables call it.
-        config: window, sinks and memory; None for full attention.
+        config: window, sinks, quantized tokens and memory; None for full attention.
         weights: the memory's parameters by name.
     """
 
@@ -60,24 +61,27 @@ class Method:
         return AHNCache.for_model(model)
 
 
-def make_methods(model: PreTrainedModel, adapters: Sequence[str]) -> list[Method]:
+def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int = 0) -> list[Method]:
     """Full attention, sinks + window, and the memory that is on the model; then one for each of `adapters`.
 
-    If the model has quantized tokens, so have all memories, and a window with nothing but them is one more method.
+    With quantized tokens two more: sinks + window with these before it and no memory, and with these before it and the
+    model's memory behind them.
 
     The model's memory is taken off: what remains is the bare base model that `Method.on` expects.
 
     Args:
-        model: with a memory attached; its window and sinks hold for all methods.
+        model: with a memory attached, without quantized tokens; its window and sinks hold for all methods.
         adapters: directories or Hub ids of further adapters for the same base.
+        quantized: tokens before the window that the last two methods see at two bits a number.
 
     Raises:
         AHNError: an adapter cannot be loaded or does not fit.
     """
     config: AHNConfig = model.ahn_config
     memories = [_attached(model)]
+    first = memories[0]
     for adapter in adapters:
-        load_adapter(model, adapter, window=config.window, sinks=config.sinks, quantized=config.quantized)
+        load_adapter(model, adapter, window=config.window, sinks=config.sinks, quantized=0)
         memories.append(_attached(model))
     detach(model)
     window_only = AHNConfig(
@@ -87,10 +91,13 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str]) -> list[Method
         full_attention_layers=config.full_attention_layers,
         prefill_chunk_size=config.prefill_chunk_size,
     )
-    if config.quantized:
-        coarse = window_only.replace(quantized=config.quantized)
-        memories.insert(0, Method(f"+ {config.quantized} at two bits", coarse))
-    return [Method(FULL), Method(WINDOW_ONLY, window_only), *_with_different_names(memories)]
+    coarse = []
+    if quantized:
+        coarse = [
+            Method(TWO_BITS, window_only.replace(quantized=quantized)),
+            Method(f"{TWO_BITS} + {first.name}", config.replace(quantized=quantized), first.weights),
+        ]
+    return [Method(FULL), Method(WINDOW_ONLY, window_only), *_with_different_names(memories), *coarse]
 
 
 def _attached(model: PreTrainedModel) -> Method:
