@@ -72,7 +72,19 @@ def test_on_a_gpu_in_bfloat16(name: str, P: int) -> None:
     check(name, 333, 8, 2, P, torch.bfloat16, BFLOAT16)
 
 
-def check(name: str, tokens: int, heads: int, kv_heads: int, P: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("P", [64, 128])
+def test_many_heads_on_a_gpu(name: str, P: int) -> None:
+    """More programs than fit at once and chunks of every kind: what a compiler has got wrong shows here or nowhere."""
+    for tokens in (36, 64, 292, 1024):
+        check(name, tokens, 32, 8, P, torch.bfloat16, BFLOAT16, rows=8)
+
+
+def check(
+    name: str, tokens: int, heads: int, kv_heads: int, P: int, dtype: torch.dtype, tolerance: float, rows: int = 2
+) -> None:
     from ahn.ops import scan_triton
 
     rule, r = RULES[name], torch.Generator().manual_seed(tokens)
@@ -80,15 +92,15 @@ def check(name: str, tokens: int, heads: int, kv_heads: int, P: int, dtype: torc
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=r).to(dtype)
 
-    query = normal(2, tokens, heads, P).transpose(1, 2)  # strides as the model has them
-    key, value = (normal(2, kv_heads, tokens + 7, P)[:, :, 5 : 5 + tokens] for _ in range(2))
+    query = normal(rows, tokens, heads, P).transpose(1, 2)  # strides as the model has them
+    key, value = (normal(rows, kv_heads, tokens + 7, P)[:, :, 5 : 5 + tokens] for _ in range(2))
     key[:, :, tokens // 2 :] = key[:, :, :1]  # repeated keys: the system is as hard as it gets
-    write = torch.sigmoid(normal(2, heads, tokens).float())
-    decay = -F.softplus(normal(2, heads, tokens).float()) / 4 if rule.decay else None
-    state = 0.1 * normal(2, heads, P, P).float()
+    write = torch.sigmoid(normal(rows, heads, tokens).float())
+    decay = -F.softplus(normal(rows, heads, tokens).float()) / 4 if rule.decay else None
+    state = 0.1 * normal(rows, heads, P, P).float()
     read = None
     if not rule.across_heads:
-        gates = [normal(2, heads, tokens).float() for _ in range(2)]
+        gates = [normal(rows, heads, tokens).float() for _ in range(2)]
         read = StepRead(query, *gates, 1 + 0.1 * normal(P), normal(heads, P, P) / P**0.5)
     wanted, wanted_state = expected(query, key, value, write, decay, state, rule, read)
     on = [None if x is None else x.to(DEVICE) for x in (query, key, value, write, decay, state)]

@@ -20,9 +20,10 @@ from torch import Tensor
 from ahn.ops.step import StepRead, StepRule
 
 CHUNK = 64
-# Of a state, for one program. With 16, Triton 3.6 made a kernel for H100s that read outside its memory (P = 64) or had
-# wrong results (P = 16), while its interpreter finds nothing: small tiles of products there are a known fault of that
-# Triton (triton-lang/triton issues 10486 and 11366). The same script and tests ran clean with 32.
+# Of a state, for one program. With 16, Triton 3.6 made a kernel for H100s that ended in illegal accesses (P = 64) or
+# had wrong results (P = 16), while its interpreter finds nothing; the same script ran clean with 32. ptxas before 13.1
+# is known to make such code of products on Hopper (flash-linear-attention PR 1262, triton-lang/triton issue 11366).
+# `test_many_heads_on_a_gpu` is there to find it.
 STATE_COLUMNS = 32
 STATES = {"num_warps": 4, "num_stages": 2}
 # A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
