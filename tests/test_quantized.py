@@ -407,6 +407,15 @@ def test_training_is_refused() -> None:
     with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
         model(tokens(1, 30), use_cache=False)
     with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
+        model(tokens(1, 30), labels=tokens(1, 30))  # with a cache, as models make one by default
+    cache = ahn.AHNCache.for_model(model)
+    with_tier(model, 6, 2, 0)  # a conversation keeps its own settings
+    with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
+        model(tokens(1, 30), past_key_values=cache)
+    with torch.no_grad():  # what was refused has left nothing behind
+        model(tokens(1, 30), past_key_values=cache)
+    with_tier(model, 6, 2, 5)
+    with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
         distillation_loss(model, {"input_ids": tokens(1, 30)}, 6, 2)
 
 

@@ -212,18 +212,19 @@ class DecoderHook:
                     f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
                     "ahn.AHNCache.for_model(model)."
                 )
+        config: AHNConfig = self.model.ahn_config if cache is None else cache.config
+        if config.quantized and torch.is_grad_enabled():
+            raise AHNError(
+                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
+                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
+            )
+        if cache is not None:
             return cache.begin(batch, length, mask, tokens.device)
         new = new_columns(mask, 0, length)
         before = after = None
         if new is not None and not bool(new.all()):
             before = Padding.none(batch, tokens.device)
             after = before.advance(new)
-        config: AHNConfig = self.model.ahn_config
-        if config.quantized and torch.is_grad_enabled():
-            raise AHNError(
-                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
-                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
-            )
         return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after, config.quantized)
 
 
