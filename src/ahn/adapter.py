@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ahn import attention, memory, prefill
+from ahn import attention, compiled, memory, prefill
 from ahn.cache import AHNCache, new_columns
 from ahn.config import AHNConfig
 from ahn.decode.layer import StepForward
@@ -95,6 +95,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for handle in adapter.handles:
         handle.remove()
     prefill.unwrap(model)
+    compiled.forget(model)
     _, layers = _decoder_layers(model)
     for layer in layers:
         for name in ("ahn", "ahn_router"):

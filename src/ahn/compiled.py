@@ -120,6 +120,11 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
             source.apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
 
 
+def forget(model: PreTrainedModel) -> None:
+    """Let go of a model's compiled parts: they would hold a memory that was taken off."""
+    _wrappers.pop(model, None)
+
+
 def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., Any]:
     """The function compiled for one model and any number of tokens, which are that dimension of all tensors.
 

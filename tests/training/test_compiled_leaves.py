@@ -102,7 +102,7 @@ def test_losses_of_a_chunk() -> None:
             torch.testing.assert_close(found[1], expected[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
-def test_the_second_prompt_finds_the_parts_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_prompt_finds_the_parts_ready_until_the_memory_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("qwen2", window=9, sinks=3)
     with leaves_compiled(model):
         pass
@@ -111,7 +111,10 @@ def test_the_second_prompt_finds_the_parts_ready(monkeypatch: pytest.MonkeyPatch
     with leaves_compiled(model):
         assert all(layer.mlp._compiled_call_impl is not None for layer in model.model.layers)
     assert not asked
+    memory = weakref.ref(model.get_decoder().layers[0].ahn.fn)
     ahn.detach(model)
+    gc.collect()
+    assert memory() is None, "a memory that was taken off takes up space"
     ahn.attach(model, ahn.AHNConfig("deltanet", window=9, sinks=3))
     with leaves_compiled(model):
         pass
