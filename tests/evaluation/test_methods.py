@@ -64,6 +64,19 @@ def test_baselines_keep_as_many_keys(method: str, window: int | None, sinks: int
     assert not list(memory.parameters())
 
 
+@pytest.mark.parametrize("method", ["window", "ct-max", "ct-avg"])
+def test_slots_that_quantized_tokens_bring_count_as_well(method: str, tiny: tuple[str, str]) -> None:
+    """They reach back as far again as window and quantized tokens together."""
+    loaded = methods.load(method, *tiny, window=40, sinks=4, quantized=24, device="cpu")
+    config, layers = loaded.model.ahn_config, loaded.model.get_decoder().layers
+    with torch.no_grad():
+        cache = loaded.model(torch.randint(20, (1, 200)), use_cache=True).past_key_values
+    slots = cache.layers[0].state["keys"].shape[2] - 1 if layers[0].ahn.fn.slot_count(1) else 0
+    assert loaded.settings["slots"] == slots
+    assert config.window + config.sinks + slots == loaded.settings["budget"] <= 44
+    assert config.window + 1 + config.sinks + layers[0].ahn.fn.slot_count(config.window + 1 + 24) > 44
+
+
 def test_quantized_tokens_are_a_setting_only_where_there_are_some(tiny: tuple[str, str]) -> None:
     for method in ("ahn", "window"):
         without, coarse = (methods.load(method, *tiny, quantized=n, device="cpu") for n in (0, 16))

@@ -139,7 +139,7 @@ def baseline(method: str, config: AHNConfig) -> AHNConfig:
         AHNError: the total is too small for a slot and a window.
     """
     name = BASELINES[method]
-    return config.replace(memory=name, window=memory.window_within(name, config.window))
+    return config.replace(memory=name, window=memory.window_within(name, config.window, config.quantized))
 
 
 def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     found |= {"device": model.device.type, "attention": _kernel(model)}
     if config is None:
         return found | {"memory": None}
-    slots = memory.slot_count(config.memory, config.window)
+    slots = memory.slot_count(config.memory, config.window + config.quantized)
     settings = dataclasses.asdict(config)
     if not config.quantized:  # results from before the option are of the same configuration
         del settings["quantized"]

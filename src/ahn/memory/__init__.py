@@ -55,20 +55,27 @@ def by_published_name(published: str) -> type[Memory]:
 
 
 def slot_count(name: str, window: int) -> int:
-    """Keys a layer that attention sees besides sinks and window with the memory called `name`."""
+    """Keys a layer that attention sees besides sinks and window with the memory called `name`.
+
+    Args:
+        window: tokens before one reaches the memory: quantized ones count.
+    """
     with torch.device("meta"):
         return get(name)(hidden_size=1, heads=1, head_dim=1).slot_count(window)
 
 
-def window_within(name: str, keys: int) -> int:
+def window_within(name: str, keys: int, quantized: int = 0) -> int:
     """The widest window that fits into `keys` exact keys together with the memory's slots.
+
+    Args:
+        quantized: tokens between window and memory: no exact keys, but the memory may have more slots for them.
 
     Raises:
         AHNError: there is no room for a window of one token.
     """
     with torch.device("meta"):
         slots = get(name)(hidden_size=1, heads=1, head_dim=1).slot_count
-    window = bisect.bisect_right(range(1, keys + 1), keys, key=lambda window: window + slots(window))
+    window = bisect.bisect_right(range(1, keys + 1), keys, key=lambda window: window + slots(window + quantized))
     if window < 1:
         raise AHNError(f"A window of {keys} tokens has no room for the slots of {name}: choose a larger one.")
     return window

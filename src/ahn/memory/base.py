@@ -64,7 +64,7 @@ class Memory(nn.Module):
         return {}
 
     def slot_count(self, window: int) -> int:
-        """Number of keys a layer that attention sees besides sinks and window."""
+        """Number of keys a layer that attention sees besides sinks and `window`, to which quantized tokens belong."""
         return 0
 
     def extra_keys(
