@@ -154,3 +154,16 @@ def test_another_precision_is_a_product_of_its_own() -> None:
     found, products = fused(mixed, *inputs)
     assert relative_error(found, mixed(*inputs)) < 1e-2
     assert [len(p["weights"]) for p in products] == [1, 1]
+
+
+def test_a_norm_that_leaves_its_inputs_precision_stays() -> None:
+    """A product is in its input's precision; what follows expects the norm's."""
+
+    def near(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return F.linear(a * normed.to(torch.bfloat16), w)
+
+    inputs = vector(), torch.randn(K).bfloat16(), torch.randn(N, K).bfloat16()
+    y, found = fused(near, *inputs)
+    assert y.dtype == torch.bfloat16 and found[0]["norm"] is None
+    assert relative_error(y, near(*inputs)) < 2**-8  # both are rounded to bfloat16 once

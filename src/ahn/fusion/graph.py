@@ -23,7 +23,7 @@ class Norm(NamedTuple):
 
 
 def find_norm(node: fx.Node) -> Norm | None:
-    """RMSNorm with a weight, computed in any precision and rounded anywhere."""
+    """RMSNorm with a weight, computed in any precision and rounded anywhere, but in the end to that of its x."""
     for weight, scaled in either(node, MUL):
         if not is_input(weight) or value(weight).dim() != 1:
             continue
@@ -31,7 +31,8 @@ def find_norm(node: fx.Node) -> Norm | None:
             for mean, eps in either(argument_of(inverse, _RSQRT), ADD):
                 x = uncast(wide, to_any=True)
                 squares = _mean_over_features(mean)
-                if isinstance(eps, float) and squares is not None and uncast(_squared(squares), to_any=True) is x:
+                of_x = squares is not None and uncast(_squared(squares), to_any=True) is x
+                if of_x and isinstance(eps, float) and alike(node, x):
                     return Norm(x, weight, eps)
     return None
 
