@@ -323,6 +323,18 @@ def test_none_is_none(memory: str) -> None:
     assert not any("quantized" in name for name in cache.memory_layers[0].tensors())
 
 
+def test_slots_that_only_quantized_tokens_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory may have none for the window alone; attention must not then take a way that knows no slots."""
+    monkeypatch.setattr("ahn.memory.pooling.PooledMemory.slot_count", lambda self, window: window // 8)
+    model = with_tier(shared("ct_avg"), 5, 1, 20)
+    ids = tokens(1, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        for lengths in ([6, *[18] * 3], [6, *[1] * 54]):
+            found = read(model, ids, lengths, ahn.AHNCache.for_model(model))
+            assert relative_error(found, whole) < TOLERANCE
+
+
 # -- in conversations --------------------------------------------------------------------------------------------------
 
 

@@ -120,7 +120,7 @@ def attention(
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     # "eager" is asked for where its weights are wanted.
-    plain = kernel != "eager" and not _own_scores(kwargs) and not memory.slot_count(view.window)
+    plain = kernel != "eager" and not _own_scores(kwargs) and not memory.slot_count(view.delayed.window)
     banded = plain and bands.applies(view, query)
     spanned = plain and cache_layer is None and _spans_apply(view, query, kwargs)
     if banded or spanned:

@@ -2,7 +2,8 @@
 
 A token that leaves the window is encoded (`ahn.ops.quantize`), attended to like any other key for C more tokens, and
 only then written into the memory, as what its codes decode to. A token's codes depend on it alone, so the result does
-not depend on how a text is cut into chunks.
+not depend on how a text is cut into chunks. Keys are encoded as they are rotated: for a padded row to have the codes of
+the row alone, its tokens need the same `position_ids`, as `generate` gives them.
 
 A row keeps its C tokens in a ring: position p lies in slot (p - S) mod C, so nothing moves and padding takes no place.
 Keys and values are encoded without the mean of the row's first window, positions S to S + W: key biases and other
