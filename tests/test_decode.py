@@ -374,7 +374,7 @@ def test_a_tuple_an_embedding_and_a_loss(graphs: Graphs) -> None:
 
 
 @pytest.mark.parametrize(
-    "why", ["gradients", "training", "no step_rule", "ct_max", "full attention in a layer", "gemma3"]
+    "why", ["gradients", "training", "no step_rule", "ct_max", "full attention in a layer", "gemma3", "dynamic angles"]
 )
 def test_what_no_graph_can_do(why: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"window": WINDOW, "sinks": SINKS}
@@ -383,6 +383,9 @@ def test_what_no_graph_can_do(why: str, graphs: Graphs, monkeypatch: pytest.Monk
     if why == "full attention in a layer":
         options["full_attention_layers"] = (1,)
     model = adapted("gemma3" if why == "gemma3" else "qwen3", **options)
+    if why == "dynamic angles":  # they change with the length of the text
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        model = awaken(ahn.attach(base(rope_parameters=rope), model.ahn_config))
     if why == "no step_rule":
         monkeypatch.setattr(type(model.get_decoder().layers[0].ahn.fn), "step_rule", lambda self: None)
     model.train(why == "training")  # no dropout: the same numbers

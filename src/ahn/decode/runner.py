@@ -64,6 +64,8 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) or any(hasattr(x.self_attn, "sinks") for x in decoder.layers):
         return False  # scores that only the base model's own kernels know
+    if "dynamic" in str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)):
+        return False  # asks the device, at every token, whether the text has become too long for its angles
     if cache.padding is not None and bool(cache.padding.ended.any()):
         return False
     memory = decoder.layers[0].ahn.fn
