@@ -207,12 +207,11 @@ class DecoderHook:
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:
         batch, length = tokens.shape[:2]
-        if cache is not None:
-            if not isinstance(cache, AHNCache):
-                raise AHNError(
-                    f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
-                    "ahn.AHNCache.for_model(model)."
-                )
+        if cache is not None and not isinstance(cache, AHNCache):
+            raise AHNError(
+                f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
+                "ahn.AHNCache.for_model(model)."
+            )
         config: AHNConfig = self.model.ahn_config if cache is None else cache.config
         if config.quantized and torch.is_grad_enabled():
             raise AHNError(
