@@ -123,6 +123,20 @@ def test_rows_that_would_have_one_name_get_what_tells_them_apart(tmp_path: Path)
     }
 
 
+def test_tokens_at_two_bits_make_a_row(tmp_path: Path) -> None:
+    for tier, score in (({}, 1.0), ({"quantized": 1784}, 2.0), ({"quantized": 96}, 3.0)):
+        result(tmp_path, GDN | tier, "ruler/vt/4k", score)
+    result(tmp_path, WINDOW | {"quantized": 96}, "ruler/vt/4k", 4.0)
+    assert [column.scores for column in collect([tmp_path]).columns] == [
+        {
+            "sinks + window + 96 at two bits": 4.0,
+            "AHN gated_deltanet": 1.0,
+            "AHN gated_deltanet + 96 at two bits": 3.0,
+            "AHN gated_deltanet + 1,784 at two bits": 2.0,
+        }
+    ]
+
+
 def test_published_numbers_stand_beside_what_they_are_numbers_of(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     result(tmp_path / "in", GDN, "ruler/niah_single_1/128k", 12.5)
