@@ -408,6 +408,13 @@ def test_training_is_refused() -> None:
         model(tokens(1, 30), use_cache=False)
     with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
         distillation_loss(model, {"input_ids": tokens(1, 30)}, 6, 2)
+    ids = tokens(1, 30)
+    assert model(ids).logits.isfinite().all()  # with a cache, as it is by default: someone forgot torch.no_grad()
+    with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
+        model.train()(ids, labels=ids)
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.isfinite()
+    model.eval()  # others share it
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

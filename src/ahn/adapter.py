@@ -212,6 +212,8 @@ class DecoderHook:
                     f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
                     "ahn.AHNCache.for_model(model)."
                 )
+            if self.model.training:
+                _check_no_gradients(cache.config)
             return cache.begin(batch, length, mask, tokens.device)
         new = new_columns(mask, 0, length)
         before = after = None
@@ -219,11 +221,7 @@ class DecoderHook:
             before = Padding.none(batch, tokens.device)
             after = before.advance(new)
         config: AHNConfig = self.model.ahn_config
-        if config.quantized and torch.is_grad_enabled():
-            raise AHNError(
-                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
-                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
-            )
+        _check_no_gradients(config)
         return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after, config.quantized)
 
 
@@ -248,6 +246,14 @@ def _add_memory(layer: nn.Module, module: nn.Module, shape: ModelShape, config: 
         layer.ahn = AHN(fn.float())
         if config.router and isinstance(fn, memory.RecurrentMemory):
             layer.ahn_router = Router(shape.heads)
+
+
+def _check_no_gradients(config: AHNConfig) -> None:
+    if config.quantized and torch.is_grad_enabled():
+        raise AHNError(
+            f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
+            "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
+        )
 
 
 def _check_head_dim(shape: ModelShape, quantized: int) -> None:
