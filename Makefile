@@ -20,7 +20,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
-# What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; about a minute.
+# What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest tests/gpu tests/test_step.py tests/test_product.py tests/test_bands.py \
 		tests/test_moves.py tests/test_scan_triton.py tests/test_scan_gradients.py tests/test_finish.py

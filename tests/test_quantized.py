@@ -429,6 +429,8 @@ def test_training_is_refused() -> None:
     with_tier(model, 6, 2, 5)
     with pytest.raises(ahn.AHNError, match="quantized = 5 is for inference"):
         distillation_loss(model, {"input_ids": tokens(1, 30)}, 6, 2)
+    with torch.no_grad():
+        assert model(tokens(1, 30), labels=tokens(1, 30)).loss.isfinite()
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

@@ -30,7 +30,7 @@ class AHNConfig:
         prefill_chunk_size: tokens processed at once when a prompt is longer than the lossless total. A trade of
             speed against peak memory; the result is the same to float tolerance.
         quantized: number of tokens before the window that are still seen, at two bits a number (C ≥ 0). For inference
-            with any memory, trained without it; at two bits a token takes about an eighth of its bytes in the window.
+            with any memory, trained without it; a token takes a seventh or less of its bytes in the window.
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.

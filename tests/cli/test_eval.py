@@ -38,6 +38,10 @@ def test_tasks_as_json_and_as_a_table(ahn_cli: Any, given: list[str], tmp_path: 
     assert table.code == 0
     for part in (*tasks, "mean of longbench", "official", "ahn"):
         assert part in table.out
+    assert "quantized" not in table.out
+    with_codes = ahn_cli(*command, "--quantized", 8)
+    assert "quantized" in with_codes.out and "8" in with_codes.out, with_codes.err
+    assert len([*(tmp_path / "out").iterdir()]) == 4, "other results, not the same ones"
     assert str(tmp_path / "out").replace("\n", "") in table.err.replace("\n", "")
 
 

@@ -123,6 +123,20 @@ def test_rows_that_would_have_one_name_get_what_tells_them_apart(tmp_path: Path)
     }
 
 
+def test_tokens_at_two_bits_make_a_row(tmp_path: Path) -> None:
+    for tier, score in (({}, 1.0), ({"quantized": 1784}, 2.0), ({"quantized": 96}, 3.0)):
+        result(tmp_path, GDN | tier, "ruler/vt/4k", score)
+    result(tmp_path, WINDOW | {"quantized": 96}, "ruler/vt/4k", 4.0)
+    assert [column.scores for column in collect([tmp_path]).columns] == [
+        {
+            "sinks + window + 96 at two bits": 4.0,
+            "AHN gated_deltanet": 1.0,
+            "AHN gated_deltanet + 96 at two bits": 3.0,
+            "AHN gated_deltanet + 1,784 at two bits": 2.0,
+        }
+    ]
+
+
 def test_published_numbers_stand_beside_what_they_are_numbers_of(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     result(tmp_path / "in", GDN, "ruler/niah_single_1/128k", 12.5)
@@ -178,8 +192,8 @@ BUCKETS = {
 COST = [{"length": 1 << n, "flops": 10**n, "cache_bytes": 2**n} for n in range(10, 21)]
 
 
-def long_document(out: Path) -> None:
-    for name, model in (("full", FULL), ("gdn", GDN)):
+def long_document(out: Path, window: int = 224) -> None:
+    for name, model in (("full", FULL), ("gdn", GDN | {"window": window})):
         tokens = BUCKETS[name][-1]["stop"]
         result(
             out,
@@ -209,6 +223,14 @@ def test_perplexities_are_compared_over_the_same_tokens(tmp_path: Path) -> None:
     assert (full["peak MiB"], gdn["peak MiB"], gdn["cache MiB"]) == ("", "2.0", "3.0")
     assert not (tmp_path / "out" / "scores.csv").exists()  # there are none
     assert "a &lt;book&gt;" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_no_tokens_beyond_every_window(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    long_document(tmp_path / "in", window=468)  # the shorter reading ends at 500, where this window does
+    write_report([tmp_path / "in"], tmp_path / "out")
+    assert not any(name.startswith("from ") for name in cells(tmp_path / "out" / "perplexity.csv")[0])
+    assert "share no tokens beyond every window" in (tmp_path / "out" / "report.txt").read_text()
 
 
 GRID = [

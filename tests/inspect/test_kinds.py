@@ -63,6 +63,14 @@ def test_tokens_that_are_no_text(words: PreTrainedTokenizerBase) -> None:
     assert token_kinds(words, []) == []
 
 
+def test_ids_as_a_tokenizer_gives_them(words: PreTrainedTokenizerBase) -> None:
+    ids = words(CODE, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    expected = token_kinds(words, ids[0].tolist())
+    assert token_kinds(words, ids) == token_kinds(words, ids[0]) == expected
+    with pytest.raises(AHNError, match=r"one text.*\(2, "):
+        token_kinds(words, ids.expand(2, -1))
+
+
 def made(strength: torch.Tensor, update: torch.Tensor) -> Trace:
     """A trace of (H, N) numbers, in two layers, the second twice as large in its updates."""
     trace = Trace()

@@ -93,8 +93,8 @@ def command(
     memory, those and a state of fixed size; with two bits, also the tokens
     just before the window, coarsely, without and with a memory behind them.
     The table shows what each is worth on the text beyond the window, and
-    what it costs. At the end the best of the latter writes on from where
-    its window does not reach.
+    what it costs. At the end the memory with the lowest loss writes on,
+    from a fact out of its window's reach if it recalled one.
 
     With --model and --adapter, the same with a model of your own.
 

@@ -276,12 +276,13 @@ def _table(results: list[dict[str, Any]], means: dict[str, float]) -> Table:
     table.add_column("task", overflow="fold")
     for heading in ("profile", "method"):
         table.add_column(heading)
-    for heading in ("window", "sinks", "samples", "score"):
+    tier = ["quantized"] if any(result.get("quantized") for result in results) else []
+    for heading in ("window", "sinks", *tier, "samples", "score"):
         table.add_column(heading, justify="right")
     for result in results:
-        exact = ["" if result[name] is None else f"{result[name]:,}" for name in ("window", "sinks")]
-        numbers = [*exact, f"{result['samples']:,}", f"{result['score']:.2f}"]
+        seen = ["" if result.get(name) is None else f"{result[name]:,}" for name in ("window", "sinks", *tier)]
+        numbers = [*seen, f"{result['samples']:,}", f"{result['score']:.2f}"]
         table.add_row(result["task"], result["profile"], result["method"], *numbers)
     for name, mean in means.items():
-        table.add_row(f"mean of {name}", *[""] * 5, f"{mean:.2f}")
+        table.add_row(f"mean of {name}", *[""] * (5 + len(tier)), f"{mean:.2f}")
     return table

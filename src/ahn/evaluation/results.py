@@ -20,7 +20,7 @@ from ahn.checkpoint.output import replacing, write_json
 from ahn.errors import AHNError
 from ahn.evaluation.metrics import benchmark_score
 
-COLUMNS = ("task", "profile", "method", "model", "memory", "window", "sinks", "limit")
+COLUMNS = ("task", "profile", "method", "model", "memory", "window", "sinks", "quantized", "limit")
 """Settings that a result repeats, so that a table needs no other file."""
 DIGITS = 10
 """Hexadecimal digits of the digest in a folder's name."""

@@ -7,6 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from ahn.errors import AHNError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +34,7 @@ _PARTS = re.compile(
 )
 
 
-def token_kinds(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def token_kinds(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor) -> list[str]:
     """The kind of each token, one of `KINDS`.
 
     A token is what its first letter or digit is part of, if it has none its first character that is no space: a
@@ -38,8 +42,15 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     whitespace, in strings and comments too. A quotation mark opens a string if its line closes it.
 
     Args:
-        ids: of one text, from its beginning.
+        ids: of one text, from its beginning: a sequence of integers, or a tensor (L,) or (1, L).
+
+    Raises:
+        AHNError: the tensor has more than one row.
     """
+    if isinstance(ids, Tensor):
+        if ids.numel() != ids.shape[-1]:
+            raise AHNError(f"Kinds are those of one text's tokens; take one row of ids {tuple(ids.shape)}.")
+        ids = ids.flatten().tolist()
     pieces = _pieces(tokenizer, ids)
     of = [kind for part in _PARTS.finditer("".join(pieces)) for kind in [_kind(part)] * len(part[0])]
     kinds, start = [], 0

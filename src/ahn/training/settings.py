@@ -32,7 +32,9 @@ class Settings:
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
     memory_horizons: str = _setting(
-        "256,16384", "Shortest and longest e-fold of forgetting that heads begin with, in tokens, or published."
+        "256,16384",
+        "In how many tokens heads begin to forget by a factor e: the shortest and the longest time, or published (the "
+        "paper's start).",
     )
     fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")

@@ -25,6 +25,7 @@ MODEL = (
     "memory",
     "window",
     "sinks",
+    "quantized",
     "weights",
     "dtype",
     "router",
@@ -217,11 +218,12 @@ def _load(path: Path) -> Result:
 
 
 def _order(group: list[Result]) -> tuple[Any, ...]:
-    """By model, then full attention, the baselines, the memories; then by window."""
+    """By model, then full attention, the baselines, the memories; then by window and tokens at two bits."""
     settings = group[0].settings
+    tokens = tuple(settings.get(name) or 0 for name in ("window", "quantized"))
     methods = [*NAMES, "ahn"]
     place = methods.index(settings["method"]) if settings["method"] in methods else len(methods)
-    return str(settings.get("model")), place, str(settings.get("memory")), settings.get("window") or 0, group[0].row
+    return str(settings.get("model")), place, str(settings.get("memory")), tokens, group[0].row
 
 
 def _kind(result: Result) -> str:
@@ -231,7 +233,7 @@ def _kind(result: Result) -> str:
 
 def _labels(firsts: Sequence[Result]) -> list[str]:
     """A name for each row; what tells rows of one name apart is added until all differ."""
-    names = [NAMES.get(kind := _kind(one), f"AHN {kind}") for one in firsts]
+    names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _two_bits(one) for one in firsts]
     for detail in (_exact, _model, _adapter, lambda one: one.row[:6]):
         details = [detail(one) for one in firsts]
         for name in {name for name in names if names.count(name) > 1}:
@@ -240,6 +242,11 @@ def _labels(firsts: Sequence[Result]) -> list[str]:
                 for n in places:
                     names[n] = f"{name} ({details[n]})" if details[n] else name
     return names
+
+
+def _two_bits(one: Result) -> str:
+    quantized = one.settings.get("quantized")
+    return f" + {quantized:,} at two bits" if quantized else ""
 
 
 def _exact(one: Result) -> str | None:

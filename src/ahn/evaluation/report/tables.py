@@ -126,6 +126,7 @@ def published_table() -> Table:
 def perplexities(label: str, group: Sequence[tuple[Row, Result]]) -> Table:
     """Perplexity of one document, of all of it and where every method has forgotten something; cache and peak."""
     start, stop = common_range(group)
+    shared = [f"from {start:,} to {stop:,}"] if start < stop else []
     rows = []
     for row, result in group:
         figures = result.figures
@@ -135,17 +136,19 @@ def perplexities(label: str, group: Sequence[tuple[Row, Result]]) -> Table:
                 *_described(row),
                 f"{figures['tokens']:,}",
                 f"{math.exp(figures['loss']):.3f}",
-                "" if beyond is None else f"{math.exp(beyond):.3f}",
+                *(["" if beyond is None else f"{math.exp(beyond):.3f}"] if shared else []),
                 _mebibytes(figures["cache_bytes"]),
                 _mebibytes(figures["peak_bytes"]),
                 f"{figures['tokens_per_second']:,.0f}",
             )
         )
-    headings = (*HEADINGS, "tokens", "perplexity", f"from {start:,} to {stop:,}", "cache MiB", "peak MiB", "tokens/s")
+    headings = (*HEADINGS, "tokens", "perplexity", *shared, "cache MiB", "peak MiB", "tokens/s")
+    second = "is over tokens that all rows have read and that lie beyond every window"
+    if not shared:
+        second = "is left out: the rows share no tokens beyond every window"
     note = (
-        f"{group[0][1].figures['document']}. The second perplexity is over tokens that all rows have read and that lie "
-        "beyond every window. Cache at the end; peak is the most that reading held beyond the model. Measuring memory "
-        "slows reading on a CPU."
+        f"{group[0][1].figures['document']}. The second perplexity {second}. Cache at the end; peak is the most that "
+        "reading held beyond the model. Measuring memory slows reading on a CPU."
     )
     return Table(label.capitalize(), headings, tuple(rows), text_columns=2, note=note)
 
