@@ -16,7 +16,7 @@ from golden import relative_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, EVERYTHING, adapted, base, tokens
-from test_invariants import Turns, assert_same_layers, kept, padded, pieces, read, turns
+from test_invariants import Turns, assert_rows_alone, assert_same_layers, padded, pieces, read, turns
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -240,25 +240,7 @@ def test_whole_is_chunks_is_steps(
 @example(turns=Turns(window=3, sinks=2, chunks=[[9, 2], [7, 0], [7, 0], [3, 4], [1, 1], [1, 1]]), quantized=2)
 @example(turns=Turns(window=3, sinks=2, chunks=[[20, 3], *[[1, 1]] * 8]), quantized=3)
 def test_a_padded_batch_is_its_rows_alone(memory: str, turns: Turns, quantized: int) -> None:
-    model = with_tier(shared(memory), turns.window, turns.sinks, quantized)
-    ids, mask, rows = padded(turns.chunks)
-    together = ahn.AHNCache.for_model(model)
-    logits = read(model, ids, [max(chunk) for chunk in turns.chunks], together, mask)
-    assert torch.isfinite(logits).all()
-    for row, own in enumerate(rows):
-        real = int(mask[row].sum())
-        if not real:
-            continue
-        alone = ahn.AHNCache.for_model(model)
-        expected = read(model, own[None, :real], [real], alone)
-        assert relative_error(logits[row, mask[row].bool()], expected[0]) < TOLERANCE
-        for index, layer in alone.memory_layers.items():
-            other = together.memory_layers[index]
-            mine, its = kept(other, row, real), kept(layer, 0, real)
-            assert all(relative_error(mine[t], its[t]) < TOLERANCE for t in mine)
-            for name, part in (layer.state or {}).items():
-                if name == "state" or name.startswith("quantized."):
-                    assert relative_error(other.state[name][row], part[0]) < TOLERANCE, name
+    assert_rows_alone(with_tier(shared(memory), turns.window, turns.sinks, quantized), turns)
 
 
 @pytest.mark.parametrize("chunks", [[[3], [20], [1], [1]], [[2], [30]]])
@@ -447,51 +429,3 @@ def test_head_dimensions_that_do_not_fit_into_bytes() -> None:
         ahn.set_window(model, 10, 2, quantized=4)
     ahn.set_window(model, 10, 2)
     assert model.ahn_config.window == 10 and model.ahn_config.quantized == 0
-
-
-# -- codes -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("head_dim", [4, 12, 64, 96, 128])
-def test_codes_survive_packing(head_dim: int) -> None:
-    """Every vector that codes can say is encoded without loss (but for the scale's bfloat16)."""
-    levels = torch.randint(0, 256, (50, 3, head_dim // 4), dtype=torch.uint8)
-    x = decode(levels, torch.rand(50, 3).add(0.5).bfloat16(), torch.float64)
-    # Whatever deviation such a vector has, scaled to it its numbers stay on their own side of the edges mostly; those
-    # with the deviation of a Gaussian do so always.
-    codes, scale = encode(x, unbiased=False)
-    again = decode(codes, scale, torch.float64)
-    same = (codes == levels).all(-1)
-    assert same.float().mean() > 0.2 or head_dim > 12
-    assert relative_error(again[same], x[same]) < 2**-8
-
-
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 1024])
-def test_errors_are_those_of_the_best_four_levels(head_dim: int) -> None:
-    """0.1175 of the variance (Max 1960) for the scale that errs least; unbiased products for the other.
-
-    A scale of its own for each vector takes some of the error away, in the order of 2 of P numbers' worth.
-    """
-    x = torch.randn(4000, head_dim, dtype=torch.float64)
-    nearest = decode(*encode(x, unbiased=False), torch.float64)
-    error = relative_error(nearest, x) ** 2
-    assert 0.1175 * (1 - 4 / head_dim) < error < 0.1175 * 1.01
-    unbiased = decode(*encode(x, unbiased=True), torch.float64)
-    assert ((unbiased * x).sum(-1) / x.square().sum(-1)).mean() == pytest.approx(1, abs=1e-3)
-    assert ((nearest * x).sum(-1) / x.square().sum(-1)).mean() < 0.9
-    q = x.roll(1, 0) + 0.3 * x
-    slope = (q * unbiased).sum(-1) @ (q * x).sum(-1) / (q * x).sum(-1).square().sum()
-    assert slope == pytest.approx(1, abs=0.02)
-
-
-def test_vectors_of_zeros() -> None:
-    for unbiased in (True, False):
-        assert torch.equal(decode(*encode(torch.zeros(2, 64), unbiased), torch.float32), torch.zeros(2, 64))
-
-
-def test_a_token_is_encoded_alike_wherever_it_stands() -> None:
-    x = torch.randn(2, 3, 17, 64, dtype=torch.float64)
-    codes, scale = encode(x, unbiased=True)
-    alone = [encode(x[:, :, i : i + 1], unbiased=True) for i in range(17)]
-    assert torch.equal(codes, torch.cat([c for c, _ in alone], 2))
-    assert torch.equal(scale, torch.cat([s for _, s in alone], 2))

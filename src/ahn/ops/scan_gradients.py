@@ -13,10 +13,8 @@ import triton
 from torch import Tensor
 
 from ahn.ops import scan_backward_triton as kernels
-from ahn.ops.scan_triton import CHUNK, kernel_sizes, read_raw, write_all
+from ahn.ops.scan_triton import CHUNK, STATE_COLUMNS, kernel_sizes, read_raw, write_all
 from ahn.ops.step import StepRule
-
-STATE_COLUMNS = 32  # of a state's gradient, for one program
 
 
 def _stages(device: torch.device) -> int:

@@ -20,10 +20,10 @@ from torch import Tensor
 from ahn.ops.step import StepRead, StepRule
 
 CHUNK = 64
-# Of a state, for one program. With 16, Triton 3.6 made a kernel for H100s that ended in illegal accesses (P = 64) or
-# had wrong results (P = 16), while its interpreter finds nothing; the same script ran clean with 32. ptxas before 13.1
-# is known to make such code of products on Hopper (flash-linear-attention PR 1262, triton-lang/triton issue 11366).
-# `test_many_heads_on_a_gpu` is there to find it.
+# Of a state or its gradient, for one program. With 16, Triton 3.6 made a kernel for H100s that ended in illegal
+# accesses (P = 64) or had wrong results (P = 16), while its interpreter finds nothing; the same script ran clean with
+# 32. ptxas before 13.1 is known to make such code of products on Hopper (flash-linear-attention PR 1262 and
+# triton-lang/triton issue 11366). `test_many_heads_on_a_gpu` is there to find it.
 STATE_COLUMNS = 32
 STATES = {"num_warps": 4, "num_stages": 2}
 # A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
@@ -91,9 +91,8 @@ def _solve(
     # With unit keys and gates up to 1, no entry of T or of T2 A21 exceeds 1 (contractions stand between two tokens);
     # there float16 has the precision of tf32, at twice its speed.
     exact = tl.float32 if dtype == tl.float32 else tl.float16
-    apart = (
-        i[:, None] ^ i[None, :]
-    )  # from `size` to below 2 · size where one of two neighbouring blocks meets the other
+    # From `size` to below 2 · size where one of two neighbouring blocks meets the other.
+    apart = i[:, None] ^ i[None, :]
     A = tl.where(below, A, 0.0)
     T = tl.where(apart == 0, 1.0, tl.where(apart == 1, -A, 0.0))
     size = 2
