@@ -45,6 +45,7 @@ def save(cache: AHNCache, path: str | Path, model: PreTrainedModel) -> None:
         "config": dataclasses.asdict(cache.config),
         "seen": cache.seen,
         "fingerprint": fingerprint(model),
+        "tensors": sorted(tensors),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,9 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
         raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
     if description["fingerprint"] != fingerprint(model):
         raise AHNError(f"{path} was written with another base model or adapter; its memory means nothing to this one.")
+    lost = set(description.get("tensors", ())) - tensors.keys()  # older files do not say what they hold
+    if lost:
+        raise AHNError(f"{path} is incomplete: {min(lost)} is missing.")
     described = description["config"]
     cache.config = AHNConfig(**described | {"full_attention_layers": tuple(described["full_attention_layers"])})
     for index, layer in enumerate(cache.layers):
