@@ -200,16 +200,18 @@ def _attend_codes(
     for start in range(begin, end, BLOCK_N):
         t = start + tl.arange(0, BLOCK_N)
         inside = t < end
+        # Too small for the loop's own prefetching: under way while codes become levels.
+        key_scale = tl.load(key_scales + t, mask=inside, other=0.0).to(tl.float32)
+        value_scale = tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)
         k = _levels(keys, t, inside, P, BLOCK_N).to(q.dtype)
-        size = tl.load(key_scales + t, mask=inside, other=0.0).to(tl.float32) * scaling
-        s = tl.dot(q, k.trans(), input_precision=PRECISION) * size[None, :]
+        s = tl.dot(q, k.trans(), input_precision=PRECISION) * (key_scale * scaling)[None, :]
         s = tl.where(inside[None, :], s, float("-inf"))
         new = tl.maximum(highest, tl.max(s, 1))  # finite: no block is empty
         keep = tl.exp(highest - new)
         e = tl.exp(s - new[:, None])
         v = _levels(values, t, inside, P, BLOCK_N).to(q.dtype)
-        weight = e * tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)[None, :]
-        acc = acc * keep[:, None] + tl.dot(weight.to(q.dtype), v, input_precision=PRECISION)
+        weight = (e * value_scale[None, :]).to(q.dtype)
+        acc = acc * keep[:, None] + tl.dot(weight, v, input_precision=PRECISION)
         total = total * keep + tl.sum(e, 1)
         highest = new
     row = (first + g) * SPLITS + part
