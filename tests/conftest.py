@@ -27,6 +27,7 @@ def triton() -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory is NaN: what a kernel does not fill, or reads before it is filled, shows."""
+
     def filled(x: torch.Tensor) -> torch.Tensor:
         return x.fill_(torch.nan) if x.is_floating_point() else x
 

@@ -55,15 +55,16 @@ class Coded:
         B, heads, P = query.shape
         rows = (B, buffers.keys.shape[1], P)
         wide: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-        gates = (None if x is None else x.new_empty(B, heads) for x in (buffers.write, buffers.decay))
+        write, decay = (None if x is None else x.new_empty(B, heads) for x in (buffers.write, buffers.decay))
         return cls(
-            torch.empty(B, heads, P, **wide),
-            torch.empty(rows, **wide),
-            buffers.keys.new_empty(rows),
-            buffers.values.new_empty(rows),
-            *gates,
-            torch.empty(B, heads, parts, P, **wide),
-            torch.empty(B, heads, parts, **wide),
+            query=torch.empty(B, heads, P, **wide),
+            key_offset=torch.empty(rows, **wide),
+            key=buffers.keys.new_empty(rows),
+            value=buffers.values.new_empty(rows),
+            write=write,
+            decay=decay,
+            partial=torch.empty(B, heads, parts, P, **wide),
+            score=torch.empty(B, heads, parts, **wide),
         )
 
 
@@ -81,7 +82,7 @@ def _turn_and_push(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of each key head: a program for each of its queries, one for the key that leaves the window, one for the value."""
+    """Of each key head: a program for each of its queries, one for the key that leaves, one for the value."""
     announce(PDL)
     part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
@@ -145,7 +146,8 @@ def _push(
         total = tl.zeros([P], tl.float32)
         for start in range(sinks, slots, BLOCK_N):
             t = start + tl.arange(0, BLOCK_N)
-            total += tl.sum(tl.load(window + t[:, None] * stride + p[None, :], t[:, None] < slots, 0.0).to(tl.float32), 0)
+            x = tl.load(window + t[:, None] * stride + p[None, :], mask=t[:, None] < slots, other=0.0)
+            total += tl.sum(x.to(tl.float32), 0)
         mean = total / (slots - sinks)
     if turned is not None:
         tl.store(turned + p, turn(mean, P))
@@ -174,7 +176,7 @@ def _attend_codes(
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A part of the ring for the query heads that share a key head; codes in words of 16; products as with the window's keys."""
+    """A part of the ring, codes in words of 16, for the query heads that share a key head; multiplied as the window."""
     announce(PDL)
     part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS

@@ -3,8 +3,8 @@
 `step` is the plain torch form, any device; `ahn.ops.step_triton` is the same in two kernels. Both change the buffers of
 `StepBuffers` in place. `layer_step` chooses, as an operator that torch.compile leaves whole.
 
-With quantized tokens the one that leaves the window goes into a ring of codes (`ahn.quantized`), and the memory gets the
-one that leaves the ring.
+With quantized tokens the one that leaves the window goes into a ring of codes (`ahn.quantized`), and the memory gets
+the one that leaves the ring.
 
 Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W, C quantized tokens.
 """

@@ -118,7 +118,8 @@ def _attend(
     """The slots from `begin` to `end`, for the query heads that share a key head."""
     p, g = tl.arange(0, P), tl.arange(0, ROWS)
     mine = (g < GROUPS)[:, None]
-    q = finished_head(query + (first + g)[:, None] * P, mine, query_norm, query_eps, cos, sin, P).to(keys.dtype.element_ty)
+    q = finished_head(query + (first + g)[:, None] * P, mine, query_norm, query_eps, cos, sin, P)
+    q = q.to(keys.dtype.element_ty)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, P], tl.float32)
@@ -221,7 +222,8 @@ def _combine(
     partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
     row, b, h, part,
     SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's output: the parts by their weights, and the memory's read."""
     c = part * COLUMNS + tl.arange(0, COLUMNS)
@@ -343,7 +345,9 @@ def step(
     if read is not None:
         read_query, gamma = read.query.contiguous(), read.gamma.contiguous()
         weight, norm, o_proj = read.weight, read.norm, read.o_proj
-    coded, capacity, code_splits = None, 0, 0
+    capacity, code_splits = 0, 0
+    gone: tuple[Tensor | None, ...] = (None, None, None, None)
+    code_parts: tuple[Tensor | None, ...] = (None, None, None)
     if buffers.codes is not None:
         capacity = buffers.codes.keys.shape[2]
         code_splits = schedule(B * HKV, capacity, CODE_BLOCK, processors)[0]
@@ -351,9 +355,7 @@ def step(
             query, positions, active, buffers, buffers.codes, code_splits, CODE_BLOCK, sinks, scaling,
             (query_norm, cos, sin, query_eps, stride_turn), launch,
         )  # fmt: skip
-    gone = (None,) * 4 if coded is None else (coded.key, coded.value, coded.write, coded.decay)
-    code_parts = (None,) * 3
-    if coded is not None and buffers.codes is not None:
+        gone = (coded.key, coded.value, coded.write, coded.decay)
         code_parts = (coded.partial, coded.score, buffers.codes.value_offset)
     _attend_and_write[splits + state_programs, B * HKV](
         query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
@@ -372,9 +374,9 @@ def step(
         buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
         SPLITS=splits, CODE_SPLITS=code_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
-        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
-        WRITE_ACTIVATION=write.activation if write else "none", DECAY_ACTIVATION=decay.activation if decay else "none",
-        num_warps=4, **launch,
+        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, ROUTER=weight is not None,
+        ACROSS=bool(rule and rule.across_heads), WRITE_ACTIVATION=write.activation if write else "none",
+        DECAY_ACTIVATION=decay.activation if decay else "none", num_warps=4, **launch,
     )  # fmt: skip
     return out
 
