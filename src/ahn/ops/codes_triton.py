@@ -224,11 +224,22 @@ def _attend_codes(
 
 @triton.jit
 def _levels(words, t, inside, P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The levels of tokens t (N,), (N, P) float32."""
+    """The levels of tokens t (N,), (N, P) float32: as `_level`, in fewer instructions."""
     w = tl.arange(0, P // 16)
     packed = tl.load(words + t[:, None] * (P // 16) + w[None, :], mask=inside[:, None], other=0)
-    code = (packed[:, :, None] >> (2 * tl.arange(0, 16))[None, None, :]) & 3
-    return _level(tl.reshape(code, [BLOCK_N, P]))
+    # Of each code the upper bit is the sign; of the inner levels the two bits differ.
+    size = tl.where((_spread(packed ^ (packed << 1)) & 2) != 0, _INNER, _OUTER)
+    level = tl.where((_spread(packed) & 2) != 0, size, -size)
+    return tl.reshape(level, [BLOCK_N, P])
+
+
+@triton.jit
+def _spread(words):
+    """Each word shifted by 0, 2, … 30 bits, in new dimensions whose numbers one thread holds together."""
+    x = tl.join(words, words >> 16)
+    x = tl.join(x, x >> 8)
+    x = tl.join(x, x >> 4)
+    return tl.join(x, x >> 2)
 
 
 def push_and_attend(
