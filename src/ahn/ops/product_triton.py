@@ -15,7 +15,7 @@ from ahn.ops.dependent import announce, prefetch, wait
 
 WARPS = 8
 LINE_BYTES = 128
-AHEAD = 528  # so many programs an H100 holds at once; each asks for what the one that far on will read
+AHEAD = 264  # each of so many programs asks for what the one that far on will read; an H100 holds twice as many
 
 
 class Tile(NamedTuple):
