@@ -2,11 +2,13 @@
 
     python benchmarks/quality/run.py --out runs/quality                     # everything that is not done yet
     python benchmarks/quality/run.py prepare base --out runs/quality        # some stages
-    python benchmarks/quality/run.py distill evaluate --out runs/quality --share 0/2    # and 1/2 in a second process
+    python benchmarks/quality/run.py distill evaluate --out runs/quality --jobs 8       # in eight processes
     python benchmarks/quality/run.py report --out runs/quality
 
 Stages are prepare (CPU: corpus, tokenizer, token ids), base (the base model), distill (a memory of each run), evaluate
 (all of them and the baselines) and report (results.jsonl, tables, figures). What has been done is not done again.
+
+With --jobs N every row is trained and measured in a process of its own, N at once, spread over all GPUs.
 
 `--recipe tiny` makes ahn-tiny, the model that ships with the package; its last stage, `card`, has to be named: it
 writes the model card and copies everything into the package. `--smoke` is a shape that a CPU finishes in a minute.
@@ -15,6 +17,7 @@ writes the model card and copies everything into the package. `--smoke` is a sha
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    for stage in options.stages or STAGES:
-        RUN[stage](options, out)
+    stages = list(options.stages or STAGES)
+    for stage in stages:
+        if options.jobs > 1 and stage in ROWS:
+            if stage == next(each for each in stages if each in ROWS):
+                _rows(options, out, [each for each in stages if each in ROWS])
+        else:
+            RUN[stage](options, out)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,9 +51,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names, default=(), help="distill, evaluate: these rows only, a,b,...")
     parser.add_argument("--seeds", type=_numbers, default=(), help="distill, evaluate: these seeds only, 0,1,...")
     parser.add_argument(
-        "--share", type=_share, default=(0, 1), help="distill, evaluate: I/N, every N-th row from the I-th"
+        "--jobs", type=int, default=1, metavar="N", help="distill, evaluate: so many rows at once (two a GPU are good)"
     )
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
     unknown = set(options.stages) - set(RUN)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(RUN)}")
@@ -66,13 +76,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
-
-
-def _share(text: str) -> tuple[int, int]:
-    index, count = map(int, text.split("/"))
-    if not 0 <= index < count:
-        raise argparse.ArgumentTypeError(f"{text}: the first number must be below the second")
-    return index, count
 
 
 def _device(options: argparse.Namespace) -> Any:
@@ -104,8 +107,7 @@ def _distill(options: argparse.Namespace, out: Path) -> None:
     from stages.distill import distill_memory, marker
     from stages.recipe import tasks
 
-    index, count = options.share
-    for task in tasks(options.recipe, options.only, options.seeds)[index::count]:
+    for task in tasks(options.recipe, options.only, options.seeds):
         if not marker(out, task).exists():
             distill_memory(options.recipe, out, task, _device(options))
 
@@ -114,9 +116,36 @@ def _evaluate(options: argparse.Namespace, out: Path) -> None:
     from stages.evaluate import evaluate
     from stages.recipe import tasks, untrained
 
-    index, count = options.share
     chosen = [*tasks(options.recipe, options.only, options.seeds), *untrained(options.recipe, options.only)]
-    evaluate(options.recipe, out, chosen[index::count], _device(options))
+    evaluate(options.recipe, out, chosen, _device(options))
+
+
+def _rows(options: argparse.Namespace, out: Path, stages: list[str]) -> None:
+    """Distill and evaluate, or one of them, a process a row."""
+    import torch
+    from stages import workers
+    from stages.evaluate import rows_file
+    from stages.recipe import tasks, training, untrained
+
+    command = [sys.executable, __file__, *stages, "--out", str(out), "--recipe", options.recipe.name]
+    command += ["--smoke"] if options.smoke else []
+    rows = tasks(options.recipe, options.only, options.seeds)
+    rows += untrained(options.recipe, options.only) if "evaluate" in stages else []
+    jobs = []
+    for task in rows:
+        if rows_file(out, task).exists():
+            continue
+        chosen = ["--only", task.run.name, *([] if task.seed is None else ["--seeds", str(task.seed)])]
+        needed = training(task)
+        after = None if needed is None or task.seed is not None else needed.name
+        jobs.append(workers.Job(task.name, [*command, *chosen], after))
+    if options.device is not None:
+        devices = [options.device]
+    else:
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    failed = workers.run(jobs, [devices[index % len(devices)] for index in range(options.jobs)])
+    if failed:
+        raise SystemExit(f"Not done: {', '.join(failed)}. What they printed is above; the same command tries again.")
 
 
 def _report(options: argparse.Namespace, out: Path) -> None:
@@ -135,6 +164,8 @@ def _card(options: argparse.Namespace, out: Path) -> None:
 
 STAGES = {"prepare": _prepare, "base": _base, "distill": _distill, "evaluate": _evaluate, "report": _report}
 """What a command without stages does, in this order."""
+ROWS = ("distill", "evaluate")
+"""What --jobs shares out."""
 RUN = STAGES | {"card": _card}
 
 

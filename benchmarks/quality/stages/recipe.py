@@ -215,7 +215,8 @@ def tasks(recipe: Recipe, only: tuple[str, ...] = (), seeds: tuple[int, ...] = (
 
 def untrained(recipe: Recipe, only: tuple[str, ...] = ()) -> list[Task]:
     """The rows without training: baselines, and runs with a tier."""
-    runs = [Run(name, far=True) for name in BASELINES] + [run for run in recipe.runs if run.tier is not None]
+    runs = [Run(name, far=name in BASELINES[:2]) for name in BASELINES]
+    runs += [run for run in recipe.runs if run.tier is not None]
     return [Task(run, None) for run in runs if not only or run.name in only]
 
 
