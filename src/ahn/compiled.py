@@ -72,12 +72,18 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
 
 
 def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """`leaves_compiled` where it can be had and pays: on a GPU with Triton. Elsewhere nothing happens.
+    """`leaves_compiled` where it can be had and pays: on one GPU with Triton. Elsewhere nothing happens.
 
     Around training it must hold until the last backward pass: with gradient checkpointing that one runs layers again,
     and must find them as the forward pass left them.
     """
-    return leaves_compiled(model) if model.device.type == "cuda" and has_triton() else contextlib.nullcontext()
+    fits = model.device.type == "cuda" and has_triton() and not on_several_devices(model)
+    return leaves_compiled(model) if fits else contextlib.nullcontext()
+
+
+def on_several_devices(model: PreTrainedModel) -> bool:
+    """accelerate moves tensors between this model's layers (`device_map`): neither compiled nor captured."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 @contextlib.contextmanager
