@@ -58,14 +58,15 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
         module.layer_idx = 0
         module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
         module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
-    for part in (*layers, *ends):
+    own = [(part, part._compiled_call_impl) for part in (*layers, *ends)]  # whoever uses the model may compile as well
+    for part, _ in own:
         part.compile(dynamic=False, backend=_lower)
     try:
         with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
     finally:
-        for part in (*layers, *ends):
-            part._compiled_call_impl = None
+        for part, impl in own:
+            part._compiled_call_impl = impl
         for (module, index, hooks), with_kwargs in zip(before, flags, strict=True):
             module.layer_idx = index
             module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
