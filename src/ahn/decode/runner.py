@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ahn.cache import AHNCache, new_columns
-from ahn.compiled import layers_compiled
+from ahn.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward, step_buffers
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
@@ -55,6 +55,8 @@ def on_gpu(ids: Tensor) -> bool:
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     layers, decoder = cache.memory_layers, model.get_decoder()
     if cache.config.quantized:  # a graph knows exact tokens and the memory
+        return False
+    if on_several_devices(model):
         return False
     if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
         return False
