@@ -26,7 +26,6 @@ from ahn.ops.moves import join, take
 from ahn.visibility import Visibility
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
-FEW_BLOCKS = 4  # beside quantized tokens on a GPU: while these become more, every block has other shapes
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
@@ -36,17 +35,10 @@ def applies(view: Visibility, query: Tensor) -> bool:
     if not supported(query) or query.shape[2] < 2 or view.seen == 0 or view.padded or view.moved:
         return False
     if view.seen >= view.sinks + view.window:
-        if query.is_cuda and view.quantized and view.length > FEW_BLOCKS * (_block(view) + 1):
-            return False  # the kernel's library plans each shape for longer than all of it takes with a mask
         return view.window > 2 and view.quantized not in (1, 2)
     # On a CPU nothing has changed until something leaves the window, to the last bit. On a GPU the base model's own way
     # of reading a later chunk is a dense mask.
     return query.is_cuda and view.evicted == 0
-
-
-def _block(view: Visibility) -> int:
-    """Queries at once."""
-    return min(BLOCK, view.window - 1, view.quantized - 1 if view.quantized else BLOCK)
 
 
 def supported(query: Tensor) -> bool:
@@ -78,7 +70,7 @@ def attend(
         old = (keys[:, :, :cached], values[:, :, :cached])
         new = (keys[:, :, cached:], values[:, :, cached:])
         return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling)])
-    size = _block(view)
+    size = min(BLOCK, view.window - 1, view.quantized - 1 if tier else BLOCK)
     held = tier[0].shape[2] - n if tier else 0
     cuts = {*range(0, n, size), n}
     if tier and 0 < view.quantized - held < n:
