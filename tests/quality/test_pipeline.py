@@ -17,6 +17,7 @@ from ahn.tiny.corpus import stdlib
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import run
+from stages import jobs
 from stages.corpus import LARGE, SMALL, choose_held_out, is_text, split
 from stages.pool import Pool
 from stages.recipe import BASELINES, Corpus
@@ -40,13 +41,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Path:
-    """A smoke run of everything, the middle stages as two processes would share them."""
+    """A smoke run of everything, its rows shared by two processes."""
     out = tmp_path_factory.mktemp("study")
-    options = ["--smoke", "--out", str(out), "--device", "cpu"]
-    run.main(["prepare", "base", *options, "--corpus", str(packages)])
-    run.main(["distill", "evaluate", *options, "--share", "1/2"])
-    run.main(["distill", "evaluate", *options, "--share", "0/2"])
-    run.main(["evaluate", "report", *options])
+    run.main(["--smoke", "--out", str(out), "--device", "cpu", "--jobs", "2", "--corpus", str(packages)])
     return out
 
 
@@ -103,10 +100,12 @@ def test_rows_with_quantized_tokens_take_the_bytes_that_they_should(study: Path)
     assert checked >= 4
 
 
-def test_what_is_done_is_not_done_again(study: Path) -> None:
+def test_what_is_done_is_not_done_again(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in study.rglob("*") if path.is_file() and "figures" not in path.parts]
     made = {path: path.stat().st_mtime_ns for path in files if path.name not in ("results.jsonl", "report.md")}
-    run.main(["--smoke", "--out", str(study), "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Worker, "give", None)  # no process is wanted
+        run.main(["--smoke", "--out", str(study), "--device", "cpu"])
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not list(study.rglob("*.part"))
 
@@ -199,7 +198,7 @@ def test_the_study_is_what_it_says() -> None:
     [
         (["bake"], "unknown stage bake"),
         (["--only", "nothing"], "no run nothing"),
-        (["--share", "2/2"], "below the second"),
+        (["--jobs", "0"], "at least one process"),
         (["card"], "name --recipe tiny"),
     ],
 )
