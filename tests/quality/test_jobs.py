@@ -105,8 +105,11 @@ def test_every_line_has_its_name() -> None:
         def flush(self) -> None: ...
 
     stream = Stream()
-    named = Prefixed(stream, "a.1")  # type: ignore[arg-type]
-    for part in ("one", " line\ntwo", "\n", "rest"):
+    named = Prefixed(stream)  # type: ignore[arg-type]
+    named.prefix = "a.1"
+    for part in ("one", " line\ntwo", "\n\n", "three"):
         named.write(part)
-    named.close()
-    assert stream.text == "a.1: one line\na.1: two\na.1: rest\n"
+    assert stream.text == "a.1: one line\na.1: two\na.1: \n"
+    named.prefix = "b"
+    named.write("\n")
+    assert stream.text.endswith("b: three\n")

@@ -50,8 +50,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Path:
 def test_everything_is_measured_once(study: Path) -> None:
     recipe = smoke(STUDY)
     rows = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
+    assert len({(row["method"], row["seed"], row["context"], row["budget"]) for row in rows}) == len(rows)
+    assert {row["seed"] for row in rows} == {None, 0, 1}
     places = {(row["method"], row["context"], row["budget"]) for row in rows}
-    assert len(places) == len(rows)
     near = recipe.contexts[0]
     expected = [run.name for run in recipe.runs] + list(BASELINES)
     for budget in near.budgets:
@@ -115,9 +116,10 @@ def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> No
     pairs = results.pairs()
     assert {(group.method, other.method) for group, other in pairs} == {
         ("gated_deltanet-ce", "gated_deltanet"),
-        ("gated_deltanet-distill", "gated_deltanet"),
+        ("deltanet-long", "deltanet"),
     }
     group, other = pairs[0]
+    assert [row["seed"] for row in other.seeds] == [0]  # the same batches; there is another seed
     value, low, high = group.minus(other, "chunk_losses")
     assert low <= value <= high
     assert value == pytest.approx(group.first["loss"] - other.first["loss"], abs=1e-4)
@@ -176,6 +178,9 @@ def test_tables_are_no_text() -> None:
 
 def test_the_study_is_what_it_says() -> None:
     assert set(RECIPES) == {"tiny", "study"}
+    for recipe in RECIPES.values():
+        names = [run.name for run in recipe.runs]
+        assert len(set(names)) == len(names) and {run.of for run in recipe.runs} - {None} <= set(names)
     from stages.model import build
 
     class Tokenizer:

@@ -127,23 +127,19 @@ class Worker:
 class Prefixed:
     """A text stream of whole lines, each with a name before it: those of several processes stay apart."""
 
-    def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream, self._name, self._rest = stream, name, ""
+    def __init__(self, stream: TextIO) -> None:
+        self.prefix = ""
+        self._stream, self._rest = stream, ""
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).split("\n")
         if lines:
-            self._stream.write("".join(f"{self._name}: {line}\n" for line in lines))
+            self._stream.write("".join(f"{self.prefix}: {line}\n" for line in lines))
             self._stream.flush()
         return len(text)
 
     def flush(self) -> None:
         self._stream.flush()
-
-    def close(self) -> None:
-        """Write what is left of a line."""
-        if self._rest:
-            self.write("\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -151,24 +147,19 @@ class Prefixed:
 
 def _serve(start: Start, device: str, jobs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    streams = sys.stdout, sys.stderr
+    streams = sys.stdout, sys.stderr = Prefixed(sys.stdout), Prefixed(sys.stderr)  # type: ignore[assignment]
     work = None
     while True:
         try:
             job = jobs.recv()
         except EOFError:  # the first process is gone
             return
-        names = [Prefixed(stream, job.name) for stream in streams]
-        sys.stdout, sys.stderr = names  # type: ignore[assignment]
+        for stream in streams:
+            stream.prefix = job.name
         try:
-            if work is None:
-                work = start(device)
+            work = work or start(device)
             work(job.work)
         except Exception:
             traceback.print_exc()
             return  # after some errors a GPU is of no more use to this process
-        finally:
-            for name in names:
-                name.close()
-            sys.stdout, sys.stderr = streams
         jobs.send(None)

@@ -50,3 +50,5 @@ class Work:
                 distill_memory(self.recipe, self.out, part.task, self.device)
             else:
                 self.evaluation.measure(part.task)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # others want it too
