@@ -147,14 +147,14 @@ def _rows(options: argparse.Namespace, stages: Sequence[str]) -> list[Job]:
     for task in chosen:
         trained = training(task)
         parts = ["distill"] if task.name in coming else []
+        needs = None if trained is None or trained.name == task.name or trained.name not in coming else trained.name
         if "evaluate" in stages and not rows_file(options.out, task).exists():
             if trained is None or trained.name in coming or marker(options.out, trained).exists():
                 parts.append("evaluate")
             else:
                 print(f"{task.name}: {trained.name} is not trained yet, run `distill`", flush=True)
         if parts:
-            others = trained is not None and trained.name != task.name and trained.name in coming
-            jobs.append(Job(task.name, Part(tuple(parts), task), trained.name if others else None))
+            jobs.append(Job(task.name, Part(tuple(parts), task), needs))
     return jobs
 
 

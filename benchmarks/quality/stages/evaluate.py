@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3ForCausalLM
 
-from ahn.tiny.facts import FactText, FactWriter
+from ahn.tiny.facts import FactWriter
 from ahn.training.losses import Head
 
 from .log import Clock, write_lines
-from .probes import BUCKETS, Hidden, Probes, by_distance, read, recalled
+from .probes import BUCKETS, Probes, by_distance, read, recalled
 from .reading import Reading, method, reader
 from .recipe import Context, Recipe, Task, training
 
 ROWS = 16
-"""Sequences read at once. The base is so small that a GPU waits for the host: the fewer steps, the sooner it is done."""
+"""Sequences read at once. With a base this small a GPU waits for the host: the fewer steps, the sooner it is done."""
 TOKENS = 1 << 19
 """Of them together, at most."""
 POSITIONS = 16384
@@ -51,7 +51,11 @@ class Evaluation:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=dtype).to(device).eval()
         self._facts = FactWriter(AutoTokenizer.from_pretrained(out / "model"))
-        self._setup = {"versions": versions(), "device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")}
+        self._setup = {
+            "versions": versions(),
+            "device": _device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         self._benches: dict[int, Bench] = {}
 
     @torch.no_grad()
@@ -80,32 +84,33 @@ class Bench:
     def __init__(self, model: PreTrainedModel, probes: Probes) -> None:
         self.probes, self.head = probes, Head.of(model)
         self.ids = probes.chunks.to(model.device)
-        needles = [(length, needle.text) for length, found in probes.needles.items() for needle in found]
-        self._asked = [(None, text) for text in probes.texts] + needles
         self._rows = min(ROWS, max(1, TOKENS // probes.context.length))
-        states = {number: x.clone() for number, x in self._read(reader(model), [])}
+        states = {number: x.clone() for number, x in read(reader(model), list(probes.chunks), self._rows)}
         self.teacher = [states[number] for number in range(len(self.ids))]
-
-    def _read(self, hidden: Hidden, texts: list[FactText]) -> Iterator[tuple[int, Tensor]]:
-        return read(hidden, [*self.probes.chunks, *[text.ids for text in texts]], self._rows)
 
     def measure(self, reading: Reading) -> Measured:
         """Read everything and compare."""
-        chunks: dict[int, Tensor] = {}
-        answers: dict[int, list[bool]] = {}
-        for number, states in self._read(reading.hidden, [text for _, text in self._asked]):
-            if number < len(self.ids):
-                rows = [x.split(POSITIONS) for x in (states[:-1], self.teacher[number][:-1], self.ids[number, 1:])]
-                parts = [token_losses(self.head, *part) for part in zip(*rows, strict=True)]
-                chunks[number] = torch.cat(parts, dim=1)
+        probes, chunks = self.probes, len(self.ids)
+        needles = [needle.text for found in probes.needles.values() for needle in found]
+        texts = [*probes.texts, *needles]
+        losses: list[Any] = [None] * chunks
+        hits: list[list[bool]] = [[] for _ in texts]
+        for number, states in read(reading.hidden, [*probes.chunks, *[text.ids for text in texts]], self._rows):
+            if number < chunks:
+                parts = [x.split(POSITIONS) for x in (states[:-1], self.teacher[number][:-1], self.ids[number, 1:])]
+                found = [token_losses(self.head, *part) for part in zip(*parts, strict=True)]
+                losses[number] = torch.cat(found, dim=1)
             else:
-                place = number - len(self.ids)
-                answers[place] = recalled(states, self.head.logits, self._asked[place][1], self.probes.facts.values)
-        ce, kl = torch.stack([chunks[number] for number in range(len(self.ids))], dim=1).cpu().numpy()
-        found: dict[int | None, list[bool]] = {length: [] for length, _ in self._asked}
-        for place, (length, _) in enumerate(self._asked):
-            found[length] += answers[place]
-        return Measured(ce, kl, found.pop(None), found)
+                text = number - chunks
+                hits[text] = recalled(states, self.head.logits, texts[text], probes.facts.values)
+        ce, kl = torch.stack(losses, dim=1).cpu().numpy()
+        facts, asked = hits[: len(probes.texts)], iter(hits[len(probes.texts) :])
+        return Measured(
+            ce,
+            kl,
+            recalled=[hit for text in facts for hit in text],
+            needles={length: [next(asked)[0] for _ in found] for length, found in probes.needles.items()},
+        )
 
 
 @dataclasses.dataclass(frozen=True)

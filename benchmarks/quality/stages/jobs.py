@@ -147,7 +147,8 @@ class Prefixed:
 
 def _serve(start: Start, device: str, jobs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    streams = sys.stdout, sys.stderr = Prefixed(sys.stdout), Prefixed(sys.stderr)  # type: ignore[assignment]
+    streams = Prefixed(sys.stdout), Prefixed(sys.stderr)
+    sys.stdout, sys.stderr = streams
     work = None
     while True:
         try:
