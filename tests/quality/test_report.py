@@ -27,7 +27,7 @@ RECIPE = dataclasses.replace(
     runs=(
         Run("deltanet", seeds=(0, 1, 2)),
         Run("deltanet-ce", {"memory": "deltanet"}, {"loss": "ce"}, seeds=(0, 1, 2)),
-        Run("deltanet-router", {"memory": "deltanet"}, {"loss": "distill"}),
+        Run("deltanet-router", {"memory": "deltanet", "router": True}),
     ),
 )
 WINS = {"deltanet": (0.20, 0.26, 0.38), "deltanet-ce": (0.10, 0.16, 0.28), "deltanet-router": (0.19,)}

@@ -71,7 +71,7 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
         state = (first["state_bytes"] + first["gate_bytes"]) / 1024
         cells = [
             group.method,
-            f"{len(group.seeds)}",
+            "" if first["seed"] is None else f"{len(group.seeds)}",
             f"{first['parameters']}",
             f"{first['sinks'] + first['window']}",
             f"{first.get('quantized', 0)}",

@@ -11,7 +11,7 @@ import numpy as np
 
 from .intervals import bootstrap
 from .log import read_lines
-from .recipe import BASELINES, Recipe, Run
+from .recipe import BASELINES, Recipe
 
 FULL, WINDOW = BASELINES[:2]
 LONG = ("chunk_losses", "chunk_kl", "sources")
@@ -128,12 +128,12 @@ class Results:
         return max(values) - min(values)
 
     def reference(self, method: str) -> str | None:
-        """The run that trains the same memory with the recipe's own settings."""
+        """The run that trains the same memory with the recipe's own settings; None for that run and for a tier's."""
         runs = {run.name: run for run in self.recipe.runs}
-        if method not in runs or not runs[method].changes:
+        if method not in runs or runs[method].tier is not None:
             return None
-        same = [run for run in runs.values() if _plain(run) and run.settings == runs[method].settings]
-        return same[0].name if same else None
+        plain = runs.get(runs[method].settings["memory"])
+        return None if plain is None or plain.name == method else plain.name
 
     def stands_alone(self, method: str) -> bool:
         """Whether it is listed among the methods: all but ablations, which only stand beside what they change.
@@ -152,10 +152,6 @@ class Results:
                 won_back = [round(number, 4) for number in group.won_back(row)]
                 found.append(light | ends | {"kl_window": group.window["kl"], "won_back": won_back})
         return found
-
-
-def _plain(run: Run) -> bool:
-    return not run.changes and run.tier is None
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
