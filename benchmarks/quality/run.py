@@ -41,24 +41,22 @@ def main(arguments: list[str] | None = None) -> None:
 
         if not (out / DONE).exists():
             prepare(recipe, out, options.corpus)
-    if "base" in stages:
-        _work(options, _base(out), until=None)
-    failed: list[str] = []
-    if "distill" in stages or "evaluate" in stages:
+    failed = _work(options, _base(out), until=None) if "base" in stages else []
+    if not failed and ("distill" in stages or "evaluate" in stages):
         until = None if options.until is None else 60 * options.until - (time.perf_counter() - began)
         failed = _work(options, _rows(options, stages), until)
     if "report" in stages:
         from stages.report import report
 
         report(recipe, out)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
     if "card" in stages:
         from stages.card import install, write_card
 
         write_card(recipe, out)
         if not options.smoke:
             install(recipe, out)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -111,6 +111,22 @@ def test_what_is_done_is_not_done_again(study: Path, monkeypatch: pytest.MonkeyP
     assert not list(study.rglob("*.part"))
 
 
+def test_a_row_that_fails_stops_no_other_and_is_named(
+    study: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = Path(shutil.copytree(study, tmp_path / "study"))
+    for name in ("full", "deltanet", "mamba2"):
+        (out / "evaluation" / f"{name}.jsonl").unlink()
+    shutil.rmtree(out / "adapters" / "deltanet")
+    (out / "distill" / "mamba2.json").unlink()
+    with pytest.raises(SystemExit, match=r"^failed: deltanet$"):
+        run.main(["evaluate", "report", "--smoke", "--out", str(out), "--device", "cpu"])
+    found = {json.loads(line)["method"] for line in (out / "results.jsonl").read_text().splitlines()}
+    assert "full" in found
+    output, errors = capfd.readouterr()
+    assert "mamba2: mamba2 is not trained yet" in output and "deltanet: " in errors
+
+
 def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> None:
     results = Results(smoke(STUDY), study)
     pairs = results.pairs()
