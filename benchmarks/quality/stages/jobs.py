@@ -17,6 +17,9 @@ from .log import Clock
 Start: TypeAlias = Callable[[str], Callable[[Any], None]]
 """Called in a new process with its device: gives the function that does one job after another. It must be picklable."""
 
+PATIENCE = 10.0
+"""Seconds that an idle process has to end."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -118,9 +121,11 @@ class Worker:
     def stop(self) -> None:
         """End the process, whatever it does."""
         if self._process is not None:
+            self.connection.close()
+            if self.job is None:  # it ends by itself when nothing more can come
+                self._process.join(PATIENCE)
             self._process.terminate()
             self._process.join()
-            self.connection.close()
             self._process = None
 
 
