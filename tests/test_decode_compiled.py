@@ -84,6 +84,26 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: li
     assert _traces(model) == before
 
 
+def test_what_a_user_compiled_stays_compiled(compiled: list[torch.fx.Graph]) -> None:
+    """Before `attach` or after it, through captured steps and `detach`."""
+    plain = base(num_hidden_layers=3)
+    plain.model.layers[0].compile(backend="eager")
+    model = awaken(ahn.attach(plain, ahn.AHNConfig(memory="gated_deltanet", window=WINDOW, sinks=SINKS)))
+    model.model.layers[2].compile(backend="eager")
+    model.model.norm.compile(backend="eager")
+    parts = [*model.model.layers, model.model.norm]
+    theirs = [part._compiled_call_impl for part in parts]
+    assert [impl is None for impl in theirs] == [False, True, False, False]
+    talk = Talk(model, 1)
+    talk.read([20])
+    talk.steps(3)
+    talk.check(TOLERANCE)
+    assert compiled, "steps were captured"
+    assert [part._compiled_call_impl for part in parts] == theirs
+    ahn.detach(model)
+    assert [part._compiled_call_impl for part in parts] == theirs
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_a_layer_is_our_operators_and_nothing_else(

@@ -34,7 +34,8 @@ def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     from ahn.ops import product_triton
 
     r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    K, silu, tile = data.draw(st.integers(1, 300)), data.draw(st.booleans()), data.draw(st.sampled_from([64, 512]))
+    K, silu = data.draw(st.integers(1, 300)), data.draw(st.booleans())
+    tile = product_triton.Tile(data.draw(st.sampled_from([1, 4])), data.draw(st.sampled_from([64, 512])), None)
     sizes = data.draw(st.lists(st.integers(1, 37), min_size=1, max_size=6))
     sizes = [sizes[0]] * 2 if silu else sizes
 
@@ -50,7 +51,6 @@ def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     residual = made(sizes[0] if silu else sum(sizes)) if data.draw(st.booleans()) else None
     arguments = (made(K), weights, biases, norm, 1e-5, silu, residual)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(product_triton, "ROWS", data.draw(st.sampled_from([1, 4])))
-        patch.setattr(product_triton, "FEATURES", tile)
+        patch.setattr(product_triton, "tile", lambda K, silu: tile)
         found = product_triton.product(*arguments)
     assert relative_error(found.cpu(), reference(*arguments).cpu()) < FLOAT32

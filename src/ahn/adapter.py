@@ -26,7 +26,6 @@ from ahn.errors import AHNError
 from ahn.layer import AHN, Router
 from ahn.observer import Observer
 from ahn.ops.quantize import PER_BYTE
-from ahn.quantized import TierView
 from ahn.shape import ModelShape
 from ahn.visibility import Padding, Visibility
 
@@ -201,8 +200,7 @@ class DecoderHook:
             kwargs["position_ids"] = view.column_positions
         for observer in adapter.observers:
             observer.begin(cache, view)
-        tier = TierView(view) if view.quantized else None
-        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers), tier)
+        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

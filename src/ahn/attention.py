@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,8 +45,23 @@ class ForwardContext:
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
     observers: tuple[Observer, ...] = ()
-    tier: TierView | None = None
-    """Who sees which quantized tokens; None where there are none."""
+
+    def on(self, device: torch.device) -> ForwardContext:
+        """The same for layers on another device, made once for all of them."""
+        if device == self.visibility.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = dataclasses.replace(self, visibility=self.visibility.on(device))
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, ForwardContext]:
+        return {}
+
+    @cached_property
+    def tier(self) -> TierView | None:
+        """Who sees which quantized tokens; None where there are none."""
+        return TierView(self.visibility) if self.visibility.quantized else None
 
 
 @dataclasses.dataclass
@@ -69,16 +85,22 @@ class LazyMask:
     def __init__(self, **arguments: Any) -> None:
         self._arguments = arguments
         self._masks: dict[str, Any] = {}
+        self._elsewhere: dict[tuple[str, torch.device], Any] = {}
 
     def covers(self, view: Visibility) -> bool:
         """The base mask knows all padding: there is none, or the caller gave this forward a 2-D mask."""
         return not view.padded or self._arguments.get("attention_mask") is not None
 
-    def resolve(self, kernel: str) -> Any:
-        """The mask as the base model's own kernel expects it."""
+    def resolve(self, kernel: str, device: torch.device) -> Any:
+        """The mask as the base model's own kernel expects it, where the layer is."""
         if kernel not in self._masks:
             self._masks[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
-        return self._masks[kernel]
+        mask = self._masks[kernel]
+        if mask is None or device == self._arguments.get("device", device):
+            return mask
+        if (kernel, device) not in self._elsewhere:
+            self._elsewhere[kernel, device] = mask.to(device)
+        return self._elsewhere[kernel, device]
 
 
 def register() -> None:
@@ -113,10 +135,12 @@ def attention(
         assert ahn_layer is not None
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return step_attention(module, query, key, value, ahn_forward, ahn_layer, scaling)
+    ahn_forward = ahn_forward.on(query.device)
     view, kernel = ahn_forward.visibility, ahn_forward.kernel
 
     if ahn_layer is None:  # a layer that keeps the base model's attention
-        return kernel_function(kernel, module)(module, query, key, value, attention_mask.resolve(kernel), **kwargs)
+        own_mask = attention_mask.resolve(kernel, query.device)
+        return kernel_function(kernel, module)(module, query, key, value, own_mask, **kwargs)
 
     cache_layer, memory = ahn_layer.cache_layer, ahn_layer.ahn.fn
     # "eager" is asked for where its weights are wanted.
@@ -129,7 +153,7 @@ def attention(
         mask = view.mask if cache_layer is None else cache_layer.attention_mask()
         dense = _dense_mask_kernel(kernel, kwargs)
     else:  # nothing has left the window: exactly the base model, with its own mask
-        mask, dense = attention_mask.resolve(kernel), None
+        mask, dense = attention_mask.resolve(kernel, query.device), None
     gates = memory.write_gates(ahn_layer.x)
     if cache_layer is None:
         state = None

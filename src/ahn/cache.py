@@ -90,7 +90,8 @@ class AHNCache(Cache):
         """
         self._check_layers_agree()
         self.check_batch(batch)
-        before, after = self.padding, self.padding
+        # A cache that was moved as a whole comes to where the model is: a layer when its turn comes, see `update`.
+        before = after = None if self.padding is None else self.padding.to(device)
         new = new_columns(attention_mask, self.seen, length)
         if new is None and before is not None:
             new = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -163,6 +164,8 @@ class AHNCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layer = self.layers[layer_idx]
+        if not self.offloading and layer.is_initialized and layer.keys.device != key_states.device:
+            _move(layer, key_states.device)
         if not isinstance(layer, AHNLayer) or not self.offloading:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer.prefetch()  # offloaded again by `finish`, once the forward no longer needs it
@@ -226,14 +229,14 @@ class AHNCache(Cache):
             self.padding = dataclasses.replace(padding, leading=padding.leading.clamp_max(self.seen))
 
     def to(self, device: torch.device | str) -> AHNCache:
-        """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself."""
+        """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself.
+
+        The next forward brings each layer's tensors to where that layer of the model is.
+        """
         for layer in self.layers:
-            if isinstance(layer, AHNLayer):
-                layer.to(device)
-            elif layer.is_initialized:
-                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+            _move(layer, device)
         if self.padding is not None:
-            self.padding = self.padding.map(lambda x: x.to(device))
+            self.padding = self.padding.to(device)
         return self
 
     def nbytes(self) -> int:
@@ -261,6 +264,13 @@ class AHNCache(Cache):
         from ahn import cache_file
 
         return cache_file.load(path, model)
+
+
+def _move(layer: Any, device: torch.device | str) -> None:
+    if isinstance(layer, AHNLayer):
+        layer.to(device)
+    elif layer.is_initialized:
+        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
 
 
 def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:

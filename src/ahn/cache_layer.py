@@ -78,6 +78,7 @@ class AHNLayer(CacheLayerMixin):
                 "inside ahn.disabled(model) pass another cache or none."
             )
         self.under_way = True
+        self.visibility = view = view.on(key_states.device)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._steps_in_slots(view):

@@ -58,26 +58,33 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
         module.layer_idx = 0
         module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
         module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
-    for part in (*layers, *ends):
+    own = [(part, part._compiled_call_impl) for part in (*layers, *ends)]  # whoever uses the model may compile as well
+    for part, _ in own:
         part.compile(dynamic=False, backend=_lower)
     try:
         with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
             yield
     finally:
-        for part in (*layers, *ends):
-            part._compiled_call_impl = None
+        for part, impl in own:
+            part._compiled_call_impl = impl
         for (module, index, hooks), with_kwargs in zip(before, flags, strict=True):
             module.layer_idx = index
             module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
 
 
 def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """`leaves_compiled` where it can be had and pays: on a GPU with Triton. Elsewhere nothing happens.
+    """`leaves_compiled` where it can be had and pays: on one GPU with Triton. Elsewhere nothing happens.
 
     Around training it must hold until the last backward pass: with gradient checkpointing that one runs layers again,
     and must find them as the forward pass left them.
     """
-    return leaves_compiled(model) if model.device.type == "cuda" and has_triton() else contextlib.nullcontext()
+    fits = model.device.type == "cuda" and has_triton() and not on_several_devices(model)
+    return leaves_compiled(model) if fits else contextlib.nullcontext()
+
+
+def on_several_devices(model: PreTrainedModel) -> bool:
+    """accelerate moves tensors between this model's layers (`device_map`): neither compiled nor captured."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 @contextlib.contextmanager

@@ -35,7 +35,10 @@ class Wrapped:
 
 def wrap(model: PreTrainedModel) -> None:
     """Put `forward` and `generate` of this module before the model's own, as attributes of the instance."""
-    model.forward = Wrapped(model, "forward", _forward)
+    # accelerate's hook, if the model lies on several devices, stays the outermost: it would move what goes to a chunk.
+    setattr(
+        model, "_old_forward" if "_old_forward" in model.__dict__ else "forward", Wrapped(model, "forward", _forward)
+    )
     if hasattr(model, "generate"):
         model.generate = Wrapped(model, "generate", _generate)
 
@@ -43,7 +46,10 @@ def wrap(model: PreTrainedModel) -> None:
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     for name in ("forward", "generate"):
-        model.__dict__.pop(name, None)
+        if isinstance(model.__dict__.get(name), Wrapped):
+            delattr(model, name)
+    if isinstance(model.__dict__.get("_old_forward"), Wrapped):
+        model._old_forward = MethodType(type(model).forward, model)
 
 
 @memoize

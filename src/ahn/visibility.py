@@ -47,6 +47,10 @@ class Padding:
         """Each tensor changed in the same way."""
         return Padding(change(self.leading), change(self.ended), change(self.moved))
 
+    def to(self, device: torch.device | str) -> Padding:
+        """The same on another device."""
+        return self.map(lambda x: x.to(device))
+
     def advance(self, mask: Tensor, seen: int = 0) -> Padding:
         """The padding after new columns with mask (B, n), True for real tokens, that follow `seen` cached ones.
 
@@ -84,6 +88,19 @@ class Visibility:
     before: Padding | None = None
     after: Padding | None = None
     quantized: int = 0
+
+    def on(self, device: torch.device) -> Visibility:
+        """The same view for layers on another device, made once for all of them: a model may lie on several."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            before, after = (None if x is None else x.to(device) for x in (self.before, self.after))
+            self._elsewhere[device] = dataclasses.replace(self, device=device, before=before, after=after)
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Visibility]:
+        return {}
 
     @property
     def total(self) -> int:

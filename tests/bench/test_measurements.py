@@ -109,16 +109,24 @@ def test_train(stand: Stand, name: str) -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_kernels_of_a_training_step(stand: Stand) -> None:
-    profiling = Stand(stand.model, stand.ceilings, Settings(repeats=1, profile=True))
+@pytest.mark.parametrize("module", [prefill, decode, train])
+def test_kernels(stand: Stand, module: Any) -> None:
+    profiling = Stand(stand.model, stand.ceilings, Settings(repeats=1, profile=True, new_tokens=4))
     method = make_methods(["gated_deltanet"], 20, 4)[0]
-    with method.on(stand.model, training=True):
-        row = train.measure(profiling, method, 70, 1)
-    times = [kernel["ms"] for kernel in row["kernels"][:-1]]  # the last one may sum all others
+    with method.on(stand.model, training=module is train):
+        row = module.measure(profiling, method, 70, 1)
+    times = [kernel["adds_ms"] for kernel in row["kernels"][:-1]]  # the last one may sum all others
     assert times == sorted(times, reverse=True) and times[-1] > 0
     assert any("mm" in kernel["name"] for kernel in row["kernels"])
     text = profile.table(row["kernels"], row["seconds"])
-    assert len(text.splitlines()) == len(row["kernels"]) + 1
+    assert len(text.splitlines()) == len(row["kernels"]) + 2
+
+
+def test_what_overlapping_kernels_add() -> None:
+    ran = [("a", 0.0, 10.0), ("b", 4.0, 13.0), ("a", 15.0, 16.0), ("b", 15.5, 15.75)]
+    found = {kernel["name"]: kernel for kernel in profile.summed(ran[::-1])}
+    assert found["a"] == {"name": "a", "ms": 0.011, "adds_ms": 0.011, "calls": 2}
+    assert found["b"] == pytest.approx({"name": "b", "ms": 0.00925, "adds_ms": 0.003, "calls": 2})
 
 
 def test_what_cannot_be_trained(stand: Stand) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,23 @@ def test_quantized_tokens_are_counted(ahn_cli: Any, published: Path) -> None:
     assert ours["quantized_bytes"] == 36 * 2 * 2 * (1000 * (128 // 4 + 2) + 4 * 128)
     assert ours["mixer_flops"] > theirs["mixer_flops"] and theirs["quantized_bytes"] == 0
     assert "at two bits" in ahn_cli("info", published, "--quantized", 1000).out
+
+
+def test_without_a_network_it_fails_at_once(ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def unreachable(*address: object, **_: object) -> Any:
+        asked.append(address)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"it waits {seconds} s")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(time, "sleep", wait)
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", tmp_path if name == "HF_HUB_CACHE" else False)
+    result = ahn_cli("info", "nobody/no-such-model")
+    assert result.code == 1 and result.err.count("\n") == 1
+    assert "'nobody/no-such-model' is neither a directory nor a Hugging Face Hub repository" in result.err
+    assert 1 <= len(asked) <= 2

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import speaking
 
+from ahn.cli.inspect import _interval
 from ahn.inspect import KINDS
+from ahn.inspect.kinds import Mean
 
 WINDOW, SINKS = speaking.WINDOW, speaking.SINKS
 
@@ -33,3 +36,8 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
         assert words in " ".join(shown.out.split())
     short = ahn_cli(*own, "--window", 5000)
     assert short.code == 1 and "all stay exact" in short.err
+
+
+def test_a_mean_of_one_block_of_text_has_no_interval() -> None:
+    assert _interval(Mean(0.2413, math.nan, math.nan), 3) == "0.241"
+    assert _interval(Mean(0.2413, 0.23, 0.25), 2) == "0.24 (0.23-0.25)"

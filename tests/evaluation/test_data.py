@@ -144,18 +144,22 @@ def test_the_hub_is_asked_for_the_pinned_commit(tmp_path: Path, monkeypatch: pyt
 
     def download(*args: Any, **kwargs: Any) -> str:
         asked.append((args, kwargs))
-        return str(tmp_path / "rows.jsonl")
+        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(list(Data(PLAIN, None).records(FIELDS))) == 1
-    assert asked == [(("owner/set", "rows.jsonl"), {"repo_type": "dataset", "revision": "f" * 40})]
+    pinned = {"repo_type": "dataset", "revision": "f" * 40, "allow_patterns": ["rows.jsonl"]}
+    assert asked == [(("owner/set",), pinned)]
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(AHNError, match=r"cannot be downloaded \(it is not there\)"):
+        Data(PLAIN, None)
 
 
 def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*args: Any, **kwargs: Any) -> str:
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(AHNError, match=r"cannot be downloaded \(no route\)\. .* with --data-dir"):
         Data(PLAIN, None)
 

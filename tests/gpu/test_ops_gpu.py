@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import relative_error
-from models import MEMORIES, adapted, tokens
+from models import MEMORIES, adapted, awaken, base, tokens
 from test_scan_gradients import GATES, errors_of, inputs, outputs_and_gradients
 from test_scan_triton import INTERPRETED, NAMES
 from test_step import RULES
@@ -89,7 +89,7 @@ def test_a_model_learns_what_it_learns_in_float32(memory: str, autocast: bool, m
     calls = []
     original = Scan.apply
     monkeypatch.setattr(Scan, "apply", lambda *x: calls.append(x[0].dtype) or original(*x))
-    model = adapted("qwen3", memory=memory, window=12, sinks=2).cuda()
+    model = awaken(ahn.attach(base(head_dim=64), ahn.AHNConfig(memory=memory, window=12, sinks=2))).cuda()
     if not autocast:
         model.bfloat16()
         for layer in model.model.layers:

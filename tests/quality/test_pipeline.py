@@ -17,6 +17,7 @@ from ahn.tiny.corpus import stdlib
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import run
+from stages import jobs
 from stages.corpus import LARGE, SMALL, choose_held_out, is_text, split
 from stages.pool import Pool
 from stages.recipe import BASELINES, Corpus
@@ -40,21 +41,18 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Path:
-    """A smoke run of everything, the middle stages as two processes would share them."""
+    """A smoke run of everything, its rows shared by two processes."""
     out = tmp_path_factory.mktemp("study")
-    options = ["--smoke", "--out", str(out), "--device", "cpu"]
-    run.main(["prepare", "base", *options, "--corpus", str(packages)])
-    run.main(["distill", "evaluate", *options, "--share", "1/2"])
-    run.main(["distill", "evaluate", *options, "--share", "0/2"])
-    run.main(["evaluate", "report", *options])
+    run.main(["--smoke", "--out", str(out), "--device", "cpu", "--jobs", "2", "--corpus", str(packages)])
     return out
 
 
 def test_everything_is_measured_once(study: Path) -> None:
     recipe = smoke(STUDY)
     rows = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
+    assert len({(row["method"], row["seed"], row["context"], row["budget"]) for row in rows}) == len(rows)
+    assert {row["seed"] for row in rows} == {None, 0, 1}
     places = {(row["method"], row["context"], row["budget"]) for row in rows}
-    assert len(places) == len(rows)
     near = recipe.contexts[0]
     expected = [run.name for run in recipe.runs] + list(BASELINES)
     for budget in near.budgets:
@@ -103,12 +101,30 @@ def test_rows_with_quantized_tokens_take_the_bytes_that_they_should(study: Path)
     assert checked >= 4
 
 
-def test_what_is_done_is_not_done_again(study: Path) -> None:
+def test_what_is_done_is_not_done_again(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in study.rglob("*") if path.is_file() and "figures" not in path.parts]
     made = {path: path.stat().st_mtime_ns for path in files if path.name not in ("results.jsonl", "report.md")}
-    run.main(["--smoke", "--out", str(study), "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Worker, "give", None)  # no process is wanted
+        run.main(["--smoke", "--out", str(study), "--device", "cpu"])
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not list(study.rglob("*.part"))
+
+
+def test_a_row_that_fails_stops_no_other_and_is_named(
+    study: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = Path(shutil.copytree(study, tmp_path / "study"))
+    for name in ("full", "deltanet", "mamba2"):
+        (out / "evaluation" / f"{name}.jsonl").unlink()
+    shutil.rmtree(out / "adapters" / "deltanet")
+    (out / "distill" / "mamba2.json").unlink()
+    with pytest.raises(SystemExit, match=r"^failed: deltanet$"):
+        run.main(["evaluate", "report", "--smoke", "--out", str(out), "--device", "cpu"])
+    found = {json.loads(line)["method"] for line in (out / "results.jsonl").read_text().splitlines()}
+    assert "full" in found
+    output, errors = capfd.readouterr()
+    assert "mamba2: mamba2 is not trained yet" in output and "deltanet: " in errors
 
 
 def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> None:
@@ -116,9 +132,10 @@ def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> No
     pairs = results.pairs()
     assert {(group.method, other.method) for group, other in pairs} == {
         ("gated_deltanet-ce", "gated_deltanet"),
-        ("gated_deltanet-distill", "gated_deltanet"),
+        ("deltanet-long", "deltanet"),
     }
     group, other = pairs[0]
+    assert [row["seed"] for row in other.seeds] == [0]  # the same batches; there is another seed
     value, low, high = group.minus(other, "chunk_losses")
     assert low <= value <= high
     assert value == pytest.approx(group.first["loss"] - other.first["loss"], abs=1e-4)
@@ -177,6 +194,9 @@ def test_tables_are_no_text() -> None:
 
 def test_the_study_is_what_it_says() -> None:
     assert set(RECIPES) == {"tiny", "study"}
+    for recipe in RECIPES.values():
+        names = [run.name for run in recipe.runs]
+        assert len(set(names)) == len(names) and {run.of for run in recipe.runs} - {None} <= set(names)
     from stages.model import build
 
     class Tokenizer:
@@ -199,7 +219,7 @@ def test_the_study_is_what_it_says() -> None:
     [
         (["bake"], "unknown stage bake"),
         (["--only", "nothing"], "no run nothing"),
-        (["--share", "2/2"], "below the second"),
+        (["--jobs", "0"], "at least one process"),
         (["card"], "name --recipe tiny"),
     ],
 )

@@ -17,7 +17,7 @@ from .log import Log, write_json
 from .model import build, hidden_states, save, token_losses
 from .optimizer import Muon
 from .pace import SETTLED, Pace
-from .probes import Probes, by_distance, recalled
+from .probes import Probes, by_distance, read, recalled
 from .recipe import Recipe
 
 DONE = "base.json"
@@ -101,7 +101,11 @@ def measure(probes: Probes, model: Qwen3ForCausalLM) -> dict[str, Any]:
             token_losses(model.lm_head, hidden(ids)[:, :-1], ids[:, 1:].to(model.device))
             for ids in probes.chunks.split(4)
         ]
-    right = recalled(hidden, model.lm_head, probes.texts, probes.facts.values, batch=4)
+        answers = {
+            number: recalled(states, model.lm_head, probes.texts[number], probes.facts.values)
+            for number, states in read(hidden, [text.ids for text in probes.texts], rows=4)
+        }
+    right = [hit for number in sorted(answers) for hit in answers[number]]
     return {"loss_full": round(torch.cat(parts).mean().item(), 4), "recall_full": by_distance(probes.texts, right)}
 
 

@@ -104,7 +104,7 @@ def install(recipe: Recipe, out: Path) -> None:
     """Copy model, trained adapters and card into the package."""
     shutil.copy(out / "README.md", PACKAGE / "README.md")
     shutil.copytree(out / "model", PACKAGE / "model", dirs_exist_ok=True)
-    for task in tasks(recipe):
+    for task in [task for task in tasks(recipe) if task.seed is not None]:
         shutil.copytree(adapter(out, task), PACKAGE / "adapters" / task.name, dirs_exist_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import itertools
 import platform
@@ -18,16 +19,17 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen3ForCausalLM
 from ahn.tiny.facts import FactWriter
 from ahn.training.losses import Head
 
-from .distill import marker
 from .log import Clock, write_lines
-from .probes import BUCKETS, Probes, by_distance, recalled
+from .probes import BUCKETS, Probes, by_distance, read, recalled
 from .reading import Reading, method, reader
 from .recipe import Context, Recipe, Task, training
 
-TOKENS = 131072
-"""Read at once, all rows of a batch together."""
-ROWS = 16384
-"""Positions whose logits exist at once."""
+ROWS = 16
+"""Sequences read at once. With a base this small a GPU waits for the host: the fewer steps, the sooner it is done."""
+TOKENS = 1 << 19
+"""Of them together, at most."""
+POSITIONS = 16384
+"""Whose logits exist at once."""
 POINTS = 16
 """Of a curve over the positions of a text."""
 PACKAGES = ("ahn", "torch", "transformers", "tokenizers", "numpy")
@@ -38,76 +40,93 @@ def rows_file(out: Path, task: Task) -> Path:
     return out / "evaluation" / f"{task.name}.jsonl"
 
 
-@torch.no_grad()
-def evaluate(recipe: Recipe, out: Path, tasks: list[Task], device: torch.device) -> None:
-    """Measure the tasks that are trained and not measured yet: out/evaluation/<name>.jsonl, a line a condition.
+class Evaluation:
+    """Measures tasks one after another; what full attention makes of the probes is worked out once.
 
     On a GPU everything is computed in bfloat16 (logits in float32), on a CPU in float32.
     """
-    waiting = [task for task in tasks if not rows_file(out, task).exists()]
-    needed = [training(task) for task in waiting]
-    ready = [t for t, needs in zip(waiting, needed, strict=True) if needs is None or marker(out, needs).exists()]
-    for task in waiting:
-        if task not in ready:
-            print(f"{task.name} is not trained yet: run `distill`", flush=True)
-    if not ready:
-        return
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=dtype).to(device).eval()
-    facts = FactWriter(AutoTokenizer.from_pretrained(out / "model"))
-    setup = {"versions": versions(), "device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")}
-    benches: dict[int, Bench] = {}
-    clock = Clock()
-    for task in ready:
+
+    def __init__(self, recipe: Recipe, out: Path, device: torch.device) -> None:
+        self.recipe, self.out = recipe, out
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=dtype).to(device).eval()
+        self._facts = FactWriter(AutoTokenizer.from_pretrained(out / "model"))
+        self._setup = {
+            "versions": versions(),
+            "device": _device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        self._benches: dict[int, Bench] = {}
+
+    @torch.no_grad()
+    def measure(self, task: Task) -> None:
+        """Write out/evaluation/<name>.jsonl, a line a condition, when all of them are measured."""
         rows: list[dict[str, Any]] = []
-        for context in recipe.contexts:
+        clock, trained = Clock(), training(task)
+        run = None if trained is None else self.recipe.run(trained.run.name)
+        identity = {"recipe": self.recipe.fingerprint(run), **self._setup}
+        for context in self.recipe.contexts:
             if context.far and not (task.run.far and not task.seed):
                 continue
-            if context.length not in benches:
-                benches[context.length] = Bench(model, Probes(out, facts, context))
+            if context.length not in self._benches:
+                self._benches[context.length] = Bench(self.model, Probes(self.out, self._facts, context))
                 clock.say(f"full attention at {context.length}")
-            trained = training(task)
-            run = None if trained is None else recipe.run(trained.run.name)
-            identity = {"recipe": recipe.fingerprint(run), **setup}
-            for row in measure(recipe, out, task, model, benches[context.length], context):
+            bench = self._benches[context.length]
+            for row in measure(self.recipe, self.out, task, self.model, bench, context):
                 rows.append(identity | row)
             clock.say(f"{task.name} at {context.length}")
-        write_lines(rows_file(out, task), rows)
+        write_lines(rows_file(self.out, task), rows)
 
 
 class Bench:
-    """A context's probes, and what full attention makes of its sequences: the teacher's hidden states (N, L, D)."""
+    """A context's probes, and what full attention makes of its held-out sequences: their hidden states (L, D)."""
 
     def __init__(self, model: PreTrainedModel, probes: Probes) -> None:
         self.probes, self.head = probes, Head.of(model)
-        self.batch = rows_at_once(probes.context.length)
         self.ids = probes.chunks.to(model.device)
-        hidden = reader(model)
-        self.teacher = torch.cat([hidden(ids) for ids in self.ids.split(self.batch)])
+        self._rows = min(ROWS, max(1, TOKENS // probes.context.length))
+        states = {number: x.clone() for number, x in read(reader(model), list(probes.chunks), self._rows)}
+        self.teacher = [states[number] for number in range(len(self.ids))]
 
-    def losses(self, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
-        """Cross entropy and KL(full attention ‖ this) in nats of each predicted token, both (N, L - 1)."""
-        found = []
-        for ids, teacher in zip(self.ids.split(self.batch), self.teacher.split(self.batch), strict=True):
-            states = reading.hidden(ids)
-            rows = [x[:, :-1].flatten(0, 1).split(ROWS) for x in (states, teacher)]
-            parts = [
-                token_losses(self.head, student, full, targets)
-                for student, full, targets in zip(*rows, ids[:, 1:].flatten().split(ROWS), strict=True)
-            ]
-            found.append(torch.cat(parts, dim=1).view(2, len(ids), -1))
-        ce, kl = torch.cat(found, dim=1).cpu().numpy()
-        return ce, kl
+    def measure(self, reading: Reading) -> Measured:
+        """Read everything and compare."""
+        probes, chunks = self.probes, len(self.ids)
+        needles = [needle.text for found in probes.needles.values() for needle in found]
+        texts = [*probes.texts, *needles]
+        losses: list[Any] = [None] * chunks
+        hits: list[list[bool]] = [[] for _ in texts]
+        for number, states in read(reading.hidden, [*probes.chunks, *[text.ids for text in texts]], self._rows):
+            if number < chunks:
+                parts = [x.split(POSITIONS) for x in (states[:-1], self.teacher[number][:-1], self.ids[number, 1:])]
+                found = [token_losses(self.head, *part) for part in zip(*parts, strict=True)]
+                losses[number] = torch.cat(found, dim=1)
+            else:
+                text = number - chunks
+                hits[text] = recalled(states, self.head.logits, texts[text], probes.facts.values)
+        ce, kl = torch.stack(losses, dim=1).cpu().numpy()
+        facts, asked = hits[: len(probes.texts)], iter(hits[len(probes.texts) :])
+        return Measured(
+            ce,
+            kl,
+            recalled=[hit for text in facts for hit in text],
+            needles={length: [next(asked)[0] for _ in found] for length, found in probes.needles.items()},
+        )
 
-    def recall(self, reading: Reading, texts: list[Any]) -> list[bool]:
-        """Whether each fact was recalled."""
-        batch = rows_at_once(len(texts[0].ids))
-        return recalled(reading.hidden, self.head.logits, texts, self.probes.facts.values, batch)
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One reading of a bench.
 
-def rows_at_once(length: int) -> int:
-    """A power of two, so that few shapes occur: GPU kernels are chosen or built for each."""
-    return 1 << (max(1, TOKENS // length).bit_length() - 1)
+    Attributes:
+        ce, kl: (N, L - 1) cross entropy and KL(full attention ‖ this) in nats of each predicted token.
+        recalled: whether each fact of the texts was recalled, text by text in the order of their facts.
+        needles: whether each needle was found, by the length of their texts.
+    """
+
+    ce: np.ndarray
+    kl: np.ndarray
+    recalled: list[bool]
+    needles: dict[int, list[bool]]
 
 
 def token_losses(head: Head, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
@@ -124,13 +143,12 @@ def measure(
     full = task.run.name == "full"
     for budget in context.budgets[:1] if full else context.budgets:
         with method(model, out, task, budget, recipe.sinks, context.length) as reading:
-            ce, kl = bench.losses(reading)
-            right = bench.recall(reading, bench.probes.texts)
-            found = {length: bench.recall(reading, [n.text for n in ns]) for length, ns in bench.probes.needles.items()}
+            found = bench.measure(reading)
         shared = {"method": task.run.name, "seed": task.seed, "context": context.length, **reading.about}
-        shared |= {"needles": {str(length): _grid(bench.probes, length, hits) for length, hits in found.items()}}
+        shared["needles"] = {str(length): _grid(bench.probes, length, hits) for length, hits in found.needles.items()}
         for counted in context.budgets if full else (budget,):
-            yield shared | {"budget": counted} | summarise(bench.probes, ce, kl, right, counted, recipe.sinks)
+            numbers = summarise(bench.probes, found.ce, found.kl, found.recalled, counted, recipe.sinks)
+            yield shared | {"budget": counted} | numbers
 
 
 def summarise(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,20 +110,29 @@ class Probes:
                 yield piece.tolist(), starts
 
 
-@torch.no_grad()
-def recalled(hidden: Hidden, logits: Logits, texts: list[FactText], values: dict[str, int], batch: int) -> list[bool]:
-    """Whether each fact of texts of one length was recalled, text by text in the order of their facts.
+def read(hidden: Hidden, sequences: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Read sequences, those of like lengths together: yields the number of each and its hidden states (L, D).
 
-    `hidden` is asked for `batch` texts at once, on the CPU.
+    `hidden` is asked for `rows` at once (fewer if there are fewer in all), on the CPU. What follows the end of a
+    sequence cannot change it, so a batch is filled up with zeros: few shapes occur, and a GPU chooses or builds kernels
+    for each.
     """
-    right: list[bool] = []
-    for first in range(0, len(texts), batch):
-        part = texts[first : first + batch]
-        states = hidden(torch.tensor([text.ids for text in part]))
-        for row, text in enumerate(part):
-            guesses = logits(states[row, [fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
-            right += [guess == values[fact.value] for guess, fact in zip(guesses, text.facts, strict=True)]
-    return right
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
+    rows = min(rows, len(order))
+    for first in range(0, len(order), rows):
+        part = order[first : first + rows]
+        ids = torch.zeros(rows, len(sequences[part[-1]]), dtype=torch.long)
+        for row, number in enumerate(part):
+            ids[row, : len(sequences[number])] = torch.as_tensor(sequences[number])
+        states = hidden(ids)
+        yield from ((number, states[row, : len(sequences[number])]) for row, number in enumerate(part))
+
+
+@torch.no_grad()
+def recalled(states: Tensor, logits: Logits, text: FactText, values: dict[str, int]) -> list[bool]:
+    """Whether each fact of a text was recalled, from its hidden states (L, D)."""
+    guesses = logits(states[[fact.answer - 1 for fact in text.facts]]).argmax(-1).tolist()
+    return [guess == values[fact.value] for guess, fact in zip(guesses, text.facts, strict=True)]
 
 
 def by_distance(texts: list[FactText], right: list[bool]) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ from .distill import adapter
 from .probes import Hidden
 from .recipe import Task, Tier, training
 
-CHUNK = 1024
+CHUNK = 2048
 """Tokens of a row read at once through the cache, so that no mask has a side as long as the text."""
 
 

@@ -207,16 +207,11 @@ class Task:
 
 
 def tasks(recipe: Recipe, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Task]:
-    """Every training of the recipe, first seeds first. `only` and `seeds` choose some of them."""
-    found = [Task(run, seed) for run in recipe.runs if run.tier is None for seed in run.seeds]
-    chosen = [t for t in found if (not only or t.run.name in only) and (not seeds or t.seed in seeds)]
-    return sorted(chosen, key=lambda task: task.seed or 0)  # stable: runs keep their order
-
-
-def untrained(recipe: Recipe, only: tuple[str, ...] = ()) -> list[Task]:
-    """The rows without training: baselines, and runs with a tier."""
-    runs = [Run(name, far=True) for name in BASELINES] + [run for run in recipe.runs if run.tier is not None]
-    return [Task(run, None) for run in runs if not only or run.name in only]
+    """Every row of the recipe, baselines first, in its order. `only` and `seeds` choose some: those without training
+    have no seed, and are left out by name alone."""
+    found = [Task(Run(name, far=True), None) for name in BASELINES]
+    found += [Task(run, seed) for run in recipe.runs for seed in ((None,) if run.tier else run.seeds)]
+    return [t for t in found if (not only or t.run.name in only) and (not seeds or t.seed in (None, *seeds))]
 
 
 def training(task: Task) -> Task | None:

@@ -53,15 +53,16 @@ def _setup(results: Results, out: Path) -> Iterable[str]:
         "All methods see equally many keys a layer: sinks + window, and slots where a memory has them. Tokens at two "
         "bits a number come on top, or in place of half of the exact ones: compare those rows by their bytes. Losses "
         "are nats a token, over tokens read after more than the budget. *Won back*: share of the loss between sinks + "
-        "window and full attention. Square brackets: 95 % intervals, over held-out documents (losses) and Wilson's "
-        "(shares); round ones: the range over seeds. *Recalled*: facts stated before the budget. *Needles*: single "
-        "facts, all depths and lengths."
+        "window and full attention. Numbers are means over seeds. Square brackets: 95 % intervals, of losses over "
+        "held-out documents and, where there are several, seeds, of shares Wilson's over the facts that a seed is "
+        "asked; round ones: the range over seeds. *Recalled*: facts stated before the budget. *Needles*: single facts, "
+        "all depths and lengths."
     )
 
 
 def _table(groups: Sequence[Group]) -> Iterable[str]:
-    heads = ("method", "parameters", "exact", "two bits", "state KiB", "keys, values KiB")
-    heads += ("loss", "won back %", "KL", "recalled %", "needles %")
+    heads = ["method", "seeds", "parameters", "exact", "two bits", "state KiB", "keys, values KiB"]
+    heads += ["loss", "won back %", "KL", "recalled %", "needles %"]
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     for group in groups:
@@ -70,15 +71,16 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
         state = (first["state_bytes"] + first["gate_bytes"]) / 1024
         cells = [
             group.method,
+            "" if first["seed"] is None else f"{len(group.seeds)}",
             f"{first['parameters']}",
             f"{first['sinks'] + first['window']}",
             f"{first.get('quantized', 0)}",
             f"{state:.0f}",
             f"{kept / 1024:.0f}",
-            f"{group.mean('loss'):.4f}",
+            f"{group.mean('loss'):.4f}" + spread([row["loss"] for row in group.seeds], 4),
             _won_back(group),
-            f"{group.kl()[0]:.4f}",
-            _share(*group.recall()),
+            f"{group.mean('kl'):.4f}" + spread([row["kl"] for row in group.seeds], 4),
+            _recalled(group),
             _share(*_all_needles(group)),
         ]
         yield "| " + " | ".join(cells) + " |"
@@ -98,29 +100,37 @@ def _ablations(results: Results) -> Iterable[str]:
         return
     yield "\n## Trained in other ways\n"
     yield (
-        "Differences to the same memory trained as the recipe says, with the same seeds and on the same sequences; "
-        "positive is worse.\n"
+        "Differences to the same memory trained as the recipe says, with the same seeds, and so the same batches, and "
+        "on the same sequences; positive is worse. With one seed the intervals do not contain what another would "
+        "change: *between seeds* is how far apart the KL of the other's seeds lies.\n"
     )
-    yield "| run | compared with | budget | loss, mnat | KL, mnat | KL is | won back % | recalled % | the other's |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    heads = ["run", "compared with", "seeds", "budget", "loss, mnat", "KL, mnat", "between seeds", "KL is"]
+    heads += ["won back %", "recalled %", "the other's"]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
     for group, reference in pairs:
+        kl, between = group.minus(reference, "chunk_kl"), results.between_seeds(reference, "kl")
         cells = [
             group.method,
             reference.method,
+            str(len(group.seeds)),
             str(group.budget),
             _signed(group.minus(reference, "chunk_losses")),
-            _signed(group.minus(reference, "chunk_kl")),
-            _verdict(group.minus(reference, "chunk_kl")),
+            _signed(kl),
+            f"{1000 * between:.1f}" if between else "",
+            _verdict(kl, between),
             percent(group.won_back()),
-            _share(*group.recall()),
-            _share(*reference.recall()),
+            _recalled(group),
+            _recalled(reference),
         ]
         yield "| " + " | ".join(cells) + " |"
 
 
-def _verdict(difference: Number) -> str:
-    _, low, high = difference
-    return "worse" if low > 0 else "better" if high < 0 else "not told apart"
+def _verdict(difference: Number, between: float) -> str:
+    value, low, high = difference
+    if low <= 0 <= high:
+        return "not told apart"
+    return ("worse" if low > 0 else "better") + (", less than between seeds" if abs(value) <= between else "")
 
 
 def percent(number: Number) -> str:
@@ -134,13 +144,18 @@ def _signed(number: Number) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _share(hits: int, total: int) -> str:
+def _recalled(group: Group) -> str:
+    counts = [row["recall_beyond"] for row in group.seeds]
+    return _share(*group.recall()) + spread([100 * hits / max(asked, 1) for hits, asked in counts])
+
+
+def _share(hits: float, total: int) -> str:
     if total == 0:
         return ""
     low, high = wilson(hits, total)
     return f"{100 * hits / total:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _all_needles(group: Group) -> tuple[int, int]:
+def _all_needles(group: Group) -> tuple[float, int]:
     cells = [group.needles(length, depth) for length, grid in group.first["needles"].items() for depth in grid]
     return sum(hits for hits, _ in cells), sum(asked for _, asked in cells)

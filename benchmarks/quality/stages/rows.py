@@ -11,7 +11,7 @@ import numpy as np
 
 from .intervals import bootstrap
 from .log import read_lines
-from .recipe import BASELINES, Recipe, Run
+from .recipe import BASELINES, Recipe
 
 FULL, WINDOW = BASELINES[:2]
 LONG = ("chunk_losses", "chunk_kl", "sources")
@@ -41,38 +41,45 @@ class Group:
         seeds = {row["seed"] for row in other.seeds}
         return dataclasses.replace(self, seeds=[row for row in self.seeds if row["seed"] in seeds])
 
-    def chunk(self, name: str) -> np.ndarray:
-        """A number a sequence, (N,), averaged over seeds."""
-        return np.mean([row[name] for row in self.seeds], axis=0)
+    def chunks(self, name: str) -> np.ndarray:
+        """A number a seed and sequence, (S, N)."""
+        return np.array([row[name] for row in self.seeds])
 
     def won_back(self, row: dict[str, Any] | None = None) -> Number:
         """Share of the loss between sinks + window and full attention that this method wins back; of one seed's row."""
-        losses = self.chunk("chunk_losses") if row is None else np.array(row["chunk_losses"])
+        losses = self.chunks("chunk_losses") if row is None else np.array(row["chunk_losses"])
         columns = [np.array(self.full["chunk_losses"]), np.array(self.window["chunk_losses"]), losses]
         return bootstrap(lambda full, window, own: (window - own) / (window - full), columns, self.full["sources"])
 
     def kl(self) -> Number:
         """KL from full attention, nats a token."""
-        return bootstrap(lambda kl: kl, [self.chunk("chunk_kl")], self.full["sources"])
+        return bootstrap(lambda kl: kl, [self.chunks("chunk_kl")], self.full["sources"])
 
     def minus(self, other: Group, name: str) -> Number:
-        """The difference to another method on the same sequences."""
-        columns = [self.chunk(name), other.chunk(name)]
+        """The difference to another method on the same sequences, with the same seeds."""
+        columns = [self.chunks(name), other.chunks(name)]
         return bootstrap(lambda own, others: own - others, columns, self.full["sources"])
 
-    def recall(self, bucket: str | None = None) -> tuple[int, int]:
-        """Facts recalled and asked, from beyond the budget or from one bucket of distances, all seeds together."""
-        found = [row["recall_beyond"] if bucket is None else row["recall"][bucket] for row in self.seeds]
-        return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+    def recall(self, bucket: str | None = None) -> tuple[float, int]:
+        """Facts recalled and asked, from beyond the budget or from one bucket of distances; a seed, on average.
+
+        All seeds are asked the same facts, so more of them do not make more facts.
+        """
+        return _a_seed([row["recall_beyond"] if bucket is None else row["recall"][bucket] for row in self.seeds])
 
     def mean(self, name: str) -> np.ndarray:
         """A number or a list of numbers, averaged over seeds."""
         return np.mean([row[name] for row in self.seeds], axis=0)
 
-    def needles(self, length: str, depth: str) -> tuple[int, int]:
-        """Needles found and asked at one length and depth."""
-        found = [row["needles"][length][depth] for row in self.seeds if length in row["needles"]]
-        return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+    def needles(self, length: str, depth: str) -> tuple[float, int]:
+        """Needles found and asked at one length and depth; a seed, on average."""
+        return _a_seed([row["needles"][length][depth] for row in self.seeds if length in row["needles"]])
+
+
+def _a_seed(counts: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """Hits, on average, and how many were asked, of (hits, asked) of each seed."""
+    ((asked,),) = [{number for _, number in counts}]
+    return sum(hits for hits, _ in counts) / len(counts), asked
 
 
 class Results:
@@ -81,7 +88,7 @@ class Results:
     def __init__(self, recipe: Recipe, out: Path) -> None:
         order = [*BASELINES, *[run.name for run in recipe.runs]]
         rows = [row for file in sorted((out / "evaluation").glob("*.jsonl")) for row in read_lines(file)]
-        known = [row for row in rows if row["method"] in order]
+        known = sorted((row for row in rows if row["method"] in order), key=lambda row: row["seed"] or 0)
         self.recipe = recipe
         self.groups: list[Group] = []
         places = {(row["context"], row["budget"]) for row in known}
@@ -111,16 +118,22 @@ class Results:
                 other = here.get(self.reference(group.method) or "")
                 same = None if other is None else other.like(group)
                 if same is not None and same.seeds:
-                    found.append((group, same))
+                    found.append((group.like(same), same))
         return found
 
+    def between_seeds(self, group: Group, name: str) -> float:
+        """How far apart the seeds of a group's method are at most, those that the group is without included."""
+        here = next(each for each in self.at(group.context, group.budget) if each.method == group.method)
+        values = [row[name] for row in here.seeds]
+        return max(values) - min(values)
+
     def reference(self, method: str) -> str | None:
-        """The run that trains the same memory with the recipe's own settings."""
+        """The run that trains the same memory with the recipe's own settings; None for that run and for a tier's."""
         runs = {run.name: run for run in self.recipe.runs}
-        if method not in runs or not runs[method].changes:
+        if method not in runs or runs[method].tier is not None:
             return None
-        same = [run for run in runs.values() if _plain(run) and run.settings == runs[method].settings]
-        return same[0].name if same else None
+        plain = runs.get(runs[method].settings["memory"])
+        return None if plain is None or plain.name == method else plain.name
 
     def stands_alone(self, method: str) -> bool:
         """Whether it is listed among the methods: all but ablations, which only stand beside what they change.
@@ -141,10 +154,6 @@ class Results:
         return found
 
 
-def _plain(run: Run) -> bool:
-    return not run.changes and run.tier is None
-
-
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """The range over seeds, in brackets; nothing for one."""
-    return f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ahn import tiny
 from ahn.bench.shapes import SHAPES, configuration
-from ahn.checkpoint.hub import local_directory
+from ahn.checkpoint.hub import config_file, local_directory
 from ahn.errors import AHNError
 
 TINY = "tiny"
@@ -55,7 +55,7 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
             return Subject(label, build(AutoConfig.from_pretrained(path), device, dtype), True)
         source = tiny.path() if name == TINY else path if path.is_dir() else None
         if random_weights:
-            config = AutoConfig.from_pretrained(source or name)
+            config = AutoConfig.from_pretrained(source or config_file(name))
             return Subject(path.name, build(config, device, dtype), True)
         source = source or local_directory(name)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)

@@ -8,6 +8,7 @@ from ahn.bench import roofline
 from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
 from ahn.bench.fill import random_tokens
 from ahn.bench.methods import Method
+from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand, check_patience
 
 WARM_CHUNKS = 3
@@ -32,6 +33,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
     release(device)
     with peak_memory(device, stand.held()) as memory:
         times = repeated(device, lambda: read(context), settings.repeats, settings.budget)
+    profiled = {"kernels": kernels(device, lambda: read(context))} if settings.profile else {}
     return {
         "seconds": median(times),
         "spread": spread(times),
@@ -42,4 +44,5 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "peak_bytes": memory.peak_bytes,
         "reserved_bytes": memory.reserved_bytes,
         **work.report(stand.ceilings, median(times)),
+        **profiled,
     }

@@ -21,7 +21,7 @@ class Settings:
         repeats: repetitions of which the median counts.
         budget: seconds after which no further repetition of a row begins.
         max_seconds: a row whose limit alone is longer is skipped.
-        profile: list the kernels of a training step in its row.
+        profile: list the kernels of a prompt, a step or a training step in its row.
     """
 
     new_tokens: int = 64

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from ahn.checkpoint.directory import CONFIG
 from ahn.errors import AHNError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -29,13 +30,30 @@ def local_directory(name: str | os.PathLike[str], **hub: Any) -> Path:
         return path
     if path.exists():
         raise AHNError(f"{path} is a file; give the directory that holds config.json and the weights.")
+    return _snapshot(str(name), FILES, **hub)
+
+
+def config_file(repository: str) -> Path:
+    """The local copy of a Hub repository's config.json, downloaded if needed.
+
+    Raises:
+        AHNError: there is no such repository or file, or the Hub cannot be reached.
+    """
+    file = _snapshot(repository, [CONFIG]) / CONFIG
+    if not file.is_file():
+        raise AHNError(f"The Hugging Face Hub repository {repository!r} has no {CONFIG}, or it cannot be reached.")
+    return file
+
+
+def _snapshot(repository: str, files: list[str], **hub: Any) -> Path:
+    # Without a network this fails at the first request; `hf_hub_download` tries for 23 seconds.
     try:
-        return Path(snapshot_download(str(name), allow_patterns=FILES, ignore_patterns=IGNORED, **hub))
+        return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=IGNORED, **hub))
     except (
         OSError,
         ValueError,
     ) as error:  # what the Hub raises offline, for bad ids, and for absent or gated repositories
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AHNError(
-            f"{str(name)!r} is neither a directory nor a Hugging Face Hub repository within reach: {reason}"
+            f"{repository!r} is neither a directory nor a Hugging Face Hub repository within reach: {reason}"
         ) from error

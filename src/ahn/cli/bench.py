@@ -90,7 +90,7 @@ def command(
         float, typer.Option("--max-seconds", help="Skip what takes longer even at the machine's limit.")
     ] = 120.0,
     profile: Annotated[
-        bool, typer.Option("--profile", help="For train: also write the time of every kernel to --out.")
+        bool, typer.Option("--profile", help="For prefill, decode, train: also write every kernel's time to --out.")
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for rows.jsonl, the table and the plots.")] = Path(
         "ahn-bench"

@@ -120,6 +120,7 @@ def _changed(
 def _open(model: str) -> Checkpoint:
     """The configuration of a directory, a file or a Hub id, with the headers of its weights if they are at hand."""
     from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, read_json
+    from ahn.checkpoint.hub import config_file
     from ahn.errors import AHNError
 
     path = Path(model).expanduser()
@@ -129,17 +130,8 @@ def _open(model: str) -> Checkpoint:
         return Checkpoint(path, read_json(path / CONFIG), {})
     if not path.is_file() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise AHNError(f"There is no file or directory {model!r}.")
-    file = path if path.is_file() else _download(model)
+    file = path if path.is_file() else config_file(model)
     return Checkpoint(file.parent, read_json(file), {})
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, "config.json"))
-    except (OSError, ValueError) as error:  # what the Hub raises offline, for bad ids and for absent repositories
-        raise common.unreadable(repository, error) from error
 
 
 def as_data(subject: Subject, costs: list[Cost]) -> dict[str, Any]:

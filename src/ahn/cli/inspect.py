@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,7 +122,8 @@ def _kind_table(kinds: list[KindWrites], written: int) -> Table:
 
 
 def _interval(mean: Mean, digits: int) -> str:
-    return f"{mean.value:.{digits}f} ({mean.low:.{digits}f}-{mean.high:.{digits}f})"
+    interval = "" if math.isnan(mean.low) else f" ({mean.low:.{digits}f}-{mean.high:.{digits}f})"
+    return f"{mean.value:.{digits}f}{interval}"
 
 
 def _figures(trace: Trace, kinds: list[KindWrites], title: str, out: Path) -> list[str]:

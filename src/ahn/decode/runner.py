@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ahn import quantized
 from ahn.cache import AHNCache, new_columns
 from ahn.cache_layer import AHNLayer
-from ahn.compiled import layers_compiled
+from ahn.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward, step_buffers
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
@@ -56,6 +56,8 @@ def on_gpu(ids: Tensor) -> bool:
 
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     layers, decoder = cache.memory_layers, model.get_decoder()
+    if on_several_devices(model):
+        return False
     if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
         return False
     head = model.get_output_embeddings()

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
@@ -33,19 +32,21 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "chunked")
-_forced: ContextVar[str | None] = ContextVar("ahn_ops_backend", default=None)
+# Of the whole process: under checkpointing layers run again in the backward pass, which on a GPU has its own threads.
+_forced: str | None = None
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one of `BACKENDS` inside the block (None: choose by device, type and length again)."""
+    """Force one of `BACKENDS` inside the block, in all threads (None: choose by device, type and length again)."""
+    global _forced
     if name is not None and name not in BACKENDS:
         raise AHNError(f"Unknown ops backend {name!r}; choose from {', '.join(BACKENDS)}.")
-    token = _forced.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 @cache
@@ -57,7 +58,7 @@ def has_triton() -> bool:
 
 def _choose(length: int) -> ModuleType:
     """The implementation for that many tokens."""
-    name = _forced.get() or ("reference" if length == 1 else "chunked")  # one step is already its plainest form
+    name = _forced or ("reference" if length == 1 else "chunked")  # one step is already its plainest form
     return chunked if name == "chunked" else reference
 
 
@@ -76,7 +77,7 @@ def scans_whole(query: Tensor) -> bool:
     # The gradients of a long scan leave float16's range; float32 without tensor cores is not worth a kernel.
     fits = dtype == torch.bfloat16 or (dtype == torch.float16 and not torch.is_grad_enabled())
     fits = fits and query.is_cuda and P in (64, 128)  # narrower heads: see `scan_triton.STATE_COLUMNS`
-    return fits and _forced.get() is None and has_triton()
+    return fits and _forced is None and has_triton()
 
 
 def scan(

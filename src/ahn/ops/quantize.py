@@ -41,8 +41,8 @@ def encode(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
     """
     y = rotate(x.to(precise(x.dtype)))
     deviation = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_tiny(y))
-    code = torch.bucketize(y / deviation, y.new_tensor(EDGES))
-    level = y.new_tensor(LEVELS)[code]
+    code = torch.bucketize(y / deviation, _numbers(EDGES, y.dtype, y.device))
+    level = _numbers(LEVELS, y.dtype, y.device)[code]
     product = (y * level).sum(-1)
     scale = y.square().sum(-1) / product.clamp_min(_tiny(y)) if unbiased else product / level.square().sum(-1)
     places = BITS * torch.arange(PER_BYTE, device=x.device)
@@ -67,6 +67,13 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 def _tiny(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(len(numbers),); kept, since bringing them to a GPU waits for all that it has to do."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ahn.ops.scan_triton import unit_rows
+from ahn.ops.scan_triton import LOOPS, unit_rows
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def local_writes(
     tl.store(grad_written + (to + i)[:, None] * P + p[None, :], tl.dot(local.to(dtype), do, input_precision=PRECISION))
 
 
-@triton.jit
+@triton.jit(**LOOPS)
 def states_backward(
     query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,

@@ -25,6 +25,9 @@ CHUNK = 64
 # 32. ptxas before 13.1 is known to make such code of products on Hopper (flash-linear-attention PR 1262 and
 # triton-lang/triton issue 11366). `test_many_heads_on_a_gpu` is there to find it.
 STATE_COLUMNS = 32
+# A single chunk is no constant of the kernels that go through chunks: without its loop, ptxas 12.8 addresses a factor
+# of the second product by a register that it never set, and the state is wrong.
+LOOPS = {"do_not_specialize": ("chunks",)}
 STATES = {"num_warps": 4, "num_stages": 2}
 # A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
 SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
@@ -112,7 +115,7 @@ def _solve(
     tl.store(from_k + to, tl.dot(M, (k * entering[:, None]).to(dtype), input_precision=PRECISION))
 
 
-@triton.jit
+@triton.jit(**LOOPS)
 def _states(
     key, value, write, decay, from_k, from_v, faded, fading, state, states, tokens, chunks,
     kb, kh, kt, vb, vh, vt, l2_eps,

@@ -312,6 +312,14 @@ def operator(
     write_ring: Tensor | None,
     decay_ring: Tensor | None,
     state: Tensor | None,
+    code_keys: Tensor | None,
+    code_values: Tensor | None,
+    code_key_scales: Tensor | None,
+    code_value_scales: Tensor | None,
+    code_key_offset: Tensor | None,
+    code_value_offset: Tensor | None,
+    code_write: Tensor | None,
+    code_decay: Tensor | None,
     sinks: int,
     scaling: float,
     delta: bool,
@@ -336,14 +344,6 @@ def operator(
     key_norm: Tensor | None = None,
     query_eps: float = 0.0,
     key_eps: float = 0.0,
-    code_keys: Tensor | None = None,
-    code_values: Tensor | None = None,
-    code_key_scales: Tensor | None = None,
-    code_value_scales: Tensor | None = None,
-    code_key_offset: Tensor | None = None,
-    code_value_offset: Tensor | None = None,
-    code_write: Tensor | None = None,
-    code_decay: Tensor | None = None,
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
@@ -394,36 +394,25 @@ def layer_step(
     read: StepRead | None,
 ) -> Tensor:
     """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hq) each."""
-    ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state)
-    coded = _named(buffers.codes)
+    # Whatever is written has to be given by position: torch 2.11 looks for it there.
+    ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state, *_fields(buffers.codes))
     if rule is None or read is None:
         return operator(
             query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
-            None, None, None, None, None, **coded,
+            None, None, None, None, None,
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
     fading = (None, "none", None, None) if decay is None else _parts(decay)
     return operator(
         query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
         rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
-        *_parts(write)[1:], *fading[1:], **coded,
+        *_parts(write)[1:], *fading[1:],
     )  # fmt: skip
 
 
-def _named(codes: StepCodes | None) -> dict[str, Tensor | None]:
+def _fields(codes: StepCodes | None) -> list[Tensor | None]:
     """Codes as `operator` takes them."""
-    if codes is None:
-        return {}
-    return {
-        "code_keys": codes.keys,
-        "code_values": codes.values,
-        "code_key_scales": codes.key_scales,
-        "code_value_scales": codes.value_scales,
-        "code_key_offset": codes.key_offset,
-        "code_value_offset": codes.value_offset,
-        "code_write": codes.write,
-        "code_decay": codes.decay,
-    }
+    return [None if codes is None else getattr(codes, field.name) for field in dataclasses.fields(StepCodes)]
 
 
 def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:

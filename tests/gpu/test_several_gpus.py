@@ -1,0 +1,69 @@
+"""A model dispatched over two GPUs against the same model on one: eager chunks, a live cache, steps, `generate`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import models
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ahn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+LAYERS, LENGTH = 4, 200
+
+
+def pair(memory: str, quantized: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """On one GPU, and half of the layers on each of two."""
+    shape = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS}
+    config = ahn.AHNConfig(memory=memory, window=48, sinks=16, quantized=quantized, prefill_chunk_size=32)
+    base = models.base("qwen3", initializer_range=0.05, **shape)
+    one = models.awaken(ahn.attach(base.to(dtype), config))
+    two = copy.deepcopy(one)
+    devices: dict[str, Any] = {f"model.layers.{i}": int(i >= LAYERS // 2) for i in range(LAYERS)}
+    devices |= {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    return one.to("cuda:0"), dispatch_model(two, devices, skip_keys="past_key_values")
+
+
+def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Of a prompt in chunks, a second one on the live cache, and three steps, (B, LENGTH, V)."""
+    cache, found = ahn.AHNCache.for_model(model), []
+    for start, stop in ((0, 150), (150, LENGTH - 3), *((i, i + 1) for i in range(LENGTH - 3, LENGTH))):
+        own = None if mask is None else mask[:, :stop]
+        found.append(model(ids[:, start:stop], attention_mask=own, past_key_values=cache).logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [0, 32])
+@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2", "window_only"])
+@torch.no_grad()
+def test_two_gpus_give_what_one_gives(memory: str, quantized: int, dtype: torch.dtype, padded: bool) -> None:
+    one, two = pair(memory, quantized, dtype)
+    ids, mask = models.tokens(2, LENGTH).to("cuda:0"), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[1, :20] = 0
+    expected, found = logits(one, ids, mask), logits(two, ids, mask)
+    assert found.device == expected.device
+    # One GPU replays captured steps and fuses small passes, two do neither: equal to rounding.
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    assert error < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("quantized", [0, 32])
+@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2", "window_only"])
+@torch.no_grad()
+def test_generate(memory: str, quantized: int) -> None:
+    one, two = pair(memory, quantized, torch.float32)
+    ids = models.tokens(2, 150).to("cuda:0")
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    out = [m.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False) for m in (one, two)]
+    torch.testing.assert_close(out[1], out[0], rtol=0, atol=0)
