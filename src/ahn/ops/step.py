@@ -410,9 +410,14 @@ def layer_step(
     )  # fmt: skip
 
 
-def _fields(codes: StepCodes | None) -> list[Tensor | None]:
+def _fields(codes: StepCodes | None) -> tuple[Tensor | None, ...]:
     """Codes as `operator` takes them."""
-    return [None if codes is None else getattr(codes, field.name) for field in dataclasses.fields(StepCodes)]
+    if codes is None:
+        return (None,) * len(_CODES)
+    return (
+        codes.keys, codes.values, codes.key_scales, codes.value_scales, codes.key_offset, codes.value_offset,
+        codes.write, codes.decay,
+    )  # fmt: skip
 
 
 def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
