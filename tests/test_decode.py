@@ -374,7 +374,17 @@ def test_a_tuple_an_embedding_and_a_loss(graphs: Graphs) -> None:
 
 
 @pytest.mark.parametrize(
-    "why", ["gradients", "training", "no step_rule", "ct_max", "full attention in a layer", "gemma3", "dynamic angles"]
+    "why",
+    [
+        "gradients",
+        "training",
+        "no step_rule",
+        "ct_max",
+        "full attention in a layer",
+        "gemma3",
+        "dynamic angles",
+        "several devices",
+    ],
 )
 def test_what_no_graph_can_do(why: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"window": WINDOW, "sinks": SINKS}
@@ -386,6 +396,8 @@ def test_what_no_graph_can_do(why: str, graphs: Graphs, monkeypatch: pytest.Monk
     if why == "dynamic angles":  # they change with the length of the text
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         model = awaken(ahn.attach(base(rope_parameters=rope), model.ahn_config))
+    if why == "several devices":
+        model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     if why == "no step_rule":
         monkeypatch.setattr(type(model.get_decoder().layers[0].ahn.fn), "step_rule", lambda self: None)
     model.train(why == "training")  # no dropout: the same numbers

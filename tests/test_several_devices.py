@@ -6,7 +6,9 @@ those is refused, as on real ones. What moves tensors between the layers are acc
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedModel
 
 import ahn
-from ahn import bands
+from ahn import bands, compiled
 from ahn.ops import moves, quantize
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
@@ -164,6 +166,16 @@ def place(x: Tensor) -> Tensor:
     return Placed(x, FIRST)
 
 
+def compare(one: PreTrainedModel, two: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> None:
+    with torch.no_grad():
+        expected = logits(one, ids, mask, lambda x: x)
+        with Factories():
+            found = logits(two, ids, mask, place)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.device == FIRST  # where the input was: accelerate's outermost hook is still in front
+        torch.testing.assert_close(_plain(ours), theirs, rtol=0, atol=1e-5)
+
+
 def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, put: Any) -> list[Tensor]:
     """Of a prompt in chunks, a second one on the live cache, and three steps."""
     cache, found = ahn.AHNCache.for_model(model), []
@@ -183,25 +195,14 @@ def test_logits_are_those_of_one_device(memory: str, quantized: int, padded: boo
     if padded:
         mask = torch.ones(2, 25, dtype=torch.long)
         mask[1, :3] = 0
-    with torch.no_grad():
-        expected = logits(one, ids, mask, lambda x: x)
-        with Factories():
-            found = logits(two, ids, mask, place)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.device == FIRST  # where the input was: accelerate's outermost hook is still in front
-        torch.testing.assert_close(_plain(ours), theirs, rtol=0, atol=1e-5)
+    compare(one, two, ids, mask)
 
 
 def test_layers_without_a_memory_get_their_mask_too() -> None:
     one, two = pair("gemma3", 0, "gated_deltanet")
     ids, mask = models.tokens(2, 25), torch.ones(2, 25, dtype=torch.long)
     mask[1, :3] = 0
-    with torch.no_grad():
-        expected = logits(one, ids, mask, lambda x: x)
-        with Factories():
-            found = logits(two, ids, mask, place)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(_plain(ours), theirs, rtol=0, atol=1e-5)
+    compare(one, two, ids, mask)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
@@ -216,6 +217,16 @@ def test_a_parked_conversation_goes_on(architecture: str) -> None:
             caches[1].to("cpu")
             found = two(place(ids[:, 20:]), past_key_values=caches[1]).logits
     torch.testing.assert_close(_plain(found), expected, rtol=0, atol=1e-5)
+
+
+def test_small_passes_are_fused_on_one_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_triton", lambda: True)
+
+    def fused(*places: int) -> bool:
+        model = types.SimpleNamespace(device=FIRST, hf_device_map=dict(enumerate(places)))
+        return not isinstance(compiled.leaves_fused(model), contextlib.nullcontext)  # type: ignore[arg-type]
+
+    assert fused() and fused(0, 0) and not fused(0, 1)
 
 
 @pytest.mark.parametrize("first", ["attached", "dispatched"])

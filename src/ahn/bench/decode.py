@@ -28,9 +28,9 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         found = time_step(stand, method, cache, context, batch)
         if not method.compiled_by_generate:
             found |= _also_through_generate(stand, cache, context, batch)
-            if stand.settings.profile:
-                ids = fill.random_tokens(stand.model, batch, 1)
-                found["kernels"] = kernels(device, lambda: stand.model(input_ids=ids, past_key_values=cache))
+    if stand.settings.profile and not method.compiled_by_generate:
+        ids = fill.random_tokens(stand.model, batch, 1)
+        found["kernels"] = kernels(device, lambda: stand.model(input_ids=ids, past_key_values=cache))
     return {
         **found,
         "real_prefill": stand.settings.real_prefill,
