@@ -207,10 +207,13 @@ class Task:
 
 
 def tasks(recipe: Recipe, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Task]:
-    """Every row of the recipe, baselines first, in its order. `only` and `seeds` choose some: those without training
-    have no seed, and are left out by name alone."""
+    """Every row of the recipe: baselines, the first seed of each run in its order, then the other seeds.
+
+    `only` and `seeds` choose some: rows without training have no seed, and are left out by name alone.
+    """
     found = [Task(Run(name, far=True), None) for name in BASELINES]
     found += [Task(run, seed) for run in recipe.runs for seed in ((None,) if run.tier else run.seeds)]
+    found.sort(key=lambda task: task.seed or 0)
     return [t for t in found if (not only or t.run.name in only) and (not seeds or t.seed in (None, *seeds))]
 
 
