@@ -173,6 +173,9 @@ def loader(batches: Dataset, workers: int) -> DataLoader:
         batch_size=None,
         shuffle=False,
         num_workers=workers,
+        # A worker is a fork: a row is done in a process that was spawned, whose own children would be, too, and each of
+        # those imports everything anew.
+        multiprocessing_context="fork" if workers else None,
         prefetch_factor=8 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
