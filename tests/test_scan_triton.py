@@ -41,7 +41,7 @@ def expected(query, key, value, write, decay, state, rule, read):
     merged = o.transpose(1, 2).reshape(B * m, H, P)
     flat = StepRead(
         merged,
-        *(x.double().transpose(1, 2).reshape(B * m, H) for x in (read.gamma, read.weight)),
+        *(x.double().expand(B, H, m).transpose(1, 2).reshape(B * m, H) for x in (read.gamma, read.weight)),
         read.norm.double(),
         read.o_proj.double(),
     )
@@ -64,6 +64,12 @@ def test_the_scan_in_float16(name: str) -> None:
     check(name, 70, 2, 1, 64, torch.float16, FLOAT16)
 
 
+@pytest.mark.usefixtures("triton")
+def test_rows_without_padding_share_the_router_s_weight() -> None:
+    """It depends on how many tokens were written alone, so it has one row for all of them."""
+    check("deltanet", 70, 2, 1, 16, torch.float32, FLOAT32, rows=3, weights=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +89,15 @@ def test_many_heads_on_a_gpu(name: str, P: int) -> None:
 
 
 def check(
-    name: str, tokens: int, heads: int, kv_heads: int, P: int, dtype: torch.dtype, tolerance: float, rows: int = 2
+    name: str,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    P: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    rows: int = 2,
+    weights: int | None = None,
 ) -> None:
     from ahn.ops import scan_triton
 
@@ -100,7 +114,7 @@ def check(
     state = 0.1 * normal(rows, heads, P, P).float()
     read = None
     if not rule.across_heads:
-        gates = [normal(rows, heads, tokens).float() for _ in range(2)]
+        gates = [normal(count, heads, tokens).float() for count in (rows, weights or rows)]
         read = StepRead(query, *gates, 1 + 0.1 * normal(P), normal(heads, P, P) / P**0.5)
     wanted, wanted_state = expected(query, key, value, write, decay, state, rule, read)
     on = [None if x is None else x.to(DEVICE) for x in (query, key, value, write, decay, state)]

@@ -97,7 +97,7 @@ def scan(
         key, value: (B, Hkv, m, P).
         write, decay: (B, Hq, m) float32 gates.
         state: (B, Hq, P, P) float32 before the first write.
-        read: with gamma and weight (B, Hq, m); its `query` is not used.
+        read: with gamma (B, Hq, m) and weight (B or 1, Hq, m); its `query` is not used.
 
     Returns:
         The finished read (B, Hq, m, P) in the type that kernels multiply in, and the state after the last write.

@@ -123,7 +123,7 @@ class NormAndGate(torch.autograd.Function):
 def finish(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
     """Norm, gate, projection and the router's weight of raw reads o (B, Hq, m, P), in o's type and shape.
 
-    `read.gamma` and `read.weight` are (B, Hq, m); `read.query` is not used.
+    `read.gamma` is (B, Hq, m), `read.weight` (B or 1, Hq, m); `read.query` is not used.
     """
     projected = NormAndGate.apply(o, read.gamma, read.norm, rule) @ read.o_proj.to(o.dtype)
     return projected if read.weight is None else (projected * read.weight.unsqueeze(-1)).to(o.dtype)

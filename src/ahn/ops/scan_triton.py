@@ -241,8 +241,10 @@ def read_raw(
     finish = read is not None
     out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype, device=query.device)
     gamma, weight = (None, None) if read is None else (read.gamma.contiguous(), read.weight)
+    if weight is not None:
+        weight = weight.expand(B, HEADS, tokens).contiguous()
     _reads[chunks, B * HEADS](
-        query, key, decay, done.written, done.states, gamma, None if weight is None else weight.contiguous(),
+        query, key, decay, done.written, done.states, gamma, weight,
         None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
         *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
         FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), **READS,
@@ -277,8 +279,8 @@ def scan(
         key, value: (B, Hkv, m, P) of the same type as the query.
         write, decay: (B, Hq, m) float32 gates.
         state: (B, Hq, P, P) float32 before the first write.
-        read: with gamma and weight (B, Hq, m), where `rule.across_heads` is False: the read is finished here. Its
-            `query` is not used.
+        read: with gamma (B, Hq, m) and weight (B or 1, Hq, m), where `rule.across_heads` is False: the read is finished
+            here. Its `query` is not used.
 
     Returns:
         The finished or the raw read (B, Hq, m, P) in the query's type, laid out as (B, m, Hq, P), and the state after
