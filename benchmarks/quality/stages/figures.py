@@ -262,14 +262,17 @@ def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[i
 
 
 def _style(results: Results, group: Group) -> dict[str, Any]:
-    """Colour, mark and name of a method, the same in every figure."""
+    """Colour, mark and name of a method, the same in every figure. One memory has one colour, however trained."""
     name = {"label": NAMES.get(group.method, group.method)}
     if group.method in FIXED:
         colour, line = FIXED[group.method]
         return name | {"color": colour, "linestyle": line, "marker": ""}
-    number = [other for other in _methods(results) if other not in FIXED].index(group.method)
+    alike = results.reference(group.method) or group.method
+    kinds = [results.reference(method) or method for method in _methods(results) if method not in FIXED]
+    number = list(dict.fromkeys(kinds)).index(alike)
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    return name | {"color": colour, "marker": marker, "markersize": 5}
+    changed = {"linestyle": "--", "markerfacecolor": "white"} if alike != group.method else {}
+    return name | {"color": colour, "marker": marker, "markersize": 5} | changed
 
 
 def _whisker(

@@ -86,8 +86,8 @@ STUDY = Recipe(
         Run("gated_deltanet-kl+distill", {"memory": "gated_deltanet"}, {"loss": "kl+distill"}),
         Run("gated_deltanet-fixed512", {"memory": "gated_deltanet"}, {"total": 512}),
         # How it begins, and how it learns.
-        Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}, far=True),
-        Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}, far=True),
+        Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}),
+        Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}),
         Run("deltanet-q_proj", {"memory": "deltanet", "q_proj": True}),
         Run("deltanet-router", {"memory": "deltanet", "router": True}),
         Run("deltanet-lr6e-3", {"memory": "deltanet"}, {"lr": 6e-3}),

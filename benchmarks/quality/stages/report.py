@@ -31,7 +31,10 @@ def _page(results: Results, out: Path, pictures: Sequence[str]) -> Iterable[str]
     for far in (False, True):
         for context, budget in results.places(far):
             yield f"\n## {budget} tokens kept exactly, {context} read\n"
-            yield from _table([g for g in results.at(context, budget) if results.stands_alone(g.method)])
+            groups = [g for g in results.at(context, budget) if results.stands_alone(g.method)]
+            yield from _table(groups)
+            if not far:
+                yield from _gap(groups)
     yield from _ablations(results)
     yield "\n## Figures\n"
     yield from (f"![{name}](figures/{name}.png)\n" for name in pictures)
@@ -84,6 +87,28 @@ def _table(groups: Sequence[Group]) -> Iterable[str]:
             _share(*_all_needles(group)),
         ]
         yield "| " + " | ".join(cells) + " |"
+
+
+def _gap(groups: Sequence[Group]) -> Iterable[str]:
+    """Which tokens the gap is made of, and which of them each method wins back."""
+    yield (
+        "\nTokens by how long ago the same pair of tokens was last seen, and what each method wins back of them, in % "
+        "of the whole gap (full attention: what the gap is made of):\n"
+    )
+    counts = groups[0].full["loss_by_repeat"]
+    total = sum(number for _, number in counts.values())
+    budget = groups[0].budget
+    near = sum(number for name, (_, number) in counts.items() if name != "none" and int(name) < budget)
+    shares = [counts.get("none", (0, 0))[1], near]
+    shares.append(total - sum(shares))
+    heads = ["method", "never", f"within {budget} tokens", "longer ago"]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
+    yield "| % of the tokens | " + " | ".join(f"{100 * share / total:.1f}" for share in shares) + " |"
+    for group in groups:
+        if group.method != WINDOW:
+            parts = sum(group.by_repeat(row) for row in group.seeds) / len(group.seeds)
+            yield f"| {group.method} | " + " | ".join(f"{100 * part:+.1f}" for part in parts) + " |"
 
 
 def _won_back(group: Group) -> str:

@@ -67,6 +67,19 @@ class Group:
         """
         return _a_seed([row["recall_beyond"] if bucket is None else row["recall"][bucket] for row in self.seeds])
 
+    def by_repeat(self, row: dict[str, Any]) -> np.ndarray:
+        """What a row wins back, in parts that add up to its share of the whole gap between sinks + window and full.
+
+        Of tokens whose pair was never seen before, was last seen within the budget, and longer ago: (3,).
+        """
+        window, full, own = (each["loss_by_repeat"] for each in (self.window, self.full, row))
+        gap = sum(number * (loss - full[name][0]) for name, (loss, number) in window.items())
+        parts = np.zeros(3)
+        for name, (loss, number) in window.items():
+            place = 0 if name == "none" else 1 + (int(name) >= self.budget)
+            parts[place] += number * (loss - own[name][0]) / gap
+        return parts
+
     def mean(self, name: str) -> np.ndarray:
         """A number or a list of numbers, averaged over seeds."""
         return np.mean([row[name] for row in self.seeds], axis=0)
