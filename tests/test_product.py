@@ -35,7 +35,7 @@ def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
 
     r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     K, silu = data.draw(st.integers(1, 300)), data.draw(st.booleans())
-    tile = product_triton.Tile(data.draw(st.sampled_from([1, 4])), data.draw(st.sampled_from([64, 512])), None)
+    tile = product_triton.Tile(data.draw(st.sampled_from([1, 4])), data.draw(st.sampled_from([64, 512])), 8, None)
     sizes = data.draw(st.lists(st.integers(1, 37), min_size=1, max_size=6))
     sizes = [sizes[0]] * 2 if silu else sizes
 
