@@ -1,9 +1,11 @@
-"""What the memories of ahn-tiny store: the numbers of docs/inspect.md.
+"""What memories store: the numbers of docs/inspect.md.
 
-    python benchmarks/inspect_tiny.py gated_deltanet OUT.json [--documents 8]
+    python benchmarks/inspect_memory.py gated_deltanet OUT.json [--documents 8]             # of ahn-tiny
+    python benchmarks/inspect_memory.py runs/quality/adapters/deltanet OUT.json --texts runs/quality/held_out.npz \\
+        --window 480 --length 8192                                                          # of benchmarks/quality
 
-Reads held-out documents of 4096 tokens with 32 facts each (256 exact tokens), once as they are and once with each part
-of the memory off, and writes means over documents with 95 % intervals (Student's t; shares of facts: Wilson's).
+Reads held-out documents with up to 32 facts each, once as they are and once with each part of the memory off, and
+writes means over documents with 95 % intervals (Student's t; shares of facts: Wilson's).
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -28,27 +31,39 @@ from ahn.demo.documents import Document, make_documents
 from ahn.inspect import Trace, record, token_kinds, without
 from ahn.tiny.corpus import held_out_text
 
-WINDOW, SINKS, LENGTH = 224, 32, 4096
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 6: 2.57, 8: 2.36, 12: 2.20}
 """97.5 % quantiles of Student's t by number of documents."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("memory")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("memory", help="of ahn-tiny, or an adapter's folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--documents", type=int, default=8, choices=sorted(STUDENT))
+    parser.add_argument("--texts", type=Path, help="token ids of held-out documents; default: ahn-tiny's modules")
+    parser.add_argument("--window", type=int, default=224)
+    parser.add_argument("--sinks", type=int, default=32)
+    parser.add_argument("--length", type=int, default=4096, help="of a document in tokens, facts included")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(tiny.path())
-    model = ahn.from_pretrained(tiny.adapter_path(arguments.memory), window=WINDOW, sinks=SINKS, dtype="float32").eval()
-    documents, _ = make_documents(tokenizer, held_out_text(), arguments.documents, LENGTH, WINDOW + SINKS)
+    shape = {"window": arguments.window, "sinks": arguments.sinks}
+    adapter = arguments.memory if Path(arguments.memory).is_dir() else tiny.adapter_path(arguments.memory)
+    model = ahn.from_pretrained(adapter, **shape, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    texts = held_out_text() if arguments.texts is None else decoded(tokenizer, arguments.texts)
+    documents, _ = make_documents(tokenizer, texts, arguments.documents, arguments.length, sum(shape.values()))
     rows = []
     for document in documents:
         rows.append(one(model, tokenizer, document))
         print(document.name, json.dumps(rows[-1]["loss"]), file=sys.stderr, flush=True)
-    result = {"memory": arguments.memory, "window": WINDOW, "sinks": SINKS, "length": LENGTH}
+    result = {"memory": Path(arguments.memory).name, **shape, "length": arguments.length}
     result |= {"documents": [document.name for document in documents], **summary(rows)}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def decoded(tokenizer: Any, file: Path) -> Sequence[tuple[str, str]]:
+    """Names and texts of a study's held-out documents."""
+    with np.load(file) as documents:
+        return [(name, tokenizer.decode(documents[name].tolist())) for name in documents.files]
 
 
 @torch.no_grad()
@@ -56,12 +71,13 @@ def one(model: PreTrainedModel, tokenizer: Any, document: Document) -> dict[str,
     """Everything about one document."""
     ids = torch.tensor(document.text.ids)
     kinds = token_kinds(tokenizer, document.text.ids)
+    window, sinks = model.ahn_config.window, model.ahn_config.sinks
     for position in document.text.inserted:
         kinds[position] = "fact"
-    facts = document.facts_beyond(WINDOW, SINKS)
+    facts = document.facts_beyond(window, sinks)
     answers = torch.tensor([fact.answer for fact in facts])
     counted = torch.tensor([kind != "fact" for kind in kinds])
-    counted[: WINDOW + SINKS] = False
+    counted[: window + sinks] = False
 
     def read() -> tuple[Tensor, int]:
         """(L,) loss of each token, and how many facts were recalled."""
@@ -84,7 +100,7 @@ def one(model: PreTrainedModel, tokenizer: Any, document: Document) -> dict[str,
     for kind in sorted(set(kinds) - {"fact"}):
         here = counted & torch.tensor([k == kind for k in kinds])
         gains[kind] = [float((bare - whole)[here].sum()), int(here.sum())]
-    lasting = [pair for pair, long in lives(trace).items() if long]
+    lasting = [pair for pair, long in lives(trace, window).items() if long]
     by_kind = {
         name: {entry.kind: [entry.strength.value, entry.update.value, entry.tokens] for entry in entries}
         for name, entries in (("all", trace.by_kind(kinds)), ("lasting", trace.by_kind(kinds, lasting)))
@@ -96,9 +112,9 @@ def one(model: PreTrainedModel, tokenizer: Any, document: Document) -> dict[str,
     }  # fmt: skip
 
 
-def lives(trace: Trace) -> dict[tuple[int, int], bool]:
+def lives(trace: Trace, window: int) -> dict[tuple[int, int], bool]:
     """Whether each head's half-life is longer than the window."""
-    return {(i, h): life > WINDOW for i, w in trace.writes.items() for h, life in enumerate(w.half_life().tolist())}
+    return {(i, h): life > window for i, w in trace.writes.items() for h, life in enumerate(w.half_life().tolist())}
 
 
 def parts(
@@ -107,7 +123,7 @@ def parts(
     """Parts of the memory that are turned off one after the other."""
     for layer in trace.writes:
         yield f"no layer {layer}", without(model, [layer])
-    heads = lives(trace)
+    heads = lives(trace, model.ahn_config.window)
     for name, long in (("no heads that remember", True), ("no heads that forget", False)):
         stack = contextlib.ExitStack()
         for layer in trace.writes:
