@@ -25,11 +25,6 @@ QUANTIZED = 7
 SEEN = LOSSLESS + QUANTIZED
 
 
-@pytest.fixture(autouse=True)
-def _in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "QUANTIZED", True)
-
-
 @cache
 def shared(memory: str, architecture: str = "qwen3", options: bool = False) -> PreTrainedModel:
     return adapted(
@@ -116,11 +111,3 @@ def test_a_layer_is_our_operators_and_nothing_else(memory: str, compiled: list[t
     names = [getattr(target, "__name__", target) for target in layer]
     views = {"view", "narrow", "transpose", "unsqueeze", "getitem", "reshape", "contiguous"}
     assert sorted(name for name in names if name not in views) == ["product.default"] * 4 + ["step.default"]
-
-
-def test_they_are_ordinary_until_their_kernels_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "QUANTIZED", False)
-    talk = Talk(shared("window_only"), 1)
-    talk.read((LOSSLESS + 3,))
-    talk.steps(2)
-    assert not len(runner._runners)

@@ -100,12 +100,6 @@ def differing(talks: list[Talk]) -> int:
     return sum(int((a[name] != b[name]).sum()) for a, b in zip(*states, strict=True) for name in names)
 
 
-@pytest.fixture(autouse=True)
-def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested here decides whether it comes into use."""
-    monkeypatch.setattr(runner, "QUANTIZED", True)
-
-
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("memory", ["window_only", "deltanet", "gated_deltanet"])
 @torch.no_grad()

@@ -11,7 +11,8 @@ from ahn import quantized
 from ahn.memory import RecurrentMemory
 from ahn.memory_query import memory_query
 from ahn.ops.gate import Gate
-from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRule, layer_step
+from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRule
+from ahn.ops.step_operator import layer_step
 
 if TYPE_CHECKING:
     from ahn.attention import LayerContext

@@ -24,9 +24,6 @@ from ahn.ops.step import StepBuffers, supported
 
 _runners: weakref.WeakKeyDictionary[AHNCache, Runner] = weakref.WeakKeyDictionary()
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
-# Whether steps with quantized tokens are captured as well. Not before tests/gpu/test_quantized_gpu.py has passed as a
-# whole: on an H100 it has for Qwen2 with Gated DeltaNet and failed for Qwen3; Triton's interpreter finds both right.
-QUANTIZED = False
 
 
 def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
@@ -59,7 +56,7 @@ def on_gpu(ids: Tensor) -> bool:
 
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     layers, decoder = cache.memory_layers, model.get_decoder()
-    if on_several_devices(model) or (cache.config.quantized and not QUANTIZED):
+    if on_several_devices(model):
         return False
     if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
         return False
