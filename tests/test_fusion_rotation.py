@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ahn.fusion import fuse
 from ahn.ops.gate import Gate
-from ahn.ops.step import StepBuffers, StepRead, StepRule, layer_step
+from ahn.ops.step import StepBuffers, StepRead, StepRule
+from ahn.ops.step_operator import layer_step
 
 B, H, HKV, P, S, W = 2, 4, 2, 8, 1, 3
 RULE = StepRule("beta", None, True, 1e-6, 0.25, 1e-5, across_heads=False)

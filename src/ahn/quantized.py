@@ -247,6 +247,27 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, passed: Passed, scaling:
     return merge([Part(*run(query, keys, values, False, scaling)), Part(out, score)])
 
 
+def with_tier(
+    state: dict[str, Tensor] | None, capacity: int, keys: Tensor, gates: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A layer's state with the tier's tensors, which captured steps need before the first token leaves the window.
+
+    Args:
+        keys: (B, Hkv, T, P) of the layer; gates: (B, Hq, T) each.
+    """
+    state = state or {}
+    if f"{PREFIX}keys" in state:
+        return state
+    B, heads, _, P = keys.shape
+    tier: dict[str, Tensor] = {}
+    for kind in ("key", "value"):
+        tier[f"{kind}s"] = keys.new_zeros(B, heads, capacity, P // PER_BYTE, dtype=torch.uint8)
+        tier[f"{kind}_scales"] = keys.new_zeros(B, heads, capacity, dtype=torch.bfloat16)
+        tier[f"{kind}_offset"] = keys.new_zeros(B, heads, P, dtype=torch.float32)
+    tier |= {GATES + name: gate.new_zeros(B, gate.shape[1], capacity) for name, gate in gates.items()}
+    return state | prefixed(tier)
+
+
 def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tier's tensors as a layer's state names them."""
     return {PREFIX + name: x for name, x in state.items()}

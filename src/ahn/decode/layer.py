@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ahn import quantized
 from ahn.memory import RecurrentMemory
 from ahn.memory_query import memory_query
 from ahn.ops.gate import Gate
-from ahn.ops.step import StepBuffers, StepRead, StepRule, layer_step
+from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRule
+from ahn.ops.step_operator import layer_step
 
 if TYPE_CHECKING:
     from ahn.attention import LayerContext
@@ -24,22 +26,31 @@ class StepForward:
     Attributes:
         positions: (B,) tokens that each row has read before.
         active: (B,) bool, rows whose new token is real.
-        sinks, window: of the cache.
+        sinks: of the cache.
+        seen: W + C, tokens that a query sees besides the sinks: what is older is in the memory.
     """
 
     positions: Tensor
     active: Tensor
     sinks: int
-    window: int
+    seen: int
 
 
 def step_buffers(layer: AHNLayer, rule: StepRule | None) -> StepBuffers:
     """The tensors of a cache's layer, which lies in slots, as the step operator wants them."""
+    own, coded = quantized.split(layer.state)
+    codes = None if not coded else _codes(coded, rule)
     if rule is None:
-        return StepBuffers(layer.keys, layer.values, None, None, None)
-    assert layer.state is not None
+        return StepBuffers(layer.keys, layer.values, None, None, None, codes)
     decay = None if rule.decay is None else layer.gates[rule.decay]
-    return StepBuffers(layer.keys, layer.values, layer.gates[rule.write], decay, layer.state["state"])
+    return StepBuffers(layer.keys, layer.values, layer.gates[rule.write], decay, own["state"], codes)
+
+
+def _codes(tier: dict[str, Tensor], rule: StepRule | None) -> StepCodes:
+    gates = (None, None) if rule is None else (rule.write, rule.decay)
+    write, decay = (None if name is None else tier[quantized.GATES + name] for name in gates)
+    rings = {name: x for name, x in tier.items() if not name.startswith(quantized.GATES)}
+    return StepCodes(**rings, write=write, decay=decay)
 
 
 def step_attention(
@@ -61,8 +72,8 @@ def step_attention(
         gates = {name: gate.first() for name, gate in memory.step_gates(x).items()}
         weight = None
         if layer.router is not None:
-            written = step.positions - (step.window + step.sinks) + 1
-            weight = layer.router((written / step.window)[:, None])[:, :, 0]
+            written = step.positions - (step.seen + step.sinks) + 1
+            weight = layer.router((written / step.seen)[:, None])[:, :, 0]
         own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1)
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight)

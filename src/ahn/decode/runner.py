@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ahn import quantized
 from ahn.cache import AHNCache, new_columns
+from ahn.cache_layer import AHNLayer
 from ahn.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward, step_buffers
 from ahn.memory import RecurrentMemory
@@ -54,8 +56,6 @@ def on_gpu(ids: Tensor) -> bool:
 
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     layers, decoder = cache.memory_layers, model.get_decoder()
-    if cache.config.quantized:  # a graph knows exact tokens and the memory
-        return False
     if on_several_devices(model):
         return False
     if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
@@ -127,15 +127,19 @@ class Runner:
             self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
             self.active = torch.zeros(batch, dtype=torch.bool, device=device)
             cache.enter_slots()
+            if cache.config.quantized:
+                for layer in cache.memory_layers.values():
+                    layer.state = quantized.with_tier(layer.state, cache.config.quantized, layer.keys, layer.gates)
         self.all_active = False
         memory = model.get_decoder().layers[0].ahn.fn
         rule = memory.step_rule() if isinstance(memory, RecurrentMemory) else None
         # The cache owns its buffers: once it has others, those that the graph knows are freed.
-        self.keys = [weakref.ref(layer.keys) for layer in cache.memory_layers.values()]
+        self.held = [tuple(map(weakref.ref, _held(layer))) for layer in cache.memory_layers.values()]
         buffers = {index: step_buffers(layer, rule) for index, layer in cache.memory_layers.items()}
         self.states = [buffer.state for buffer in buffers.values()]
         self.catch_up(cache)
-        step = StepForward(self.positions, self.active, cache.config.sinks, cache.config.window)
+        config = cache.config
+        step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, "past_key_values": StepCache()}
 
         def once() -> Tensor:
@@ -151,8 +155,10 @@ class Runner:
         moved = _a_weight(model).data_ptr() != self.weight.data_ptr()
         if len(ids) != len(self.ids) or model._ahn is not self.adapter or moved:
             return False
-        layers = cache.memory_layers.values()
-        return all(layer.in_slots and layer.keys is own() for layer, own in zip(layers, self.keys, strict=True))
+        return all(
+            layer.in_slots and all(x is own() for x, own in zip(_held(layer), held, strict=True))
+            for layer, held in zip(cache.memory_layers.values(), self.held, strict=True)
+        )
 
     def catch_up(self, cache: AHNCache) -> None:
         """Take over how far each row has read, and the state: an ordinary step puts a new one in its place."""
@@ -162,7 +168,7 @@ class Runner:
         for layer, own in zip(cache.memory_layers.values(), self.states, strict=True):
             if own is not None and layer.state is not None and layer.state["state"] is not own:
                 own.copy_(layer.state["state"])
-                layer.state = {"state": own}
+                layer.state = layer.state | {"state": own}
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None, real: Tensor | None) -> Tensor:
         """Logits (B, 1, V) of one token a row; rows that are not `real` (B,) change nothing."""
@@ -176,6 +182,12 @@ class Runner:
             self.all_active = True
         self.replay()
         return self.logits.clone()
+
+
+def _held(layer: AHNLayer) -> list[Tensor]:
+    """One tensor of each ring, which stands for all: they come and go together."""
+    coded = (layer.state or {}).get(f"{quantized.PREFIX}keys")
+    return [layer.keys] if coded is None else [layer.keys, coded]
 
 
 def _a_weight(model: PreTrainedModel) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-import ahn.ops.step  # noqa: F401  (registers the operator)
+import ahn.ops.step_operator  # noqa: F401  (registers the operator)
 from ahn.fusion.graph import ADD, MUL, argument, either, find_norm, is_call, value
 
 _NEGATIVE, _CAT = (operator.neg, torch.neg, "neg"), (torch.cat, torch.concat)

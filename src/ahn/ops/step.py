@@ -1,9 +1,12 @@
 """One decoding step of a layer over fixed slots: attend, write what leaves into the memory, read, keep the new token.
 
 `step` is the plain torch form, any device; `ahn.ops.step_triton` is the same in two kernels. Both change the buffers of
-`StepBuffers` in place. `layer_step` chooses, as an operator that torch.compile leaves whole.
+`StepBuffers` in place. `ahn.ops.step_operator` chooses, as an operator that torch.compile leaves whole.
 
-Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W.
+With quantized tokens the one that leaves the window goes into a ring of codes (`ahn.quantized`), and the memory gets
+the one that leaves the ring.
+
+Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W, C quantized tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.ops.gate import Gate
+from ahn.ops.quantize import decode, encode, precise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,28 @@ class StepRule:
 
 
 @dataclasses.dataclass
+class StepCodes:
+    """A layer's ring of quantized tokens: the one at position p of its row lies in slot (p - S) mod C.
+
+    Attributes:
+        keys, values: (B, Hkv, C, P / 4) uint8, codes as `ahn.ops.quantize.encode` gives them.
+        key_scales, value_scales: (B, Hkv, C) bfloat16.
+        key_offset, value_offset: (B, Hkv, P) float32, the mean of the row's first window; zero until its first token
+            leaves the window.
+        write, decay: (B, Hq, C) gates of the same tokens, where the memory has them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+    key_offset: Tensor
+    value_offset: Tensor
+    write: Tensor | None
+    decay: Tensor | None
+
+
+@dataclasses.dataclass
 class StepBuffers:
     """What a layer keeps between steps, in slots (see `ahn.slots.Slots`).
 
@@ -46,6 +72,7 @@ class StepBuffers:
         keys, values: (B, Hkv, T, P).
         write, decay: (B, Hq, T) gates of the same tokens, where the memory has them.
         state: (B, Hq, P, P) float32, where there is a memory.
+        codes: of quantized tokens, where there are any.
     """
 
     keys: Tensor
@@ -53,6 +80,7 @@ class StepBuffers:
     write: Tensor | None
     decay: Tensor | None
     state: Tensor | None
+    codes: StepCodes | None = None
 
 
 @dataclasses.dataclass
@@ -125,7 +153,7 @@ def step(
         rotation: of all queries and the key; None where they come rotated.
 
     Returns:
-        (B, Hq, P): exact attention over sinks and window, plus the memory's read.
+        (B, Hq, P): attention over sinks, window and quantized tokens, plus the memory's read.
     """
     memory_query = None if read is None else read.query
     if rotation is not None:
@@ -139,16 +167,16 @@ def step(
     slot = torch.where(positions < T, positions, sinks + (positions - sinks) % window)
     leaves = active & (positions >= T)
     rows = torch.arange(len(positions), device=positions.device)
+    leaving = [
+        None if x is None else _where(leaves, x[rows, :, slot])
+        for x in (buffers.keys, buffers.values, buffers.write, buffers.decay)
+    ]
+    if buffers.codes is not None:
+        leaving = _push(leaving, leaves, positions, buffers, sinks)
     memory_read: Tensor | float = 0.0
     if rule is not None and read is not None and memory_query is not None:
-        assert buffers.write is not None and buffers.state is not None
-        gone_key, gone_value = (
-            torch.where(leaves[:, None, None], x[rows, :, slot], 0).float() for x in (buffers.keys, buffers.values)
-        )
-        strength = torch.where(leaves[:, None], buffers.write[rows, :, slot], 0).float()
-        fade = None
-        if buffers.decay is not None:
-            fade = torch.where(leaves[:, None], buffers.decay[rows, :, slot], 0).float()
+        gone_key, gone_value, strength, fade = (None if x is None else x.float() for x in leaving)
+        assert gone_key is not None and gone_value is not None and strength is not None and buffers.state is not None
         o = _write_and_read(memory_query, gone_key, gone_value, strength, fade, buffers.state, rule)
         memory_read = _read_out(o, rule, read)
     mine = active[:, None]
@@ -159,10 +187,67 @@ def step(
             ring[rows, :, slot] = torch.where(fits, new.to(ring.dtype), ring[rows, :, slot])
     visible = torch.arange(T, device=slot.device) <= positions[:, None]
     keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (buffers.keys, buffers.values))
-    exact = F.scaled_dot_product_attention(
+    if buffers.codes is not None:
+        coded, held = _decoded(buffers.codes, positions - T + 1, keys.dtype)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip((keys, values), coded, strict=True))
+        visible = torch.cat([visible, held], dim=1)
+    out = F.scaled_dot_product_attention(
         query[:, :, None], keys, values, visible[:, None, None], scale=scaling, enable_gqa=True
     )
-    return (exact[:, :, 0].float() + memory_read).to(query.dtype)
+    return (out[:, :, 0].to(precise(query.dtype)) + memory_read).to(query.dtype)
+
+
+def _where(rows: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
+    """x (B, ...) in these rows (B,), something else in others."""
+    return torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, other)
+
+
+def _push(
+    leaving: list[Tensor | None], leaves: Tensor, positions: Tensor, buffers: StepBuffers, sinks: int
+) -> list[Tensor | None]:
+    """Put what leaves the window into the ring of codes; returns what leaves that, of rows from which something does.
+
+    Args:
+        leaving: key, value (B, Hkv, P), write and decay (B, Hq) or None.
+        leaves: (B,) rows from which a token leaves the window.
+    """
+    codes, T = buffers.codes, buffers.keys.shape[2]
+    assert codes is not None
+    capacity = codes.keys.shape[2]
+    slot, begins = (positions - T) % capacity, leaves & (positions == T)
+    gone = leaves & (positions >= T + capacity)
+    rows = torch.arange(len(positions), device=positions.device)
+    left: list[Tensor | None] = []
+    for x, window, ring, scales, offset, unbiased in (
+        (leaving[0], buffers.keys, codes.keys, codes.key_scales, codes.key_offset, True),
+        (leaving[1], buffers.values, codes.values, codes.value_scales, codes.value_offset, False),
+    ):
+        assert x is not None
+        kind = precise(x.dtype)
+        offset.copy_(_where(begins, window[:, :, sinks:].to(kind).mean(2).float(), offset))
+        old = decode(ring[rows, :, slot], scales[rows, :, slot], x.dtype) + offset
+        left.append(_where(gone, old.to(x.dtype)))
+        new = encode(x.to(kind) - offset, unbiased)
+        for kept, part in zip((ring, scales), new, strict=True):
+            kept[rows, :, slot] = _where(leaves, part, kept[rows, :, slot])
+    for gate, waiting in ((leaving[2], codes.write), (leaving[3], codes.decay)):
+        left.append(None if waiting is None else _where(gone, waiting[rows, :, slot]))
+        if gate is not None and waiting is not None:
+            waiting[rows, :, slot] = _where(leaves, gate, waiting[rows, :, slot])
+    return left
+
+
+def _decoded(codes: StepCodes, count: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Keys and values (B, Hkv, C, P) that the codes stand for, and which slots hold any (B, C), `count` (B,) in all."""
+    held = torch.arange(codes.keys.shape[2], device=count.device) < count[:, None]
+    decoded = []
+    for ring, scales, offset in (
+        (codes.keys, codes.key_scales, codes.key_offset),
+        (codes.values, codes.value_scales, codes.value_offset),
+    ):
+        x = (decode(ring, scales, dtype) + offset.unsqueeze(2)).to(dtype)
+        decoded.append(torch.where(held[:, None, :, None], x, 0))
+    return decoded, held
 
 
 def _value(gate: Gate | None) -> Tensor | None:
@@ -208,102 +293,3 @@ def _read_out(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
     o = o.view(B, H, P) if rule.across_heads else o * gate
     projected = torch.einsum("bhk,hkv->bhv", o.to(read.o_proj.dtype), read.o_proj).float()
     return projected if read.weight is None else projected * read.weight[..., None]
-
-
-@torch.library.custom_op("ahn::step", mutates_args=("keys", "values", "write_ring", "decay_ring", "state"))
-def operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    write: Tensor | None,
-    decay: Tensor | None,
-    positions: Tensor,
-    active: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    write_ring: Tensor | None,
-    decay_ring: Tensor | None,
-    state: Tensor | None,
-    sinks: int,
-    scaling: float,
-    delta: bool,
-    l2_eps: float,
-    scale: float,
-    norm_eps: float,
-    across_heads: bool,
-    memory_query: Tensor | None,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    o_proj: Tensor | None,
-    write_activation: str = "none",
-    write_shift: Tensor | None = None,
-    write_log_rate: Tensor | None = None,
-    decay_activation: str = "none",
-    decay_shift: Tensor | None = None,
-    decay_log_rate: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    query_norm: Tensor | None = None,
-    key_norm: Tensor | None = None,
-    query_eps: float = 0.0,
-    key_eps: float = 0.0,
-) -> Tensor:
-    """`step` with every field an argument of its own, as an operator wants it.
-
-    See `layer_step` for all but the last six: they are those of `StepRotation`, and `ahn.fusion` gives them.
-    """
-    rule = read = rotation = None
-    if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
-        rule = StepRule("write", None if decay is None else "decay", delta, l2_eps, scale, norm_eps, across_heads)
-        read = StepRead(memory_query, gamma, weight, norm, o_proj)
-    if cos is not None and sin is not None:
-        rotation = StepRotation(cos, sin, query_norm, key_norm, query_eps, key_eps)
-    write_gate = None if write is None else Gate(write, write_activation, write_shift, write_log_rate)
-    decay_gate = None if decay is None else Gate(decay, decay_activation, decay_shift, decay_log_rate)
-    buffers = StepBuffers(keys, values, write_ring, decay_ring, state)
-    token = query, key, value, write_gate, decay_gate, positions, active
-    if query.is_cuda:
-        from ahn.ops import step_triton
-
-        with torch.cuda.device(query.device):
-            return step_triton.step(*token, buffers, sinks, scaling, rule, read, rotation)
-    return step(*token, buffers, sinks, scaling, rule, read, rotation)
-
-
-@operator.register_fake
-def _(query: Tensor, *rest: object, **named: object) -> Tensor:
-    return torch.empty_like(query)
-
-
-def layer_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: dict[str, Gate],
-    positions: Tensor,
-    active: Tensor,
-    buffers: StepBuffers,
-    sinks: int,
-    scaling: float,
-    rule: StepRule | None,
-    read: StepRead | None,
-) -> Tensor:
-    """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hq) each."""
-    ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state)
-    if rule is None or read is None:
-        return operator(
-            query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
-            None, None, None, None, None,
-        )  # fmt: skip
-    write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
-    fading = (None, "none", None, None) if decay is None else _parts(decay)
-    return operator(
-        query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
-        rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
-        *_parts(write)[1:], *fading[1:],
-    )  # fmt: skip
-
-
-def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
-    return gate.logits, gate.activation, gate.shift, gate.log_rate

@@ -14,15 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.ops import dependent
+from ahn.ops import codes_triton, dependent
 from ahn.ops.dependent import announce, prefetch, wait
 from ahn.ops.gate import Gate
+from ahn.ops.head_triton import finished_head, hadamard, slot_of
 from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
 LINE_BYTES = 128
 REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
+CODE_BLOCK = 64  # quantized tokens that a program looks at together
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -38,34 +40,11 @@ def schedule(rows: int, slots: int, block: int, processors: int) -> tuple[int, i
 
 
 @triton.jit
-def _slot(position, sinks, window):
-    ring = sinks + (position - sinks) % window
-    return tl.where(position < sinks + window, position, ring)
-
-
-@triton.jit
-def _head(x, kept, norm, eps, cos, sin, P: tl.constexpr):
-    """The heads at x (a pointer, or one for each row as [N, 1]) through their norm and rotation: P numbers, float32."""
-    p = tl.arange(0, P)
-    y = tl.load(x + p, mask=kept, other=0.0).to(tl.float32)
-    if cos is not None:
-        partner = tl.where(p < P // 2, p + P // 2, p - P // 2)
-        z = tl.load(x + partner, mask=kept, other=0.0).to(tl.float32)
-        if norm is not None:
-            factor = tl.rsqrt(tl.sum(y * y, -1, keep_dims=True) / P + eps)
-            y *= factor * tl.load(norm + p).to(tl.float32)
-            z *= factor * tl.load(norm + partner).to(tl.float32)
-        z = tl.where(p < P // 2, -z, z)
-        y = y * tl.load(cos + p).to(tl.float32) + z * tl.load(sin + p).to(tl.float32)
-    return y
-
-
-@triton.jit
 def _attend_and_write(
     query, key, value, keys, values, positions, active, partial, score,
-    memory_query, write, decay, state, read,
+    memory_query, write, decay, state, read, gone_key, gone_value, gone_write, gone_decay,
     query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
-    slots, sinks, scaling, per_split, l2_eps, scale,
+    slots, sinks, capacity, scaling, per_split, l2_eps, scale,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, LINE: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr,
@@ -76,7 +55,7 @@ def _attend_and_write(
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     position = tl.load(positions + b)
-    slot = _slot(position, sinks, slots - sinks)
+    slot = slot_of(position, sinks, slots - sinks)
     keys += b.to(tl.int64) * stride_kb + head * stride_kh
     values += b.to(tl.int64) * stride_vb + head * stride_vh
     if cos is not None:
@@ -100,12 +79,19 @@ def _attend_and_write(
         h = (first + part // (P // COLUMNS)).to(tl.int64)
         c = (part % (P // COLUMNS)) * COLUMNS
         prefetch(state + h * P * P + tl.arange(0, P) * P + c, PDL)
-        leaves = (position >= slots) & (tl.load(active + b) != 0)
+        leaves = (position >= slots + capacity) & (tl.load(active + b) != 0)
         wait(PDL)
-        _write_and_read(
-            memory_query + h * P, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, h,
-            c, leaves, slot, query_norm, cos, sin, query_eps, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
-        )  # fmt: skip
+        if gone_key is None:  # the memory gets what leaves the window
+            _write_and_read(
+                memory_query + h * P, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, h,
+                c, leaves, slot, query_norm, cos, sin, query_eps, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+            )  # fmt: skip
+        else:
+            new = (b * HKV + head) * P
+            _write_and_read(
+                memory_query + h * P, gone_key + new, gone_value + new, gone_write, gone_decay, state, read, h,
+                c, leaves, 0, query_norm, cos, sin, query_eps, 1, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -132,7 +118,8 @@ def _attend(
     """The slots from `begin` to `end`, for the query heads that share a key head."""
     p, g = tl.arange(0, P), tl.arange(0, ROWS)
     mine = (g < GROUPS)[:, None]
-    q = _head(query + (first + g)[:, None] * P, mine, query_norm, query_eps, cos, sin, P).to(keys.dtype.element_ty)
+    q = finished_head(query + (first + g)[:, None] * P, mine, query_norm, query_eps, cos, sin, P)
+    q = q.to(keys.dtype.element_ty)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, P], tl.float32)
@@ -152,7 +139,7 @@ def _attend(
         total = total * keep + tl.sum(e, 1)
         highest = new
     if part == 0:  # the new token, which is not in its slot yet: every part has left that slot out
-        k = _head(key, p < P, key_norm, key_eps, cos, sin, P).to(keys.dtype.element_ty)
+        k = finished_head(key, p < P, key_norm, key_eps, cos, sin, P).to(keys.dtype.element_ty)
         own = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
         new = tl.maximum(highest, own)
         keep, e = tl.exp(highest - new), tl.exp(own - new)
@@ -175,7 +162,7 @@ def _write_and_read(
     p, c = tl.arange(0, P), first_column + tl.arange(0, COLUMNS)
     tile = state + h * P * P + p[:, None] * P + c[None, :]
     S = tl.load(tile)
-    q = _head(query, p < P, query_norm, query_eps, cos, sin, P)
+    q = finished_head(query, p < P, query_norm, query_eps, cos, sin, P)
     if leaves:
         k, v = tl.load(key + p).to(tl.float32), tl.load(value + c).to(tl.float32)
         k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
@@ -191,13 +178,13 @@ def _write_and_read(
 
 @triton.jit
 def _combine_and_keep(
-    partial, score, read, gamma, weight, norm, o_proj, out,
+    partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out,
     key, value, new_write, write_shift, write_log_rate, new_decay, decay_shift, decay_log_rate,
     key_norm, cos, sin, key_eps, stride_turn,
     keys, values, write, decay, positions, active, slots, sinks, norm_eps,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
-    ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
+    SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
     WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
@@ -205,12 +192,12 @@ def _combine_and_keep(
     b, h = row // HEADS, row % HEADS
     if part < P // COLUMNS:
         _combine(
-            partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
-            SPLITS, HEADS, P, COLUMNS, ALL, MEMORY, ROUTER, ACROSS, PDL,
+            partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
+            row, b, h, part, SPLITS, CODE_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, ROUTER, ACROSS, PDL,
         )  # fmt: skip
     else:  # a program of its own, so that nobody's result is late for it
         position, real = tl.load(positions + b), tl.load(active + b) != 0
-        slot = _slot(position, sinks, slots - sinks)
+        slot = slot_of(position, sinks, slots - sinks)
         head = h // GROUPS
         p = tl.arange(0, P)
         wait(PDL)
@@ -221,7 +208,7 @@ def _combine_and_keep(
             new = (b * (HEADS // GROUPS) + head) * P
             keys += b.to(tl.int64) * stride_kb + head * stride_kh + slot * stride_kt
             values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
-            tl.store(keys + p, _head(key + new, p < P, key_norm, key_eps, cos, sin, P))
+            tl.store(keys + p, finished_head(key + new, p < P, key_norm, key_eps, cos, sin, P))
             tl.store(values + p, tl.load(value + new + p))
         if MEMORY and real:
             at = row.to(tl.int64) * slots + slot
@@ -232,9 +219,11 @@ def _combine_and_keep(
 
 @triton.jit
 def _combine(
-    partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
-    SPLITS: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr,
-    MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr, PDL: tl.constexpr,
+    partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
+    row, b, h, part,
+    SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's output: the parts by their weights, and the memory's read."""
     c = part * COLUMNS + tl.arange(0, COLUMNS)
@@ -249,8 +238,19 @@ def _combine(
     if MEMORY:
         o = tl.load(read + row * P + p)
         gate = tl.load(gamma + row).to(tl.float32)
-    e = tl.exp(scores - tl.max(scores, 0))
-    y = tl.sum(parts * e[:, None], 0) / tl.sum(e, 0)
+    highest = tl.max(scores, 0)
+    if CODE_SPLITS > 0:
+        coded = tl.load(code_score + row * CODE_SPLITS + tl.arange(0, CODE_SPLITS))
+        highest = tl.maximum(highest, tl.max(coded, 0))
+    e = tl.exp(scores - highest)
+    y, total = tl.sum(parts * e[:, None], 0), tl.sum(e, 0)
+    if CODE_SPLITS > 0:
+        size = tl.sum(tl.exp(coded - highest), 0)
+        turned = _sum_of_parts(code_partial, code_score, highest, row, CODE_SPLITS, P)
+        y += tl.sum(turned[:, None] * hadamard(p[:, None], c[None, :]), 0) / tl.sqrt(P * 1.0)
+        y += size * tl.load(value_offset + (row // GROUPS) * P + c)
+        total += size
+    y /= total
     if MEMORY:
         gate = gate * tl.sigmoid(gate)
         if ACROSS:
@@ -268,6 +268,19 @@ def _combine(
             projected *= tl.load(weight + row)
         y += projected
     tl.store(out + row * P + c, y)
+
+
+@triton.jit
+def _sum_of_parts(partial, score, highest, row, SPLITS: tl.constexpr, P: tl.constexpr):
+    """All columns of the parts of one head, by their weights; some parts at a time, for there are few registers."""
+    CHUNK: tl.constexpr = SPLITS if SPLITS < 32 else 32
+    p = tl.arange(0, P)
+    total = tl.zeros([P], tl.float32)
+    for start in range(0, SPLITS, CHUNK):
+        at = row * SPLITS + start + tl.arange(0, CHUNK)
+        e = tl.exp(tl.load(score + at) - highest)
+        total += tl.sum(tl.load(partial + at[:, None] * P + p[None, :]) * e[:, None], 0)
+    return total
 
 
 @triton.jit
@@ -332,11 +345,23 @@ def step(
     if read is not None:
         read_query, gamma = read.query.contiguous(), read.gamma.contiguous()
         weight, norm, o_proj = read.weight, read.norm, read.o_proj
+    capacity, code_splits = 0, 0
+    gone: tuple[Tensor | None, ...] = (None, None, None, None)
+    code_parts: tuple[Tensor | None, ...] = (None, None, None)
+    if buffers.codes is not None:
+        capacity = buffers.codes.keys.shape[2]
+        code_splits = schedule(B * HKV, capacity, CODE_BLOCK, processors)[0]
+        coded = codes_triton.push_and_attend(
+            query, positions, active, buffers, buffers.codes, code_splits, CODE_BLOCK, sinks, scaling,
+            (query_norm, cos, sin, query_eps, stride_turn), launch,
+        )  # fmt: skip
+        gone = (coded.key, coded.value, coded.write, coded.decay)
+        code_parts = (coded.partial, coded.score, buffers.codes.value_offset)
     _attend_and_write[splits + state_programs, B * HKV](
         query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
-        read_query, buffers.write, buffers.decay, buffers.state, raw,
+        read_query, buffers.write, buffers.decay, buffers.state, raw, *gone,
         query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
-        slots, sinks, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
+        slots, sinks, capacity, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         LINE=min(P, LINE_BYTES // buffers.keys.element_size()), COLUMNS=columns, MEMORY=memory,
         DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATE_PROGRAMS=state_programs,
@@ -344,14 +369,14 @@ def step(
         **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
     _combine_and_keep[B * HEADS, P // columns + 1](
-        partial, score, raw, gamma, weight, norm, o_proj, out,
+        partial, score, *code_parts, raw, gamma, weight, norm, o_proj, out,
         key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
         buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
-        SPLITS=splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns, ALL=triton.next_power_of_2(HEADS * P),
-        MEMORY=memory, ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
-        WRITE_ACTIVATION=write.activation if write else "none", DECAY_ACTIVATION=decay.activation if decay else "none",
-        num_warps=4, **launch,
+        SPLITS=splits, CODE_SPLITS=code_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
+        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, ROUTER=weight is not None,
+        ACROSS=bool(rule and rule.across_heads), WRITE_ACTIVATION=write.activation if write else "none",
+        DECAY_ACTIVATION=decay.activation if decay else "none", num_warps=4, **launch,
     )  # fmt: skip
     return out
 

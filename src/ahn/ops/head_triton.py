@@ -1,0 +1,46 @@
+"""What the kernels of a step have in common: where a token lies, how a head is finished, how a vector is turned."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def slot_of(position, sinks, window):
+    ring = sinks + (position - sinks) % window
+    return tl.where(position < sinks + window, position, ring)
+
+
+@triton.jit
+def finished_head(x, kept, norm, eps, cos, sin, P: tl.constexpr):
+    """The heads at x (a pointer, or one for each row as [N, 1]) through their norm and rotation: P numbers, float32."""
+    p = tl.arange(0, P)
+    y = tl.load(x + p, mask=kept, other=0.0).to(tl.float32)
+    if cos is not None:
+        partner = tl.where(p < P // 2, p + P // 2, p - P // 2)
+        z = tl.load(x + partner, mask=kept, other=0.0).to(tl.float32)
+        if norm is not None:
+            factor = tl.rsqrt(tl.sum(y * y, -1, keep_dims=True) / P + eps)
+            y *= factor * tl.load(norm + p).to(tl.float32)
+            z *= factor * tl.load(norm + partner).to(tl.float32)
+        z = tl.where(p < P // 2, -z, z)
+        y = y * tl.load(cos + p).to(tl.float32) + z * tl.load(sin + p).to(tl.float32)
+    return y
+
+
+@triton.jit
+def hadamard(rows, columns):
+    """Entries of the Hadamard matrix times the root of its size, from int32 indices: `ahn.ops.quantize.rotate`."""
+    bits = rows & columns
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return tl.where((bits & 1) == 0, 1.0, -1.0)
+
+
+@triton.jit
+def turn(x, P: tl.constexpr):
+    """x (P,) float32, rotated."""
+    p = tl.arange(0, P)
+    return tl.sum(x[:, None] * hadamard(p[:, None], p[None, :]), 0) / tl.sqrt(P * 1.0)

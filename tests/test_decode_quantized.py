@@ -1,0 +1,113 @@
+"""Captured steps with quantized tokens are ordinary forwards: over both edges, padded, and whatever happens in between.
+
+The models compute in float64, as in `test_quantized`: a number on the edge of two codes would fall to either side.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+
+import pytest
+import torch
+from models import adapted
+from talk import Talk
+from test_decode import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, _converse, graphs
+from test_decode_compiled import compiled
+from test_invariants import assert_same_layers
+from transformers import PreTrainedModel
+
+from ahn import AHNCache
+from ahn.decode import runner
+
+_ = graphs, compiled  # fixtures for tests here as well: steps are captured on this machine too
+QUANTIZED = 7
+SEEN = LOSSLESS + QUANTIZED
+
+
+@cache
+def shared(memory: str, architecture: str = "qwen3", options: bool = False) -> PreTrainedModel:
+    return adapted(
+        architecture, memory=memory, router=options, q_proj=options, window=WINDOW, sinks=SINKS, prefill_chunk_size=8,
+        quantized=QUANTIZED,
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "qwen3 with router and q_proj"])
+@pytest.mark.parametrize("memory", CAPTURED)
+def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Graphs) -> None:
+    """From before the window is full until both rings have gone round: codes and offsets as well as logits."""
+    name, *options = architecture.split(maxsplit=1)
+    model = shared(memory, name, bool(options))
+    talk = Talk(model, 2)
+    talk.read([5, 5])
+    talk.steps(3 * SEEN)
+    talk.check(TOLERANCE)
+    assert graphs == Graphs(captures=1, replays=3 * SEEN)
+    whole = AHNCache.for_model(model)
+    with torch.no_grad():
+        model(torch.tensor(talk.rows), past_key_values=whole)
+    assert_same_layers(talk.cache, whole)
+    state, expected = (cache.memory_layers[0].state for cache in (talk.cache, whole))
+    assert state is not None and expected is not None
+    assert torch.equal(state["quantized.keys"], expected["quantized.keys"])
+
+
+@pytest.mark.parametrize("memory", CAPTURED)
+@pytest.mark.parametrize("length", [LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, SEEN - 1, SEEN, SEEN + 1, 2 * SEEN])
+def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) -> None:
+    talk = Talk(shared(memory), 1)
+    talk.read([length])
+    talk.steps(4)
+    talk.read([7])
+    talk.check(TOLERANCE)
+    assert graphs.replays == 4
+
+
+@pytest.mark.parametrize("memory", CAPTURED)
+def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
+    """Rows meet each edge at different steps; one starts with no token at all; rows pause while others go on."""
+    talk = Talk(shared(memory), 4)
+    talk.read([SEEN + 2, LOSSLESS + 3, LOSSLESS - 2, 0])
+    talk.steps(5)
+    for _ in range(3):
+        talk.read([1, 0, 1, 0])
+    talk.read([0, 1, 0, 1])
+    talk.steps(SEEN)
+    assert graphs == Graphs(captures=1, replays=9 + SEEN)
+    talk.read([2, 5, 0, 7])  # what was paused is padding now
+    talk.steps(3)
+    talk.check(TOLERANCE)
+    assert graphs == Graphs(captures=2, replays=12 + SEEN)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5), (SEEN + 2, SEEN - 2, 3)], ids=str)
+def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:
+    _converse(Talk(shared("gated_deltanet"), len(lengths)), lengths, ["pause", event, event])
+
+
+def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "capture", lambda model, once: (lambda: None, once()))
+    talk = Talk(shared("deltanet"), 1)
+    talk.read([20])
+    talk.steps(1)
+    state = talk.cache.memory_layers[0].state
+    assert state is not None
+    codes = weakref.ref(state.pop("quantized.keys"))
+    talk.cache.reset()
+    assert codes() is None and len(runner._runners) == 1
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
+def test_a_layer_is_our_operators_and_nothing_else(memory: str, compiled: list[torch.fx.Graph]) -> None:
+    """Rotation and norms go into the step, and all layers share one compilation; in float32, as our products are."""
+    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED), 1)
+    talk.read([LOSSLESS - 2])
+    talk.steps(SEEN)
+    talk.check(TOLERANCE)
+    called = ([node.target for node in graph.nodes if node.op.startswith("call")] for graph in compiled)
+    (layer,) = (targets for targets in called if torch.ops.ahn.step.default in targets)
+    names = [getattr(target, "__name__", target) for target in layer]
+    views = {"view", "narrow", "transpose", "unsqueeze", "getitem", "reshape", "contiguous"}
+    assert sorted(name for name in names if name not in views) == ["product.default"] * 4 + ["step.default"]
