@@ -46,10 +46,10 @@ def cost(results: Results) -> Figure | None:
     for method in _methods(results, baselines=True):
         groups = [group for group in results.groups if group.method == method and group.context == context]
         if method != FULL and groups:
-            kib = [_bytes(group) / 1024 for group in groups]
+            kib = [group.cache_bytes / 1024 for group in groups]
             style = _style(results, groups[0]) | {"linewidth": 1.4}
-            losses.plot(kib, [_beyond(group.mean("loss_by_position"), group, most) for group in groups], **style)
-            facts.plot(kib, [100 * _recalled(group, most) for group in groups], **style)
+            losses.plot(kib, [group.loss_above_full(most) for group in groups], **style)
+            facts.plot(kib, [100 * group.recalled_from(most) for group in groups], **style)
     losses.set_ylabel("nats a token above full attention's")
     facts.set_ylabel("% recalled")
     losses.set_title(f"Loss from token {most} on (lower is better)", fontsize=10, loc="left")
@@ -232,23 +232,6 @@ def _methods(results: Results, baselines: bool = False) -> list[str]:
 def _shown(results: Results, context: int, budget: int) -> list[Group]:
     shown = _methods(results, baselines=True)
     return [group for group in results.at(context, budget) if group.method in shown]
-
-
-def _bytes(group: Group) -> int:
-    """Of a whole cache: keys and values, codes, states, and gates that wait."""
-    return sum(group.first.get(f"{part}_bytes", 0) for part in ("kv", "quantized", "state", "gate"))
-
-
-def _beyond(by_position: np.ndarray, group: Group, first: int) -> float:
-    """Mean loss above full attention's from token `first` on."""
-    start = first // group.first["position_size"]
-    return float(np.mean(by_position[start:] - np.array(group.full["loss_by_position"])[start:]))
-
-
-def _recalled(group: Group, first: int) -> float:
-    """Share of the facts recalled that were stated `first` tokens ago or earlier."""
-    found = [group.recall(bucket) for bucket in group.first["recall"] if int(bucket) >= first]
-    return sum(hits for hits, _ in found) / max(sum(asked for _, asked in found), 1)
 
 
 def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[int, float], float]]:

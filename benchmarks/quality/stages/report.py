@@ -35,6 +35,7 @@ def _page(results: Results, out: Path, pictures: Sequence[str]) -> Iterable[str]
             yield from _table(groups)
             if not far:
                 yield from _gap(groups)
+    yield from _costs(results)
     yield from _ablations(results)
     yield "\n## Figures\n"
     yield from (f"![{name}](figures/{name}.png)\n" for name in pictures)
@@ -109,6 +110,20 @@ def _gap(groups: Sequence[Group]) -> Iterable[str]:
         if group.method != WINDOW:
             parts = sum(group.by_repeat(row) for row in group.seeds) / len(group.seeds)
             yield f"| {group.method} | " + " | ".join(f"{100 * part:+.1f}" for part in parts) + " |"
+
+
+def _costs(results: Results) -> Iterable[str]:
+    """What the figure `cost` shows."""
+    context, most = results.places(far=False)[-1]
+    yield (
+        f"\n## By bytes of the cache, {context} read\n\nAll rows are about the same tokens, from token {most} on, and "
+        f"the same facts, stated {most} tokens ago or earlier.\n"
+    )
+    yield "| method | budget | cache KiB | nats above full attention | recalled % |\n|---|---|---|---|---|"
+    shown = [g for g in results.groups if g.context == context and g.method != FULL and results.stands_alone(g.method)]
+    for group in sorted(shown, key=lambda group: group.cache_bytes):
+        kib, loss, share = group.cache_bytes / 1024, group.loss_above_full(most), 100 * group.recalled_from(most)
+        yield f"| {group.method} | {group.budget} | {kib:.0f} | {loss:.4f} | {share:.1f} |"
 
 
 def _won_back(group: Group) -> str:

@@ -67,6 +67,21 @@ class Group:
         """
         return _a_seed([row["recall_beyond"] if bucket is None else row["recall"][bucket] for row in self.seeds])
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of a whole cache: keys and values, codes, states, and gates that wait."""
+        return sum(self.first.get(f"{part}_bytes", 0) for part in ("kv", "quantized", "state", "gate"))
+
+    def loss_above_full(self, first: int) -> float:
+        """Mean loss above full attention's from token `first` on."""
+        start = first // self.first["position_size"]
+        return float(np.mean(self.mean("loss_by_position")[start:] - np.array(self.full["loss_by_position"])[start:]))
+
+    def recalled_from(self, first: int) -> float:
+        """Share of the facts recalled that were stated `first` tokens ago or earlier."""
+        found = [self.recall(bucket) for bucket in self.first["recall"] if int(bucket) >= first]
+        return sum(hits for hits, _ in found) / max(sum(asked for _, asked in found), 1)
+
     def by_repeat(self, row: dict[str, Any]) -> np.ndarray:
         """What a row wins back, in parts that add up to its share of the whole gap between sinks + window and full.
 
