@@ -40,6 +40,19 @@ def test_as_if_it_had_read(model: PreTrainedModel, name: str, context: int) -> N
     assert not torch.equal(logits[0], logits[1])  # rows are filled with numbers of their own
 
 
+@pytest.mark.parametrize("context", [17, 30, 70])
+@pytest.mark.parametrize("name", ["window", "gated_deltanet", "mamba2"])
+def test_with_quantized_tokens(model: PreTrainedModel, name: str, context: int) -> None:
+    """Before any has left the window, before the ring is full, and after."""
+    method = make_methods([name], 20, 4, quantized=14)[0]
+    with method.on(model), method.without_gradients():
+        real = read_cache(method, model, 2, context, 90)
+        made = synthetic_cache(method, model, 2, context, 90)
+        assert described(made) == described(real)
+        assert bytes_of_cache(made) == bytes_of_cache(real)
+        assert model_steps(model, made, rows=2) == context + 1
+
+
 def test_sliding_layers_of_the_base(model: PreTrainedModel) -> None:
     config = AutoConfig.for_model(
         "gemma3_text",
@@ -62,8 +75,8 @@ def test_sliding_layers_of_the_base(model: PreTrainedModel) -> None:
             assert model_steps(gemma, made) == 41
 
 
-def model_steps(model: PreTrainedModel, cache: Cache) -> int:
-    assert model(random_tokens(model, 1, 1), past_key_values=cache).logits.isfinite().all()
+def model_steps(model: PreTrainedModel, cache: Cache, rows: int = 1) -> int:
+    assert model(random_tokens(model, rows, 1), past_key_values=cache).logits.isfinite().all()
     return int(cache.get_seq_length())
 
 

@@ -43,6 +43,17 @@ def test_step_of_qwen_reads_weights_and_window(qwen: PreTrainedModel) -> None:
     assert work.limit(Ceilings(4.27e12, 7e14, 1, [], 1, "", [], {})) == pytest.approx(1.75e-3, rel=5e-3)
 
 
+def test_a_step_reads_all_codes_and_passes_one_gate_on(qwen: PreTrainedModel) -> None:
+    (method,) = make_methods(["gated_deltanet"], None, None, quantized=65536)
+    with method.on(qwen):
+        parts = roofline.step(qwen, method.config, LONG, 1).parts
+        plain = roofline.step(qwen, only("gated_deltanet").config, LONG, 1).parts
+    token = 2 * 2 * (128 // 4 + 2)  # key and value of 2 heads: a quarter byte a number, and a scale
+    offsets = 2 * 2 * 128 * 4
+    assert parts["keys and values"] - plain["keys and values"] == 36 * (65536 * token + offsets)
+    assert parts["gates"] == plain["gates"]
+
+
 def test_prefill_of_qwen_is_linear_work_and_windowed_attention(qwen: PreTrainedModel) -> None:
     window = only("window")
     with window.on(qwen):

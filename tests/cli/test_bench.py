@@ -75,7 +75,7 @@ def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_p
 def test_defaults_follow_the_window(
     model: str, window: int | None, measurement: str, lossless: int, contexts: list[int], batches: list[int]
 ) -> None:
-    plan = Options(model, None, None, window, None, None, None).plan(measurement)
+    plan = Options(model, None, None, window, None, None, None, None).plan(measurement)
     assert {method.config.lossless for method in plan.methods if method.config} == {lossless}
     assert (plan.contexts, plan.batches) == (contexts, batches)
     first = "deltanet" if measurement == "train" else "full-dynamic"
@@ -100,6 +100,15 @@ def test_mistakes_are_one_clear_line(
     assert result.code == 1
     assert message in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_quantized_tokens_are_measured_and_shown(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
+    given = ("--model", small, *SMALL, "--methods", "window", "--context", "50", "--quantized", "12")
+    result = ahn_cli("bench", "decode", *given, "--out", tmp_path)
+    assert result.code == 0 and "+12 codes" in result.out
+    refused = ahn_cli("bench", "train", *given, "--out", tmp_path / "other")
+    assert refused.code == 1 and "leave --quantized out" in refused.err
+    assert not (tmp_path / "other").exists()
 
 
 def test_report_of_nothing(ahn_cli: Any, tmp_path: Path) -> None:

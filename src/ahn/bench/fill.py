@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from ahn import quantized
 from ahn.bench.methods import Method
 from ahn.cache import AHNCache
 from ahn.cache_layer import AHNLayer
@@ -40,6 +41,8 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
             known = tensors["keys"].shape[2]
             named = {name: _grown(name, x, known, batch, kept) for name, x in tensors.items()}
             layer.load_tensors(named, context)
+            if method.config is not None and method.config.quantized and context > kept:
+                _fill_codes(layer, method.config.quantized)
         elif isinstance(layer, StaticLayer):
             layer.lazy_initialization(_rows(seen.keys, batch), _rows(seen.values, batch))
             layer.keys.normal_()
@@ -78,6 +81,20 @@ def _grown(name: str, x: Tensor, known: int, batch: int, tokens: int) -> Tensor:
         chosen = torch.randint(known, (tokens,), device=x.device)
         return _rows(x.index_select(axis, chosen), batch).contiguous()
     return torch.empty(batch, *x.shape[1:], dtype=x.dtype, device=x.device).normal_(std=STATE_STD)
+
+
+def _fill_codes(layer: AHNLayer, capacity: int) -> None:
+    """Give a layer quantized tokens: any codes are possible ones."""
+    tier = quantized.with_tier(None, capacity, layer.keys, layer.gates)
+    for name, x in tier.items():
+        if x.dtype == torch.uint8:
+            x.random_(256)
+        elif name.startswith(f"{quantized.PREFIX}{quantized.GATES}"):
+            waiting = layer.gates[name.removeprefix(f"{quantized.PREFIX}{quantized.GATES}")]
+            x.copy_(waiting[:, :, torch.randint(waiting.shape[2], (capacity,), device=x.device)])
+        else:
+            x.normal_().abs_()
+    layer.state = (layer.state or {}) | tier
 
 
 def _normal(x: Tensor, batch: int, tokens: int) -> Tensor:

@@ -89,25 +89,30 @@ def forget_compiled(model: PreTrainedModel) -> None:
 
 
 def make_methods(
-    names: Sequence[str] | None, window: int | None, sinks: int | None, adapter: str | None = None
+    names: Sequence[str] | None,
+    window: int | None,
+    sinks: int | None,
+    adapter: str | None = None,
+    quantized: int | None = None,
 ) -> list[Method]:
     """The methods of these names, all with the same window and sinks.
 
     Args:
         names: "full-dynamic", "full-static", "window" or the name of a memory; None takes all, or with an adapter the
             three and the adapter's memory.
-        window, sinks: None takes the adapter's, or the defaults.
+        window, sinks, quantized: None takes the adapter's, or the defaults.
         adapter: directory or Hub id; gives its weights to the method of its memory.
 
     Raises:
         AHNError: a name is unknown, or the adapter cannot be read.
     """
-    given = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
+    sizes = {"window": window, "sinks": sinks, "quantized": quantized}
+    given = {name: value for name, value in sizes.items() if value is not None}
     trained = None
     base = AHNConfig()
     if adapter is not None:
         trained = base = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), window, sinks)
-    base = base.replace(**given, quantized=0)  # the benchmark fills caches by itself, and knows no codes
+    base = base.replace(**given)
     if names is None:
         names = [DYNAMIC, STATIC, WINDOW, *([trained.memory] if trained else memory.names())]
     return [_method(name, base, adapter if trained and name == trained.memory else None) for name in names]

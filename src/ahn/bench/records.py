@@ -20,7 +20,10 @@ from ahn.errors import AHNError
 FILE = "rows.jsonl"
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 Row = dict[str, Any]
-KEY = ("measurement", "model", "device", "dtype", "method", "adapter", "window", "sinks", "context", "batch")
+KEY = (
+    *("measurement", "model", "device", "dtype"),
+    *("method", "adapter", "window", "sinks", "quantized", "context", "batch"),
+)
 """What makes two rows the same measurement."""
 
 

@@ -88,10 +88,12 @@ def step(model: PreTrainedModel, config: AHNConfig | None, context: int, batch: 
     after, before = _prompt(model, config, context + 1), _prompt(model, config, context)
     flops = dataclasses.replace(after + before * -1, head=_logits(model, 1))
     usage = _usage(model, config, context)
-    kept = context if config is None else min(context, config.lossless)
+    kept = context  # of which gates wait; those of quantized tokens have room from the first one on
+    if config is not None:
+        kept = min(context, config.lossless) + (config.quantized if context > config.lossless else 0)
     parts = {
         "weights": weights_bytes(model, batch),
-        "keys and values": batch * usage.kv_bytes,
+        "keys and values": batch * (usage.kv_bytes + usage.quantized_bytes),
         "states": batch * 2 * usage.state_bytes,  # read and written
         "gates": batch * 2 * usage.gate_bytes // kept,  # of the token that enters and of the one that leaves
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DTYPES, AdapterOption, DeviceOption
+from ahn.cli.common import DTYPES, AdapterOption, DeviceOption, QuantizedOption
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def command(
     sinks: Annotated[
         int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: 128; tiny: 32).")
     ] = None,
+    quantized: QuantizedOption = None,
     context: Annotated[
         str | None,
         typer.Option("--context", help="Lengths like 32k,128k,1M (default: 1, 4 and 32 times sinks + window)."),
@@ -118,7 +119,7 @@ def command(
     """
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
     if names:
-        options = Options(model, adapter, methods, window, sinks, context, batch)
+        options = Options(model, adapter, methods, window, sinks, quantized, context, batch)
         plans = [options.plan(name) for name in names]
         _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)
     _report(out)
@@ -133,6 +134,7 @@ class Options:
     methods: str | None
     window: int | None
     sinks: int | None
+    quantized: int | None
     context: str | None
     batch: str | None
 
@@ -158,10 +160,14 @@ class Options:
         window, sinks = self.window, self.sinks
         if self.model == "tiny":
             window, sinks = window or TINY_WINDOW, TINY_SINKS if sinks is None else sinks
+        quantized = self.quantized
         if measurement == "train":
+            if quantized:
+                raise AHNError("Memories are trained without quantized tokens: leave --quantized out of `bench train`.")
+            quantized = 0
             names = names or (None if self.adapter else list(memory.names()))
             window = window or TRAINED_TOTAL - (DEFAULT_SINKS if sinks is None else sinks)
-        chosen = make_methods(names, window, sinks, self.adapter)
+        chosen = make_methods(names, window, sinks, self.adapter, quantized)
         (exact,) = make_methods([WINDOW], window, sinks, self.adapter)
         assert exact.config is not None
         if measurement == "train" and names is None:
