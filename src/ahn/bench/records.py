@@ -21,8 +21,17 @@ FILE = "rows.jsonl"
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 Row = dict[str, Any]
 KEY = (
-    *("measurement", "model", "device", "dtype"),
-    *("method", "adapter", "window", "sinks", "quantized", "context", "batch"),
+    "measurement",
+    "model",
+    "device",
+    "dtype",
+    "method",
+    "adapter",
+    "window",
+    "sinks",
+    "quantized",
+    "context",
+    "batch",
 )
 """What makes two rows the same measurement."""
 
