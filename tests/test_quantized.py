@@ -366,11 +366,9 @@ def test_a_file_from_before_the_option_loads(tmp_path: Path, monkeypatch: pytest
     model = with_tier(shared("mamba2"), 6, 2, 0)
     cache = ahn.AHNCache.for_model(model)
     read(model, tokens(3, 20), [20], cache)
-    from ahn import cache_file
-
     fields = {name: x for name, x in vars(cache.config).items() if name != "quantized"}
     with monkeypatch.context() as patch:
-        patch.setattr(cache_file.dataclasses, "asdict", lambda config: fields)
+        patch.setattr("ahn.cache.dataclasses.asdict", lambda config: fields)
         cache.save(tmp_path / "cache.safetensors")
     loaded = ahn.AHNCache.load(tmp_path / "cache.safetensors", model)
     assert loaded.config == cache.config

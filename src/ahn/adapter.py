@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from ahn import attention, compiled, memory, prefill
 from ahn.cache import AHNCache, new_columns
 from ahn.config import AHNConfig
+from ahn.context import LayerContext
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
-from ahn.layer import AHN, Router
+from ahn.layer import AHN, Router, added_parameters
 from ahn.observer import Observer
 from ahn.ops.quantize import PER_BYTE
 from ahn.shape import ModelShape
@@ -144,7 +145,7 @@ def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int |
 def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The AHN's parameters by full name, in the order of `model.named_parameters()`."""
     _adapter(model)
-    return {name: p for name, p in model.named_parameters() if ".ahn." in name or ".ahn_router." in name}
+    return added_parameters(model)
 
 
 @dataclasses.dataclass
@@ -160,7 +161,7 @@ class AttentionHook:
             return None
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
-        kwargs["ahn_layer"] = attention.LayerContext(
+        kwargs["ahn_layer"] = LayerContext(
             index=-1 if step else self.layer_idx,
             ahn=self.ahn,
             router=self.router,

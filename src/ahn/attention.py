@@ -19,12 +19,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn import bands, ops, quantized
-from ahn.cache import AHNCache
-from ahn.cache_layer import AHNLayer
+from ahn.context import LayerContext
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.evicted import Evicted, without_padding
-from ahn.layer import AHN, Router
 from ahn.memory import RecurrentMemory
 from ahn.memory_query import memory_query
 from ahn.observer import Observer, Passage
@@ -62,21 +60,6 @@ class ForwardContext:
     def tier(self) -> TierView | None:
         """Who sees which quantized tokens; None where there are none."""
         return TierView(self.visibility) if self.visibility.quantized else None
-
-
-@dataclasses.dataclass
-class LayerContext:
-    """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
-
-    index: int
-    """Of the decoder layer; -1 in a captured step, which is compiled once for all layers."""
-    ahn: AHN
-    router: Router | None
-    x: Tensor
-    """(B, n, D) the attention's input."""
-    cache: AHNCache | None
-    cache_layer: AHNLayer | None
-    rope: tuple[Tensor, Tensor] | None
 
 
 class LazyMask:

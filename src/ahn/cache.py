@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ahn import cache_file
 from ahn.cache_layer import AHNLayer, SlotRows
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -250,20 +251,65 @@ class AHNCache(Cache):
         return total
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation to one safetensors file; see `ahn.cache_file.save`."""
-        from ahn import cache_file
+        """Write the conversation to one safetensors file.
 
+        Raises:
+            AHNError: the cache is empty, its model is gone, or a layer of it is of a kind that cannot be written.
+        """
         model = None if self._model is None else self._model()
         if model is None:
             raise AHNError("The model of this cache is gone; save a cache while its model is in memory.")
-        cache_file.save(self, path, model)
+        if self.seen == 0:
+            raise AHNError("This cache has read nothing yet; there is nothing to save.")
+        tensors: dict[str, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer, index).items()}
+        if self.padding is not None:
+            tensors |= {f"padding.{name}": x for name, x in vars(self.padding).items()}
+        cache_file.write(path, tensors, {"config": dataclasses.asdict(self.config), "seen": self.seen}, model)
 
     @staticmethod
     def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
-        """Read a conversation that `save` wrote; see `ahn.cache_file.load`."""
-        from ahn import cache_file
+        """Read a conversation that `save` wrote, for the same model and adapter, onto the model's device.
 
-        return cache_file.load(path, model)
+        Raises:
+            AHNError: the file is missing, damaged or not a cache, or it was made with another base, adapter or memory.
+        """
+        cache = AHNCache.for_model(model)
+        tensors, description = cache_file.read(path, model)
+        described = description["config"]
+        cache.config = AHNConfig(**described | {"full_attention_layers": tuple(described["full_attention_layers"])})
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+        for index, layer in enumerate(cache.layers):
+            own = under(f"layers.{index}.")
+            missing = {"keys", "values"} - own.keys()
+            if missing and (own or isinstance(layer, AHNLayer)):
+                raise AHNError(f"{path} is incomplete: layers.{index}.{min(missing)} is missing.")
+            if isinstance(layer, AHNLayer):
+                layer.window, layer.sinks = cache.config.window, cache.config.sinks
+                layer.load_tensors(own, description["seen"])
+                cache._batch = len(own["keys"])
+            elif own:
+                layer.lazy_initialization(own["keys"], own["values"])
+                layer.keys, layer.values = own["keys"], own["values"]
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = description["seen"]
+        if padding := under("padding."):
+            cache.padding = Padding(**padding)
+        return cache
+
+
+def _tensors(layer: Any, index: int) -> dict[str, Tensor]:
+    if isinstance(layer, AHNLayer):
+        return layer.tensors()
+    if not layer.is_initialized:
+        return {}
+    if not hasattr(layer, "keys") or layer.keys is None:
+        raise AHNError(f"Layer {index} keeps a {type(layer).__name__}, which cannot be saved.")
+    return {"keys": layer.keys, "values": layer.values}
 
 
 def _move(layer: Any, device: torch.device | str) -> None:

@@ -31,3 +31,8 @@ class Router(nn.Module):
         """r (B, N), tokens written so far / window, to weights (B, H, N). An empty memory reads zero anyway."""
         log_r = r.clamp_min(1e-6).log()[:, None, :]
         return torch.sigmoid(self.alpha.float()[:, None] * log_r + self.beta.float()[:, None])
+
+
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of what `attach` added to a model, by full name."""
+    return {name: p for name, p in model.named_parameters() if ".ahn." in name or ".ahn_router." in name}

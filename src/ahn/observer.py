@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ahn.attention import LayerContext
     from ahn.cache import AHNCache
+    from ahn.context import LayerContext
     from ahn.evicted import Evicted
     from ahn.visibility import Visibility
 

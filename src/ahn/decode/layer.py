@@ -15,8 +15,8 @@ from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRule
 from ahn.ops.step_operator import layer_step
 
 if TYPE_CHECKING:
-    from ahn.attention import LayerContext
     from ahn.cache_layer import AHNLayer
+    from ahn.context import LayerContext
 
 
 @dataclasses.dataclass

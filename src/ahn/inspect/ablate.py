@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.adapter import observed
-from ahn.attention import LayerContext
 from ahn.cache import AHNCache
+from ahn.context import LayerContext
 from ahn.errors import AHNError
 from ahn.evicted import Evicted
 from ahn.inspect.memories import recurrent_layers, written_positions
