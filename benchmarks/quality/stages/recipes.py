@@ -61,8 +61,8 @@ STUDY = Recipe(
     distillation=Distillation(
         steps=200, length=8192, batch=8, facts=(32, 128), totals=(128, 256, 512, 1024, 2048), log_every=25
     ),
-    # The most important first: they begin in this order, other seeds than the first after all first ones. On one H100 all
-    # of it has to end within half an hour.
+    # The most important first: they begin in this order, other seeds than the first after all first ones. On one H100
+    # all of it has to end within half an hour.
     runs=(
         # The published memories, trained as published.
         Run("gated_deltanet", seeds=_THREE, far=True),
