@@ -5,11 +5,13 @@ The models compute in float64, as in `test_quantized`: a number on the edge of t
 
 from __future__ import annotations
 
+import copy
 import weakref
 from functools import cache
 
 import pytest
 import torch
+from codes import rounded_otherwise
 from models import adapted
 from talk import Talk
 from test_decode import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, _converse, graphs
@@ -111,3 +113,34 @@ def test_a_layer_is_our_operators_and_nothing_else(memory: str, compiled: list[t
     names = [getattr(target, "__name__", target) for target in layer]
     views = {"view", "narrow", "transpose", "unsqueeze", "getitem", "reshape", "contiguous"}
     assert sorted(name for name in names if name not in views) == ["product.default"] * 4 + ["step.default"]
+
+
+@pytest.mark.parametrize(
+    "fault", ["none", "rounded scale", "rounded code", "scale", "code", "two slots", "scale of a code"]
+)
+def test_codes_are_excused_by_a_rounding_alone(fault: str) -> None:
+    """What compares conversations on a GPU sees a single fault."""
+    talk = Talk(shared("deltanet"), 2)
+    talk.read([SEEN, SEEN])
+    other = copy.deepcopy(talk)
+    layer = other.cache.memory_layers[0]
+    assert layer.state is not None
+    codes, scales = layer.state["quantized.keys"], layer.state["quantized.key_scales"]
+    byte = codes[1, 0, 2, 0]
+    level = int(byte) & 3
+    neighbour, far = level ^ 1, level ^ 2  # 0 and 1, 2 and 3 are neighbours
+    if fault in ("rounded scale", "two slots"):
+        scales[1, 0, 2] *= 1 + 2**-7 if scales[1, 0, 2].view(torch.int16) % 128 < 64 else 1 + 2**-8
+    if fault == "two slots":
+        codes[1, 1, 3, 0] ^= 1
+    if fault == "scale":
+        scales[1, 0, 2] *= 1.03
+    if "code" in fault:
+        codes[1, 0, 2, 0] = byte - level + (far if fault == "code" else neighbour)
+    if fault == "scale of a code":
+        scales[1, 0, 2] *= 3
+    if fault in ("none", "rounded scale", "rounded code"):
+        assert rounded_otherwise(talk, other) == (fault != "none")
+    else:
+        with pytest.raises(AssertionError, match=r"off|slots|follow"):
+            rounded_otherwise(talk, other)

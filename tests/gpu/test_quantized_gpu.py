@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from codes import rounded_otherwise
 from golden import relative_error
 from models import adapted, awaken, base, tokens
 from talk import Talk
@@ -92,22 +93,13 @@ def awake(architecture: str, memory: str, dtype: torch.dtype, **options: int) ->
     return awaken(ahn.attach(plain.to(dtype), config)).cuda()
 
 
-def differing(talks: list[Talk]) -> int:
-    """Bytes of codes, and scales, in which two conversations differ; before either has any: none."""
-    states = [[layer.state or {} for layer in talk.cache.memory_layers.values()] for talk in talks]
-    names = [f"quantized.{part}" for part in ("keys", "values", "key_scales", "value_scales")]
-    names = [name for name in names if all(name in state[0] for state in states)]
-    return sum(int((a[name] != b[name]).sum()) for a, b in zip(*states, strict=True) for name in names)
-
-
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("memory", ["window_only", "deltanet", "gated_deltanet"])
 @torch.no_grad()
 def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the edge of the window and of the codes, in a padded batch, until both rings have gone round; float32.
 
-    Where a number lies on the edge of two codes, or a scale between two numbers of bfloat16, each way may take another.
-    Such a step shows in the codes or scales; it is excused, and both ways go on from the same cache.
+    A step that has rounded a code or a scale to the other side is excused, and both ways go on from the same cache.
     """
     model = awake(architecture, memory, torch.float32, quantized=96)
     talks, excused = [Talk(model, 2), Talk(model, 2)], 0
@@ -118,9 +110,7 @@ def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkey
                     if not captured:
                         patch.setattr(runner, "on_gpu", lambda ids: False)
                     talk.read((1, 1) if step else (30, 17))
-            apart = differing(talks)
-            if apart:
-                assert apart <= 16, f"{apart} codes and scales differ after step {step}"
+            if rounded_otherwise(*talks):
                 excused += 1
                 talks[1].cache = copy.deepcopy(talks[0].cache)
                 continue
@@ -128,6 +118,7 @@ def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkey
             # Float32 in another order of operations, through two layers with sharp attention.
             assert relative_error(found, expected) < 1e-4, step
     assert talks[0].cache in runner._runners and talks[1].cache not in runner._runners
+    # 16 scales a step, each within an error of 1e-5 of the edge of its 2^-8 wide place: 14 of 341 steps.
     assert excused <= 20
 
 

@@ -1,0 +1,50 @@
+"""How the quantized tokens of two conversations that read the same may differ: by a rounding, where they just wrote."""
+
+from __future__ import annotations
+
+import torch
+from talk import Talk
+from torch import Tensor
+
+from ahn.ops.quantize import BITS, PER_BYTE
+
+MOST = 4
+"""Numbers and scales of one step. Of a thousand, float32 in another order of operations moves less than one."""
+
+
+def rounded_otherwise(one: Talk, other: Talk) -> int:
+    """Numbers and scales on which the two, alike before their last step, have rounded to either side.
+
+    A number on the edge of two codes may take the neighbouring level, which moves its vector's scale by some per cent;
+    a scale between two numbers of bfloat16 may take the other one. Anything else fails: larger steps, more of them than
+    `MOST`, or codes elsewhere than in the one slot that a row has written.
+    """
+    states = [[layer.state or {} for layer in talk.cache.memory_layers.values()] for talk in (one, other)]
+    found = 0
+    written: list[Tensor] = []
+    for a, b in zip(*states, strict=True):
+        assert a.keys() == b.keys(), "one has codes, the other has none"
+        for kind in ("key", "value") if "quantized.keys" in a else ():
+            levels = [_levels(state[f"quantized.{kind}s"].cpu()) for state in (a, b)]
+            first, second = (state[f"quantized.{kind}_scales"].cpu() for state in (a, b))
+            steps = (levels[0] - levels[1]).abs()  # (B, Hkv, C, P)
+            moved = steps.sum(-1)
+            # Neighbours among positive numbers of bfloat16 are neighbours as integers.
+            places = (first.view(torch.int16).int() - second.view(torch.int16).int()).abs()
+            assert steps.max() <= 1, f"{kind}: a code is {steps.max()} levels off"
+            assert places[moved == 0].amax() <= 1, f"{kind}: a scale is {places[moved == 0].amax()} roundings off"
+            near = (first.float() / second.float() - 1).abs()[moved > 0] <= 0.1 * moved[moved > 0]
+            assert near.all(), f"{kind}: a scale does not follow its codes"
+            found += int(moved.sum() + (places[moved == 0] > 0).sum())
+            written.append(((moved > 0) | (places > 0)).any(1))  # (B, C)
+    if written:
+        slots = torch.stack(written).any(0).sum(1)
+        assert slots.max() <= 1, f"codes differ in {slots.max()} slots of a row, and one was written"
+    assert found <= MOST, f"{found} codes and scales differ"
+    return found
+
+
+def _levels(codes: Tensor) -> Tensor:
+    """(..., P / 4) bytes to (..., P) levels."""
+    places = BITS * torch.arange(PER_BYTE)
+    return ((codes.unsqueeze(-1).int() >> places) & (2**BITS - 1)).flatten(-2)
