@@ -146,6 +146,8 @@ def attention(
         left = Evicted(*cache_layer.evict(key, value, gates))
         state = cache_layer.state
     left = without_padding(left, memory, view)
+    if cache_layer is None and getattr(memory, "round_writes", False) and view.evicted:
+        left = _rounded(left, key, value, view)
     state, coded = quantized.split(state)
     writes, tier, beside = view.delayed, ahn_forward.tier, None
     if tier is not None and view.evicted:
@@ -264,3 +266,16 @@ def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Ten
     if mask is None or kernel == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _rounded(left: Evicted, key: Tensor, value: Tensor, view: Visibility) -> Evicted:
+    """What codes would leave of the written tokens; gradients as if nothing was rounded."""
+    from ahn.ops.quantize import decode, encode
+
+    rounded = []
+    for x, whole, unbiased in ((left.key, key, True), (left.value, value, False)):
+        with torch.no_grad():
+            offset = whole[:, :, view.sinks : view.sinks + 480].float().mean(2, keepdim=True)
+            found = (decode(*encode(x.float() - offset, unbiased), torch.float32) + offset).to(x.dtype)
+        rounded.append(x + (found - x).detach())
+    return Evicted(*rounded, left.gates)

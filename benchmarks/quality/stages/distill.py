@@ -46,6 +46,11 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
     model = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=dtype).to(device)
     budget = recipe.contexts[0].budgets[0]  # which window is saved with the memory; training draws its own
     ahn.attach(model, ahn.AHNConfig(**{"window": budget - recipe.sinks, "sinks": recipe.sinks} | run.settings))
+    if settings.base_lr:
+        teacher = Qwen3ForCausalLM.from_pretrained(out / "model", dtype=dtype).to(device).requires_grad_(False)
+        model.float()
+        object.__setattr__(model, "lab_teacher", [teacher])
+        model.lab_base_lr = settings.base_lr
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)
     log = Log(out / "distill" / f"{task.name}.jsonl")
@@ -73,9 +78,14 @@ def distill_memory(recipe: Recipe, out: Path, task: Task, device: torch.device) 
         use_normalized_l2=settings.use_normalized_l2,
         log_every=min(10, settings.log_every),
         on_step=on_step,
+        bf16=settings.base_lr > 0 and device.type == 'cuda',
     )
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.bfloat16()
+    if settings.base_lr:
+        adapter(out, task).parent.mkdir(exist_ok=True, parents=True)
+        base = {k: v.detach().cpu() for k, v in model.state_dict().items() if ".ahn" not in k}
+        torch.save(base, adapter(out, task).parent / f"{task.name}.pt")
     save_adapter(model, adapter(out, task))
     _name_base(adapter(out, task) / "config.json", "../../model")
     last = {name: statistics.mean(getattr(each, name) for each in logs[-20:]) for name in ("kl", "ce", "teacher_ce")}

@@ -56,6 +56,11 @@ def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: in
         ahn.attach(model, ahn.AHNConfig(**task.run.settings, window=budget - sinks, sinks=sinks))
     else:
         load_adapter(model, adapter(out, trained), window=budget - sinks, sinks=sinks)
+    other = None if trained is None else adapter(out, trained).parent / f"{trained.name}.pt"
+    frozen = None
+    if other is not None and other.exists():
+        frozen = {k: v.clone() for k, v in model.state_dict().items() if ".ahn" not in k}
+        model.load_state_dict(torch.load(other), strict=False)
     try:
         slots = fit_window(model, budget)
         if task.run.tier is not None:
@@ -66,6 +71,8 @@ def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: in
         yield Reading(reader(model), about)
     finally:
         ahn.detach(model)
+        if frozen is not None:
+            model.load_state_dict(frozen)
 
 
 def fit_window(model: PreTrainedModel, budget: int) -> int:

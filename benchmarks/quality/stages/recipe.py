@@ -72,6 +72,7 @@ class Distillation:
     warmup: float = 0.05
     log_every: int = 50
     horizons: tuple[float, float] | None = None
+    base_lr: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

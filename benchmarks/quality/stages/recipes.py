@@ -105,7 +105,39 @@ STUDY = Recipe(
     sinks=32,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (TINY, STUDY)}
+CODED = {"totals": (512, 1024, 2048, 4096)}
+HALF = Tier(exact=0.5, bytes_of="deltanet")
+LAB = dataclasses.replace(
+    STUDY,
+    name="lab",
+    runs=(
+        Run("deltanet"),
+        Run("deltanet-mixed", {"memory": "deltanet_mixed"}),
+        Run("deltanet-4hash", {"memory": "deltanet_hashed"}),
+        Run("deltanet-4states", {"memory": "deltanet_states"}),
+        Run("deltanet-unfrozen", {"memory": "deltanet"}, {"base_lr": 3e-4}),
+        Run("deltanet-negative", {"memory": "deltanet_negative"}),
+        Run("deltanet-mixed-4hash", {"memory": "deltanet_mixed_hashed"}),
+        Run("deltanet-coded", {"memory": "deltanet_coded"}, CODED),
+        Run("half+deltanet", {"memory": "deltanet"}, tier=HALF, of="deltanet"),
+        Run("half+deltanet-coded", {"memory": "deltanet_coded"}, tier=HALF, of="deltanet-coded"),
+        Run("deltanet-shared-4hash", {"memory": "deltanet_shared"}),
+        Run("deltanet-2hash", {"memory": "deltanet_hashed2"}),
+        Run("deltanet-4hash-long", {"memory": "deltanet_hashed"}, LONG),
+        Run("deltanet-soft-4hash", {"memory": "deltanet_hashed_soft"}),
+        Run("half+deltanet-4hash", {"memory": "deltanet_hashed"}, tier=HALF, of="deltanet-4hash"),
+        Run("half+deltanet-4hash-long", {"memory": "deltanet_hashed"}, tier=HALF, of="deltanet-4hash-long"),
+        Run("deltanet-8hash", {"memory": "deltanet_hashed8"}),
+        Run("deltanet-coded-long", {"memory": "deltanet_coded"}, LONG | CODED),
+        Run("half+deltanet-coded-long", {"memory": "deltanet_coded"}, tier=HALF, of="deltanet-coded-long"),
+        Run("deltanet-long", {"memory": "deltanet"}, LONG),
+        Run("half+deltanet-long", {"memory": "deltanet"}, tier=HALF, of="deltanet-long"),
+        Run("deltanet-unfrozen-long", {"memory": "deltanet"}, LONG | {"base_lr": 3e-4}),
+        Run("deltanet-mixed-long", {"memory": "deltanet_mixed"}, LONG),
+    ),
+    contexts=STUDY.contexts[:1],
+)
+RECIPES = {recipe.name: recipe for recipe in (TINY, STUDY, LAB)}
 
 
 def smoke(recipe: Recipe) -> Recipe:
@@ -132,7 +164,7 @@ def smoke(recipe: Recipe) -> Recipe:
         runs=tuple(
             dataclasses.replace(run, changes=_shorter(run), seeds=run.seeds[:2])
             for run in recipe.runs
-            if run in trained[:5] or run.tier is not None
+            if run in trained[:99] or run.tier is not None
         ),
         contexts=(
             Context(512, (64, 128), chunks=4, texts=2, needle_lengths=(256,), trials=1),
@@ -143,5 +175,5 @@ def smoke(recipe: Recipe) -> Recipe:
 
 
 def _shorter(run: Run) -> dict[str, object]:
-    smaller = {"total": 128, "steps": 5}
+    smaller = {"total": 128, "steps": 5, "totals": (64, 128)}
     return {name: smaller.get(name, value) for name, value in run.changes.items()}

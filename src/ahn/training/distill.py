@@ -90,7 +90,7 @@ def distillation_loss(
     set_window(model, window, sinks)
     compare = "distill" in terms
     with disabled(model), torch.no_grad(), _attention_outputs(model, compare) as teacher_outputs:
-        teacher = _hidden(model, inputs)
+        teacher = _hidden(getattr(model, 'lab_teacher', [model])[0], inputs)
     with _attention_outputs(model, compare) as student_outputs:
         student = _hidden(model, inputs)
     weights = {term: float(term in terms) for term in ("kl", "ce")}

@@ -89,7 +89,14 @@ def distill(
     if not parameters:
         raise AHNError(f"The memory {model.ahn_config.memory!r} has no parameters; there is nothing to train.")
     check_head(model)
+    base_lr = getattr(model, "lab_base_lr", 0.0)
     optimizer = _Optimizer(parameters, weight_decay, max_gradient_norm)
+    if base_lr:
+        ours = {id(p) for p in parameters}
+        others = [p for n, p in model.named_parameters() if id(p) not in ours and ".layers." in n]
+        optimizer.parameters = parameters + others
+        optimizer.adamw.add_param_group({"params": others, "weight_decay": 0.0, "factor": base_lr / lr})
+        parameters = parameters + others
     device = parameters[0].device.type
     logs: list[StepLog] = []
     pending: list[tuple[StepLog, Tensor]] = []
@@ -144,7 +151,7 @@ class _Optimizer:
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
         self.adamw.found_inf = torch.maximum(self.adamw.found_inf, bad.float())
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
         self.adamw.step()
         self.adamw.zero_grad()
         return norm
