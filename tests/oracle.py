@@ -49,6 +49,29 @@ def delta_read(w: Weights, S: Tensor, q: Tensor, x: Tensor) -> Tensor:
     return _heads(_rms(o, w["o_norm.weight"], 1e-5) * gamma * torch.sigmoid(gamma), w["o_proj.weight"])
 
 
+def _shares(x: Tensor, route: Tensor) -> Tensor:
+    """softmax(16 x̂ A): x (B, H, P), one matrix A (P, R) a head, to (B, H, R)."""
+    return torch.softmax(torch.stack([16 * _unit(x[:, h]) @ route[h] for h in range(len(route))], 1), -1)
+
+
+def routed_write(w: Weights, S: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """S (B, H, R, P, P); one zero matrix a head to begin with."""
+    k = k + _heads(k, w["k_map.weight"])
+    share, states = _shares(k, w["k_route"]), S.unbind(2) if S.dim() == 5 else [S] * w["k_route"].shape[-1]
+    beta = torch.sigmoid(x @ w["b_proj.weight"].T)[..., None] * share
+    k, after = _unit(k), []
+    for r, state in enumerate(states):
+        u = beta[..., r, None] * (v - (state.mT @ k[..., None])[..., 0])
+        after.append(state + k[..., :, None] * u[..., None, :])
+    return torch.stack(after, 2)
+
+
+def routed_read(w: Weights, S: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    q = q + _heads(q, w["q_map.weight"])
+    together = (S * _shares(q, w["q_route"])[..., None, None]).sum(2)
+    return delta_read(w, together, q, x)
+
+
 def mamba_write(w: Weights, S: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """As `delta_write`. The state is (P_key, P_value), the transpose of the specification's."""
     step = F.softplus(x @ w["dt_proj.weight"].T + w["dt_proj.bias"] + w["dt_bias"])
@@ -66,6 +89,7 @@ MEMORIES = {
     "GatedDeltaNet": (delta_write, delta_read),
     "DeltaNet": (delta_write, delta_read),
     "Mamba2": (mamba_write, mamba_read),
+    "RoutedDeltaNet": (routed_write, routed_read),
 }
 
 

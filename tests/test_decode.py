@@ -111,6 +111,8 @@ def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) 
 @pytest.mark.parametrize("explicit", [True, False], ids=["positions given", "positions by default"])
 def test_rows_with_padding_of_their_own(memory: str, explicit: bool, graphs: Graphs) -> None:
     """Rows meet the boundary at different steps; one starts with no token at all; rows pause while others go on."""
+    if memory == "routed_deltanet" and not explicit:
+        pytest.skip("it maps rotated keys, so that a row in other positions is another row")
     talk = Talk(shared(memory=memory), 4, explicit=explicit)
     talk.read([LOSSLESS + 2, LOSSLESS - 2, 4, 0])
     talk.steps(5)

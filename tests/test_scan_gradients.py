@@ -12,7 +12,7 @@ from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MEMORIES, adapted, tokens
-from test_scan_triton import FLOAT32, INTERPRETED, NAMES, expected
+from test_scan_triton import FLOAT32, INTERPRETED, NAMES, expected, several_states
 from test_step import DEVICE, RULES
 from torch import Tensor
 
@@ -74,7 +74,8 @@ def errors_of(name: str, arguments: dict[str, Tensor | None], read: float = 1.0)
     from ahn.ops.scan_gradients import Scan
 
     rule, r = RULES[name], torch.Generator().manual_seed(1)
-    weights = [torch.randn(arguments[part].shape, generator=r) for part in ("query", "state")]
+    read_shape = (*arguments["write"].shape, arguments["query"].shape[-1])
+    weights = [torch.randn(shape, generator=r) for shape in (read_shape, arguments["state"].shape)]
     weights[0] *= read
     exact = {part: None if x is None else x.double() for part, x in arguments.items()}
     wanted = outputs_and_gradients(lambda *x: expected(*x, None), exact, rule, weights)
@@ -94,6 +95,13 @@ def errors_of(name: str, arguments: dict[str, Tensor | None], read: float = 1.0)
 def test_gradients(name: str, tokens: int, heads: int, kv_heads: int, P: int) -> None:
     arguments = inputs(name, tokens, heads, kv_heads, P, torch.float32)
     errors = errors_of(name, arguments)
+    assert max(errors.values()) < bound(arguments), errors
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+def test_gradients_of_what_several_states_share() -> None:
+    arguments = several_states(130, 16, torch.float32)
+    errors = errors_of("deltanet", arguments)
     assert max(errors.values()) < bound(arguments), errors
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative_error
-from test_step import DEVICE, RULES
+from test_step import DEVICE, RULES, on_device
 
 from ahn.ops import reference
 from ahn.ops.step import StepRead, _read_out
@@ -24,11 +24,10 @@ NAMES = [name for name, rule in RULES.items() if rule is not None]
 
 def expected(query, key, value, write, decay, state, rule, read):
     """Float64, through `ahn.ops.reference`."""
-    groups = query.shape[1] // key.shape[1]
     query, key, value, write, decay, state = (
         None if x is None else x.double() for x in (query, key, value, write, decay, state)
     )
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    query, key, value = (x.repeat_interleave(write.shape[1] // x.shape[1], dim=1) for x in (query, key, value))
     q = query * torch.rsqrt(query.square().sum(-1, keepdim=True) + rule.l2_eps) * rule.scale
     k = key * torch.rsqrt(key.square().sum(-1, keepdim=True) + rule.l2_eps)
     if rule.delta:
@@ -68,6 +67,30 @@ def test_the_scan_in_float16(name: str) -> None:
 def test_rows_without_padding_share_the_router_s_weight() -> None:
     """It depends on how many tokens were written alone, so it has one row for all of them."""
     check("deltanet", 70, 2, 1, 16, torch.float32, FLOAT32, rows=3, weights=1)
+
+
+def several_states(tokens: int, P: int, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+    """Arguments of a scan with three states for each of four query heads, whose keys are their own, values shared."""
+    r = torch.Generator().manual_seed(tokens)
+    heads = {"query": 4, "key": 4, "value": 2}
+    given: dict[str, torch.Tensor | None] = {
+        name: torch.randn(2, tokens, count, P, generator=r).to(dtype).transpose(1, 2) for name, count in heads.items()
+    }
+    given["write"] = torch.rand(2, 12, tokens, generator=r)
+    given["decay"] = None
+    given["state"] = 0.1 * torch.randn(2, 12, P, P, generator=r)
+    return given
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+def test_several_states_share_queries_keys_and_values() -> None:
+    from ahn.ops import scan_triton
+
+    given, rule = several_states(70, 16, torch.float32), RULES["deltanet"]
+    wanted = expected(*given.values(), rule, None)
+    found = scan_triton.scan(*(None if x is None else x.to(DEVICE) for x in given.values()), rule, None)
+    for one, other in zip(found, wanted, strict=True):
+        assert relative_error(one.cpu(), other) < FLOAT32
 
 
 @pytest.mark.gpu
@@ -118,7 +141,7 @@ def check(
         read = StepRead(query, *gates, 1 + 0.1 * normal(P), normal(heads, P, P) / P**0.5)
     wanted, wanted_state = expected(query, key, value, write, decay, state, rule, read)
     on = [None if x is None else x.to(DEVICE) for x in (query, key, value, write, decay, state)]
-    moved = None if read is None else StepRead(**{n: x.to(DEVICE) for n, x in vars(read).items()})
+    moved = on_device(read)
     found, found_state = scan_triton.scan(*on, rule, moved)
     assert relative_error(found.float().cpu(), wanted) < tolerance
     assert relative_error(found_state.cpu(), wanted_state) < tolerance

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ahn.ops.gate import ACTIVATIONS, Gate
+from ahn.ops.routes import Routes
 from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRotation, StepRule, step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
@@ -28,7 +29,7 @@ TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries a
 FLOAT32 = 1e-5
 
 
-def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="none", activation="none", C=0):
+def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="none", activation="none", C=0, states=1):
     """Arguments of `step`; slots that no token has taken yet are NaN."""
     r = torch.Generator().manual_seed(seed)
     H, T = HKV * groups, S + W
@@ -41,7 +42,7 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
     keys, values = (normal(B, HKV, T, P).masked_fill(empty[:, None, :, None], torch.nan) for _ in range(2))
     write = torch.sigmoid(normal(B, H, T)).masked_fill(empty[:, None], torch.nan)
     decay = -torch.rand(B, H, T, generator=r).masked_fill(empty[:, None], torch.nan)
-    state = normal(B, H, P, P)
+    state = normal(B, H * states, P, P)
     active = torch.rand(B, generator=r) < 0.8
     write_gate, decay_gate = Gate(torch.sigmoid(normal(B, H))), Gate(-torch.rand(B, H, generator=r))
     if activation != "none":
@@ -55,6 +56,9 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
         norm = normal(H * P if rule.across_heads else P)
         weight = torch.rand(B, H, generator=r) if router else None
         read = StepRead(normal(B, H, P), normal(B, H), weight, norm, normal(H, P, P) / P**0.5)
+        if states > 1:
+            maps = [normal(H, P, size) / P**0.5 for size in (P, P, states, states)]
+            read.routes = Routes(*maps)
     gates = (write_gate if rule else None, decay_gate if rule and rule.decay else None)
     rotation = None
     if turn != "none":
@@ -82,7 +86,7 @@ def made_codes(r, rule, B, HKV, H, P, C, count):
 def on_device(x):
     if isinstance(x, torch.Tensor):
         return x.to(DEVICE)
-    if isinstance(x, StepBuffers | StepCodes | StepRead | StepRotation | Gate):
+    if isinstance(x, StepBuffers | StepCodes | StepRead | StepRotation | Gate | Routes):
         return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
     return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
 
@@ -129,7 +133,8 @@ def test_kernels_are_the_plain_step(name, data):
     P = data.draw(st.sampled_from([16, 32]))
     seed, router = data.draw(st.integers(0, 99)), data.draw(st.booleans())
     turn, activation = data.draw(st.sampled_from(TURNS)), data.draw(st.sampled_from(ACTIVATIONS))
-    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router, turn, activation))
+    states = data.draw(st.sampled_from([1, 2, 4])) if name == "deltanet" else 1
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router, turn, activation, states=states))
 
 
 @pytest.mark.usefixtures("triton")
@@ -144,7 +149,15 @@ def test_kernels_are_the_plain_step_with_codes(name, data):
     positions = [data.draw(near[0] | near[1] | st.integers(0, 3 * (S + W + C))) for _ in range(B)]
     P = data.draw(st.sampled_from([16, 32]))
     seed, turn = data.draw(st.integers(0, 99)), data.draw(st.sampled_from(TURNS))
-    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C))
+    states = data.draw(st.sampled_from([1, 4])) if name == "deltanet" else 1
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C, states=states))
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("codes", [0, 30])
+def test_several_states_a_head(codes):
+    """Rows before and after something leaves, in memory that was NaN."""
+    compare(*made(RULES["deltanet"], 3, 2, 3, 32, 2, 20, [10, 22, 90], 1, turn="after norms", C=codes, states=4))
 
 
 @pytest.mark.usefixtures("triton", "poisoned")

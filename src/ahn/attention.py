@@ -230,7 +230,8 @@ def _write_and_read(
     weight = None if layer.router is None else layer.router(view.written / view.window)
     rule = memory.step_rule()
     if rule is not None and ops.scans_whole(query):
-        finish = StepRead(query, memory.read_gate(x).float(), weight, memory.step_norm, memory.o_proj.weight)
+        parts = memory.step_norm, memory.o_proj.weight, memory.routes
+        finish = StepRead(query, memory.read_gate(x).float(), weight, *parts)
         decay = None if rule.decay is None else left.gates[rule.decay]
         read, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
         return read, {"state": new}

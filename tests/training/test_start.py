@@ -25,7 +25,7 @@ def test_heads_forget_by_an_e_fold_in_their_horizon(memory: str) -> None:
         # The mean token: projections of x = 0 leave the biases.
         gates = fn.write_gates(torch.zeros(1, 1, fn.hidden_size))
         if "decay" not in gates:
-            assert memory == "deltanet"
+            assert memory in ("deltanet", "routed_deltanet")
             continue
         horizons = -1 / gates["decay"][0, :, 0]
         expected = torch.tensor([50.0, 100.0, 200.0, 400.0])  # four heads, evenly in the logarithm

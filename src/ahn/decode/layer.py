@@ -76,7 +76,7 @@ def step_attention(
             weight = layer.router((written / step.seen)[:, None])[:, :, 0]
         own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1)
         gamma = memory.read_gate(x)[:, :, 0]
-        read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight)
+        read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight, memory.routes)
     buffers = layer.ahn.step_buffers
     assert buffers is not None
     new = [x[:, :, 0] for x in (query, key, value)]

@@ -85,7 +85,8 @@ class _Recorder(Observer):
         with torch.autocast(passage.read.device.type, enabled=False):
             write = left.gates[rule.write].detach().float()
             decay = None if rule.decay is None else left.gates[rule.decay].detach().float()
-            size, norm = updates(left.key, left.value, write, decay, passage.before["state"], rule)
+            before = passage.before["state"]
+            size, norm = updates(left.key, left.value, write, decay, before, rule, memory.routes)
             given = contribution(passage.module.o_proj.weight, passage.exact, passage.read)
         fade = torch.ones_like(write) if decay is None else decay.exp()
         batch = len(write)

@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 
 from ahn.ops.chunked import decay_matrix
+from ahn.ops.routes import Routes
 from ahn.ops.step import StepRule
 
 CHUNK = 64
 
 
 def updates(
-    key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None, state: Tensor, rule: StepRule
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    rule: StepRule,
+    routes: Routes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Size of every update `k̂ uᵀ` and of the state after it, in chunks of matrix products.
 
@@ -24,20 +31,22 @@ def updates(
         key, value: (B, Hkv, m, P) of the written tokens, after RoPE.
         write: (B, H, m) gate.
         decay: (B, H, m) logarithm of the decay, or None.
-        state: (B, H, P, P) before the first write.
-        rule: the memory's.
+        state: (B, H · R, P, P) before the first write.
+        rule, routes: the memory's.
 
     Returns:
-        ‖k̂ uᵀ‖ and the Frobenius norm of the state after it, both (B, H, m) float32.
+        ‖k̂ uᵀ‖ and the Frobenius norm of the state after it, both (B, H, m) float32; of all R states of a head together.
     """
-    groups = write.shape[1] // key.shape[1]
+    heads = write.shape[1]
+    if routes is not None:
+        key, write = routes.keys(key.float(), write)
     if decay is None:
         decay = torch.zeros_like(write)
     state = state.float()
     sizes, norms = [], []
     for start in range(0, write.shape[2], CHUNK):
         here = slice(start, start + CHUNK)
-        k, v = (x[:, :, here].float().repeat_interleave(groups, dim=1) for x in (key, value))
+        k, v = (x[:, :, here].float().repeat_interleave(write.shape[1] // x.shape[1], 1) for x in (key, value))
         w, G = write[:, :, here, None].float(), decay[:, :, here].float().cumsum(-1)
         k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + rule.l2_eps)
         D = decay_matrix(G)
@@ -55,4 +64,5 @@ def updates(
         norms.append(square.clamp_min(0).sqrt())
         last = G[..., -1:, None]
         state = last.exp() * state + (k * (last - G.unsqueeze(-1)).exp()).mT @ u
-    return torch.cat(sizes, dim=2), torch.cat(norms, dim=2)
+    size, norm = (torch.cat(parts, dim=2).unflatten(1, (heads, -1)).square().sum(2).sqrt() for parts in (sizes, norms))
+    return size, norm

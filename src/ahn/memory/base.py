@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ahn.ops.gate import Gate
 
 if TYPE_CHECKING:
+    from ahn.ops.routes import Routes
     from ahn.ops.step import StepRule
     from ahn.visibility import Visibility
 
@@ -85,7 +86,10 @@ class Memory(nn.Module):
 
 
 class RecurrentMemory(Memory, ABC):
-    """A memory with one recurrent state a query head. Its read is added to what exact attention gives."""
+    """A memory with recurrent states, R a query head. Its read is added to what exact attention gives."""
+
+    states: ClassVar[int] = 1
+    """R. Where there are several, `routes` says how keys and queries choose."""
 
     g_proj: nn.Linear
     """Output gate, one number a head, from the reading token's x."""
@@ -114,8 +118,9 @@ class RecurrentMemory(Memory, ABC):
         """Before training: let each head forget with this e-fold, (H,) tokens. Nothing where nothing is forgotten."""
 
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """One float32 zero matrix a head: (B, H, P_key, P_value)."""
-        return {"state": torch.zeros(batch, self.heads, self.head_dim, self.head_dim, device=device)}
+        """One float32 zero matrix a state: (B, H · R, P_key, P_value)."""
+        shape = batch, self.heads * self.states, self.head_dim, self.head_dim
+        return {"state": torch.zeros(shape, device=device)}
 
     def read_gate(self, x: Tensor) -> Tensor:
         """The output gate before its activation, of reading tokens with attention input x (B, m, D): (B, H, m).
@@ -136,6 +141,11 @@ class RecurrentMemory(Memory, ABC):
 
         A memory with a rule says by `step_norm` which norm its read goes through.
         """
+        return None
+
+    @property
+    def routes(self) -> Routes | None:
+        """How keys and queries choose among the states of a head; None where there is one."""
         return None
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ahn.errors import AHNError
 from ahn.ops import chunked, reference
+from ahn.ops.routes import joined
 from ahn.ops.step import StepRead, StepRule
 
 __all__ = [
@@ -96,8 +97,8 @@ def scan(
         query: (B, Hq, m, P) of the memory, after RoPE.
         key, value: (B, Hkv, m, P).
         write, decay: (B, Hq, m) float32 gates.
-        state: (B, Hq, P, P) float32 before the first write.
-        read: with gamma (B, Hq, m) and weight (B or 1, Hq, m); its `query` is not used.
+        state: (B, Hq · R, P, P) float32 before the first write, R states a head.
+        read: with gamma (B, Hq, m) and weight (B or 1, Hq, m); its `query` is not used. With routes there is no decay.
 
     Returns:
         The finished read (B, Hq, m, P) in the type that kernels multiply in, and the state after the last write.
@@ -107,10 +108,18 @@ def scan(
     dtype = _kernel_dtype(key)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.cuda.device(query.device):
-        if torch.is_grad_enabled() or rule.across_heads:
+        share = None
+        if read.routes is not None:
+            key, write = read.routes.keys(key, write)
+            query, share = read.routes.queries(query)
+        elif not torch.is_grad_enabled() and not rule.across_heads:
+            return scan_triton.scan(query, key, value, write, decay, state, rule, read)
+        if torch.is_grad_enabled():
             o, state = scan_gradients.Scan.apply(query, key, value, write, decay, state, rule)
-            return finish_triton.finish(o, rule, read), state
-        return scan_triton.scan(query, key, value, write, decay, state, rule, read)
+        else:
+            o, state = scan_triton.scan(query, key, value, write, decay, state, rule, None)
+        o = o if share is None else joined(o, share).to(dtype)
+        return finish_triton.finish(o, rule, read), state
 
 
 def _in_full_precision(device: torch.device) -> torch.autocast:

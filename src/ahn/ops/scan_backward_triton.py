@@ -41,8 +41,8 @@ def _through_norm(x, grad, eps, scale):
 def local_writes(
     query, key, decay, grad, grad_written, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Lᵀ do: what a chunk's own reads ask of its writes."""
     row = tl.program_id(1).to(tl.int64)
@@ -51,7 +51,7 @@ def local_writes(
     t = tl.program_id(0) * C + i
     real = t < tokens
     dtype = key.dtype.element_ty
-    q = unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale
+    q = unit_rows(_rows(query + b * qb + h // STATES * qh, real, t, qt, p), l2_eps) * scale
     k = unit_rows(_rows(key + b * kb + h // GROUPS * kh, real, t, kt, p), l2_eps)
     local = tl.dot(k.to(dtype), tl.trans(q.to(dtype)), input_precision=PRECISION)
     later = i[:, None] <= i[None, :]
@@ -68,15 +68,15 @@ def local_writes(
 def states_backward(
     query, key, decay, from_k, grad, grad_written, grad_states, grad_state, tokens, chunks,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
-    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state after each chunk, and of what each chunk writes; some columns of one head's state."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // HEADS, row % HEADS
     i, p, c = tl.arange(0, C), tl.arange(0, P), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tile = p[:, None] * P + c[None, :]
-    query += b * qb + h * qh
+    query += b * qb + h // STATES * qh
     key += b * kb + h // GROUPS * kh
     grad += b * gb + h * gh
     dtype = key.dtype.element_ty
@@ -111,8 +111,8 @@ def states_backward(
 def queries_backward(
     query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, tb, th, tt, l2_eps, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, what reads of the state ask of G, and dr in the place of du."""
     row = tl.program_id(1).to(tl.int64)
@@ -128,7 +128,7 @@ def queries_backward(
     dq = tl.dot(do, tl.trans(S), input_precision=PRECISION)
     local = tl.dot(do, tl.trans(tl.load(written + own)), input_precision=PRECISION)
     seen = i[:, None] >= i[None, :]
-    q = _rows(query + b * qb + h * qh, real, t, qt, p).to(tl.float32)
+    q = _rows(query + b * qb + h // STATES * qh, real, t, qt, p).to(tl.float32)
     if DECAY:
         G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
         dq *= tl.exp(G)[:, None]
@@ -151,12 +151,12 @@ def through_states(
     key, value, write, decay, written, states, grad_written, grad_states, from_reads,
     grad_key, grad_value, grad_write, grad_decay, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv, and the parts of dk, dβ and dG that come from the states before and after a chunk."""
     row = tl.program_id(1).to(tl.int64)
-    b, h = row // HEADS, row % HEADS // GROUPS
+    b, h = row // HEADS, row % HEADS
     i, p = tl.arange(0, C), tl.arange(0, P)
     t = tl.program_id(0) * C + i
     real = t < tokens
@@ -167,7 +167,7 @@ def through_states(
     to = gates[:, None] * P + p[None, :]
     dtype = key.dtype.element_ty
     beta = tl.load(write + gates, mask=real, other=0.0)
-    k = unit_rows(_rows(key + b * kb + h * kh, real, t, kt, p), l2_eps)
+    k = unit_rows(_rows(key + b * kb + h // GROUPS * kh, real, t, kt, p), l2_eps)
     dk = tl.dot(tl.load(written + own), tl.trans(tl.load(grad_states + tile)), input_precision=PRECISION)
     dG, G = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     if DECAY:
@@ -183,7 +183,7 @@ def through_states(
         whole = tl.sum(kept, 0) + tl.exp(total) * tl.sum(tl.sum(common, 1), 0)
         last = (t == tokens - 1) | (real & (i == C - 1))
         dG = tl.load(from_reads + gates, mask=real, other=0.0) - kept + tl.where(last, whole, 0.0)
-    v = _rows(value + b * vb + h * vh, real, t, vt, p).to(tl.float32)
+    v = _rows(value + b * vb + h // VALUE_GROUPS * vh, real, t, vt, p).to(tl.float32)
     dr = tl.load(grad_written + own)
     if DELTA:
         S = tl.load(states + tile)
@@ -203,8 +203,8 @@ def through_states(
 def keys_backward(
     query, key, write, decay, written, grad, grad_written, grad_key, grad_write, grad_decay, tokens,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, l2_eps, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk of one query head and the gradients of its gates: what `through_states` found, and the chunk's own part.
 
@@ -245,7 +245,7 @@ def keys_backward(
         if DECAY:
             seen *= beta[None, :]
             dG += tl.sum(seen, 0) - tl.sum(seen, 1)
-    q = (unit_rows(_rows(query + b * qb + h * qh, real, t, qt, p), l2_eps) * scale).to(dtype)
+    q = (unit_rows(_rows(query + b * qb + h // STATES * qh, real, t, qt, p), l2_eps) * scale).to(dtype)
     do = _rows(grad + b * gb + h * gh, real, t, gt, p).to(dtype)
     local = tl.where(i[:, None] <= i[None, :], tl.dot(u, tl.trans(do), input_precision=PRECISION), 0.0)
     if DECAY:

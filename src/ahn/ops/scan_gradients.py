@@ -42,15 +42,16 @@ class Scan(torch.autograd.Function):
         done = write_all(query, key, value, write, decay, state, rule, keep=True)
         ctx.save_for_backward(query, key, value, write, decay, done.written, done.states, done.from_k, done.inverse)
         ctx.rule = rule
-        return read_raw(query, key, decay, done, rule), done.state
+        return read_raw(query, key, decay, done, rule, kernel_sizes(query, key, value, write, decay)), done.state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, write, decay, written, states, from_k, inverse = ctx.saved_tensors
         rule = ctx.rule
-        B, HEADS, tokens, P = query.shape
-        sizes, chunks = kernel_sizes(query, key, decay), triton.cdiv(tokens, CHUNK)
+        B, HEADS, tokens = write.shape
+        P = key.shape[3]
+        sizes, chunks = kernel_sizes(query, key, value, write, decay), triton.cdiv(tokens, CHUNK)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         grad_state = grad_state.clone(memory_format=torch.contiguous_format)
         read = (*query.stride()[:3], *key.stride()[:3], *grad.stride()[:3])
@@ -64,12 +65,14 @@ class Scan(torch.autograd.Function):
             rule.l2_eps, rule.scale, COLUMNS=columns, DELTA=rule.delta, **sizes, num_warps=4,
             num_stages=_stages(query.device),
         )  # fmt: skip
-        grad_query, from_reads = torch.empty_like(query), torch.empty_like(write)
+        grad_query, grad_key, grad_value = (
+            torch.empty(B, HEADS, tokens, P, dtype=key.dtype, device=key.device) for _ in range(3)
+        )
+        from_reads = torch.empty_like(write)
         kernels.queries_backward[chunks, B * HEADS](
             query, key, decay, inverse, written, states, grad, grad_written, grad_query, from_reads, tokens,
             *read, *grad_query.stride()[:3], rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
         )  # fmt: skip
-        grad_key, grad_value = (torch.empty(query.shape, dtype=key.dtype, device=key.device) for _ in range(2))
         grad_write, grad_decay = torch.empty_like(write), None if decay is None else torch.empty_like(decay)
         kernels.through_states[chunks, B * HEADS](
             key, value, write, decay, written, states, grad_written, grad_states, from_reads,
@@ -80,6 +83,8 @@ class Scan(torch.autograd.Function):
             query, key, write, decay, written, grad, grad_written, grad_key, grad_write, grad_decay, tokens,
             *read, rule.l2_eps, rule.scale, DELTA=rule.delta, **sizes, num_warps=8,
         )  # fmt: skip
-        if key.shape[1] < HEADS:
-            grad_key, grad_value = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (grad_key, grad_value))
-        return grad_query, grad_key, grad_value, grad_write, grad_decay, grad_state, None
+        grads = [
+            found if x.shape[1] == HEADS else found.unflatten(1, (x.shape[1], -1)).sum(2)
+            for found, x in ((grad_query, query), (grad_key, key), (grad_value, value))
+        ]
+        return *grads, grad_write, grad_decay, grad_state, None

@@ -61,8 +61,8 @@ def unit_rows(x, eps):
 def _solve(
     key, value, write, decay, from_k, from_v, faded, fading, inverse, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A.
 
@@ -70,11 +70,11 @@ def _solve(
     `faded`, the keys as the chunk's last token finds them, and `fading`, what is left of the state then.
     """
     row = tl.program_id(1).to(tl.int64)
-    b, h = row // HEADS, row % HEADS // GROUPS
+    b, h = row // HEADS, row % HEADS
     i, p = tl.arange(0, C), tl.arange(0, P)
     t = tl.program_id(0) * C + i
     real = t < tokens
-    keys = key + b * kb + h * kh + t[:, None] * kt + p[None, :]
+    keys = key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :]
     to = row * tl.num_programs(0) * C * P + t[:, None] * P + p[None, :]
     dtype = key.dtype.element_ty
     beta = tl.load(write + row * tokens + t, mask=real, other=0.0)
@@ -108,7 +108,8 @@ def _solve(
     M = T.to(dtype)
     if KEEP:
         tl.store(inverse + (row * tl.num_programs(0) * C + t)[:, None] * C + i[None, :], M)
-    v = tl.load(value + b * vb + h * vh + t[:, None] * vt + p[None, :], mask=real[:, None], other=0.0)
+    values = value + b * vb + h // VALUE_GROUPS * vh + t[:, None] * vt + p[None, :]
+    v = tl.load(values, mask=real[:, None], other=0.0)
     tl.store(from_v + to, tl.dot(M, (v.to(tl.float32) * beta[:, None]).to(dtype), input_precision=PRECISION))
     # Loaded again: held all the while, keys would leave registers for one program a multiprocessor.
     k = unit_rows(tl.load(keys, mask=real[:, None], other=0.0), l2_eps)
@@ -119,16 +120,16 @@ def _solve(
 def _states(
     key, value, write, decay, from_k, from_v, faded, fading, state, states, tokens, chunks,
     kb, kh, kt, vb, vh, vt, l2_eps,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
-    DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk, and what each chunk writes (into `from_v`); some columns of one head's state."""
     row = tl.program_id(1).to(tl.int64)
-    b, h = row // HEADS, row % HEADS // GROUPS
+    b, h = row // HEADS, row % HEADS
     i, p, c = tl.arange(0, C), tl.arange(0, P), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tile = p[:, None] * P + c[None, :]
-    key += b * kb + h * kh
-    value += b * vb + h * vh
+    key += b * kb + h // GROUPS * kh
+    value += b * vb + h // VALUE_GROUPS * vh
     S = tl.load(state + row * P * P + tile)
     dtype = key.dtype.element_ty
     for chunk in range(chunks):
@@ -163,8 +164,8 @@ def _states(
 def _reads(
     query, key, decay, written, states, gamma, weight, norm, o_proj, out, tokens,
     qb, qh, qt, kb, kh, kt, l2_eps, scale, norm_eps,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    FINISH: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, FINISH: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads of one chunk and head, (B, m, Hq, P); with FINISH through norm, gate, projection and router."""
     row = tl.program_id(1).to(tl.int64)
@@ -173,7 +174,7 @@ def _reads(
     t = tl.program_id(0) * C + i
     real = t < tokens
     at = row * tl.num_programs(0) + tl.program_id(0)
-    q = tl.load(query + b * qb + h * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
+    q = tl.load(query + b * qb + h // STATES * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
     k = tl.load(key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
     dtype = k.dtype
     q = (unit_rows(q, l2_eps) * scale).to(dtype)
@@ -209,12 +210,13 @@ def write_all(
     keep: bool = False,
 ) -> Written:
     """Write m tokens in order; arguments as in `scan`, gates contiguous. `keep` what only gradients need."""
-    B, HEADS, tokens, P = query.shape
+    B, HEADS, tokens = write.shape
+    P = key.shape[3]
     chunks = triton.cdiv(tokens, CHUNK)
     state = state.clone(memory_format=torch.contiguous_format)
     written = key.new_empty(B, HEADS, chunks * CHUNK, P)
     states = key.new_empty(B, HEADS, chunks, P, P)
-    sizes, strides = kernel_sizes(query, key, decay), (*key.stride()[:3], *value.stride()[:3])
+    sizes, strides = kernel_sizes(query, key, value, write, decay), (*key.stride()[:3], *value.stride()[:3])
     from_k, faded, fading, inverse = None, None, None, None
     if rule.delta:
         from_k, faded = torch.empty_like(written), torch.empty_like(written)
@@ -233,10 +235,17 @@ def write_all(
 
 
 def read_raw(
-    query: Tensor, key: Tensor, decay: Tensor | None, done: Written, rule: StepRule, read: StepRead | None = None
+    query: Tensor,
+    key: Tensor,
+    decay: Tensor | None,
+    done: Written,
+    rule: StepRule,
+    sizes: dict[str, Any],
+    read: StepRead | None = None,
 ) -> Tensor:
-    """The reads of `scan`, (B, Hq, m, P)."""
-    B, HEADS, tokens, P = query.shape
+    """The reads of `scan`, (B, H, m, P)."""
+    B, _, tokens, P = query.shape
+    HEADS = sizes["HEADS"]
     chunks = triton.cdiv(tokens, CHUNK)
     finish = read is not None
     out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype, device=query.device)
@@ -247,18 +256,20 @@ def read_raw(
         query, key, decay, done.written, done.states, gamma, weight,
         None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
         *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
-        FINISH=finish, ROUTER=weight is not None, **kernel_sizes(query, key, decay), **READS,
+        FINISH=finish, ROUTER=weight is not None, **sizes, **READS,
     )  # fmt: skip
     return out.transpose(1, 2)
 
 
-def kernel_sizes(query: Tensor, key: Tensor, decay: Tensor | None) -> dict[str, Any]:
-    """What every kernel is compiled for."""
-    HEADS, P = query.shape[1], query.shape[3]
+def kernel_sizes(query: Tensor, key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None) -> dict[str, Any]:
+    """What every kernel is compiled for. There are as many states as write gates; queries, keys and values of fewer
+    heads are shared by as many of them as follow one another."""
+    HEADS, P = write.shape[1], query.shape[3]
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    groups = HEADS // key.shape[1]
+    states, groups, value_groups = (HEADS // x.shape[1] for x in (query, key, value))
     return {
-        "HEADS": HEADS, "GROUPS": groups, "P": P, "C": CHUNK, "DECAY": decay is not None, "PRECISION": precision
+        "HEADS": HEADS, "STATES": states, "GROUPS": groups, "VALUE_GROUPS": value_groups, "P": P, "C": CHUNK,
+        "DECAY": decay is not None, "PRECISION": precision,
     }  # fmt: skip
 
 
@@ -288,4 +299,4 @@ def scan(
     """
     write, decay = write.contiguous(), None if decay is None else decay.contiguous()
     done = write_all(query, key, value, write, decay, state, rule)
-    return read_raw(query, key, decay, done, rule, read), done.state
+    return read_raw(query, key, decay, done, rule, kernel_sizes(query, key, value, write, decay), read), done.state

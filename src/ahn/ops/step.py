@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
+from ahn.ops.routes import Routes, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class StepBuffers:
     Attributes:
         keys, values: (B, Hkv, T, P).
         write, decay: (B, Hq, T) gates of the same tokens, where the memory has them.
-        state: (B, Hq, P, P) float32, where there is a memory.
+        state: (B, Hq · R, P, P) float32, where there is a memory with R states a head.
         codes: of quantized tokens, where there are any.
     """
 
@@ -93,6 +94,7 @@ class StepRead:
         weight: (B, Hq) float32 the router's weight of the read, or None.
         norm: (P,) or (Hq · P,) weight of the norm.
         o_proj: (Hq, P, P).
+        routes: how keys and queries choose among several states a head, or None for one.
     """
 
     query: Tensor
@@ -100,6 +102,7 @@ class StepRead:
     weight: Tensor | None
     norm: Tensor
     o_proj: Tensor
+    routes: Routes | None = None
 
 
 @dataclasses.dataclass
@@ -177,7 +180,8 @@ def step(
     if rule is not None and read is not None and memory_query is not None:
         gone_key, gone_value, strength, fade = (None if x is None else x.float() for x in leaving)
         assert gone_key is not None and gone_value is not None and strength is not None and buffers.state is not None
-        o = _write_and_read(memory_query, gone_key, gone_value, strength, fade, buffers.state, rule)
+        token = memory_query, gone_key, gone_value, strength, fade
+        o = _write_and_read(*token, buffers.state, rule, read.routes)
         memory_read = _read_out(o, rule, read)
     mine = active[:, None]
     kept = (buffers.keys, key), (buffers.values, value), (buffers.write, _value(write)), (buffers.decay, _value(decay))
@@ -265,10 +269,25 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: floa
 
 
 def _write_and_read(
-    query: Tensor, key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None, state: Tensor, rule: StepRule
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    rule: StepRule,
+    routes: Routes | None,
 ) -> Tensor:
-    """Write one token (B, Hkv, P) into the state in place, then read it raw: (B, Hq, P) float32."""
+    """Write one token (B, Hkv, P) into the states in place, then read them raw: (B, Hq, P) float32."""
     groups = query.shape[1] // key.shape[1]
+    if routes is not None:
+        mapped, strength = routes.keys(key.unsqueeze(2), write.unsqueeze(2))
+        query, share = routes.queries(query.to(precise(query.dtype)).unsqueeze(2))
+        query, key, value = (
+            x.repeat_interleave(state.shape[1] // x.shape[1], dim=1) for x in (query[:, :, 0], mapped[:, :, 0], value)
+        )
+        o = _write_and_read(query, key, value, strength[:, :, 0], decay, state, rule, None)
+        return joined(o.unsqueeze(2), share)[:, :, 0]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     k_hat, q_hat = (x.float() * _inverse_norm(x, rule.l2_eps) for x in (key, query))
     if decay is not None:

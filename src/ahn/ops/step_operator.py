@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ahn.ops.gate import Gate
+from ahn.ops.routes import Routes
 from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRotation, StepRule, step
 
 _CODES = [f"code_{field.name}" for field in dataclasses.fields(StepCodes)]
@@ -59,6 +60,10 @@ def operator(
     key_norm: Tensor | None = None,
     query_eps: float = 0.0,
     key_eps: float = 0.0,
+    query_map: Tensor | None = None,
+    key_map: Tensor | None = None,
+    query_route: Tensor | None = None,
+    key_route: Tensor | None = None,
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
@@ -67,7 +72,10 @@ def operator(
     rule = read = rotation = None
     if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
         rule = StepRule("write", None if decay is None else "decay", delta, l2_eps, scale, norm_eps, across_heads)
-        read = StepRead(memory_query, gamma, weight, norm, o_proj)
+        routes = None
+        if query_map is not None and key_map is not None and query_route is not None and key_route is not None:
+            routes = Routes(query_map, key_map, query_route, key_route)
+        read = StepRead(memory_query, gamma, weight, norm, o_proj, routes)
     if cos is not None and sin is not None:
         rotation = StepRotation(cos, sin, query_norm, key_norm, query_eps, key_eps)
     write_gate = None if write is None else Gate(write, write_activation, write_shift, write_log_rate)
@@ -121,7 +129,7 @@ def layer_step(
     return operator(
         query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
         rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
-        *_parts(write)[1:], *fading[1:],
+        *_parts(write)[1:], *fading[1:], **({} if read.routes is None else vars(read.routes)),
     )  # fmt: skip
 
 

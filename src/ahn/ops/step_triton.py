@@ -18,6 +18,7 @@ from ahn.ops import codes_triton, dependent
 from ahn.ops.dependent import announce, prefetch, wait
 from ahn.ops.gate import Gate
 from ahn.ops.head_triton import finished_head, hadamard, slot_of
+from ahn.ops.routes_triton import route
 from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
@@ -43,12 +44,13 @@ def schedule(rows: int, slots: int, block: int, processors: int) -> tuple[int, i
 def _attend_and_write(
     query, key, value, keys, values, positions, active, partial, score,
     memory_query, write, decay, state, read, gone_key, gone_value, gone_write, gone_decay,
-    query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
+    routed_key, query_share, key_share, query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
     slots, sinks, capacity, scaling, per_split, l2_eps, scale,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, LINE: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr,
-    DECAY: tl.constexpr, STATE_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    DECAY: tl.constexpr, STATES: tl.constexpr, STATE_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     part = tl.program_id(0)
@@ -76,21 +78,29 @@ def _attend_and_write(
             SPLITS, GROUPS, ROWS, P, BLOCK_N, PRECISION,
         )  # fmt: skip
     elif MEMORY:
-        h = (first + part // (P // COLUMNS)).to(tl.int64)
+        s = (first * STATES + part // (P // COLUMNS)).to(tl.int64)
+        h = s // STATES
         c = (part % (P // COLUMNS)) * COLUMNS
-        prefetch(state + h * P * P + tl.arange(0, P) * P + c, PDL)
+        prefetch(state + s * P * P + tl.arange(0, P) * P + c, PDL)
         leaves = (position >= slots + capacity) & (tl.load(active + b) != 0)
         wait(PDL)
         if gone_key is None:  # the memory gets what leaves the window
+            gone = keys + slot * stride_kt
+            if routed_key is not None:
+                gone = routed_key + h * P
             _write_and_read(
-                memory_query + h * P, keys + slot * stride_kt, values + slot * stride_vt, write, decay, state, read, h,
-                c, leaves, slot, query_norm, cos, sin, query_eps, slots, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+                memory_query + h * P, gone, values + slot * stride_vt, write, decay, state, read, h, s, c, leaves, slot,
+                query_share, key_share, query_norm, cos, sin, query_eps, slots, l2_eps, scale,
+                P, COLUMNS, DELTA, DECAY,
             )  # fmt: skip
         else:
             new = (b * HKV + head) * P
+            gone = gone_key + new
+            if routed_key is not None:
+                gone = routed_key + h * P
             _write_and_read(
-                memory_query + h * P, gone_key + new, gone_value + new, gone_write, gone_decay, state, read, h,
-                c, leaves, 0, query_norm, cos, sin, query_eps, 1, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+                memory_query + h * P, gone, gone_value + new, gone_write, gone_decay, state, read, h, s, c, leaves, 0,
+                query_share, key_share, query_norm, cos, sin, query_eps, 1, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
             )  # fmt: skip
 
 
@@ -154,26 +164,37 @@ def _attend(
 
 @triton.jit
 def _write_and_read(
-    query, key, value, write, decay, state, read, h, first_column, leaves, slot,
-    query_norm, cos, sin, query_eps, slots, l2_eps, scale,
+    query, key, value, write, decay, state, read, h, s, first_column, leaves, slot,
+    query_share, key_share, query_norm, cos, sin, query_eps, slots, l2_eps, scale,
     P: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one head's state: u, and so the update, is worked out for each column by itself."""
+    """Some columns of the state s, of the head h: u, and so the update, is worked out for each column by itself.
+
+    With shares, query and key come as `ahn.ops.routes_triton` has made them.
+    """
     p, c = tl.arange(0, P), first_column + tl.arange(0, COLUMNS)
-    tile = state + h * P * P + p[:, None] * P + c[None, :]
+    tile = state + s * P * P + p[:, None] * P + c[None, :]
     S = tl.load(tile)
-    q = finished_head(query, p < P, query_norm, query_eps, cos, sin, P)
+    SHARED: tl.constexpr = query_share is not None
+    q = tl.load(query + p) if SHARED else finished_head(query, p < P, query_norm, query_eps, cos, sin, P)
     if leaves:
         k, v = tl.load(key + p).to(tl.float32), tl.load(value + c).to(tl.float32)
-        k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
+        strength = tl.load(write + h * slots + slot).to(tl.float32)
+        if SHARED:
+            strength *= tl.load(key_share + s)
+        else:
+            k = k * tl.rsqrt(tl.sum(k * k) + l2_eps)
         if DECAY:
             S *= tl.exp(tl.load(decay + h * slots + slot).to(tl.float32))
         if DELTA:
             v -= tl.sum(S * k[:, None], 0)
-        S += k[:, None] * (tl.load(write + h * slots + slot).to(tl.float32) * v)[None, :]
+        S += k[:, None] * (strength * v)[None, :]
         tl.store(tile, S)
-    q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
-    tl.store(read + h * P + c, tl.sum(S * q[:, None], 0))
+    if SHARED:
+        q *= tl.load(query_share + s)
+    else:
+        q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
+    tl.store(read + s * P + c, tl.sum(S * q[:, None], 0))
 
 
 @triton.jit
@@ -184,8 +205,8 @@ def _combine_and_keep(
     keys, values, write, decay, positions, active, slots, sinks, norm_eps,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
-    WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr,
+    ACROSS: tl.constexpr, WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
@@ -193,7 +214,8 @@ def _combine_and_keep(
     if part < P // COLUMNS:
         _combine(
             partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
-            row, b, h, part, SPLITS, CODE_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, ROUTER, ACROSS, PDL,
+            row, b, h, part,
+            SPLITS, CODE_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
         )  # fmt: skip
     else:  # a program of its own, so that nobody's result is late for it
         position, real = tl.load(positions + b), tl.load(active + b) != 0
@@ -222,8 +244,8 @@ def _combine(
     partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
     row, b, h, part,
     SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
-    PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr,
+    ACROSS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's output: the parts by their weights, and the memory's read."""
     c = part * COLUMNS + tl.arange(0, COLUMNS)
@@ -236,7 +258,9 @@ def _combine(
     scores = tl.load(score + row * SPLITS + n)
     parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
     if MEMORY:
-        o = tl.load(read + row * P + p)
+        o = tl.load(read + row * STATES * P + p)
+        for r in tl.static_range(1, STATES):
+            o += tl.load(read + (row * STATES + r) * P + p)
         gate = tl.load(gamma + row).to(tl.float32)
     highest = tl.max(scores, 0)
     if CODE_SPLITS > 0:
@@ -327,12 +351,13 @@ def step(
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     partial = torch.empty(B, HEADS, splits, P, dtype=torch.float32, device=query.device)
     score = torch.empty(B, HEADS, splits, dtype=torch.float32, device=query.device)
-    raw = torch.empty(B, HEADS, P, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
     columns = min(STATE_COLUMNS, P)
     strides = (*buffers.keys.stride()[:3], *buffers.values.stride()[:3])
     memory = rule is not None and read is not None
-    state_programs = groups * (P // columns) if memory else 0
+    states = read.routes.states if read is not None and read.routes is not None else 1
+    raw = torch.empty(B, HEADS * states, P, dtype=torch.float32, device=query.device)
+    state_programs = groups * states * (P // columns) if memory else 0
     launch = dependent.options(query)
     # 256 parts and 64 programs for the state are more than the 528 that an H100 holds by fours. Larger tiles spill.
     capped = launch["PDL"] and stages == 2 and P <= 128 and query.element_size() == 2
@@ -357,14 +382,21 @@ def step(
         )  # fmt: skip
         gone = (coded.key, coded.value, coded.write, coded.decay)
         code_parts = (coded.partial, coded.score, buffers.codes.value_offset)
+    routed: tuple[Tensor | None, ...] = (None, None, None)
+    if read is not None and rule is not None and read.routes is not None:
+        found = route(
+            read_query, buffers.keys, gone[0], positions, (query_norm, cos, sin, query_eps, stride_turn), read.routes,
+            sinks, rule.l2_eps, rule.scale, launch,
+        )  # fmt: skip
+        read_query, routed = found.query, (found.key, found.query_share, found.key_share)
     _attend_and_write[splits + state_programs, B * HKV](
         query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
-        read_query, buffers.write, buffers.decay, buffers.state, raw, *gone,
+        read_query, buffers.write, buffers.decay, buffers.state, raw, *gone, *routed,
         query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
         slots, sinks, capacity, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         LINE=min(P, LINE_BYTES // buffers.keys.element_size()), COLUMNS=columns, MEMORY=memory,
-        DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATE_PROGRAMS=state_programs,
+        DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATES=states, STATE_PROGRAMS=state_programs,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
         **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
@@ -374,7 +406,7 @@ def step(
         buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
         SPLITS=splits, CODE_SPLITS=code_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
-        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, ROUTER=weight is not None,
+        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, ROUTER=weight is not None,
         ACROSS=bool(rule and rule.across_heads), WRITE_ACTIVATION=write.activation if write else "none",
         DECAY_ACTIVATION=decay.activation if decay else "none", num_warps=4, **launch,
     )  # fmt: skip
