@@ -54,7 +54,7 @@ def _without_graphs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(runner, "on_gpu", lambda ids: False)
 
 
-@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2"])
+@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2", "routed_deltanet"])
 def test_float32_steps_are_the_whole_forward(memory: str) -> None:
     talk = _talk(made(memory))
     talk.steps(STEPS)
@@ -62,11 +62,14 @@ def test_float32_steps_are_the_whole_forward(memory: str) -> None:
     talk.check(TOLERANCE)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("architecture", "memory"),
+    [("qwen2", "gated_deltanet"), ("qwen3", "gated_deltanet"), ("qwen3", "routed_deltanet")],
+)
 @pytest.mark.parametrize(("window", "length"), [(WINDOW, 30), (8200, 8150)], ids=["one part", "many parts"])
-def test_one_conversation_is_the_whole_forward(architecture: str, window: int, length: int) -> None:
+def test_one_conversation_is_the_whole_forward(architecture: str, memory: str, window: int, length: int) -> None:
     """A single row is another step: fused products of a vector, whose kernels begin before the last one has ended."""
-    config = ahn.AHNConfig(window=window, sinks=SINKS, prefill_chunk_size=max(64, length))
+    config = ahn.AHNConfig(memory=memory, window=window, sinks=SINKS, prefill_chunk_size=max(64, length))
     talk = Talk(awaken(ahn.attach(base(architecture, hidden_size=64), config)).cuda(), 1)
     talk.read([length])
     talk.steps(STEPS)

@@ -7,7 +7,7 @@ import torch
 from golden import relative_error
 from models import MEMORIES, adapted, awaken, base, tokens
 from test_scan_gradients import GATES, errors_of, inputs, outputs_and_gradients
-from test_scan_triton import INTERPRETED, NAMES
+from test_scan_triton import INTERPRETED, NAMES, several_states
 from test_step import RULES
 
 import ahn
@@ -42,6 +42,12 @@ def test_gradients(name: str, P: int, length: int) -> None:
     errors = errors_of(name, inputs(name, length, 8, 2, P, torch.bfloat16))
     print(name, P, length, {part: f"{error:.1e}" for part, error in errors.items()})
     assert max(errors.values()) < 2 * BF16, errors  # the backward rounds what the forward has rounded
+
+
+@pytest.mark.parametrize("P", [64, 128])
+def test_gradients_of_what_several_states_share(P: int) -> None:
+    errors = errors_of("deltanet", several_states(333, P, torch.bfloat16))
+    assert max(errors.values()) < 2 * BF16, errors
 
 
 @pytest.mark.parametrize("name", NAMES)

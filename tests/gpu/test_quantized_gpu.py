@@ -94,7 +94,7 @@ def awake(architecture: str, memory: str, dtype: torch.dtype, **options: int) ->
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("memory", ["window_only", "deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("memory", ["window_only", "deltanet", "gated_deltanet", "routed_deltanet"])
 @torch.no_grad()
 def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the edge of the window and of the codes, in a padded batch, until both rings have gone round; float32.

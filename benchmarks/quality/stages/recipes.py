@@ -67,8 +67,11 @@ STUDY = Recipe(
         # The published memories, trained as published.
         Run("gated_deltanet", seeds=_THREE, far=True),
         Run("deltanet", seeds=_THREE, far=True),
-        Run("mamba2", seeds=_THREE, far=True),
-        Run("deltanet-long", {"memory": "deltanet"}, LONG, seeds=(0, 1), far=True),
+        Run("mamba2", seeds=(0, 1), far=True),
+        # Several states a head.
+        Run("routed_deltanet", seeds=_THREE, far=True),
+        Run("routed_deltanet-long", {"memory": "routed_deltanet"}, LONG, far=True),
+        Run("deltanet-long", {"memory": "deltanet"}, LONG, far=True),
         # Two bits a number, without training: beside the window, in place of half of it, and before a memory.
         Run("two_bits", {"memory": "window_only"}, far=True, tier=Tier(windows=3.5)),
         Run("two_bits-half", {"memory": "window_only"}, far=True, tier=Tier(exact=0.5, bytes_of="gated_deltanet")),
@@ -79,6 +82,13 @@ STUDY = Recipe(
             far=True,
             tier=Tier(exact=0.5, bytes_of="deltanet"),
             of="deltanet-long",
+        ),
+        Run(
+            "two_bits-half+routed_deltanet",
+            {"memory": "routed_deltanet"},
+            far=True,
+            tier=Tier(exact=0.5, bytes_of="routed_deltanet"),
+            of="routed_deltanet-long",
         ),
         # The paper's ablations.
         Run("gated_deltanet-ce", {"memory": "gated_deltanet"}, {"loss": "ce"}),
@@ -92,9 +102,8 @@ STUDY = Recipe(
         Run("deltanet-q_proj", {"memory": "deltanet", "q_proj": True}),
         Run("deltanet-router", {"memory": "deltanet", "router": True}),
         Run("deltanet-lr6e-3", {"memory": "deltanet"}, {"lr": 6e-3}),
-        # The others with as much training as deltanet-long.
+        # Another with as much training as deltanet-long.
         Run("gated_deltanet-slow-long", {"memory": "gated_deltanet"}, LONG | {"horizons": SLOW}, far=True),
-        Run("mamba2-slow-long", {"memory": "mamba2"}, LONG | {"horizons": SLOW}, far=True),
     ),
     contexts=(
         Context(8192, (256, 512, 1024), chunks=32, texts=24, needle_lengths=(2048, 4096, 8192), trials=4),

@@ -10,12 +10,14 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ahn.errors import AHNError
 from ahn.ops import chunked, reference
@@ -110,16 +112,23 @@ def scan(
     with torch.cuda.device(query.device):
         share = None
         if read.routes is not None:
-            key, write = read.routes.keys(key, write)
-            query, share = read.routes.queries(query)
+            key, write = _lightly(read.routes.keys, key, write)
+            query, share = _lightly(read.routes.queries, query)
         elif not torch.is_grad_enabled() and not rule.across_heads:
             return scan_triton.scan(query, key, value, write, decay, state, rule, read)
         if torch.is_grad_enabled():
             o, state = scan_gradients.Scan.apply(query, key, value, write, decay, state, rule)
         else:
             o, state = scan_triton.scan(query, key, value, write, decay, state, rule, None)
-        o = o if share is None else joined(o, share).to(dtype)
+        o = o if share is None else _lightly(joined, o, share).to(dtype)
         return finish_triton.finish(o, rule, read), state
+
+
+def _lightly(function: Callable[..., Any], *arguments: Tensor) -> Any:
+    """The function's result; for gradients only the arguments are kept, not its float32 numbers in between."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _in_full_precision(device: torch.device) -> torch.autocast:
