@@ -114,7 +114,22 @@ STUDY = Recipe(
     sinks=32,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (TINY, STUDY)}
+LAB = dataclasses.replace(
+    STUDY,
+    name="study",
+    runs=(
+        Run("routed_deltanet", seeds=_THREE, far=True),
+        Run("deltanet", far=True),
+        Run("routed_deltanet-long", {"memory": "routed_deltanet"}, LONG, far=True),
+        Run("routed_shared", {"memory": "routed_shared"}),
+        Run("two_bits-half", {"memory": "window_only"}, tier=Tier(exact=0.5, bytes_of="gated_deltanet")),
+        Run("two_bits-half+routed_deltanet-short", {"memory": "routed_deltanet"}, tier=Tier(exact=0.5, bytes_of="routed_deltanet"), of="routed_deltanet"),
+        Run("two_bits-half+routed_deltanet", {"memory": "routed_deltanet"}, far=True, tier=Tier(exact=0.5, bytes_of="routed_deltanet"), of="routed_deltanet-long"),
+        Run("routed_8", {"memory": "routed_8"}),
+        Run("routed_shared16", {"memory": "routed_shared16"}),
+    ),
+)
+RECIPES = {"tiny": TINY, "study": STUDY, "lab": LAB}
 
 
 def smoke(recipe: Recipe) -> Recipe:
@@ -141,7 +156,7 @@ def smoke(recipe: Recipe) -> Recipe:
         runs=tuple(
             dataclasses.replace(run, changes=_shorter(run), seeds=run.seeds[:2])
             for run in recipe.runs
-            if run in trained[:5] or run.tier is not None
+            if run in trained[:99] or run.tier is not None
         ),
         contexts=(
             Context(512, (64, 128), chunks=4, texts=2, needle_lengths=(256,), trials=1),
