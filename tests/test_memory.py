@@ -65,7 +65,7 @@ def expected(fn: RecurrentMemory, w: Mapping[str, Tensor], given: Mapping[str, T
     for n in range(q.shape[2]):
         S = write(w, S, k[:, :, n], v[:, :, n], x_write[:, n])
         reads.append(read(w, S, q[:, :, n], x_read[:, n]))
-    return torch.stack(reads, dim=2), S
+    return torch.stack(reads, dim=2), S.flatten(1, -3)  # states of all heads in a row
 
 
 def double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,6 +246,10 @@ SHAPES = {
     "DeltaNet": {
         "b_proj.weight": (H, D), "g_proj.weight": (H, D), "o_norm.weight": (P,), "o_proj.weight": (H, P, P),
     },
+    "RoutedDeltaNet": {
+        "b_proj.weight": (H, D), "g_proj.weight": (H, D), "o_norm.weight": (P,), "o_proj.weight": (H, P, P),
+        "q_map.weight": (H, P, P), "k_map.weight": (H, P, P), "q_route": (H, P, 4), "k_route": (H, P, 4),
+    },
     "Mamba2": {
         "dt_proj.weight": (H, D), "dt_proj.bias": (H,), "g_proj.weight": (H, D), "g_proj.bias": (H,), "dt_bias": (H,),
         "A_log": (H,), "norm.weight": (H * P,), "o_proj.weight": (H, P, P),
@@ -256,6 +260,7 @@ MILLIONS = {
     "Mamba2": {"3B": "11.9", "7B": "18.6", "14B": "51.4"},
     "DeltaNet": {"3B": "11.8", "7B": "18.5", "14B": "51.1"},
     "GatedDeltaNet": {"3B": "13.0", "7B": "21.3", "14B": "61.0"},
+    "RoutedDeltaNet": {"3B": "31.3", "7B": "45.0", "14B": "116.0"},
 }
 
 
@@ -309,6 +314,11 @@ def test_initial_values(name: str) -> None:
         assert float(rates.min()) > 0 and 12 < float(rates.max()) <= 16  # U(0, 16)
         assert 9e-4 < float(step.min()) < 3e-3 and 3e-2 < float(step.max()) < 0.11  # log U(1e-3, 1e-1)
         assert (values.pop("D") == 1).all()
+    if name == "routed_deltanet":
+        assert not values.pop("q_map.weight").any() and not values.pop("k_map.weight").any()
+        route = values.pop("k_route")
+        assert torch.equal(values.pop("q_route"), route) and not torch.equal(route[0], route[1])
+        torch.testing.assert_close(route.norm(dim=1), torch.ones(64, 4))
     assert not values
 
 
