@@ -133,6 +133,7 @@ def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> No
     assert {(group.method, other.method) for group, other in pairs} == {
         ("gated_deltanet-ce", "gated_deltanet"),
         ("deltanet-long", "deltanet"),
+        ("routed_deltanet-long", "routed_deltanet"),
     }
     group, other = next(pair for pair in pairs if pair[0].method == "gated_deltanet-ce")
     assert [row["seed"] for row in other.seeds] == [0]  # the same batches; there is another seed

@@ -58,7 +58,7 @@ def cost(results: Results) -> Figure | None:
         axis.set_ylim(bottom=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xlabel("cache at the end, KiB (keys, values, codes, states, gates)")
+        axis.set_xlabel("KiB of cache at the end, states and all")
     _legend(figure, losses)
     return figure
 

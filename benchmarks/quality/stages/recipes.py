@@ -96,12 +96,10 @@ STUDY = Recipe(
         Run("gated_deltanet-kl+ce", {"memory": "gated_deltanet"}, {"loss": "kl+ce"}),
         Run("gated_deltanet-kl+distill", {"memory": "gated_deltanet"}, {"loss": "kl+distill"}),
         Run("gated_deltanet-fixed512", {"memory": "gated_deltanet"}, {"total": 512}),
-        # How it begins, and how it learns.
+        # How it begins, and the paper's router.
         Run("gated_deltanet-slow", {"memory": "gated_deltanet"}, {"horizons": SLOW}),
         Run("mamba2-slow", {"memory": "mamba2"}, {"horizons": SLOW}),
-        Run("deltanet-q_proj", {"memory": "deltanet", "q_proj": True}),
         Run("deltanet-router", {"memory": "deltanet", "router": True}),
-        Run("deltanet-lr6e-3", {"memory": "deltanet"}, {"lr": 6e-3}),
         # Another with as much training as deltanet-long.
         Run("gated_deltanet-slow-long", {"memory": "gated_deltanet"}, LONG | {"horizons": SLOW}, far=True),
     ),
@@ -141,7 +139,7 @@ def smoke(recipe: Recipe) -> Recipe:
         runs=tuple(
             dataclasses.replace(run, changes=_shorter(run), seeds=run.seeds[:2])
             for run in recipe.runs
-            if run in trained[:5] or run.tier is not None
+            if run in trained[:7] or run.tier is not None
         ),
         contexts=(
             Context(512, (64, 128), chunks=4, texts=2, needle_lengths=(256,), trials=1),
