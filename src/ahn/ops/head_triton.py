@@ -1,4 +1,4 @@
-"""What the kernels of a step have in common: where a token lies, how a head is finished, how a vector is turned."""
+"""What the kernels of a step have in common: where a token lies, finished heads and gates, turned vectors."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ def finished_head(x, kept, norm, eps, cos, sin, P: tl.constexpr):
         z = tl.where(p < P // 2, -z, z)
         y = y * tl.load(cos + p).to(tl.float32) + z * tl.load(sin + p).to(tl.float32)
     return y
+
+
+@triton.jit
+def finished_gate(logits, shift, log_rate, h, ACTIVATION: tl.constexpr):
+    """See `ahn.ops.gate.Gate`: of one token and the head h."""
+    x = tl.load(logits).to(tl.float32)
+    if shift is not None:
+        x += tl.load(shift + h).to(tl.float32)
+    if ACTIVATION == "sigmoid":
+        x = tl.sigmoid(x)
+    elif ACTIVATION == "softplus":
+        # max(x, 0) + log1p(e), where e <= 1; log1p as log(u) e / (u - 1) with u = 1 + e keeps the digits of a small e.
+        e = tl.exp(-tl.abs(x))
+        u = 1.0 + e
+        x = tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
+    if log_rate is not None:
+        x *= -tl.exp(tl.load(log_rate + h).to(tl.float32))
+    return x
 
 
 @triton.jit

@@ -59,7 +59,8 @@ def shares(x: Tensor, route: Tensor) -> Tensor:
     """softmax(τ x̂ A), (B, H, m, R), in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = SHARPNESS * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
-    return torch.softmax(scale * (x @ route.to(x.dtype)), dim=-1)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.softmax(scale * (x @ route.to(x.dtype)), dim=-1)
 
 
 def joined(read: Tensor, share: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ahn.ops import codes_triton, dependent
 from ahn.ops.dependent import announce, prefetch, wait
 from ahn.ops.gate import Gate
-from ahn.ops.head_triton import finished_head, hadamard, slot_of
+from ahn.ops.head_triton import finished_gate, finished_head, hadamard, slot_of
 from ahn.ops.routes_triton import route
 from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule
 
@@ -234,9 +234,9 @@ def _combine_and_keep(
             tl.store(values + p, tl.load(value + new + p))
         if MEMORY and real:
             at = row.to(tl.int64) * slots + slot
-            tl.store(write + at, _gate(new_write + row, write_shift, write_log_rate, h, WRITE_ACTIVATION))
+            tl.store(write + at, finished_gate(new_write + row, write_shift, write_log_rate, h, WRITE_ACTIVATION))
             if new_decay is not None:
-                tl.store(decay + at, _gate(new_decay + row, decay_shift, decay_log_rate, h, DECAY_ACTIVATION))
+                tl.store(decay + at, finished_gate(new_decay + row, decay_shift, decay_log_rate, h, DECAY_ACTIVATION))
 
 
 @triton.jit
@@ -305,24 +305,6 @@ def _sum_of_parts(partial, score, highest, row, SPLITS: tl.constexpr, P: tl.cons
         e = tl.exp(tl.load(score + at) - highest)
         total += tl.sum(tl.load(partial + at[:, None] * P + p[None, :]) * e[:, None], 0)
     return total
-
-
-@triton.jit
-def _gate(logits, shift, log_rate, h, ACTIVATION: tl.constexpr):
-    """See `ahn.ops.gate.Gate`: of one token and the head h."""
-    x = tl.load(logits).to(tl.float32)
-    if shift is not None:
-        x += tl.load(shift + h).to(tl.float32)
-    if ACTIVATION == "sigmoid":
-        x = tl.sigmoid(x)
-    elif ACTIVATION == "softplus":
-        # max(x, 0) + log1p(e), where e <= 1; log1p as log(u) e / (u - 1) with u = 1 + e keeps the digits of a small e.
-        e = tl.exp(-tl.abs(x))
-        u = 1.0 + e
-        x = tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
-    if log_rate is not None:
-        x *= -tl.exp(tl.load(log_rate + h).to(tl.float32))
-    return x
 
 
 def step(
