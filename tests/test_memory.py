@@ -133,9 +133,10 @@ def test_in_pieces_or_at_once(name: str, cut: list[int]) -> None:
             read, state = run(fn, piece, state)
             reads.append(read)
             start += length
-    assert relative_error(torch.cat(reads, dim=2), whole) < FLOAT32
+    # Both ways round, and chunks begin at other tokens.
+    assert relative_error(torch.cat(reads, dim=2), whole) < 2 * FLOAT32
     for part, x in whole_state.items():
-        assert relative_error(state[part], x) < FLOAT32
+        assert relative_error(state[part], x) < 2 * FLOAT32
 
 
 @every

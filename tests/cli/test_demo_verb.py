@@ -8,6 +8,7 @@ from typing import Any
 
 import speaking
 
+from ahn import tiny
 from ahn.demo.methods import FULL, TWO_BITS, WINDOW_ONLY
 
 WINDOW, SINKS = speaking.WINDOW, speaking.SINKS
@@ -32,6 +33,14 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
     shown = ahn_cli("demo", *own, "--out", tmp_path / "out")
     for text in ("reads 2 documents", "sinks + window", "writes on after", "the 42 tokens", "figure.png"):
         assert text in " ".join(shown.out.split())
+
+
+def test_the_model_that_ships_is_read_with_every_memory_that_ships(ahn_cli: Any, tmp_path: Path) -> None:
+    done = ahn_cli("demo", "--length", 512, "--documents", 1, "--out", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    found = [entry["name"] for entry in json.loads(done.out)["results"]]
+    first, *others = tiny.adapters()
+    assert found == [FULL, WINDOW_ONLY, first, *others, TWO_BITS, f"{TWO_BITS} + {first}"]
 
 
 def test_the_verb_with_quantized_tokens(ahn_cli: Any, tmp_path: Path) -> None:

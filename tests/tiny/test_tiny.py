@@ -97,6 +97,11 @@ def test_memories_keep_what_is_lost(memory: str, share: float, model: PreTrained
     assert windowed_loss - loss > 0.007, windowed_loss - loss
 
 
+def test_what_ships_are_memories_there_are() -> None:
+    assert tiny.adapters() == ("deltanet", "gated_deltanet", "mamba2")
+    assert set(tiny.adapters()) <= set(ahn.memory.names())
+
+
 def test_unknown_adapter() -> None:
     with pytest.raises(AHNError, match="no adapters/nothing"):
         tiny.adapter_path("nothing")

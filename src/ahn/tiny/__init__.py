@@ -1,4 +1,4 @@
-"""ahn-tiny: a small real language model, and a memory of each kind for it, shipped with the package.
+"""ahn-tiny: a small real language model, and memories for it, shipped with the package.
 
 Made by `benchmarks/quality/run.py --recipe tiny` from the standard library's sources; `README.md` beside the weights is
 its model card. Load it with `AutoModelForCausalLM.from_pretrained(ahn.tiny.path())`.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ahn.errors import AHNError
 
-__all__ = ["adapter_path", "path"]
+__all__ = ["adapter_path", "adapters", "path"]
 
 _HERE = Path(__file__).parent
 
@@ -24,8 +24,13 @@ def path() -> Path:
     return _shipped(_HERE / "model", "config.json")
 
 
+def adapters() -> tuple[str, ...]:
+    """The memories that were distilled for it, a part of `ahn.memory.names()`."""
+    return tuple(sorted(file.parent.name for file in (_HERE / "adapters").glob("*/model.safetensors")))
+
+
 def adapter_path(memory: str) -> Path:
-    """Directory of the adapter distilled for `memory`, a name of `ahn.memory.names()`.
+    """Directory of the adapter distilled for `memory`, one of `adapters()`.
 
     Raises:
         AHNError: there is none for this memory.
