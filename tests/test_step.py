@@ -123,7 +123,7 @@ def tensors(buffers):
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", RULES)
 @given(data=st.data())
-@settings(max_examples=8 if INTERPRETED else 5, deadline=None)
+@settings(max_examples=12 if INTERPRETED else 5, deadline=None)
 def test_kernels_are_the_plain_step(name, data):
     """Any window, any padding: rows before, at and after the first eviction, some of them paused."""
     S, W = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 150))
@@ -140,7 +140,7 @@ def test_kernels_are_the_plain_step(name, data):
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", ["gated_deltanet", "deltanet", "window_only"])
 @given(data=st.data())
-@settings(max_examples=8 if INTERPRETED else 5, deadline=None, derandomize=True)
+@settings(max_examples=12 if INTERPRETED else 5, deadline=None, derandomize=True)
 def test_kernels_are_the_plain_step_with_codes(name, data):
     """Rows before, at and after either edge, in rings that are empty, that fill and that go round."""
     S, W, C = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 60)), data.draw(st.integers(1, 150))
