@@ -178,7 +178,9 @@ class Results:
                 light = {name: value for name, value in row.items() if name not in LONG}
                 ends = {"loss_full": group.full["loss"], "loss_window": group.window["loss"]}
                 won_back = [round(number, 4) for number in group.won_back(row)]
-                found.append(light | ends | {"kl_window": group.window["kl"], "won_back": won_back})
+                parts = [round(float(part), 4) for part in group.by_repeat(row)]
+                ends |= {"kl_window": group.window["kl"], "won_back": won_back, "won_back_by_repeat": parts}
+                found.append(light | ends)
         return found
 
 
