@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import ahn
-from ahn import tiny
+from ahn import AHNError, tiny
 from ahn.demo.comparison import wilson
 from ahn.demo.documents import Document, make_documents
 from ahn.inspect import Trace, record, token_kinds, without
@@ -36,7 +36,18 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 6: 2.57, 8: 2.36, 12: 2.20}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parse(__doc__)
+    model, tokenizer, documents = read_in(arguments)
+    rows = []
+    for document in documents:
+        rows.append(one(model, tokenizer, document))
+        print(document.name, json.dumps(rows[-1]["loss"]), file=sys.stderr, flush=True)
+    write(arguments, documents, summary(rows))
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """The command line of this script and of `inspect_routes.py`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("memory", help="of ahn-tiny, or an adapter's folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--documents", type=int, default=8, choices=sorted(STUDENT))
@@ -45,19 +56,35 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=32)
     parser.add_argument("--length", type=int, default=4096, help="of a document in tokens, facts included")
     arguments = parser.parse_args()
+    if not arguments.out.parent.is_dir():
+        parser.error(f"there is no folder {arguments.out.parent} for the numbers; make it first")
+    return arguments
+
+
+def read_in(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Any, list[Document]]:
+    """The model with its memory in float32, its tokenizer, and documents with facts.
+
+    Raises:
+        AHNError: there is no such memory, or documents are too short for facts beyond the window.
+    """
     shape = {"window": arguments.window, "sinks": arguments.sinks}
     adapter = arguments.memory if Path(arguments.memory).is_dir() else tiny.adapter_path(arguments.memory)
     model = ahn.from_pretrained(adapter, **shape, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     texts = held_out_text() if arguments.texts is None else decoded(tokenizer, arguments.texts)
-    documents, _ = make_documents(tokenizer, texts, arguments.documents, arguments.length, sum(shape.values()))
-    rows = []
-    for document in documents:
-        rows.append(one(model, tokenizer, document))
-        print(document.name, json.dumps(rows[-1]["loss"]), file=sys.stderr, flush=True)
-    result = {"memory": Path(arguments.memory).name, **shape, "length": arguments.length}
-    result |= {"documents": [document.name for document in documents], **summary(rows)}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    documents, why = make_documents(tokenizer, texts, arguments.documents, arguments.length, sum(shape.values()))
+    if not all(document.facts_beyond(**shape) for document in documents):
+        raise AHNError(f"A document has no fact beyond the window: {why or 'give a larger --length'}.")
+    return model, tokenizer, documents
+
+
+def write(arguments: argparse.Namespace, documents: Sequence[Document], found: dict[str, Any]) -> None:
+    """The numbers, and what they are of, whole or not at all."""
+    about = {"memory": Path(arguments.memory).name, "window": arguments.window, "sinks": arguments.sinks}
+    about |= {"length": arguments.length, "documents": [document.name for document in documents]}
+    part = arguments.out.with_name(arguments.out.name + ".part")
+    part.write_text(json.dumps(about | found, indent=1) + "\n")
+    part.replace(arguments.out)
 
 
 def decoded(tokenizer: Any, file: Path) -> Sequence[tuple[str, str]]:

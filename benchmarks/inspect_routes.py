@@ -10,47 +10,30 @@ product of their shares. With equal shares it is 1 / R, and 1 where both choose 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from inspect_memory import parse, read_in, write
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-import ahn
 from ahn import AHNError
-from ahn.demo.documents import Document, make_documents
+from ahn.demo.documents import Document
 from ahn.memory import RecurrentMemory
-from ahn.tiny.corpus import held_out_text
+from ahn.ops.routes import mapped, shares
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="folder of a memory with several states a head")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--documents", type=int, default=4)
-    parser.add_argument("--window", type=int, default=224)
-    parser.add_argument("--sinks", type=int, default=32)
-    parser.add_argument("--length", type=int, default=4096, help="of a document in tokens, facts included")
-    arguments = parser.parse_args()
-    shape = {"window": arguments.window, "sinks": arguments.sinks}
-    model = ahn.from_pretrained(arguments.adapter, **shape, dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    documents, _ = make_documents(
-        tokenizer, held_out_text(), arguments.documents, arguments.length, sum(shape.values())
-    )
+    arguments = parse(__doc__)
+    model, _, documents = read_in(arguments)
     found = [one(model, document) for document in documents]
     layers = {
         layer: {name: torch.stack([row[layer][name] for row in found]).mean(0).tolist() for name in found[0][layer]}
         for layer in found[0]
     }
-    result = {"adapter": Path(arguments.adapter).name, **shape, "length": arguments.length}
-    result |= {"documents": [document.name for document in documents], "layers": layers}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments, documents, {"layers": layers})
     for layer, row in layers.items():
         print(layer, {name: [round(x, 2) for x in values] for name, values in row.items()})
 
@@ -61,13 +44,13 @@ def one(model: PreTrainedModel, document: Document) -> dict[int, dict[str, Tenso
     share of a key and of a query (means), what a fact's query has in common with its key, and with any key."""
     ids = torch.tensor(document.text.ids)
     window, sinks = model.ahn_config.window, model.ahn_config.sinks
-    with shares_of(model) as shares:
+    with shares_of(model) as chosen:
         model(ids[None], use_cache=False)
     facts = document.facts_beyond(window, sinks)
     asks = torch.tensor([fact.answer - 1 for fact in facts]) - window - sinks
     keys = torch.tensor([fact.answer - fact.distance for fact in facts]) - sinks
     found = {}
-    for layer, (written, read) in shares.items():  # (H, m, R) each
+    for layer, (written, read) in chosen.items():  # (H, m, R) each
         mean = written.mean(1)
         found[layer] = {
             "states used": (-(mean * mean.clamp_min(1e-9).log()).sum(-1)).exp(),
@@ -100,8 +83,7 @@ def _noting(memory: RecurrentMemory, index: int, found: dict[int, tuple[Tensor, 
     assert routes is not None
 
     def noting(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]) -> Any:
-        _, written = routes.keys(k, torch.ones_like(gates["beta"]))
-        found[index] = written[0].unflatten(0, (len(q[0]), -1)).transpose(1, 2), routes.queries(q)[1][0]
+        found[index] = shares(mapped(k, routes.key_map), routes.key_route)[0], routes.queries(q)[1][0]
         return scan(q, k, v, gates, state)
 
     return noting
