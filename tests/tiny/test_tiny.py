@@ -102,6 +102,12 @@ def test_what_ships_are_memories_there_are() -> None:
     assert set(tiny.adapters()) <= set(ahn.memory.names())
 
 
+def test_an_installation_without_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "_HERE", tmp_path)
+    with pytest.raises(AHNError, match="no adapters in this installation"):
+        tiny.adapters()
+
+
 def test_unknown_adapter() -> None:
     with pytest.raises(AHNError, match="no adapters/nothing"):
         tiny.adapter_path("nothing")

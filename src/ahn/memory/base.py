@@ -89,7 +89,7 @@ class RecurrentMemory(Memory, ABC):
     """A memory with recurrent states, R a query head. Its read is added to what exact attention gives."""
 
     states: ClassVar[int] = 1
-    """R. Where there are several, `routes` says how keys and queries choose."""
+    """R, a power of two. Where there are several, `routes` says how keys and queries choose, and nothing decays."""
 
     g_proj: nn.Linear
     """Output gate, one number a head, from the reading token's x."""

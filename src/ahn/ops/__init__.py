@@ -107,6 +107,8 @@ def scan(
     """
     from ahn.ops import finish_triton, scan_gradients, scan_triton
 
+    if read.routes is not None and decay is not None:
+        raise AHNError("A memory with several states a head has no decay in these kernels; leave out its `step_rule`.")
     dtype = _kernel_dtype(key)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.cuda.device(query.device):

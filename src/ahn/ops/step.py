@@ -279,7 +279,6 @@ def _write_and_read(
     routes: Routes | None,
 ) -> Tensor:
     """Write one token (B, Hkv, P) into the states in place, then read them raw: (B, Hq, P) float32."""
-    groups = query.shape[1] // key.shape[1]
     if routes is not None:
         mapped, strength = routes.keys(key.unsqueeze(2), write.unsqueeze(2))
         query, share = routes.queries(query.to(precise(query.dtype)).unsqueeze(2))
@@ -288,6 +287,7 @@ def _write_and_read(
         )
         o = _write_and_read(query, key, value, strength[:, :, 0], decay, state, rule, None)
         return joined(o.unsqueeze(2), share)[:, :, 0]
+    groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     k_hat, q_hat = (x.float() * _inverse_norm(x, rule.l2_eps) for x in (key, query))
     if decay is not None:

@@ -25,8 +25,16 @@ def path() -> Path:
 
 
 def adapters() -> tuple[str, ...]:
-    """The memories that were distilled for it, a part of `ahn.memory.names()`."""
-    return tuple(sorted(file.parent.name for file in (_HERE / "adapters").glob("*/model.safetensors")))
+    """The memories that were distilled for it, some of `ahn.memory.names()`.
+
+    Raises:
+        AHNError: there are none in this installation.
+    """
+    found = (_HERE / "adapters").glob("*/model.safetensors")
+    names = tuple(sorted(file.parent.name for file in found))
+    if not names:
+        raise _missing(_HERE / "adapters")
+    return names
 
 
 def adapter_path(memory: str) -> Path:
@@ -40,8 +48,12 @@ def adapter_path(memory: str) -> Path:
 
 def _shipped(directory: Path, file: str) -> Path:
     if not (directory / file).is_file():
-        raise AHNError(
-            f"ahn-tiny has no {directory.relative_to(_HERE)} in this installation; reinstall ahn, "
-            "or train it with benchmarks/quality/run.py."
-        )
+        raise _missing(directory)
     return directory
+
+
+def _missing(directory: Path) -> AHNError:
+    return AHNError(
+        f"ahn-tiny has no {directory.relative_to(_HERE)} in this installation; reinstall ahn, "
+        "or train it with benchmarks/quality/run.py."
+    )
