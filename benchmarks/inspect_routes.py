@@ -83,7 +83,9 @@ def _noting(memory: RecurrentMemory, index: int, found: dict[int, tuple[Tensor, 
     assert routes is not None
 
     def noting(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: dict[str, Tensor]) -> Any:
-        found[index] = shares(mapped(k, routes.key_map), routes.key_route)[0], routes.queries(q)[1][0]
+        read = routes.queries(q)[1][0]
+        written = shares(mapped(k, routes.key_map), routes.key_route)[0]
+        found[index] = written.repeat_interleave(len(read) // len(written), dim=0), read
         return scan(q, k, v, gates, state)
 
     return noting

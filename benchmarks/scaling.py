@@ -177,7 +177,7 @@ def sharded(options: argparse.Namespace, place: Place) -> Student:
         for layer in student.layers():
             fn = layer.ahn.fn
             with place.device:
-                fresh = dict(type(fn)(fn.hidden_size, fn.heads, fn.head_dim).named_parameters())
+                fresh = dict(type(fn)(fn.hidden_size, fn.heads, fn.head_dim, fn.kv_heads).named_parameters())
             for name, parameter in fn.named_parameters():
                 whole = distribute_tensor(fresh[name].float(), parameter.device_mesh, parameter.placements)
                 parameter.to_local().copy_(whole.to_local())

@@ -55,7 +55,7 @@ def _shares(x: Tensor, route: Tensor) -> Tensor:
 
 
 def routed_write(w: Weights, S: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """S (B, H, R, P, P); one zero matrix a head to begin with."""
+    """S (B, Hkv, R, P, P), of keys and values that are not repeated; one zero matrix a head to begin with."""
     k = k + _heads(k, w["k_map.weight"])
     share, states = _shares(k, w["k_route"]), S.unbind(2) if S.dim() == 5 else [S] * w["k_route"].shape[-1]
     beta = torch.sigmoid(x @ w["b_proj.weight"].T)[..., None] * share
@@ -68,6 +68,7 @@ def routed_write(w: Weights, S: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tens
 
 def routed_read(w: Weights, S: Tensor, q: Tensor, x: Tensor) -> Tensor:
     q = q + _heads(q, w["q_map.weight"])
+    S = S.repeat_interleave(q.shape[1] // S.shape[1], 1)
     together = (S * _shares(q, w["q_route"])[..., None, None]).sum(2)
     return delta_read(w, together, q, x)
 
@@ -137,16 +138,18 @@ def _mixer(
     if "q_proj.weight" in memory:  # of the base's q before its norm and RoPE
         memory_q = _rotate(torch.einsum("bhlp,hpr->bhlr", own_q, memory["q_proj.weight"]), case["rope_theta"])
     k = keys.repeat_interleave(heads // kv_heads, 1)
-    v = _project(x, attention, "v_proj", kv_heads).repeat_interleave(heads // kv_heads, 1)
+    values = _project(x, attention, "v_proj", kv_heads)
+    v = values.repeat_interleave(heads // kv_heads, 1)
     write, read = MEMORIES[case["ahn"]]
+    written_k, written_v = (keys, values) if write is routed_write else (k, v)
     B, _, L, P = q.shape
-    S, outputs, states = torch.zeros(B, heads, P, P, dtype=x.dtype), [], {}
+    S, outputs, states = torch.zeros(B, written_k.shape[1], P, P, dtype=x.dtype), [], {}
     for t in range(L):
         seen = sorted(set(range(min(sinks, t + 1))) | set(range(max(0, t - window + 1), t + 1)))
         y = _attend(q[:, :, t], k, v, seen)
         leaves = t - window
         if leaves >= sinks:
-            S = write(memory, S, k[:, :, leaves], v[:, :, leaves], x[:, leaves])
+            S = write(memory, S, written_k[:, :, leaves], written_v[:, :, leaves], x[:, leaves])
             r = read(memory, S, memory_q[:, :, t], x[:, t])
             if router:
                 written = leaves - sinks + 1

@@ -23,7 +23,7 @@ from ahn.evicted import Evicted, without_padding
 from ahn.memory import RecurrentMemory
 from ahn.visibility import Padding, Visibility
 
-D, H, P = 6, 2, 4
+D, H, HKV, P = 6, 2, 1, 4
 FLOAT32 = 1e-5  # some tens of float32 operations (6e-8 each) one after the other
 KNOWN = [name for name in MEMORIES if memory.get(name).published_name in oracle.MEMORIES]
 every = pytest.mark.parametrize("name", MEMORIES)
@@ -31,18 +31,21 @@ equations = pytest.mark.parametrize("name", KNOWN)
 
 
 @torch.no_grad()
-def awake(name: str, hidden_size: int = D, heads: int = H, head_dim: int = P, **options: bool) -> RecurrentMemory:
+def awake(
+    name: str, hidden_size: int = D, heads: int = H, head_dim: int = P, kv_heads: int = HKV, **options: bool
+) -> RecurrentMemory:
     """A memory with no parameter at its initial value."""
-    fn = memory.get(name)(hidden_size, heads, head_dim, **options)
+    fn = memory.get(name)(hidden_size, heads, head_dim, kv_heads, **options)
     for parameter in fn.parameters():
         parameter += 0.4 * torch.randn_like(parameter)
     return fn
 
 
-def inputs(length: int, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Queries, keys, values (B, H, N, P), attention inputs of written and of reading tokens (B, N, D)."""
+def inputs(fn: RecurrentMemory, length: int, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Queries (B, H, N, P), keys, values (B, Hw, N, P), attention inputs of written and reading tokens (B, N, D)."""
     random = torch.Generator().manual_seed(seed)
-    made = {part: torch.randn(batch, H, length, P, generator=random) for part in ("q", "k", "v")}
+    heads = {"q": H, "k": fn.write_heads, "v": fn.write_heads}
+    made = {part: torch.randn(batch, count, length, P, generator=random) for part, count in heads.items()}
     return made | {part: torch.randn(batch, length, D, generator=random) for part in ("x_write", "x_read")}
 
 
@@ -60,7 +63,7 @@ def expected(fn: RecurrentMemory, w: Mapping[str, Tensor], given: Mapping[str, T
     """The same in float64 by the specification's equations."""
     write, read = oracle.MEMORIES[fn.published_name]
     q, k, v, x_write, x_read = (given[part] for part in ("q", "k", "v", "x_write", "x_read"))
-    S = torch.zeros(q.shape[0], q.shape[1], q.shape[3], q.shape[3], dtype=q.dtype)
+    S = torch.zeros(q.shape[0], k.shape[1], q.shape[3], q.shape[3], dtype=q.dtype)
     reads = []
     for n in range(q.shape[2]):
         S = write(w, S, k[:, :, n], v[:, :, n], x_write[:, n])
@@ -77,7 +80,8 @@ def double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @settings(max_examples=15, deadline=None)
 def test_equations(name: str, length: int, seed: int) -> None:
     torch.manual_seed(seed)
-    fn, given = awake(name), inputs(length, seed=seed)
+    fn = awake(name)
+    given = inputs(fn, length, seed=seed)
     with torch.no_grad():
         read, state = run(fn, given)
     expected_read, expected_state = expected(fn, double(fn.state_dict()), double(given))
@@ -88,7 +92,8 @@ def test_equations(name: str, length: int, seed: int) -> None:
 @equations
 def test_gradients_are_float64_finite_differences(name: str) -> None:
     """Of every parameter and every input: the package's float32 gradients against central differences of the oracle."""
-    fn, given = awake(name), inputs(5, batch=1)
+    fn = awake(name)
+    given = inputs(fn, 5, batch=1)
     leaves = {part: x.clone().requires_grad_() for part, x in given.items()}
     read, state = run(fn, leaves)
     weights = [torch.randn_like(read), torch.randn_like(state["state"])]
@@ -121,7 +126,8 @@ def test_gradients_are_float64_finite_differences(name: str) -> None:
 @settings(max_examples=10, deadline=None)
 def test_in_pieces_or_at_once(name: str, cut: list[int]) -> None:
     torch.manual_seed(0)
-    fn, given = awake(name), inputs(sum(cut))
+    fn = awake(name)
+    given = inputs(fn, sum(cut))
     with torch.no_grad():
         whole, whole_state = run(fn, given)
         state, reads, start = None, [], 0
@@ -142,7 +148,8 @@ def test_in_pieces_or_at_once(name: str, cut: list[int]) -> None:
 @every
 def test_fast_is_the_reference(name: str) -> None:
     """Forward and every gradient, through gates and read-out."""
-    fn, given = awake(name), inputs(150)
+    fn = awake(name)
+    given = inputs(fn, 150)
     results = {}
     for backend in ("reference", "chunked"):
         leaves = {part: x.clone().requires_grad_() for part, x in given.items()}
@@ -162,12 +169,13 @@ def test_gates(name: str) -> None:
     gates = fn.write_gates(torch.randn(2, 7, D).bfloat16())
     assert gates.keys() == fn.closed_gates.keys()
     for gate in gates.values():
-        assert gate.dtype == torch.float32 and gate.shape[:3] == (2, H, 7)
+        assert gate.dtype == torch.float32 and gate.shape[:3] == (2, fn.write_heads, 7)
 
 
 @every
 def test_closed_gates_leave_the_state_untouched(name: str) -> None:
-    fn, given = awake(name), inputs(70)
+    fn = awake(name)
+    given = inputs(fn, 70)
     with torch.no_grad():
         _, before = run(fn, given)
         gates = {
@@ -187,7 +195,7 @@ def test_poisoned_padding_reaches_nothing(name: str) -> None:
     real = torch.arange(L) >= pads[:, None]
     none = Padding.none(2, torch.device("cpu"))
     view = Visibility(W, S, 0, L, torch.device("cpu"), none, none.advance(real))
-    clean = inputs(L)
+    clean = inputs(fn, L)
 
     def write_and_read(given: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         slots = [view.evicted_slots(given[part]) for part in ("k", "v")]
@@ -213,7 +221,8 @@ def test_poisoned_padding_reaches_nothing(name: str) -> None:
 @every
 def test_gradients_of_padding_are_finite(name: str) -> None:
     """A closed token is a zero key; the gradient of its norm must not be 0/0."""
-    fn, given = awake(name), inputs(5)
+    fn = awake(name)
+    given = inputs(fn, 5)
     gates = fn.write_gates(given["x_write"])
     k = given["k"].clone()
     k[:, :, :3] = 0
@@ -226,7 +235,8 @@ def test_gradients_of_padding_are_finite(name: str) -> None:
 @every
 def test_a_half_precision_module(name: str) -> None:
     """A memory that was cast with its model: gates, scan and state stay float32."""
-    fn, given = awake(name), inputs(30)
+    fn = awake(name)
+    given = inputs(fn, 30)
     rounded = {part: x.bfloat16() for part, x in given.items()}
     with torch.no_grad():
         read, state = run(fn.bfloat16(), rounded)
@@ -248,20 +258,21 @@ SHAPES = {
         "b_proj.weight": (H, D), "g_proj.weight": (H, D), "o_norm.weight": (P,), "o_proj.weight": (H, P, P),
     },
     "RoutedDeltaNet": {
-        "b_proj.weight": (H, D), "g_proj.weight": (H, D), "o_norm.weight": (P,), "o_proj.weight": (H, P, P),
-        "q_map.weight": (H, P, P), "k_map.weight": (H, P, P), "q_route": (H, P, 4), "k_route": (H, P, 4),
+        "b_proj.weight": (HKV, D), "g_proj.weight": (H, D), "o_norm.weight": (P,), "o_proj.weight": (H, P, P),
+        "q_map.weight": (H, P, P), "k_map.weight": (HKV, P, P), "q_route": (H, P, 8), "k_route": (HKV, P, 8),
     },
     "Mamba2": {
         "dt_proj.weight": (H, D), "dt_proj.bias": (H,), "g_proj.weight": (H, D), "g_proj.bias": (H,), "dt_bias": (H,),
         "A_log": (H,), "norm.weight": (H * P,), "o_proj.weight": (H, P, P),
     },
 }  # fmt: skip
-QWEN = {"3B": (2048, 16, 36), "7B": (3584, 28, 28), "14B": (5120, 40, 48)}  # hidden size, heads, layers
+# Hidden size, heads, key heads, layers.
+QWEN = {"3B": (2048, 16, 2, 36), "7B": (3584, 28, 4, 28), "14B": (5120, 40, 8, 48)}
 MILLIONS = {
     "Mamba2": {"3B": "11.9", "7B": "18.6", "14B": "51.4"},
     "DeltaNet": {"3B": "11.8", "7B": "18.5", "14B": "51.1"},
     "GatedDeltaNet": {"3B": "13.0", "7B": "21.3", "14B": "61.0"},
-    "RoutedDeltaNet": {"3B": "31.3", "7B": "45.0", "14B": "116.0"},
+    "RoutedDeltaNet": {"3B": "22.0", "7B": "31.7", "14B": "83.4"},
 }
 
 
@@ -270,7 +281,7 @@ MILLIONS = {
 def test_names_and_shapes(name: str, q_proj: bool) -> None:
     cls = memory.get(name)
     wanted = SHAPES[cls.published_name] | ({"q_proj.weight": (H, P, P)} if q_proj else {})
-    fn = cls(D, H, P, q_proj=q_proj)
+    fn = cls(D, H, P, HKV, q_proj=q_proj)
     assert {part: tuple(x.shape) for part, x in fn.state_dict().items()} == wanted
     assert {part for part, _ in fn.named_parameters()} == wanted.keys()
 
@@ -279,9 +290,9 @@ def test_names_and_shapes(name: str, q_proj: bool) -> None:
 @pytest.mark.parametrize("size", QWEN)
 def test_parameter_counts(name: str, size: str) -> None:
     cls = memory.get(name)
-    hidden_size, heads, layers = QWEN[size]
+    hidden_size, heads, kv_heads, layers = QWEN[size]
     with torch.device("meta"):
-        count = layers * sum(p.numel() for p in cls(hidden_size, heads, 128).parameters())
+        count = layers * sum(p.numel() for p in cls(hidden_size, heads, 128, kv_heads).parameters())
     assert f"{count / 1e6:.1f}" == MILLIONS[cls.published_name][size]
     if (cls.published_name, size) == ("GatedDeltaNet", "3B"):
         assert count == 12_982_464
@@ -289,7 +300,8 @@ def test_parameter_counts(name: str, size: str) -> None:
 
 @every
 def test_a_new_memory_reads_nothing(name: str) -> None:
-    fn, given = memory.get(name)(D, H, P), inputs(9)
+    fn = memory.get(name)(D, H, P, HKV)
+    given = inputs(fn, 9)
     with torch.no_grad():
         read, state = run(fn, given)
     assert not read.any() and any(bool(x.any()) for x in state.values())
@@ -297,7 +309,7 @@ def test_a_new_memory_reads_nothing(name: str) -> None:
 
 @equations
 def test_initial_values(name: str) -> None:
-    fn = memory.get(name)(64, 64, 8, q_proj=True)
+    fn = memory.get(name)(64, 64, 8, 32, q_proj=True)
     values = {part: x.detach() for part, x in fn.named_parameters()}
     assert not values.pop("o_proj.weight").any()
     for part in [part for part in values if part.endswith("proj.weight")]:
@@ -318,8 +330,8 @@ def test_initial_values(name: str) -> None:
     if name == "routed_deltanet":
         assert not values.pop("q_map.weight").any() and not values.pop("k_map.weight").any()
         route = values.pop("k_route")
-        assert torch.equal(values.pop("q_route"), route) and not torch.equal(route[0], route[1])
-        torch.testing.assert_close(route.norm(dim=1), torch.ones(64, 4))
+        assert torch.equal(values.pop("q_route"), route.repeat_interleave(2, 0)) and not torch.equal(route[0], route[1])
+        torch.testing.assert_close(route.norm(dim=1), torch.ones(32, 8))
     assert not values
 
 

@@ -56,9 +56,10 @@ def outputs_and_gradients(
 ) -> dict[str, Tensor]:
     """Read, state, and the gradients of their sum under these weights."""
     leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in arguments.items()}
-    outputs = function(*leaves.values(), rule)
+    share = leaves.pop("share", None)
+    outputs = function(*leaves.values(), rule, share)
     sum((x * weight.to(x)).sum() for x, weight in zip(outputs, weights, strict=True)).backward()
-    gradients = {f"grad_{name}": x.grad for name, x in leaves.items() if x is not None}
+    gradients = {f"grad_{name}": x.grad for name, x in (leaves | {"share": share}).items() if x is not None}
     return {"o": outputs[0].detach(), "state": outputs[1].detach()} | gradients
 
 
@@ -74,11 +75,10 @@ def errors_of(name: str, arguments: dict[str, Tensor | None], read: float = 1.0)
     from ahn.ops.scan_gradients import Scan
 
     rule, r = RULES[name], torch.Generator().manual_seed(1)
-    read_shape = (*arguments["write"].shape, arguments["query"].shape[-1])
-    weights = [torch.randn(shape, generator=r) for shape in (read_shape, arguments["state"].shape)]
+    weights = [torch.randn(arguments[name].shape, generator=r) for name in ("query", "state")]
     weights[0] *= read
     exact = {part: None if x is None else x.double() for part, x in arguments.items()}
-    wanted = outputs_and_gradients(lambda *x: expected(*x, None), exact, rule, weights)
+    wanted = outputs_and_gradients(lambda *x: expected(*x[:-1], None, x[-1]), exact, rule, weights)
     moved = {part: None if x is None else x.to(DEVICE) for part, x in arguments.items()}
     found = outputs_and_gradients(Scan.apply, moved, rule, weights)
     assert all(found[f"grad_{part}"].dtype == x.dtype for part, x in arguments.items() if x is not None)
@@ -99,8 +99,9 @@ def test_gradients(name: str, tokens: int, heads: int, kv_heads: int, P: int) ->
 
 
 @pytest.mark.usefixtures("triton", "poisoned")
-def test_gradients_of_what_several_states_share() -> None:
-    arguments = several_states(70, 16, torch.float32)  # more than a chunk
+@pytest.mark.parametrize(("kv_heads", "groups", "states"), [(2, 3, 4), (2, 1, 2), (1, 5, 2)])
+def test_gradients_of_what_several_states_share(kv_heads: int, groups: int, states: int) -> None:
+    arguments = several_states(70, 16, torch.float32, kv_heads, groups, states)  # more than a chunk
     errors = errors_of("deltanet", arguments)
     assert max(errors.values()) < bound(arguments), errors
 

@@ -22,18 +22,29 @@ FLOAT16 = 8 * 2**-11
 NAMES = [name for name, rule in RULES.items() if rule is not None]
 
 
-def expected(query, key, value, write, decay, state, rule, read):
-    """Float64, through `ahn.ops.reference`."""
-    query, key, value, write, decay, state = (
-        None if x is None else x.double() for x in (query, key, value, write, decay, state)
+def expected(query, key, value, write, decay, state, rule, read, share=None):
+    """Float64, through `ahn.ops.reference`; each query reads states of its own, be they copies."""
+    query, key, value, write, decay, state, share = (
+        None if x is None else x.double() for x in (query, key, value, write, decay, state, share)
     )
-    query, key, value = (x.repeat_interleave(write.shape[1] // x.shape[1], dim=1) for x in (query, key, value))
+    key, value = (x.repeat_interleave(write.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if share is not None:
+        states = share.shape[3]
+        groups = query.shape[1] * states // write.shape[1]
+        query = query.repeat_interleave(states, dim=1)
+        key, value, write, state = (
+            x.unflatten(1, (-1, states)).repeat_interleave(groups, dim=1).flatten(1, 2)
+            for x in (key, value, write, state)
+        )
     q = query * torch.rsqrt(query.square().sum(-1, keepdim=True) + rule.l2_eps) * rule.scale
     k = key * torch.rsqrt(key.square().sum(-1, keepdim=True) + rule.l2_eps)
     if rule.delta:
         o, state = reference.delta_rule(q, k, value, write, decay, state)
     else:
         o, state = reference.decay_rule(q, k, value * write[..., None], decay, state)
+    if share is not None:
+        o = (o.unflatten(1, (-1, states)) * share.movedim(3, 2)[..., None]).sum(2)
+        state = state.unflatten(1, (-1, groups, states))[:, :, 0].flatten(1, 2)
     if read is None:
         return o, state
     B, H, m, P = o.shape
@@ -69,28 +80,37 @@ def test_rows_without_padding_share_the_router_s_weight() -> None:
     check("deltanet", 70, 2, 1, 16, torch.float32, FLOAT32, rows=3, weights=1)
 
 
-def several_states(tokens: int, P: int, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
-    """Arguments of a scan with three states for each of four query heads, whose keys are their own, values shared."""
+def several_states(
+    tokens: int, P: int, dtype: torch.dtype, kv_heads: int = 2, groups: int = 3, states: int = 4
+) -> dict[str, torch.Tensor | None]:
+    """Arguments of a scan with several states for each key head, which `groups` query heads read."""
     r = torch.Generator().manual_seed(tokens)
-    heads = {"query": 4, "key": 4, "value": 2}
+    heads = {"query": kv_heads * groups, "key": kv_heads, "value": kv_heads}
     given: dict[str, torch.Tensor | None] = {
         name: torch.randn(2, tokens, count, P, generator=r).to(dtype).transpose(1, 2) for name, count in heads.items()
     }
-    given["write"] = torch.rand(2, 12, tokens, generator=r)
+    given["write"] = torch.rand(2, kv_heads * states, tokens, generator=r)
     given["decay"] = None
-    given["state"] = 0.1 * torch.randn(2, 12, P, P, generator=r)
+    given["state"] = 0.1 * torch.randn(2, kv_heads * states, P, P, generator=r)
+    given["share"] = torch.rand(2, kv_heads * groups, tokens, states, generator=r)
     return given
 
 
 @pytest.mark.usefixtures("triton", "poisoned")
-def test_several_states_share_queries_keys_and_values() -> None:
+@pytest.mark.parametrize(("kv_heads", "groups", "states"), [(2, 3, 4), (2, 1, 2), (1, 5, 2)])
+def test_several_states_of_a_key_head(kv_heads: int, groups: int, states: int) -> None:
+    check_states(several_states(70, 16, torch.float32, kv_heads, groups, states), FLOAT32)
+
+
+def check_states(given: dict[str, torch.Tensor | None], tolerance: float) -> None:
     from ahn.ops import scan_triton
 
-    given, rule = several_states(70, 16, torch.float32), RULES["deltanet"]
-    wanted = expected(*given.values(), rule, None)
-    found = scan_triton.scan(*(None if x is None else x.to(DEVICE) for x in given.values()), rule, None)
+    rule, share = RULES["deltanet"], given.pop("share")
+    wanted = expected(*given.values(), rule, None, share)
+    moved = [None if x is None else x.to(DEVICE) for x in given.values()]
+    found = scan_triton.scan(*moved, rule, None, share.to(DEVICE))
     for one, other in zip(found, wanted, strict=True):
-        assert relative_error(one.cpu(), other) < FLOAT32
+        assert relative_error(one.cpu(), other) < tolerance
 
 
 @pytest.mark.gpu
@@ -99,6 +119,14 @@ def test_several_states_share_queries_keys_and_values() -> None:
 @pytest.mark.parametrize("P", [64, 128])
 def test_on_a_gpu_in_bfloat16(name: str, P: int) -> None:
     check(name, 333, 8, 2, P, torch.bfloat16, BFLOAT16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("P", [64, 128])
+@pytest.mark.parametrize("tokens", [36, 333])
+def test_several_states_on_a_gpu(P: int, tokens: int) -> None:
+    check_states(several_states(tokens, P, torch.bfloat16, groups=4, states=8), BFLOAT16)
 
 
 @pytest.mark.gpu

@@ -40,16 +40,17 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
     positions = torch.tensor(positions)
     empty = torch.arange(T) >= positions[:, None]
     keys, values = (normal(B, HKV, T, P).masked_fill(empty[:, None, :, None], torch.nan) for _ in range(2))
-    write = torch.sigmoid(normal(B, H, T)).masked_fill(empty[:, None], torch.nan)
+    writers = H if states == 1 else HKV
+    write = torch.sigmoid(normal(B, writers, T)).masked_fill(empty[:, None], torch.nan)
     decay = -torch.rand(B, H, T, generator=r).masked_fill(empty[:, None], torch.nan)
-    state = normal(B, H * states, P, P)
+    state = normal(B, writers * states, P, P)
     active = torch.rand(B, generator=r) < 0.8
-    write_gate, decay_gate = Gate(torch.sigmoid(normal(B, H))), Gate(-torch.rand(B, H, generator=r))
+    write_gate, decay_gate = Gate(torch.sigmoid(normal(B, writers))), Gate(-torch.rand(B, H, generator=r))
     if activation != "none":
         # Logits as wide as softplus needs to be put to the test; a small rate, so that no state grows.
-        write_gate = Gate(8 * normal(B, H), activation, normal(H))
+        write_gate = Gate(8 * normal(B, writers), activation, normal(writers))
         decay_gate = Gate(8 * normal(B, H), activation, None, normal(H) - 3)
-    codes = made_codes(r, rule, B, HKV, H, P, C, positions - T) if C else None
+    codes = made_codes(r, rule, B, HKV, writers, P, C, positions - T) if C else None
     buffers, read = StepBuffers(keys, values, None, None, None, codes), None
     if rule is not None:
         buffers = StepBuffers(keys, values, write, decay if rule.decay else None, state, codes)
@@ -57,8 +58,8 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
         weight = torch.rand(B, H, generator=r) if router else None
         read = StepRead(normal(B, H, P), normal(B, H), weight, norm, normal(H, P, P) / P**0.5)
         if states > 1:
-            maps = [normal(H, P, size) / P**0.5 for size in (P, P, states, states)]
-            read.routes = Routes(*maps)
+            sizes = (H, P), (HKV, P), (H, states), (HKV, states)
+            read.routes = Routes(*(normal(heads, P, size) / P**0.5 for heads, size in sizes))
     gates = (write_gate if rule else None, decay_gate if rule and rule.decay else None)
     rotation = None
     if turn != "none":

@@ -244,7 +244,9 @@ def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
 def _add_memory(layer: nn.Module, module: nn.Module, shape: ModelShape, config: AHNConfig) -> None:
     device = module.o_proj.weight.device
     with torch.device(device):
-        fn = memory.get(config.memory)(shape.hidden_size, shape.heads, shape.head_dim, q_proj=config.q_proj)
+        fn = memory.get(config.memory)(
+            shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=config.q_proj
+        )
         layer.ahn = AHN(fn.float())
         if config.router and isinstance(fn, memory.RecurrentMemory):
             layer.ahn_router = Router(shape.heads)

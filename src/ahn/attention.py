@@ -235,7 +235,7 @@ def _write_and_read(
         decay = None if rule.decay is None else left.gates[rule.decay]
         read, new = ops.scan(query, left.key, left.value, left.gates[rule.write], decay, state["state"], rule, finish)
         return read, {"state": new}
-    groups = query.shape[1] // left.key.shape[1]
+    groups = memory.write_heads // left.key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (left.key, left.value))
     o, state = memory.scan(query, key, value, left.gates, state)
     read = memory.read_out(o, x)

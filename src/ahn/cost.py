@@ -191,7 +191,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
     # Asking the module itself, on the meta device, keeps this right for every memory there will be.
     kind, meta = memory.get(ahn_config.memory), torch.device("meta")
     with meta, torch.no_grad():
-        module = kind(shape.hidden_size, shape.heads, shape.head_dim, q_proj=ahn_config.q_proj)
+        module = kind(shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=ahn_config.q_proj)
         states = list(module.init_state(1, meta).values())
         gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
     parameters = list(module.parameters())

@@ -60,9 +60,9 @@ def assert_same(one: Trace, other: Trace) -> None:
                 assert relative_error(x, getattr(theirs, name)) < TOLERANCE, name
 
 
-def of_heads(kv: AHNCache, layer: int) -> Tensor:
-    """All numbers that a head keeps: (B, 4, ·)."""
-    return kv.layers[layer].state["state"].reshape(2, 4, -1)
+def of_heads(kv: AHNCache, layer: int, writers: int) -> Tensor:
+    """All numbers that a query head reads: (B, 4, ·)."""
+    return kv.layers[layer].state["state"].reshape(2, writers, -1).repeat_interleave(4 // writers, 1)
 
 
 @torch.no_grad()
@@ -72,18 +72,20 @@ def test_writes_are_what_happens_to_the_state(memory: str) -> None:
     model, ids = shared(memory), tokens(2, LENGTH)
     trace, kv = recorded(model, ids), AHNCache.for_model(model)
     model(ids[:, : WINDOW + SINKS], past_key_values=kv)
+    writers = model.model.layers[0].ahn.fn.write_heads
     for n in range(LENGTH - WINDOW - SINKS):
-        before = {layer: of_heads(kv, layer) for layer in trace.writes}
+        before = {layer: of_heads(kv, layer, writers) for layer in trace.writes}
         pending = {layer: {k: g.clone() for k, g in kv.layers[layer].gates.items()} for layer in trace.writes}
         slot = SINKS + n % WINDOW  # of the token that leaves, once tokens lie in slots; before, the column after sinks
         model(ids[:, WINDOW + SINKS + n, None], past_key_values=kv)
         for layer, writes in trace.writes.items():
-            after = of_heads(kv, layer)
+            after = of_heads(kv, layer, writers)
             rule = model.model.layers[layer].ahn.fn.step_rule()
             assert torch.equal(writes.positions[:, n], torch.full((2,), SINKS + n))
             at = slot if n else SINKS
             if n > 1:  # pending gates lie in slots from the second step on
-                assert relative_error(writes.strength[:, :, n], pending[layer][rule.write][:, :, at]) < TOLERANCE
+                gate = pending[layer][rule.write][:, :, at].repeat_interleave(4 // writers, 1)
+                assert relative_error(writes.strength[:, :, n], gate) < TOLERANCE
             decay = writes.decay[:, :, n, None, None]
             if rule.decay is not None and n > 1:
                 assert relative_error(decay[..., 0, 0], pending[layer][rule.decay][:, :, at].exp()) < TOLERANCE

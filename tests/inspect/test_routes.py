@@ -66,9 +66,9 @@ def test_shares_are_those_of_the_memory(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(layers) == [str(layer) for layer in range(8)]
     for row in layers.values():
         assert all(len(values) == 4 for values in row.values())
-        assert all(1 <= used <= 4 + 1e-4 for used in row["states used"])
+        assert all(1 <= used <= 8 + 1e-4 for used in row["states used"])
         for name in ("keys", "queries"):
-            assert all(0.25 <= share <= 1 for share in row[f"largest share, {name}"])
+            assert all(1 / 8 <= share <= 1 for share in row[f"largest share, {name}"])
 
 
 def test_one_state_leaves_nothing_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[i
     """Short name and shape of every tensor that an adapter with these settings has on a base of this shape."""
     cls = memory.get(settings.memory)
     with torch.device("meta"):
-        module = cls(shape.hidden_size, shape.heads, shape.head_dim, q_proj=settings.q_proj)
+        module = cls(shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=settings.q_proj)
     layer = {f"ahn.fn.{name}": tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if settings.router:
         layer |= {f"ahn_router.{name}": (shape.heads,) for name in ("alpha", "beta")}

@@ -38,7 +38,7 @@ def without(
         model: with a recurrent memory.
         layers, heads: indices; None takes all. Every named layer loses the same heads.
         write: False keeps what leaves the window during the block out of these heads' states (the gates of a token
-            are closed, so the state does not decay either).
+            are closed, so the state does not decay either). Query heads that share states lose them together.
         read: False adds nothing from these heads' states. A norm over all heads (Mamba2) still counts them.
         tokens: (L,) bool by position: only these are kept out (`write=False, read=True`); others are written.
 
@@ -83,13 +83,13 @@ class _Ablation(Observer):
     def writing(self, layer: LayerContext, left: Evicted) -> Evicted:
         if self.write or layer.index not in self.layers:
             return left
-        gates = {}
+        gates, memory = {}, layer.ahn.fn
         for name, gate in left.gates.items():
             closed = torch.zeros_like(gate, dtype=torch.bool)
-            closed[:, self.heads] = True
+            closed[:, [head * memory.write_heads // memory.heads for head in self.heads]] = True
             if self.kept_out is not None:
                 closed &= self.kept_out.to(gate.device)[:, None].reshape(-1, 1, gate.shape[2], *[1] * (gate.dim() - 3))
-            gates[name] = gate.masked_fill(closed, layer.ahn.fn.closed_gates[name])
+            gates[name] = gate.masked_fill(closed, memory.closed_gates[name])
         return dataclasses.replace(left, gates=gates)
 
     def reading(self, passage: Passage) -> Tensor:

@@ -90,7 +90,8 @@ class _Recorder(Observer):
             given = contribution(passage.module.o_proj.weight, passage.exact, passage.read)
         fade = torch.ones_like(write) if decay is None else decay.exp()
         batch = len(write)
-        writes = Writes(self.positions.expand(batch, -1), *(x.cpu() for x in (write, fade, size, norm)))
+        written = (x.repeat_interleave(memory.heads // memory.write_heads, 1) for x in (write, fade, size, norm))
+        writes = Writes(self.positions.expand(batch, -1), *(x.cpu() for x in written))
         reads = Reads(**{n: x.cpu() for n, x in vars(given).items()}, positions=self.queries.expand(batch, -1))
         self.trace.add(layer.index, writes, reads)
         return passage.read

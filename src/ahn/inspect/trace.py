@@ -21,6 +21,8 @@ Record = TypeVar("Record", "Writes", "Reads")
 class Writes:
     """What left the window in one layer, N columns in order: float32 (B, H, N) but for the positions.
 
+    Of a query head that shares its states with others, what was written for all of them.
+
     Attributes:
         positions: (B, N) of the tokens, counted from 0 in their row's real tokens; -1 in columns where this row wrote
             nothing (padding).

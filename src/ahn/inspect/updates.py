@@ -29,13 +29,13 @@ def updates(
 
     Args:
         key, value: (B, Hkv, m, P) of the written tokens, after RoPE.
-        write: (B, H, m) gate.
-        decay: (B, H, m) logarithm of the decay, or None.
-        state: (B, H · R, P, P) before the first write.
+        write: (B, Hw, m) gate, Hw heads that write.
+        decay: (B, Hw, m) logarithm of the decay, or None.
+        state: (B, Hw · R, P, P) before the first write.
         rule, routes: the memory's.
 
     Returns:
-        ‖k̂ uᵀ‖ and the Frobenius norm of the state after it, both (B, H, m) float32; of all R states of a head together.
+        ‖k̂ uᵀ‖ and the Frobenius norm of the state after it, both (B, Hw, m) float32; of a head's R states together.
     """
     heads = write.shape[1]
     if routes is not None:

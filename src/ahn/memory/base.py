@@ -32,12 +32,14 @@ class HeadLinear(nn.Module):
 class Memory(nn.Module):
     """What becomes of tokens that leave the window. This class forgets them; a subclass overrides what it needs.
 
-    Shapes: B batch, n new tokens, m evicted ones, D hidden size, H query heads, Hkv key/value heads, P head dim.
+    Shapes: B batch, n new tokens, m evicted ones, D hidden size, H query heads, Hkv key/value heads, Hw heads that
+    write (`write_heads`), P head dim.
 
     Args:
         hidden_size: D.
         heads: H.
         head_dim: P.
+        kv_heads: Hkv; None where every query head has a key head.
         q_proj: give the memory its own per-head projection of the query (spec option `q_proj`).
     """
 
@@ -51,17 +53,24 @@ class Memory(nn.Module):
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
 
-    def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, heads: int, head_dim: int, kv_heads: int | None = None, q_proj: bool = False
+    ) -> None:
         super().__init__()
-        self.hidden_size, self.heads, self.head_dim = hidden_size, heads, head_dim
+        self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
         self.q_proj = HeadLinear(heads, head_dim) if q_proj and self.published_name else None
+
+    @property
+    def write_heads(self) -> int:
+        """Hw: H, or Hkv where the query heads of a key head share its states."""
+        return self.heads
 
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """The state before the first write."""
         return {}
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        """Gates of tokens with attention input x (B, n, D): float32 tensors (B, H, n, ...), keyed as `closed_gates`."""
+        """Gates of tokens with attention input x (B, n, D): float32 (B, Hw, n, ...), keyed as `closed_gates`."""
         return {}
 
     def slot_count(self, window: int) -> int:
@@ -86,7 +95,7 @@ class Memory(nn.Module):
 
 
 class RecurrentMemory(Memory, ABC):
-    """A memory with recurrent states, R a query head. Its read is added to what exact attention gives."""
+    """A memory with recurrent states, R a head that writes. Its read is added to what exact attention gives."""
 
     states: ClassVar[int] = 1
     """R, a power of two. Where there are several, `routes` says how keys and queries choose, and nothing decays."""
@@ -94,8 +103,10 @@ class RecurrentMemory(Memory, ABC):
     g_proj: nn.Linear
     """Output gate, one number a head, from the reading token's x."""
 
-    def __init__(self, hidden_size: int, heads: int, head_dim: int, q_proj: bool = False) -> None:
-        super().__init__(hidden_size, heads, head_dim, q_proj)
+    def __init__(
+        self, hidden_size: int, heads: int, head_dim: int, kv_heads: int | None = None, q_proj: bool = False
+    ) -> None:
+        super().__init__(hidden_size, heads, head_dim, kv_heads, q_proj)
         self.build()
         self.o_proj = HeadLinear(heads, head_dim)
         self.reset_parameters()
@@ -118,8 +129,8 @@ class RecurrentMemory(Memory, ABC):
         """Before training: let each head forget with this e-fold, (H,) tokens. Nothing where nothing is forgotten."""
 
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """One float32 zero matrix a state: (B, H · R, P_key, P_value)."""
-        shape = batch, self.heads * self.states, self.head_dim, self.head_dim
+        """One float32 zero matrix a state: (B, Hw · R, P_key, P_value)."""
+        shape = batch, self.write_heads * self.states, self.head_dim, self.head_dim
         return {"state": torch.zeros(shape, device=device)}
 
     def read_gate(self, x: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ class RecurrentMemory(Memory, ABC):
 
     @property
     def routes(self) -> Routes | None:
-        """How keys and queries choose among the states of a head; None where there is one."""
+        """How keys and queries choose among the states of a head, and Hw = Hkv; None where there is one, and Hw = H."""
         return None
 
     @property
@@ -168,7 +179,8 @@ class RecurrentMemory(Memory, ABC):
         """Write m tokens in order; query i reads after token i was written.
 
         Args:
-            q, k, v: (B, H, m, P), after RoPE; keys and values repeated to all query heads.
+            q: (B, H, m, P), after RoPE.
+            k, v: (B, Hw, m, P), keys after RoPE, both repeated where Hw = H.
             gates: of the written tokens, from `write_gates`.
             state: before the first write.
 

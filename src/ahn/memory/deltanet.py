@@ -19,7 +19,7 @@ class DeltaNet(RecurrentMemory):
     closed_gates = {"beta": 0.0}  # noqa: RUF012  (a constant of the class)
 
     def build(self) -> None:
-        self.b_proj = nn.Linear(self.hidden_size, self.heads, bias=False)
+        self.b_proj = nn.Linear(self.hidden_size, self.write_heads, bias=False)
         self.g_proj = nn.Linear(self.hidden_size, self.heads, bias=False)
         self.o_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 

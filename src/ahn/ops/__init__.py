@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ahn.errors import AHNError
 from ahn.ops import chunked, reference
-from ahn.ops.routes import joined
 from ahn.ops.step import StepRead, StepRule
 
 __all__ = [
@@ -98,9 +97,9 @@ def scan(
     Args:
         query: (B, Hq, m, P) of the memory, after RoPE.
         key, value: (B, Hkv, m, P).
-        write, decay: (B, Hq, m) float32 gates.
-        state: (B, Hq · R, P, P) float32 before the first write, R states a head.
-        read: with gamma (B, Hq, m) and weight (B or 1, Hq, m); its `query` is not used. With routes there is no decay.
+        write, decay: (B, Hq, m) float32 gates; with routes (B, Hkv, m), and no decay.
+        state: (B, Hq, P, P) float32 before the first write; with routes (B, Hkv · R, P, P).
+        read: with gamma (B, Hq, m) and weight (B or 1, Hq, m); its `query` is not used.
 
     Returns:
         The finished read (B, Hq, m, P) in the type that kernels multiply in, and the state after the last write.
@@ -116,13 +115,12 @@ def scan(
         if read.routes is not None:
             key, write = _lightly(read.routes.keys, key, write)
             query, share = _lightly(read.routes.queries, query)
-        elif not torch.is_grad_enabled() and not rule.across_heads:
-            return scan_triton.scan(query, key, value, write, decay, state, rule, read)
+        if not torch.is_grad_enabled() and not rule.across_heads:
+            return scan_triton.scan(query, key, value, write, decay, state, rule, read, share)
         if torch.is_grad_enabled():
-            o, state = scan_gradients.Scan.apply(query, key, value, write, decay, state, rule)
+            o, state = scan_gradients.Scan.apply(query, key, value, write, decay, state, rule, share)
         else:
-            o, state = scan_triton.scan(query, key, value, write, decay, state, rule, None)
-        o = o if share is None else _lightly(joined, o, share).to(dtype)
+            o, state = scan_triton.scan(query, key, value, write, decay, state, rule, None, share)
         return finish_triton.finish(o, rule, read), state
 
 

@@ -91,9 +91,14 @@ def delta_rule(
         before.append(state)
         state = forget_c @ state + learn_c
     states = torch.stack(before, dim=2)
+    # Where several queries read a state, a chunk has as many times more rows.
+    q = q.unflatten(1, (k.shape[1], -1)).movedim(2, 3)
+    each = q.shape[3:5]
+    D, G = (x.unsqueeze(3).expand(-1, -1, -1, each[0], *x.shape[3:]).flatten(3, 4) for x in (D, G))
+    q = q.flatten(3, 4)
     local = (q @ k.mT) * D
     reads = (q * G.exp().unsqueeze(-1)) @ states + local @ (from_v - from_k @ states)
-    return reads.flatten(2, 3)[:, :, :N], state
+    return reads.unflatten(3, each).movedim(3, 2).flatten(3, 4).flatten(1, 2)[:, :, :N], state
 
 
 def decay_rule(

@@ -35,7 +35,7 @@ class Coded:
         query: (B, Hq, P) float32, rotated.
         key_offset: (B, Hkv, P) float32, rotated.
         key, value: (B, Hkv, P) of the token that leaves the ring, in the window's precision.
-        write, decay: (B, Hq) its gates, where the memory has them.
+        write, decay: (B, Hw) its gates, where the memory has them.
         partial: (B, Hq, N, P) float32, rotated and without the values' offset.
         score: (B, Hq, N) float32.
     """
@@ -55,7 +55,7 @@ class Coded:
         B, heads, P = query.shape
         rows = (B, buffers.keys.shape[1], P)
         wide: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-        write, decay = (None if x is None else x.new_empty(B, heads) for x in (buffers.write, buffers.decay))
+        write, decay = (None if x is None else x.new_empty(x.shape[:2]) for x in (buffers.write, buffers.decay))
         return cls(
             query=torch.empty(B, heads, P, **wide),
             key_offset=torch.empty(rows, **wide),
@@ -79,8 +79,8 @@ def _turn_and_push(
     code_write, code_decay, turned, turned_offset, gone_key, gone_value, gone_write, gone_decay, positions, active,
     query_norm, cos, sin, query_eps, stride_turn, slots, sinks, capacity,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WRITERS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of each key head: a program for each of its queries, one for the key that leaves, one for the value."""
     announce(PDL)
@@ -108,7 +108,7 @@ def _turn_and_push(
         )  # fmt: skip
         if leaves:
             g = tl.arange(0, ROWS)
-            h, mine = (first + g).to(tl.int64), g < GROUPS
+            h, mine = (at * WRITERS + g).to(tl.int64), g < WRITERS
             waiting, new = h * capacity + (position - slots) % capacity, h * slots + slot
             if write is not None:
                 _pass_on(write + new, code_write + waiting, gone_write + h, mine)
@@ -268,12 +268,13 @@ def push_and_attend(
     HKV, slots = buffers.keys.shape[1:3]
     groups, capacity = heads // HKV, codes.keys.shape[2]
     rows = max(16, triton.next_power_of_2(groups))
+    writers = 0 if buffers.write is None else buffers.write.shape[1] // HKV
     _turn_and_push[groups + 2, B * HKV](
         query, buffers.keys, buffers.values, buffers.write, buffers.decay, codes.keys, codes.values,
         codes.key_scales, codes.value_scales, codes.key_offset, codes.value_offset, codes.write, codes.decay,
         coded.query, coded.key_offset, coded.key, coded.value, coded.write, coded.decay, positions, active,
         *rotation, slots, sinks, capacity, *buffers.keys.stride()[:3], *buffers.values.stride()[:3],
-        HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=block, num_warps=8, **launch,
+        HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=block, num_warps=8, **launch,
     )  # fmt: skip
     _attend_codes[parts, B * HKV](
         coded.query, coded.key_offset, codes.keys.view(torch.int32), codes.values.view(torch.int32),

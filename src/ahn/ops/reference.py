@@ -1,6 +1,7 @@
 """The recurrences, one token at a time, in float32 (or the inputs' float64). Every fast path is compared with these.
 
-Shapes: q, k, v (B, H, N, P); beta, decay (B, H, N); state (B, H, P_key, P_value). `decay` is a logarithm, ≤ 0.
+Shapes: k, v (B, H, N, P); beta, decay (B, H, N); state (B, H, P_key, P_value); q (B, H, N, P), or of the delta rule
+(B, H · G, N, P), where G queries that follow one another read each state. `decay` is a logarithm, ≤ 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def delta_rule(
             state = state * decay[:, :, n, None, None].exp()
         update = beta[:, :, n, None] * (v[:, :, n] - torch.einsum("bhkv,bhk->bhv", state, k[:, :, n]))
         state = state + k[:, :, n, :, None] * update[:, :, None, :]
-        reads.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, n]))
+        readers = q[:, :, n].unflatten(1, (state.shape[1], -1))
+        reads.append(torch.einsum("bhkv,bhgk->bhgv", state, readers).flatten(1, 2))
     return torch.stack(reads, dim=2), state
 
 

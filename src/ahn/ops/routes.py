@@ -1,10 +1,11 @@
-"""Several states a head: where keys write and queries read is decided by what they point at, not by the time.
+"""Several states a key head: where keys write and queries read is decided by what they point at, not by the time.
 
-A key k and a query q of one head go through a map of their own, k' = k + k M, and share themselves out among the head's
-R states by s(k') = softmax(τ k̂' A) and s(q') = softmax(τ q̂' B). State r takes the write gate times s_r(k'), and the
-read is the sum of s_r(q') times what state r gives. With A = B at first, a query looks where keys like it went.
+A key k goes through a map of its head, k' = k + k M, and shares itself out among the head's R states by
+s(k') = softmax(τ k̂' A): state r takes the write gate times s_r(k'). All query heads of a key head read its states, each
+with a map N and directions B of its own: the sum of s_r(q') times what state r gives. With B = A at first, a query
+looks where keys like it went.
 
-Shapes: H query heads, P head dim, R states a head; of states the head is the slower index.
+Shapes: H query heads, Hkv key heads, P head dim, R states a key head; of states the head is the slower index.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ L2_EPS = 1e-6
 
 @dataclasses.dataclass
 class Routes:
-    """Maps (H, P, P), added to the identity, and directions (H, P, R) of the states."""
+    """Maps, added to the identity, and directions of the states.
+
+    Attributes:
+        query_map: (H, P, P), N.
+        key_map: (Hkv, P, P), M.
+        query_route: (H, P, R), B.
+        key_route: (Hkv, P, R), A.
+    """
 
     query_map: Tensor
     key_map: Tensor
@@ -34,13 +42,13 @@ class Routes:
         return self.key_route.shape[-1]
 
     def keys(self, key: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
-        """Mapped keys (B, H, m, P) in their own type, and the gates of each state, (B, H · R, m) float32.
+        """Mapped keys (B, Hkv, m, P) in their own type, and the gates of each state, (B, Hkv · R, m) float32.
 
         Args:
             key: (B, Hkv, m, P).
-            write: (B, H, m).
+            write: (B, Hkv, m).
         """
-        key = mapped(key.repeat_interleave(len(self.key_map) // key.shape[1], dim=1), self.key_map)
+        key = mapped(key, self.key_map)
         gates = write.unsqueeze(2) * shares(key, self.key_route).transpose(2, 3)
         return key, gates.flatten(1, 2)
 
@@ -63,7 +71,14 @@ def shares(x: Tensor, route: Tensor) -> Tensor:
         return torch.softmax(scale * (x @ route.to(x.dtype)), dim=-1)
 
 
-def joined(read: Tensor, share: Tensor) -> Tensor:
-    """Reads (B, H · R, m, P) of all states and shares (B, H, m, R) to the reads of the heads, in float32 at least."""
+def repeated(query: Tensor, heads: int, states: int) -> Tensor:
+    """Queries (B, H, ...) for each state that they read: (B, heads · R · H / heads, ...), one state's together."""
+    readers = query.unflatten(1, (heads, 1, -1))
+    return readers.expand(-1, -1, states, *readers.shape[3:]).flatten(1, 3)
+
+
+def joined(read: Tensor, share: Tensor, heads: int) -> Tensor:
+    """Reads as `repeated` orders them, (..., m, P), by their shares (B, H, m, R): (B, H, m, P), float32 at least."""
     kind = torch.promote_types(read.dtype, torch.float32)
-    return (read.unflatten(1, (share.shape[1], -1)).to(kind) * share.transpose(2, 3).unsqueeze(-1)).sum(2)
+    share = share.to(kind).unflatten(1, (heads, -1)).movedim(-1, 2).unsqueeze(-1)
+    return (read.to(kind).view(*share.shape[:-1], read.shape[-1]) * share).sum(2).flatten(1, 2)

@@ -21,8 +21,8 @@ class Routed:
     """Unit vectors in float32, the query's times the rule's scale, and what each state gets of them.
 
     Attributes:
-        query, key: (B, Hq, P).
-        query_share, key_share: (B, Hq · R).
+        query, query_share: (B, Hq, P) and (B, Hq, R).
+        key, key_share: (B, Hkv, P) and (B, Hkv, R).
     """
 
     query: Tensor
@@ -34,18 +34,19 @@ class Routed:
 @triton.jit
 def _route(
     query, key, gone, positions, query_norm, cos, sin, query_eps, stride_turn,
-    query_map, key_map, query_route, key_route, out, share,
+    query_map, key_map, query_route, key_route, out, share, rows,
     slots, sinks, l2_eps, scale, sharpness, route_eps, stride_kb, stride_kh, stride_kt,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, STATES: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, STATES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A query or, in the second half of the programs, a key: all of a head that a token brings or leaves behind."""
+    """One of `rows` queries or, in the programs after them, a key: of a head, what a token brings or leaves behind."""
     announce(PDL)
-    row, keyed = tl.program_id(0) % ROWS, tl.program_id(0) >= ROWS
+    row, keyed = tl.program_id(0), tl.program_id(0) >= rows
     b, h = row // HEADS, row % HEADS
     p, r = tl.arange(0, P), tl.arange(0, STATES)
     matrix, route = query_map, query_route
     if keyed:
+        row -= rows
+        b, h = row // (HEADS // GROUPS), row % (HEADS // GROUPS)
         matrix, route = key_map, key_route
     M = tl.load(matrix + h * P * P + p[:, None] * P + p[None, :])
     A = tl.load(route + h * P * STATES + p[:, None] * STATES + r[None, :]).to(tl.float32)
@@ -53,10 +54,10 @@ def _route(
     if keyed:
         if gone is None:
             slot = slot_of(tl.load(positions + b), sinks, slots - sinks)
-            key += b.to(tl.int64) * stride_kb + h // GROUPS * stride_kh + slot * stride_kt
+            key += b.to(tl.int64) * stride_kb + h * stride_kh + slot * stride_kt
             x = tl.load(key + p).to(tl.float32)
         else:
-            x = tl.load(gone + row // GROUPS * P + p).to(tl.float32)
+            x = tl.load(gone + row * P + p).to(tl.float32)
     else:
         if cos is not None:
             cos += b * stride_turn
@@ -91,11 +92,12 @@ def route(
         turn: norm, cos, sin, eps and the stride of the angles, of queries.
     """
     B, HEADS, P = query.shape
-    out = torch.empty(2, B, HEADS, P, dtype=torch.float32, device=query.device)
-    share = torch.empty(2, B, HEADS * routes.states, dtype=torch.float32, device=query.device)
-    _route[(2 * B * HEADS,)](
+    rows, all_rows = B * HEADS, B * (HEADS + keys.shape[1])
+    out = torch.empty(all_rows, P, dtype=torch.float32, device=query.device)
+    share = torch.empty(all_rows, routes.states, dtype=torch.float32, device=query.device)
+    _route[(all_rows,)](
         query, keys, gone, positions, *turn, routes.query_map, routes.key_map, routes.query_route, routes.key_route,
-        out, share, keys.shape[2], sinks, l2_eps, scale, SHARPNESS, L2_EPS, *keys.stride()[:3],
-        ROWS=B * HEADS, HEADS=HEADS, GROUPS=HEADS // keys.shape[1], P=P, STATES=routes.states, num_warps=8, **launch,
+        out, share, rows, keys.shape[2], sinks, l2_eps, scale, SHARPNESS, L2_EPS, *keys.stride()[:3],
+        HEADS=HEADS, GROUPS=HEADS // keys.shape[1], P=P, STATES=routes.states, num_warps=8, **launch,
     )  # fmt: skip
-    return Routed(*out, *share)
+    return Routed(out[:rows], out[rows:], share[:rows], share[rows:])

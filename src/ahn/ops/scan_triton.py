@@ -38,10 +38,10 @@ class Written:
     """What writing leaves behind, all but the last state in the keys' type.
 
     Attributes:
-        written: (B, Hq, N · C, P) what each token adds to the state, N chunks of C tokens.
-        states: (B, Hq, N, P, P) before each chunk.
-        state: (B, Hq, P, P) float32 after the last one.
-        from_k: (B, Hq, N · C, P), inverse: (B, Hq, N · C, C); kept for gradients of a delta rule only.
+        written: (B, S, N · C, P) what each token adds to each of S states, N chunks of C tokens.
+        states: (B, S, N, P, P) before each chunk.
+        state: (B, S, P, P) float32 after the last one.
+        from_k: (B, S, N · C, P), inverse: (B, S, N · C, C); kept for gradients of a delta rule only.
     """
 
     written: Tensor
@@ -58,11 +58,20 @@ def unit_rows(x, eps):
 
 
 @triton.jit
+def shared_out(x, share, row, t, r, tokens, STATES: tl.constexpr):
+    """What the state r of a head's gets of x (C, width), tokens t of the query head `row` of the batch."""
+    if STATES > 1:
+        part = tl.load(share + (row * tokens + t) * STATES + r, mask=t < tokens, other=0.0)
+        x = (x.to(tl.float32) * part[:, None]).to(x.dtype)
+    return x
+
+
+@triton.jit
 def _solve(
     key, value, write, decay, from_k, from_v, faded, fading, inverse, tokens,
     kb, kh, kt, vb, vh, vt, l2_eps,
-    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, READERS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`from_v - from_k S` is what a chunk adds to the state S, for all of a chunk's keys: the inverse of I + A.
 
@@ -120,8 +129,9 @@ def _solve(
 def _states(
     key, value, write, decay, from_k, from_v, faded, fading, state, states, tokens, chunks,
     kb, kh, kt, vb, vh, vt, l2_eps,
-    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
-    C: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, READERS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk, and what each chunk writes (into `from_v`); some columns of one head's state."""
     row = tl.program_id(1).to(tl.int64)
@@ -162,31 +172,37 @@ def _states(
 
 @triton.jit
 def _reads(
-    query, key, decay, written, states, gamma, weight, norm, o_proj, out, tokens,
+    query, key, decay, written, states, share, gamma, weight, norm, o_proj, out, tokens,
     qb, qh, qt, kb, kh, kt, l2_eps, scale, norm_eps,
-    HEADS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, P: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, FINISH: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, READERS: tl.constexpr, STATES: tl.constexpr, GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, FINISH: tl.constexpr, ROUTER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reads of one chunk and head, (B, m, Hq, P); with FINISH through norm, gate, projection and router."""
+    """Reads of one chunk and query head, (B, m, Hq, P); with FINISH through norm, gate, projection and router."""
     row = tl.program_id(1).to(tl.int64)
-    b, h = row // HEADS, row % HEADS
+    b, h = row // READERS, row % READERS
+    first = h // (READERS * STATES // HEADS) * STATES
     i, p = tl.arange(0, C), tl.arange(0, P)
     t = tl.program_id(0) * C + i
     real = t < tokens
-    at = row * tl.num_programs(0) + tl.program_id(0)
-    q = tl.load(query + b * qb + h // STATES * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
-    k = tl.load(key + b * kb + h // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
+    q = tl.load(query + b * qb + h * qh + t[:, None] * qt + p[None, :], mask=real[:, None], other=0.0)
+    k = tl.load(key + b * kb + first // GROUPS * kh + t[:, None] * kt + p[None, :], mask=real[:, None], other=0.0)
     dtype = k.dtype
     q = (unit_rows(q, l2_eps) * scale).to(dtype)
     local = tl.dot(q, tl.trans(unit_rows(k, l2_eps).to(dtype)), input_precision=PRECISION)
     seen = i[:, None] >= i[None, :]
-    o = tl.dot(q, tl.load(states + at * P * P + p[:, None] * P + p[None, :]), input_precision=PRECISION)
-    if DECAY:
-        G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
-        local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
-        o *= tl.exp(G)[:, None]
-    u = tl.load(written + (at * C + i)[:, None] * P + p[None, :])
-    o = tl.dot(tl.where(seen, local, 0.0).to(dtype), u, o, input_precision=PRECISION)
+    o = tl.zeros([C, P], tl.float32)
+    for r in tl.range(STATES, num_stages=1):
+        at = (b * HEADS + first + r) * tl.num_programs(0) + tl.program_id(0)
+        S = tl.load(states + at * P * P + p[:, None] * P + p[None, :])
+        o = tl.dot(shared_out(q, share, row, t, r, tokens, STATES), S, o, input_precision=PRECISION)
+        if DECAY:  # then there is one state a head
+            G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
+            local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
+            o *= tl.exp(G)[:, None]
+        u = tl.load(written + (at * C + i)[:, None] * P + p[None, :])
+        weights = shared_out(tl.where(seen, local, 0.0), share, row, t, r, tokens, STATES).to(dtype)
+        o = tl.dot(weights, u, o, input_precision=PRECISION)
     if FINISH:
         gate = tl.load(gamma + row * tokens + t, mask=real, other=0.0)
         o *= (tl.rsqrt(tl.sum(o * o, 1) / P + norm_eps) * gate * tl.sigmoid(gate))[:, None]
@@ -195,18 +211,18 @@ def _reads(
         o = tl.dot(o.to(projection.dtype), projection, input_precision=PRECISION)
         if ROUTER:
             o *= tl.load(weight + row * tokens + t, mask=real, other=0.0)[:, None]
-    to = ((b * tokens + t)[:, None] * HEADS + h) * P + p[None, :]
+    to = ((b * tokens + t)[:, None] * READERS + h) * P + p[None, :]
     tl.store(out + to, o, mask=real[:, None])
 
 
 def write_all(
-    query: Tensor,
     key: Tensor,
     value: Tensor,
     write: Tensor,
     decay: Tensor | None,
     state: Tensor,
     rule: StepRule,
+    sizes: dict[str, Any],
     keep: bool = False,
 ) -> Written:
     """Write m tokens in order; arguments as in `scan`, gates contiguous. `keep` what only gradients need."""
@@ -216,7 +232,7 @@ def write_all(
     state = state.clone(memory_format=torch.contiguous_format)
     written = key.new_empty(B, HEADS, chunks * CHUNK, P)
     states = key.new_empty(B, HEADS, chunks, P, P)
-    sizes, strides = kernel_sizes(query, key, value, write, decay), (*key.stride()[:3], *value.stride()[:3])
+    strides = *key.stride()[:3], *value.stride()[:3]
     from_k, faded, fading, inverse = None, None, None, None
     if rule.delta:
         from_k, faded = torch.empty_like(written), torch.empty_like(written)
@@ -238,14 +254,14 @@ def read_raw(
     query: Tensor,
     key: Tensor,
     decay: Tensor | None,
+    share: Tensor | None,
     done: Written,
     rule: StepRule,
     sizes: dict[str, Any],
     read: StepRead | None = None,
 ) -> Tensor:
-    """The reads of `scan`, (B, H, m, P)."""
-    B, _, tokens, P = query.shape
-    HEADS = sizes["HEADS"]
+    """The reads of `scan`, (B, Hq, m, P)."""
+    B, HEADS, tokens, P = query.shape
     chunks = triton.cdiv(tokens, CHUNK)
     finish = read is not None
     out = torch.empty(B, tokens, HEADS, P, dtype=query.dtype, device=query.device)
@@ -253,7 +269,7 @@ def read_raw(
     if weight is not None:
         weight = weight.expand(B, HEADS, tokens).contiguous()
     _reads[chunks, B * HEADS](
-        query, key, decay, done.written, done.states, gamma, weight,
+        query, key, decay, done.written, done.states, share, gamma, weight,
         None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
         *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
         FINISH=finish, ROUTER=weight is not None, **sizes, **READS,
@@ -261,15 +277,17 @@ def read_raw(
     return out.transpose(1, 2)
 
 
-def kernel_sizes(query: Tensor, key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None) -> dict[str, Any]:
-    """What every kernel is compiled for. There are as many states as write gates; queries, keys and values of fewer
-    heads are shared by as many of them as follow one another."""
-    HEADS, P = write.shape[1], query.shape[3]
-    precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    states, groups, value_groups = (HEADS // x.shape[1] for x in (query, key, value))
+def kernel_sizes(
+    query: Tensor, key: Tensor, value: Tensor, write: Tensor, decay: Tensor | None, share: Tensor | None
+) -> dict[str, Any]:
+    """What every kernel is compiled for. There are as many states (HEADS) as write gates; keys and values of fewer
+    heads belong to as many of them as follow one another. Of the READERS, query heads, equally many in a row read
+    STATES in a row."""
+    HEADS, READERS, P = write.shape[1], query.shape[1], query.shape[3]
     return {
-        "HEADS": HEADS, "STATES": states, "GROUPS": groups, "VALUE_GROUPS": value_groups, "P": P, "C": CHUNK,
-        "DECAY": decay is not None, "PRECISION": precision,
+        "HEADS": HEADS, "READERS": READERS, "STATES": 1 if share is None else share.shape[3],
+        "GROUPS": HEADS // key.shape[1], "VALUE_GROUPS": HEADS // value.shape[1], "P": P, "C": CHUNK,
+        "DECAY": decay is not None, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
 
@@ -282,14 +300,17 @@ def scan(
     state: Tensor,
     rule: StepRule,
     read: StepRead | None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write m tokens in order; query i reads after token i was written.
 
     Args:
         query: (B, Hq, m, P) of the memory, after RoPE.
         key, value: (B, Hkv, m, P) of the same type as the query.
-        write, decay: (B, Hq, m) float32 gates.
-        state: (B, Hq, P, P) float32 before the first write.
+        write, decay: (B, Hq, m) float32 gates; with shares (B, Hkv · R, m), and no decay.
+        state: (B, Hq, P, P) float32 before the first write; with shares (B, Hkv · R, P, P).
+        share: (B, Hq, m, R) float32, what each query takes of the R states of its key head; None where each query head
+            has a state of its own.
         read: with gamma (B, Hq, m) and weight (B or 1, Hq, m), where `rule.across_heads` is False: the read is finished
             here. Its `query` is not used.
 
@@ -297,6 +318,7 @@ def scan(
         The finished or the raw read (B, Hq, m, P) in the query's type, laid out as (B, m, Hq, P), and the state after
         the last write.
     """
-    write, decay = write.contiguous(), None if decay is None else decay.contiguous()
-    done = write_all(query, key, value, write, decay, state, rule)
-    return read_raw(query, key, decay, done, rule, kernel_sizes(query, key, value, write, decay), read), done.state
+    write, decay, share = (None if x is None else x.contiguous() for x in (write, decay, share))
+    sizes = kernel_sizes(query, key, value, write, decay, share)
+    done = write_all(key, value, write, decay, state, rule, sizes)
+    return read_raw(query, key, decay, share, done, rule, sizes, read), done.state

@@ -6,7 +6,8 @@
 With quantized tokens the one that leaves the window goes into a ring of codes (`ahn.quantized`), and the memory gets
 the one that leaves the ring.
 
-Shapes: B rows, Hq query heads, Hkv key/value heads, P head dim, S sinks, W window, T = S + W, C quantized tokens.
+Shapes: B rows, Hq query heads, Hkv key/value heads, Hw heads that write (Hkv with routes, else Hq), P head dim,
+S sinks, W window, T = S + W, C quantized tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
-from ahn.ops.routes import Routes, joined
+from ahn.ops.routes import Routes, joined, repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class StepCodes:
         key_scales, value_scales: (B, Hkv, C) bfloat16.
         key_offset, value_offset: (B, Hkv, P) float32, the mean of the row's first window; zero until its first token
             leaves the window.
-        write, decay: (B, Hq, C) gates of the same tokens, where the memory has them.
+        write, decay: (B, Hw, C) gates of the same tokens, where the memory has them.
     """
 
     keys: Tensor
@@ -71,8 +72,8 @@ class StepBuffers:
 
     Attributes:
         keys, values: (B, Hkv, T, P).
-        write, decay: (B, Hq, T) gates of the same tokens, where the memory has them.
-        state: (B, Hq · R, P, P) float32, where there is a memory with R states a head.
+        write, decay: (B, Hw, T) gates of the same tokens, where the memory has them.
+        state: (B, Hw · R, P, P) float32, where there is a memory, with R states a head that writes.
         codes: of quantized tokens, where there are any.
     """
 
@@ -94,7 +95,7 @@ class StepRead:
         weight: (B, Hq) float32 the router's weight of the read, or None.
         norm: (P,) or (Hq · P,) weight of the norm.
         o_proj: (Hq, P, P).
-        routes: how keys and queries choose among several states a head, or None for one.
+        routes: how keys and queries choose among several states a key head, or None where each query head has its own.
     """
 
     query: Tensor
@@ -147,7 +148,7 @@ def step(
 
     Args:
         query: (B, Hq, P); key, value: (B, Hkv, P) of the new token.
-        write, decay: (B, Hq) gates of the new token.
+        write, decay: (B, Hw) gates of the new token.
         positions: (B,) int64, tokens that each row has read before.
         active: (B,) bool.
         sinks: S.
@@ -212,7 +213,7 @@ def _push(
     """Put what leaves the window into the ring of codes; returns what leaves that, of rows from which something does.
 
     Args:
-        leaving: key, value (B, Hkv, P), write and decay (B, Hq) or None.
+        leaving: key, value (B, Hkv, P), write and decay (B, Hw) or None.
         leaves: (B,) rows from which a token leaves the window.
     """
     codes, T = buffers.codes, buffers.keys.shape[2]
@@ -278,24 +279,23 @@ def _write_and_read(
     rule: StepRule,
     routes: Routes | None,
 ) -> Tensor:
-    """Write one token (B, Hkv, P) into the states in place, then read them raw: (B, Hq, P) float32."""
+    """Write one token (B, Hkv, P) into the states in place, then read them raw: queries' shape, float32."""
     if routes is not None:
+        heads = key.shape[1]
         mapped, strength = routes.keys(key.unsqueeze(2), write.unsqueeze(2))
         query, share = routes.queries(query.to(precise(query.dtype)).unsqueeze(2))
-        query, key, value = (
-            x.repeat_interleave(state.shape[1] // x.shape[1], dim=1) for x in (query[:, :, 0], mapped[:, :, 0], value)
-        )
-        o = _write_and_read(query, key, value, strength[:, :, 0], decay, state, rule, None)
-        return joined(o.unsqueeze(2), share)[:, :, 0]
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        query = repeated(query[:, :, 0], heads, routes.states)
+        o = _write_and_read(query, mapped[:, :, 0], value, strength[:, :, 0], decay, state, rule, None)
+        return joined(o.unsqueeze(2), share, heads)[:, :, 0]
+    key, value = (x.repeat_interleave(state.shape[1] // x.shape[1], dim=1) for x in (key, value))
     k_hat, q_hat = (x.float() * _inverse_norm(x, rule.l2_eps) for x in (key, query))
     if decay is not None:
         state *= decay.exp()[..., None, None]
     if rule.delta:
         value = value - torch.einsum("bhkv,bhk->bhv", state, k_hat)
     state += k_hat[..., :, None] * (write[..., None] * value)[..., None, :]
-    return torch.einsum("bhkv,bhk->bhv", state, q_hat) * rule.scale
+    readers = q_hat.unflatten(1, (state.shape[1], -1))
+    return torch.einsum("bhkv,bhgk->bhgv", state, readers).flatten(1, 2) * rule.scale
 
 
 def _inverse_norm(x: Tensor, eps: float) -> Tensor:

@@ -116,7 +116,7 @@ def layer_step(
     rule: StepRule | None,
     read: StepRead | None,
 ) -> Tensor:
-    """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hq) each."""
+    """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hw) each."""
     # Whatever is written has to be given by position: torch 2.11 looks for it there.
     ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state, *_fields(buffers.codes))
     if rule is None or read is None:

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops import codes_triton, dependent
+from ahn.ops.combine_triton import combine_and_keep
 from ahn.ops.dependent import announce, prefetch, wait
 from ahn.ops.gate import Gate
-from ahn.ops.head_triton import finished_gate, finished_head, hadamard, slot_of
+from ahn.ops.head_triton import finished_head, slot_of
 from ahn.ops.routes_triton import route
 from ahn.ops.step import StepBuffers, StepRead, StepRotation, StepRule
 
@@ -49,8 +50,8 @@ def _attend_and_write(
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, LINE: tl.constexpr, COLUMNS: tl.constexpr, MEMORY: tl.constexpr, DELTA: tl.constexpr,
-    DECAY: tl.constexpr, STATES: tl.constexpr, STATE_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    DECAY: tl.constexpr, STATES: tl.constexpr, READERS: tl.constexpr, STATE_PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     part = tl.program_id(0)
@@ -78,8 +79,8 @@ def _attend_and_write(
             SPLITS, GROUPS, ROWS, P, BLOCK_N, PRECISION,
         )  # fmt: skip
     elif MEMORY:
-        s = (first * STATES + part // (P // COLUMNS)).to(tl.int64)
-        h = s // STATES
+        s = ((b * HKV + head) * (STATE_PROGRAMS // (P // COLUMNS)) + part // (P // COLUMNS)).to(tl.int64)
+        h = s // STATES  # that writes
         c = (part % (P // COLUMNS)) * COLUMNS
         prefetch(state + s * P * P + tl.arange(0, P) * P + c, PDL)
         leaves = (position >= slots + capacity) & (tl.load(active + b) != 0)
@@ -89,9 +90,9 @@ def _attend_and_write(
             if routed_key is not None:
                 gone = routed_key + h * P
             _write_and_read(
-                memory_query + h * P, gone, values + slot * stride_vt, write, decay, state, read, h, s, c, leaves, slot,
+                memory_query, gone, values + slot * stride_vt, write, decay, state, read, h, s, c, leaves, slot,
                 query_share, key_share, query_norm, cos, sin, query_eps, slots, l2_eps, scale,
-                P, COLUMNS, DELTA, DECAY,
+                STATES, READERS, P, COLUMNS, DELTA, DECAY,
             )  # fmt: skip
         else:
             new = (b * HKV + head) * P
@@ -99,8 +100,9 @@ def _attend_and_write(
             if routed_key is not None:
                 gone = routed_key + h * P
             _write_and_read(
-                memory_query + h * P, gone, gone_value + new, gone_write, gone_decay, state, read, h, s, c, leaves, 0,
-                query_share, key_share, query_norm, cos, sin, query_eps, 1, l2_eps, scale, P, COLUMNS, DELTA, DECAY,
+                memory_query, gone, gone_value + new, gone_write, gone_decay, state, read, h, s, c, leaves, 0,
+                query_share, key_share, query_norm, cos, sin, query_eps, 1, l2_eps, scale,
+                STATES, READERS, P, COLUMNS, DELTA, DECAY,
             )  # fmt: skip
 
 
@@ -166,17 +168,19 @@ def _attend(
 def _write_and_read(
     query, key, value, write, decay, state, read, h, s, first_column, leaves, slot,
     query_share, key_share, query_norm, cos, sin, query_eps, slots, l2_eps, scale,
-    P: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    STATES: tl.constexpr, READERS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr,
+    DECAY: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the state s, of the head h: u, and so the update, is worked out for each column by itself.
 
-    With shares, query and key come as `ahn.ops.routes_triton` has made them.
+    With shares, queries and key come as `ahn.ops.routes_triton` has made them.
     """
     p, c = tl.arange(0, P), first_column + tl.arange(0, COLUMNS)
     tile = state + s * P * P + p[:, None] * P + c[None, :]
     S = tl.load(tile)
     SHARED: tl.constexpr = query_share is not None
-    q = tl.load(query + p) if SHARED else finished_head(query, p < P, query_norm, query_eps, cos, sin, P)
+    if not SHARED:
+        q = finished_head(query + h * P, p < P, query_norm, query_eps, cos, sin, P)
     if leaves:
         k, v = tl.load(key + p).to(tl.float32), tl.load(value + c).to(tl.float32)
         strength = tl.load(write + h * slots + slot).to(tl.float32)
@@ -191,120 +195,13 @@ def _write_and_read(
         S += k[:, None] * (strength * v)[None, :]
         tl.store(tile, S)
     if SHARED:
-        q *= tl.load(query_share + s)
+        for g in tl.static_range(READERS):
+            part = (h * READERS + g) * STATES + s % STATES
+            q = tl.load(query + (h * READERS + g) * P + p) * tl.load(query_share + part)
+            tl.store(read + part * P + c, tl.sum(S * q[:, None], 0))
     else:
         q = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
-    tl.store(read + s * P + c, tl.sum(S * q[:, None], 0))
-
-
-@triton.jit
-def _combine_and_keep(
-    partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out,
-    key, value, new_write, write_shift, write_log_rate, new_decay, decay_shift, decay_log_rate,
-    key_norm, cos, sin, key_eps, stride_turn,
-    keys, values, write, decay, positions, active, slots, sinks, norm_eps,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr,
-    ACROSS: tl.constexpr, WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    announce(PDL)
-    row, part = tl.program_id(0), tl.program_id(1)
-    b, h = row // HEADS, row % HEADS
-    if part < P // COLUMNS:
-        _combine(
-            partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
-            row, b, h, part,
-            SPLITS, CODE_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
-        )  # fmt: skip
-    else:  # a program of its own, so that nobody's result is late for it
-        position, real = tl.load(positions + b), tl.load(active + b) != 0
-        slot = slot_of(position, sinks, slots - sinks)
-        head = h // GROUPS
-        p = tl.arange(0, P)
-        wait(PDL)
-        if real & (h % GROUPS == 0):
-            if cos is not None:
-                cos += b * stride_turn
-                sin += b * stride_turn
-            new = (b * (HEADS // GROUPS) + head) * P
-            keys += b.to(tl.int64) * stride_kb + head * stride_kh + slot * stride_kt
-            values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
-            tl.store(keys + p, finished_head(key + new, p < P, key_norm, key_eps, cos, sin, P))
-            tl.store(values + p, tl.load(value + new + p))
-        if MEMORY and real:
-            at = row.to(tl.int64) * slots + slot
-            tl.store(write + at, finished_gate(new_write + row, write_shift, write_log_rate, h, WRITE_ACTIVATION))
-            if new_decay is not None:
-                tl.store(decay + at, finished_gate(new_decay + row, decay_shift, decay_log_rate, h, DECAY_ACTIVATION))
-
-
-@triton.jit
-def _combine(
-    partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
-    row, b, h, part,
-    SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr,
-    ACROSS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Some columns of one head's output: the parts by their weights, and the memory's read."""
-    c = part * COLUMNS + tl.arange(0, COLUMNS)
-    n = tl.arange(0, SPLITS)
-    p = tl.arange(0, P)
-    if MEMORY:  # all loads are under way before the first result is needed; weights without waiting
-        projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
-        normed = tl.load(norm + (h * P + p if ACROSS else p)).to(tl.float32)
-    wait(PDL)
-    scores = tl.load(score + row * SPLITS + n)
-    parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
-    if MEMORY:
-        o = tl.load(read + row * STATES * P + p)
-        for r in tl.static_range(1, STATES):
-            o += tl.load(read + (row * STATES + r) * P + p)
-        gate = tl.load(gamma + row).to(tl.float32)
-    highest = tl.max(scores, 0)
-    if CODE_SPLITS > 0:
-        coded = tl.load(code_score + row * CODE_SPLITS + tl.arange(0, CODE_SPLITS))
-        highest = tl.maximum(highest, tl.max(coded, 0))
-    e = tl.exp(scores - highest)
-    y, total = tl.sum(parts * e[:, None], 0), tl.sum(e, 0)
-    if CODE_SPLITS > 0:
-        size = tl.sum(tl.exp(coded - highest), 0)
-        turned = _sum_of_parts(code_partial, code_score, highest, row, CODE_SPLITS, P)
-        y += tl.sum(turned[:, None] * hadamard(p[:, None], c[None, :]), 0) / tl.sqrt(P * 1.0)
-        y += size * tl.load(value_offset + (row // GROUPS) * P + c)
-        total += size
-    y /= total
-    if MEMORY:
-        gate = gate * tl.sigmoid(gate)
-        if ACROSS:
-            i = tl.arange(0, ALL)
-            every = tl.load(read + b * HEADS * P + i, mask=i < HEADS * P, other=0.0)
-            gates = tl.load(gamma + b * HEADS + i // P, mask=i < HEADS * P, other=0.0).to(tl.float32)
-            every *= gates * tl.sigmoid(gates)
-            size = tl.sum(every * every) / (HEADS * P)
-            o *= gate * tl.rsqrt(size + norm_eps) * normed
-        else:
-            o *= tl.rsqrt(tl.sum(o * o) / P + norm_eps) * normed * gate
-        o = o.to(projection.dtype).to(tl.float32)
-        projected = tl.sum(o[:, None] * projection.to(tl.float32), 0)
-        if ROUTER:
-            projected *= tl.load(weight + row)
-        y += projected
-    tl.store(out + row * P + c, y)
-
-
-@triton.jit
-def _sum_of_parts(partial, score, highest, row, SPLITS: tl.constexpr, P: tl.constexpr):
-    """All columns of the parts of one head, by their weights; some parts at a time, for there are few registers."""
-    CHUNK: tl.constexpr = SPLITS if SPLITS < 32 else 32
-    p = tl.arange(0, P)
-    total = tl.zeros([P], tl.float32)
-    for start in range(0, SPLITS, CHUNK):
-        at = row * SPLITS + start + tl.arange(0, CHUNK)
-        e = tl.exp(tl.load(score + at) - highest)
-        total += tl.sum(tl.load(partial + at[:, None] * P + p[None, :]) * e[:, None], 0)
-    return total
+        tl.store(read + s * P + c, tl.sum(S * q[:, None], 0))
 
 
 def step(
@@ -337,9 +234,11 @@ def step(
     columns = min(STATE_COLUMNS, P)
     strides = (*buffers.keys.stride()[:3], *buffers.values.stride()[:3])
     memory = rule is not None and read is not None
-    states = read.routes.states if read is not None and read.routes is not None else 1
+    states, readers = 1, 1
+    if read is not None and read.routes is not None:
+        states, readers = read.routes.states, groups
     raw = torch.empty(B, HEADS * states, P, dtype=torch.float32, device=query.device)
-    state_programs = groups * states * (P // columns) if memory else 0
+    state_programs = groups // readers * states * (P // columns) if memory else 0
     launch = dependent.options(query)
     # 256 parts and 64 programs for the state are more than the 528 that an H100 holds by fours. Larger tiles spill.
     capped = launch["PDL"] and stages == 2 and P <= 128 and query.element_size() == 2
@@ -378,18 +277,20 @@ def step(
         slots, sinks, capacity, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         LINE=min(P, LINE_BYTES // buffers.keys.element_size()), COLUMNS=columns, MEMORY=memory,
-        DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATES=states, STATE_PROGRAMS=state_programs,
+        DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATES=states, READERS=readers,
+        STATE_PROGRAMS=state_programs,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
         **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
-    _combine_and_keep[B * HEADS, P // columns + 1](
+    combine_and_keep[B * HEADS, P // columns + 1](
         partial, score, *code_parts, raw, gamma, weight, norm, o_proj, out,
         key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
         buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
         SPLITS=splits, CODE_SPLITS=code_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
-        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, ROUTER=weight is not None,
-        ACROSS=bool(rule and rule.across_heads), WRITE_ACTIVATION=write.activation if write else "none",
+        ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, READERS=readers,
+        ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
+        WRITE_ACTIVATION=write.activation if write else "none",
         DECAY_ACTIVATION=decay.activation if decay else "none", num_warps=4, **launch,
     )  # fmt: skip
     return out
