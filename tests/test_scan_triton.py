@@ -105,12 +105,16 @@ def test_several_states_of_a_key_head(kv_heads: int, groups: int, states: int) -
 def check_states(given: dict[str, torch.Tensor | None], tolerance: float) -> None:
     from ahn.ops import scan_triton
 
-    rule, share = RULES["deltanet"], given.pop("share")
-    wanted = expected(*given.values(), rule, None, share)
+    rule, query, share = RULES["deltanet"], given["query"], given.pop("share")
+    _, heads, _, P = query.shape
+    gates = [torch.randn(query.shape[:3]) for _ in range(2)]
+    finish = StepRead(query, *gates, 1 + 0.1 * torch.randn(P), torch.randn(heads, P, P).to(query) / P**0.5)
     moved = [None if x is None else x.to(DEVICE) for x in given.values()]
-    found = scan_triton.scan(*moved, rule, None, share.to(DEVICE))
-    for one, other in zip(found, wanted, strict=True):
-        assert relative_error(one.cpu(), other) < tolerance
+    for read in (None, finish):
+        wanted = expected(*given.values(), rule, read, share)
+        found = scan_triton.scan(*moved, rule, on_device(read), share.to(DEVICE))
+        for one, other in zip(found, wanted, strict=True):
+            assert relative_error(one.double().cpu(), other) < tolerance
 
 
 @pytest.mark.gpu

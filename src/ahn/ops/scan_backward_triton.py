@@ -107,7 +107,7 @@ def states_backward(
             dS *= tl.exp(total)
         du = tl.load(grad_written + new).to(tl.float32) + tl.dot(k.to(dtype), before, input_precision=PRECISION)
         tl.store(grad_written + new, du)
-        for g in tl.static_range(READERS * STATES // HEADS):
+        for g in range(readers):
             q = unit_rows(_rows(query + g * qh, real, t, qt, p), l2_eps) * scale
             do = _rows(grad + g * gh, real, t, gt, c).to(dtype)
             do = shared_out(do, share, b * READERS + first + g, t, h % STATES, tokens, STATES)

@@ -30,6 +30,8 @@ STATE_COLUMNS = 32
 LOOPS = {"do_not_specialize": ("chunks",)}
 STATES = {"num_warps": 4, "num_stages": 2}
 # A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
+# Where a head has several states, twice the threads hold two sums at a time.
+READS_OF_SEVERAL = {"num_warps": 8}
 SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
 
 
@@ -272,7 +274,7 @@ def read_raw(
         query, key, decay, done.written, done.states, share, gamma, weight,
         None if read is None else read.norm, None if read is None else read.o_proj, out, tokens,
         *query.stride()[:3], *key.stride()[:3], rule.l2_eps, rule.scale, rule.norm_eps,
-        FINISH=finish, ROUTER=weight is not None, **sizes, **READS,
+        FINISH=finish, ROUTER=weight is not None, **sizes, **(READS if share is None else READS_OF_SEVERAL),
     )  # fmt: skip
     return out.transpose(1, 2)
 
