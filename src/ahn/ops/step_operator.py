@@ -129,7 +129,7 @@ def layer_step(
     return operator(
         query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
         rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
-        *_parts(write)[1:], *fading[1:], **({} if read.routes is None else vars(read.routes)),
+        *_parts(write)[1:], *fading[1:], **_maps(read.routes),
     )  # fmt: skip
 
 
@@ -141,6 +141,18 @@ def _fields(codes: StepCodes | None) -> tuple[Tensor | None, ...]:
         codes.keys, codes.values, codes.key_scales, codes.value_scales, codes.key_offset, codes.value_offset,
         codes.write, codes.decay,
     )  # fmt: skip
+
+
+def _maps(routes: Routes | None) -> dict[str, Tensor]:
+    """Routes as `operator` takes them; `vars` would break torch.compile's graph."""
+    if routes is None:
+        return {}
+    return {
+        "query_map": routes.query_map,
+        "key_map": routes.key_map,
+        "query_route": routes.query_route,
+        "key_route": routes.key_route,
+    }
 
 
 def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
