@@ -22,8 +22,9 @@ BF16 = 8 * 2**-8
 TYPICAL = 1e-2
 
 
-def in_chunks(query, key, value, write, decay, state, rule):
-    """The scan as `ahn.ops.chunked` computes it in the precision of the state."""
+def in_chunks(query, key, value, write, decay, state, rule, share=None):
+    """The scan as `ahn.ops.chunked` computes it in the precision of the state, one state a query head."""
+    assert share is None
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x.to(state.dtype) for x in (query, key, value))
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

@@ -39,6 +39,10 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat(found, dim=1)
 
 
+def away(found: Tensor, from_: Tensor) -> float:
+    return float((found.float() - from_.float()).norm() / from_.float().norm())
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantized", [0, 32])
@@ -53,8 +57,11 @@ def test_two_gpus_give_what_one_gives(memory: str, quantized: int, dtype: torch.
     expected, found = logits(one, ids, mask), logits(two, ids, mask)
     assert found.device == expected.device
     # One GPU replays captured steps and fuses small passes, two do neither: equal to rounding.
-    error = (found.float() - expected.float()).norm() / expected.float().norm()
-    assert error < (1e-4 if dtype == torch.float32 else 0.05)
+    if dtype == torch.float32:
+        assert away(found, expected) < 1e-4
+    else:  # what is rounded elsewhere is as far from the truth
+        exact = logits(copy.deepcopy(one).float(), ids, mask)
+        assert away(found, exact) < 1.5 * away(expected, exact)
 
 
 @pytest.mark.parametrize("quantized", [0, 32])

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 from stages import card
 from stages.recipes import TINY
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-ahn-tiny"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-28-ahn-tiny"
 SHIPPED = Path(tiny.__file__).parent
 
 
@@ -56,7 +56,7 @@ def test_what_is_not_trained_is_not_installed(
     (run_folder / "adapters" / "two_bits").mkdir()
     card.install(TINY, run_folder)
     installed = {path.name for path in (tmp_path / "package" / "adapters").iterdir()}
-    assert installed == {"gated_deltanet", "deltanet", "mamba2"}
+    assert installed == {"gated_deltanet", "deltanet", "mamba2", "routed_deltanet"}
     assert (tmp_path / "package" / "README.md").read_text() == "a card"
     for path in (SHIPPED / "adapters").rglob("*.*"):
         copied = tmp_path / "package" / path.relative_to(SHIPPED)

@@ -84,7 +84,9 @@ def test_full_attention_uses_what_a_window_has_lost(model: PreTrainedModel, text
     assert windowed_recall < 0.2
 
 
-@pytest.mark.parametrize(("memory", "share"), [("gated_deltanet", 0.8), ("deltanet", 0.8), ("mamba2", 0.5)])
+@pytest.mark.parametrize(
+    ("memory", "share"), [("gated_deltanet", 0.8), ("deltanet", 0.8), ("mamba2", 0.5), ("routed_deltanet", 0.9)]
+)
 def test_memories_keep_what_is_lost(memory: str, share: float, model: PreTrainedModel, text: FactText) -> None:
     """Here they recall 96 % or more and win 0.014 to 0.031 nats a token; asked for: half of it."""
     ahn.attach(model, ahn.AHNConfig(memory="window_only", window=WINDOW, sinks=SINKS))
@@ -98,7 +100,7 @@ def test_memories_keep_what_is_lost(memory: str, share: float, model: PreTrained
 
 
 def test_what_ships_are_memories_there_are() -> None:
-    assert tiny.adapters() == ("deltanet", "gated_deltanet", "mamba2")
+    assert tiny.adapters() == ("deltanet", "gated_deltanet", "mamba2", "routed_deltanet")
     assert set(tiny.adapters()) <= set(ahn.memory.names())
 
 

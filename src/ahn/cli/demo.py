@@ -143,13 +143,14 @@ def _subject(
 ) -> Subject:
     """Load everything, so that what is wrong with it is said before the measuring starts."""
     from ahn import tiny
-    from ahn.cli.session import TINY_DEVICE, open_session
+    from ahn.cli.session import BEST_TINY, TINY_DEVICE, open_session
     from ahn.demo import make_documents, make_methods
     from ahn.tiny.corpus import held_out_text
 
     name = model or (adapters[0] if adapters else TINY)
     if name == TINY:
-        model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in tiny.adapters()]
+        memories = sorted(tiny.adapters(), key=lambda memory: memory != BEST_TINY)  # two bits come before the first
+        model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in memories]
         device = device or TINY_DEVICE
     texts = held_out_text() if text is None else [(text.name, read_text(text))]
     session = open_session(model, adapters[0] if adapters else None, *reach, 0, device, dtype)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CPU_CHUNK = 512
 """Tokens read at once on a CPU, which gains nothing from more; a progress bar gains from less."""
-BEST_TINY = "gated_deltanet"
+BEST_TINY = "routed_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
