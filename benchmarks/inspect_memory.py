@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def parse(description: str | None) -> argparse.Namespace:
-    """The command line of this script and of `inspect_routes.py`."""
+    """The command line of this script, `inspect_routes.py` and `inspect_positions.py`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("memory", help="of ahn-tiny, or an adapter's folder")
     parser.add_argument("out", type=Path)

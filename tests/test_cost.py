@@ -135,6 +135,18 @@ def test_baselines_have_no_parameters_but_may_have_slots() -> None:
     assert slots.mixer_flops - plain.mixer_flops == 3 * (100 - 32) * 6 * 4 * 4 * 8
 
 
+def test_states_that_heads_share_are_kept_once_and_read_by_each() -> None:
+    routed, window = (AHNConfig(memory=name, window=24, sinks=8) for name in ("routed_deltanet", "window_only"))
+    more, less = (cost(tiny(), config, 100).ahn for config in (routed, window))
+    layers, heads, kv_heads, P = 3, 4, 2, 8
+    states = memory.get("routed_deltanet").states
+    assert more.state_numbers == layers * kv_heads * states * P * P
+    fn = memory.get("routed_deltanet")(tiny().hidden_size, heads, P, kv_heads)
+    matrices = sum(p.numel() for p in fn.parameters() if p.dim() > 1)
+    written = 100 - 32
+    assert more.mixer_flops - less.mixer_flops == layers * written * 2 * (heads * states * P * P + matrices)
+
+
 @pytest.mark.parametrize("name", memory.names())
 def test_options_count_what_they_add(name: str) -> None:
     plain = AHNConfig(memory=name, window=24, sinks=8)

@@ -177,6 +177,8 @@ class _MemorySizes:
     matrices: int
     slots: int
     state_numbers: int
+    read_numbers: int
+    """Numbers of states that all query heads read for one token."""
     state_bytes: int
     gate_numbers: int
     """Of one token."""
@@ -201,6 +203,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
         matrices=sum(p.numel() for p in parameters if p.dim() > 1),
         slots=module.slot_count(ahn_config.window + ahn_config.quantized),
         state_numbers=sum(s.numel() for s in states),
+        read_numbers=sum(s.numel() for s in states) * (shape.heads // module.write_heads),
         state_bytes=sum(s.nbytes for s in states),
         gate_numbers=sum(g.numel() for g in gates),
     )
@@ -243,7 +246,7 @@ def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig,
         exact,
         state_numbers=sizes.state_numbers + slot_numbers,
         state_bytes=sizes.state_bytes + slot_numbers * FLOAT32_BYTES,
-        mixer_flops=exact.mixer_flops + written * (2 * (sizes.state_numbers + sizes.matrices) + slot_flops),
+        mixer_flops=exact.mixer_flops + written * (2 * (sizes.read_numbers + sizes.matrices) + slot_flops),
     )
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TINY = "ahn-tiny"
 WINDOW, SINKS = 224, 32
+BEST = "routed_deltanet"
+"""The shipped memory that comes first, and behind tokens at two bits."""
 TWO_BIT_WINDOWS = 3.5
 """Tokens at two bits a number in multiples of the window, when none are asked for."""
 LONGER = 16
@@ -143,13 +145,13 @@ def _subject(
 ) -> Subject:
     """Load everything, so that what is wrong with it is said before the measuring starts."""
     from ahn import tiny
-    from ahn.cli.session import BEST_TINY, TINY_DEVICE, open_session
+    from ahn.cli.session import TINY_DEVICE, open_session
     from ahn.demo import make_documents, make_methods
     from ahn.tiny.corpus import held_out_text
 
     name = model or (adapters[0] if adapters else TINY)
     if name == TINY:
-        memories = sorted(tiny.adapters(), key=lambda memory: memory != BEST_TINY)  # two bits come before the first
+        memories = sorted(tiny.adapters(), key=lambda memory: memory != BEST)
         model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in memories]
         device = device or TINY_DEVICE
     texts = held_out_text() if text is None else [(text.name, read_text(text))]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CPU_CHUNK = 512
 """Tokens read at once on a CPU, which gains nothing from more; a progress bar gains from less."""
-BEST_TINY = "routed_deltanet"
+TINY_MEMORY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
@@ -174,7 +174,7 @@ def named_or_shipped(model: str | None, adapter: str | None, device: str | None)
         return model, adapter, device
     if adapter is not None:
         return adapter, None, device  # an adapter knows its base
-    return str(tiny.path()), str(tiny.adapter_path(BEST_TINY)), device or TINY_DEVICE
+    return str(tiny.path()), str(tiny.adapter_path(TINY_MEMORY)), device or TINY_DEVICE
 
 
 def sentence(memory: dict[str, Any]) -> str:
