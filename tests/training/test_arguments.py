@@ -187,6 +187,27 @@ def test_horizons_of_a_memory_that_never_forgets(flags: list[str], said: bool) -
     assert any("memory_horizons changes nothing for DeltaNet" in note for note in settings.notes) == said
 
 
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (["--ahn_implementation", "RoutedDeltaNet"], "learns none from cutoff_len 24,576 on"),
+        (["--ahn_implementation", "RoutedDeltaNet", "--memory_positions", "65536"], None),
+        (["--memory_positions", "65536"], "memory_positions changes nothing for GatedDeltaNet"),
+        ([], None),
+    ],
+)
+def test_positions_are_for_memories_that_see_them(flags: list[str], note: str | None) -> None:
+    settings = parsed(*flags).settings
+    assert settings.schedule(0).positions == (65536 if "65536" in flags else 0)
+    found = [text for text in settings.notes if "positions" in text]
+    assert [note in text for text in found] == ([] if note is None else [True])
+
+
+def test_positions_below_zero_are_refused() -> None:
+    with pytest.raises(AHNError, match="memory_positions must be at least 0, got -1"):
+        parsed("--memory_positions", "-1")
+
+
 @pytest.mark.parametrize("text", ["256", "a,b", "2,1", "0,5", "1,inf", "1,2,3", "none"])
 def test_horizons_that_are_none(text: str) -> None:
     with pytest.raises(AHNError, match=r"memory_horizons must be two numbers of tokens.*, or published; got"):

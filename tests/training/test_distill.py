@@ -39,6 +39,17 @@ def test_equals_the_definition() -> None:
     assert_same(found, Distillation(kl + ce, kl, ce, teacher_ce, valid=2 * 29))
 
 
+@pytest.mark.parametrize("memory", ahn.memory.names())
+@torch.no_grad()
+def test_where_a_sequence_starts_matters_to_a_memory_that_sees_positions(memory: str) -> None:
+    model, ids = student(memory=memory), tokens(2, 40)
+    here, there = (distillation_loss(model, ids, window=8, sinks=2, start=start) for start in (0, 500))
+    # Angles around 500 are off by 2^-15: that is all that full attention, and distances, know of it.
+    torch.testing.assert_close(there.teacher_ce, here.teacher_ce, rtol=1e-3, atol=0)
+    same = abs(float(there.kl / here.kl) - 1) < 1e-3
+    assert same != ahn.memory.get(memory).sees_positions
+
+
 def test_the_window_stays() -> None:
     model = student()
     distillation_loss(model, tokens(1, 20), window=5, sinks=3)

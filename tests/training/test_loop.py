@@ -43,7 +43,7 @@ def test_the_model_is_given_back_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
     assert model.ahn_config.window == 8 and model.ahn_config.sinks == 2
     assert not model.training
-    assert [(log.window, log.sinks) for log in logs] == [tuple(RANDOM.draw(step, 40)) for step in range(3)]
+    assert [(log.window, log.sinks) for log in logs] == [tuple(RANDOM.draw(step, 40)[:2]) for step in range(3)]
     changed = {name for name, p in adapter(model).items() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if not name.endswith("fn.D")}
 

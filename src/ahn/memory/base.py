@@ -50,6 +50,8 @@ class Memory(nn.Module):
     closed_gates: ClassVar[dict[str, float]] = {}
     """For each write gate, the value at which a token leaves the state untouched."""
 
+    sees_positions: ClassVar[bool] = False
+    """What it writes and reads depends on where a token stands, and not on the distances between tokens alone."""
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
 

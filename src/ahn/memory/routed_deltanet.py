@@ -28,6 +28,7 @@ class RoutedDeltaNet(DeltaNet):
     name = "routed_deltanet"
     published_name = "RoutedDeltaNet"
     states: ClassVar[int] = 8
+    sees_positions: ClassVar[bool] = True
 
     @property
     def write_heads(self) -> int:

@@ -128,8 +128,8 @@ def build(parser: Parser, values: dict[str, Any]) -> Arguments:
         raise AHNError(f"{first_line(error)}.") from error
     settings.notes += notes
     asked = values.get("memory_horizons") is not None and settings.horizons is not None
-    if asked and settings.ahn_config.memory == "deltanet":
-        settings.notes.append("memory_horizons changes nothing for DeltaNet, which never forgets")
+    if asked and not settings.forgets:
+        settings.notes.append(f"memory_horizons changes nothing for {settings.ahn_implementation}, which never forgets")
     _check_trainer(settings, trainer)
     return Arguments(settings, trainer)
 

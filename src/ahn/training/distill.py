@@ -55,6 +55,7 @@ def distillation_loss(
     use_normalized_l2: bool = False,
     chunk: int = CHUNK,
     count: int | None = None,
+    start: int = 0,
 ) -> Distillation:
     """Losses of a student with this window against its own full attention (spec section 6).
 
@@ -71,6 +72,7 @@ def distillation_loss(
         chunk: positions whose logits exist at once.
         count: positions that count in all parts of a larger batch of which this is one; losses and gradients of the
             parts then add up to the whole's. This part may have none.
+        start: position of each row's first token, for teacher and student.
 
     Raises:
         AHNError: an unknown loss, a malformed batch, or no position that counts.
@@ -86,6 +88,8 @@ def distillation_loss(
     inputs = {"input_ids": to_device(ids, device)}
     if mask is not None:
         inputs["attention_mask"] = to_device(mask, device)
+    if start:
+        inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
 
     set_window(model, window, sinks)
     compare = "distill" in terms

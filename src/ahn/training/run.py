@@ -75,7 +75,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         checkpoints.load_memory(model, checkpoint)
         before = checkpoints.read_run_settings(checkpoint)
         began = before["memory_horizons"]
-        if began != settings.memory_horizons and settings.ahn_config.memory != "deltanet":
+        if began != settings.memory_horizons and settings.forgets:
             logger.info("memory_horizons stays %s: it says how a run begins.", began)
         settings.memory_horizons = began
         for change in checkpoints.changed_settings(before, shared_settings(arguments)):

@@ -1,4 +1,4 @@
-"""Which window and how many sinks the student gets at each training step (spec section 6)."""
+"""Which window and how many sinks the student gets at each training step (spec section 6), and where it begins."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ LINEAR_MINIMUM = 512
 
 
 class WindowDraw(NamedTuple):
-    """The student's `window` and `sinks` of one step, in tokens."""
+    """The student's `window` and `sinks` of one step, in tokens, and the `start`, the position of its first token."""
 
     window: int
     sinks: int
+    start: int = 0
 
     @property
     def lossless(self) -> int:
@@ -28,7 +29,7 @@ class WindowDraw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WindowSchedule:
-    """Draws the lossless total T and the sinks S of a step; the window is T - S.
+    """Draws the lossless total T and the sinks S of a step, the window being T - S, and where sequences start.
 
     A draw depends on `(seed, step, length)` alone: every rank draws the same without talking, on every Python
     version, and a resumed run draws what the interrupted one would have drawn.
@@ -40,6 +41,8 @@ class WindowSchedule:
         totals: candidates of T, in tokens; those with `lower_ratio · length < T < length` are allowed.
         sink_candidates: candidates of S, in tokens; those with S ≤ T / 2 are allowed.
         lower_ratio: the smallest share of a sequence that a drawn T may be, exclusive.
+        positions: sequences start at any position from which they end by this one; 0: always at 0. For memories that
+            see positions (`Memory.sees_positions`): others learn the same anywhere.
         seed: of all draws.
 
     Raises:
@@ -52,6 +55,7 @@ class WindowSchedule:
     totals: tuple[int, ...] = TOTALS
     sink_candidates: tuple[int, ...] = SINKS
     lower_ratio: float = 1 / 8
+    positions: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class WindowSchedule:
             raise AHNError(f"WindowSchedule.total must be at least 1 token, got {self.total}.")
         if not 0 <= self.lower_ratio < 1:
             raise AHNError(f"WindowSchedule.lower_ratio must be at least 0 and below 1, got {self.lower_ratio}.")
+        if self.positions < 0:
+            raise AHNError(f"WindowSchedule.positions must be at least 0, got {self.positions}.")
         for name, minimum in (("totals", 1), ("sink_candidates", 0)):
             values = tuple(getattr(self, name))
             if not values or min(values) < minimum:
@@ -70,14 +76,15 @@ class WindowSchedule:
             object.__setattr__(self, name, values)
 
     def draw(self, step: int, length: int) -> WindowDraw:
-        """Window and sinks of a step on sequences of `length` tokens.
+        """Window, sinks and start of a step on sequences of `length` tokens.
 
         Raises:
             AHNError: no lossless total is shorter than the sequence, or no candidate is allowed for it.
         """
         total = self._total(step, length)
+        start = self._pick("start", step, length, range(max(0, self.positions - length) + 1))
         if self.ahn_position == "prefix":
-            return WindowDraw(total, 0)
+            return WindowDraw(total, 0, start)
         allowed = [sinks for sinks in self.sink_candidates if 2 * sinks <= total]
         if not allowed:
             raise AHNError(
@@ -85,7 +92,7 @@ class WindowSchedule:
                 "add a smaller candidate to sink_candidates."
             )
         sinks = self._pick("sinks", step, length, allowed)
-        return WindowDraw(total - sinks, sinks)
+        return WindowDraw(total - sinks, sinks, start)
 
     def _total(self, step: int, length: int) -> int:
         if self.sliding_window_type == "random":

@@ -28,13 +28,18 @@ class Settings:
     """
 
     model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, or ahn-tiny (comes with ahn).")
-    ahn_implementation: str = _setting("GatedDeltaNet", "The memory: GatedDeltaNet, DeltaNet or Mamba2.")
+    ahn_implementation: str = _setting("GatedDeltaNet", "Memory: GatedDeltaNet, DeltaNet, Mamba2 or RoutedDeltaNet.")
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
     memory_horizons: str = _setting(
         "256,16384",
         "In how many tokens heads begin to forget by a factor e: the shortest and the longest time, or published (the "
         "paper's start).",
+    )
+    memory_positions: int = _setting(
+        0,
+        "For RoutedDeltaNet, which sees positions: how far it will read. Samples then begin anywhere up to there (0: "
+        "none does).",
     )
     fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
@@ -80,6 +85,7 @@ class Settings:
         self._check_window()
         self.ahn_config  # noqa: B018  (raises)
         self.horizons  # noqa: B018  (raises)
+        self._check_positions()
         self.schedule(seed=0)
 
     @property
@@ -98,6 +104,11 @@ class Settings:
         )
 
     @property
+    def forgets(self) -> bool:
+        """Whether the memory's states decay."""
+        return "decay" in memory.get(self.ahn_config.memory).closed_gates
+
+    @property
     def horizons(self) -> tuple[float, float] | None:
         """`memory_horizons` as numbers; None for the published start."""
         if self.memory_horizons == PUBLISHED:
@@ -114,9 +125,10 @@ class Settings:
         return shortest, longest
 
     def schedule(self, seed: int) -> WindowSchedule:
-        """Draws each step's window and sinks."""
+        """Draws each step's window, sinks and start."""
         total = self.sliding_window if self.sliding_window_type == "fixed" else None
-        return WindowSchedule(self.sliding_window_type, self.ahn_position, total, seed=seed)
+        positions = self.memory_positions
+        return WindowSchedule(self.sliding_window_type, self.ahn_position, total, positions=positions, seed=seed)
 
     @property
     def smallest_total(self) -> int:
@@ -151,6 +163,7 @@ class Settings:
             "max_samples": 1,
             "max_eval_samples": 1,
             "sliding_window": 2,
+            "memory_positions": 0,
             "val_size": 0,
         }
         minima |= {"preprocessing_num_workers": 1}
@@ -160,6 +173,16 @@ class Settings:
                 raise AHNError(f"{name} must be at least {minimum}, got {value}.")
         if self.val_size >= 1 and self.val_size != int(self.val_size):
             raise AHNError(f"val_size must be a share below 1 or a whole number of rows, got {self.val_size}.")
+
+    def _check_positions(self) -> None:
+        sees = memory.get(self.ahn_config.memory).sees_positions
+        if sees and self.memory_positions <= self.cutoff_len:
+            self.notes.append(
+                f"{self.ahn_implementation} sees positions, and learns none from cutoff_len {self.cutoff_len:,} on; "
+                "to read longer texts with it, say how long with --memory_positions"
+            )
+        elif self.memory_positions and not sees:
+            self.notes.append(f"memory_positions changes nothing for {self.ahn_implementation}, which sees distances")
 
     def _check_window(self) -> None:
         if self.sliding_window_type == "fixed" and self.sliding_window is None:

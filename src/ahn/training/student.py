@@ -32,6 +32,8 @@ class Part:
     sinks: int
     count: int
     """Positions that count in all micro-batches of all ranks of this step."""
+    start: int = 0
+    """Position of the first token."""
 
 
 class Student(nn.Module):
@@ -71,6 +73,7 @@ class Student(nn.Module):
             self.use_normalized_l2,
             self.chunk,
             count=part.count,
+            start=part.start,
         )
 
     def train(self, mode: bool = True) -> Student:

@@ -146,7 +146,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         assert self._step is not None
         draw = self._step.draw
-        found = model(Part(inputs, draw.window, draw.sinks, self._step.count))
+        found = model(Part(inputs, draw.window, draw.sinks, self._step.count, draw.start))
         self.meter.add(found)
         return found.loss * self.args.world_size  # DDP and FSDP divide gradients by the number of ranks
 
