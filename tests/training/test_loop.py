@@ -33,6 +33,21 @@ def test_thirty_steps_lower_the_divergence(memory: str) -> None:
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
 
 
+def test_sequences_begin_where_the_schedule_says() -> None:
+    """For the teacher and for the student; without positions nothing is said, and the model counts from 0."""
+    for positions in (0, 900):
+        schedule = WindowSchedule(totals=(8, 16), sink_candidates=(0, 4), positions=positions)
+        model, seen = student(memory="routed_deltanet"), []
+        model.get_decoder().register_forward_pre_hook(
+            lambda _, __, given, seen=seen: seen.append(given.get("position_ids")), with_kwargs=True
+        )
+        distill(model, [tokens(2, 40)] * 3, 3, schedule)
+        starts = [schedule.draw(step, 40).start for step in range(3) for _ in ("teacher", "student")]
+        told = [None if x is None else x.tolist() for x in seen[-6:]]
+        assert told == [[list(range(start, start + 40))] if start else None for start in starts]
+        assert (len(set(starts)) == 3) == bool(positions)
+
+
 def test_the_model_is_given_back_as_it_was() -> None:
     model = student()
     model.get_input_embeddings().weight.requires_grad_(False)

@@ -141,6 +141,19 @@ def test_every_micro_batch_sees_the_steps_window(train: Any, monkeypatch: pytest
     assert [(part.window, part.sinks, part.count) for part in parts[::3]] == first_run[2:]
 
 
+def test_micro_batches_begin_where_their_step_does(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[int] = []
+
+    def watched(*arguments: Any, start: int = 0, **options: Any) -> Distillation:
+        starts.append(start)
+        return distillation_loss(*arguments, start=start, **options)
+
+    monkeypatch.setattr("ahn.training.student.distillation_loss", watched)
+    train(gradient_accumulation_steps=2, ahn_implementation="RoutedDeltaNet", memory_positions=4000)
+    assert starts[0::2] == starts[1::2] and len(set(starts)) == 4, starts
+    assert min(starts) >= 0 and max(starts) < 4000
+
+
 def test_accumulated_micro_batches_are_one_batch(train: Any, tmp_path: Path) -> None:
     """Rows of different lengths, so a mean of micro-batches' means would be another number."""
     weights = []
@@ -226,6 +239,17 @@ def few_positions(base: Path) -> None:
     config = AutoConfig.from_pretrained(base)
     config.max_position_embeddings = 64
     config.save_pretrained(base)
+
+
+def test_positions_at_which_the_rotation_changes(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config.save_pretrained(base)
+    chosen = {"ahn_implementation": "RoutedDeltaNet", "memory_positions": 4097}
+    with pytest.raises(ahn.AHNError, match=r"memory_positions 4097 is beyond the 4096 positions .* \(dynamic\)"):
+        run(parse(flags(base, tiny_data, tmp_path / "out", **chosen)))
+    assert not (tmp_path / "out").exists()
 
 
 def truncated(base: Path) -> None:

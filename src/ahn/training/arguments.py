@@ -128,7 +128,7 @@ def build(parser: Parser, values: dict[str, Any]) -> Arguments:
         raise AHNError(f"{first_line(error)}.") from error
     settings.notes += notes
     asked = values.get("memory_horizons") is not None and settings.horizons is not None
-    if asked and not settings.forgets:
+    if asked and not settings.decays:
         settings.notes.append(f"memory_horizons changes nothing for {settings.ahn_implementation}, which never forgets")
     _check_trainer(settings, trainer)
     return Arguments(settings, trainer)

@@ -101,8 +101,9 @@ def distill(
                 raise AHNError(f"The batches ended after {step} of {steps} steps; give more, or ask for fewer steps.")
             draw = schedule.draw(step, _length(batch))
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                student = draw.window, draw.sinks, loss, use_normalized_l2
-                found = distillation_loss(model, batch, *student, start=draw.start)
+                found = distillation_loss(
+                    model, batch, draw.window, draw.sinks, loss, use_normalized_l2, start=draw.start
+                )
             found.loss.backward()
             rate = lr * learning_rate_factor(step, steps, warmup)
             norm = optimizer.step(found.loss, rate)

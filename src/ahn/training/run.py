@@ -75,7 +75,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         checkpoints.load_memory(model, checkpoint)
         before = checkpoints.read_run_settings(checkpoint)
         began = before["memory_horizons"]
-        if began != settings.memory_horizons and settings.forgets:
+        if began != settings.memory_horizons and settings.decays:
             logger.info("memory_horizons stays %s: it says how a run begins.", began)
         settings.memory_horizons = began
         for change in checkpoints.changed_settings(before, shared_settings(arguments)):
@@ -189,7 +189,7 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 
 def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises AHNError if the model has no embedding for some token, or was not made for samples this long."""
+    """Raises AHNError if the model has no embedding for some token, or was not made for samples or positions as far."""
     config = AutoConfig.from_pretrained(base).get_text_config(decoder=True)
     if len(tokenizer) > config.vocab_size:
         raise AHNError(
@@ -201,6 +201,12 @@ def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBa
         raise AHNError(
             f"cutoff_len {settings.cutoff_len} is beyond the {limit} positions that the model was made for: its full "
             "attention would be a bad teacher there."
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if limit is not None and settings.memory_positions > limit and rope in ("dynamic", "longrope"):
+        raise AHNError(
+            f"memory_positions {settings.memory_positions} is beyond the {limit} positions the model was made for. Its "
+            f"rotation ({rope}) changes there, and with it the teacher: name at most {limit}."
         )
 
 

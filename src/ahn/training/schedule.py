@@ -41,8 +41,8 @@ class WindowSchedule:
         totals: candidates of T, in tokens; those with `lower_ratio · length < T < length` are allowed.
         sink_candidates: candidates of S, in tokens; those with S ≤ T / 2 are allowed.
         lower_ratio: the smallest share of a sequence that a drawn T may be, exclusive.
-        positions: sequences start at any position from which they end by this one; 0: always at 0. For memories that
-            see positions (`Memory.sees_positions`): others learn the same anywhere.
+        positions: sequences start at any position from which one of the drawn length ends by this one; 0: always at 0.
+            For memories that see positions (`Memory.sees_positions`): others learn the same anywhere.
         seed: of all draws.
 
     Raises:

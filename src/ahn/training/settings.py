@@ -104,7 +104,7 @@ class Settings:
         )
 
     @property
-    def forgets(self) -> bool:
+    def decays(self) -> bool:
         """Whether the memory's states decay."""
         return "decay" in memory.get(self.ahn_config.memory).closed_gates
 
