@@ -67,6 +67,8 @@ def test_shares_are_those_of_the_memory(tmp_path: Path, monkeypatch: pytest.Monk
     for row in layers.values():
         assert all(len(values) == 4 for values in row.values())
         assert all(1 <= used <= 8 + 1e-4 for used in row["states used"])
+        first, second, third, fourth = row["largest share, keys"]  # query heads of two key heads
+        assert first == second != third == fourth
         for name in ("keys", "queries"):
             assert all(1 / 8 <= share <= 1 for share in row[f"largest share, {name}"])
 
