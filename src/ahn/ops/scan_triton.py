@@ -30,9 +30,8 @@ STATE_COLUMNS = 32
 LOOPS = {"do_not_specialize": ("chunks",)}
 STATES = {"num_warps": 4, "num_stages": 2}
 # A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
-# Where a head has several states, twice the threads hold two sums at a time.
-READS_OF_SEVERAL = {"num_warps": 8}
 SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
+READS_OF_SEVERAL = {"num_warps": 8}  # Of several states; four warps of a head of 128 spill registers.
 
 
 @dataclasses.dataclass
