@@ -22,8 +22,7 @@ test: $(VENV)/installed-dev
 
 # What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/pytest tests/gpu tests/test_step.py tests/test_product.py tests/test_bands.py \
-		tests/test_moves.py tests/test_scan_triton.py tests/test_scan_gradients.py tests/test_finish.py
+	$(BIN)/pytest tests/gpu tests/attend tests/layout/test_copies.py tests/ops
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

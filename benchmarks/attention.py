@@ -1,4 +1,4 @@
-"""Speed of `ahn.ops.spans.attend` and its gradient, beside torch's attention (causal, full) and FlexAttention.
+"""Speed of `ahn.attend.spans.attend` and its gradient, beside torch's attention (causal, full) and FlexAttention.
 
     python benchmarks/attention.py --out DIR      # on a GPU; rows go to DIR/rows.jsonl
     python benchmarks/attention.py --smoke        # tiny, anywhere: does it run
@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from ahn.attend import spans
 from ahn.bench import records
 from ahn.bench.clock import median, repeated
 from ahn.cli.env import environment
-from ahn.ops import spans
+from ahn.layout.visibility import FOR_EVER
 
 Shape = namedtuple("Shape", "P Hq Hkv B L window sinks")
 
@@ -60,7 +61,7 @@ def methods(shape: Shape, device: str) -> dict[str, tuple[Attend, int]]:
     """By name: attention, and the pairs that one of its heads sees in one batch."""
     L, scaling = shape.L, shape.P**-0.5
     row = torch.arange(L, device=device)
-    until = torch.where(row < shape.sinks, spans.FOR_EVER, row + shape.window).int()[None, None]
+    until = torch.where(row < shape.sinks, FOR_EVER, row + shape.window).int()[None, None]
     size = (shape.B, shape.Hkv, L)
     lives = torch.randint(1, 2 * shape.window, size, device=device, dtype=torch.int32)
     random = row.int() + lives
@@ -78,7 +79,7 @@ def methods(shape: Shape, device: str) -> dict[str, tuple[Attend, int]]:
     }
     full = shape.B * shape.Hkv * L * (L + 1) // 2
     if device == "cuda":
-        ever = torch.full_like(until, spans.FOR_EVER)
+        ever = torch.full_like(until, FOR_EVER)
         found["spans full"] = (lambda q, k, v: spans.attend(q, k, v, ever, scaling), full)
         found["cudnn full"] = (functools.partial(torchs, SDPBackend.CUDNN_ATTENTION), full)
         found["flash full"] = (functools.partial(torchs, SDPBackend.FLASH_ATTENTION), full)

@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import ahn
 from ahn.bench.clock import release, synchronize
 from ahn.bench.shapes import SHAPES, configuration
-from ahn.compiled import leaves_fused
+from ahn.decode.compiled import leaves_fused
 from ahn.training.meter import peak_memory
 from ahn.training.student import Part, Student
 

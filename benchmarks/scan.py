@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahn import memory, ops
+from ahn import memory
 from ahn.bench.records import code, hardware
 from ahn.cli.env import environment
 from ahn.memory import RecurrentMemory
-from ahn.ops.step import StepRead
+from ahn.ops.rule import StepRead
+from ahn.ops.scan import write_and_read
 
 SHAPES = {  # B, Hq, Hkv, P, m
     "qwen2.5-7b": (1, 28, 4, 128, 16384),
@@ -62,13 +63,13 @@ def scan(
     query, key, value, write, decay, state, x = given.values()
     rule = module.step_rule()
     if implementation == "kernels":
-        from ahn.ops.scan_gradients import Scan
+        from ahn.ops.scan.gradients import Scan
 
         arguments = (query, key, value, write, decay if rule.decay else None, state, rule)
         if not finished:
             return Scan.apply(*arguments)
         read = StepRead(query, module.read_gate(x).float(), None, module.step_norm, module.o_proj.weight)
-        return ops.scan(*arguments, read)
+        return write_and_read(*arguments, read)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     gates = {rule.write: write} | ({rule.decay: decay} if rule.decay else {})
     o, new = module.scan(query, key, value, gates, {"state": state})

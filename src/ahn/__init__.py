@@ -3,15 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Eager, and light: the function shares its module's name, which a later import of the module would put in its place.
-from ahn.cost import cost, count_parameters
+from ahn.costs import cost, count_parameters
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
-    from ahn.adapter import adapter_parameters, attach, detach, disabled, set_window
-    from ahn.cache import AHNCache
+    from ahn.cache.conversation import AHNCache
     from ahn.checkpoint import from_pretrained, load_adapter, merge, save_adapter, split
     from ahn.config import AHNConfig
+    from ahn.model.adapter import adapter_parameters, attach, detach, disabled, set_window
 
 __all__ = [
     "AHNCache",
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "ahn.adapter": ("adapter_parameters", "attach", "detach", "disabled", "set_window"),
+    "ahn.model.adapter": ("adapter_parameters", "attach", "detach", "disabled", "set_window"),
     "ahn.cache": ("AHNCache",),
     "ahn.checkpoint": ("from_pretrained", "load_adapter", "merge", "save_adapter", "split"),
     "ahn.config": ("AHNConfig",),

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from ahn.bench import model as bench_model
 from ahn.bench.fill import bytes_of_cache, random_tokens, read_cache, synthetic_cache
 from ahn.bench.methods import make_methods
-from ahn.cache_layer import AHNLayer
+from ahn.cache.layer import AHNLayer
 
 NAMES = ["full-dynamic", "full-static", "window", "gated_deltanet", "deltanet", "mamba2"]
 

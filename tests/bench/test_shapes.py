@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ahn.bench.shapes import SHAPES, configuration
-from ahn.cost import count_model_parameters
+from ahn.costs import count_model_parameters
 from ahn.errors import AHNError
 
 PUBLISHED = {  # parameters in the model cards' safetensors, tied embeddings once

@@ -20,7 +20,7 @@ IDS = models.tokens(1, LENGTH)[0].tolist()
 ONE_LAYER = {"num_hidden_layers": 1}
 
 
-def adapted(**changes: int) -> ahn.adapter.PreTrainedModel:
+def adapted(**changes: int) -> ahn.model.adapter.PreTrainedModel:
     config = ahn.AHNConfig(memory="gated_deltanet", window=16, sinks=3)
     return models.awaken(ahn.attach(models.base(**changes), config))
 

@@ -7,12 +7,13 @@ import torch
 from golden import relative_error
 from models import MEMORIES, adapted, awaken, base, tokens
 from test_scan_gradients import GATES, errors_of, inputs, outputs_and_gradients
-from test_scan_triton import INTERPRETED, NAMES, several_states
+from test_scan_kernel import INTERPRETED, NAMES, several_states
 from test_step import RULES
 
 import ahn
 from ahn import ops
-from ahn.ops import chunked
+from ahn.ops import scan
+from ahn.ops.scan import chunked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
 
@@ -23,7 +24,7 @@ TYPICAL = 1e-2
 
 
 def in_chunks(query, key, value, write, decay, state, rule, share=None):
-    """The scan as `ahn.ops.chunked` computes it in the precision of the state, one state a query head."""
+    """The scan as `ahn.ops.scan.chunked` computes it in the precision of the state, one state a query head."""
     assert share is None
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x.to(state.dtype) for x in (query, key, value))
@@ -62,7 +63,7 @@ def test_gates_at_their_ends(name: str, gates: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(28, 4, 128), (16, 2, 128), (8, 2, 64)])
 def test_long_scans_of_real_shapes(name: str, shape: tuple[int, int, int]) -> None:
-    from ahn.ops.scan_gradients import Scan
+    from ahn.ops.scan.gradients import Scan
 
     heads, kv_heads, P = shape
     rule, r = RULES[name], torch.Generator("cuda").manual_seed(0)
@@ -91,7 +92,7 @@ def test_long_scans_of_real_shapes(name: str, shape: tuple[int, int, int]) -> No
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_model_learns_what_it_learns_in_float32(memory: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 base, or a float32 one under autocast, with a memory in float32: through kernels, and in chunks."""
-    from ahn.ops.scan_gradients import Scan
+    from ahn.ops.scan.gradients import Scan
 
     calls = []
     original = Scan.apply
@@ -123,13 +124,13 @@ def test_what_kernels_take() -> None:
         (torch.bfloat16, True, True), (torch.float16, True, False), (torch.float32, False, False)
     ]:  # fmt: skip
         with torch.no_grad():
-            assert ops.scans_whole(query(64, dtype)) == without
-        assert ops.scans_whole(query(64, dtype)) == under
-    assert not any(ops.scans_whole(query(P, torch.bfloat16)) for P in (8, 16, 32, 48, 256))
+            assert scan.has_kernel(query(64, dtype)) == without
+        assert scan.has_kernel(query(64, dtype)) == under
+    assert not any(scan.has_kernel(query(P, torch.bfloat16)) for P in (8, 16, 32, 48, 256))
     with torch.autocast("cuda", torch.bfloat16):
-        assert ops.scans_whole(query(64, torch.float32))
+        assert scan.has_kernel(query(64, torch.float32))
     with ops.use_backend("chunked"):
-        assert not ops.scans_whole(query(64, torch.bfloat16))
+        assert not scan.has_kernel(query(64, torch.bfloat16))
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from talk import Talk
 from transformers import PreTrainedModel
 
 import ahn
-from ahn import bands, ops
+from ahn import ops
+from ahn.attend import windowed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,7 +52,7 @@ def made() -> tuple[PreTrainedModel, PreTrainedModel]:
 def test_bands_are_as_near_to_float32_as_a_mask(turns: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = made()
     used = {True: 0, False: 0}
-    attend, errors = bands.attend, []
+    attend, errors = windowed.attend, []
     for banded in (True, False):
 
         def counted(*args: Any, banded: bool = banded) -> torch.Tensor:
@@ -60,9 +61,9 @@ def test_bands_are_as_near_to_float32_as_a_mask(turns: str, chunk: int, monkeypa
 
         with monkeypatch.context() as patch:
             patch.setattr(model, "ahn_config", model.ahn_config.replace(prefill_chunk_size=chunk))
-            patch.setattr(bands, "attend", counted)
+            patch.setattr(windowed, "attend", counted)
             if not banded:
-                patch.setattr(bands, "applies", lambda view, query: False)
+                patch.setattr(windowed, "applies", lambda view, query: False)
             talk = Talk(model, 2)
             for length in TURNS[turns]:
                 talk.read([length, length])

@@ -14,11 +14,12 @@ from test_invariants import read
 from transformers import PreTrainedModel
 
 import ahn
-from ahn import bands, quantized
+from ahn.attend import windowed
+from ahn.cache import quantized
 from ahn.decode import runner
-from ahn.evicted import Evicted
+from ahn.layout.evicted import Evicted
+from ahn.layout.visibility import Visibility
 from ahn.ops.quantize import decode, encode, rotate, turned
-from ahn.visibility import Visibility
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,14 +35,14 @@ def test_bands_with_a_tier_are_the_mask(held: int, n: int) -> None:
         torch.randn(2, heads, length, 64, device="cuda", dtype=torch.bfloat16)
         for heads, length in ((4, n), *[(2, view.cached + n)] * 2, *[(2, held + n)] * 2)
     )
-    assert bands.applies(view, query)
+    assert windowed.applies(view, query)
     t, j = torch.arange(n, device="cuda")[:, None] + held, torch.arange(held + n, device="cuda")
     mask = torch.cat([view.mask[0, 0], (j <= t) & (j > t - quantized)], dim=-1)
     key, value = torch.cat(rest[::2], 2).float(), torch.cat(rest[1::2], 2).float()
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.float(), key, value, mask, scale=0.3, enable_gqa=True
     )
-    found = bands.attend(query, rest[0], rest[1], view, 0.3, (rest[2], rest[3]))
+    found = windowed.attend(query, rest[0], rest[1], view, 0.3, (rest[2], rest[3]))
     assert relative_error(found.cpu(), expected.cpu()) < BFLOAT16
 
 
@@ -68,9 +69,9 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, monkeypatch: py
     with ahn.ops.use_backend("chunked"):
         with monkeypatch.context() as patch:
             patch.setattr(runner, "on_gpu", lambda ids: False)  # what is replaced here is the ordinary step's
-            patch.setattr("ahn.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
-            patch.setattr("ahn.quantized.decode", lambda codes, scale, dtype: codes)
-            patch.setattr("ahn.quantized.turned", lambda codes, scale, dtype: rotate(codes))
+            patch.setattr("ahn.cache.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
+            patch.setattr("ahn.cache.quantized.decode", lambda codes, scale, dtype: codes)
+            patch.setattr("ahn.cache.quantized.turned", lambda codes, scale, dtype: rotate(codes))
             found = read(model, ids, [5, 20, 1, 1, 30, *[1] * 13], ahn.AHNCache.for_model(model))
         ahn.set_window(model, 21, 2, quantized=0)
         expected = read(model, ids, [70], ahn.AHNCache.for_model(model))

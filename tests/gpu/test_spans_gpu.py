@@ -12,8 +12,10 @@ from test_spans import learned as outcome
 from test_spans import made, results, used
 
 import ahn
-from ahn import attention, ops
-from ahn.ops import spans
+from ahn import ops
+from ahn.attend import spans
+from ahn.layout.visibility import FOR_EVER
+from ahn.model import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,7 +33,7 @@ def test_kernels_are_the_plain_form(dtype: torch.dtype, P: int, n: int, T: int, 
     case.scaling = P**-0.5
     if kind == "window":
         case.until = torch.arange(T, dtype=torch.int32).expand(1, 1, -1) - (T - n) + 300
-        case.until[..., :40] = spans.FOR_EVER
+        case.until[..., :40] = FOR_EVER
     case = case.cast(dtype).to("cuda")
     found, wanted = results(spans.attend, case), results(spans.plain, case.map(torch.Tensor.double))
     # A query that sees one key has gradients of nothing but rounding: errors count relative to values too.

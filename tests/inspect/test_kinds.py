@@ -10,8 +10,9 @@ import torch
 from speaking import tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ahn import AHNError, inspect, plots
+from ahn import AHNError, inspect
 from ahn.inspect import KINDS, Reads, Trace, Writes, token_kinds
+from ahn.measure import plots
 
 CODE = 'x17 = [1.5, 0x1F]  # a 7\nif don:\n    return f"7 {y}"\n'
 

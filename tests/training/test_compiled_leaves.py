@@ -14,7 +14,7 @@ from tiny_student import freeze_base, student, tokens
 from torch import Tensor
 
 import ahn
-from ahn.compiled import leaves_compiled
+from ahn.decode.compiled import leaves_compiled
 from ahn.ops import has_triton
 from ahn.training import distillation_loss
 from ahn.training.losses import _compare

@@ -17,16 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ahn.errors import AHNError
-from ahn.tiny.corpus import (
-    HELD_OUT,
-    NOT_TEXT,
-    held_out_text,
-    long_lines,
-    read_source,
-    repeats,
-    stdlib,
-    train_documents,
-)
+from ahn.tiny.corpus import HELD_OUT, NOT_TEXT, held_out_text, long_lines, read_source, repeats, stdlib, train_documents
 
 from .pool import Pool
 from .recipe import Corpus

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import ahn
-from ahn.adapter import adapter_parameters
 from ahn.checkpoint import save_adapter
+from ahn.memory.horizons import start_with_horizons
+from ahn.model.adapter import adapter_parameters
 from ahn.training import StepLog, WindowSchedule, distill
-from ahn.training.start import start_with_horizons
 
 from .batches import stored_batches
 from .log import Log, write_json

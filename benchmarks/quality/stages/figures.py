@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ahn.plots import MUTED, new_figure, save
+from ahn.measure.plots import MUTED, new_figure, save
 
 from .intervals import wilson
 from .rows import FULL, WINDOW, Group, Results

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.bench.methods import DYNAMIC, STATIC, WINDOW
 from ahn.bench.records import OK, OUT_OF_MEMORY, Row
 from ahn.bench.table import tokens
-from ahn.plots import MUTED, new_figure
+from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

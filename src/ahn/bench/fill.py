@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
-from ahn import quantized
 from ahn.bench.methods import Method
-from ahn.cache import AHNCache
-from ahn.cache_layer import AHNLayer
+from ahn.cache import quantized
+from ahn.cache.conversation import AHNCache
+from ahn.cache.layer import AHNLayer
 
 SAMPLE = 13
 """Tokens of a real forward whose cache shows shapes and plausible gates. No other size in a model is this prime."""

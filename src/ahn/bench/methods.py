@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ahn import memory
-from ahn.adapter import adapter_parameters, attach, detach
-from ahn.cache import AHNCache
+from ahn.cache.conversation import AHNCache
 from ahn.checkpoint import load_adapter
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.format import read_settings
 from ahn.checkpoint.hub import local_directory
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.model.adapter import adapter_parameters, attach, detach
 
 DYNAMIC, STATIC, WINDOW = "full-dynamic", "full-static", "window"
 READ_STD = 0.02

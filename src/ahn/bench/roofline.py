@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ahn.bench.ceilings import Ceilings
 from ahn.bench.clock import bytes_of
 from ahn.config import AHNConfig
-from ahn.cost import Usage, cost
+from ahn.costs import Usage, cost
 from ahn.shape import ModelShape
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ahn.adapter import adapter_parameters
 from ahn.bench import roofline
 from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
 from ahn.bench.fill import random_tokens
 from ahn.bench.methods import Method
 from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand
-from ahn.compiled import leaves_fused
+from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
+from ahn.model.adapter import adapter_parameters
 from ahn.training import distillation_loss
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ahn.adapter import adapter_parameters, attach, detach
 from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint
 from ahn.checkpoint.format import (
     BASE_NAME,
@@ -26,6 +25,7 @@ from ahn.checkpoint.names import short_name
 from ahn.checkpoint.output import replacing, write_json
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.errors import AHNError
+from ahn.model.adapter import adapter_parameters, attach, detach
 
 PathLike = str | os.PathLike[str]
 

@@ -258,9 +258,9 @@ def _measure(
 
 def _report(out: Path) -> None:
     """Print the tables of all rows in a folder, and write them there with the plots."""
-    from ahn import plots
     from ahn.bench import figures, records, table
     from ahn.checkpoint.output import replacing
+    from ahn.measure import plots
 
     rows = records.read(out)
     text = table.text(rows)

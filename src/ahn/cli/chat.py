@@ -123,7 +123,7 @@ def _obey_or_tell(line: str, turns: Any) -> None:
 
 
 def _obey(line: str, turns: Any) -> None:
-    from ahn.cache import AHNCache
+    from ahn.cache.conversation import AHNCache
     from ahn.cli.session import sentence
 
     verb, _, file = line.partition(" ")

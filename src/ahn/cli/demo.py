@@ -269,8 +269,8 @@ def _explain(subject: Subject, fact: Any, guesses: dict[str, int]) -> None:
 
 
 def _write_files(data: dict[str, Any], comparison: Comparison, title: str, out: Path) -> None:
-    from ahn import plots
     from ahn.demo.figure import comparison_figure
+    from ahn.measure import plots
 
     try:
         out.mkdir(parents=True, exist_ok=True)

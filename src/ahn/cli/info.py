@@ -15,7 +15,7 @@ from ahn.cli.common import AdapterOption, JsonOption, QuantizedOption, SinksOpti
 if TYPE_CHECKING:
     from ahn.checkpoint.directory import Checkpoint
     from ahn.config import AHNConfig
-    from ahn.cost import Cost
+    from ahn.costs import Cost
 
 SHOWN = (1, 2, 4, 8, 32)
 """Lengths of the tables when none are asked for, in multiples of sinks + window."""
@@ -65,7 +65,7 @@ class Subject:
     """What lies on disk: of the model, then of the adapter; none of them if there is only a configuration."""
 
     def cost(self, length: int) -> Cost:
-        from ahn.cost import cost
+        from ahn.costs import cost
 
         return cost(self.hf_config, self.config, length)
 
@@ -136,7 +136,7 @@ def _open(model: str) -> Checkpoint:
 
 def as_data(subject: Subject, costs: list[Cost]) -> dict[str, Any]:
     """Everything that the text shows, as JSON types. Ratios are AHN to full attention."""
-    from ahn.cost import count_model_parameters, count_parameters
+    from ahn.costs import count_model_parameters, count_parameters
     from ahn.shape import ModelShape
 
     shape = ModelShape.from_config(subject.hf_config)
@@ -268,7 +268,7 @@ def _ranges(indices: tuple[int, ...]) -> str:
 
 
 def _plot(subject: Subject, costs: list[Cost], path: Path) -> None:
-    from ahn import plots
+    from ahn.measure import plots
 
     lossless = subject.config.lossless
     low, high = max(1, lossless // 8), max(SHOWN[-1] * lossless, costs[-1].length)

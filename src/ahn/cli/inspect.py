@@ -128,8 +128,8 @@ def _interval(mean: Mean, digits: int) -> str:
 
 def _figures(trace: Trace, kinds: list[KindWrites], title: str, out: Path) -> list[str]:
     """Save all figures into a directory, made if needed; returns their paths."""
-    from ahn import plots
     from ahn.inspect import kind_figure, read_figure, state_figure, strength_figure
+    from ahn.measure import plots
 
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahn.cache import AHNCache
+from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
-    from ahn.cache import AHNCache
+    from ahn.cache.conversation import AHNCache
     from ahn.cli.session import Session
 
 STAND_IN = "\u2983reply\u2984"

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ahn import quantized
+from ahn.cache import quantized
 from ahn.memory import RecurrentMemory
-from ahn.memory_query import memory_query
+from ahn.memory.query import memory_query
 from ahn.ops.gate import Gate
-from ahn.ops.step import StepBuffers, StepCodes, StepRead, StepRule
-from ahn.ops.step_operator import layer_step
+from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.step.operator import layer_step
+from ahn.ops.step.reference import StepBuffers, StepCodes
 
 if TYPE_CHECKING:
-    from ahn.cache_layer import AHNLayer
-    from ahn.context import LayerContext
+    from ahn.cache.layer import AHNLayer
+    from ahn.model.context import LayerContext
 
 
 @dataclasses.dataclass

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ahn import quantized
-from ahn.cache import AHNCache, new_columns
-from ahn.cache_layer import AHNLayer
-from ahn.compiled import layers_compiled, on_several_devices
+from ahn.cache import quantized
+from ahn.cache.conversation import AHNCache, new_columns
+from ahn.cache.layer import AHNLayer
+from ahn.decode.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward, step_buffers
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
-from ahn.ops.step import StepBuffers, supported
+from ahn.ops.step.reference import StepBuffers, supported
 
 _runners: weakref.WeakKeyDictionary[AHNCache, Runner] = weakref.WeakKeyDictionary()
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")

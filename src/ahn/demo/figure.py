@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.demo.comparison import Comparison, Result
 from ahn.demo.methods import FULL, TWO_BITS, WINDOW_ONLY
-from ahn.plots import MUTED, new_figure
+from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ahn.adapter import adapter_parameters, attach, detach
-from ahn.cache import AHNCache
+from ahn.cache.conversation import AHNCache
 from ahn.checkpoint import load_adapter
 from ahn.config import AHNConfig
+from ahn.model.adapter import adapter_parameters, attach, detach
 
 FULL = "full attention"
 WINDOW_ONLY = "sinks + window"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn.adapter import observed
-from ahn.cache import AHNCache
-from ahn.context import LayerContext
+from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
-from ahn.evicted import Evicted
 from ahn.inspect.memories import recurrent_layers, written_positions
-from ahn.observer import Observer, Passage
-from ahn.visibility import Visibility
+from ahn.layout.evicted import Evicted
+from ahn.layout.visibility import Visibility
+from ahn.model.adapter import observed
+from ahn.model.context import LayerContext
+from ahn.model.observer import Observer, Passage
 
 
 @contextlib.contextmanager

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn.adapter import observed
-from ahn.cache import AHNCache
+from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 from ahn.inspect.contribution import contribution
 from ahn.inspect.memories import recurrent_layers, written_positions
 from ahn.inspect.trace import Reads, Trace, Writes
 from ahn.inspect.updates import updates
+from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
-from ahn.observer import Observer, Passage
-from ahn.visibility import Visibility
+from ahn.model.adapter import observed
+from ahn.model.observer import Observer, Passage
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
+from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
-from ahn.visibility import Visibility
 
 
 def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:

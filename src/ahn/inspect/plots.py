@@ -1,4 +1,4 @@
-"""Figures of a trace; save them with `ahn.plots.save`."""
+"""Figures of a trace; save them with `ahn.measure.plots.save`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ahn.inspect.kinds import KindWrites, Mean
 from ahn.inspect.trace import Trace
-from ahn.plots import AHN, FULL, MUTED, new_figure
+from ahn.measure.plots import AHN, FULL, MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ahn.ops.chunked import decay_matrix
 from ahn.ops.routes import Routes
-from ahn.ops.step import StepRule
+from ahn.ops.rule import StepRule
+from ahn.ops.scan.chunked import decay_matrix
 
 CHUNK = 64
 

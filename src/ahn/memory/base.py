@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ahn.ops.gate import Gate
 
 if TYPE_CHECKING:
+    from ahn.layout.visibility import Visibility
     from ahn.ops.routes import Routes
-    from ahn.ops.step import StepRule
-    from ahn.visibility import Visibility
+    from ahn.ops.rule import StepRule
 
 INIT_STD = 0.02
 

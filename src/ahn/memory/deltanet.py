@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ahn import ops
 from ahn.memory.base import RecurrentMemory, head_gate, l2_norm, rms_norm
 from ahn.ops.gate import Gate
-from ahn.ops.step import StepRule
+from ahn.ops.rule import StepRule
 
 
 class DeltaNet(RecurrentMemory):

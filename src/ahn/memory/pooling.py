@@ -16,7 +16,7 @@ from torch import Tensor
 from ahn.memory.base import Memory
 
 if TYPE_CHECKING:
-    from ahn.visibility import Visibility
+    from ahn.layout.visibility import Visibility
 
 RATE = 4
 SHARE = 4

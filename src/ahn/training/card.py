@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ahn import plots
 from ahn.checkpoint.output import replacing
 from ahn.config import AHNConfig
+from ahn.measure import plots
 from ahn.training.arguments import Arguments
 
 CARD = """---

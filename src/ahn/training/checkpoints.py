@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from ahn.adapter import adapter_parameters
 from ahn.checkpoint.directory import CONFIG, WEIGHTS, Checkpoint, read_json
 from ahn.checkpoint.format import base_config, base_reference, read_settings, with_ahn
 from ahn.checkpoint.names import short_name
@@ -32,6 +31,7 @@ from ahn.checkpoint.output import replacing, write_json
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.model.adapter import adapter_parameters
 from ahn.shape import ModelShape
 from ahn.training.settings import PUBLISHED
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn.adapter import disabled, set_window
 from ahn.errors import AHNError
+from ahn.model.adapter import disabled, set_window
 from ahn.training.losses import (
     CHUNK,
     IGNORED,

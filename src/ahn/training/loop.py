@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ahn.adapter import adapter_parameters, set_window
-from ahn.compiled import leaves_fused
+from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
+from ahn.model.adapter import adapter_parameters, set_window
 from ahn.training.distill import Batch, check_head, distillation_loss
 from ahn.training.losses import parse_loss
 from ahn.training.schedule import WindowDraw, WindowSchedule

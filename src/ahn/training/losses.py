@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ahn.compiled import compiled
+from ahn.decode.compiled import compiled
 from ahn.errors import AHNError
 from ahn.ops import has_triton
 

@@ -24,15 +24,15 @@ import ahn
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.output import write_json
-from ahn.compiled import leaves_fused
+from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
+from ahn.memory.horizons import start_with_horizons
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments
 from ahn.training.card import draw_curves, write_card
 from ahn.training.data import check_tokenizer, load_data
 from ahn.training.settings import Settings
 from ahn.training.sharding import is_true
-from ahn.training.start import start_with_horizons
 from ahn.training.student import Student
 from ahn.training.trainer import DistillationTrainer
 

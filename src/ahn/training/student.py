@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ahn.adapter import adapter_parameters
 from ahn.errors import AHNError
+from ahn.model.adapter import adapter_parameters
 from ahn.training.distill import Distillation, check_head, distillation_loss
 from ahn.training.losses import CHUNK
 

@@ -13,7 +13,7 @@ from ahn.evaluation.report import figures, gradients, tables
 from ahn.evaluation.report.collect import Comparison, collect
 from ahn.evaluation.report.page import image, page
 from ahn.evaluation.report.tables import Table
-from ahn.plots import save
+from ahn.measure.plots import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.evaluation.report.collect import Column, Comparison, Result, Row
-from ahn.plots import MUTED, new_figure
+from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,29 @@
+"""Join attention over disjoint sets of keys: each part's output counts by the exponential of its log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ahn.attend.parts import Part
+
+
+def merge(parts: list[Part]) -> Tensor:
+    """Attention over all keys of two or three parts, the first of all queries: (B, H, n, P), laid out (B, n, H, P)."""
+    if parts[0].out.is_cuda:
+        from ahn.attend import merge_kernel
+
+        with torch.cuda.device(parts[0].out.device):
+            return merge_kernel.merge(parts)
+    return plain(parts)
+
+
+def plain(parts: list[Part]) -> Tensor:
+    """`merge` in plain torch."""
+    n = parts[0].out.shape[2]
+    ordered = [(part.out.flip(2), part.score.flip(2)) if part.turned else (part.out, part.score) for part in parts]
+    outs = torch.stack([F.pad(out.float(), (0, 0, 0, n - out.shape[2])) for out, _ in ordered])
+    scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for _, score in ordered])
+    merged = (outs * scores.softmax(0).unsqueeze(-1)).sum(0).to(parts[0].out.dtype)
+    return merged.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,22 @@
+"""Attention over some of the keys, from which `ahn.attend.merge` makes attention over all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Part:
+    """Attention of m queries over some keys: of all n queries, or of the first m; the others see none of these keys.
+
+    Attributes:
+        out: (B, H, m, P).
+        score: (B, H, m) float32, log-sum-exp of the scores.
+        turned: the queries are in reverse order.
+    """
+
+    out: Tensor
+    score: Tensor
+    turned: bool = False

@@ -1,0 +1,67 @@
+"""Which blocks of queries and keys see each other, for the kernels of `ahn.attend.spans`, and how large blocks are."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of one block, and how Triton runs its program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles(kernel: str, query: Tensor) -> Tiles:
+    """Block sizes for "forward", "queries" or "keys" (of the backward pass)."""
+    P = query.shape[-1]
+    if query.dtype == torch.float32:  # without tensor cores registers are what limits
+        return Tiles(16, 32, 4, 1) if P > 32 else Tiles(32, 32, 4, 1)
+    if _shared_memory(query.device) < 200 * 1024:  # before Hopper, and GPUs for one user
+        return Tiles(64, 32, 4, 2) if P > 64 else Tiles(64, 64, 4, 2)
+    if P > 64:
+        return Tiles(64, 128, 8, 3) if kernel == "keys" else Tiles(128, 64, 8, 3)
+    return Tiles(128, 64, 4, 3) if kernel == "forward" else Tiles(64, 64, 4, 3)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Which blocks see each other: for each of `rows` blocks the others, wholly visible ones first.
+
+    Attributes:
+        index: (B or 1, Hkv or 1, rows, columns) int32.
+        count: (B or 1, Hkv or 1, rows, 2) int32, of the wholly visible and of all visible ones.
+    """
+
+    index: Tensor
+    count: Tensor
+
+
+def blocks(until: Tensor, n: int, tile: Tiles, by_key: bool) -> Blocks:
+    """Lists for each block of queries, or with `by_key` for each block of keys."""
+    T, M, N = until.shape[-1], tile.queries, tile.keys
+    first = torch.arange(0, n, M, device=until.device)[:, None]  # query of each block
+    own = torch.arange(0, T, N, device=until.device) - (T - n)  # query whose own token is each block's first
+    ends = F.pad(until, (0, -T % N)).unflatten(-1, (-1, N))[..., None, :, :]  # 0 beyond T: not wholly visible
+    some = (own < (first + M).clamp_max(n)) & (ends.amax(-1) > first)
+    whole = (own + N - 1 <= first) & (ends.amin(-1) >= first + M) & (first + M <= n)
+    rank = some.byte() + (some & whole).byte()
+    rank = rank.mT if by_key else rank
+    index = rank.argsort(dim=-1, descending=True, stable=True).int()
+    return Blocks(index.contiguous(), torch.stack([(rank == 2).sum(-1), (rank > 0).sum(-1)], -1).int())

@@ -1,0 +1,342 @@
+"""`AHNCache`: all state of a conversation, one `AHNLayer` for each layer with a memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from ahn.cache import file
+from ahn.cache.layer import AHNLayer, SlotRows
+from ahn.config import AHNConfig
+from ahn.errors import AHNError
+from ahn.layout.visibility import Padding, Visibility
+from ahn.shape import ModelShape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+
+class AHNCache(Cache):
+    """Cache of an adapted model; `model(...)` and `model.generate(...)` make one when none is passed.
+
+    Its size does not depend on how much was read. It can be copied (`copy.deepcopy`), moved (`to`), reordered, saved
+    and loaded, and many can be used with one model in turn.
+
+    Attributes:
+        config: window, sinks and memory it was made with. They stay with the conversation, whatever the model's are.
+    """
+
+    def __init__(self, config: AHNConfig, layers: list[Any], offloading: bool = False) -> None:
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+        self.config = config
+        self.rows = SlotRows()
+        for layer in self.memory_layers.values():
+            layer.rows = self.rows
+        self._padding: Padding | None = None
+        self._padding_on_device = False
+        self._next_padding: Padding | None = None  # of the forward under way: kept once its last layer is done
+        self._batch: int | None = None
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, batch_size: int | None = None, offloading: bool = False) -> AHNCache:
+        """An empty cache for an adapted model.
+
+        Args:
+            model: a model that `ahn.attach` was applied to.
+            batch_size: rows it will hold; None takes the first forward's.
+            offloading: keep the layers on the CPU and bring each to the GPU for its turn (CUDA only).
+
+        Raises:
+            AHNError: the model has no adapter.
+        """
+        config: AHNConfig | None = getattr(model, "ahn_config", None)
+        if config is None:
+            raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+        text_config = model.config.get_text_config(decoder=True)
+        layers: list[Any] = list(DynamicCache(config=text_config).layers)
+        for index in ModelShape.from_config(text_config).memory_layers(config.full_attention_layers):
+            layers[index] = AHNLayer(config)
+        cache = cls(config, layers, offloading)
+        cache._batch = batch_size
+        cache._model = weakref.ref(model)  # `save` names the model; a copy of the cache must not copy the model
+        return cache
+
+    @property
+    def memory_layers(self) -> dict[int, AHNLayer]:
+        """The layers with a memory, by index."""
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, AHNLayer)}
+
+    @property
+    def seen(self) -> int:
+        """Tokens read so far (columns of the batch, padding included)."""
+        return next(iter(self.memory_layers.values())).seen
+
+    def begin(self, batch: int, length: int, attention_mask: Tensor | None, device: torch.device) -> Visibility:
+        """Prepare one forward over `length` new tokens (called by the adapter's hook on the decoder).
+
+        Args:
+            attention_mask: (B, seen + length), zero for padding; None for no new padding.
+
+        Raises:
+            AHNError: another batch size, a mask of another shape or with padding between real tokens, or an earlier
+                forward stopped halfway.
+        """
+        self._check_layers_agree()
+        self.check_batch(batch)
+        # A cache that was moved as a whole comes to where the model is: a layer when its turn comes, see `update`.
+        before = after = None if self.padding is None else self.padding.to(device)
+        new = new_columns(attention_mask, self.seen, length)
+        if new is None and before is not None:
+            new = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if new is not None and (before is not None or not bool(new.all())):
+            before = before or Padding.none(batch, device)
+            after = before.advance(new.to(device), self.seen)
+        config = self.config
+        view = Visibility(config.window, config.sinks, self.seen, length, device, before, after, config.quantized)
+        self._batch, self._next_padding = batch, after
+        for layer in self.memory_layers.values():
+            layer.visibility = view
+        return view
+
+    def check_batch(self, batch: int) -> None:
+        """Raises AHNError if this cache holds another number of rows."""
+        if self._batch is not None and batch != self._batch:
+            raise AHNError(f"This cache holds {self._batch} sequences, the input has {batch}.")
+
+    # -- captured steps (ahn.decode) -------------------------------------------------------------------------------
+
+    def enter_slots(self) -> Tensor:
+        """Lay every layer out in fixed slots; returns the real tokens that each row has read, (B or 1,)."""
+        self._check_layers_agree()
+        layers = list(self.memory_layers.values())
+        if layers[0].in_slots:
+            read = self.rows.read
+            assert read is not None
+        else:
+            leading = torch.zeros(1, dtype=torch.long) if self.padding is None else self.padding.leading
+            read = self.seen - leading.to(layers[0].keys.device)
+        for layer in layers:
+            layer.enter_slots(read)
+            layer.own_memory()
+        return read
+
+    def columns_before(self) -> Tensor:
+        """(B or 1,) what to add to a row's position to get its column as rotary embeddings take it by default."""
+        if self.padding is None:
+            return torch.zeros(1, dtype=torch.long)
+        return self.padding.leading - self.padding.moved
+
+    def stepped(self, positions: Tensor, watched: bool) -> None:
+        """A captured step is over.
+
+        Args:
+            positions: (B,) real tokens that each row has read now; the next step will change it in place.
+            watched: the step had an attention mask, which only the device has seen.
+        """
+        self.rows.read = positions
+        for layer in self.memory_layers.values():
+            layer.seen += 1
+        self._padding_on_device |= watched
+
+    @property
+    def padding(self) -> Padding | None:
+        """Of the rows up to now; None while no row has any."""
+        if self._padding_on_device:
+            self._padding_on_device = False
+            assert self.rows.read is not None
+            leading = self.seen - self.rows.read
+            if self._padding is not None or bool(leading.any()):
+                before = self._padding or Padding.none(len(leading), leading.device)
+                moved = before.moved + leading - before.leading
+                self._padding = Padding(leading, before.ended, moved)
+        return self._padding
+
+    @padding.setter
+    def padding(self, padding: Padding | None) -> None:
+        self._padding, self._padding_on_device = padding, False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layers[layer_idx]
+        if not self.offloading and layer.is_initialized and layer.keys.device != key_states.device:
+            _move(layer, key_states.device)
+        if not isinstance(layer, AHNLayer) or not self.offloading:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer.prefetch()  # offloaded again by `finish`, once the forward no longer needs it
+        return layer.update(key_states, value_states)
+
+    def finish(self, layer: AHNLayer) -> None:
+        """Called when a layer's forward is over."""
+        layer.under_way = False
+        if layer is self.layers[max(self.memory_layers)]:
+            self.padding, self._next_padding = self._next_padding, None
+        if self.offloading:
+            layer.offload()
+
+    def _check_layers_agree(self) -> None:
+        """An interrupt amid a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
+        read = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
+        if len(read) > 1 or any(layer.under_way for layer in self.memory_layers.values()):
+            raise AHNError(
+                "A forward with this cache stopped halfway, so its layers have read different tokens. Go on from a "
+                "copy made before (copy.deepcopy(cache)), or start again (cache.reset())."
+            )
+
+    def _map_rows(self, change: Any) -> None:
+        padding = self.padding  # worked out from rows that have not moved yet
+        if self.rows.read is not None and len(self.rows.read) > 1:
+            self.rows.read = change(self.rows.read)
+        self.padding = None if padding is None else padding.map(change)
+        keys = next(iter(self.memory_layers.values())).keys
+        self._batch = None if keys is None else len(keys)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 only zeroes these
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self.padding = self._batch = self.rows.read = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
+        padding = self.padding  # worked out from what is read before anything is forgotten
+        # Layers that may refuse go first: a refusal must not leave the others cropped.
+        for layer in self.memory_layers.values():
+            layer.check_crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
+            layer.crop(tokens_to_remove)
+        if padding is not None:
+            self.padding = dataclasses.replace(padding, leading=padding.leading.clamp_max(self.seen))
+
+    def to(self, device: torch.device | str) -> AHNCache:
+        """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself.
+
+        The next forward brings each layer's tensors to where that layer of the model is.
+        """
+        for layer in self.layers:
+            _move(layer, device)
+        if self.padding is not None:
+            self.padding = self.padding.to(device)
+        return self
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, AHNLayer):
+                total += sum(x.nbytes for x in layer.tensors().values())
+            elif layer.is_initialized:
+                total += layer.keys.nbytes + layer.values.nbytes
+        return total
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to one safetensors file.
+
+        Raises:
+            AHNError: the cache is empty, its model is gone, or a layer of it is of a kind that cannot be written.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise AHNError("The model of this cache is gone; save a cache while its model is in memory.")
+        if self.seen == 0:
+            raise AHNError("This cache has read nothing yet; there is nothing to save.")
+        tensors: dict[str, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer, index).items()}
+        if self.padding is not None:
+            tensors |= {f"padding.{name}": x for name, x in vars(self.padding).items()}
+        file.write(path, tensors, {"config": dataclasses.asdict(self.config), "seen": self.seen}, model)
+
+    @staticmethod
+    def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
+        """Read a conversation that `save` wrote, for the same model and adapter, onto the model's device.
+
+        Raises:
+            AHNError: the file is missing, damaged or not a cache, or it was made with another base, adapter or memory.
+        """
+        cache = AHNCache.for_model(model)
+        tensors, description = file.read(path, model)
+        described = description["config"]
+        cache.config = AHNConfig(**described | {"full_attention_layers": tuple(described["full_attention_layers"])})
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+        for index, layer in enumerate(cache.layers):
+            own = under(f"layers.{index}.")
+            missing = {"keys", "values"} - own.keys()
+            if missing and (own or isinstance(layer, AHNLayer)):
+                raise AHNError(f"{path} is incomplete: layers.{index}.{min(missing)} is missing.")
+            if isinstance(layer, AHNLayer):
+                layer.window, layer.sinks = cache.config.window, cache.config.sinks
+                layer.load_tensors(own, description["seen"])
+                cache._batch = len(own["keys"])
+            elif own:
+                layer.lazy_initialization(own["keys"], own["values"])
+                layer.keys, layer.values = own["keys"], own["values"]
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = description["seen"]
+        if padding := under("padding."):
+            cache.padding = Padding(**padding)
+        return cache
+
+
+def _tensors(layer: Any, index: int) -> dict[str, Tensor]:
+    if isinstance(layer, AHNLayer):
+        return layer.tensors()
+    if not layer.is_initialized:
+        return {}
+    if not hasattr(layer, "keys") or layer.keys is None:
+        raise AHNError(f"Layer {index} keeps a {type(layer).__name__}, which cannot be saved.")
+    return {"keys": layer.keys, "values": layer.values}
+
+
+def _move(layer: Any, device: torch.device | str) -> None:
+    if isinstance(layer, AHNLayer):
+        layer.to(device)
+    elif layer.is_initialized:
+        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+
+def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:
+    """The part of a 2-D attention mask that speaks of the new tokens, (B, length) bool.
+
+    Raises:
+        AHNError: the mask is not 2-D or does not span cached and new tokens.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise AHNError(
+            f"An AHN needs a 2-D attention_mask (batch, tokens), got a {type(attention_mask).__name__}. Multimodal "
+            "wrappers make their own masks; use the text model inside (for example AutoModelForCausalLM)."
+        )
+    if attention_mask.dim() != 2:
+        raise AHNError(f"An AHN needs a 2-D attention_mask (batch, tokens), got {tuple(attention_mask.shape)}.")
+    if attention_mask.shape[1] != seen + length:
+        raise AHNError(
+            f"attention_mask has {attention_mask.shape[1]} columns; expected {seen + length}: {seen} cached tokens and "
+            f"{length} new ones."
+        )
+    return attention_mask[:, -length:].bool()

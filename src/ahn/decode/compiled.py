@@ -1,0 +1,180 @@
+"""Parts of a model compiled for a while: a decoder layer for steps, its small modules for long prompts and training.
+
+One layer is compiled and all run with it: seconds instead of the minute that a whole model takes.
+
+Layers differ in numbers that torch.compile would compile again for (their index, the handles of their hooks) and that
+a step never uses. Inside `layers_compiled` they are made the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from ahn.decode.fusion import fuse
+from ahn.memory import RecurrentMemory
+from ahn.ops import has_triton
+
+# One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
+_VARIANTS = 64
+_GATES = ("write_gates", "read_gate")
+_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}  # independent small passes in one kernel
+
+
+def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
+    """torch.compile's backend for a layer: its own, after our fusions."""
+    fuse(module.graph)
+    module.recompile()
+    return torch._inductor.compile(module, list(inputs), options=_OPTIONS)
+
+
+# Of each model: what torch.compile made of its small parts. To make them costs milliseconds each, with every prompt.
+# They hold the parts, which do not hold the model.
+_wrappers: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the decoder's layers run compiled, with shared code, and what stands before and after them."""
+    decoder = model.get_decoder()
+    layers = list(decoder.layers)
+    # Uncompiled, the angles of a token and the last norm are 17 kernels of a few numbers each.
+    ends = [end for end in (getattr(decoder, "rotary_emb", None), getattr(decoder, "norm", None)) if end is not None]
+    before = [(layer.self_attn, layer.self_attn.layer_idx, layer.self_attn._forward_pre_hooks) for layer in layers]
+    flags = [layer.self_attn._forward_pre_hooks_with_kwargs for layer in layers]
+    for layer in layers:
+        module = layer.self_attn
+        module.layer_idx = 0
+        module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
+        module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
+    own = [(part, part._compiled_call_impl) for part in (*layers, *ends)]  # whoever uses the model may compile as well
+    for part, _ in own:
+        part.compile(dynamic=False, backend=_lower)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+            yield
+    finally:
+        for part, impl in own:
+            part._compiled_call_impl = impl
+        for (module, index, hooks), with_kwargs in zip(before, flags, strict=True):
+            module.layer_idx = index
+            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
+
+
+def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """`leaves_compiled` where it can be had and pays: on one GPU with Triton. Elsewhere nothing happens.
+
+    Around training it must hold until the last backward pass: with gradient checkpointing that one runs layers again,
+    and must find them as the forward pass left them.
+    """
+    fits = model.device.type == "cuda" and has_triton() and not on_several_devices(model)
+    return leaves_compiled(model) if fits else contextlib.nullcontext()
+
+
+def on_several_devices(model: PreTrainedModel) -> bool:
+    """accelerate moves tensors between this model's layers (`device_map`): neither compiled nor captured."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+@contextlib.contextmanager
+def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block norms, rotations and plain MLPs run compiled, for any length, with gradients or without.
+
+    So do a memory's gates where no gradients are wanted. Each is then one pass over memory; the rest of a layer is
+    matrix products and attention. A block within a block changes nothing.
+    """
+    layers = model.get_decoder().layers
+    leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
+    if any(leaf._compiled_call_impl is not None for leaf in leaves):
+        yield
+        return
+    memories = [memory for layer in layers for memory in layer.modules() if isinstance(memory, RecurrentMemory)]
+    source = sys.modules[type(layers[0].self_attn).__module__]
+    rope = getattr(source, "apply_rotary_pos_emb", None)
+    ready = _wrappers.get(model, {})
+    wrappers: dict[Any, Callable[..., Any]] = {}
+    for leaf in leaves:
+        wrappers[leaf] = ready.get(leaf) or _for_any_length(leaf._call_impl, 1)
+        leaf._compiled_call_impl = wrappers[leaf]
+    for memory in memories:
+        for name in _GATES:
+            wrappers[memory, name] = ready.get((memory, name)) or _without_gradients(getattr(memory, name))
+            memory.__dict__[name] = wrappers[memory, name]
+    _wrappers[model] = wrappers
+    if rope is not None:
+        source.apply_rotary_pos_emb = _rotation(rope)  # type: ignore[attr-defined]
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+            yield
+    finally:
+        for leaf in leaves:
+            leaf._compiled_call_impl = None
+        for memory in memories:
+            for name in _GATES:
+                del memory.__dict__[name]
+        if rope is not None:
+            source.apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Let go of a model's compiled parts: they would hold a memory that was taken off."""
+    _wrappers.pop(model, None)
+
+
+def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., Any]:
+    """The function compiled for one model and any number of tokens, which are that dimension of all tensors.
+
+    With every size open (`dynamic=True`) an element's place is worked out by divisions: a rotation of 8192 × 16 heads
+    took six times as long as its bytes.
+    """
+    inner = torch.compile(function, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for x in args:
+            if isinstance(x, Tensor) and x.dim() > 2:
+                torch._dynamo.maybe_mark_dynamic(x, tokens % x.dim())
+        return inner(*args, **kwargs)
+
+    return call
+
+
+def _without_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of inputs (B, n, D), compiled for when no gradients are wanted: training has its own form of a gate."""
+    inner = _for_any_length(method, 1)
+
+    def call(x: Tensor) -> Any:
+        return method(x) if torch.is_grad_enabled() else inner(x)
+
+    return call
+
+
+@cache
+def _rotation(rope: Callable[..., Any]) -> Callable[..., Any]:
+    """Of queries and keys (B, H, n, P) by cosines and sines (B or 1, n, P)."""
+    return _for_any_length(rope, -2)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for tensors of any size, once a process."""
+    return torch.compile(function, dynamic=True)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """A norm, or projections with an activation between them: nothing whose work depends on its data."""
+    children = list(module.children())
+    if not children:
+        return type(module).__name__.endswith("RMSNorm")
+    plain = all(isinstance(child, nn.Linear) or not list(child.parameters()) for child in children)
+    return type(module).__name__.endswith("MLP") and plain

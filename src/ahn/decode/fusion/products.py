@@ -1,0 +1,121 @@
+"""Every linear map of a single token becomes `ahn.ops.step.product`.
+
+Maps of the same vector together, with the RMSNorm before them, with `silu(gate) · up` between two of them, and with the
+sum that adds one to the residual stream.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import ahn.ops.step.product  # noqa: F401  (registers the operator)
+from ahn.decode.fusion.graph import (
+    ADD,
+    MUL,
+    Norm,
+    alike,
+    argument,
+    either,
+    find_norm,
+    is_call,
+    is_input,
+    only_user,
+    uncast,
+    value,
+)
+
+_LINEAR, _SILU = (F.linear, torch._C._nn.linear), (F.silu, torch._C._nn.silu)
+
+
+class _Gated(NamedTuple):
+    """`silu(gate) · up`, the whole being `node`."""
+
+    node: fx.Node
+    gate: fx.Node
+    up: fx.Node
+
+
+class _Added(NamedTuple):
+    """`residual + linear`, the whole being `node`."""
+
+    node: fx.Node
+    residual: fx.Node
+
+
+def fuse_products(graph: fx.Graph) -> None:
+    """Rewrite the graph in place; what is of no use any more stays in it."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _of_one_vector(node):
+            groups.setdefault(uncast(node.args[0]), []).append(node)
+    for linears in groups.values():
+        _replace(graph, linears)
+
+
+def _replace(graph: fx.Graph, linears: list[fx.Node]) -> None:
+    """All linear maps of one vector by one operator, which takes in what it can."""
+    root = uncast(linears[0].args[0])  # now, when what came before has been replaced
+    norm = find_norm(root) or Norm(root, None, 0.0)
+    gated, added = _gated(linears), _added(linears)
+    if gated is not None:
+        linears = [gated.gate, gated.up]
+    # Where the first of them stands, x is known, and the weights are inputs; a residual may be known later.
+    place = linears[0] if added is None else added.node
+    with graph.inserting_before(place if gated is None else gated.node):
+        weights, biases = ([argument(x, at, name) for x in linears] for at, name in ((1, "weight"), (2, "bias")))
+        residual = None if added is None else added.residual
+        product = torch.ops.ahn.product.default
+        y = graph.call_function(product, (norm.x, weights, biases, norm.weight, norm.eps, gated is not None, residual))
+        whole = gated or added
+        if whole is not None:
+            _stand_in(graph, whole.node, y)
+            return
+        begin = 0
+        for linear in linears:
+            count = value(linear).shape[-1]
+            _stand_in(graph, linear, graph.call_method("narrow", (y, 0, begin, count)))
+            begin += count
+
+
+def _stand_in(graph: fx.Graph, node: fx.Node, y: fx.Node) -> None:
+    """Put y, in the shape of a node, into the node's place."""
+    new = graph.call_method("view", (y, tuple(value(node).shape)))
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+
+
+def _of_one_vector(node: fx.Node) -> bool:
+    """A linear map of a single row, by a matrix that is an input of the graph and in the row's precision."""
+    if node.target not in _LINEAR:
+        return False
+    x, *rest = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
+    if value(x).numel() != value(x).shape[-1]:
+        return False
+    parts = [part for part in rest if part is not None]
+    return all(is_input(part) and value(part).dtype == value(x).dtype for part in parts)
+
+
+def _gated(linears: list[fx.Node]) -> _Gated | None:
+    if len(linears) != 2 or value(linears[0]).shape != value(linears[1]).shape:
+        return None
+    for gate, up in (linears, linears[::-1]):
+        active = only_user(gate)
+        if active is None or active.target not in _SILU or only_user(up) is None:
+            continue
+        whole = only_user(active)
+        if is_call(whole, MUL) and whole is only_user(up):
+            return _Gated(whole, gate, up)
+    return None
+
+
+def _added(linears: list[fx.Node]) -> _Added | None:
+    whole = only_user(linears[0]) if len(linears) == 1 else None
+    for linear, residual in either(whole, ADD):
+        other = isinstance(residual, fx.Node) and residual is not linear
+        if linear is linears[0] and other and alike(residual, linear):
+            return _Added(whole, residual)
+    return None

@@ -1,0 +1,1 @@
+"""Where tokens lie and who sees them: positions, windows, fixed slots, padding, what leaves and when."""

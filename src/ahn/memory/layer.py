@@ -1,0 +1,38 @@
+"""The modules that `attach` adds to a decoder layer, named as published: `ahn.fn.*` and `ahn_router.*`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ahn.memory import Memory
+from ahn.ops.step.reference import StepBuffers
+
+
+class AHN(nn.Module):
+    """Holds a layer's memory as `fn`."""
+
+    def __init__(self, fn: Memory) -> None:
+        super().__init__()
+        self.fn = fn
+        self.step_buffers: StepBuffers | None = None
+        """Of the conversation whose decoding step is being captured."""
+
+
+class Router(nn.Module):
+    """Weight of the memory's read, growing with what was written: `sigmoid(alpha · log(r) + beta)`, one pair a head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(heads))
+        self.beta = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, r: Tensor) -> Tensor:
+        """r (B, N), tokens written so far / window, to weights (B, H, N). An empty memory reads zero anyway."""
+        log_r = r.clamp_min(1e-6).log()[:, None, :]
+        return torch.sigmoid(self.alpha.float()[:, None] * log_r + self.beta.float()[:, None])
+
+
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of what `attach` added to a model, by full name."""
+    return {name: p for name, p in model.named_parameters() if ".ahn." in name or ".ahn_router." in name}

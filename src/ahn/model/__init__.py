@@ -1,0 +1,1 @@
+"""How a memory sits on a transformers model: hooks, the attention function, prompts in chunks, observers."""

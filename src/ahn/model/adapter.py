@@ -1,0 +1,294 @@
+"""Attach an AHN to an unmodified transformers model, take it off again, or switch it off for a while.
+
+Three hooks do it, no modeling code is touched: one on the decoder decides what this forward sees and makes the cache;
+one on each attention module hands its input to the attention function; and `forward`/`generate` of the model are
+wrapped so that long prompts are read in chunks and generation gets an `AHNCache`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ahn import memory
+from ahn.cache.conversation import AHNCache, new_columns
+from ahn.config import AHNConfig
+from ahn.decode import compiled
+from ahn.decode.layer import StepForward
+from ahn.errors import AHNError
+from ahn.layout.visibility import Padding, Visibility
+from ahn.memory.layer import AHN, Router, added_parameters
+from ahn.model import attention, chunks
+from ahn.model.context import LayerContext
+from ahn.model.observer import Observer
+from ahn.ops.quantize import PER_BYTE
+from ahn.shape import ModelShape
+
+
+@dataclasses.dataclass
+class Adapter:
+    """What `attach` did to a model and `detach` undoes."""
+
+    kernel: str
+    """The base model's own attention implementation."""
+    handles: list[RemovableHandle]
+    enabled: bool = True
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+    """Asked in this order. While there are any, no step is captured or replayed."""
+
+
+def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
+    """Add a new, untrained AHN to a loaded causal language model.
+
+    The base weights are not touched. New parameters are float32 on each layer's device, named
+    `….layers.{i}.ahn.fn.*`; their output projection is zero, so the model starts as sinks + window.
+
+    Args:
+        model: a decoder with standard attention (Qwen2, Qwen3, Llama, Mistral, Phi-3, OLMo, Gemma 3, …).
+        config: window, sinks, memory; None takes the defaults.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        AHNError: the model already has one, or its architecture lacks something an AHN needs (the message says what).
+    """
+    config = config or AHNConfig()
+    if getattr(model, "_ahn", None) is not None:
+        raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
+    shape = ModelShape.from_config(model.config)
+    _check_head_dim(shape, config.quantized)
+    decoder, layers = _decoder_layers(model)
+    chosen = shape.memory_layers(config.full_attention_layers)
+    modules = {index: _attention_module(layers[index], shape) for index in chosen}
+    kernel = decoder.config._attn_implementation
+    if kernel == attention.NAME:
+        raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
+    attention.register()
+    adapter = Adapter(kernel=kernel, handles=[])
+    for index, module in modules.items():
+        _add_memory(layers[index], module, shape, config)
+        hook = AttentionHook(layers[index].ahn, getattr(layers[index], "ahn_router", None), index)
+        adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
+    model._ahn = adapter
+    model.ahn_config = config
+    chunks.wrap(model)
+    _use_kernel(model, attention.NAME)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the AHN off: parameters, state dict, configuration and outputs are the base model's again.
+
+    Raises:
+        AHNError: the model has no AHN.
+    """
+    adapter = _adapter(model)
+    _use_kernel(model, adapter.kernel)
+    for handle in adapter.handles:
+        handle.remove()
+    chunks.unwrap(model)
+    compiled.forget(model)
+    _, layers = _decoder_layers(model)
+    for layer in layers:
+        for name in ("ahn", "ahn_router"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+    del model._ahn, model.ahn_config
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model is the base model, bit for bit, with full attention: the teacher."""
+    adapter = _adapter(model)
+    if not adapter.enabled:
+        yield
+        return
+    adapter.enabled = False
+    _use_kernel(model, adapter.kernel)
+    try:
+        yield
+    finally:
+        adapter.enabled = True
+        if getattr(model, "_ahn", None) is adapter:  # it may have been detached meanwhile
+            _use_kernel(model, attention.NAME)
+
+
+@contextlib.contextmanager
+def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterator[None]:
+    """Inside the block `observer` is asked about every forward, before all others or after them."""
+    observers = _adapter(model).observers
+    observers.insert(0 if first else len(observers), observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
+
+
+def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int | None = None) -> None:
+    """Change window, sinks and (unless None) quantized tokens of an adapted model; caches made before keep theirs."""
+    _adapter(model)
+    config: AHNConfig = model.ahn_config
+    quantized = config.quantized if quantized is None else quantized
+    _check_head_dim(ModelShape.from_config(model.config), quantized)
+    model.ahn_config = config.replace(window=window, sinks=sinks, quantized=quantized)
+
+
+def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The AHN's parameters by full name, in the order of `model.named_parameters()`."""
+    _adapter(model)
+    return added_parameters(model)
+
+
+@dataclasses.dataclass
+class AttentionHook:
+    """Before an attention module's forward: hand its input and memory to the attention function."""
+
+    ahn: AHN
+    router: Router | None
+    layer_idx: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if "ahn_forward" not in kwargs:
+            return None
+        step = isinstance(kwargs["ahn_forward"], StepForward)
+        cache = None if step else kwargs.get("past_key_values")
+        kwargs["ahn_layer"] = LayerContext(
+            index=-1 if step else self.layer_idx,
+            ahn=self.ahn,
+            router=self.router,
+            x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
+            cache=cache,
+            cache_layer=None if cache is None else cache.layers[self.layer_idx],
+            rope=kwargs.get("position_embeddings"),
+        )
+        return args, kwargs
+
+
+@dataclasses.dataclass
+class DecoderHook:
+    """Before the decoder's forward: make the cache if one is wanted, and decide what this forward sees."""
+
+    model: PreTrainedModel
+
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if "ahn_forward" in kwargs:
+            return None  # a captured step: all is decided
+        adapter: Adapter = self.model._ahn
+        if not adapter.enabled:
+            if isinstance(kwargs.get("past_key_values"), AHNCache):
+                raise AHNError("Inside ahn.disabled(model) an AHNCache is of no use; pass another cache, or none.")
+            return None
+        kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            return None  # the base model says what is wrong
+        cache = kwargs.get("past_key_values")
+        if cache is None and chunks.wants_cache(self.model, kwargs):
+            cache = kwargs["past_key_values"] = AHNCache.for_model(self.model)
+        view = self._view(cache, tokens, kwargs.get("attention_mask"))
+        if view.moved and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = view.column_positions
+        for observer in adapter.observers:
+            observer.begin(cache, view)
+        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
+        return (), kwargs
+
+    def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:
+        batch, length = tokens.shape[:2]
+        if cache is not None and not isinstance(cache, AHNCache):
+            raise AHNError(
+                f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
+                "ahn.AHNCache.for_model(model)."
+            )
+        config: AHNConfig = self.model.ahn_config if cache is None else cache.config
+        if config.quantized and torch.is_grad_enabled():
+            raise AHNError(
+                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
+                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
+            )
+        if cache is not None:
+            return cache.begin(batch, length, mask, tokens.device)
+        new = new_columns(mask, 0, length)
+        before = after = None
+        if new is not None and not bool(new.all()):
+            before = Padding.none(batch, tokens.device)
+            after = before.advance(new)
+        return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after, config.quantized)
+
+
+def _adapter(model: PreTrainedModel) -> Adapter:
+    adapter = getattr(model, "_ahn", None)
+    if adapter is None:
+        raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+    return adapter
+
+
+def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
+    # The setter that `set_attn_implementation` ends in, without its reading of source files: it runs twice a step
+    # in training.
+    for config in {id(c): c for c in (model.config, model.get_decoder().config)}.values():
+        config._attn_implementation = kernel
+
+
+def _add_memory(layer: nn.Module, module: nn.Module, shape: ModelShape, config: AHNConfig) -> None:
+    device = module.o_proj.weight.device
+    with torch.device(device):
+        fn = memory.get(config.memory)(
+            shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=config.q_proj
+        )
+        layer.ahn = AHN(fn.float())
+        if config.router and isinstance(fn, memory.RecurrentMemory):
+            layer.ahn_router = Router(shape.heads)
+
+
+def _check_head_dim(shape: ModelShape, quantized: int) -> None:
+    if quantized and shape.head_dim % PER_BYTE:
+        raise AHNError(
+            f"quantized needs a head dimension that is a multiple of {PER_BYTE}, this model's is {shape.head_dim}."
+        )
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if decoder is None or not isinstance(layers, nn.ModuleList):
+        raise AHNError(f"{type(model).__name__} has no decoder with a list of layers (model.get_decoder().layers).")
+    return decoder, layers
+
+
+def _attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
+    """The layer's attention, checked for everything that the hooks rely on."""
+    module = getattr(layer, "self_attn", None)
+    if module is None:
+        raise AHNError(f"{type(layer).__name__} has no self_attn; an AHN needs a decoder with standard attention.")
+    name = type(module).__name__
+    fused = getattr(module, "qkv_proj", None) is not None
+    needed = ("qkv_proj", "o_proj") if fused else ("q_proj", "k_proj", "v_proj", "o_proj")
+    missing = [part for part in needed if getattr(module, part, None) is None]
+    if missing:
+        raise AHNError(
+            f"{name} has no {', '.join(missing)}; latent attention and shared keys and values are not supported."
+        )
+    if module.o_proj.in_features != shape.heads * shape.head_dim:
+        raise AHNError(
+            f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
+        )
+    source = inspect.getsource(type(module).forward)
+    if "get_interface" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:
+        raise AHNError(f"{name} does not call transformers' attention interface; an AHN cannot hook into it.")
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values()):
+        raise AHNError(f"{name}.forward takes no **kwargs, so the memory cannot receive its input.")
+    return module

@@ -1,0 +1,173 @@
+"""`forward` and `generate` of an adapted model: prompts longer than the lossless total are read in chunks."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from functools import cache as memoize
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ahn import decode
+from ahn.cache.conversation import AHNCache
+from ahn.decode.compiled import leaves_fused
+from ahn.errors import AHNError
+
+
+class Wrapped:
+    """A method of one model with ours in front of it. A class, so that the model can be copied and pickled with it."""
+
+    def __init__(self, model: PreTrainedModel, name: str, ours: Callable[..., Any]) -> None:
+        self.model, self.name, self.ours = model, name, ours
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ours(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # generate() and trainers read it
+        return inspect.signature(MethodType(getattr(type(self.model), self.name), self.model))
+
+
+def wrap(model: PreTrainedModel) -> None:
+    """Put `forward` and `generate` of this module before the model's own, as attributes of the instance."""
+    # accelerate's hook, if the model lies on several devices, stays the outermost: it would move what goes to a chunk.
+    setattr(
+        model, "_old_forward" if "_old_forward" in model.__dict__ else "forward", Wrapped(model, "forward", _forward)
+    )
+    if hasattr(model, "generate"):
+        model.generate = Wrapped(model, "generate", _generate)
+
+
+def unwrap(model: PreTrainedModel) -> None:
+    """Undo `wrap`."""
+    for name in ("forward", "generate"):
+        if isinstance(model.__dict__.get(name), Wrapped):
+            delattr(model, name)
+    if isinstance(model.__dict__.get("_old_forward"), Wrapped):
+        model._old_forward = MethodType(type(model).forward, model)
+
+
+@memoize
+def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+
+def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a method call by name."""
+    return dict(zip(_positional(function), args, strict=False)) | kwargs
+
+
+def wants_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """What `use_cache` resolves to."""
+    use_cache = kwargs.get("use_cache")
+    return bool(model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache)
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    kwargs = by_name(type(model).generate, args, kwargs)
+    config = kwargs.get("generation_config") or model.generation_config
+    use_cache = kwargs.get("use_cache", config.use_cache)
+    cache = kwargs.get("past_key_values")
+    if model._ahn.enabled and use_cache is not False and cache is None:
+        kwargs["past_key_values"] = AHNCache.for_model(model)
+    elif isinstance(cache, AHNCache) and kwargs.get("attention_mask") is None:
+        ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
+        if ids is not None and cache.seen and ids.shape[1] <= cache.seen:
+            raise AHNError(
+                f"This cache has read {cache.seen} tokens, the input has {ids.shape[1]}. Give generate all tokens from "
+                "the start, or only the new ones and an attention_mask over old and new "
+                f"({cache.seen} + {ids.shape[1]})."
+            )
+    return type(model).generate(model, **kwargs)
+
+
+def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    base = type(model).forward
+    kwargs = by_name(base, args, kwargs)
+    if decode.runs(model, kwargs):
+        return decode.forward(model, kwargs)
+    pieces = _plan(model, kwargs)
+    if len(pieces) < 2:
+        return base(model, **kwargs)
+    if kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = AHNCache.for_model(model)
+    length, seen = pieces[-1][1], kwargs["past_key_values"].seen
+    wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
+    rows, order = wanted.sort()
+    logits: list[Tensor] = []
+    with leaves_fused(model):
+        for start, stop in pieces:
+            inside = rows[(rows >= start) & (rows < stop)] - start
+            part = _slice(kwargs, start, stop, seen)
+            # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
+            output = base(model, **part, logits_to_keep=inside if len(inside) else 1)
+            logits.append(output.logits[:, : len(inside)])
+    output.logits = torch.cat(logits, dim=1)
+    if not torch.equal(wanted, rows):
+        output.logits = output.logits[:, order.argsort()]
+    return output
+
+
+def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    """Chunks (start, stop) of the new tokens; a single one where chunking is not wanted."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None or not model._ahn.enabled or torch.is_grad_enabled() or kwargs.get("labels") is not None:
+        return []
+    if any(decode.asked(model, kwargs, name) for name in decode.MORE_OUTPUTS):
+        return []
+    if decode.asked(model, kwargs, "return_dict") is False:
+        return []
+    cache = kwargs.get("past_key_values")
+    if not wants_cache(model, kwargs) or not (cache is None or isinstance(cache, AHNCache)):
+        return []
+    config = model.ahn_config if cache is None else cache.config
+    seen, length = (0 if cache is None else cache.seen), tokens.shape[1]
+    # While nothing leaves the window it is exactly the base model's own forward.
+    size = config.prefill_chunk_size if seen + length > config.lossless else length
+    full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
+    cuts = {*range(0, full, size), *range(full, length, size), length}
+    return list(itertools.pairwise(sorted(cuts | _gaps(kwargs.get("attention_mask"), length))))
+
+
+def _gaps(attention_mask: Any, length: int) -> set[int]:
+    """Columns of the new tokens where padding begins between real tokens of a row.
+
+    A chat's next turn has them: the last answer's last token is read together with the next, left-padded message.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or length == 1:
+        return set()
+    real = attention_mask[:, -length:].bool()
+    if bool(real.all()):
+        return set()
+    follows = real.flip(1).int().cummax(1).values.flip(1).bool()  # this token or a later one of the row is real
+    begins = real[:, :-1] & ~real[:, 1:] & follows[:, 1:]
+    return {column + 1 for column in begins.any(0).nonzero()[:, 0].tolist()}
+
+
+def _wanted_rows(logits_to_keep: int | Tensor, length: int) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        rows = logits_to_keep.cpu()
+        return torch.where(rows < 0, rows + length, rows)
+    return torch.arange(max(0, length - logits_to_keep) if logits_to_keep else 0, length)
+
+
+def _slice(kwargs: dict[str, Any], start: int, stop: int, seen: int) -> dict[str, Any]:
+    """The arguments for new tokens start to stop, the first of which follows `seen` cached ones."""
+    part = dict(kwargs)
+    for name in ("input_ids", "inputs_embeds"):
+        if part.get(name) is not None:
+            part[name] = part[name][:, start:stop]
+    if part.get("position_ids") is not None:
+        part["position_ids"] = part["position_ids"][..., start:stop]
+    mask = part.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        part["attention_mask"] = mask[:, : seen + stop]
+    return part

@@ -1,0 +1,160 @@
+"""A decoding step of a layer as an operator that torch.compile leaves whole, on the device's best path."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ahn.ops.gate import Gate
+from ahn.ops.routes import Routes
+from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.step.reference import StepBuffers, StepCodes, StepRotation, step
+
+_CODES = [f"code_{field.name}" for field in dataclasses.fields(StepCodes)]
+
+
+@torch.library.custom_op("ahn::step", mutates_args=("keys", "values", "write_ring", "decay_ring", "state", *_CODES))
+def operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor | None,
+    decay: Tensor | None,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    write_ring: Tensor | None,
+    decay_ring: Tensor | None,
+    state: Tensor | None,
+    code_keys: Tensor | None,
+    code_values: Tensor | None,
+    code_key_scales: Tensor | None,
+    code_value_scales: Tensor | None,
+    code_key_offset: Tensor | None,
+    code_value_offset: Tensor | None,
+    code_write: Tensor | None,
+    code_decay: Tensor | None,
+    sinks: int,
+    scaling: float,
+    delta: bool,
+    l2_eps: float,
+    scale: float,
+    norm_eps: float,
+    across_heads: bool,
+    memory_query: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    o_proj: Tensor | None,
+    write_activation: str = "none",
+    write_shift: Tensor | None = None,
+    write_log_rate: Tensor | None = None,
+    decay_activation: str = "none",
+    decay_shift: Tensor | None = None,
+    decay_log_rate: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    query_eps: float = 0.0,
+    key_eps: float = 0.0,
+    query_map: Tensor | None = None,
+    key_map: Tensor | None = None,
+    query_route: Tensor | None = None,
+    key_route: Tensor | None = None,
+) -> Tensor:
+    """`step` with every field an argument of its own, as an operator wants it.
+
+    See `layer_step` for all but those of `StepRotation`, which `ahn.decode.fusion` gives, and of `StepCodes`.
+    """
+    rule = read = rotation = None
+    if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
+        rule = StepRule("write", None if decay is None else "decay", delta, l2_eps, scale, norm_eps, across_heads)
+        routes = None
+        if query_map is not None and key_map is not None and query_route is not None and key_route is not None:
+            routes = Routes(query_map, key_map, query_route, key_route)
+        read = StepRead(memory_query, gamma, weight, norm, o_proj, routes)
+    if cos is not None and sin is not None:
+        rotation = StepRotation(cos, sin, query_norm, key_norm, query_eps, key_eps)
+    write_gate = None if write is None else Gate(write, write_activation, write_shift, write_log_rate)
+    decay_gate = None if decay is None else Gate(decay, decay_activation, decay_shift, decay_log_rate)
+    codes = None
+    if code_keys is not None and code_values is not None:
+        assert code_key_scales is not None and code_value_scales is not None
+        assert code_key_offset is not None and code_value_offset is not None
+        codes = StepCodes(
+            code_keys, code_values, code_key_scales, code_value_scales, code_key_offset, code_value_offset,
+            code_write, code_decay,
+        )  # fmt: skip
+    buffers = StepBuffers(keys, values, write_ring, decay_ring, state, codes)
+    token = query, key, value, write_gate, decay_gate, positions, active
+    if query.is_cuda:
+        from ahn.ops.step import kernel
+
+        with torch.cuda.device(query.device):
+            return kernel.step(*token, buffers, sinks, scaling, rule, read, rotation)
+    return step(*token, buffers, sinks, scaling, rule, read, rotation)
+
+
+@operator.register_fake
+def _(query: Tensor, *rest: object, **named: object) -> Tensor:
+    return torch.empty_like(query)
+
+
+def layer_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: dict[str, Gate],
+    positions: Tensor,
+    active: Tensor,
+    buffers: StepBuffers,
+    sinks: int,
+    scaling: float,
+    rule: StepRule | None,
+    read: StepRead | None,
+) -> Tensor:
+    """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hw) each."""
+    # Whatever is written has to be given by position: torch 2.11 looks for it there.
+    ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state, *_fields(buffers.codes))
+    if rule is None or read is None:
+        return operator(
+            query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
+            None, None, None, None, None,
+        )  # fmt: skip
+    write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
+    fading = (None, "none", None, None) if decay is None else _parts(decay)
+    return operator(
+        query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
+        rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
+        *_parts(write)[1:], *fading[1:], **_maps(read.routes),
+    )  # fmt: skip
+
+
+def _fields(codes: StepCodes | None) -> tuple[Tensor | None, ...]:
+    """Codes as `operator` takes them."""
+    if codes is None:
+        return (None,) * len(_CODES)
+    return (
+        codes.keys, codes.values, codes.key_scales, codes.value_scales, codes.key_offset, codes.value_offset,
+        codes.write, codes.decay,
+    )  # fmt: skip
+
+
+def _maps(routes: Routes | None) -> dict[str, Tensor]:
+    """Routes as `operator` takes them; `vars` would break torch.compile's graph."""
+    if routes is None:
+        return {}
+    return {
+        "query_map": routes.query_map,
+        "key_map": routes.key_map,
+        "query_route": routes.query_route,
+        "key_route": routes.key_route,
+    }
+
+
+def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
+    return gate.logits, gate.activation, gate.shift, gate.log_rate

@@ -1,0 +1,283 @@
+"""Attention over spans: the kernels against the plain form, and the plain form against torch's attention and masks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from golden import relative_error
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from models import adapted, awaken, base, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ahn
+from ahn import AHNError
+from ahn.attend import spans
+from ahn.layout.visibility import FOR_EVER, Visibility
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
+DEVICE = "cpu" if INTERPRETED else "cuda"
+UNIT = 2**-24  # relative error of one rounding to float32
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments of `spans.attend`, and a gradient of its output."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    until: Tensor
+    scaling: float
+    gradient: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Case:
+        """Every floating-point tensor changed in the same way."""
+        parts = {}
+        for name, x in vars(self).items():
+            parts[name] = change(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+        return Case(**parts)
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        """In that type."""
+        return self.map(lambda x: x.to(dtype))
+
+    def to(self, device: str) -> Case:
+        """All tensors on that device."""
+        return Case(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()})
+
+
+def made(B: int, Hkv: int, groups: int, n: int, T: int, P: int, seed: int, wide: tuple[bool, bool]) -> Case:
+    """Random spans, some of them empty or without end; strides as the model has them."""
+    r = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=r)
+
+    rows, heads = B if wide[0] else 1, Hkv if wide[1] else 1
+    until = torch.randint(-T, 2 * n + 1, (rows, heads, T), generator=r, dtype=torch.int32)
+    until[torch.rand(until.shape, generator=r) < 0.2] = FOR_EVER
+    query, gradient = (normal(B, n, Hkv * groups, P).transpose(1, 2) for _ in range(2))
+    key, value = (normal(B, Hkv, T + 5, P)[:, :, 3 : 3 + T] for _ in range(2))
+    return Case(query, key, value, until, 0.3, gradient)
+
+
+Attend = Callable[..., Tensor]
+
+
+def results(attend: Attend, case: Case) -> dict[str, Tensor]:
+    """The output and all gradients."""
+    leaves = {name: getattr(case, name).detach().requires_grad_() for name in ("query", "key", "value")}
+    out = attend(*leaves.values(), case.until, case.scaling)
+    out.backward(case.gradient)
+    return {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
+
+
+def rounding(case: Case) -> dict[str, float]:
+    """How far results may be off: scores are float32, weights and their gradients are rounded to the input's type.
+
+    An error of a score is a relative error of its weight. Weights of a query sum to 1, gradients of its scores to at
+    most twice the largest g·v, so that a query's results are off by that much of the largest value or key. Those of a
+    key sum over its readers, whose roundings are independent.
+    """
+    exact = case.map(Tensor.double)
+    Hkv, groups = case.key.shape[1], case.query.shape[1] // case.key.shape[1]
+    query, gradient = (x.unflatten(1, (Hkv, groups)) for x in (exact.query, exact.gradient))
+    score = case.scaling * (query @ exact.key.mT[:, :, None]).abs().max().item()
+    rounded = torch.finfo(case.query.dtype).eps + 8 * UNIT * (1 + score)
+    ds = 2 * (gradient @ exact.value.mT[:, :, None]).abs().max().item() * rounded
+    q, k, v, g = (x.abs().max().item() for x in (exact.query, exact.key, exact.value, exact.gradient))
+    many = 1 + (case.query.shape[2] * groups) ** 0.5
+    bounds = {"out": v * rounded, "query": case.scaling * k * ds, "key": case.scaling * q * ds * many}
+    return bounds | {"value": g * rounded * many}
+
+
+def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], bounds: dict[str, float]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        error = (found[name].cpu().double() - x.double()).abs().max().item()
+        assert error <= bounds[name], (name, error, bounds[name])  # of NaN, never
+
+
+@pytest.fixture
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody has written yet is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("triton", "_poisoned")
+@given(data=st.data())
+@settings(max_examples=8 if INTERPRETED else 60, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
+def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
+    B, Hkv, groups = (data.draw(st.integers(1, most)) for most in (2, 2, 3))
+    n = data.draw(st.integers(1, 100))
+    T = n + data.draw(st.sampled_from([0, 0, 1, 37]))
+    P = data.draw(st.sampled_from([16, 32, 64]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))
+    wide = data.draw(st.booleans()), data.draw(st.booleans())
+    case = made(B, Hkv, groups, n, T, P, data.draw(st.integers(0, 99)), wide).cast(dtype)
+    wanted = results(spans.plain, case.map(Tensor.double))
+    found = results(spans.Spans.apply, case.to(DEVICE))
+    compare(found, wanted, rounding(case))
+
+
+@pytest.mark.usefixtures("triton", "_poisoned")
+@pytest.mark.parametrize(("n", "T"), [(128, 128), (96, 160), (130, 131)])
+def test_kernels_with_a_window(n: int, T: int) -> None:
+    """Most blocks need no mask here."""
+    case = made(1, 1, 2, n, T, 16, n, (False, False))
+    ends = torch.arange(T, dtype=torch.int32)[None, None] - (T - n) + 70
+    ends[..., :40] = FOR_EVER
+    case = dataclasses.replace(case, until=ends)
+    wanted = results(spans.plain, case.map(Tensor.double))
+    compare(results(spans.Spans.apply, case.to(DEVICE)), wanted, rounding(case))
+
+
+@pytest.mark.usefixtures("triton", "_poisoned")
+@pytest.mark.parametrize("attend", ["plain", "kernels"])
+def test_who_sees_nothing_reads_zero(attend: str) -> None:
+    case = made(1, 1, 2, 50, 60, 16, 0, (False, False))
+    case = dataclasses.replace(case, until=torch.full((1, 1, 60), 7, dtype=torch.int32)).to(DEVICE)
+    found = results(spans.plain if attend == "plain" else spans.Spans.apply, case)
+    assert (found["out"][:, :, 7:] == 0).all() and (found["query"][:, :, 7:] == 0).all()
+    assert (found["key"][:, :, 17:] == 0).all() and (found["value"][:, :, 17:] == 0).all()
+    assert all(x.isfinite().all() for x in found.values()) and found["out"][:, :, :7].any()
+
+
+@pytest.mark.usefixtures("triton")
+def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
+    case = made(2, 2, 2, 70, 90, 16, 3, (True, True)).to(DEVICE)
+    once, twice = results(spans.Spans.apply, case), results(spans.Spans.apply, case)
+    assert all(torch.equal(x, twice[name]) for name, x in once.items())
+    for name in ("query", "key", "value"):
+        inputs = {part: getattr(case, part) for part in ("query", "key", "value")}
+        inputs[name] = inputs[name].detach().requires_grad_()
+        out = spans.Spans.apply(*inputs.values(), case.until, case.scaling)
+        (alone,) = torch.autograd.grad(out, inputs[name], case.gradient)
+        assert torch.equal(alone, once[name])
+
+
+def learned(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, checkpointing: bool) -> dict[str, Tensor]:
+    """Output of a student, and gradients of its memory and of its input."""
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    parameters = ahn.adapter_parameters(model)
+    logits = model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits.float()
+    if mask is not None:
+        logits = logits * mask[..., None]
+    gradients = torch.autograd.grad(logits.square().mean(), [x, *parameters.values()], allow_unused=True)
+    model.gradient_checkpointing_disable()
+    found = dict(zip(["input", *parameters], gradients, strict=True))
+    return {"logits": logits.detach()} | {name: x for name, x in found.items() if x is not None}
+
+
+@contextlib.contextmanager
+def used() -> Iterator[list[int]]:
+    """Counts the calls of the kernels."""
+    calls, forward = [0], spans.Spans.forward
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(*args: Any) -> Tensor:
+            calls[0] += 1
+            return forward(*args)
+
+        patch.setattr(spans.Spans, "forward", staticmethod(counted))
+        yield calls
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.skipif(not INTERPRETED, reason="tests/gpu has this for a GPU")
+@pytest.mark.parametrize("right_padded", [False, True], ids=["", "right-padded"])
+def test_a_student_learns_what_it_learns_with_a_mask(right_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(window=14, sinks=3)
+    ids, mask = tokens(2, 40), None
+    if right_padded:
+        mask = torch.ones_like(ids)
+        mask[1, 31:] = 0
+    wanted = learned(model, ids, mask, checkpointing=False)
+    monkeypatch.setattr(spans, "supported", lambda query: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for checkpointing in (False, True):
+        with used() as calls:
+            found = learned(model, ids, mask, checkpointing)
+        layers = model.config.num_hidden_layers
+        assert calls == [2 * layers if checkpointing else layers]
+        errors = {name: relative_error(found[name], x) for name, x in wanted.items()}
+        # Sums of up to forty terms in another order, some ten of them in a row.
+        assert found.keys() == wanted.keys() and max(errors.values()) < 2e-5, errors
+    with used() as calls:  # nothing leaves the window
+        learned(model, ids[:, :17], None, checkpointing=False)
+    assert calls == [0]
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("changes", [{"memory": "ct_max"}, {"attn_implementation": "eager"}, {"dropout": 0.5}])
+def test_who_keeps_the_mask(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(window=14, sinks=3, **{k: v for k, v in changes.items() if k == "memory"})
+    if "dropout" in changes:
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = changes["dropout"]
+    if "attn_implementation" in changes:
+        model = awaken(ahn.attach(base(attn_implementation="eager"), ahn.AHNConfig(window=14, sinks=3)))
+    monkeypatch.setattr(spans, "supported", lambda query: True)
+    with used() as calls:
+        learned(model, tokens(1, 40), None, checkpointing=False)
+    assert calls == [0]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_until_is_the_mask(data: st.DataObject) -> None:
+    window, sinks = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 5))
+    view = Visibility(window, sinks, data.draw(st.integers(0, 40)), data.draw(st.integers(1, 40)), torch.device("cpu"))
+    assert view.until.shape == (1, 1, view.cached + view.length) and view.until.dtype == torch.int32
+    assert torch.equal(spans.visible(view.until, view.length), view.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_plain_form_is_torchs_attention(dtype: torch.dtype) -> None:
+    view = Visibility(9, 3, 0, 40, torch.device("cpu"))
+    case = made(2, 2, 2, 40, 40, 16, 1, (False, False)).map(lambda x: x.to(dtype))
+    found = spans.attend(case.query, case.key, case.value, view.until, case.scaling)
+    exact = case.map(Tensor.double)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        exact.query, exact.key, exact.value, view.mask, scale=case.scaling, enable_gqa=True
+    )
+    assert found.dtype == dtype and found.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(found.double(), wanted, rtol=torch.finfo(dtype).eps, atol=100 * UNIT)
+
+
+def test_bad_input_is_refused() -> None:
+    case = made(1, 2, 2, 8, 8, 16, 0, (False, False))
+
+    def attend(**changes: object) -> Tensor:
+        given = vars(case) | changes
+        return spans.attend(*(given[name] for name in list(given)[:5]))
+
+    attend()
+    bad: list[dict[str, object]] = [
+        {"key": case.key[:, :, :5]},
+        {"value": case.value.double()},
+        {"scaling": 0.0},
+        {"until": case.until.to("meta")},
+        {"until": case.until.long()},
+        {"until": case.until[..., :5]},
+        {"until": case.until[0]},
+    ]
+    for changes in bad:
+        with pytest.raises(AHNError):
+            attend(**changes)

@@ -1,0 +1,55 @@
+"""A rectangle and two triangles are the window: against the mask that `Visibility` writes out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ahn.attend import merge, windowed
+from ahn.layout.visibility import Visibility
+
+# Float32: sums of up to a hundred terms in another order.
+FLOAT32 = 1e-5
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_bands_are_the_mask(data: st.DataObject) -> None:
+    window, sinks = data.draw(st.integers(3, 20)), data.draw(st.integers(0, 5))
+    if data.draw(st.booleans()):
+        seen, n = sinks + window + data.draw(st.integers(0, 9)), data.draw(st.integers(2, 45))
+    else:
+        n = data.draw(st.integers(2, sinks + window - 1))
+        seen = data.draw(st.integers(1, sinks + window - n))
+    view = Visibility(window, sinks, seen, n, torch.device("cpu"))
+    query = torch.randn(2, 4, n, 8)
+    keys, values = (torch.randn(2, 2, view.cached + n, 8) for _ in range(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, view.mask, scale=0.3, enable_gqa=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windowed, "kernel", lambda _: windowed.plain)
+        found = windowed.attend(query, keys, values, view, 0.3)
+    assert relative_error(found, expected) < FLOAT32
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("count", [2, 3])
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_the_merge_kernel_is_the_plain_merge(count: int, data: st.DataObject) -> None:
+    from ahn.attend import merge_kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    B, H, n = (data.draw(st.integers(1, most)) for most in (2, 3, 40))
+    P = data.draw(st.sampled_from([16, 24]))
+    parts = []
+    for own in range(count):
+        m = data.draw(st.integers(1, n)) if own else n
+        out = torch.randn(B, n, H, P, device=device).transpose(1, 2)  # as cuDNN lays it out
+        score = 5 * torch.randn(B, H, n, device=device)
+        parts.append(merge.Part(out[:, :, :m], score[:, :, :m], data.draw(st.booleans())))
+    assert relative_error(merge_kernel.merge(parts).cpu(), merge.plain(parts).cpu()) < FLOAT32

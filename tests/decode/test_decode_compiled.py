@@ -1,0 +1,121 @@
+"""Captured steps that run compiled: what is compiled how often, and what is left of a layer after our fusions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import awaken, base
+from talk import Talk
+from test_decode import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, graphs, shared
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ahn
+from ahn.decode import runner
+from ahn.decode.compiled import layers_compiled
+
+_ = graphs  # a fixture for every test here as well: steps are captured on this machine too
+
+
+def _traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
+    """What is changed on a model while it runs compiled; hooks by identity, since they must come back themselves."""
+    decoder = model.get_decoder()
+    ends = [(end._compiled_call_impl,) for end in (decoder.rotary_emb, decoder.norm)]
+    return ends + [
+        (
+            layer._compiled_call_impl, layer.self_attn.layer_idx, id(layer.self_attn._forward_pre_hooks),
+            list(layer.self_attn._forward_pre_hooks), id(layer.self_attn._forward_pre_hooks_with_kwargs),
+            dict(layer.self_attn._forward_pre_hooks_with_kwargs), layer.ahn.step_buffers,
+        )
+        for layer in decoder.layers
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.Graph]]:
+    """Captured steps run compiled, by a compiler that leaves our fusions as they are; the graphs that it was given."""
+    found: list[torch.fx.Graph] = []
+
+    def compile_graph(module: torch.fx.GraphModule, inputs: list[Tensor], options: Any) -> Callable[..., Any]:
+        found.append(module.graph)
+        return module.forward
+
+    def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        def replay() -> Tensor:
+            with layers_compiled(model):
+                assert all(layer._compiled_call_impl is not None for layer in model.get_decoder().layers)
+                return once()
+
+        logits = replay()
+        return lambda: logits.copy_(replay()), logits
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_graph)
+    monkeypatch.setattr(runner, "capture", capture)
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    [("gated_deltanet", {"router": True}), ("deltanet", {"q_proj": True})],
+)
+def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: list[torch.fx.Graph]) -> None:
+    """For all layers, all conversations of a batch size, and all lengths; the rotary embedding and the norm as well."""
+    config = ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, **options)
+    model = awaken(ahn.attach(base(num_hidden_layers=4), config))
+    before = _traces(model)
+    for length in (LOSSLESS - 1, 30):
+        talk = Talk(model, 1)
+        talk.read([length])
+        talk.steps(3)
+        talk.check(TOLERANCE)
+        assert len(compiled) == 3 and _traces(model) == before
+    talk = Talk(model, 2)
+    talk.read([20, 13])
+    talk.steps(2)
+    talk.check(TOLERANCE)
+    assert len(compiled) == 6, "another batch size"
+    with pytest.raises(KeyError), layers_compiled(model):
+        raise KeyError
+    assert _traces(model) == before
+
+
+def test_what_a_user_compiled_stays_compiled(compiled: list[torch.fx.Graph]) -> None:
+    """Before `attach` or after it, through captured steps and `detach`."""
+    plain = base(num_hidden_layers=3)
+    plain.model.layers[0].compile(backend="eager")
+    model = awaken(ahn.attach(plain, ahn.AHNConfig(memory="gated_deltanet", window=WINDOW, sinks=SINKS)))
+    model.model.layers[2].compile(backend="eager")
+    model.model.norm.compile(backend="eager")
+    parts = [*model.model.layers, model.model.norm]
+    theirs = [part._compiled_call_impl for part in parts]
+    assert [impl is None for impl in theirs] == [False, True, False, False]
+    talk = Talk(model, 1)
+    talk.read([20])
+    talk.steps(3)
+    talk.check(TOLERANCE)
+    assert compiled, "steps were captured"
+    assert [part._compiled_call_impl for part in parts] == theirs
+    ahn.detach(model)
+    assert [part._compiled_call_impl for part in parts] == theirs
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("memory", CAPTURED)
+def test_a_layer_is_our_operators_and_nothing_else(
+    architecture: str, memory: str, compiled: list[torch.fx.Graph]
+) -> None:
+    """A layer of one conversation's step is four products and a step. All else in its graph only names numbers anew."""
+    talk = Talk(shared(architecture, memory), 1)
+    talk.read([20])
+    talk.steps(20)
+    talk.check(TOLERANCE)
+    called = ([node.target for node in graph.nodes if node.op.startswith("call")] for graph in compiled)
+    (layer,) = (targets for targets in called if torch.ops.ahn.step.default in targets)
+    names = [getattr(target, "__name__", target) for target in layer]
+    views = {"view", "narrow", "transpose", "unsqueeze", "getitem", "reshape", "contiguous"}
+    assert sorted(name for name in names if name not in views) == ["product.default"] * 4 + ["step.default"]

@@ -1,0 +1,169 @@
+"""Fused products in a layer's graph: which are found in which architecture, and that the numbers stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import relative_error
+from torch import Tensor, nn
+
+import ahn.ops.step.product  # noqa: F401  (registers the operator)
+from ahn.decode.fusion import fuse
+
+K, N = 24, 12
+Products = list[dict[str, Any]]
+
+
+def fused(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Products]:
+    """What a function gives after fusion, and the products in its graph."""
+    found: Products = []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        fuse(module.graph)
+        module.graph.lint()
+        module.recompile()
+        for node in module.graph.nodes:
+            if node.target is torch.ops.ahn.product.default:
+                names = ("x", "weights", "biases", "norm", "eps", "silu", "residual")
+                found.append(dict(zip(names, node.args, strict=True)))
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(function, backend=backend, dynamic=False)(*inputs), found
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As modeling files write it."""
+    wide = x.to(torch.float32)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def vector() -> Tensor:
+    return torch.randn(1, 1, K)
+
+
+def test_a_whole_layer_is_four_products() -> None:
+    def layer(
+        x: Tensor, first: Tensor, q: Tensor, bias: Tensor, k: Tensor, o: Tensor, second: Tensor, gate: Tensor,
+        up: Tensor, down: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y = norm(x, first)
+        mixed = F.linear(y, q, bias) * torch.sigmoid(F.linear(y, k))
+        x = x + F.linear(mixed, o)
+        y = norm(x, second)
+        return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
+
+    shapes = [(K,), (N, K), (N,), (N, K), (K, N), (K,), (2 * N, K), (2 * N, K), (K, 2 * N)]
+    inputs = [vector(), *(torch.randn(shape) for shape in shapes)]
+    found, products = fused(layer, *inputs)
+    assert relative_error(found, layer(*inputs)) < 1e-5
+    assert [len(p["weights"]) for p in products] == [2, 1, 2, 1]
+    assert [p["silu"] for p in products] == [False, False, True, False]
+    assert [p["norm"] is not None for p in products] == [True, False, True, False]
+    assert [p["residual"] is not None for p in products] == [False, True, False, True]
+    assert [p["eps"] for p in products] == [1e-6, 0.0, 1e-6, 0.0]
+    assert [b is not None for b in products[0]["biases"]] == [True, False]
+
+
+def _scaled(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    return F.linear((1.0 + w) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), a)
+
+
+def _other_x(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    return F.linear(w * (x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + 1e-6)), a)
+
+
+def _cube(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    return F.linear(w * (x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + 1e-6)), a)
+
+
+def _centred(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    return F.linear(w * ((x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), a)
+
+
+@pytest.mark.parametrize("near", [_scaled, _other_x, _cube, _centred])
+def test_what_only_looks_like_a_norm_stays(near: Callable[..., Tensor]) -> None:
+    inputs = (vector(), torch.randn(N, K), torch.randn(K))
+    found, products = fused(near, *inputs)
+    assert relative_error(found, near(*inputs)) < 1e-5
+    assert [p["norm"] for p in products] == [None]
+
+
+def _used_twice(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    gate = F.linear(x, a)
+    return F.silu(gate) * F.linear(x, b) + gate
+
+
+def _three(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.silu(F.linear(x, a)) * F.linear(x, b) * F.linear(x, b)
+
+
+def _sum_of_itself(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y = F.linear(x, a)
+    return y + y
+
+
+def _scaled_sum(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.add(x[..., :N], F.linear(x, a), alpha=2)
+
+
+def _broadcast(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x[..., :1] + F.linear(x, a)
+
+
+def _in_place(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    x = x.clone()
+    y = F.linear(x, a)
+    x.add_(1)
+    return y + F.linear(x, b)
+
+
+def _weight_of_its_own(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, a) * F.linear(x, a * F.linear(x, b).sum())
+
+
+@pytest.mark.parametrize(
+    "near", [_used_twice, _three, _sum_of_itself, _scaled_sum, _broadcast, _in_place, _weight_of_its_own]
+)
+def test_what_cannot_be_taken_in_is_still_right(near: Callable[..., Tensor]) -> None:
+    inputs = (vector(), torch.randn(N, K), torch.randn(N, K))
+    found, products = fused(near, *inputs)
+    assert relative_error(found, near(*inputs)) < 1e-5
+    assert not any(p["silu"] for p in products)
+    assert not any(p["residual"] is not None for p in products)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, K), (1, 3, K)])
+def test_several_rows_stay_matrix_products(shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(K, N)
+    x = torch.randn(shape)
+    found, products = fused(lambda x: linear(x), x)
+    assert torch.equal(found, linear(x)) and not products
+
+
+def test_another_precision_is_a_product_of_its_own() -> None:
+    def mixed(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, a).float() + F.linear(x.float(), b)
+
+    inputs = (vector().bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N, K))
+    found, products = fused(mixed, *inputs)
+    assert relative_error(found, mixed(*inputs)) < 1e-2
+    assert [len(p["weights"]) for p in products] == [1, 1]
+
+
+def test_a_norm_that_leaves_its_inputs_precision_stays() -> None:
+    """A product is in its input's precision; what follows expects the norm's."""
+
+    def near(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return F.linear(a * normed.to(torch.bfloat16), w)
+
+    inputs = vector(), torch.randn(K).bfloat16(), torch.randn(N, K).bfloat16()
+    y, found = fused(near, *inputs)
+    assert y.dtype == torch.bfloat16 and found[0]["norm"] is None
+    assert relative_error(y, near(*inputs)) < 2**-8  # both are rounded to bfloat16 once

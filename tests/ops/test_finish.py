@@ -1,0 +1,81 @@
+"""Finishing reads in kernels, with gradients, against plain torch in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import relative_error
+from test_scan_kernel import NAMES
+from test_step import DEVICE, RULES
+from torch import Tensor
+
+from ahn.ops.rule import StepRead, StepRule
+
+FLOAT32 = 1e-5  # sums of up to a few hundred terms, in another order
+
+
+def plain(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
+    B, H, m, P = o.shape
+    gate = F.silu(read.gamma)[..., None]
+    if rule.across_heads:
+        merged = (o * gate).transpose(1, 2).reshape(B, m, H * P)
+        y = F.rms_norm(merged, (H * P,), read.norm, rule.norm_eps).view(B, m, H, P).transpose(1, 2)
+    else:
+        y = F.rms_norm(o, (P,), read.norm, rule.norm_eps) * gate
+    y = y @ read.o_proj
+    return y if read.weight is None else y * read.weight[..., None]
+
+
+def made(rule: StepRule, B: int, heads: int, tokens: int, P: int, router: bool) -> dict[str, Tensor]:
+    """Raw reads and what finishes them, strided as the model has them."""
+    r = torch.Generator().manual_seed(tokens + heads)
+    given = {
+        "o": torch.randn(B, tokens, heads, P, generator=r).transpose(1, 2),
+        "gamma": 2 * torch.randn(B, tokens, heads, generator=r).transpose(1, 2),
+        "norm": 1 + 0.1 * torch.randn(heads * P if rule.across_heads else P, generator=r),
+        "o_proj": torch.randn(heads, P, P, generator=r) / P**0.5,
+    }
+    return given | ({"weight": torch.rand(B, heads, tokens, generator=r)} if router else {})
+
+
+def output_and_gradients(function, given: dict[str, Tensor], rule: StepRule) -> dict[str, Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    out = function(leaves["o"], rule, StepRead(leaves["o"], leaves["gamma"], leaves.get("weight"), leaves["norm"],
+                                               leaves["o_proj"]))  # fmt: skip
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights.to(out)).sum().backward()
+    return {"out": out.detach()} | {f"grad_{name}": x.grad for name, x in leaves.items()}
+
+
+def check(name: str, given: dict[str, Tensor], tolerance: float, **changes: float) -> None:
+    from ahn.ops.scan.finish_kernel import finish
+
+    rule = dataclasses.replace(RULES[name], **changes)
+    wanted = output_and_gradients(plain, {part: x.double() for part, x in given.items()}, rule)
+    found = output_and_gradients(finish, {part: x.to(DEVICE) for part, x in given.items()}, rule)
+    # The norm over all heads takes a lone head's gate out again: of its gradient, rounding is left.
+    errors = {
+        part: relative_error(found[part].double().cpu(), x) * min(1.0, float(x.norm())) for part, x in wanted.items()
+    }
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("B", "heads", "tokens", "P"), [(1, 1, 1, 16), (2, 3, 5, 16), (1, 4, 300, 16), (1, 28, 3, 32)])
+@pytest.mark.parametrize("router", [False, True])
+def test_finish(name: str, B: int, heads: int, tokens: int, P: int, router: bool, monkeypatch) -> None:
+    monkeypatch.setattr("ahn.ops.scan.finish_kernel.PROGRAMS", 7)  # so that programs take several tokens
+    check(name, made(RULES[name], B, heads, tokens, P, router), FLOAT32)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_of_an_empty_state(name: str) -> None:
+    """Zeros: the norm's factor is at its largest, and gradients are those of epsilon."""
+    given = made(RULES[name], 2, 2, 3, 16, router=False)
+    given["o"][:, :, 1] = 0
+    check(name, given, FLOAT32, norm_eps=0.01)

@@ -1,0 +1,56 @@
+"""Products of one vector: the kernel against plain torch, plain torch against torch's modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_step import DEVICE, INTERPRETED
+
+from ahn.ops.step.product import product, reference
+
+# Float32: sums of up to 300 terms in another order.
+FLOAT32 = 1e-5
+
+
+def test_the_plain_form_is_a_layers_own_chain() -> None:
+    x, norm = torch.randn(1, 1, 24), torch.rand(24)
+    first, second, bias, residual = torch.randn(5, 24), torch.randn(5, 24), torch.randn(5), torch.randn(1, 1, 5)
+    normed = F.rms_norm(x, (24,), norm, eps=1e-5)
+    gated = F.silu(F.linear(normed, first, bias)) * F.linear(normed, second) + residual
+    found = product(x, [first, second], [bias, None], norm, 1e-5, True, residual)
+    assert relative_error(found, gated.flatten()) < FLOAT32
+    chained = torch.cat([F.linear(x, first), F.linear(x, second, bias)], -1).flatten()
+    assert relative_error(product(x, [first, second], [None, bias], None, 0.0, False, None), chained) < FLOAT32
+
+
+@pytest.mark.usefixtures("triton")
+@given(data=st.data())
+@settings(max_examples=25 if INTERPRETED else 10, deadline=None)
+def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
+    from ahn.ops.step import product_kernel
+
+    r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    K, silu = data.draw(st.integers(1, 300)), data.draw(st.booleans())
+    tile = product_kernel.Tile(data.draw(st.sampled_from([1, 4])), data.draw(st.sampled_from([64, 512])), 8, None)
+    sizes = data.draw(st.lists(st.integers(1, 37), min_size=1, max_size=6))
+    sizes = [sizes[0]] * 2 if silu else sizes
+
+    def made(*shape: int) -> torch.Tensor:
+        """Inside a larger buffer of NaN, so that a read beyond the end shows."""
+        room = torch.full((shape[0] + 8, *shape[1:]), torch.nan)
+        room[: shape[0]] = torch.randn(*shape, generator=r)
+        return room.to(DEVICE)[: shape[0]]
+
+    weights = [made(size, K) for size in sizes]
+    biases = [made(size) if data.draw(st.booleans()) else None for size in sizes]
+    norm = made(K) if data.draw(st.booleans()) else None
+    residual = made(sizes[0] if silu else sum(sizes)) if data.draw(st.booleans()) else None
+    arguments = (made(K), weights, biases, norm, 1e-5, silu, residual)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product_kernel, "tile", lambda K, silu: tile)
+        found = product_kernel.product(*arguments)
+    assert relative_error(found.cpu(), reference(*arguments).cpu()) < FLOAT32

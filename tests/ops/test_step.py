@@ -1,0 +1,180 @@
+"""One decoding step over fixed slots: the kernels against plain torch, and plain torch against the recurrences."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from golden import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ahn.ops.gate import ACTIVATIONS, Gate
+from ahn.ops.routes import Routes
+from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.step.reference import StepBuffers, StepCodes, StepRotation, step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+RULES = {
+    "gated_deltanet": StepRule("beta", "decay", True, 1e-6, 0.25, 1e-5, False),
+    "deltanet": StepRule("beta", None, True, 1e-6, 0.25, 1e-5, False),
+    "mamba2": StepRule("step", "decay", False, 1e-24, 1.0, 1e-5, True),
+    "window_only": None,
+}
+TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries and keys come
+# Float32 with full-precision products: sums of up to a few hundred terms, in another order.
+FLOAT32 = 1e-5
+
+
+def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="none", activation="none", C=0, states=1):
+    """Arguments of `step`; slots that no token has taken yet are NaN."""
+    r = torch.Generator().manual_seed(seed)
+    H, T = HKV * groups, S + W
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=r)
+
+    positions = torch.tensor(positions)
+    empty = torch.arange(T) >= positions[:, None]
+    keys, values = (normal(B, HKV, T, P).masked_fill(empty[:, None, :, None], torch.nan) for _ in range(2))
+    writers = H if states == 1 else HKV
+    write = torch.sigmoid(normal(B, writers, T)).masked_fill(empty[:, None], torch.nan)
+    decay = -torch.rand(B, H, T, generator=r).masked_fill(empty[:, None], torch.nan)
+    state = normal(B, writers * states, P, P)
+    active = torch.rand(B, generator=r) < 0.8
+    write_gate, decay_gate = Gate(torch.sigmoid(normal(B, writers))), Gate(-torch.rand(B, H, generator=r))
+    if activation != "none":
+        # Logits as wide as softplus needs to be put to the test; a small rate, so that no state grows.
+        write_gate = Gate(8 * normal(B, writers), activation, normal(writers))
+        decay_gate = Gate(8 * normal(B, H), activation, None, normal(H) - 3)
+    codes = made_codes(r, rule, B, HKV, writers, P, C, positions - T) if C else None
+    buffers, read = StepBuffers(keys, values, None, None, None, codes), None
+    if rule is not None:
+        buffers = StepBuffers(keys, values, write, decay if rule.decay else None, state, codes)
+        norm = normal(H * P if rule.across_heads else P)
+        weight = torch.rand(B, H, generator=r) if router else None
+        read = StepRead(normal(B, H, P), normal(B, H), weight, norm, normal(H, P, P) / P**0.5)
+        if states > 1:
+            sizes = (H, P), (HKV, P), (H, states), (HKV, states)
+            read.routes = Routes(*(normal(heads, P, size) / P**0.5 for heads, size in sizes))
+    gates = (write_gate if rule else None, decay_gate if rule and rule.decay else None)
+    rotation = None
+    if turn != "none":
+        angle = 10 * torch.rand(1 if turn == "for all rows" else B, 1, P // 2, generator=r).repeat(1, 1, 2)
+        norms = (normal(P), normal(P), 1e-6, 1e-5) if turn == "after norms" else ()
+        rotation = StepRotation(angle.cos(), angle.sin(), *norms)
+    inputs = (normal(B, H, P), normal(B, HKV, P), normal(B, HKV, P), *gates, positions, active)
+    return inputs, buffers, (S, P**-0.5, rule, read, rotation)
+
+
+def made_codes(r, rule, B, HKV, H, P, C, count):
+    """A ring that has taken in `count` (B,) tokens."""
+    empty = torch.arange(C) >= count[:, None]
+    codes = [torch.randint(256, (B, HKV, C, P // 4), dtype=torch.uint8, generator=r) for _ in range(2)]
+    scales = [torch.rand(B, HKV, C, generator=r).masked_fill(empty[:, None], torch.nan).bfloat16() for _ in range(2)]
+    if INTERPRETED:  # the interpreter cuts numbers off where a GPU rounds them to bfloat16; see `compare`
+        scales = [x.float() for x in scales]
+    begun = (count > 0)[:, None, None]
+    offsets = [torch.randn(B, HKV, P, generator=r).where(begun, 0) for _ in range(2)]
+    write = torch.rand(B, H, C, generator=r).masked_fill(empty[:, None], torch.nan) if rule else None
+    decay = -torch.rand(B, H, C, generator=r).masked_fill(empty[:, None], torch.nan) if rule and rule.decay else None
+    return StepCodes(*codes, *scales, *offsets, write, decay)
+
+
+def on_device(x):
+    if isinstance(x, torch.Tensor):
+        return x.to(DEVICE)
+    if isinstance(x, StepBuffers | StepCodes | StepRead | StepRotation | Gate | Routes):
+        return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
+    return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
+
+
+def compare(inputs, buffers, rest, processors=8):
+    from ahn.ops.step import kernel
+
+    twin = copy.deepcopy(buffers)
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setattr(torch.Tensor, "bfloat16", lambda x: x)
+        expected = step(*inputs, twin, *rest)
+    found_buffers = on_device(copy.deepcopy(buffers))
+    found = kernel.step(*on_device(inputs), found_buffers, *on_device(rest), processors=processors)
+    active = inputs[-1]
+    if active.any():
+        assert relative_error(found.cpu()[active], expected[active]) < FLOAT32
+    for name, x in tensors(twin).items():
+        own = tensors(found_buffers)[name].cpu()
+        if x.dtype == torch.uint8:  # no number of these examples lies on the edge of two codes
+            assert torch.equal(own, x), name
+            continue
+        assert torch.equal(x.isnan(), own.isnan())
+        assert relative_error(own.nan_to_num(), x.nan_to_num()) < FLOAT32, name
+
+
+def tensors(buffers):
+    own = {name: x for name, x in vars(buffers).items() if isinstance(x, torch.Tensor)}
+    if buffers.codes is not None:
+        own |= {f"codes.{name}": x for name, x in vars(buffers.codes).items() if x is not None}
+    return own
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", RULES)
+@given(data=st.data())
+@settings(max_examples=12 if INTERPRETED else 5, deadline=None)
+def test_kernels_are_the_plain_step(name, data):
+    """Any window, any padding: rows before, at and after the first eviction, some of them paused."""
+    S, W = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 150))
+    B, HKV, groups = (data.draw(st.integers(1, n)) for n in (3, 2, 5))
+    near = st.integers(max(0, S + W - 1), S + W + 1)
+    positions = [data.draw(near | st.integers(0, 3 * (S + W))) for _ in range(B)]
+    P = data.draw(st.sampled_from([16, 32]))
+    seed, router = data.draw(st.integers(0, 99)), data.draw(st.booleans())
+    turn, activation = data.draw(st.sampled_from(TURNS)), data.draw(st.sampled_from(ACTIVATIONS))
+    states = data.draw(st.sampled_from([1, 2, 4])) if name == "deltanet" else 1
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router, turn, activation, states=states))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", ["gated_deltanet", "deltanet", "window_only"])
+@given(data=st.data())
+@settings(max_examples=12 if INTERPRETED else 5, deadline=None, derandomize=True)
+def test_kernels_are_the_plain_step_with_codes(name, data):
+    """Rows before, at and after either edge, in rings that are empty, that fill and that go round."""
+    S, W, C = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 60)), data.draw(st.integers(1, 150))
+    B, HKV, groups = (data.draw(st.integers(1, n)) for n in (3, 2, 5))
+    near = [st.integers(max(0, edge - 1), edge + 1) for edge in (S + W, S + W + C)]
+    positions = [data.draw(near[0] | near[1] | st.integers(0, 3 * (S + W + C))) for _ in range(B)]
+    P = data.draw(st.sampled_from([16, 32]))
+    seed, turn = data.draw(st.integers(0, 99)), data.draw(st.sampled_from(TURNS))
+    states = data.draw(st.sampled_from([1, 4])) if name == "deltanet" else 1
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C, states=states))
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("codes", [0, 30])
+def test_several_states_a_head(codes):
+    """Rows before and after something leaves, in memory that was NaN."""
+    compare(*made(RULES["deltanet"], 3, 2, 3, 32, 2, 20, [10, 22, 90], 1, turn="after norms", C=codes, states=4))
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("position", [40, 44, 45, 100, 44 + 500, 44 + 501, 3000])
+def test_a_ring_of_codes_in_many_parts(position):
+    inputs, buffers, rest = made(RULES["gated_deltanet"], 1, 2, 2, 64, 4, 40, [position], seed=0, C=500)
+    compare((*inputs[:-1], torch.tensor([True])), buffers, rest, processors=132)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("position", [100, 8231])
+def test_a_single_row_in_many_parts(position):
+    """As many parts as there can be; most of them see nothing before the window is full, some never do."""
+    from ahn.ops.step import kernel
+
+    assert kernel.schedule(1, 8200, 64, 132)[0] == 256
+    inputs, buffers, rest = made(RULES["gated_deltanet"], 1, 1, 2, 16, 4, 8196, [position], seed=0)
+    compare((*inputs[:-1], torch.tensor([True])), buffers, rest, processors=132)
