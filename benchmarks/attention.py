@@ -25,9 +25,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ahn.attend import spans
 from ahn.bench import records
-from ahn.bench.clock import median, repeated
 from ahn.cli.env import environment
 from ahn.layout.visibility import FOR_EVER
+from ahn.measure.clock import median, repeated
 
 Shape = namedtuple("Shape", "P Hq Hkv B L window sinks")
 

@@ -26,9 +26,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import ahn
 from ahn import AHNError, tiny
-from ahn.demo.comparison import wilson
 from ahn.demo.documents import Document, make_documents
 from ahn.inspect import Trace, record, token_kinds, without
+from ahn.measure.intervals import wilson
 from ahn.tiny.corpus import held_out_text
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 6: 2.57, 8: 2.36, 12: 2.20}
@@ -170,7 +170,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         harm[name] = {
             "loss": mean([row["loss"][name] for row in rows]),
             "more_loss_than_with_memory": mean([row["loss"][name] - row["loss"]["memory"] for row in rows]),
-            "facts_recalled": [right / asked, *(wilson(right, asked) or ())],
+            "facts_recalled": [right / asked, *(wilson(right, asked) if asked else ())],
         }
     found = sorted({kind for row in rows for kind in row["kinds"]["all"]})
     kinds = {}

@@ -13,9 +13,9 @@ from inspect_memory import parse, read_in, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn.demo.comparison import wilson
 from ahn.demo.documents import Document
 from ahn.inspect import without
+from ahn.measure.intervals import wilson
 
 STARTS = (0, 2048, 4096, 8192, 16384, 32768)
 

@@ -33,11 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ahn
-from ahn.bench.clock import release, synchronize
 from ahn.bench.shapes import SHAPES, configuration
 from ahn.decode.compiled import leaves_fused
-from ahn.training.meter import peak_memory
-from ahn.training.student import Part, Student
+from ahn.measure.clock import release, synchronize
+from ahn.measure.peak import so_far
+from ahn.training.student import MicroBatch, Student
 
 INIT_STD = 0.02
 SHARP = 3.0
@@ -139,7 +139,7 @@ def measure_sharded(options: argparse.Namespace, place: Place) -> None:
     """All GPUs with FSDP2."""
     start = time.perf_counter()
     student = sharded(options, place)
-    place.say(made_in_s=time.perf_counter() - start, rank_0_gib=peak_memory())
+    place.say(made_in_s=time.perf_counter() - start, rank_0_gib=so_far() / 2**30)
     found = train(student, student, options, place, contextlib.nullcontext)
     place.say(
         run=f"{place.ranks} GPUs, FSDP2", fell_by=1 - found.losses[-1] / found.losses[0], **dataclasses.asdict(found)
@@ -241,7 +241,7 @@ def train(
             loss = torch.zeros((), device=place.device)
             for number, ids in enumerate(own):
                 with unsynchronised() if number < len(own) - 1 else contextlib.nullcontext():
-                    found = module(Part({"input_ids": ids}, options.window, options.sinks, count))
+                    found = module(MicroBatch({"input_ids": ids}, options.window, options.sinks, count))
                     (found.loss * place.ranks).backward()  # gradients are averaged over ranks
                 loss += found.loss.detach()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -252,10 +252,10 @@ def train(
             losses.append(loss.item())
             times.append(time.perf_counter() - start)
             place.say(step=step, loss=losses[-1], seconds=times[-1])
-    peaks: list[Any] = [peak_memory()]
+    peaks: list[Any] = [so_far() / 2**30]
     if place.ranks > 1:
         peaks = [None] * place.ranks
-        dist.all_gather_object(peaks, peak_memory(), group=place.waiting)
+        dist.all_gather_object(peaks, so_far() / 2**30, group=place.waiting)
     seconds = statistics.median(times[options.warmup :])
     return Found(losses, options.batch * options.length / seconds, peaks)
 

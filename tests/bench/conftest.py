@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ahn.bench import model as bench_model
 from ahn.bench.ceilings import Ceilings
-from ahn.bench.stand import Settings, Stand
+from ahn.bench.stand import BenchSettings, Stand
 
 
 @pytest.fixture
@@ -26,4 +26,4 @@ def ceilings() -> Ceilings:
 @pytest.fixture
 def stand(model: PreTrainedModel, ceilings: Ceilings) -> Stand:
     """One repetition of four tokens."""
-    return Stand(model, ceilings, Settings(new_tokens=4, repeats=2, budget=60.0))
+    return Stand(model, ceilings, BenchSettings(new_tokens=4, repeats=2, budget=60.0))

@@ -58,7 +58,7 @@ def test_refused_models_are_a_row(stand: Stand, tmp_path: Path, monkeypatch: pyt
     def refuse(*arguments: Any) -> None:
         raise AHNError("latent attention is not supported")
 
-    monkeypatch.setattr("ahn.bench.methods.attach", refuse)
+    monkeypatch.setattr("ahn.measure.method.attach", refuse)
     rows = run(stand, tmp_path, lambda *_: {}, monkeypatch, [1])
     assert [row["status"] for row in rows] == ["unsupported"] * 2
 

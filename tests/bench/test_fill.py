@@ -8,9 +8,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ahn.bench import model as bench_model
-from ahn.bench.fill import bytes_of_cache, random_tokens, read_cache, synthetic_cache
+from ahn.bench.fill import random_tokens, read_cache, synthetic_cache
 from ahn.bench.methods import make_methods
 from ahn.cache.layer import AHNLayer
+from ahn.measure.reading import bytes_of_cache
 
 NAMES = ["full-dynamic", "full-static", "window", "gated_deltanet", "deltanet", "mamba2"]
 

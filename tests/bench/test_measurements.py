@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import ahn
-from ahn.bench import clock, decode, memory, prefill, profile, throughput, train
+from ahn.bench import decode, memory, prefill, profile, throughput, train
 from ahn.bench.ceilings import measure as measure_ceilings
 from ahn.bench.methods import make_methods
-from ahn.bench.stand import Settings, Skipped, Stand
+from ahn.bench.stand import BenchSettings, Skipped, Stand
 from ahn.errors import AHNError
+from ahn.measure import clock
 
 NAMES = ["full-dynamic", "full-static", "window", "gated_deltanet"]
 
@@ -59,7 +60,7 @@ def test_generate_goes_on_from_the_context(stand: Stand, name: str) -> None:
 
 
 def test_decode_after_really_reading(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Stand(stand.model, stand.ceilings, Settings(new_tokens=2, repeats=1, real_prefill=True))
+    real = Stand(stand.model, stand.ceilings, BenchSettings(new_tokens=2, repeats=1, real_prefill=True))
     monkeypatch.setattr("ahn.bench.fill.synthetic_cache", None)
     assert measured(decode, real, "mamba2")["cache_bytes"] == pytest.approx(
         measured(decode, real, "mamba2", context=140)["cache_bytes"]
@@ -111,7 +112,7 @@ def test_train(stand: Stand, name: str) -> None:
 
 @pytest.mark.parametrize("module", [prefill, decode, train])
 def test_kernels(stand: Stand, module: Any) -> None:
-    profiling = Stand(stand.model, stand.ceilings, Settings(repeats=1, profile=True, new_tokens=4))
+    profiling = Stand(stand.model, stand.ceilings, BenchSettings(repeats=1, profile=True, new_tokens=4))
     method = make_methods(["gated_deltanet"], 20, 4)[0]
     with method.on(stand.model, training=module is train):
         row = module.measure(profiling, method, 70, 1)
@@ -136,7 +137,7 @@ def test_what_cannot_be_trained(stand: Stand) -> None:
 
 @pytest.mark.parametrize("module", [prefill, memory])
 def test_patience(stand: Stand, module: Any) -> None:
-    hasty = Stand(stand.model, stand.ceilings, Settings(max_seconds=1e-12))
+    hasty = Stand(stand.model, stand.ceilings, BenchSettings(max_seconds=1e-12))
     with pytest.raises(Skipped, match="at least"):
         measured(module, hasty, "full-dynamic")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ahn.cli.bench import Options, numbers
+from ahn.cli.bench import BenchOptions, numbers
 from ahn.errors import AHNError
 
 SHAPE = {
@@ -75,7 +75,7 @@ def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_p
 def test_defaults_follow_the_window(
     model: str, window: int | None, measurement: str, lossless: int, contexts: list[int], batches: list[int]
 ) -> None:
-    plan = Options(model, None, None, window, None, None, None, None).plan(measurement)
+    plan = BenchOptions(model, None, None, window, None, None, None, None).plan(measurement)
     assert {method.config.lossless for method in plan.methods if method.config} == {lossless}
     assert (plan.contexts, plan.batches) == (contexts, batches)
     first = "deltanet" if measurement == "train" else "full-dynamic"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import ahn
-from ahn.demo import Document, Method, compare, make_documents, make_methods, peak
+from ahn.demo import Document, Method, compare, make_documents, make_methods
 from ahn.demo import reading as reading_module
-from ahn.demo.comparison import Comparison, wilson
+from ahn.demo.comparison import Comparison
 from ahn.demo.methods import FULL, WINDOW_ONLY
 from ahn.errors import AHNError
 from ahn.tiny.corpus import held_out_text
@@ -105,7 +104,7 @@ def test_reading_in_chunks_equals_one_forward(
     asked = [5, 64, 65, 150]
     sizes: list[int] = []
     with method.on(model), torch.no_grad():
-        read = reading_module.read(model, method, ids, asked, sizes.append)
+        read = reading_module.read(model, ids, asked, sizes.append)
         logits = model(torch.tensor([ids]), use_cache=False).logits[0]
     # float32 sums in another order
     torch.testing.assert_close(
@@ -135,7 +134,7 @@ def test_methods_leave_the_bare_model(words: Any) -> None:
             with method.on(model):
                 logits = model(ids, use_cache=False).logits
             assert torch.equal(logits, full) == (method.name == FULL)
-            assert torch.equal(logits, remembered) == method.is_memory
+            assert torch.equal(logits, remembered) == method.trainable
         assert torch.equal(model(ids, use_cache=False).logits, full)
 
 
@@ -156,7 +155,7 @@ def test_a_comparison_is_what_the_readings_say(words: Any, documents: list[Docum
         with method.on(model):
             for document in documents:
                 facts = document.facts_beyond(WINDOW, SINKS)
-                read = reading_module.read(model, method, document.text.ids, [fact.answer for fact in facts])
+                read = reading_module.read(model, document.text.ids, [fact.answer for fact in facts])
                 hits += sum(words.decode([g]).strip() == f.value for g, f in zip(read.guesses, facts, strict=True))
                 asked += len(facts)
                 kept += [
@@ -198,34 +197,3 @@ def test_the_gap(words: Any, documents: list[Document]) -> None:
     assert memory.gap_won_back is None or memory.gap_won_back == pytest.approx(0, abs=1e-3)
     same = compare(model, [Method(FULL), Method(WINDOW_ONLY), methods[2]], documents).results
     assert [result.gap_won_back for result in same] == [None, None, None]
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (1, 20, 0.0089, 0.2361)],
-)
-def test_wilson(successes: int, trials: int, low: float, high: float) -> None:
-    """Values of the closed form, to the four digits that statistics packages print."""
-    assert wilson(successes, trials) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_no_trials_have_no_interval() -> None:
-    assert wilson(0, 0) is None
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-def test_peak_sees_what_was_freed_again() -> None:
-    size = 64 << 20
-
-    def grow(count: int) -> int | None:
-        with peak.exact_allocator(), peak.measure(torch.device("cpu")) as measured:
-            for _ in range(count):
-                torch.ones(size // 4).sum()
-        return measured.bytes
-
-    if grow(1) is None:
-        pytest.skip("this system does not let a process reset its peak")
-    # One tensor at a time: the peak does not depend on how often. The kernel counts pages in batches (2 MiB), and the
-    # process does other things too (16 MiB).
-    for count in (1, 3):
-        assert size - (2 << 20) <= grow(count) < size + (16 << 20)  # type: ignore[operator]

@@ -13,18 +13,18 @@ import pytest
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
-from ahn.evaluation.data import Data, DataFile
+from ahn.evaluation.data import DataFile, DataLines
 
 FIELDS = {"text": data.text, "answers": data.texts, "length": data.number, "note": data.optional(data.text)}
 GOOD = {"text": "a", "answers": ["b", ""], "length": 3, "other": {"ignored": 1}}
 PLAIN = DataFile("owner/set", "f" * 40, "rows.jsonl")
 
 
-def write(directory: Path, *lines: Any) -> Data:
+def write(directory: Path, *lines: Any) -> DataLines:
     """A plain file with these lines; what is not bytes is made JSON."""
     parts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (directory / "rows.jsonl").write_bytes(b"\n".join(parts) + b"\n")
-    return Data(PLAIN, directory)
+    return DataLines(PLAIN, directory)
 
 
 def test_lines_become_their_named_fields(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(AHNError, match=r"rows\.jsonl holds no samples"):
         list(write(tmp_path, b"", b"  ").records(FIELDS))
     with pytest.raises(AHNError, match=r"other\.zip is missing: --data-dir must hold other\.zip of .* owner/set"):
-        Data(DataFile("owner/set", "f" * 40, "other.zip"), tmp_path)
+        DataLines(DataFile("owner/set", "f" * 40, "other.zip"), tmp_path)
 
 
 def archive(directory: Path, **members: bytes) -> Path:
@@ -85,28 +85,28 @@ def archive(directory: Path, **members: bytes) -> Path:
 def test_one_member_and_no_other(tmp_path: Path) -> None:
     rows = {name: json.dumps(GOOD | {"text": name}).encode() + b"\n" for name in ("short", "long", "longer")}
     archive(tmp_path, **rows)
-    source = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path)
+    source = DataLines(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path)
     assert [record.fields["text"] for record in source.records(FIELDS)] == ["long"]
     assert source.settings()["member"] == "all/long.jsonl"
     with pytest.raises(AHNError, match=r"all\.zip has no member all/absent\.jsonl"):
-        list(Data(DataFile("owner/set", "f" * 40, "all.zip", "all/absent.jsonl"), tmp_path).records(FIELDS))
+        list(DataLines(DataFile("owner/set", "f" * 40, "all.zip", "all/absent.jsonl"), tmp_path).records(FIELDS))
 
 
 def test_an_archive_may_be_unpacked(tmp_path: Path) -> None:
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "long.jsonl").write_text(json.dumps(GOOD | {"text": "unpacked"}) + "\n[]\n")
-    records = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path).records(FIELDS)
+    records = DataLines(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path).records(FIELDS)
     assert next(records).fields["text"] == "unpacked"
     with pytest.raises(AHNError, match=r"all/long\.jsonl, line 2: must be a JSON object"):
         next(records)
     archive(tmp_path, long=json.dumps(GOOD).encode())
-    packed = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path)
+    packed = DataLines(DataFile("owner/set", "f" * 40, "all.zip", "all/long.jsonl"), tmp_path)
     assert packed.path.name == "all.zip" and [record.fields["text"] for record in packed.records(FIELDS)] == ["a"]
 
 
 def test_errors_in_a_member_name_archive_member_and_line(tmp_path: Path) -> None:
     archive(tmp_path, rows=json.dumps(GOOD).encode() + b"\n{}\n")
-    source = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/rows.jsonl"), tmp_path)
+    source = DataLines(DataFile("owner/set", "f" * 40, "all.zip", "all/rows.jsonl"), tmp_path)
     with pytest.raises(AHNError, match=r"all\.zip \(all/rows\.jsonl\), line 2: the field 'text' is missing"):
         list(source.records(FIELDS))
 
@@ -122,7 +122,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, damage: str) -> None:
     else:
         content[:] = b"<html>not found</html>"
     path.write_bytes(content)
-    source = Data(DataFile("owner/set", "f" * 40, "all.zip", "all/rows.jsonl"), tmp_path)
+    source = DataLines(DataFile("owner/set", "f" * 40, "all.zip", "all/rows.jsonl"), tmp_path)
     # A flipped bit can also end in text that is no JSON, which is named too.
     with pytest.raises(AHNError, match=r"all\.zip \(all/rows\.jsonl\)"):
         list(source.records(FIELDS))
@@ -132,10 +132,10 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     found = write(tmp_path, GOOD).sha256
     assert found == hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
     pinned = DataFile("owner/set", "f" * 40, "rows.jsonl", sha256=found)
-    assert Data(pinned, tmp_path).settings()["sha256"] == found
+    assert DataLines(pinned, tmp_path).settings()["sha256"] == found
     write(tmp_path, GOOD | {"text": "changed"})
     with pytest.raises(AHNError, match=rf"rows\.jsonl is not rows\.jsonl of owner/set at f+: expected sha256 {found}"):
-        Data(pinned, tmp_path)
+        DataLines(pinned, tmp_path)
 
 
 def test_the_hub_is_asked_for_the_pinned_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +147,12 @@ def test_the_hub_is_asked_for_the_pinned_commit(tmp_path: Path, monkeypatch: pyt
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert len(list(Data(PLAIN, None).records(FIELDS))) == 1
+    assert len(list(DataLines(PLAIN, None).records(FIELDS))) == 1
     pinned = {"repo_type": "dataset", "revision": "f" * 40, "allow_patterns": ["rows.jsonl"]}
     assert asked == [(("owner/set",), pinned)]
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(AHNError, match=r"cannot be downloaded \(it is not there\)"):
-        Data(PLAIN, None)
+        DataLines(PLAIN, None)
 
 
 def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(AHNError, match=r"cannot be downloaded \(no route\)\. .* with --data-dir"):
-        Data(PLAIN, None)
+        DataLines(PLAIN, None)
 
 
 def test_a_context_key_tells_texts_apart() -> None:

@@ -108,7 +108,7 @@ def test_a_result_folder(tmp_path: Path) -> None:
     model = adapted()
     described = methods.describe(model, "ahn") | {"model": "random"}
     evaluated = Evaluated(model, Letters(), "ahn", described, {})  # type: ignore[arg-type]
-    result = gradient_probe.run(evaluated, documents.Document("book", "abc", IDS), tmp_path, ANSWER)
+    result = gradient_probe.run(evaluated, documents.LongDocument("book", "abc", IDS), tmp_path, ANSWER)
     (folder,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in (folder / "gradients.jsonl").read_text().splitlines()]
     assert [row["token"] for row in rows] == [f"<{token}>" for token in IDS]

@@ -65,7 +65,7 @@ def evaluated(method: str) -> Evaluated:
 
 
 def test_a_result_folder(tmp_path: Path) -> None:
-    document = documents.Document("book", "abc", IDS)
+    document = documents.LongDocument("book", "abc", IDS)
     used = {method: evaluated(method) for method in ("ahn", "window", "full")}
     results = {method: perplexity.run(one, document, tmp_path, 50) for method, one in used.items()}
     folders = {json.loads((path / "result.json").read_text())["method"]: path for path in tmp_path.iterdir()}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ahn
 from ahn import tiny
+from ahn.measure.method import Method
 from ahn.tiny.corpus import held_out_text
 from ahn.tiny.facts import FactWriter
 from ahn.training.losses import Head
@@ -20,7 +21,7 @@ from ahn.training.losses import Head
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 from stages.evaluate import Bench, summarise
-from stages.intervals import bootstrap, wilson
+from stages.intervals import bootstrap
 from stages.probes import DEPTHS, Probes, by_distance, read, recalled, repeat_distances
 from stages.reading import fit_window, method, reader
 from stages.recipe import Context, Run, Task
@@ -141,24 +142,14 @@ def test_sequences_read_together_are_those_read_alone(model, quantized: int) -> 
 
 @pytest.mark.parametrize("memory", ["window_only", "ct_max", "gated_deltanet"])
 def test_budgets_are_equal(model, memory: str) -> None:
-    ahn.attach(model, ahn.AHNConfig(memory=memory, window=112, sinks=16))
-    try:
-        slots = fit_window(model, 128)
-        window = model.ahn_config.window
+    config = fit_window(ahn.AHNConfig(memory=memory, window=112, sinks=16), 128)
+    with Method(memory, config).on(model):
         fn = next(iter(model.model.layers)).ahn.fn
-        assert model.ahn_config.lossless + slots <= 128 < model.ahn_config.lossless + 1 + fn.slot_count(window + 1)
+        slots = [fn.slot_count(config.window + more) for more in (0, 1)]
+        assert config.lossless + slots[0] <= 128 < config.lossless + 1 + slots[1]
         ids = torch.randint(0, 100, (1, 300))
         with torch.no_grad():
             assert reader(model)(ids).shape == (1, 300, 256)
-    finally:
-        ahn.detach(model)
-
-
-def test_wilson() -> None:
-    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 and 0 of 20.
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_bootstrap_draws_documents() -> None:

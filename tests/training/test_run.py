@@ -21,7 +21,7 @@ from ahn.training import distillation_loss
 from ahn.training.arguments import parse
 from ahn.training.distill import Distillation
 from ahn.training.run import run
-from ahn.training.student import Part, Student
+from ahn.training.student import MicroBatch, Student
 from ahn.training.trainer import DistillationTrainer
 
 
@@ -111,7 +111,7 @@ def test_the_base_is_not_touched(train: Any, tiny_model: Path, tmp_path: Path, m
     assert with_state == {name for name in tensors if not name.endswith("fn.D")} and number == len(with_state)
 
 
-def counting(part: Part) -> int:
+def counting(part: MicroBatch) -> int:
     """Positions at window + sinks or later with a next token; the texts have nothing masked."""
     lengths = part.batch["attention_mask"].sum(1) - 1
     return int((lengths - part.window - part.sinks).clamp_min(0).sum())
@@ -119,10 +119,10 @@ def counting(part: Part) -> int:
 
 def test_every_micro_batch_sees_the_steps_window(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And counts what the whole step counts, also after a resume; a batch is longer than its window."""
-    parts: list[Part] = []
+    parts: list[MicroBatch] = []
     forward = Student.forward
 
-    def watched(self: Student, part: Part) -> Distillation:
+    def watched(self: Student, part: MicroBatch) -> Distillation:
         parts.append(part)
         return forward(self, part)
 
@@ -184,7 +184,7 @@ def test_not_a_number_stops_before_harm(train: Any, monkeypatch: pytest.MonkeyPa
     students: list[Student] = []
     forward = Student.forward
 
-    def poisoned(self: Student, part: Part) -> Distillation:
+    def poisoned(self: Student, part: MicroBatch) -> Distillation:
         students.append(self)
         before.append({name: p.detach().clone() for name, p in self.memory().items()})
         found = forward(self, part)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ahn.measure.intervals import wilson
 from ahn.measure.plots import MUTED, new_figure, save
 
-from .intervals import wilson
 from .rows import FULL, WINDOW, Group, Results
 
 if TYPE_CHECKING:

@@ -1,25 +1,13 @@
-"""How sure a number is: 95 % intervals of shares and of means over documents."""
+"""How sure a number is: 95 % intervals of means over documents."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Z = 1.96
 RESAMPLES = 2000
 SEED = 0
-
-
-def wilson(hits: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score (E. B. Wilson, 1927)."""
-    if total == 0:
-        return 0.0, 1.0
-    share, spread = hits / total, Z * Z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap(

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 import ahn
 from ahn import memory
-from ahn.checkpoint import load_adapter
+from ahn.checkpoint.directory import Checkpoint
+from ahn.checkpoint.format import read_settings
+from ahn.measure.method import Method
+from ahn.measure.reading import new_cache
 
 from .distill import adapter
 from .probes import Hidden
@@ -47,42 +49,36 @@ def method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: in
         budget: keys that a layer sees: sinks + window, and a memory's slots; a tier takes the place of some.
         length: of the context, for the costs.
     """
+    chosen = _method(model, out, task, budget, sinks, length)
+    with chosen.on(model):
+        yield Reading(reader(model), _about(model, chosen.config, length))
+
+
+def _method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: int, length: int) -> Method:
     if task.run.name == "full":
-        costs = ahn.cost(model.config, ahn.AHNConfig(memory="window_only"), length, model.dtype).full
-        yield Reading(reader(model), _about("full", length, 0, 0, 0, 0, costs))
-        return
-    trained = training(task)
+        return Method("full")
+    trained, weights = training(task), None
     if trained is None:
-        ahn.attach(model, ahn.AHNConfig(**task.run.settings, window=budget - sinks, sinks=sinks))
+        config = ahn.AHNConfig(**task.run.settings, window=budget - sinks, sinks=sinks)
     else:
-        load_adapter(model, adapter(out, trained), window=budget - sinks, sinks=sinks)
-    try:
-        slots = fit_window(model, budget)
-        if task.run.tier is not None:
-            fit_tier(model, task.run.tier, length)
-        config: ahn.AHNConfig = model.ahn_config
-        cost = ahn.cost(model.config, config, length, model.dtype)
-        about = _about(config.memory, config.window, sinks, slots, config.quantized, cost.parameters, cost.ahn)
-        yield Reading(reader(model), about)
-    finally:
-        ahn.detach(model)
+        weights = str(adapter(out, trained))
+        config = read_settings(Checkpoint.open(Path(weights)), budget - sinks, sinks)
+    config = fit_window(config, budget)
+    if task.run.tier is not None:
+        config = fit_tier(model, config, task.run.tier, length)
+    return Method(task.name, config, weights)
 
 
-def fit_window(model: PreTrainedModel, budget: int) -> int:
-    """Narrow the window of an adapted model until sinks + window + slots is at most the budget; returns the slots."""
-    config: ahn.AHNConfig = model.ahn_config
-    window = memory.window_within(config.memory, budget - config.sinks)
-    ahn.set_window(model, window, config.sinks)
-    return memory.slot_count(config.memory, window)
+def fit_window(config: ahn.AHNConfig, budget: int) -> ahn.AHNConfig:
+    """With a window so narrow that sinks + window + slots is at most the budget."""
+    return config.replace(window=memory.window_within(config.memory, budget - config.sinks))
 
 
-def fit_tier(model: PreTrainedModel, tier: Tier, length: int) -> None:
-    """Give an adapted model, whose window is a whole budget's, the window and the quantized tokens of a tier."""
-    whole: ahn.AHNConfig = model.ahn_config
-    ahn.set_window(model, int(tier.exact * whole.lossless) - whole.sinks, whole.sinks)
+def fit_tier(model: PreTrainedModel, whole: ahn.AHNConfig, tier: Tier, length: int) -> ahn.AHNConfig:
+    """With the window and the quantized tokens of a tier in place of a whole budget's window."""
+    config = whole.replace(window=int(tier.exact * whole.lossless) - whole.sinks)
     quantized = round(tier.windows * whole.window)
     if tier.bytes_of is not None:
-        config: ahn.AHNConfig = model.ahn_config
 
         def taken(config: ahn.AHNConfig) -> int:
             return ahn.cost(model.config, config, length, model.dtype).ahn.cache_bytes
@@ -91,7 +87,7 @@ def fit_tier(model: PreTrainedModel, tier: Tier, length: int) -> None:
         beyond = length - config.lossless  # more would hold nothing
         sizes = range(1, beyond + 1)
         quantized = bisect.bisect_right(sizes, most, key=lambda tokens: taken(config.replace(quantized=tokens)))
-    ahn.set_window(model, model.ahn_config.window, whole.sinks, quantized)
+    return config.replace(quantized=quantized)
 
 
 def reader(model: PreTrainedModel) -> Hidden:
@@ -99,8 +95,7 @@ def reader(model: PreTrainedModel) -> Hidden:
     decoder = model.get_decoder()
 
     def hidden(ids: Tensor) -> Tensor:
-        adapted = hasattr(model, "ahn_config")
-        cache = ahn.AHNCache.for_model(model) if adapted else DynamicCache(config=model.config)
+        cache = new_cache(model)
         parts = [
             decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
             for part in ids.to(model.device).split(CHUNK, dim=1)
@@ -110,9 +105,15 @@ def reader(model: PreTrainedModel) -> Hidden:
     return hidden
 
 
-def _about(
-    memory: str, window: int, sinks: int, slots: int, quantized: int, parameters: int, usage: Any
-) -> dict[str, Any]:
-    exact = {"window": window, "sinks": sinks, "slots": slots, "quantized": quantized}
+def _about(model: PreTrainedModel, config: ahn.AHNConfig | None, length: int) -> dict[str, Any]:
+    """What a row says of a memory, or of full attention, and its costs after `length` tokens."""
+    cost = ahn.cost(model.config, config or ahn.AHNConfig(memory="window_only"), length, model.dtype)
+    about: dict[str, Any] = {"memory": "full", "window": length, "sinks": 0, "slots": 0, "quantized": 0}
+    if config is not None:
+        slots = memory.slot_count(config.memory, config.window + config.quantized)
+        about = {"memory": config.memory, "window": config.window, "sinks": config.sinks, "slots": slots}
+        about["quantized"] = config.quantized
+    usage = cost.full if config is None else cost.ahn
     names = ("kv_bytes", "quantized_bytes", "state_bytes", "gate_bytes")
-    return {"memory": memory, **exact, "parameters": parameters} | {name: getattr(usage, name) for name in names}
+    about["parameters"] = 0 if config is None else cost.parameters
+    return about | {name: getattr(usage, name) for name in names}

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ahn.measure.intervals import wilson
+
 from . import figures
-from .intervals import wilson
 from .log import write_lines, write_text
 from .recipe import Recipe
 from .rows import FULL, WINDOW, Group, Number, Results, spread

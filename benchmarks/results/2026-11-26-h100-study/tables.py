@@ -16,7 +16,9 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "quality"))
 
-from stages.intervals import bootstrap, wilson  # noqa: E402
+from stages.intervals import bootstrap  # noqa: E402
+
+from ahn.measure.intervals import wilson  # noqa: E402
 
 METHODS = (
     "full",

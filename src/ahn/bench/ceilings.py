@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ahn.bench.clock import median, repeated, synchronize
+from ahn.measure.clock import median, repeated, synchronize
 
 REPEATS = 15
 BLOCK = 10

@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from ahn.bench import fill, roofline
-from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
-from ahn.bench.methods import Method
 from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand, check_patience
+from ahn.measure import peak
+from ahn.measure.clock import median, release, repeated, seconds, spread
+from ahn.measure.method import Method
+from ahn.measure.reading import bytes_of_cache
 
 WARM_STEPS = 8
 """Steps that are not timed: kernels are compiled and the step is captured in them."""
@@ -21,14 +23,14 @@ WARM_STEPS = 8
 def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
     """Steps of one token, and `generate`, with a cache that has read `context` tokens."""
     cache, work = prepare(stand, method, context, batch)
-    cache_bytes = fill.bytes_of_cache(cache)
+    cache_bytes = bytes_of_cache(cache)
     device = stand.device
     release(device)
-    with peak_memory(device, stand.held() + cache_bytes) as memory:
+    with peak.measure(device, stand.held() + cache_bytes) as memory:
         found = time_step(stand, method, cache, context, batch)
-        if not method.compiled_by_generate:
+        if not method.static:
             found |= _also_through_generate(stand, cache, context, batch)
-    if stand.settings.profile and not method.compiled_by_generate:
+    if stand.settings.profile and not method.static:
         ids = fill.random_tokens(stand.model, batch, 1)
         found["kernels"] = kernels(device, lambda: stand.model(input_ids=ids, past_key_values=cache))
     return {
@@ -36,8 +38,8 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "real_prefill": stand.settings.real_prefill,
         "tokens_per_second": batch / found["seconds"],
         "cache_bytes": cache_bytes,
-        "peak_bytes": memory.peak_bytes,
-        "reserved_bytes": memory.reserved_bytes,
+        "peak_bytes": memory.total,
+        "reserved_bytes": memory.reserved,
         **work.report(stand.ceilings, found["seconds"]),
     }
 
@@ -55,7 +57,7 @@ def prepare(stand: Stand, method: Method, context: int, batch: int) -> tuple[Cac
 
 def time_step(stand: Stand, method: Method, cache: Cache, context: int, batch: int) -> dict[str, Any]:
     """`seconds` of one step as a user gets it, with their `spread` and the raw times."""
-    if not method.compiled_by_generate:
+    if not method.static:
         return steps(stand, cache, batch)
     found = through_generate(stand, cache, context, batch)
     return found | {"seconds": found["generate_s"], "spread": spread(found["generate_times_s"])}

@@ -7,10 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
-from ahn.bench.methods import Method
 from ahn.cache import quantized
-from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
+from ahn.measure.method import Method
 
 SAMPLE = 13
 """Tokens of a real forward whose cache shows shapes and plausible gates. No other size in a model is this prime."""
@@ -63,13 +62,6 @@ def set_length(layer: StaticLayer, context: int) -> None:
     layer.cumulative_length.fill_(context)
     if isinstance(layer, StaticSlidingWindowLayer):
         layer.cumulative_length_int = context
-
-
-def bytes_of_cache(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds. To be asked before it decodes: an AHNCache rearranges itself for it."""
-    if isinstance(cache, AHNCache):
-        return cache.nbytes()
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 
 def _grown(name: str, x: Tensor, known: int, batch: int, tokens: int) -> Tensor:

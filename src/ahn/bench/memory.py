@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ahn.bench import decode, fill, roofline
-from ahn.bench.clock import peak_memory, release, seconds
-from ahn.bench.methods import Method
 from ahn.bench.stand import Stand, check_patience
-from ahn.demo.peak import exact_allocator
+from ahn.measure import peak
+from ahn.measure.clock import release, seconds
+from ahn.measure.method import Method
+from ahn.measure.reading import bytes_of_cache
 
 
 def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
@@ -22,18 +23,18 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
     def read() -> None:
         caches.append(fill.read_cache(method, model, batch, context, context + count + 1))
 
-    with exact_allocator():  # of the CPU's memory; a GPU's is exact anyway
-        with peak_memory(device, stand.held()) as prefill:
+    with peak.exact_allocator():  # of the CPU's memory; a GPU's is exact anyway
+        with peak.measure(device, stand.held()) as prefill:
             reading = seconds(device, read)
-        cache, cache_bytes = caches[0], fill.bytes_of_cache(caches[0])
-        with peak_memory(device, stand.held() + cache_bytes) as decoding:
+        cache, cache_bytes = caches[0], bytes_of_cache(caches[0])
+        with peak.measure(device, stand.held() + cache_bytes) as decoding:
             writing = seconds(device, lambda: decode.generate(stand, cache, fill.random_tokens(model, batch, 1), count))
     return {
-        "prefill_peak_bytes": prefill.peak_bytes,
-        "prefill_reserved_bytes": prefill.reserved_bytes,
-        "decode_peak_bytes": decoding.peak_bytes,
-        "decode_reserved_bytes": decoding.reserved_bytes,
-        "peak_bytes": _largest(prefill.peak_bytes, decoding.peak_bytes),
+        "prefill_peak_bytes": prefill.total,
+        "prefill_reserved_bytes": prefill.reserved,
+        "decode_peak_bytes": decoding.total,
+        "decode_reserved_bytes": decoding.reserved,
+        "peak_bytes": _largest(prefill.total, decoding.total),
         "cache_bytes": cache_bytes,
         "weights_bytes": stand.held(),
         "prefill_s": reading,  # with whatever was compiled on the way

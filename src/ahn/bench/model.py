@@ -18,7 +18,7 @@ TINY = "tiny"
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class BenchModel:
     """A base model without a memory, in evaluation mode.
 
     Attributes:
@@ -31,7 +31,7 @@ class Subject:
     random: bool
 
 
-def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dtype) -> Subject:
+def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dtype) -> BenchModel:
     """The model called `name`.
 
     Args:
@@ -42,7 +42,7 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
         AHNError: it cannot be found or loaded.
     """
     if name in SHAPES:
-        return Subject(name, build(configuration(name), device, dtype), True)
+        return BenchModel(name, build(configuration(name), device, dtype), True)
     path = Path(name).expanduser()
     if not path.exists() and name != TINY and "/" not in name:
         raise AHNError(
@@ -52,11 +52,11 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     try:
         if path.is_file():
             label = path.parent.name if path.name == "config.json" else path.stem
-            return Subject(label, build(AutoConfig.from_pretrained(path), device, dtype), True)
+            return BenchModel(label, build(AutoConfig.from_pretrained(path), device, dtype), True)
         source = tiny.path() if name == TINY else path if path.is_dir() else None
         if random_weights:
             config = AutoConfig.from_pretrained(source or config_file(name))
-            return Subject(path.name, build(config, device, dtype), True)
+            return BenchModel(path.name, build(config, device, dtype), True)
         source = source or local_directory(name)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
@@ -64,7 +64,7 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
         raise AHNError(
             f"Cannot load {name!r}; the shapes that need no files are {', '.join(SHAPES)}. {first}"
         ) from error
-    return Subject(path.name, _ready(model), False)
+    return BenchModel(path.name, _ready(model), False)
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

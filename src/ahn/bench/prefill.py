@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ahn.bench import roofline
-from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
 from ahn.bench.fill import random_tokens
-from ahn.bench.methods import Method
 from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand, check_patience
+from ahn.measure import peak
+from ahn.measure.clock import median, release, repeated, seconds, spread
+from ahn.measure.method import Method
 
 WARM_CHUNKS = 3
 """Chunks beyond sinks + window in the warm-up: the first, one in the middle and the last run the same code as later."""
@@ -31,7 +32,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         warm = min(context, method.config.lossless + WARM_CHUNKS * method.config.prefill_chunk_size)
     warmup = seconds(device, lambda: read(warm))
     release(device)
-    with peak_memory(device, stand.held()) as memory:
+    with peak.measure(device, stand.held()) as memory:
         times = repeated(device, lambda: read(context), settings.repeats, settings.budget)
     profiled = {"kernels": kernels(device, lambda: read(context))} if settings.profile else {}
     return {
@@ -41,8 +42,8 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "tokens_per_second": batch * context / median(times),
         "warmup_tokens": warm,
         "warmup_s": warmup,
-        "peak_bytes": memory.peak_bytes,
-        "reserved_bytes": memory.reserved_bytes,
+        "peak_bytes": memory.total,
+        "reserved_bytes": memory.reserved,
         **work.report(stand.ceilings, median(times)),
         **profiled,
     }

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ahn.bench.clock import seconds
+from ahn.measure.clock import seconds
 
 LISTED = 60
 """Kernels that are listed; the others are summed."""

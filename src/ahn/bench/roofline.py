@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ahn.bench.ceilings import Ceilings
-from ahn.bench.clock import bytes_of
 from ahn.config import AHNConfig
 from ahn.costs import Usage, cost
+from ahn.measure.clock import bytes_of
 from ahn.shape import ModelShape
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ahn.bench import decode, memory, prefill, throughput, train
-from ahn.bench.clock import release
-from ahn.bench.methods import Method, forget_compiled
 from ahn.bench.records import OK, OUT_OF_MEMORY, Log, Row
 from ahn.bench.stand import Skipped, Stand
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.measure.clock import release
+from ahn.measure.method import Method, forget_compiled
 
 MEASUREMENTS: dict[str, Callable[[Stand, Method, int, int], Row]] = {
     "prefill": prefill.measure,
@@ -78,7 +78,7 @@ def _batches(stand: Stand, plan: Plan, method: Method, context: int, record: Cal
     for batch in plan.batches:
         start = time.perf_counter()
         found = _attempt(stand, plan.measurement, method, context, batch)
-        if method.compiled_by_generate:
+        if method.static:
             forget_compiled(stand.model)
         release(stand.device)
         row = _described(method) | {"context": context, "batch": batch}

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ahn.bench.ceilings import Ceilings
-from ahn.bench.clock import bytes_of
+from ahn.measure.clock import bytes_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How to measure.
 
     Attributes:
@@ -38,7 +38,7 @@ class Stand:
 
     model: PreTrainedModel
     ceilings: Ceilings
-    settings: Settings
+    settings: BenchSettings
 
     @property
     def device(self) -> torch.device:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from ahn.bench import decode, fill
-from ahn.bench.clock import peak_memory, release
-from ahn.bench.methods import Method
+from ahn.bench import decode
 from ahn.bench.stand import Stand
+from ahn.measure import peak
+from ahn.measure.clock import release
+from ahn.measure.method import Method
+from ahn.measure.reading import bytes_of_cache
 
 
 def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
     """Steps of B conversations, each with `context` tokens behind it."""
     cache, work = decode.prepare(stand, method, context, batch)
-    cache_bytes = fill.bytes_of_cache(cache)
+    cache_bytes = bytes_of_cache(cache)
     release(stand.device)
-    with peak_memory(stand.device, stand.held() + cache_bytes) as memory:
+    with peak.measure(stand.device, stand.held() + cache_bytes) as memory:
         found = decode.time_step(stand, method, cache, context, batch)
     return {
         **found,
         "real_prefill": stand.settings.real_prefill,
         "tokens_per_second": batch / found["seconds"],
         "cache_bytes": cache_bytes,
-        "peak_bytes": memory.peak_bytes,
-        "reserved_bytes": memory.reserved_bytes,
+        "peak_bytes": memory.total,
+        "reserved_bytes": memory.reserved,
         **work.report(stand.ceilings, found["seconds"]),
     }

@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ahn.bench import roofline
-from ahn.bench.clock import median, peak_memory, release, repeated, seconds, spread
 from ahn.bench.fill import random_tokens
-from ahn.bench.methods import Method
 from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
+from ahn.measure import peak
+from ahn.measure.clock import median, release, repeated, seconds, spread
+from ahn.measure.method import Method
 from ahn.model.adapter import adapter_parameters
 from ahn.training import distillation_loss
 
@@ -45,7 +46,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
     with _training(model, parameters):
         warmup = seconds(device, step)
         release(device)
-        with peak_memory(device, stand.held()) as memory:
+        with peak.measure(device, stand.held()) as memory:
             times = repeated(device, step, stand.settings.repeats, stand.settings.budget)
         if stand.settings.profile:
             profiled["kernels"] = kernels(device, step)
@@ -58,8 +59,8 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "warmup_s": warmup,
         "loss_positions": valid[-1],
         "trained_parameters": sum(p.numel() for p in parameters),
-        "peak_bytes": memory.peak_bytes,
-        "reserved_bytes": memory.reserved_bytes,
+        "peak_bytes": memory.total,
+        "reserved_bytes": memory.reserved,
         **work.report(stand.ceilings, median(times)),
         **profiled,
     }

@@ -14,8 +14,8 @@ from ahn.cli.common import DTYPES, AdapterOption, DeviceOption, QuantizedOption
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
-    from ahn.bench.methods import Method
     from ahn.bench.runner import Plan
+    from ahn.measure.method import Method
 
 TINY_WINDOW, TINY_SINKS = 224, 32
 TRAINED_TOTAL = 8192
@@ -25,7 +25,7 @@ LENGTHS, TINY_LENGTHS = (1, 4, 32), (1, 4, 16)
 BATCHES, TINY_BATCHES = (1, 4, 16, 32, 64, 100), (1, 4, 16)
 """Conversations of `throughput` when none are asked for."""
 NEW_TOKENS, BUDGET = {"cpu": 8}, {"cpu": 2.0}
-"""Steps in a repetition, and seconds after which a row is not repeated again; elsewhere `Settings`' own."""
+"""Steps in a repetition, and seconds after which a row is not repeated again; elsewhere `BenchSettings`' own."""
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -119,14 +119,14 @@ def command(
     """
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
     if names:
-        options = Options(model, adapter, methods, window, sinks, quantized, context, batch)
+        options = BenchOptions(model, adapter, methods, window, sinks, quantized, context, batch)
         plans = [options.plan(name) for name in names]
         _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)
     _report(out)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What the plans are made of, as typed."""
 
     model: str
@@ -209,7 +209,7 @@ def _measure(
     from ahn.bench import ceilings, records, runner, table
     from ahn.bench.model import load
     from ahn.bench.profile import table as kernel_table
-    from ahn.bench.stand import Settings, Stand
+    from ahn.bench.stand import BenchSettings, Stand
     from ahn.cli.env import environment
 
     place = common.pick_device(device)
@@ -217,10 +217,10 @@ def _measure(
     if chosen not in DTYPES:
         raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     subject = load(model, random_weights, place, getattr(torch, chosen))
-    settings = Settings(
-        new_tokens=new_tokens or NEW_TOKENS.get(place.type, Settings.new_tokens),
+    settings = BenchSettings(
+        new_tokens=new_tokens or NEW_TOKENS.get(place.type, BenchSettings.new_tokens),
         real_prefill=real_prefill,
-        budget=BUDGET.get(place.type, Settings.budget),
+        budget=BUDGET.get(place.type, BenchSettings.budget),
         max_seconds=max_seconds,
         profile=profile,
     )

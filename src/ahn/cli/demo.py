@@ -41,7 +41,7 @@ WRITTEN = "bold green"
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class DemoSubject:
     """What is demonstrated: a bare base model, the ways to read, and the texts."""
 
     name: str
@@ -142,7 +142,7 @@ def _subject(
     documents: int,
     device: str | None,
     dtype: str | None,
-) -> Subject:
+) -> DemoSubject:
     """Load everything, so that what is wrong with it is said before the measuring starts."""
     from ahn import tiny
     from ahn.cli.session import TINY_DEVICE, open_session
@@ -159,10 +159,10 @@ def _subject(
     lossless = sum(reach)
     made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
     methods = make_methods(session.model, adapters[1:], quantized)
-    return Subject(name, session.model, session.tokenizer, methods, made, no_facts)
+    return DemoSubject(name, session.model, session.tokenizer, methods, made, no_facts)
 
 
-def _introduce(subject: Subject) -> None:
+def _introduce(subject: DemoSubject) -> None:
     config = subject.methods[-1].config
     assert config is not None
     parameters = sum(p.numel() for p in subject.model.parameters())
@@ -200,7 +200,7 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _notes(subject: Subject, comparison: Comparison) -> list[str]:
+def _notes(subject: DemoSubject, comparison: Comparison) -> list[str]:
     """What the columns mean, for somebody who sees them for the first time."""
     first = comparison.results[0]
     facts = f"{first.facts_asked} facts, each stated before the window when it is asked for."
@@ -218,7 +218,7 @@ def _notes(subject: Subject, comparison: Comparison) -> list[str]:
     ]
 
 
-def _write_on(subject: Subject, comparison: Comparison, show: bool) -> dict[str, Any]:
+def _write_on(subject: DemoSubject, comparison: Comparison, show: bool) -> dict[str, Any]:
     """Let the best memory write on after a long text, from the answer to a fact on if it recalled one that was lost."""
     from ahn.cli.session import Sampling, Session
 
@@ -256,7 +256,7 @@ def _show_text(show: bool, pieces: Iterable[str], style: str) -> str:
     return "".join(text)
 
 
-def _explain(subject: Subject, fact: Any, guesses: dict[str, int]) -> None:
+def _explain(subject: DemoSubject, fact: Any, guesses: dict[str, int]) -> None:
     from ahn.demo.methods import WINDOW_ONLY
     from ahn.tiny.facts import STATEMENT
 

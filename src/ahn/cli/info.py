@@ -55,7 +55,7 @@ def command(
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class ModelOverview:
     """A model and the memory it has or would have."""
 
     name: str
@@ -77,7 +77,7 @@ def look_at(
     window: int | None,
     sinks: int | None,
     quantized: int | None = None,
-) -> Subject:
+) -> ModelOverview:
     """Find the configuration of a model and the settings of its memory, and check the weights that lie beside them.
 
     Raises:
@@ -107,7 +107,7 @@ def look_at(
         checkpoint_format.report_window(settings, used, None not in (window, sinks))
     else:
         config = AHNConfig()
-    return Subject(model, hf_config, _changed(config, memory, window, sinks, quantized), tuple(found))
+    return ModelOverview(model, hf_config, _changed(config, memory, window, sinks, quantized), tuple(found))
 
 
 def _changed(
@@ -134,7 +134,7 @@ def _open(model: str) -> Checkpoint:
     return Checkpoint(file.parent, read_json(file), {})
 
 
-def as_data(subject: Subject, costs: list[Cost]) -> dict[str, Any]:
+def as_data(subject: ModelOverview, costs: list[Cost]) -> dict[str, Any]:
     """Everything that the text shows, as JSON types. Ratios are AHN to full attention."""
     from ahn.costs import count_model_parameters, count_parameters
     from ahn.shape import ModelShape
@@ -180,7 +180,7 @@ def _cost_data(cost: Cost) -> dict[str, Any]:
     }
 
 
-def _summary(subject: Subject) -> list[tuple[str, str]]:
+def _summary(subject: ModelOverview) -> list[tuple[str, str]]:
     data = as_data(subject, [])
     shape, config, layers = data["shape"], subject.config, data["memory_layers"]
     options = [name for name in ("router", "q_proj") if getattr(config, name)]
@@ -267,7 +267,7 @@ def _ranges(indices: tuple[int, ...]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _plot(subject: Subject, costs: list[Cost], path: Path) -> None:
+def _plot(subject: ModelOverview, costs: list[Cost], path: Path) -> None:
     from ahn.measure import plots
 
     lossless = subject.config.lossless

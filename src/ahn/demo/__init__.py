@@ -6,6 +6,7 @@
 
 from ahn.demo.comparison import Comparison, compare
 from ahn.demo.documents import Document, make_documents
-from ahn.demo.methods import Method, make_methods
+from ahn.demo.methods import make_methods
+from ahn.measure.method import Method
 
 __all__ = ["Comparison", "Document", "Method", "compare", "make_documents", "make_methods"]

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn.demo import peak
 from ahn.demo.documents import Document
-from ahn.demo.methods import FULL, WINDOW_ONLY, Method
+from ahn.demo.methods import FULL, WINDOW_ONLY
 from ahn.demo.reading import CHUNK, Reading, read
+from ahn.measure import peak
+from ahn.measure.intervals import wilson
+from ahn.measure.method import Method
 from ahn.tiny.facts import Fact
-
-Z = 1.959964
-"""Two-sided 95 % of a normal distribution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +132,13 @@ def compare(
     with peak.exact_allocator():
         for method in methods:
             with method.on(model):
-                read(model, method, texts[0][0][: 2 * CHUNK])  # first calls are slow and take memory for good
+                read(model, texts[0][0][: 2 * CHUNK])  # first calls are slow and take memory for good
                 with peak.measure(model.device) as peaked:
-                    first = read(model, method, *texts[0], partial(advance, method.name))
-            measured[method.name] = (method, [first], peaked.bytes)
+                    first = read(model, *texts[0], partial(advance, method.name))
+            measured[method.name] = (method, [first], peaked.growth)
     for method, readings, _ in measured.values():
         with method.on(model):
-            readings += [read(model, method, *text, partial(advance, method.name)) for text in texts[1:]]
+            readings += [read(model, *text, partial(advance, method.name)) for text in texts[1:]]
     losses = {name: _mean_loss(readings, counted) for name, (_, readings, _) in measured.items()}
     recalls = [
         Recall(document, fact, {name: readings[n].guesses[m] for name, (_, readings, _) in measured.items()})
@@ -162,16 +161,6 @@ def compare(
         results=results,
         recalls=recalls,
     )
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float] | None:
-    """Wilson's 95 % confidence interval of a share; None without trials."""
-    if trials == 0:
-        return None
-    share = successes / trials
-    centre = (share + Z**2 / (2 * trials)) / (1 + Z**2 / trials)
-    half = Z / (1 + Z**2 / trials) * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _real(document: Document) -> Tensor:
@@ -198,19 +187,24 @@ def _result(
     timed = readings[1:] or readings  # measuring the peak slows the first one down
     return Result(
         name=method.name,
-        is_memory=method.is_memory,
+        is_memory=_remembers(method),
         loss=loss,
         perplexity=math.exp(loss),
         gap_won_back=(window - loss) / (window - full) if window > full else None,
         facts_recalled=recalled,
         facts_asked=len(recalls),
-        facts_interval=wilson(recalled, len(recalls)),
+        facts_interval=wilson(recalled, len(recalls)) if recalls else None,
         cache_bytes=readings[0].cache_bytes[-1][1],
         peak_bytes=peak_bytes,
         tokens_per_second=sum(len(reading.losses) + 1 for reading in timed) / sum(reading.seconds for reading in timed),
         loss_by_position=loss_by_position,
         cache_by_position=[(0, 0), *readings[0].cache_bytes],
     )
+
+
+def _remembers(method: Method) -> bool:
+    """It keeps something of what leaves the window."""
+    return method.trainable or (method.config is not None and method.config.quantized > 0)
 
 
 def _by_position(readings: Sequence[Reading], real: Sequence[Tensor], size: int) -> list[float | None]:

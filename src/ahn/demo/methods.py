@@ -1,64 +1,20 @@
-"""The ways to read that are compared, all on one base model: full attention, sinks + window, memories, two bits."""
+"""What the demonstration compares: full attention, sinks + window, memories, two bits."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
 
-from ahn.cache.conversation import AHNCache
 from ahn.checkpoint import load_adapter
 from ahn.config import AHNConfig
-from ahn.model.adapter import adapter_parameters, attach, detach
+from ahn.measure.method import Method
+from ahn.model.adapter import adapter_parameters, detach
 
 FULL = "full attention"
 WINDOW_ONLY = "sinks + window"
 TWO_BITS = "two bits"
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to read.
-
-    Attributes:
-        name: what tables call it.
-        config: window, sinks, quantized tokens and memory; None for full attention.
-        weights: the memory's parameters by name.
-    """
-
-    name: str
-    config: AHNConfig | None = None
-    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    @property
-    def is_memory(self) -> bool:
-        """It remembers what leaves the window."""
-        return bool(self.weights) or (self.config is not None and self.config.quantized > 0)
-
-    @contextlib.contextmanager
-    def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """Inside the block the bare base model `model` reads in this way."""
-        if self.config is None:
-            yield
-            return
-        attach(model, self.config)
-        try:
-            for name, parameter in adapter_parameters(model).items():
-                parameter.data = self.weights[name]
-            yield
-        finally:
-            detach(model)
-
-    def new_cache(self, model: PreTrainedModel) -> Cache:
-        """An empty cache, inside the block of `on`."""
-        if self.config is None:
-            return DynamicCache(config=model.config.get_text_config(decoder=True))
-        return AHNCache.for_model(model)
 
 
 def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int = 0) -> list[Method]:
@@ -112,17 +68,3 @@ def _with_different_names(memories: Sequence[Method]) -> list[Method]:
         dataclasses.replace(m, name=f"{m.name} #{names[: n + 1].count(m.name)}") if names.count(m.name) > 1 else m
         for n, m in enumerate(memories)
     ]
-
-
-def bytes_of(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds."""
-    if isinstance(cache, AHNCache):
-        return cache.nbytes()
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-
-def synchronize(model: PreTrainedModel) -> None:
-    """Wait until the device has done what it was told, so that a clock can be read."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

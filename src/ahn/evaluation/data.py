@@ -54,7 +54,7 @@ class Record:
     offset: int
 
 
-class Data:
+class DataLines:
     """The lines of a file that is at hand.
 
     Args:

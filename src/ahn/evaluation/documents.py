@@ -9,7 +9,7 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
-from ahn.evaluation.data import Data, DataFile
+from ahn.evaluation.data import DataFile, DataLines
 from ahn.tiny.corpus import held_out_text
 
 TITLES = ("short_book_title", "title")
@@ -17,7 +17,7 @@ TITLES = ("short_book_title", "title")
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class LongDocument:
     """A text as token ids, and what identifies it."""
 
     name: str
@@ -25,7 +25,7 @@ class Document:
     ids: list[int]
 
 
-def load(tokenizer: Any, source: Path | None = None, length: int | None = None, number: int = 0) -> Document:
+def load(tokenizer: Any, source: Path | None = None, length: int | None = None, number: int = 0) -> LongDocument:
     """A document.
 
     Args:
@@ -42,7 +42,7 @@ def load(tokenizer: Any, source: Path | None = None, length: int | None = None, 
     ids = tokenizer(text, verbose=False)["input_ids"][:length]
     if len(ids) < max(2, length or 0):
         raise AHNError(f"{name} has only {len(ids)} tokens: give a longer text, or a smaller --length.")
-    return Document(name, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), ids)
+    return LongDocument(name, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), ids)
 
 
 def _held_out() -> tuple[str, str]:
@@ -61,7 +61,7 @@ def _read(source: Path, number: int) -> tuple[str, str]:
 
 def _book(source: Path, number: int) -> tuple[str, str]:
     fields = {"text": data.text} | dict.fromkeys(TITLES, data.optional(data.text))
-    lines = Data(DataFile(source.name, "", source.name), source.parent)
+    lines = DataLines(DataFile(source.name, "", source.name), source.parent)
     for index, record in enumerate(lines.records(fields)):
         if index == number:
             title = next((record.fields[name] for name in TITLES if record.fields[name]), f"book {number}")

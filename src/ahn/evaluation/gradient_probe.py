@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.evaluation.documents import Document
+from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.measured import conclude, open_folder
 from ahn.evaluation.methods import Evaluated
 from ahn.training.distill import distillation_loss
@@ -85,7 +85,9 @@ def probe(model: PreTrainedModel, ids: Sequence[int], answer: int = ANSWER, loss
     return Probe(gradient[0].float().norm(dim=-1).tolist(), regions, float(found.loss.detach()))
 
 
-def run(evaluated: Evaluated, document: Document, out: Path, answer: int = ANSWER, loss: str = "kl") -> dict[str, Any]:
+def run(
+    evaluated: Evaluated, document: LongDocument, out: Path, answer: int = ANSWER, loss: str = "kl"
+) -> dict[str, Any]:
     """Probe a document and write a result folder; one that is there already is not made again.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.checkpoint.output import replacing
-from ahn.evaluation.documents import Document
+from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated
 from ahn.evaluation.results import ResultFolder
 
@@ -18,7 +18,7 @@ PACKAGES = ("ahn", "torch", "transformers", "tokenizers")
 
 
 def open_folder(
-    out: Path, task: str, evaluated: Evaluated, document: Document, settings: Mapping[str, Any]
+    out: Path, task: str, evaluated: Evaluated, document: LongDocument, settings: Mapping[str, Any]
 ) -> ResultFolder:
     """The folder of a model and a document; it may hold a result already.
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 import ahn
 from ahn.config import AHNConfig
-from ahn.demo import peak
-from ahn.demo.methods import bytes_of, synchronize
-from ahn.demo.reading import by_chunk
 from ahn.errors import AHNError
-from ahn.evaluation.documents import Document
+from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.measured import conclude, open_folder
 from ahn.evaluation.methods import Evaluated
-from ahn.evaluation.reader import new_cache
+from ahn.measure import peak
+from ahn.measure.clock import synchronize
+from ahn.measure.reading import bytes_of_cache, new_cache
+from ahn.measure.reading import losses as read_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,24 +89,24 @@ def measure(
     buckets = []
     for start in range(0, len(ids), bucket):
         stop = min(start + bucket, len(ids))
-        held = bytes_of(cache)
+        held = bytes_of_cache(cache)
         with peak.measure(model.device) as peaked:
             before = time.perf_counter()
-            for first, logits, found in by_chunk(model, cache, tokens, start, stop, chunk):
+            for first, logits, found in read_losses(model, cache, tokens, start, stop, chunk):
                 losses[first : first + len(found)] = found.cpu()
                 advance(len(logits))
-            synchronize(model)
+            synchronize(model.device)
             seconds = time.perf_counter() - before
-        most = None if peaked.bytes is None else held + peaked.bytes
+        most = None if peaked.growth is None else held + peaked.growth
         # A token's loss is known once the one before it was read, so this bucket's losses are complete.
         mean = float(losses[max(0, start - 1) : stop - 1].mean())
-        buckets.append(Bucket(start, stop, mean, bytes_of(cache), most, round(seconds, 4)))
+        buckets.append(Bucket(start, stop, mean, bytes_of_cache(cache), most, round(seconds, 4)))
     return losses, buckets
 
 
 def run(
     evaluated: Evaluated,
-    document: Document,
+    document: LongDocument,
     out: Path,
     bucket: int = BUCKET,
     advance: Callable[[int], Any] = lambda tokens: None,

@@ -19,7 +19,7 @@ from ahn.checkpoint.output import replacing
 from ahn.errors import AHNError
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol_recipes import RECIPES, Protocol, Recipe
-from ahn.evaluation.protocol_sources import Source, Text, checked, json_object
+from ahn.evaluation.protocol_sources import Source, SourceText, checked, json_object
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _from_directory(directory: Path, name: str, recipe: Recipe) -> Protocol:
             f"{directory} holds neither {name}.json nor the benchmark's own files: {', '.join(missing)} not found."
         )
 
-    def read(source: Source) -> Text:
+    def read(source: Source) -> SourceText:
         file = directory / source.path
         return checked(source, _read(file), str(file))
 
@@ -92,12 +92,12 @@ def _finished(file: Path, recipe: Recipe) -> Protocol:
         text = _read(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise AHNError(f"{file} is not UTF-8 text: {error}.") from error
-    protocol = json_object(Text(text, str(file)))
+    protocol = json_object(SourceText(text, str(file)))
     _check(protocol, recipe, str(file))
     return protocol
 
 
-def _build(recipe: Recipe, read: Callable[[Source], Text]) -> Protocol:
+def _build(recipe: Recipe, read: Callable[[Source], SourceText]) -> Protocol:
     texts = [read(source) for source in recipe.sources]
     protocol = {"sources": _recorded(recipe), **recipe.build(texts)}
     _check(protocol, recipe, " and ".join(text.where for text in texts))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation.metrics.lveval import METRIC_OF_FUNCTION
-from ahn.evaluation.protocol_sources import Source, Text, function_names, json_object, literal, literal_entries
+from ahn.evaluation.protocol_sources import Source, SourceText, function_names, json_object, literal, literal_entries
 
 Protocol = dict[str, Any]
 
@@ -26,12 +26,12 @@ class Recipe:
     """
 
     sources: tuple[Source, ...]
-    build: Callable[[Sequence[Text]], Protocol]
+    build: Callable[[Sequence[SourceText]], Protocol]
     check: Callable[[Protocol, str], None]
     digest: str
 
 
-def build_lveval(texts: Sequence[Text]) -> Protocol:
+def build_lveval(texts: Sequence[SourceText]) -> Protocol:
     """From config.py and metrics.py; the functions in `DATASET_METRIC` become their names."""
     config, metrics = texts
     return {
@@ -55,7 +55,7 @@ def check_lveval(protocol: Protocol, where: str) -> None:
             raise AHNError(f"{where}: {field} must be a list of strings.")
 
 
-def build_longbench(texts: Sequence[Text]) -> Protocol:
+def build_longbench(texts: Sequence[SourceText]) -> Protocol:
     """From dataset2maxlen.json and dataset2prompt.json, as they are."""
     lengths, prompts = texts
     return {"dataset2maxlen.json": json_object(lengths), "dataset2prompt.json": json_object(prompts)}
@@ -73,7 +73,7 @@ BOOK_TOKENS = 40  # `DATA_NAME_TO_MAX_NEW_TOKENS` in src/eval_utils.py
 BOOK_STYLES = ("gpt4", "yarn_mistral", "claude2")  # the models that the benchmark has prompts for
 
 
-def build_infinitebench(texts: Sequence[Text]) -> Protocol:
+def build_infinitebench(texts: Sequence[SourceText]) -> Protocol:
     """From src/prompt.py: the prompts of the questions on books, for each model style."""
     (prompts,) = texts
     return {

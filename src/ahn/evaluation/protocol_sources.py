@@ -41,7 +41,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Text:
+class SourceText:
     """A checked file: its text, and what to call it in a message."""
 
     content: str
@@ -65,7 +65,7 @@ def fetch(url: str) -> bytes:
     return content
 
 
-def checked(source: Source, content: bytes, where: str) -> Text:
+def checked(source: Source, content: bytes, where: str) -> SourceText:
     """The text of a source, if it is the pinned one.
 
     Raises:
@@ -78,12 +78,12 @@ def checked(source: Source, content: bytes, where: str) -> Text:
             f"expected sha256 {source.sha256}, found {found}."
         )
     try:
-        return Text(content.decode("utf-8"), where)
+        return SourceText(content.decode("utf-8"), where)
     except UnicodeDecodeError as error:
         raise AHNError(f"{where} is not UTF-8 text: {error}.") from error
 
 
-def json_object(text: Text) -> dict[str, Any]:
+def json_object(text: SourceText) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
@@ -98,7 +98,7 @@ def json_object(text: Text) -> dict[str, Any]:
     return value
 
 
-def assigned(text: Text, name: str) -> ast.expr:
+def assigned(text: SourceText, name: str) -> ast.expr:
     """What a Python file assigns to a name at its top level, unevaluated; the last assignment counts.
 
     Raises:
@@ -119,7 +119,7 @@ def assigned(text: Text, name: str) -> ast.expr:
     return values[-1]
 
 
-def entries(text: Text, name: str) -> dict[str, ast.expr]:
+def entries(text: SourceText, name: str) -> dict[str, ast.expr]:
     """The unevaluated values of a dictionary that a Python file assigns, by their keys.
 
     Raises:
@@ -136,7 +136,7 @@ def entries(text: Text, name: str) -> dict[str, ast.expr]:
     return result
 
 
-def function_names(text: Text, name: str) -> dict[str, str]:
+def function_names(text: SourceText, name: str) -> dict[str, str]:
     """A dictionary of functions that a Python file assigns, with the functions' names in their place.
 
     Raises:
@@ -150,7 +150,7 @@ def function_names(text: Text, name: str) -> dict[str, str]:
     return names
 
 
-def literal_entries(text: Text, name: str, keys: Iterable[str]) -> dict[str, Any]:
+def literal_entries(text: SourceText, name: str, keys: Iterable[str]) -> dict[str, Any]:
     """The values under some keys of a dictionary that a Python file assigns; its other values may be anything.
 
     Raises:
@@ -165,7 +165,7 @@ def literal_entries(text: Text, name: str, keys: Iterable[str]) -> dict[str, Any
     return result
 
 
-def literal(text: Text, name: str) -> Any:
+def literal(text: SourceText, name: str) -> Any:
     """The literal that a Python file assigns to a name.
 
     Raises:
@@ -174,7 +174,7 @@ def literal(text: Text, name: str) -> Any:
     return _value(assigned(text, name), text)
 
 
-def _value(node: ast.expr, text: Text) -> Any:
+def _value(node: ast.expr, text: SourceText) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:

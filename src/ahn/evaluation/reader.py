@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ahn.cache.conversation import AHNCache
+from ahn.measure.reading import chunk_size, in_chunks, new_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHUNK = 4096
-"""Tokens read at once without an AHN, whose configuration says it otherwise."""
-CPU_CHUNK = 512
-"""On a CPU, which gains nothing from more; a progress bar gains from less."""
 
 Prompts = Mapping[int, list[int]]
 """Token ids by any number that tells prompts apart."""
@@ -76,10 +71,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, progress: Callable[[int, int], None] = lambda read, total: None) -> None:
         self.model, self.progress = model, progress
-        config = getattr(model, "ahn_config", None)
-        self.chunk = CHUNK if config is None else config.prefill_chunk_size
-        if model.device.type == "cpu":
-            self.chunk = min(self.chunk, CPU_CHUNK)
+        self.chunk = chunk_size(model)
 
     @torch.inference_mode()
     def answers(
@@ -131,20 +123,8 @@ class Reader:
         return output[0, len(ids) :].tolist()
 
     def _read(self, ids: list[int], cache: Any, start: int, stop: int, of: int | None = None) -> None:
-        for first in range(start, stop, self.chunk):
-            last = min(first + self.chunk, stop)
-            tokens = torch.tensor([ids[first:last]], device=self.model.device)
-            self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self.progress(last, of or stop)
-
-
-def new_cache(model: PreTrainedModel) -> Any:
-    """An empty cache for a model with an AHN or without."""
-    if getattr(model, "ahn_config", None) is not None:
-        return AHNCache.for_model(model)
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+        for read, _ in in_chunks(self.model, cache, ids, start, stop, self.chunk):
+            self.progress(read, of or stop)
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:

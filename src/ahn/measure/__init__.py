@@ -1,1 +1,1 @@
-"""What several measurements share: plots, clocks, intervals."""
+"""What several measurements share: methods to compare, a text read in chunks, clocks, peaks, intervals, plots."""

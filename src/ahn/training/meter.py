@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ahn.measure.peak import so_far
 from ahn.training.distill import Distillation
 from ahn.training.schedule import WindowDraw
 
 
-class Meter:
+class StepMeter:
     """Adds up on the device; only `read` waits for it."""
 
     def __init__(self) -> None:
@@ -50,14 +49,6 @@ class Meter:
         elapsed = time.perf_counter() - self._start
         found = {"kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
         found |= {"window": self._draw.window, "sinks": self._draw.sinks}
-        found |= {"tokens_per_second": self._tokens / elapsed, "memory_gib": peak_memory()}
+        found |= {"tokens_per_second": self._tokens / elapsed, "memory_gib": so_far() / 2**30}
         self._clear()
         return found
-
-
-def peak_memory() -> float:
-    """GiB: the most that this process has held on its GPU, or without one at all."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -23,7 +23,7 @@ UNUSED = ".fn.D"
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """One micro-batch. A class of its own, because DDP and FSDP move tensors that they find in arguments to the GPU."""
 
     batch: dict[str, Tensor]
@@ -59,7 +59,7 @@ class Student(nn.Module):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(not name.endswith(UNUSED))
 
-    def forward(self, part: Part) -> Distillation:
+    def forward(self, part: MicroBatch) -> Distillation:
         """The share of this micro-batch in the step's losses; see `distillation_loss`."""
         if not self._head_checked:  # here, where a sharded model's weights are whole
             check_head(self.model)

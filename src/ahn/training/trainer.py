@@ -30,10 +30,10 @@ from ahn.training import checkpoints
 from ahn.training.arguments import TrainerArguments
 from ahn.training.data import Collator, Data, lengthened
 from ahn.training.losses import IGNORED, next_tokens, nothing_counts, valid_positions
-from ahn.training.meter import Meter
+from ahn.training.meter import StepMeter
 from ahn.training.schedule import WindowDraw, WindowSchedule
 from ahn.training.sharding import is_true
-from ahn.training.student import Part, Student
+from ahn.training.student import MicroBatch, Student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DistillationTrainer(Trainer):
             raise AHNError("FSDP was asked for, but accelerate shards weights on GPUs only; leave fsdp out.")
         self.student, self.schedule, self.evaluation = student, schedule, evaluation
         self.config, self.pad_token_id, self.settings = config, pad_token_id, settings
-        self.meter = Meter()
+        self.meter = StepMeter()
         self._step: Step | None = None
 
     # ---- data ----
@@ -146,7 +146,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         assert self._step is not None
         draw = self._step.draw
-        found = model(Part(inputs, draw.window, draw.sinks, self._step.count, draw.start))
+        found = model(MicroBatch(inputs, draw.window, draw.sinks, self._step.count, draw.start))
         self.meter.add(found)
         return found.loss * self.args.world_size  # DDP and FSDP divide gradients by the number of ranks
 
@@ -183,7 +183,7 @@ class DistillationTrainer(Trainer):
         start, valid = time.perf_counter(), 0
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in self._held_out_batches(samples):
-            found = self.model(Part(batch, self.evaluation.window, self.evaluation.sinks, count=1))
+            found = self.model(MicroBatch(batch, self.evaluation.window, self.evaluation.sinks, count=1))
             sums += torch.stack(found[:4]).double().cpu()
             valid += found.valid
         *totals, count = self._over_ranks([*sums.tolist(), valid])

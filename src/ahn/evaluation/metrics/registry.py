@@ -19,7 +19,7 @@ PROFILES = ("official", "paper")
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricInputs:
     """What a metric may look at besides prediction and answer."""
 
     keywords: str | None = None  # LV-Eval's `answer_keywords`
@@ -37,16 +37,16 @@ class Metric:
         stop_words: name of the word list in LV-Eval's protocol that the metric needs.
     """
 
-    score: Callable[[str, str, Sample], float]
+    score: Callable[[str, str, MetricInputs], float]
     first_answer_only: bool = False
     stop_words: str | None = None
 
 
-def _english_f1(prediction: str, answer: str, sample: Sample) -> float:
+def _english_f1(prediction: str, answer: str, sample: MetricInputs) -> float:
     return token_f1(english_tokens(prediction), english_tokens(answer))
 
 
-def _chinese_f1(prediction: str, answer: str, sample: Sample) -> float:
+def _chinese_f1(prediction: str, answer: str, sample: MetricInputs) -> float:
     return token_f1(chinese_tokens(prediction), chinese_tokens(answer))
 
 
@@ -120,7 +120,7 @@ def score(
     if metric not in METRICS:
         raise AHNError(f"Unknown metric {metric!r}: choose one of {', '.join([*METRICS, *OVER_ALL_ANSWERS])}.")
     chosen = METRICS[metric]
-    sample = Sample(keywords, _stop_words(metric, protocol), classes)
+    sample = MetricInputs(keywords, _stop_words(metric, protocol), classes)
     counted = answers[:1] if chosen.first_answer_only else answers
     return max((float(chosen.score(prediction, answer, sample)) for answer in counted), default=0.0)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ahn.checkpoint.output import replacing
 from ahn.errors import AHNError
 from ahn.evaluation.report import figures, gradients, tables
-from ahn.evaluation.report.collect import Comparison, collect
+from ahn.evaluation.report.collect import ResultTable, collect
 from ahn.evaluation.report.page import image, page
 from ahn.evaluation.report.tables import Table
 from ahn.measure.plots import save
@@ -47,7 +47,7 @@ def write_report(folders: Iterable[Path], out: Path) -> None:
 class _Report:
     """Writes the files one by one and remembers what goes into the page."""
 
-    def __init__(self, comparison: Comparison, out: Path) -> None:
+    def __init__(self, comparison: ResultTable, out: Path) -> None:
         self.comparison, self.out = comparison, out
         self.sections: list[str] = []
         self.texts: list[str] = []

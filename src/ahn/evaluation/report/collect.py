@@ -36,7 +36,7 @@ MODEL = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class StoredResult:
     """One folder: its `result.json`, the settings that led to it, and where the model came from."""
 
     path: Path
@@ -87,14 +87,14 @@ class Row:
 
     label: str
     kind: str
-    results: tuple[Result, ...]
+    results: tuple[StoredResult, ...]
 
     @property
     def settings(self) -> dict[str, Any]:
         """Of its first result: those of the model are the same for all."""
         return self.results[0].settings
 
-    def find(self, task: str, variant: str) -> Result | None:
+    def find(self, task: str, variant: str) -> StoredResult | None:
         """Its result of a task: the newest, if versions of packages have changed between runs."""
         return next((one for one in reversed(self.results) if (one.task, one.variant) == (task, variant)), None)
 
@@ -124,7 +124,7 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class ResultTable:
     """All results, sorted into rows."""
 
     rows: tuple[Row, ...]
@@ -157,7 +157,7 @@ class Comparison:
                 columns.append(Column(label, scores, first.figures.get("samples"), way))
         return columns + self._means(columns)
 
-    def of(self, task: str) -> list[tuple[str, list[tuple[Row, Result]]]]:
+    def of(self, task: str) -> list[tuple[str, list[tuple[Row, StoredResult]]]]:
         """(label, rows with their results) of each way that a task, or one whose name begins with it, was run."""
         groups = []
         for label, name, variant in self.tasks:
@@ -184,13 +184,13 @@ class Comparison:
         return means
 
 
-def collect(folders: Iterable[Path]) -> Comparison:
+def collect(folders: Iterable[Path]) -> ResultTable:
     """Everything in some result folders, or in folders of them.
 
     Raises:
         AHNError: a folder is not there or damaged, or there is no result in any.
     """
-    results: dict[Path, Result] = {}
+    results: dict[Path, StoredResult] = {}
     for folder in folders:
         if not folder.is_dir():
             raise AHNError(f"{folder} is no folder: name folders that `ahn eval` wrote results to.")
@@ -198,26 +198,26 @@ def collect(folders: Iterable[Path]) -> Comparison:
             results[file.parent.resolve()] = _load(file.parent)
     if not results:
         raise AHNError("There are no finished results in these folders (a finished one has a result.json).")
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, list[StoredResult]] = {}
     for result in sorted(results.values(), key=lambda one: (one.path / "result.json").stat().st_mtime):
         groups.setdefault(result.row, []).append(result)
     ordered = sorted(groups.values(), key=_order)
     labels = _labels([group[0] for group in ordered])
-    return Comparison(
+    return ResultTable(
         tuple(Row(label, _kind(group[0]), tuple(group)) for label, group in zip(labels, ordered, strict=True))
     )
 
 
-def _load(path: Path) -> Result:
+def _load(path: Path) -> StoredResult:
     try:
         figures = json.loads((path / "result.json").read_text(encoding="utf-8"))
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return Result(path, {"task": figures["task"], **figures}, config["settings"], config.get("about") or {})
+        return StoredResult(path, {"task": figures["task"], **figures}, config["settings"], config.get("about") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AHNError(f"{path} is no result folder, or is damaged: {type(error).__name__}: {error}.") from error
 
 
-def _order(group: list[Result]) -> tuple[Any, ...]:
+def _order(group: list[StoredResult]) -> tuple[Any, ...]:
     """By model, then full attention, the baselines, the memories; then by window and tokens at two bits."""
     settings = group[0].settings
     tokens = tuple(settings.get(name) or 0 for name in ("window", "quantized"))
@@ -226,12 +226,12 @@ def _order(group: list[Result]) -> tuple[Any, ...]:
     return str(settings.get("model")), place, str(settings.get("memory")), tokens, group[0].row
 
 
-def _kind(result: Result) -> str:
+def _kind(result: StoredResult) -> str:
     memory = result.settings.get("memory")
     return str(memory) if result.settings["method"] == "ahn" else str(result.settings["method"])
 
 
-def _labels(firsts: Sequence[Result]) -> list[str]:
+def _labels(firsts: Sequence[StoredResult]) -> list[str]:
     """A name for each row; what tells rows of one name apart is added until all differ."""
     names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _two_bits(one) for one in firsts]
     for detail in (_exact, _model, _adapter, lambda one: one.row[:6]):
@@ -244,21 +244,21 @@ def _labels(firsts: Sequence[Result]) -> list[str]:
     return names
 
 
-def _two_bits(one: Result) -> str:
+def _two_bits(one: StoredResult) -> str:
     quantized = one.settings.get("quantized")
     return f" + {quantized:,} at two bits" if quantized else ""
 
 
-def _exact(one: Result) -> str | None:
+def _exact(one: StoredResult) -> str | None:
     window, sinks = one.settings.get("window"), one.settings.get("sinks")
     return None if window is None else f"{sinks} + {window}"
 
 
-def _model(one: Result) -> str | None:
+def _model(one: StoredResult) -> str | None:
     return one.settings.get("model")
 
 
-def _adapter(one: Result) -> str | None:
+def _adapter(one: StoredResult) -> str | None:
     adapter = one.about.get("adapter")
     return Path(adapter).name if adapter else None
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ahn.evaluation.report.collect import Column, Comparison, Result, Row
+from ahn.evaluation.report.collect import Column, ResultTable, Row, StoredResult
 from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ OTHERS = ("#3d5a80", "#9a031e", "#588157", "#7f5539", "#6d597a")
 MOST_NUMBERED = 144
 """Cells of a heat map up to which each shows its number."""
 
-Group = Sequence[tuple[Row, Result]]
+Group = Sequence[tuple[Row, StoredResult]]
 
 
 def heat_maps(title: str, group: Group) -> Figure:
@@ -60,7 +60,7 @@ def heat_maps(title: str, group: Group) -> Figure:
     return figure
 
 
-def _heat_map(axis: Any, row: Row, result: Result, lengths: list[int], depths: list[float]) -> Any:
+def _heat_map(axis: Any, row: Row, result: StoredResult, lengths: list[int], depths: list[float]) -> Any:
     cells = {(cell["length"], cell["depth"]): cell["score"] for cell in result.figures["grid"]}
     grid = [[cells.get((length, depth), math.nan) for length in lengths] for depth in depths]
     image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
@@ -90,7 +90,7 @@ def _window_edge(axis: Any, window: int, lengths: list[int], depths: list[float]
     axis.plot(xs, ys, color="#d1495b", linewidth=1.4)
 
 
-def by_length(benchmark: str, comparison: Comparison) -> Figure | None:
+def by_length(benchmark: str, comparison: ResultTable) -> Figure | None:
     """Mean score of a benchmark's tasks by the length in their names; None with fewer than two lengths."""
     levels: dict[int, list[Column]] = {}
     for column in comparison.columns:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from ahn.evaluation.report import published
-from ahn.evaluation.report.collect import Comparison, Result, Row
+from ahn.evaluation.report.collect import ResultTable, Row, StoredResult
 
 HEADINGS = ("model", "method", "sinks", "window")
 
@@ -70,7 +70,7 @@ class Table:
         return "" if column < self.text_columns else ' class="number"'
 
 
-def scores(comparison: Comparison) -> Table | None:
+def scores(comparison: ResultTable) -> Table | None:
     """Every row's score of every task, in percent, with published ones beneath; None without scores."""
     columns = comparison.columns
     if not columns:
@@ -123,7 +123,7 @@ def published_table() -> Table:
     )
 
 
-def perplexities(label: str, group: Sequence[tuple[Row, Result]]) -> Table:
+def perplexities(label: str, group: Sequence[tuple[Row, StoredResult]]) -> Table:
     """Perplexity of one document, of all of it and where every method has forgotten something; cache and peak."""
     start, stop = common_range(group)
     shared = [f"from {start:,} to {stop:,}"] if start < stop else []
@@ -153,7 +153,7 @@ def perplexities(label: str, group: Sequence[tuple[Row, Result]]) -> Table:
     return Table(label.capitalize(), headings, tuple(rows), text_columns=2, note=note)
 
 
-def common_range(group: Sequence[tuple[Row, Result]]) -> tuple[int, int]:
+def common_range(group: Sequence[tuple[Row, StoredResult]]) -> tuple[int, int]:
     """Positions that all have read and that lie beyond each one's sinks + window."""
     exact = [(row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group]
     starts = [one["start"] for one in group[0][1].lines("positions.jsonl")]
@@ -161,7 +161,7 @@ def common_range(group: Sequence[tuple[Row, Result]]) -> tuple[int, int]:
     return next((start for start in starts if start >= max(exact)), stop), stop
 
 
-def mean_loss(result: Result, start: int, stop: int) -> float | None:
+def mean_loss(result: StoredResult, start: int, stop: int) -> float | None:
     """Mean loss of the buckets between two positions, weighted by their tokens."""
     total = count = 0.0
     for bucket in result.lines("positions.jsonl"):

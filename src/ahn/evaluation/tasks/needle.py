@@ -45,7 +45,7 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class NeedleText:
     """A text with needles, without question.
 
     Attributes:
@@ -113,11 +113,11 @@ class Needle(Task):
         room = length - self.max_new_tokens
         return Fit(room, self._longest_prompt, self._prompter.count, f"{self.name} at {length} tokens")
 
-    def _longest_prompt(self, text: Text) -> str:
+    def _longest_prompt(self, text: NeedleText) -> str:
         keys = (key for _, key, _ in text.asked)
         return self._prompt(text, max(keys, key=lambda key: self._prompter.count(f" {key}")))
 
-    def _text(self, length: int, number: int, size: int) -> Text:
+    def _text(self, length: int, number: int, size: int) -> NeedleText:
         """A text with `size` words or lines of haystack, from a random place on."""
         rng = random.Random(f"{GENERATOR} {self.seed} {self.kind} {length} {number}")
         all_units = self._hay.lines if self.kind == "fact" else self._hay.words
@@ -125,17 +125,17 @@ class Needle(Task):
         if self.kind == "fact":
             pairs = [(key, rng.choice(facts.VALUES)) for key in rng.sample(facts.KEYS, len(self.depths))]
             lines = [facts.STATEMENT.format(key=key, value=value) for key, value in pairs]
-            return Text("".join(hide(lines, units, self.depths)), self._asked(pairs))
+            return NeedleText("".join(hide(lines, units, self.depths)), self._asked(pairs))
         keys = rng.sample(WORDS, len(self.depths))
         pairs = [(key, str(rng.randint(1_000_000, 9_999_999))) for key in keys]
         lines = [needles.NEEDLE.format(kind="number", key=key, value=value) for key, value in pairs]
         sentences = needles.SENTENCE_END.split(" ".join(units))
-        return Text(" ".join(hide(lines, sentences, self.depths)), self._asked(pairs))
+        return NeedleText(" ".join(hide(lines, sentences, self.depths)), self._asked(pairs))
 
     def _asked(self, pairs: Sequence[tuple[str, str]]) -> tuple[tuple[float, str, str], ...]:
         return tuple((depth, *pair) for depth, pair in zip(self.depths, pairs, strict=True))
 
-    def _prompt(self, text: Text, key: str) -> str:
+    def _prompt(self, text: NeedleText, key: str) -> str:
         if self.kind == "fact":
             return text.context + facts.QUESTION.split(" {value}")[0].format(key=key)
         message = needles.ONE.format(kind="number", context=text.context, query=key)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ahn.errors import AHNError
 from ahn.evaluation import metrics
-from ahn.evaluation.data import Data, DataFile, Record
+from ahn.evaluation.data import DataFile, DataLines, Record
 from ahn.evaluation.protocol import protocol_digest
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 
@@ -48,9 +48,9 @@ class QuestionTask(Task):
         self._directory = options.data_dir
 
     @functools.cached_property
-    def data(self) -> Data:
+    def data(self) -> DataLines:
         """The file, located when it is first needed."""
-        return Data(self.file, self._directory)
+        return DataLines(self.file, self._directory)
 
     @abstractmethod
     def sample(self, number: int, record: Record) -> Sample:

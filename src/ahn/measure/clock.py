@@ -1,9 +1,7 @@
-"""Clocks and peaks: what is asynchronous is waited for, what is compiled at the first call stays out."""
+"""Clocks: what is asynchronous is waited for, what is compiled at the first call stays out."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import gc
 import statistics
 import time
@@ -12,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ahn.demo import peak
 
 
 def synchronize(device: torch.device) -> None:
@@ -56,37 +52,6 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-@dataclasses.dataclass
-class Memory:
-    """Of a block of `peak_memory`, set when it ends. None where the platform cannot tell.
-
-    Attributes:
-        peak_bytes: most bytes of tensors that lived at one time, those from before the block included.
-        reserved_bytes: most bytes that torch's allocator had taken from the GPU, captured graphs and gaps included.
-    """
-
-    peak_bytes: int | None = None
-    reserved_bytes: int | None = None
-
-
-@contextlib.contextmanager
-def peak_memory(device: torch.device, held: int) -> Iterator[Memory]:
-    """Measure the peak of the block.
-
-    Args:
-        held: bytes of weights and caches that exist already. A GPU knows by itself; on a CPU, where only the growth of
-            the process can be seen, they are added to it.
-    """
-    found = Memory()
-    with peak.measure(device) as growth:
-        yield found
-    if device.type == "cuda":
-        found.peak_bytes = torch.cuda.max_memory_allocated(device)
-        found.reserved_bytes = torch.cuda.max_memory_reserved(device)
-    elif growth.bytes is not None:
-        found.peak_bytes = held + growth.bytes
 
 
 def bytes_of(tensors: Iterator[Tensor]) -> int:

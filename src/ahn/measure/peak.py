@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +22,19 @@ USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 """Where glibc's own adaptation of these settings ends in a program that allocates large tensors."""
 
 
+@dataclasses.dataclass
 class Peak:
-    """`bytes` is set when the block of `measure` ends: the peak above what was held before, None if it is unknown."""
+    """Of a block of `measure`, in bytes, set when it ends. None where the platform cannot tell.
 
-    bytes: int | None = None
+    Attributes:
+        growth: the peak above what was held before.
+        total: the peak with what was held before.
+        reserved: the most that torch's allocator had taken from the GPU, captured graphs and gaps included.
+    """
+
+    growth: int | None = None
+    total: int | None = None
+    reserved: int | None = None
 
 
 @contextlib.contextmanager
@@ -41,10 +52,14 @@ def exact_allocator() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def measure(device: torch.device) -> Iterator[Peak]:
+def measure(device: torch.device, held: int = 0) -> Iterator[Peak]:
     """Measure the peak memory of the block: of the GPU if `device` is one, else of this process.
 
     The latter is for Linux, inside `exact_allocator`.
+
+    Args:
+        held: bytes of weights and caches that exist already. A GPU knows by itself; on a CPU, where only the growth of
+            the process can be seen, they are added to it for `Peak.total`.
     """
     peak = Peak()
     gc.collect()
@@ -52,12 +67,24 @@ def measure(device: torch.device) -> Iterator[Peak]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        peak.total, peak.reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        peak.growth = peak.total - before
         return
     resident = _reset_process_peak() if device.type == "cpu" else None
     yield peak
     if resident is not None:
-        peak.bytes = max(0, _status("VmHWM") - resident)
+        peak.growth = max(0, _status("VmHWM") - resident)
+        peak.total = held + peak.growth
+
+
+def so_far() -> int:
+    """Bytes: the most that this process has ever held on its GPU, or without one at all."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _reset_process_peak() -> int | None:
