@@ -1,7 +1,7 @@
 """Every task of every benchmark, end to end on a few samples in the official format, with the shipped model.
 
-Data have the benchmarks' fields and file names; prompts are the benchmarks' own where their protocols are at hand, else
-ours. Windows are short, so that the memory has something to do.
+Data have the benchmarks' fields and file names; prompts are ours. Windows are short, so that the memory
+has something to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ahn.evaluation.task import Task
 from ahn.evaluation.tasks import infinitebench, longbench, lveval, tasks
 from ahn.evaluation.tasks.ruler import TASKS as RULER
 
-SHARED = Path(__file__).parents[3] / "shared" / "protocols"
 LIMIT = 160
 """Tokens of a prompt of the downloaded benchmarks."""
 NEW_TOKENS = 3
@@ -61,11 +60,6 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def protocols(protocol_dir: Path) -> Path:
-    return SHARED if SHARED.is_dir() else protocol_dir
-
-
 def run(found: list[Task], evaluated: methods.Evaluated, out: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of every task, which agree with its result."""
     for task in found:
@@ -101,10 +95,10 @@ def test_downloaded_benchmarks(
     names: tuple[str, ...],
     evaluated: methods.Evaluated,
     data_dir: Path,
-    protocols: Path,
+    protocol_dir: Path,
     tmp_path: Path,
 ) -> None:
-    found = tasks(spec, profile=profile, data_dir=data_dir, protocol_dir=protocols, max_length=LIMIT)
+    found = tasks(spec, profile=profile, data_dir=data_dir, protocol_dir=protocol_dir, max_length=LIMIT)
     assert [task.name.split("/")[1] for task in found] == list(names)
     for name, rows in run(found, evaluated, tmp_path).items():
         for row in rows:

@@ -1,6 +1,6 @@
 """Protocols from the benchmarks' files (small ones of our own in their format), from a directory, from the cache.
 
-The published outcome is compared with where it is on this machine.
+What is published of them, without the benchmarks' texts, is compared with in `protocol_forms.json`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from ahn.errors import AHNError
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol import load_protocol, protocol_digest
 from ahn.evaluation.protocol_recipes import RECIPES
-
-PUBLISHED = Path(__file__).parents[3] / "shared" / "protocols"
+from ahn.evaluation.tasks import infinitebench, longbench, lveval
 
 # Our own benchmarks in the formats of the real ones: path in the repository -> content.
 FILES = {
@@ -345,36 +344,33 @@ def test_directory_without_the_files(tmp_path: Path) -> None:
 # The published outcome
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_published_protocol(name: str, tmp_path: Path) -> None:
-    file = PUBLISHED / f"{name}.json"
-    if not file.is_file():
-        pytest.skip("the published protocols are not on this machine")
-    published = json.loads(file.read_text(encoding="utf-8"))
-    assert load_protocol(name, protocol_dir=PUBLISHED) == published
-    assert published["sources"] == [dataclasses.asdict(source) for source in RECIPES[name].sources]
-    assert protocol_digest(published) == RECIPES[name].digest
+FORMS = json.loads(Path(__file__).with_name("protocol_forms.json").read_text(encoding="utf-8"))
+"""The published protocols without the texts that belong to the benchmarks: of a prompt only the fields that it
+fills in, of the stop words only those that occur in `published_rows.json`."""
+
+
+def test_pinned_sources_are_the_published_ones() -> None:
+    for name in NAMES:
+        assert [dataclasses.asdict(source) for source in RECIPES[name].sources] == FORMS[name]["sources"]
+
+
+def test_our_tasks_are_the_published_ones() -> None:
+    assert set(FORMS["lveval"]["DATASET_PROMPT"]) == set(lveval.TASKS)
+    assert set(FORMS["longbench"]["dataset2prompt.json"]) == set(longbench.TASKS)
+    assert set(FORMS["infinitebench"]["max_new_tokens"]) == set(infinitebench.TASKS.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_published_protocol_from_its_sources(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources written so as to give the published outcome; only their sha256 cannot be the real one."""
-    file = PUBLISHED / f"{name}.json"
-    if not file.is_file():
-        pytest.skip("the published protocols are not on this machine")
-    published = json.loads(file.read_text(encoding="utf-8"))
-    fields = {key: value for key, value in published.items() if key != "sources"}
+def test_published_form_from_its_sources(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources in the benchmark's format with its tasks, lengths and metrics; its texts are not copied."""
+    fields = {key: value for key, value in FORMS[name].items() if key != "sources"}
     remote = Remote(monkeypatch)
     remote.publish(name, _sources_of(name, fields), fields)
     protocol = load_protocol(name, cache_dir=tmp_path)
-    expected = published | {"sources": protocol["sources"]}
-    assert protocol == expected
+    sources = protocol.pop("sources")
+    assert protocol == fields
     cached = (tmp_path / f"{name}.json").read_text(encoding="utf-8")
-    assert cached == file.read_text(encoding="utf-8").replace(_dump(published["sources"]), _dump(expected["sources"]))
-
-
-def _dump(sources: list[dict[str, str]]) -> str:
-    return json.dumps({"sources": sources}, indent=1)[1:-2]
+    assert cached == json.dumps({"sources": sources} | fields, ensure_ascii=False, indent=1)
 
 
 def _sources_of(name: str, fields: dict[str, Any]) -> dict[str, str]:
