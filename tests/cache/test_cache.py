@@ -432,8 +432,8 @@ class TestFaults:
         def fail(*_: object) -> None:
             raise OSError("disk full")
 
-        monkeypatch.setattr("ahn.cache.file.os.replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr("ahn.files.os.replace", fail)
+        with pytest.raises(AHNError, match="disk full"):
             start(model, tokens(1, 12)).save(path)
         assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["cache"]
 

@@ -162,7 +162,7 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AHNError, match="holds the results of another configuration"):
         folder.open()
     (folder.path / "config.json").write_text("{")
-    with pytest.raises(AHNError, match="cannot be used for results"):
+    with pytest.raises(AHNError, match="cannot be read as JSON"):
         folder.open()
     file = tmp_path / "file"
     file.write_text("")

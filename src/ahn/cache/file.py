@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ahn.errors import AHNError
+from ahn.files import write_tensors
 from ahn.memory.layer import added_parameters
 
 if TYPE_CHECKING:
@@ -25,13 +24,11 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
     """Write a conversation with a model to `path` (temporary file, then rename)."""
     path = Path(path)
     whole = {"format": FORMAT, **description, "fingerprint": fingerprint(model), "tensors": sorted(tensors)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, {"ahn": json.dumps(whole)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AHNError(f"{path.parent} cannot be made: {error.strerror or error}.") from error
+    write_tensors(path, tensors, {"ahn": json.dumps(whole)})
 
 
 def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:

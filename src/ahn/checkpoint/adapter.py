@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint
@@ -22,9 +21,9 @@ from ahn.checkpoint.format import (
 )
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import short_name
-from ahn.checkpoint.output import replacing, write_json
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.errors import AHNError
+from ahn.files import write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
 
 PathLike = str | os.PathLike[str]
@@ -52,9 +51,8 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     if occupied and Checkpoint.open(path).kind != "adapter":
         raise AHNError(f"{path} holds the weights of another model: choose another directory.")
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    with replacing(path / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
     write_json(path / CONFIG, with_ahn(_base_config(model), settings, _base_name(model, path)))
     return path
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from ahn.checkpoint.names import is_ahn
 from ahn.checkpoint.stream import Entry, read_header
 from ahn.errors import AHNError
+from ahn.files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -69,19 +69,6 @@ class Checkpoint:
         return self
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AHNError(f"{file.parent} has no {file.name}.") from None
-    except (OSError, ValueError) as error:
-        raise AHNError(f"{file} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise AHNError(f"{file} must hold a JSON object.")
-    return content
-
-
 def _tensors(path: Path) -> dict[str, Entry]:
     # The single file wins over an index, as in transformers.
     if (path / WEIGHTS).exists():
@@ -100,6 +87,8 @@ def _indexed_tensors(path: Path) -> dict[str, Entry]:
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AHNError(f"{path / INDEX} has no weight_map.")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise AHNError(f"{path / INDEX}: weight_map must name a file for each tensor.")
     found: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:

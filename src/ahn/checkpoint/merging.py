@@ -17,9 +17,10 @@ from ahn.checkpoint.format import (
 )
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import is_ahn
-from ahn.checkpoint.output import by_file, copy_other_files, staged, write_json, write_weights
+from ahn.checkpoint.output import by_file, copy_other_files, write_weights
 from ahn.checkpoint.stream import Meter, Progress
 from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.files import staged, write_json
 from ahn.shape import ModelShape
 
 PathLike = str | os.PathLike[str]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ahn.errors import AHNError
+from ahn.files import json_object
 
 SLICE = 16 << 20  # bytes copied at once: bounds the memory of a copy whatever the tensor's size
 MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors library itself sets
@@ -61,14 +62,14 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise AHNError(f"{file} is truncated or not a safetensors file ({total} bytes): download it again.")
             if length > MAX_HEADER:
                 raise AHNError(f"{file} is not a safetensors file: its header would have {length} bytes.")
-            header = json.loads(handle.read(length))
+            header = json_object(handle.read(length), f"The safetensors header of {file}")
         header.pop("__metadata__", None)
         entries = {name: _entry(file, 8 + length, fields) for name, fields in header.items()}
     except OSError as error:
         raise AHNError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, AHNError):
-            raise
+    except AHNError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise AHNError(f"{file} has a corrupt safetensors header: download it again.") from error
     ordered = dict(sorted(entries.items(), key=lambda item: item[1].offset))
     _check_layout(file, 8 + length, total, ordered)
@@ -77,10 +78,12 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 def _entry(file: Path, start: int, fields: dict[str, Any]) -> Entry:
     begin, end = fields["data_offsets"]
-    shape = tuple(int(n) for n in fields["shape"])
+    shape = tuple(fields["shape"])
+    if any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
+        raise ValueError("sizes must be whole numbers")
     entry = Entry(file, str(fields["dtype"]), shape, start + begin, end - begin)
     bits = BITS.get(entry.dtype)
-    if begin < 0 or end < begin or (bits is not None and entry.size * 8 != bits * math.prod(shape)):
+    if end < begin or (bits is not None and entry.size * 8 != bits * math.prod(shape)):
         raise ValueError("byte range and shape disagree")
     return entry
 

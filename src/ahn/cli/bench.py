@@ -259,14 +259,13 @@ def _measure(
 def _report(out: Path) -> None:
     """Print the tables of all rows in a folder, and write them there with the plots."""
     from ahn.bench import figures, records, table
-    from ahn.checkpoint.output import replacing
+    from ahn.files import write_text
     from ahn.measure import plots
 
     rows = records.read(out)
     text = table.text(rows)
     typer.echo(text, nl=False)
-    with replacing(out / "table.txt") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "table.txt", text)
     for name, figure in figures.figures(rows).items():
         plots.save(figure, out / f"{name}.png")
     common.err.print(f"Rows, table and plots are in {out}")

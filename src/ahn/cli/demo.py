@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -270,13 +268,12 @@ def _explain(subject: DemoSubject, fact: Any, guesses: dict[str, int]) -> None:
 
 def _write_files(data: dict[str, Any], comparison: Comparison, title: str, out: Path) -> None:
     from ahn.demo.figure import comparison_figure
+    from ahn.files import write_json
     from ahn.measure import plots
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".results.{os.getpid()}.partial"
-        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, out / "results.json")
     except OSError as error:
         raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
+    write_json(out / "results.json", data)
     plots.save(comparison_figure(comparison, title), out / "figure.png")

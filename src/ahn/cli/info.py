@@ -119,9 +119,10 @@ def _changed(
 
 def _open(model: str) -> Checkpoint:
     """The configuration of a directory, a file or a Hub id, with the headers of its weights if they are at hand."""
-    from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, read_json
+    from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint
     from ahn.checkpoint.hub import config_file
     from ahn.errors import AHNError
+    from ahn.files import read_json
 
     path = Path(model).expanduser()
     if path.is_dir():

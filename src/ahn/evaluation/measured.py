@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ahn.checkpoint.output import replacing
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated
 from ahn.evaluation.results import ResultFolder
+from ahn.files import write_text
 
 PACKAGES = ("ahn", "torch", "transformers", "tokenizers")
 """Whose versions can change a loss."""
@@ -42,7 +42,5 @@ def conclude(
 ) -> dict[str, Any]:
     """Write the files (rows by name, as JSON lines), then the result, which says that all is there."""
     for name, rows in lines.items():
-        with replacing(folder.path / name) as temporary:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return folder.conclude({"document": folder.settings["task_settings"]["document"], **figures})

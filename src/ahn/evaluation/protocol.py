@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ahn.checkpoint.output import replacing
 from ahn.errors import AHNError
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol_recipes import RECIPES, Protocol, Recipe
 from ahn.evaluation.protocol_sources import Source, SourceText, checked, json_object
+from ahn.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,8 @@ def _write(file: Path, protocol: Protocol) -> None:
     """Cache a protocol, whole or not at all. One that cannot be written is only made again the next time."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(protocol, ensure_ascii=False, indent=1), encoding="utf-8")
-    except OSError as error:
+        write_text(file, json.dumps(protocol, ensure_ascii=False, indent=1))
+    except (OSError, AHNError) as error:
         logger.warning("The protocol could not be cached in %s: %s", file.parent, error)
 
 

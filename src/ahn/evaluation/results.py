@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ahn.checkpoint.output import replacing, write_json
 from ahn.errors import AHNError
 from ahn.evaluation.metrics import benchmark_score
+from ahn.files import read_json, write_json, write_text
 
 COLUMNS = ("task", "profile", "method", "model", "memory", "window", "sinks", "quantized", "limit")
 """Settings that a result repeats, so that a table needs no other file."""
@@ -50,11 +50,11 @@ class ResultFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             config = self.path / "config.json"
             if config.exists():
-                if json.loads(config.read_text(encoding="utf-8")).get("digest") != self.digest:
+                if read_json(config).get("digest") != self.digest:
                     raise AHNError(f"{self.path} holds the results of another configuration: choose another --out.")
                 return
             write_json(config, {"digest": self.digest, "settings": dict(self.settings), "about": dict(self.about)})
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise AHNError(f"{self.path} cannot be used for results: {error}.") from error
 
     def rows(self) -> dict[int, dict[str, Any]]:
@@ -70,12 +70,11 @@ class ResultFolder:
     def result(self) -> dict[str, Any] | None:
         """The result, once there is one."""
         file = self.path / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     def finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Put all rows, in order, into one file, and write the result."""
-        with replacing(self.path / "predictions.jsonl") as temporary:
-            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        write_text(self.path / "predictions.jsonl", "".join(_line(row) for row in rows))
         result = self.conclude({"samples": len(rows), **summary})
         # Only now: until the result is there, they are what a killed run goes on from.
         for file in self.path.glob("predictions.*.jsonl"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.costs import Cost
 from ahn.errors import AHNError
+from ahn.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,14 +42,8 @@ def save(figure: Figure, path: str | Path) -> None:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise AHNError(f"Cannot write a figure as {path.name!r}; its suffix must be one of {', '.join(kinds)}.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format=kind, dpi=160)
-        os.replace(partial, path)
-    except OSError as error:
-        raise AHNError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=160)
 
 
 def cost_figure(costs: Sequence[Cost], lossless: int, title: str) -> Figure:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ahn.checkpoint.output import replacing
 from ahn.config import AHNConfig
+from ahn.files import write_text
 from ahn.measure import plots
 from ahn.training.arguments import Arguments
 
@@ -91,8 +91,7 @@ def write_card(
         evaluation=_evaluation(before, after),
         figure="![Loss curves](loss.png)\n" if settings.plot_loss else "",
     )
-    with replacing(path / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path / "README.md", text)
 
 
 def _evaluation(before: dict[str, float] | None, after: dict[str, float] | None) -> str:

@@ -23,9 +23,9 @@ from transformers.utils import is_flash_attn_2_available
 import ahn
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
-from ahn.checkpoint.output import write_json
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
+from ahn.files import write_json
 from ahn.memory.horizons import start_with_horizons
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ahn.checkpoint.output import replacing
 from ahn.errors import AHNError
 from ahn.evaluation.report import figures, gradients, tables
 from ahn.evaluation.report.collect import ResultTable, collect
 from ahn.evaluation.report.page import image, page
 from ahn.evaluation.report.tables import Table
+from ahn.files import write_text
 from ahn.measure.plots import save
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class _Report:
         self.sections.append(image(path.read_bytes(), figure.get_suptitle()))
 
     def _write(self, name: str, text: str) -> None:
-        with replacing(self.out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(self.out / name, text)
 
 
 GRADIENTS = (
