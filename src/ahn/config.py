@@ -10,6 +10,8 @@ from ahn.errors import AHNError
 
 DEFAULT_WINDOW = 32640
 DEFAULT_SINKS = 128
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes in which a model can be loaded to be used."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ahn.cache import quantized
 from ahn.layout.evicted import Evicted
 from ahn.layout.visibility import Visibility
 from ahn.ops.quantize import decode, encode, rotate, turned
-from ahn.training.distill import distillation_loss
+from ahn.training.distillation import distillation_loss
 
 TOLERANCE = 1e-4  # memories compute in float32
 MEMORIES = ("gated_deltanet", "mamba2", "window_only", "ct_avg")

@@ -13,7 +13,7 @@ import ahn
 from ahn.errors import AHNError
 from ahn.evaluation import documents, gradient_probe, methods
 from ahn.evaluation.methods import Evaluated
-from ahn.training.distill import distillation_loss
+from ahn.training.distillation import distillation_loss
 
 LENGTH, ANSWER = 60, 5
 IDS = models.tokens(1, LENGTH)[0].tolist()

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 import ahn
 from ahn.training import distillation_loss
 from ahn.training.arguments import parse
-from ahn.training.distill import Distillation
+from ahn.training.distillation import Distillation
 from ahn.training.run import run
 from ahn.training.student import MicroBatch, Student
 from ahn.training.trainer import DistillationTrainer

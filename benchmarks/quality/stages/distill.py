@@ -14,10 +14,11 @@ import ahn
 from ahn.checkpoint import save_adapter
 from ahn.memory.horizons import start_with_horizons
 from ahn.model.adapter import adapter_parameters
-from ahn.training import StepLog, WindowSchedule, distill
+from ahn.training import WindowSchedule
 
 from .batches import stored_batches
 from .log import Log, write_json
+from .loop import StepLog, distill
 from .recipe import SEED, Distillation, Recipe, Task
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from ahn import tiny
 from ahn.bench.shapes import SHAPES, configuration
 from ahn.checkpoint.hub import config_file, local_directory
+from ahn.checkpoint.loading import load_base
 from ahn.errors import AHNError
 
 TINY = "tiny"
@@ -52,13 +53,15 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     try:
         if path.is_file():
             label = path.parent.name if path.name == "config.json" else path.stem
-            return BenchModel(label, build(AutoConfig.from_pretrained(path), device, dtype), True)
+            return BenchModel(
+                label, build(AutoConfig.from_pretrained(path, trust_remote_code=False), device, dtype), True
+            )
         source = tiny.path() if name == TINY else path if path.is_dir() else None
         if random_weights:
-            config = AutoConfig.from_pretrained(source or config_file(name))
+            config = AutoConfig.from_pretrained(source or config_file(name), trust_remote_code=False)
             return BenchModel(path.name, build(config, device, dtype), True)
         source = source or local_directory(name)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+        model = load_base(source, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise AHNError(

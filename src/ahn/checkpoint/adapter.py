@@ -22,6 +22,7 @@ from ahn.checkpoint.format import (
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.files import write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
@@ -82,18 +83,34 @@ def load_adapter(
         AHNError: base and adapter do not fit, a tensor is missing, extra, of the wrong shape or not finite, or a file
             is missing or damaged. The model is then as it was.
     """
-    return load_ahn(model, Checkpoint.open(local_directory(directory)).require("adapter"), window, sinks, quantized)
+    checkpoint = Checkpoint.open(local_directory(directory)).require("adapter")
+    name = model.name_or_path or type(model).__name__
+    settings = checked_settings(checkpoint, model.config, name, window, sinks, quantized)
+    return attach_checked(model, checkpoint, settings, given=window is not None and sinks is not None)
 
 
-def load_ahn(
-    model: PreTrainedModel, checkpoint: Checkpoint, window: int | None, sinks: int | None, quantized: int | None
-) -> PreTrainedModel:
-    """Attach the AHN of an adapter or of a merged checkpoint."""
-    shape = check_base(checkpoint, model.config, model.name_or_path or type(model).__name__)
+def checked_settings(
+    checkpoint: Checkpoint, base: Any, name: str, window: int | None, sinks: int | None, quantized: int | None
+) -> AHNConfig:
+    """The settings of the AHN in a checkpoint, which fits the configuration `base` of a model called `name`.
+
+    Raises:
+        AHNError: it does not fit, or a tensor is missing, extra or of the wrong shape.
+    """
+    shape = check_base(checkpoint, base, name)
     settings = read_settings(checkpoint, window, sinks, quantized)
     check_tensors(checkpoint, shape, settings)
+    return settings
+
+
+def attach_checked(model: PreTrainedModel, checkpoint: Checkpoint, settings: AHNConfig, given: bool) -> PreTrainedModel:
+    """Attach the AHN of an adapter or of a merged checkpoint, with the settings from `checked_settings`.
+
+    Args:
+        given: whether the caller chose both window and sinks.
+    """
     weights = dict(finite_tensors(checkpoint))
-    report_window(checkpoint, settings, given=window is not None and sinks is not None)
+    report_window(checkpoint, settings, given)
     if hasattr(model, "ahn_config"):
         detach(model)
     dtype = model.dtype

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DTYPES, AdapterOption, DeviceOption, QuantizedOption
+from ahn.cli.common import AdapterOption, DeviceOption, QuantizedOption
+from ahn.config import DTYPES
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -210,9 +211,10 @@ def _measure(
     from ahn.bench.model import load
     from ahn.bench.profile import table as kernel_table
     from ahn.bench.stand import BenchSettings, Stand
+    from ahn.checkpoint.loading import pick_device
     from ahn.cli.env import environment
 
-    place = common.pick_device(device)
+    place = pick_device(device)
     chosen = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if chosen not in DTYPES:
         raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")

@@ -60,8 +60,9 @@ def _devices() -> list[str]:
 def _ops_backends() -> dict[str, str]:
     """What computes the memory on the best device, in inference and in training."""
     from ahn import ops
+    from ahn.checkpoint.loading import pick_device
 
-    if common.pick_device(None).type != "cuda":
+    if pick_device(None).type != "cuda":
         used = "chunked"
     else:
         used = "ahn's kernels" if ops.has_triton() else "no kernels: they need Triton and a C compiler (gcc)"

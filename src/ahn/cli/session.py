@@ -160,10 +160,10 @@ def open_session(
     Raises:
         AHNError: a model without a memory, or one that cannot be loaded.
     """
-    from ahn.cli import common
+    from ahn.checkpoint.loading import Source
 
     model, adapter, device = named_or_shipped(model, adapter, device)
-    return Session(*common.load_model(model, adapter, window, sinks, quantized, device, dtype))
+    return Session(*Source.open(model, adapter, window, sinks, quantized).load_ready(device, dtype))
 
 
 def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:

@@ -21,7 +21,7 @@ from ahn.errors import AHNError
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.measured import conclude, open_folder
 from ahn.evaluation.methods import Evaluated
-from ahn.training.distill import distillation_loss
+from ahn.training.distillation import distillation_loss
 from ahn.training.losses import IGNORED
 
 if TYPE_CHECKING:

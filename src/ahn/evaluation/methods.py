@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import ahn
 from ahn import memory, tiny
+from ahn.checkpoint.directory import Checkpoint
+from ahn.checkpoint.loading import Source
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.measure.method import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ahn.checkpoint.directory import Checkpoint
 
 METHODS = {
     "ahn": "sinks, window and the adapter's memory",
@@ -73,31 +74,24 @@ def load(
             layers keep full attention.
         window, sinks: of the memory and of its baselines: CT's slots are taken from this window.
         quantized: of the memory and of its baselines.
-        device, dtype: as `ahn.cli.common.load_model`.
+        device, dtype: as `ahn.checkpoint.loading.Source.load_ready`.
 
     Raises:
         AHNError: the method is unknown or needs a memory that there is not, or the model cannot be loaded.
     """
-    from ahn.checkpoint.directory import Checkpoint
-    from ahn.checkpoint.hub import local_directory
-    from ahn.cli import common
-
     if method not in METHODS:
         raise AHNError(f"Unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    checkpoint = Checkpoint.open(local_directory(model))
-    if method != "ahn" and adapter is None and checkpoint.kind == "base":
-        loaded, tokenizer = common.load_base(model, device, dtype)
-    else:
-        loaded, tokenizer = common.load_model(model, adapter, window, sinks, quantized, device, dtype)
-    apply(loaded, method, window, sinks, quantized)
-    base = loaded.name_or_path  # of an adapter too, which knows its base
-    used = [Checkpoint.open(local_directory(base))]
-    named = adapter or (model if checkpoint.kind == "adapter" else None)
-    if named is not None and method == "ahn":
-        used.append(Checkpoint.open(local_directory(named)))
+    source = Source.open(model, adapter, window, sinks, quantized)
+    loaded, tokenizer = source.load_ready(device, dtype, memory=method == "ahn")
+    if method != "ahn":
+        make(method, source.settings, window, sinks, quantized).attach(loaded)
+    used, named = [source.base], None
+    if source.adapter is not None:
+        named = adapter or model
+        used += [source.adapter] if method == "ahn" else []
     settings = describe(loaded, method) | {"weights": [fingerprint(part) for part in used]}
-    settings |= {"model": _name(base), "tokenizer": _tokenizer_fingerprint(tokenizer)}
-    return Evaluated(loaded, tokenizer, method, settings, {"model": str(base), "adapter": named})
+    settings |= {"model": _name(str(source.name)), "tokenizer": _tokenizer_fingerprint(tokenizer)}
+    return Evaluated(loaded, tokenizer, method, settings, {"model": str(source.name), "adapter": named})
 
 
 def apply(
@@ -122,14 +116,25 @@ def apply(
         window, sinks = attached.window if window is None else window, attached.sinks if sinks is None else sinks
         ahn.set_window(model, window, sinks, quantized)
         return
-    config = attached or AHNConfig()
-    given = {"window": window, "sinks": sinks, "quantized": quantized}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    config = config.replace(router=False, q_proj=False, **chosen)
+    made = make(method, attached, window, sinks, quantized)
     if attached is not None:
         ahn.detach(model)
-    if method != "full":
-        ahn.attach(model, baseline(method, config))
+    made.attach(model)
+
+
+def make(
+    method: str, settings: AHNConfig | None, window: int | None, sinks: int | None, quantized: int | None
+) -> Method:
+    """Full attention or a baseline, for a bare model.
+
+    Args:
+        settings: of the AHN that it is compared with.
+        window, sinks, quantized: None takes the settings', or the defaults.
+    """
+    given = {"window": window, "sinks": sinks, "quantized": quantized}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    config = (settings or AHNConfig()).replace(router=False, q_proj=False, **chosen)
+    return Method(method, None if method == "full" else baseline(method, config))
 
 
 def baseline(method: str, config: AHNConfig) -> AHNConfig:

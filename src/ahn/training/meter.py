@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ahn.measure.peak import so_far
-from ahn.training.distill import Distillation
+from ahn.training.distillation import Distillation
 from ahn.training.schedule import WindowDraw
 
 

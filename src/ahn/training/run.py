@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -23,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 import ahn
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
+from ahn.checkpoint.loading import load_base, load_tokenizer
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.files import write_json
@@ -65,6 +64,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         checkpoint = starting_point(settings, trainer_arguments)
         base = base_directory(settings)
         tokenizer = load_tokenizer(base)
+        check_tokenizer(tokenizer)
         check_sizes(settings, base, tokenizer)
         data = load_data(
             settings, tokenizer, trainer_arguments.seed, trainer_arguments.process_index, trainer_arguments.world_size
@@ -172,25 +172,9 @@ def base_directory(settings: Settings) -> Path:
     return path
 
 
-def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer.
-
-    Raises:
-        AHNError: there is none, or it is not a fast one.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise AHNError(f"{base} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up when the files are absent
-        raise AHNError(f"{base} has no tokenizer beside its weights (tokenizer.json).")
-    check_tokenizer(tokenizer)
-    return tokenizer
-
-
 def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises AHNError if the model has no embedding for some token, or was not made for samples or positions as far."""
-    config = AutoConfig.from_pretrained(base).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config(decoder=True)
     if len(tokenizer) > config.vocab_size:
         raise AHNError(
             f"The tokenizer in {base} has {len(tokenizer)} tokens, the model embeddings for {config.vocab_size}: they "
@@ -221,12 +205,7 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
         if trainer.device.type == "cuda" and not is_true(os.environ.get("ACCELERATE_USE_FSDP"))
         else {}
     )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise AHNError(f"Cannot load {base}: {str(error).strip().splitlines()[0]}") from error
+    model = load_base(base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place)
     name = str(settings.model_name_or_path)
     model.config._name_or_path = model.name_or_path = str(base) if name == TINY else name
     ahn.attach(model, settings.ahn_config)

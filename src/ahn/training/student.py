@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
 from ahn.model.adapter import adapter_parameters
-from ahn.training.distill import Distillation, check_head, distillation_loss
+from ahn.training.distillation import Distillation, check_head, distillation_loss
 from ahn.training.losses import CHUNK
 
 UNUSED = ".fn.D"

@@ -74,4 +74,4 @@ def _tokenizer(metadata: dict[str, Any]) -> Any:
     source = metadata.get("tokenizer") or metadata.get("pretrained")
     if not source:
         raise AHNError("LV-Eval cuts prompts in the model's tokens: name it with --model_args pretrained=….")
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""A compact training loop on one device. It distils the shipped tiny model; large runs have their own trainer."""
+"""A compact training loop on one device, for many small memories; `ahn train` has a trainer of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.model.adapter import adapter_parameters, set_window
-from ahn.training.distill import Batch, check_head, distillation_loss
+from ahn.training.distillation import Batch, check_head, distillation_loss
 from ahn.training.losses import parse_loss
 from ahn.training.schedule import WindowDraw, WindowSchedule
 

@@ -6,15 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_merge import as_published
 from tiny_checkpoints import all_tensors, edit_config, edit_weights, logits, make_base, publish, same_bits
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import ahn
+from ahn.checkpoint import adapter as checkpoint_adapter
 from ahn.checkpoint import from_pretrained, hub, load_adapter, merge, save_adapter
+from ahn.checkpoint.directory import Checkpoint
+from ahn.checkpoint.loading import Source
+from ahn.evaluation import methods
 
 Copy = Callable[[Path], Path]
 
@@ -197,3 +204,84 @@ def test_a_base_with_absent_weights_is_refused(base: Path, adapter: Path, copy: 
     reshaped = edit_weights(holed, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
     with pytest.raises(ahn.AHNError, match="cannot load"):
         from_pretrained(wrong, base=reshaped)
+
+
+# -- what a command line names
+
+
+@pytest.fixture
+def spoken(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Directories of a base model with its tokenizer, an adapter and both merged."""
+    config = Qwen2Config(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        intermediate_size=16,
+        vocab_size=3,
+    )
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(base)
+    save_adapter(ahn.attach(model, ahn.AHNConfig("deltanet", window=24, sinks=8)), adapter)
+    merge(base, adapter, merged)
+    return base, adapter, merged
+
+
+def test_a_model_and_its_adapter_or_both_merged(spoken: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = map(str, spoken)
+    for model, given in ((base, adapter), (merged, None), (adapter, None)):
+        loaded, tokenizer = Source.open(model, given, sinks=4).load_ready("cpu")
+        assert loaded.ahn_config == ahn.AHNConfig("deltanet", window=24, sinks=4)
+        assert loaded.dtype == torch.float32
+        assert not loaded.training
+        assert tokenizer("b")["input_ids"] == [1]
+    assert Source.open(merged).load_ready(dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_mistakes_have_one_clear_sentence(spoken: tuple[Path, Path, Path]) -> None:
+    base, _, merged = map(str, spoken)
+    with pytest.raises(ahn.AHNError, match="without a memory; name an adapter for it with --adapter"):
+        Source.open(base).load_ready()
+    with pytest.raises(ahn.AHNError, match="There is no device 'abacus' here"):
+        Source.open(merged).load_ready("abacus")
+    with pytest.raises(ahn.AHNError, match="Unknown dtype 'int8'; choose from float32"):
+        Source.open(merged).load_ready(dtype="int8")
+    for file in Path(merged).glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ahn.AHNError, match="merged has no tokenizer"):
+        Source.open(merged).load_ready()
+
+
+def test_everything_is_opened_and_checked_once(
+    spoken: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, merged = map(str, spoken)
+    opened, checked = [], []
+    real_open, real_check = Checkpoint.open.__func__, checkpoint_adapter.check_tensors
+
+    def opening(cls: type[Checkpoint], path: Path) -> Checkpoint:
+        opened.append(path.name)
+        return real_open(cls, path)
+
+    def checking(checkpoint: Checkpoint, *rest: Any) -> None:
+        checked.append(checkpoint.path.name)
+        real_check(checkpoint, *rest)
+
+    monkeypatch.setattr(Checkpoint, "open", classmethod(opening))
+    monkeypatch.setattr(checkpoint_adapter, "check_tensors", checking)
+    for model, given in ((base, adapter), (adapter, None), (merged, None)):
+        opened.clear()
+        checked.clear()
+        methods.load("ahn", model, given, device="cpu")
+        parts = ["merged"] if model == merged else ["adapter", "base"]
+        assert sorted(opened) == parts and checked == parts[:1]
+
+
+def test_a_baseline_never_carries_the_memory(spoken: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it read from the disk."""
+    monkeypatch.setattr(checkpoint_adapter, "finite_tensors", None)
+    base, adapter, _ = map(str, spoken)
+    assert methods.load("window", base, adapter, device="cpu").model.ahn_config.memory == "window_only"

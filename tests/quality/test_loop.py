@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ahn
-from ahn.training import StepLog, WindowSchedule, distill
-from ahn.training.loop import learning_rate_factor
+from ahn.training import WindowSchedule
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
+
+from stages.loop import StepLog, distill, learning_rate_factor
 
 FIXED = WindowSchedule(sliding_window_type="fixed", total=10, ahn_position="prefix")
 RANDOM = WindowSchedule(totals=(8, 16), sink_candidates=(0, 4), seed=1)
@@ -142,3 +148,51 @@ def test_wrong_arguments_are_refused() -> None:
         distill(scaled_head(), [ids], 1, FIXED)
     with pytest.raises(ahn.AHNError, match="no AHN"):
         distill(ahn.detach(model), [ids], 1, FIXED)
+
+
+# -- on a GPU
+
+
+@pytest.mark.parametrize("memory", ahn.memory.names())
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_wait_between_logs(memory: str) -> None:
+    model = student(memory=memory).cuda()
+    schedule = WindowSchedule(sliding_window_type="fixed", total=10, ahn_position="prefix")
+
+    def batches() -> Iterator[Tensor]:
+        for step in range(6):
+            # The first steps compile kernels and allocate; the last is followed by the read of the losses.
+            torch.cuda.set_sync_debug_mode("warn" if step in (3, 4) else "default")
+            yield tokens(2, 96, seed=step)
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            logs = distill(model, batches(), 6, schedule, log_every=6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(logs) == 6
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    # transformers asks once a forward whether samples are packed; nothing else may wait.
+    assert [wait for wait in waits if "masking_utils.py" not in wait] == []
+    assert len(waits) <= 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_not_a_number_stops_before_harm_on_a_gpu() -> None:
+    model, before = student().cuda(), {}
+    norm = model.get_decoder().norm.weight
+
+    def batches() -> Iterator[Tensor]:
+        for step in range(6):
+            if step == 2:
+                before.update({name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()})
+                norm.data[0] = torch.nan
+            yield tokens(1, 96, seed=step)
+
+    schedule = WindowSchedule(sliding_window_type="fixed", total=10, ahn_position="prefix")
+    with pytest.raises(ahn.AHNError, match="Step 2"):
+        distill(model, batches(), 6, schedule, log_every=6)
+    assert all(torch.equal(p, before[name]) for name, p in ahn.adapter_parameters(model).items())

@@ -1,0 +1,263 @@
+"""From what a user names to a model that reads. In this order, each once: open, settings, check, load, attach.
+
+Code that lies in a model's directory is never run (`trust_remote_code`), whatever its configuration asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ahn.checkpoint.adapter import attach_checked, checked_settings
+from ahn.checkpoint.directory import Checkpoint
+from ahn.checkpoint.format import BASE_NAME, transformers_config
+from ahn.checkpoint.hub import local_directory
+from ahn.checkpoint.names import is_ahn
+from ahn.config import DTYPES, AHNConfig
+from ahn.errors import AHNError
+
+PathLike = str | os.PathLike[str]
+HUB = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+def from_pretrained(
+    directory: PathLike,
+    base: PathLike | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    quantized: int | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a model with its AHN.
+
+    Args:
+        directory: an adapter or a merged checkpoint, ours or published: a directory or a Hub id.
+        base: for an adapter, the base model's directory or Hub id. Default: what the adapter's configuration names.
+        window: window to use. Default: the saved one; for published checkpoints 32640, never their `sliding_window`.
+        sinks: likewise; for published checkpoints 128.
+        quantized: likewise; for published checkpoints 0.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `device_map`; `revision` is that of
+            `directory`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        AHNError: the base is not named or not found, does not fit, or a file is missing or damaged.
+    """
+    hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+    revision = {"revision": kwargs.pop("revision")} if "revision" in kwargs else {}
+    checkpoint = Checkpoint.open(local_directory(directory, **hub, **revision))
+    if checkpoint.kind == "base":
+        raise AHNError(
+            f"{checkpoint.path} has no AHN tensors: load it with transformers, then ahn.attach or ahn.load_adapter."
+        )
+    return Source.of(checkpoint, directory, base, window, sinks, quantized, hub).load(**kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model's files, opened and checked; no weights are loaded.
+
+    Attributes:
+        name: what the loaded model's `name_or_path` will be.
+        base: where the base weights are: a plain model or a merged checkpoint.
+        ahn: where the AHN is: an adapter, the merged checkpoint, or None.
+        settings: the AHN's, with what was given in place of the saved ones.
+        given: whether window and sinks were both given.
+    """
+
+    name: PathLike
+    base: Checkpoint
+    ahn: Checkpoint | None = None
+    settings: AHNConfig | None = None
+    given: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        adapter: str | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+        quantized: int | None = None,
+    ) -> Source:
+        """What a command line names: a base model, alone or with an adapter, a merged checkpoint or an adapter.
+
+        Raises:
+            AHNError: as `from_pretrained`; a base model without an adapter is no error here.
+        """
+        named, base = (adapter, model) if adapter else (model, None)
+        checkpoint = Checkpoint.open(local_directory(named))
+        if checkpoint.kind == "base" and adapter is None:
+            return cls(model, checkpoint)
+        return cls.of(checkpoint, named, base, window, sinks, quantized)
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        name: PathLike,
+        base: PathLike | None,
+        window: int | None,
+        sinks: int | None,
+        quantized: int | None,
+        hub: dict[str, Any] | None = None,
+    ) -> Source:
+        """A checkpoint with an AHN, called `name`, and its base; other arguments as `from_pretrained`."""
+        files = checkpoint
+        if checkpoint.kind != "merged":
+            named = base or _named_base(checkpoint.require("adapter"))
+            if not named:
+                raise AHNError(
+                    f"{checkpoint.path} does not say which base model it belongs to: pass base=, a directory or Hub id."
+                )
+            name, files = named, _open_base(checkpoint, named, hub or {})
+        elif base is not None:
+            raise AHNError(f"{checkpoint.path} is a merged checkpoint and brings its own base model: leave base out.")
+        config = transformers_config(files.config, files.path)
+        settings = checked_settings(checkpoint, config, str(name), window, sinks, quantized)
+        return cls(name, files, checkpoint, settings, window is not None and sinks is not None)
+
+    @property
+    def adapter(self) -> Checkpoint | None:
+        """Where the AHN is, if it is not beside the base weights."""
+        return None if self.ahn is self.base else self.ahn
+
+    def load(self, memory: bool = True, **kwargs: Any) -> PreTrainedModel:
+        """The model in evaluation mode, with its AHN or, without `memory`, bare; `kwargs` as `from_pretrained`."""
+        if self.base.kind == "merged":
+            kwargs = {"config": transformers_config(self.base.config, self.base.path)} | kwargs
+        model = load_base(self.base.path, **kwargs)
+        model.config._name_or_path = model.name_or_path = str(self.name)
+        if self.base.kind == "merged":
+            named = _named_base(self.base)
+            setattr(model.config, BASE_NAME, None if named is None else str(named))
+        if memory and self.ahn is not None and self.settings is not None:
+            attach_checked(model, self.ahn, self.settings, self.given)
+        return model.eval()
+
+    def load_ready(
+        self, device: str | None = None, dtype: str | None = None, memory: bool = True
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model on its device, ready to read, and its tokenizer.
+
+        Args:
+            device: a torch device; None takes CUDA, else MPS, else the CPU.
+            dtype: one of `DTYPES`; None takes float32 on a CPU and the checkpoint's own dtype elsewhere.
+            memory: False leaves the AHN out.
+
+        Raises:
+            AHNError: there is no such device or dtype, an AHN is wanted and there is none, or a file is damaged.
+        """
+        if memory and self.ahn is None:
+            raise AHNError(f"{self.name} is a plain model without a memory; name an adapter for it with --adapter.")
+        place = pick_device(device)
+        chosen = dtype or ("float32" if place.type == "cpu" else "auto")
+        if chosen not in (*DTYPES, "auto"):
+            raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+        tokenizer = load_tokenizer(self.base.path)
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()  # of loading weights: noise in a log
+        return self.load(memory, dtype=chosen).to(place), tokenizer
+
+
+def load_base(path: Path, **kwargs: Any) -> PreTrainedModel:
+    """Load with transformers; unlike there, an absent weight is an error, and AHN weights beside the base are none.
+
+    Raises:
+        AHNError: transformers cannot load it, or a weight is absent.
+    """
+    kwargs = {"trust_remote_code": False} | kwargs
+    with _without_load_report():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise unreadable(path, error) from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise AHNError(f"{path} lacks {len(absent)} weights of {type(model).__name__}, the first is {absent[0]}.")
+    unused = sorted(name for name in info["unexpected_keys"] if not is_ahn(name))
+    if unused:
+        logging.getLogger("ahn").warning("%s has %d unused weights, the first is %s.", path, len(unused), unused[0])
+    return model
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model's weights.
+
+    Raises:
+        AHNError: there is none that loads.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up when the files are absent
+        raise AHNError(f"{path} has no tokenizer beside its weights (tokenizer.json).")
+    return tokenizer
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The torch device called `name`, or the fastest there is.
+
+    Raises:
+        AHNError: there is no such device here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise AHNError(f"There is no device {name!r} here; `ahn env` lists what there is.") from None
+    return device
+
+
+def unreadable(path: PathLike, error: Exception) -> AHNError:
+    """The first line of what transformers said about a model, as this package's error."""
+    first = str(error).strip().partition("\n")[0]
+    return AHNError(f"transformers cannot load {path}: {first or type(error).__name__}")
+
+
+def _open_base(adapter: Checkpoint, named: PathLike, hub: dict[str, Any]) -> Checkpoint:
+    try:
+        path = local_directory(named, **hub)
+    except AHNError as error:
+        raise AHNError(f"Base model of {adapter.path} not found, pass base=, a directory or Hub id. {error}") from error
+    return Checkpoint.open(path).require("base")
+
+
+def _named_base(checkpoint: Checkpoint) -> PathLike | None:
+    """The base that a configuration names; a path that starts with a dot is relative to the checkpoint."""
+    name = checkpoint.config.get(BASE_NAME) or checkpoint.config.get("_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None
+    return Path(os.path.normpath(checkpoint.path / name)) if name.startswith(".") else name
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from listing the AHN's weights as unexpected."""
+    source = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)
