@@ -16,7 +16,7 @@ from torch import Tensor
 Weights = Mapping[str, Tensor]
 
 
-# -- memories (spec section 3): one head-wise state, written with the gates of one token, read with those of another ---
+# -- memories (docs/spec.md, section 3): one state per head, written with one token's gates, read with another's -------
 
 
 def _unit(x: Tensor) -> Tensor:

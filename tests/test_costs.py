@@ -1,4 +1,4 @@
-"""Costs against the numbers of the paper (spec sections 4 and 5), and against what the modules really hold."""
+"""Costs against the numbers of the paper (docs/spec.md, sections 4 and 5), and against what the modules really hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Invariant 4: the state of a conversation is its cache, which can be copied, reordered, moved, saved and cropped."""
+"""The state of a conversation is its cache, which can be copied, reordered, moved, saved and cropped.
+
+This is invariant 4 of docs/spec.md, section 8.
+"""
 
 from __future__ import annotations
 

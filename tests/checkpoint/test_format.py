@@ -168,8 +168,8 @@ def test_expected_tensors_are_those_of_an_attached_model() -> None:
 def test_expected_tensors_of_the_published_3b() -> None:
     config = Qwen2Config(hidden_size=2048, num_attention_heads=16, num_key_value_heads=2, num_hidden_layers=36)
     shapes = expected_shapes(ModelShape.from_config(config), ahn.AHNConfig())
-    assert len(shapes) == 288  # spec section 7
-    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 12_982_464  # spec section 4
+    assert len(shapes) == 288  # docs/spec.md, section 7
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 12_982_464  # docs/spec.md, section 4
 
 
 def test_only_ahn_names_are_taken_for_ahn() -> None:

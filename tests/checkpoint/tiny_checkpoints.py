@@ -43,7 +43,7 @@ FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
-# What published configurations carry besides the model (spec section 7); the values are those of its trap.
+# What published configurations carry besides the model (docs/spec.md, section 7); the values are those of its trap.
 LEFTOVERS = {
     "_layer_implementation": "Qwen2MemDecoderLayer",
     "sliding_window": 256,

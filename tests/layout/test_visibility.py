@@ -1,4 +1,4 @@
-"""Who sees what (spec section 2), against an oracle that knows only lists of positions.
+"""Who sees what (docs/spec.md, section 2), against an oracle that knows only lists of positions.
 
 Every token is its own position in its row: keys, values and gates that go through a cache carry that number, so what
 attention sees and what is written can be read off as lists.

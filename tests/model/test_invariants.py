@@ -1,4 +1,6 @@
-"""The design's invariants 1, 2, 3, 5 and 7 on whole models; 4 is in test_cache.py, 6 in test_ops.py and test_memory.py.
+"""Invariants 1, 2, 3, 5 and 7 of docs/spec.md, section 8, on whole models.
+
+Invariant 4 is in test_cache.py, 6 in test_ops.py and test_memory.py.
 
 Weights are random and wide, so one key seen too many or one write out of order changes logits by more than 1 %.
 """

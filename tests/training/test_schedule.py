@@ -1,4 +1,4 @@
-"""The window schedule obeys spec section 6 and depends on (seed, step, length) alone."""
+"""The window schedule obeys docs/spec.md, section 6, and depends on (seed, step, length) alone."""
 
 from __future__ import annotations
 

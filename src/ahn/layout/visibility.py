@@ -1,7 +1,8 @@
 """Who sees what: which keys a query attends to, which tokens leave the window, what they may write.
 
-This is the one place that knows the order of writes, the first eviction and padding (spec section 2). Everything is
-stated for one forward over `length` new tokens that follow `seen` earlier ones; all layers of that forward share it.
+This is the one place that knows the order of writes, the first eviction and padding (docs/spec.md, section 2).
+Everything is stated for one forward over `length` new tokens that follow `seen` earlier ones; all layers of that
+forward share it.
 
 Two kinds of number are kept apart. The *index* of a token counts every column of the batch, padding included, and is
 the same for all rows. Its *position* counts the row's real tokens: position = index - pads of the row. Windows slide by

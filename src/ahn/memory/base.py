@@ -40,7 +40,7 @@ class Memory(nn.Module):
         heads: H.
         head_dim: P.
         kv_heads: Hkv; None where every query head has a key head.
-        q_proj: give the memory its own per-head projection of the query (spec option `q_proj`).
+        q_proj: give the memory its own per-head projection of the query (docs/spec.md, section 3).
     """
 
     name: ClassVar[str]

@@ -12,7 +12,7 @@ from ahn.ops.rule import StepRule
 
 
 class DeltaNet(RecurrentMemory):
-    """`S ← S + k̂ (β (v - Sᵀ k̂))ᵀ`, read `Sᵀ q̂ / √P` (AHN paper, section 3; spec section 3)."""
+    """`S ← S + k̂ (β (v - Sᵀ k̂))ᵀ`, read `Sᵀ q̂ / √P` (docs/spec.md, section 3)."""
 
     name = "deltanet"
     published_name = "DeltaNet"

@@ -15,7 +15,7 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 class GatedDeltaNet(DeltaNet):
-    """DeltaNet after `S ← exp(g) S`, with `g = -exp(A_log) softplus(a_proj x + dt_bias)` (spec section 3)."""
+    """DeltaNet after `S ← exp(g) S`, with `g = -exp(A_log) softplus(a_proj x + dt_bias)` (docs/spec.md, section 3)."""
 
     name = "gated_deltanet"
     published_name = "GatedDeltaNet"

@@ -15,7 +15,7 @@ from ahn.ops.rule import StepRule
 
 
 class Mamba2(RecurrentMemory):
-    """`S ← exp(-exp(A_log) dt) S + k̂ (dt v)ᵀ`, read `Sᵀ q̂` (spec section 3).
+    """`S ← exp(-exp(A_log) dt) S + k̂ (dt v)ᵀ`, read `Sᵀ q̂` (docs/spec.md, section 3).
 
     The published implementation keeps the transpose of this state.
     """

@@ -1,4 +1,4 @@
-"""The query that reads a memory through the memory's own projection (spec option `q_proj`)."""
+"""The query that reads a memory through the memory's own projection (docs/spec.md, section 3)."""
 
 from __future__ import annotations
 

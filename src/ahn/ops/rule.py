@@ -11,7 +11,7 @@ from ahn.ops.routes import Routes
 
 @dataclasses.dataclass(frozen=True)
 class StepRule:
-    """How one memory writes and reads, in the terms of `ahn.ops` (spec section 3).
+    """How one memory writes and reads, in the terms of `ahn.ops` (docs/spec.md, section 3).
 
     With w the write gate and g the logarithm of the decay: `S ← exp(g) S; u = w (v - [delta] Sᵀ k̂); S ← S + k̂ uᵀ;
     o = Sᵀ q̂ · scale`, then `RMSNorm(o; across one head) · silu(γ)` or `RMSNorm(o · silu(γ); across all heads)`.

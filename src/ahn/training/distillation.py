@@ -57,7 +57,7 @@ def distillation_loss(
     count: int | None = None,
     start: int = 0,
 ) -> Distillation:
-    """Losses of a student with this window against its own full attention (spec section 6).
+    """Losses of a student with this window against its own full attention (docs/spec.md, section 6).
 
     The model keeps the given window afterwards: with gradient checkpointing the backward pass runs the student again.
 

@@ -1,4 +1,4 @@
-"""Which window and how many sinks the student gets at each training step (spec section 6), and where it begins."""
+"""Which window and sinks the student gets at each training step, and where it begins (docs/spec.md, section 6)."""
 
 from __future__ import annotations
 
