@@ -7,6 +7,11 @@ from ahn.costs import cost, count_parameters
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
+    from ahn import inspect as inspect
+    from ahn import memory as memory
+    from ahn import ops as ops
+    from ahn import tiny as tiny
+    from ahn import training as training
     from ahn.cache.conversation import AHNCache
     from ahn.checkpoint import from_pretrained, load_adapter, merge, save_adapter, split
     from ahn.config import AHNConfig
@@ -39,14 +44,16 @@ _HOME = {
 _MODULES = ("inspect", "memory", "ops", "smollm2", "tiny", "training")
 
 
-def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `ahn --help` needs neither.
-    if name in _MODULES:
-        return importlib.import_module(f"ahn.{name}")
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module 'ahn' has no attribute {name!r}")
+if not TYPE_CHECKING:  # for a type checker every name would exist
+
+    def __getattr__(name: str) -> Any:
+        # torch and transformers take seconds to import; `ahn --help` needs neither.
+        if name in _MODULES:
+            return importlib.import_module(f"ahn.{name}")
+        for module, names in _HOME.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module 'ahn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -137,14 +137,13 @@ class _Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=0.0, fused=True)
         # The fused kernel does nothing where `found_inf` is 1: how GradScaler skips a step. Ours is never reset, so the
         # parameters stay as they were until the host reads the losses and raises.
-        self.adamw.grad_scale = None
-        self.adamw.found_inf = torch.zeros((), device=parameters[0].device)
+        vars(self.adamw).update(grad_scale=None, found_inf=torch.zeros((), device=parameters[0].device))
 
     def step(self, loss: Tensor, lr: float) -> Tensor:
         """Update from the gradients and clear them; returns their norm before clipping, on the device."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
-        self.adamw.found_inf = torch.maximum(self.adamw.found_inf, bad.float())
+        vars(self.adamw)["found_inf"] = torch.maximum(vars(self.adamw)["found_inf"], bad.float())
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ahn.ops.backend import shared_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +26,11 @@ def tiles(kernel: str, query: Tensor) -> Tiles:
     P = query.shape[-1]
     if query.dtype == torch.float32:  # without tensor cores registers are what limits
         return Tiles(16, 32, 4, 1) if P > 32 else Tiles(32, 32, 4, 1)
-    if _shared_memory(query.device) < 200 * 1024:  # before Hopper, and GPUs for one user
+    if shared_memory(query.device) < 200 * 1024:  # before Hopper, and GPUs for one user
         return Tiles(64, 32, 4, 2) if P > 64 else Tiles(64, 64, 4, 2)
     if P > 64:
         return Tiles(64, 128, 8, 3) if kernel == "keys" else Tiles(128, 64, 8, 3)
     return Tiles(128, 64, 4, 3) if kernel == "forward" else Tiles(64, 64, 4, 3)
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program can have."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ from ahn.memory.base import RecurrentMemory, head_gate, l2_norm, rms_norm
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRule
 
+NORM_EPS = 1e-5  # of the RMSNorm of a read
+
 
 class DeltaNet(RecurrentMemory):
     """`S ← S + k̂ (β (v - Sᵀ k̂))ᵀ`, read `Sᵀ q̂ / √P` (docs/spec.md, section 3)."""
@@ -21,7 +23,7 @@ class DeltaNet(RecurrentMemory):
     def build(self) -> None:
         self.b_proj = nn.Linear(self.hidden_size, self.write_heads, bias=False)
         self.g_proj = nn.Linear(self.hidden_size, self.heads, bias=False)
-        self.o_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        self.o_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
 
     def reset_gates(self) -> None:
         nn.init.ones_(self.o_norm.weight)
@@ -41,7 +43,7 @@ class DeltaNet(RecurrentMemory):
 
     def step_rule(self) -> StepRule:
         decay = "decay" if "decay" in self.closed_gates else None
-        return StepRule("beta", decay, True, 1e-6, self.head_dim**-0.5, self.o_norm.eps, across_heads=False)
+        return StepRule("beta", decay, True, 1e-6, self.head_dim**-0.5, NORM_EPS, across_heads=False)
 
     @property
     def step_norm(self) -> Tensor:
@@ -49,5 +51,5 @@ class DeltaNet(RecurrentMemory):
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
         gamma = self.read_gate(x).float().unsqueeze(-1)
-        o = rms_norm(o, self.o_norm.weight, self.o_norm.eps) * gamma * torch.sigmoid(gamma)
+        o = rms_norm(o, self.o_norm.weight, NORM_EPS) * gamma * torch.sigmoid(gamma)
         return self.o_proj(o)

@@ -13,6 +13,8 @@ from ahn.memory.base import RecurrentMemory, head_gate, rms_norm
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRule
 
+NORM_EPS = 1e-5  # of the RMSNorm of a read
+
 
 class Mamba2(RecurrentMemory):
     """`S ← exp(-exp(A_log) dt) S + k̂ (dt v)ᵀ`, read `Sᵀ q̂` (docs/spec.md, section 3).
@@ -29,7 +31,7 @@ class Mamba2(RecurrentMemory):
         self.g_proj = nn.Linear(self.hidden_size, self.heads)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.norm = nn.RMSNorm(self.heads * self.head_dim, eps=1e-5)
+        self.norm = nn.RMSNorm(self.heads * self.head_dim, eps=NORM_EPS)
 
     def reset_gates(self) -> None:
         nn.init.ones_(self.dt_bias)
@@ -57,7 +59,7 @@ class Mamba2(RecurrentMemory):
 
     def step_rule(self) -> StepRule:
         # F.normalize divides by max(norm, 1e-12).
-        return StepRule("step", "decay", False, 1e-24, 1.0, self.norm.eps, across_heads=True)
+        return StepRule("step", "decay", False, 1e-24, 1.0, NORM_EPS, across_heads=True)
 
     @property
     def step_norm(self) -> Tensor:
@@ -68,5 +70,5 @@ class Mamba2(RecurrentMemory):
         B, H, N, P = o.shape
         # One norm over all heads together: (B, H, N, P) to (B, N, H·P) and back.
         merged = (o * F.silu(gamma)).transpose(1, 2).reshape(B, N, H * P)
-        merged = rms_norm(merged, self.norm.weight, self.norm.eps)
+        merged = rms_norm(merged, self.norm.weight, NORM_EPS)
         return self.o_proj(merged.view(B, N, H, P).transpose(1, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ def memory_query(module: nn.Module, memory: RecurrentMemory, x: Tensor, rope: Ro
     return _own_rope(module)(query, query, cos, sin)[0]
 
 
-def _query_before_rope(module: nn.Module, x: Tensor) -> Tensor:
+def _query_before_rope(module: Any, x: Tensor) -> Tensor:
     """The base model's query of x (B, m, D) before its norm and RoPE: (B, Hq, m, P)."""
     # Phi-3 keeps q, k and v in one matrix, q first.
     query = module.q_proj(x) if hasattr(module, "q_proj") else module.qkv_proj(x)[..., : module.o_proj.in_features]

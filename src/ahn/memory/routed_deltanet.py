@@ -45,7 +45,7 @@ class RoutedDeltaNet(DeltaNet):
         for linear in (self.q_map, self.k_map):
             nn.init.zeros_(linear.weight)
         nn.init.normal_(self.k_route)
-        self.k_route /= self.k_route.norm(dim=1, keepdim=True)
+        self.k_route.div_(self.k_route.norm(dim=1, keepdim=True))
         self.q_route.copy_(self.k_route.repeat_interleave(self.heads // self.kv_heads, dim=0))
 
     @property

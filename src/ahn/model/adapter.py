@@ -75,8 +75,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     attention.register()
     adapter = Adapter(kernel=kernel, handles=[])
     for index, module in modules.items():
-        _add_memory(layers[index], module, shape, config)
-        hook = AttentionHook(layers[index].ahn, getattr(layers[index], "ahn_router", None), index)
+        hook = AttentionHook(*_add_memory(layers[index], module, shape, config), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
     model._ahn = adapter
@@ -243,15 +242,17 @@ def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
         config._attn_implementation = kernel
 
 
-def _add_memory(layer: nn.Module, module: nn.Module, shape: ModelShape, config: AHNConfig) -> None:
+def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNConfig) -> tuple[AHN, Router | None]:
     device = module.o_proj.weight.device
     with torch.device(device):
         fn = memory.get(config.memory)(
             shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=config.q_proj
         )
-        layer.ahn = AHN(fn.float())
+        layer.ahn = ahn = AHN(fn.float())
+        router = None
         if config.router and isinstance(fn, memory.RecurrentMemory):
-            layer.ahn_router = Router(shape.heads)
+            layer.ahn_router = router = Router(shape.heads)
+    return ahn, router
 
 
 def _check_head_dim(shape: ModelShape, quantized: int) -> None:
@@ -261,7 +262,7 @@ def _check_head_dim(shape: ModelShape, quantized: int) -> None:
         )
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+def _decoder_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = getattr(decoder, "layers", None)
     if decoder is None or not isinstance(layers, nn.ModuleList):

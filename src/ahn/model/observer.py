@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ahn.cache.conversation import AHNCache
@@ -26,7 +26,7 @@ class Passage:
         read: (B, Hq, m, P) what is added to it, before the base model's `o_proj`.
     """
 
-    module: nn.Module
+    module: Any
     layer: LayerContext
     view: Visibility
     left: Evicted

@@ -8,6 +8,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
+
+import torch
 
 from ahn.errors import AHNError
 
@@ -32,6 +35,15 @@ def use_backend(name: str | None) -> Iterator[None]:
 def forced() -> str | None:
     """The backend that `use_backend` forces, if any."""
     return _forced
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program of a kernel can have; 0 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack the field
+    return properties.shared_memory_per_block_optin
 
 
 @cache

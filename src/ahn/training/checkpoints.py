@@ -139,7 +139,7 @@ def load_memory(model: PreTrainedModel, path: Path) -> None:
                 parameter.copy_(weights[short_name(name)])
 
 
-def write_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], path: Path | None) -> None:
+def write_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], path: Path | None) -> None:
     """The state of every parameter as tensors named `parameter/what`; gathered on every rank, written where path is."""
     tensors = {
         f"{names[parameter]}/{what}": whole(torch.as_tensor(value)).clone()
@@ -150,7 +150,7 @@ def write_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
         save_file(tensors, path / OPTIMIZER)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], path: Path) -> None:
     """What `write_optimizer` wrote, sharded as the parameters are.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ahn.decode.compiled import compiled
 from ahn.errors import AHNError
@@ -82,7 +83,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Head:
+    def of(cls, model: PreTrainedModel) -> Head:
         """The head of a transformers causal language model.
 
         Raises:

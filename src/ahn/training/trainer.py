@@ -212,7 +212,7 @@ class DistillationTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def _names(self) -> dict[nn.Parameter, str]:
+    def _names(self) -> dict[Tensor, str]:
         return {parameter: short_name(name) for name, parameter in self.student.memory().items()}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -22,7 +22,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-def find_norm(node: fx.Node) -> Norm | None:
+def find_norm(node: Any) -> Norm | None:
     """RMSNorm with a weight, computed in any precision and rounded anywhere, but in the end to that of its x."""
     for weight, scaled in either(node, MUL):
         if not is_input(weight) or value(weight).dim() != 1:

@@ -107,13 +107,15 @@ def _gated(linears: list[fx.Node]) -> _Gated | None:
         if active is None or active.target not in _SILU or only_user(up) is None:
             continue
         whole = only_user(active)
-        if is_call(whole, MUL) and whole is only_user(up):
+        if whole is not None and whole is only_user(up) and is_call(whole, MUL):
             return _Gated(whole, gate, up)
     return None
 
 
 def _added(linears: list[fx.Node]) -> _Added | None:
     whole = only_user(linears[0]) if len(linears) == 1 else None
+    if whole is None:
+        return None
     for linear, residual in either(whole, ADD):
         other = isinstance(residual, fx.Node) and residual is not linear
         if linear is linears[0] and other and alike(residual, linear):

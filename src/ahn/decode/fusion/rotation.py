@@ -58,7 +58,7 @@ def _take_in(graph: fx.Graph, step: fx.Node) -> None:
         for name in heads:
             token = graph.call_function(operator.getitem, (before[name].x, _TOKEN))
             step.update_arg(at[name], token)
-    turn = {"cos": query.cos, "sin": query.sin}
+    turn: dict[str, Any] = {"cos": query.cos, "sin": query.sin}
     for name in ("query", "key"):
         turn |= {f"{name}_norm": before[name].norm, f"{name}_eps": before[name].eps}
     step.kwargs = {**step.kwargs, **turn}

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ahn.ops.backend import shared_memory
 from ahn.ops.rule import StepRule
 from ahn.ops.scan import kernel_backward as kernels
 from ahn.ops.scan.kernel import CHUNK, STATE_COLUMNS, kernel_sizes, read_raw, write_all
@@ -19,9 +20,7 @@ from ahn.ops.scan.kernel import CHUNK, STATE_COLUMNS, kernel_sizes, read_raw, wr
 
 def _stages(device: torch.device) -> int:
     """Loads of the next chunk run beside a chunk's work where shared memory holds both (103 KB at P = 128)."""
-    if device.type != "cuda":
-        return 1  # interpreted
-    return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 112 * 1024 else 1
+    return 2 if shared_memory(device) > 112 * 1024 else 1
 
 
 class Scan(torch.autograd.Function):
@@ -39,7 +38,8 @@ class Scan(torch.autograd.Function):
         rule: StepRule,
         share: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        write, decay, share = (None if x is None else x.contiguous() for x in (write, decay, share))
+        write = write.contiguous()
+        decay, share = (None if x is None else x.contiguous() for x in (decay, share))
         sizes = kernel_sizes(query, key, value, write, decay, share)
         done = write_all(key, value, write, decay, state, rule, sizes, keep=True)
         kept = done.written, done.states, done.from_k, done.inverse

@@ -319,7 +319,8 @@ def scan(
         The finished or the raw read (B, Hq, m, P) in the query's type, laid out as (B, m, Hq, P), and the state after
         the last write.
     """
-    write, decay, share = (None if x is None else x.contiguous() for x in (write, decay, share))
+    write = write.contiguous()
+    decay, share = (None if x is None else x.contiguous() for x in (decay, share))
     sizes = kernel_sizes(query, key, value, write, decay, share)
     done = write_all(key, value, write, decay, state, rule, sizes)
     return read_raw(query, key, decay, share, done, rule, sizes, read), done.state
