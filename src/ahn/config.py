@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,13 +52,13 @@ class AHNConfig:
         for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {value!r}.")
+                raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {reprlib.repr(value)}.")
         for name in ("router", "q_proj"):
             if not isinstance(getattr(self, name), bool):
-                raise AHNError(f"AHNConfig.{name} must be True or False, got {getattr(self, name)!r}.")
+                raise AHNError(f"AHNConfig.{name} must be True or False, got {reprlib.repr(getattr(self, name))}.")
         layers = self.full_attention_layers
-        if not isinstance(layers, Iterable) or any(not isinstance(i, int) or i < 0 for i in layers):
-            raise AHNError(f"AHNConfig.full_attention_layers must be layer indices ≥ 0, got {layers!r}.")
+        if not isinstance(layers, Iterable) or any(type(i) is not int or i < 0 for i in layers):
+            raise AHNError(f"AHNConfig.full_attention_layers must be layer indices ≥ 0, got {reprlib.repr(layers)}.")
         object.__setattr__(self, "full_attention_layers", tuple(sorted(set(layers))))
         from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
 

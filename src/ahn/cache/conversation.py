@@ -276,27 +276,22 @@ class AHNCache(Cache):
             AHNError: the file is missing, damaged or not a cache, or it was made with another base, adapter or memory.
         """
         cache = AHNCache.for_model(model)
-        tensors, description = file.read(path, model)
-        described = description["config"]
-        cache.config = AHNConfig(**described | {"full_attention_layers": tuple(described["full_attention_layers"])})
+        tensors, cache.config, seen = file.read(path, model)
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
         for index, layer in enumerate(cache.layers):
             own = under(f"layers.{index}.")
-            missing = {"keys", "values"} - own.keys()
-            if missing and (own or isinstance(layer, AHNLayer)):
-                raise AHNError(f"{path} is incomplete: layers.{index}.{min(missing)} is missing.")
             if isinstance(layer, AHNLayer):
                 layer.window, layer.sinks = cache.config.window, cache.config.sinks
-                layer.load_tensors(own, description["seen"])
+                layer.load_tensors(own, seen)
                 cache._batch = len(own["keys"])
             elif own:
                 layer.lazy_initialization(own["keys"], own["values"])
                 layer.keys, layer.values = own["keys"], own["values"]
                 if hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length = description["seen"]
+                    layer.cumulative_length = seen
         if padding := under("padding."):
             cache.padding = Padding(**padding)
         return cache

@@ -1,65 +1,104 @@
-"""A conversation in a file: named tensors and a description in the metadata, as one safetensors file."""
+"""A conversation in a file: named tensors and a description in the metadata, as one safetensors file.
+
+Nothing in a file is trusted: the description is checked against the tensors' dtypes and shapes before any is read
+(`ahn.cache.checks`), the tensors against a checksum, and the model against the one that wrote it (`ahn.cache.origin`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ahn.cache.checks import Stored, check_layout, check_values, read_config
+from ahn.cache.origin import check_origin, first_fingerprint, origin
+from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.files import write_tensors
-from ahn.memory.layer import added_parameters
+from ahn.files import json_object, write_tensors
+from ahn.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "ahn-cache-1"
+FORMAT = "ahn-cache-2"
+FIRST_FORMAT = "ahn-cache-1"
+"""Without a checksum, and with a fingerprint of 64 rows of the embedding instead of an origin."""
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any], model: PreTrainedModel) -> None:
-    """Write a conversation with a model to `path` (temporary file, then rename)."""
+    """Write a conversation with a model to `path`, whole or not at all.
+
+    Raises:
+        AHNError: it cannot be written; a file that was there is unchanged.
+    """
     path = Path(path)
-    whole = {"format": FORMAT, **description, "fingerprint": fingerprint(model), "tensors": sorted(tensors)}
+    on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    whole = {"format": FORMAT, **description, "origin": origin(model)}
+    whole["checksum"] = checksum(on_cpu, whole)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AHNError(f"{path.parent} cannot be made: {error.strerror or error}.") from error
-    write_tensors(path, tensors, {"ahn": json.dumps(whole)})
+    write_tensors(path, on_cpu, {"ahn": json.dumps(whole)})
 
 
-def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the model's device, and the description that `write` wrote for the same model and adapter.
+def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], AHNConfig, int]:
+    """The tensors, on the model's device, the settings, and the tokens read, as `write` wrote them for this model.
 
     Raises:
         AHNError: the file is missing, damaged or not a conversation, or it was made with another base or adapter.
     """
+    path = Path(path)
+    if not path.exists():
+        raise AHNError(f"There is no cache file {path}.")
+    if not path.is_file():
+        raise AHNError(f"{path} is not a file.")
     try:
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
-            description = json.loads((file.metadata() or {}).get("ahn", "{}"))
+        with safe_open(path, framework="pt") as file:
+            description = json_object((file.metadata() or {}).get("ahn", "{}"), f"The description in {path}")
+            config, seen = _check(description, _stored(file), model, path)
             # Copies have their own aligned memory: kernels round differently where it is not aligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except FileNotFoundError:
-        raise AHNError(f"There is no cache file {path}.") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
-    if description.get("format") != FORMAT:
-        raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
-    if description["fingerprint"] != fingerprint(model):
-        raise AHNError(f"{path} was written with another base model or adapter; its memory means nothing to this one.")
-    lost = set(description.get("tensors", ())) - tensors.keys()  # older files do not say what they hold
-    if lost:
-        raise AHNError(f"{path} is incomplete: {min(lost)} is missing.")
-    return tensors, description
+    if description["format"] == FORMAT and description.get("checksum") != checksum(tensors, description):
+        raise AHNError(f"{path} is damaged: its checksum is another than that of its content.")
+    check_values(tensors, seen, str(path))
+    return {name: x.to(model.device) for name, x in tensors.items()}, config, seen
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the adapter's weights and of a sample of the base's: a state is only readable by what wrote it."""
-    digest = hashlib.sha256()
-    sample = model.get_input_embeddings().weight[:64]
-    for x in [sample, *added_parameters(model).values()]:
-        digest.update(x.detach().float().cpu().numpy().tobytes())
+def checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """sha256 of all that a file says: tensors by name with dtype, shape and bytes, and the rest of the description."""
+    rest = {name: value for name, value in description.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"\0{name} {x.dtype} {tuple(x.shape)}\0".encode())
+        digest.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _stored(file: Any) -> dict[str, Stored]:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    return {name: Stored(x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+
+
+def _check(
+    description: dict[str, Any], found: dict[str, Stored], model: PreTrainedModel, path: Path
+) -> tuple[AHNConfig, int]:
+    kind = description.get("format")
+    if kind not in (FORMAT, FIRST_FORMAT):
+        raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
+    if kind == FORMAT:
+        saved = description.get("origin")
+        check_origin(saved if isinstance(saved, dict) else {}, model, path)
+    elif description.get("fingerprint") != first_fingerprint(model):
+        raise AHNError(f"{path} was written with another base model or adapter; its memory means nothing to this one.")
+    config, seen = read_config(description, model.ahn_config, str(path))
+    check_layout(found, config, seen, ModelShape.from_config(model.config), str(path))
+    return config, seen

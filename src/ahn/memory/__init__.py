@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import importlib
 import pkgutil
+import reprlib
 from functools import cache
 
 import torch
@@ -40,9 +41,9 @@ def get(name: str) -> type[Memory]:
     """The memory class called `name`."""
     try:
         return _registry()[name]
-    except KeyError:
+    except (KeyError, TypeError):  # TypeError: a configuration file may say anything
         known = ", ".join(names() + baselines())
-        raise AHNError(f"Unknown memory {name!r}; this installation has {known}.") from None
+        raise AHNError(f"Unknown memory {reprlib.repr(name)}; this installation has {known}.") from None
 
 
 def by_published_name(published: str) -> type[Memory]:

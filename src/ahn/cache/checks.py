@@ -1,0 +1,202 @@
+"""Whether a file's tensors can be the conversation that its description says: decided before any of them is read.
+
+Everything here is a function of the description (JSON), of the tensors' dtypes and shapes, and of the model's shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn import memory
+from ahn.config import AHNConfig
+from ahn.errors import AHNError
+from ahn.ops.quantize import PER_BYTE
+from ahn.shape import ModelShape
+
+LIMIT = 1 << 40
+"""More tokens than this no conversation, window or tier has; sums and products of them stay within 64 bits."""
+FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a file's header says of a tensor: its dtype in safetensors' words, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str) -> tuple[AHNConfig, int]:
+    """The settings of a saved conversation and the tokens that it has read.
+
+    Args:
+        description: JSON types, not to be trusted.
+        of_model: settings of the model that is to go on with it; window, sinks and quantized may differ.
+        where: what to call the file in a message.
+
+    Raises:
+        AHNError: a value is missing, of the wrong type, out of range or not the model's.
+    """
+    block, seen = description.get("config"), description.get("seen")
+    known = {field.name for field in dataclasses.fields(AHNConfig)}
+    if not isinstance(block, dict) or not block.keys() <= known:
+        raise AHNError(f"{where} does not say with which settings it was written, or in terms unknown here.")
+    try:
+        config = AHNConfig(**block)
+    except (AHNError, TypeError) as error:
+        raise AHNError(f"{where} is damaged: {error}") from error
+    for name in ("memory", "router", "q_proj", "full_attention_layers"):
+        if (there := getattr(config, name)) != (here := getattr(of_model, name)):
+            raise AHNError(
+                f"{where} was written with another base model or adapter: {name} {reprlib.repr(there)}, "
+                f"this model has {here!r}."
+            )
+    sizes = {"seen": seen, "window": config.window, "sinks": config.sinks, "quantized": config.quantized}
+    for name, value in sizes.items():
+        if type(value) is not int or not (name == "seen") <= value < LIMIT:
+            raise AHNError(f"{where} is damaged: {name} is {reprlib.repr(value)}.")
+    assert isinstance(seen, int)
+    return config, seen
+
+
+def check_layout(found: Mapping[str, Stored], config: AHNConfig, seen: int, shape: ModelShape, where: str) -> None:
+    """Compare every tensor's name, dtype and shape with what such a conversation holds.
+
+    Raises:
+        AHNError: a tensor is missing, too many, of another dtype or of another shape.
+    """
+    layers = _by_layer(found, len(shape.layer_types), where)
+    with_memory = shape.memory_layers(config.full_attention_layers)
+    first = layers[with_memory[0]].get("keys")
+    batch = first.shape[0] if first is not None and first.shape else 0
+    if not batch:
+        raise AHNError(f"{where} is incomplete: layers.{with_memory[0]}.keys is missing or empty.")
+    for index, tensors in enumerate(layers):
+        name = f"layers.{index}"
+        if index in with_memory:
+            _check_memory_layer(tensors, config, seen, batch, shape, f"{where}: {name}")
+        elif tensors:
+            held = seen if shape.layer_types[index] == "full_attention" else None
+            _check_other_layer(tensors, seen, held, batch, f"{where}: {name}")
+    padding = {name.removeprefix("padding."): x for name, x in found.items() if name.startswith("padding.")}
+    if padding:
+        dtypes = {"leading": "I64", "ended": "BOOL", "moved": "I64"}
+        _compare(padding, {name: Stored(dtype, (batch,)) for name, dtype in dtypes.items()}, f"{where}: padding")
+
+
+def check_values(tensors: Mapping[str, Tensor], seen: int, where: str) -> None:
+    """Whole numbers that become positions and sizes: -1 (none) to the tokens read.
+
+    Raises:
+        AHNError: one is out of range, or padding contradicts itself.
+    """
+    for name, x in tensors.items():
+        if x.dtype == torch.int64 and x.numel() and not -1 <= int(x.min()) <= int(x.max()) <= seen:
+            raise AHNError(f"{where} is damaged: {name} holds a number outside of -1 to {seen}.")
+    if "padding.leading" in tensors:
+        leading, moved = tensors["padding.leading"], tensors["padding.moved"]
+        if not bool(((moved >= 0) & (moved <= leading)).all()):
+            raise AHNError(f"{where} is damaged: more padding was moved than there is.")
+
+
+def _by_layer(found: Mapping[str, Stored], count: int, where: str) -> list[dict[str, Stored]]:
+    layers: list[dict[str, Stored]] = [{} for _ in range(count)]
+    for name, stored in found.items():
+        part, _, rest = name.partition(".")
+        number, _, own = rest.partition(".")
+        if part == "layers" and number.isdecimal() and len(number) < 6 and int(number) < count and own:
+            layers[int(number)][own] = stored
+        elif part != "padding":
+            raise AHNError(
+                f"{where} holds a tensor {name[:80]!r} that does not belong to a conversation of this model."
+            )
+    return layers
+
+
+def _check_memory_layer(
+    tensors: dict[str, Stored], config: AHNConfig, seen: int, batch: int, shape: ModelShape, where: str
+) -> None:
+    for name in ("keys", "values"):
+        if name not in tensors:
+            raise AHNError(f"{where}.{name} is missing.")
+    dtype = tensors["keys"].dtype
+    if dtype not in FLOATS:
+        raise AHNError(f"{where}.keys holds {dtype}, not numbers that attention can use.")
+    held = min(seen, config.lossless)
+    keys = (batch, shape.kv_heads, held, shape.head_dim)
+    wanted = {"keys": Stored(dtype, keys), "values": Stored(dtype, keys)}
+    fn, gates = _memory(config, shape, batch, held)
+    wanted |= {f"gates.{name}": Stored(dtype, tuple(gate.shape)) for name, gate in gates.items()}
+    state = _state(fn, config, batch, shape)
+    tier = _tier(config, batch, shape, gates, dtype)
+    if isinstance(fn, memory.RecurrentMemory) or state.keys() & tensors.keys():
+        wanted |= state
+    if seen > config.lossless or tier.keys() & tensors.keys():
+        wanted |= tier
+    _compare(tensors, wanted, where)
+
+
+def _memory(config: AHNConfig, shape: ModelShape, batch: int, held: int) -> tuple[memory.Memory, dict[str, Tensor]]:
+    """The memory without weights, and the write gates of the tokens in the window, without numbers."""
+    with torch.device("meta"), torch.no_grad():
+        fn = memory.get(config.memory)(
+            shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=config.q_proj
+        )
+        return fn, fn.write_gates(torch.empty(batch, held, shape.hidden_size))
+
+
+def _state(fn: memory.Memory, config: AHNConfig, batch: int, shape: ModelShape) -> dict[str, Stored]:
+    slots = fn.slot_count(config.window + config.quantized)
+    if slots:  # pooled groups, and the one that is filling
+        pools = Stored("F32", (batch, shape.kv_heads, slots + 1, shape.head_dim))
+        return {"state.keys": pools, "state.values": pools, "state.groups": Stored("I64", (batch, slots + 1))}
+    state = fn.init_state(batch, torch.device("meta"))
+    return {f"state.{name}": Stored("F32", tuple(x.shape)) for name, x in state.items()}
+
+
+def _tier(
+    config: AHNConfig, batch: int, shape: ModelShape, gates: Mapping[str, Tensor], dtype: str
+) -> dict[str, Stored]:
+    if not config.quantized:
+        return {}
+    rows = batch, shape.kv_heads
+    tier = {}
+    for kind in ("key", "value"):
+        tier[f"{kind}s"] = Stored("U8", (*rows, config.quantized, shape.head_dim // PER_BYTE))
+        tier[f"{kind}_scales"] = Stored("BF16", (*rows, config.quantized))
+        tier[f"{kind}_offset"] = Stored("F32", (*rows, shape.head_dim))
+    tier |= {f"gates.{name}": Stored(dtype, (batch, x.shape[1], config.quantized)) for name, x in gates.items()}
+    return {f"state.quantized.{name}": stored for name, stored in tier.items()}
+
+
+def _check_other_layer(tensors: dict[str, Stored], seen: int, held: int | None, batch: int, where: str) -> None:
+    """A layer without a memory: the first size of its tensors is the batch, the third of its keys what it holds."""
+    for name, stored in tensors.items():
+        if not stored.shape or stored.shape[0] != batch:
+            raise AHNError(f"{where}.{name} has shape {stored.shape}, the conversation has {batch} rows.")
+    keys, values = tensors.get("keys"), tensors.get("values")
+    if (keys is None) != (values is None):
+        raise AHNError(f"{where}.{'keys' if keys is None else 'values'} is missing.")
+    if keys is None or values is None:
+        return
+    if keys.dtype not in FLOATS or keys.dtype != values.dtype or len(keys.shape) != 4 or len(values.shape) != 4:
+        raise AHNError(f"{where}: keys {keys.dtype} {keys.shape} and values {values.dtype} {values.shape} do not fit.")
+    length = keys.shape[2]
+    if keys.shape[:3] != values.shape[:3] or not 0 < length <= seen or length != (held or length):
+        raise AHNError(f"{where} holds {length} keys and {values.shape[2]} values after {seen} tokens.")
+
+
+def _compare(found: Mapping[str, Stored], wanted: Mapping[str, Stored], where: str) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise AHNError(f"{where}.{missing[0]} is missing.")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise AHNError(f"{where}.{extra[0][:80]} does not belong to a conversation of this model.")
+    for name, stored in wanted.items():
+        if found[name] != stored:
+            raise AHNError(f"{where}.{name} is {found[name].dtype} {found[name].shape}, expected {stored}.")
