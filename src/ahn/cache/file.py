@@ -79,7 +79,7 @@ def checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> s
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"\0{name} {x.dtype} {tuple(x.shape)}\0".encode())
-        digest.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
