@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 from stages import card
 from stages.recipes import TINY
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-28-ahn-tiny"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "ahn-tiny"
 SHIPPED = Path(tiny.__file__).parent
 
 
