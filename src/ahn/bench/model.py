@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from ahn import tiny
+from ahn import shipped
 from ahn.bench.shapes import SHAPES, configuration
 from ahn.checkpoint.hub import config_file, local_directory
 from ahn.checkpoint.loading import load_base
 from ahn.errors import AHNError
-
-TINY = "tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     """The model called `name`.
 
     Args:
-        name: a name in `SHAPES`, "tiny" for the shipped model, a config.json, or a directory or Hub id.
+        name: a name in `SHAPES`, one in `shipped.NAMES`, a config.json, or a directory or Hub id.
         random_weights: of the last two, take only the shape. The first and the third have no weights anyway.
 
     Raises:
@@ -44,11 +42,11 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     """
     if name in SHAPES:
         return BenchModel(name, build(configuration(name), device, dtype), True)
-    path = Path(name).expanduser()
-    if not path.exists() and name != TINY and "/" not in name:
+    path = Path(shipped.resolve(name)).expanduser()
+    if not path.exists() and "/" not in name:
         raise AHNError(
-            f"There is no shape, file or directory {name!r}; shapes are {', '.join(SHAPES)} and {TINY}, and an id on "
-            "the Hub has an owner (Qwen/Qwen2.5-3B-Instruct)."
+            f"There is no shape, file or directory {name!r}; shapes are {', '.join((*SHAPES, *shipped.NAMES))}, and an "
+            "id on the Hub has an owner (Qwen/Qwen2.5-3B-Instruct)."
         )
     try:
         if path.is_file():
@@ -56,10 +54,10 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
             return BenchModel(
                 label, build(AutoConfig.from_pretrained(path, trust_remote_code=False), device, dtype), True
             )
-        source = tiny.path() if name == TINY else path if path.is_dir() else None
+        source = path if path.is_dir() else None
         if random_weights:
             config = AutoConfig.from_pretrained(source or config_file(name), trust_remote_code=False)
-            return BenchModel(path.name, build(config, device, dtype), True)
+            return BenchModel(Path(name).name, build(config, device, dtype), True)
         source = source or local_directory(name)
         model = load_base(source, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
@@ -67,7 +65,7 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
         raise AHNError(
             f"Cannot load {name!r}; the shapes that need no files are {', '.join(SHAPES)}. {first}"
         ) from error
-    return BenchModel(path.name, _ready(model), False)
+    return BenchModel(Path(name).name, _ready(model), False)
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -47,8 +47,8 @@ def command(
         str,
         typer.Option(
             "--model",
-            help="Shape by name (qwen2.5-3b, qwen2.5-7b, qwen2.5-14b, qwen3-4b), tiny for the model that comes with "
-            "ahn, a config.json, or a model's directory or Hub id.",
+            help="Shape by name (qwen2.5-3b, qwen2.5-7b, qwen2.5-14b, qwen3-4b), tiny (comes with ahn), smollm2, a "
+            "config.json, or a model's directory or Hub id.",
         ),
     ] = "tiny",
     random_weights: Annotated[
@@ -118,8 +118,11 @@ def command(
       ahn bench throughput --model qwen2.5-3b --context 128k --batch 1,32,100
       ahn bench train --model qwen2.5-7b --methods gated_deltanet
     """
+    from ahn import shipped
+
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
     if names:
+        adapter = adapter and shipped.resolve_adapter(model, adapter)
         options = BenchOptions(model, adapter, methods, window, sinks, quantized, context, batch)
         plans = [options.plan(name) for name in names]
         _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)

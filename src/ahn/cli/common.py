@@ -20,7 +20,11 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="Adapter to put on the model: a directory or a Hub id.")
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Adapter for the model: a directory, a Hub id, or the kind of a shipped one.",
+    ),
 ]
 WindowOption = Annotated[
     int | None, typer.Option("--window", min=1, help="Last tokens kept exactly (default: the adapter's, else 32640).")

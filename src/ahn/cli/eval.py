@@ -31,7 +31,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         help="Base model (with --adapter, or for a baseline), merged checkpoint or adapter: a directory or a Hub "
-        "id (default: the small model that comes with ahn).",
+        "id; or tiny, the small model that comes with ahn (default), or smollm2, which is found or downloaded.",
     ),
 ]
 MethodOption = Annotated[

@@ -21,13 +21,17 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "--base-model",
-        help="Base model (with --adapter), merged checkpoint or adapter: a directory or a Hub id "
-        "(default: the small model that comes with ahn).",
+        help="Base model (with --adapter), merged checkpoint or adapter: a directory or a Hub id; or tiny, the small "
+        "model that comes with ahn (default), or smollm2, which is found or downloaded.",
     ),
 ]
 MemoryOption = Annotated[
     str | None,
-    typer.Option("--adapter", "--ahn-path", help="Adapter to put on the model: a directory or a Hub id."),
+    typer.Option(
+        "--adapter",
+        "--ahn-path",
+        help="Adapter for the model: a directory, a Hub id, or the kind of a shipped one.",
+    ),
 ]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[

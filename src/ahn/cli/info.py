@@ -83,6 +83,7 @@ def look_at(
     Raises:
         AHNError: there is no such model or adapter, they do not belong together, or the weights are damaged.
     """
+    from ahn import shipped
     from ahn.checkpoint import format as checkpoint_format
     from ahn.checkpoint.directory import Checkpoint
     from ahn.checkpoint.hub import local_directory
@@ -90,7 +91,8 @@ def look_at(
     from ahn.config import AHNConfig
     from ahn.shape import ModelShape
 
-    source = _open(model)
+    adapter = adapter and shipped.resolve_adapter(model, adapter)
+    source = _open(shipped.resolve(model))
     hf_config = checkpoint_format.transformers_config(source.config, source.path)
     shape = ModelShape.from_config(hf_config)
     found = [source] if source.tensors else []

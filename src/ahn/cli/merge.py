@@ -15,7 +15,9 @@ from ahn.cli.common import JsonOption
 
 
 def command(
-    base_model: Annotated[str, typer.Option("--base-model", "--model", help="Base model: a directory or a Hub id.")],
+    base_model: Annotated[
+        str, typer.Option("--base-model", "--model", help="Base: a directory, a Hub id, tiny or smollm2.")
+    ],
     ahn_path: Annotated[str, typer.Option("--ahn-path", "--adapter", help="Adapter: a directory or a Hub id.")],
     output_path: Annotated[Path, typer.Option("--output-path", help="New directory for the merged checkpoint.")],
     as_json: JsonOption = False,
@@ -30,9 +32,12 @@ def command(
     Example:
       ahn merge --base-model ./Qwen2.5-3B --ahn-path ./AHN-3B --output-path ./out
     """
+    from ahn import shipped
     from ahn.checkpoint import merge
 
-    written = copy_with_progress("merging", lambda report: merge(base_model, ahn_path, output_path, report))
+    base, adapter = shipped.resolve(base_model), shipped.resolve_adapter(base_model, ahn_path)
+    assert adapter is not None
+    written = copy_with_progress("merging", lambda report: merge(base, adapter, output_path, report))
     say(as_json, written | {"output": str(output_path)}, f"Wrote {output_path}")
 
 

@@ -21,6 +21,7 @@ TINY_MEMORY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
+SINKS_WITHOUT_MEMORY = 32
 CONTEXT = 8
 """Tokens decoded together with a new one: what a token looks like depends on its neighbours."""
 
@@ -162,19 +163,47 @@ def open_session(
     """
     from ahn.checkpoint.loading import Source
 
+    if model is not None and adapter is None and _has_no_memory(model):
+        return _without_memory(model, window, sinks, quantized, device, dtype)
     model, adapter, device = named_or_shipped(model, adapter, device)
     return Session(*Source.open(model, adapter, window, sinks, quantized).load_ready(device, dtype))
 
 
-def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:
-    """Model, adapter and device that a user named; the shipped ones if no model was named, or an adapter alone."""
-    from ahn import tiny
+def _has_no_memory(model: str) -> bool:
+    from ahn import shipped
 
-    if model is not None:
-        return model, adapter, device
-    if adapter is not None:
+    module = shipped.known(model)
+    return module is not None and not module.adapters()
+
+
+def _without_memory(
+    model: str, window: int | None, sinks: int | None, quantized: int | None, device: str | None, dtype: str | None
+) -> Session:
+    """A model that no memory is shipped for yet: what leaves its window is forgotten."""
+    import ahn
+    from ahn import shipped
+    from ahn.checkpoint.loading import Source
+    from ahn.cli import common
+
+    loaded, tokenizer = Source.open(shipped.resolve(model)).load_ready(device, dtype, memory=False)
+    trained = loaded.config.max_position_embeddings
+    sinks = SINKS_WITHOUT_MEMORY if sinks is None else sinks
+    window = window or trained // 2 - sinks  # so that a long text shows what forgetting is, within the trained length
+    ahn.attach(loaded, ahn.AHNConfig(memory="window_only", window=window, sinks=sinks, quantized=quantized or 0))
+    common.err.print(f"ahn ships no memory for {model} yet: what leaves the window is forgotten.")
+    return Session(loaded, tokenizer)
+
+
+def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:
+    """Directories and device for what a user named; of the shipped ones if no model was named, nor an adapter alone."""
+    from ahn import shipped, tiny
+
+    if model is None and adapter is not None:
         return adapter, None, device  # an adapter knows its base
-    return str(tiny.path()), str(tiny.adapter_path(TINY_MEMORY)), device or TINY_DEVICE
+    name = model or "tiny"
+    if shipped.known(name) is tiny:
+        device = device or TINY_DEVICE
+    return shipped.resolve(name), shipped.resolve_adapter(name, adapter, TINY_MEMORY), device
 
 
 def sentence(memory: dict[str, Any]) -> str:

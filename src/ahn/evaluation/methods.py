@@ -184,7 +184,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _name(base: str) -> str:
     """What results call a base model."""
-    return SHIPPED if Path(base).resolve() == tiny.path().resolve() else Path(base).name
+    path = Path(base)
+    if path.resolve() == tiny.path().resolve():
+        return SHIPPED
+    # in the Hub's cache: models--OWNER--NAME/snapshots/COMMIT
+    return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
 def _kernel(model: PreTrainedModel) -> str:

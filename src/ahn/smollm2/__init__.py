@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ahn.errors import AHNError
 from ahn.smollm2 import hub, made
+from ahn.smollm2.hub import REPOSITORY
 
-__all__ = ["GGUF", "adapter_path", "adapters", "path"]
+__all__ = ["GGUF", "REPOSITORY", "adapter_path", "adapters", "path"]
 
 GGUF = "AHN_SMOLLM2_GGUF"
 """Environment variable that names a file to make the model from, as the argument of `path`."""

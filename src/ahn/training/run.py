@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 import ahn
+from ahn import shipped
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.loading import load_base, load_tokenizer
@@ -37,7 +38,6 @@ from ahn.training.trainer import DistillationTrainer
 
 logger = logging.getLogger("ahn")
 
-TINY = "ahn-tiny"
 RESULTS = "results.json"
 FREE = ("notes", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "save_ahn_only")
 """Settings that change no number of a run."""
@@ -165,7 +165,7 @@ def base_directory(settings: Settings) -> Path:
         AHNError: they are not within reach, or are no plain model.
     """
     name = str(settings.model_name_or_path)
-    path = ahn.tiny.path() if name == TINY else local_directory(name)
+    path = local_directory(shipped.resolve(name))
     kind = Checkpoint.open(path).kind
     if kind != "base":
         raise AHNError(f"{name} holds {DESCRIPTION[kind]}; a new memory is trained on {DESCRIPTION['base']}.")
@@ -206,8 +206,7 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
         else {}
     )
     model = load_base(base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place)
-    name = str(settings.model_name_or_path)
-    model.config._name_or_path = model.name_or_path = str(base) if name == TINY else name
+    model.config._name_or_path = model.name_or_path = shipped.base_name(str(settings.model_name_or_path))
     ahn.attach(model, settings.ahn_config)
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)

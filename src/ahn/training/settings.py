@@ -27,7 +27,7 @@ class Settings:
         AHNError: something is missing, out of range, unknown or contradicts something else.
     """
 
-    model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, or ahn-tiny (comes with ahn).")
+    model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, tiny or smollm2.")
     ahn_implementation: str = _setting("GatedDeltaNet", "Memory: GatedDeltaNet, DeltaNet, Mamba2 or RoutedDeltaNet.")
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
