@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict
 from tiny_run import words, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
-from ahn.training.data import Collator, Data, lengthened, load_data
+from ahn.training.data import Collator, Data, Stream, lengthened, load_data
 from ahn.training.settings import Settings
 from ahn.training.sources import HUB, load_rows
 from ahn.training.tokenise import RowTokenizer
@@ -59,6 +60,141 @@ def test_forms_of_files(load: Any, tmp_path: Path) -> None:
     assert lengths(load(f"{lines},{array}", max_samples=3).train) == 2 * expected[:3]
 
 
+CHATS = [
+    {"messages": [{"role": "user", "content": words(60 + n, n)}, {"role": "assistant", "content": f"reply {n}"}]}
+    for n in range(6)
+]
+
+
+def texts_of(samples: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [tokenizer.decode(list(sample["input_ids"])) for sample in samples]
+
+
+def test_sources_of_different_kinds(load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each has its own columns; what is held out comes from all of them."""
+    lines = write_rows(tmp_path / "a.jsonl", LONG)
+    Dataset.from_list(CHATS).to_parquet(tmp_path / "b.parquet")
+    Dataset.from_dict({"prompt": [row["text"] for row in LONG], "response": ["7"] * 12}).to_csv(tmp_path / "c.csv")
+    with caplog.at_level(logging.INFO):
+        data = load(f"{lines},{tmp_path / 'b.parquet'},{tmp_path / 'c.csv'}")
+    assert len(data.train) == 12 + 6 + 12
+    for words_ in ("a.jsonl: 12 rows, 12 samples", "b.parquet: 6 rows, 6 samples", "c.csv: 12 rows, 12 samples"):
+        assert words_ in caplog.text
+    data = load(f"{lines},{tmp_path / 'b.parquet'}", val_size=8)
+    assert (len(data.train), len(data.held_out)) == (10, 8)
+    streamed = load(f"{lines},{tmp_path / 'b.parquet'},{tmp_path / 'c.csv'}", streaming=True, val_size=14).train
+    assert len(lengths(zip_first(streamed, 16))) == 16
+
+
+def zip_first(samples: Any, number: int) -> list[Any]:
+    return [sample for sample, _ in zip(samples, range(number), strict=False)]
+
+
+def test_packed_files_are_unpacked(load: Any, tmp_path: Path) -> None:
+    expected = lengths(load(write_rows(tmp_path / "a.jsonl", LONG)).train)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert lengths(load(tmp_path / "a.jsonl.gz").train) == expected
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(LONG[3]["text"].encode()))
+    assert lengths(load(tmp_path / "b.txt.gz").train) == expected[3:4]
+    Dataset.from_list(LONG).to_csv(tmp_path / "c.csv")
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress((tmp_path / "c.csv").read_bytes()))
+    assert lengths(load(tmp_path / "c.csv.gz").train) == expected
+
+
+def test_cells_of_csv_are_text(load: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = "\n".join(f"{row['text']}\t{answer}" for row, answer in zip(LONG, ("7", "None", "NA"), strict=False))
+    (tmp_path / "a.tsv").write_text(f"\ufeffprompt\tresponse\n{rows}\n")
+    found = texts_of(load(tmp_path / "a.tsv").train, tokenizer)
+    assert [text.rpartition("assistant\n")[2] for text in found] == [f"{x}<|endoftext|>\n" for x in ("7", "None", "NA")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_save_to_disk_wrote(streaming: bool, load: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_list(LONG)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "several")
+    DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "parts")
+    for name in ("one", "several"):
+        samples = load(tmp_path / name, streaming=streaming).train
+        assert len({tuple(sample["input_ids"]) for sample in zip_first(samples, 12)}) == 12
+    with pytest.raises(AHNError, match="has no part train; name one of its folders: a, b"):
+        load(tmp_path / "parts")
+
+
+def test_the_folder_of_a_cloned_data_set(load: Any, tmp_path: Path) -> None:
+    """Its card is no text, its other splits are no training data; the card may say which files are what."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "README.md").write_text("# About\n" + words(60, 1))
+    (tmp_path / ".gitattributes").write_text("*.parquet filter=lfs\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    for name, rows in (("train-00000-of-00002", LONG[:5]), ("train-00001-of-00002", LONG[5:]), ("test-0", LONG[:1])):
+        Dataset.from_list(rows).to_parquet(data / f"{name}.parquet")
+    assert len(load(tmp_path).train) == 12
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-00001*\n"
+        "  - split: test\n    path: data/test*\n---\n# About\n"
+    )
+    assert len(load(tmp_path).train) == 7
+
+
+def test_what_rows_hold_besides_is_said_once(load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row | {"rejected": [], "id": n} for n, row in enumerate(CHATS)]
+    with caplog.at_level(logging.INFO):
+        load(write_rows(tmp_path / "a.jsonl", rows))
+        load(write_rows(tmp_path / "b.jsonl", [CHATS[0] | {"tools": [{"name": "f"}]}]))
+    said = [record.message for record in caplog.records if "does not use" in record.message]
+    assert said == [
+        "training data: what training does not use: id (6 rows).",
+        "training data: what training does not use: tools, which the chat template does not show (1 rows).",
+    ]
+
+
+def test_shortened_conversations_are_counted(load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chats = [{"prompt": words(40, 1), "response": "short"}, {"prompt": words(300, 2), "response": "kept"}]
+    files = write_rows(tmp_path / "a.jsonl", chats), write_rows(tmp_path / "b.jsonl", [*CHATS, {"text": 3}])
+    with caplog.at_level(logging.INFO):
+        load(f"{files[0]},{files[1]}")
+    assert "8 samples, 1 of them shortened to cutoff_len 128, 1 bad rows skipped (b.jsonl:7: text is not" in caplog.text
+    assert "a.jsonl: 2 rows, 2 samples, 1 shortened" in caplog.text
+    assert "b.jsonl: 7 rows, 6 samples, 1 bad" in caplog.text
+
+
+def test_half_a_character_is_a_bad_row(load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a conversation, a text, a name, and in the name of the file itself."""
+    file = tmp_path / "a\udcff\x1b.jsonl"
+    half = ['{"text": "x \\ud83d"}', '{"\\ud83d": 1}', '{"messages": [{"role": "\\ud83d"}]}', '{"text": "a\\u0000"}']
+    file.write_text("".join(json.dumps(row) + "\n" for row in LONG) + "\n".join(half))
+    assert len(load(file).train) == 12
+    for number in range(13, 17):
+        assert f"a\\udcff\\x1b.jsonl:{number}: " in caplog.text
+    assert "half of a surrogate pair" in caplog.text and "NUL" in caplog.text
+
+
+def test_the_digest_is_of_the_samples(load: Any, tmp_path: Path) -> None:
+    """The same words elsewhere have the same; another word, another order or another cutoff have not."""
+    for streaming in (False, True):
+        first = load(write_rows(tmp_path / "a.jsonl", LONG), streaming=streaming).digests
+        Dataset.from_list(LONG).to_parquet(tmp_path / "a.parquet")
+        assert load(tmp_path / "a.parquet", streaming=streaming).digests == first
+        others = [LONG[::-1], [*LONG[:-1], {"text": LONG[-1]["text"] + " x"}], LONG[:-1]]
+        changed = [load(write_rows(tmp_path / "b.jsonl", rows), streaming=streaming).digests for rows in others]
+        changed.append(load(tmp_path / "a.jsonl", streaming=streaming, cutoff_len=64).digests)
+        assert len({first["samples"], *(digests["samples"] for digests in changed)}) == 5
+        assert {digests["tokenizer"] for digests in changed} == {first["tokenizer"]}
+
+
+def test_rounds_of_a_stream_have_their_own_order(load: Any, tmp_path: Path) -> None:
+    """Each has every sample once; the order follows from seed and round, also for the workers of a loader."""
+    file = write_rows(tmp_path / "a.jsonl", LONG)
+    both = [[tuple(row["input_ids"]) for row in zip_first(load(file, streaming=True).train, 36)] for _ in range(2)]
+    assert both[0] == both[1]
+    rounds = [tuple(both[0][start : start + 12]) for start in (0, 12, 24)]
+    assert len(set(rounds)) == 3 and all(set(order) == set(rounds[0]) and len(set(order)) == 12 for order in rounds)
+    loader = torch.utils.data.DataLoader(load(file, streaming=True).train, batch_size=None, num_workers=2)
+    assert {tuple(map(int, row["input_ids"])) for row in zip_first(loader, 12)} == set(rounds[0])
+
+
 def test_standard_library_by_name(load: Any) -> None:
     data = load("stdlib", eval_dataset="stdlib-held-out", max_samples=2, max_eval_samples=5)
     assert len(data.train) > 0 and len(data.held_out) == 5
@@ -72,7 +208,8 @@ def test_chatqa2_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return Dataset.from_list([{"messages": [{"role": "user", "content": "q"}]}])
 
     monkeypatch.setattr("datasets.load_dataset", hub)
-    assert load_rows("chatqa2").column_names == ["messages"]
+    (rows,) = load_rows("chatqa2")
+    assert rows.column_names == ["messages", "where"] and rows["where"][:] == ["chatqa2:1"]
     assert asked == [(HUB["chatqa2"], "train")]
 
 
@@ -140,7 +277,7 @@ def test_a_stream_never_ends_and_is_shared_between_ranks(
     ranks = []
     for rank in range(2):
         data = load_data(settings, tokenizer, seed=0, rank=rank, ranks=2)
-        assert isinstance(data.train, IterableDataset) and data.held_out is not None and len(data.held_out) == 2
+        assert isinstance(data.train, Stream) and data.held_out is not None and len(data.held_out) == 2
         again = iter(load_data(settings, tokenizer, seed=0, rank=rank, ranks=2).train)
         rows = [tuple(row["input_ids"]) for row, _ in zip(data.train, range(11), strict=False)]
         assert rows == [tuple(next(again)["input_ids"]) for _ in range(11)], "the same order each time"
@@ -161,7 +298,18 @@ def test_a_stream_never_ends_and_is_shared_between_ranks(
         ("a.txt", b"", "text is empty"),
         ("a.txt", b"too short", "34 tokens or fewer left out"),
         ("a.parquet", b"PAR1 but no more", "Cannot load the data set"),
-        ("a.csv", b"a,b", "convert it to JSON lines"),
+        ("a.csv", b"a,b", "empty"),
+        ("a.csv", b"", "does not begin with a line of different column names"),
+        ("a.csv", b"a,a\n1,2\n", "does not begin with a line of different column names"),
+        ("a.csv", b"a,b\n1,2,3\n1,2,3,4,5\n", "Cannot load the data set"),
+        ("a.xlsx", b"PK", "convert it to JSON lines"),
+        ("a.jsonl.gz", b"no archive", "Cannot read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "Cannot read"),
+        ("a.txt.gz", b"no archive", "Cannot read"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+        ("folder/a.parquet", b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+        ("folder/state.json", b"{}", "Cannot load the data set"),
+        ("folder/dataset_dict.json", b"{}", "Cannot load the data set"),
         ("folder/readme.rst", b"x", "holds no data"),
     ],
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
-from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,11 +23,11 @@ from ahn.errors import AHNError
 from ahn.training.losses import IGNORED
 from ahn.training.settings import Settings
 from ahn.training.sources import Rows, load_rows
-from ahn.training.tokenise import BAD, IDLE, KEPT, SHORT, RowTokenizer
+from ahn.training.tally import SHOWN, Tally
+from ahn.training.tokenise import BAD, KEPT, RowTokenizer, identity
 
 logger = logging.getLogger("ahn")
 
-Samples: TypeAlias = Dataset | IterableDataset
 COLUMNS = Features(
     {
         "input_ids": List(Value("int32")),
@@ -33,19 +35,51 @@ COLUMNS = Features(
         "fate": Value("string"),
         "problem": Value("string"),
         "where": Value("string"),
+        "file": Value("string"),
+        "first": Value("bool"),
+        "shortened": Value("bool"),
+        "unused": List(Value("string")),
     }
 )
+"""A sample or why there is none; `first`: it is the first of its row; `unused`: what training ignores of the row."""
+SAMPLE = ["input_ids", "learn"]
 MAP_ROWS = 16  # rows tokenised at once: long documents, so memory rather than calls counts
 SHUFFLED = 512  # samples of a stream that are shuffled among each other
-SHOWN = 5  # bad rows that are named
+DIGESTED = 64  # samples of a stream that its digest is of
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples without end: a stream's rows again and again, in another order each round, which seed and round fix."""
+
+    def __init__(self, samples: IterableDataset) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            self.samples.set_epoch(number)
+            sample = None
+            for sample in self.samples:
+                yield sample
+            if sample is None:  # a worker beyond the number of shards
+                return
+
+
+Samples: TypeAlias = Dataset | Stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Samples with `input_ids` and `learn`, each a list of a sample's length."""
+    """Samples with `input_ids` and `learn`, each a list of a sample's length.
+
+    Args:
+        train: to train on.
+        held_out: to measure on.
+        digests: of the samples, in their order before any shuffling, and of the tokenizer.
+    """
 
     train: Samples
     held_out: Dataset | None
+    digests: dict[str, str]
 
 
 def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, ranks: int = 1) -> Data:
@@ -64,7 +98,7 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int,
     tokenise = RowTokenizer(tokenizer, settings.cutoff_len, settings.shortest, settings.smallest_total, settings.strict)
     assert settings.dataset is not None
     rows = load_rows(settings.dataset, settings.streaming, settings.max_samples)
-    held_out_rows: Rows | None = None
+    held_out_rows: list[Rows] | None = None
     if settings.eval_dataset:
         held_out_rows = load_rows(settings.eval_dataset, max_samples=settings.max_samples)
     elif settings.val_size:
@@ -72,9 +106,13 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int,
     held_out = None if held_out_rows is None else _tokenised(held_out_rows, tokenise, settings, "held-out data")
     if held_out is not None and settings.max_eval_samples is not None:
         held_out = held_out.select(range(min(settings.max_eval_samples, len(held_out))))
-    if isinstance(rows, IterableDataset):
-        return Data(_stream(rows, tokenise, seed, rank, ranks), held_out)
-    return Data(_tokenised(rows, tokenise, settings, "training data"), held_out)
+    if settings.streaming:
+        samples = _streamed(rows, tokenise)
+        found: Samples = _endless(samples, seed, rank, ranks)
+        first: Iterable[dict[str, Any]] = samples.take(DIGESTED)
+    else:
+        found = first = _tokenised(rows, tokenise, settings, "training data")
+    return Data(found, held_out, {"samples": _digest(first), "tokenizer": identity(tokenizer)})
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,25 +121,55 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise AHNError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json); training needs one.")
 
 
-def _split(rows: Rows, size: float, seed: int) -> tuple[Rows, Rows]:
+def _split(parts: list[Rows], size: float, seed: int) -> tuple[list[Rows], list[Rows]]:
     """Training and held-out rows; whole rows, so that no document is in both."""
-    if isinstance(rows, IterableDataset):
-        held_out = Dataset.from_list(list(rows.take(int(size))))
-        return rows.skip(int(size)), held_out
-    count = int(size) if size >= 1 else max(1, round(size * len(rows)))
-    if count >= len(rows):
-        raise AHNError(f"val_size {size:g} leaves no row to train on: the data has {len(rows)}.")
-    parts = rows.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
+    if isinstance(parts[0], IterableDataset):
+        return _split_stream(parts, int(size))
+    total = sum(len(rows) for rows in parts)
+    count = int(size) if size >= 1 else max(1, round(size * total))
+    if count >= total:
+        raise AHNError(f"val_size {size:g} leaves no row to train on: the data has {total}.")
+    numbers = Dataset.from_dict({"row": np.arange(total)}).train_test_split(test_size=count, seed=seed)
+    return _selected(parts, np.array(numbers["train"]["row"])), _selected(parts, np.array(numbers["test"]["row"]))
 
 
-def _tokenised(rows: Rows, tokenise: RowTokenizer, settings: Settings, what: str) -> Dataset:
-    if isinstance(rows, IterableDataset):
-        rows = Dataset.from_list(list(rows))
+def _selected(parts: list[Rows], chosen: np.ndarray) -> list[Rows]:
+    """Of each part the rows with these numbers, which count through all parts."""
+    found, begin = [], 0
+    for rows in parts:
+        own = chosen[(chosen >= begin) & (chosen < begin + len(rows))] - begin
+        found.append(rows.select(own))
+        begin += len(rows)
+    return [rows for rows in found if len(rows)]
+
+
+def _split_stream(parts: list[Rows], count: int) -> tuple[list[Rows], list[Rows]]:
+    held_out: list[Rows] = []
+    rest: list[Rows] = []
+    for rows in parts:
+        taken = list(rows.take(count))
+        rest.append(rows.skip(len(taken)) if taken else rows)
+        held_out += [Dataset.from_list(taken)] if taken else []
+        count -= len(taken)
+    return rest, held_out
+
+
+def _tokenised(parts: list[Rows], tokenise: RowTokenizer, settings: Settings, what: str) -> Dataset:
+    tally, kept = Tally(), []
+    for rows in parts:
+        samples = _mapped(rows, tokenise, settings, what)
+        tally.add(samples)
+        kept.append(samples.select(np.flatnonzero(np.array(samples["fate"][:]) == KEPT)).select_columns(SAMPLE))
+    tally.say(settings, what)
+    whole = kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
+    return whole.with_format("numpy", columns=SAMPLE)
+
+
+def _mapped(rows: Dataset, tokenise: RowTokenizer, settings: Settings, what: str) -> Dataset:
     workers = settings.preprocessing_num_workers or min(16, os.cpu_count() or 1)
     workers = min(workers, max(1, len(rows) // MAP_ROWS))
     key = hashlib.sha256(f"{rows._fingerprint} {tokenise.key()} {tokenise.strict}".encode()).hexdigest()[:32]
-    samples = rows.map(
+    return rows.map(
         tokenise,
         batched=True,
         batch_size=MAP_ROWS,
@@ -113,57 +181,60 @@ def _tokenised(rows: Rows, tokenise: RowTokenizer, settings: Settings, what: str
         new_fingerprint=key,
         desc=f"tokenising {what}",
     )
-    fates = np.array(samples["fate"][:])
-    report(samples, Counter(fates.tolist()), settings, what)
-    return samples.select(np.flatnonzero(fates == KEPT)).with_format("numpy", columns=["input_ids", "learn"])
 
 
-def report(samples: Dataset, fates: Counter[str], settings: Settings, what: str) -> None:
-    """Say what became of the rows.
-
-    Raises:
-        AHNError: nothing is left.
-    """
-    parts = [f"{fates[KEPT]:,} samples"]
-    if fates[SHORT]:
-        parts.append(f"{fates[SHORT]:,} of {settings.shortest} tokens or fewer left out")
-    if fates[IDLE]:
-        parts.append(
-            f"{fates[IDLE]:,} with nothing to learn after their first {settings.smallest_total} tokens left out"
-        )
-    problems: list[str] = []
-    if fates[BAD]:
-        bad = samples.select([index for index, fate in enumerate(samples["fate"]) if fate == BAD][:SHOWN])
-        problems = [f"{row['where']}: {row['problem']}" for row in bad]
-        parts.append(f"{fates[BAD]:,} bad rows skipped ({'; '.join(problems)}{' …' if fates[BAD] > SHOWN else ''})")
-    if not fates[KEPT]:
-        raise AHNError(f"No sample is left in the {what}: {', '.join(parts)}.")
-    logger.log(logging.WARNING if problems else logging.INFO, "%s: %s.", what, ", ".join(parts))
+def _digest(samples: Iterable[dict[str, Any]]) -> str:
+    """Of every token of samples and of what is learned, whatever files they came from."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        ids = np.asarray(sample["input_ids"], np.int32)
+        digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        digest.update(np.packbits(np.asarray(sample["learn"], bool)).tobytes())
+    return digest.hexdigest()
 
 
-def _stream(rows: IterableDataset, tokenise: RowTokenizer, seed: int, rank: int, ranks: int) -> IterableDataset:
-    """Samples without end: the rows again and again, in another order each time."""
-    columns = rows.column_names or list(next(iter(rows)))
-    samples = rows.map(tokenise, batched=True, batch_size=MAP_ROWS, remove_columns=columns, features=COLUMNS)
-    samples = samples.filter(_Keep()).remove_columns(["fate", "problem", "where"])
-    if next(iter(samples), None) is None:
+def _streamed(parts: list[Rows], tokenise: RowTokenizer) -> IterableDataset:
+    """One round of a stream's samples, in the order of the data."""
+    kept = []
+    for rows in parts:
+        columns = rows.column_names or list(next(iter(rows), {"where": ""}))
+        samples = rows.map(tokenise, batched=True, batch_size=MAP_ROWS, remove_columns=columns, features=COLUMNS)
+        kept.append(samples.filter(_Keep()).remove_columns([name for name in COLUMNS if name not in SAMPLE]))
+    whole = kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
+    if next(iter(whole), None) is None:
         raise AHNError("No sample is left in the training data: the stream held no row to learn from.")
-    samples = samples.shuffle(seed=seed, buffer_size=SHUFFLED).repeat(None)
-    return split_dataset_by_node(samples, rank, ranks) if ranks > 1 else samples
+    return whole
+
+
+def _endless(samples: IterableDataset, seed: int, rank: int, ranks: int) -> Stream:
+    samples = samples.shuffle(seed=seed, buffer_size=SHUFFLED)
+    return Stream(split_dataset_by_node(samples, rank, ranks) if ranks > 1 else samples)
 
 
 class _Keep:
-    """Whether a streamed sample is kept; says what is bad, more and more rarely."""
+    """Whether a streamed sample is kept; says what is bad, more and more rarely, and what is not used."""
 
     def __init__(self) -> None:
-        self.bad = 0
+        self.bad = self.shortened = 0
+        self.unused: set[str] = set()
 
     def __call__(self, sample: dict[str, Any]) -> bool:
         if sample["fate"] == BAD:
             self.bad += 1
-            if self.bad <= SHOWN or self.bad.bit_count() == 1:  # then at 8, 16, 32 …
+            if _is_time(self.bad):
                 logger.warning("bad row skipped (%d up to now): %s: %s.", self.bad, sample["where"], sample["problem"])
+        if sample["shortened"]:
+            self.shortened += 1
+            if self.shortened.bit_count() == 1:
+                logger.info("conversations shortened to cutoff_len: %d up to now.", self.shortened)
+        for name in set(sample["unused"]) - self.unused:
+            self.unused.add(name)
+            logger.warning("training does not use %s (%s is the first row with it).", name, sample["where"])
         return sample["fate"] == KEPT
+
+
+def _is_time(number: int) -> bool:
+    return number <= SHOWN or number.bit_count() == 1  # then at 8, 16, 32 …
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,47 +1,55 @@
-"""Where training data comes from: files, folders, Hub ids and names, as a `datasets` data set of raw rows.
+"""Where training data comes from: files, folders, Hub ids and names, each as a `datasets` data set of raw rows.
 
-JSON lines and text files become rows of undecoded bytes with the place they come from, so that one broken line is one
-broken row, and rows need not share a schema. Parquet files and Hub data sets keep their columns.
+JSON lines and text files become rows of undecoded bytes, so that one broken line is one broken row, and rows need not
+share a schema. Tables (parquet, CSV, saved and Hub data sets) keep their columns. Every row has a column `where`.
 """
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
-import os
+import logging
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, Features, IterableDataset, Value
+import fsspec
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
 from ahn.errors import AHNError
+from ahn.training.messages import printable
+
+logger = logging.getLogger("ahn")
 
 Rows: TypeAlias = Dataset | IterableDataset
-Stamp: TypeAlias = tuple[str, int, int]
+Stamp: TypeAlias = tuple[str, str, int, int]
 
 HUB = {"chatqa2": "Seerkfang/ChatQA2-Long-SFT-data-long_sft_train_filtered"}
 """Data sets by the name that the published recipe gives them: ChatQA2's long half, as chat `messages`."""
 STANDARD_LIBRARY = {"stdlib": False, "stdlib-held-out": True}
 """Text that every machine has, Python's own sources: what ahn-tiny was trained on, and what it never saw."""
 
-JSON, TEXT, PARQUET = (".jsonl", ".json", ".ndjson"), (".txt", ".md"), (".parquet",)
+JSON, TEXT, PARQUET, CSV = (".jsonl", ".json", ".ndjson"), (".txt", ".md"), (".parquet",), (".csv", ".tsv")
+KINDS = (JSON, PARQUET, CSV, TEXT)
+COMPRESSED = (".gz", ".bz2", ".xz")
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""Files that describe a data set; so does a README.md beside tables or JSON."""
+POINTER = b"version https://git-lfs.github.com/spec/"
 RAW = Features({"bytes": Value("large_binary"), "form": Value("string"), "where": Value("string")})
 
 
-def load_rows(names: str, streaming: bool = False, max_samples: int | None = None) -> Rows:
-    """Rows of one data set, or of several with commas between their names, one after the other.
+def load_rows(names: str, streaming: bool = False, max_samples: int | None = None) -> list[Rows]:
+    """Rows of each data set, of which several have commas between their names; they need not have the same columns.
 
     Raises:
         AHNError: a name is neither a file, a folder with data, a known name nor a Hub data set within reach, or a
             file is damaged.
     """
-    parts = [_limited(_load(name, streaming), max_samples) for name in _split(names)]
-    try:
-        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    except (ValueError, TypeError) as error:
-        raise AHNError(f"The data sets {names} have different columns: convert them to JSON lines first.") from error
+    return [_limited(_load(name, streaming), max_samples) for name in _split(names)]
 
 
 def _split(names: str) -> list[str]:
@@ -65,55 +73,154 @@ def _load(name: str, streaming: bool) -> Rows:
         arguments = {"held_out": STANDARD_LIBRARY[name], "python": sys.version}  # the version is for the cache's key
         return _generated(_standard_library, arguments, streaming)
     if path.is_dir():
-        return _from_files(_data_files(path), streaming)
+        return _from_folder(path, streaming)
     if path.is_file():
-        if path.suffix.lower() not in (*JSON, *TEXT, *PARQUET):
-            raise AHNError(f"{path} is none of {', '.join((*JSON, *TEXT, *PARQUET))}: convert it to JSON lines.")
-        return _from_files([path], streaming)
-    if path.suffix.lower() in (*JSON, *TEXT, *PARQUET) or name.startswith((".", "/", "~")):
+        if _kind(path) is None:
+            raise AHNError(f"{path} is none of {_suffixes()}: convert it to JSON lines.")
+        return _from_files([path], path.parent, streaming)
+    if _kind(path) is not None or name.startswith((".", "/", "~")):
         raise AHNError(f"There is no file or folder {path}.")
-    return _from_hub(HUB.get(name, name), streaming)
+    return _placed(_load_dataset(HUB.get(name, name), streaming), name)
+
+
+def _suffixes() -> str:
+    return ", ".join(itertools.chain(*KINDS, [f"any of them with {COMPRESSED[0]}"]))
+
+
+def _kind(file: Path) -> tuple[str, ...] | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return next((kind for kind in KINDS if suffixes and suffixes[-1] in kind), None)
+
+
+def _from_folder(folder: Path, streaming: bool) -> Rows:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved(folder, streaming)
+    return _from_files(_data_files(folder), folder, streaming)
+
+
+def _saved(folder: Path, streaming: bool) -> Rows:
+    """What `save_to_disk` wrote."""
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets and pyarrow have their own ones
+        raise AHNError(f"Cannot load the data set {folder}: {_reason(error)}.") from error
+    if isinstance(found, DatasetDict):
+        if "train" not in found and len(found) != 1:
+            raise AHNError(f"{folder} has no part train; name one of its folders: {', '.join(found)}.")
+        found = found["train"] if "train" in found else next(iter(found.values()))
+    placed = _placed(found, folder.name)
+    return placed.to_iterable_dataset() if streaming else placed
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The data files of a folder, all of one kind, in the order of their paths."""
+    """The data files of a folder, all of one kind, in the order of their paths; of several splits, `train`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file.relative_to(folder)))
-    kinds = [kind for kind in (JSON, TEXT, PARQUET) if any(file.suffix.lower() in kind for file in files)]
+    files = [file for file in files if _kind(file) and file.name not in NOT_DATA]
+    if any(_kind(file) != TEXT for file in files):
+        files = [file for file in files if file.name.lower() != "readme.md"]
+    kinds = [kind for kind in KINDS if any(_kind(file) == kind for file in files)]
     if not kinds:
-        raise AHNError(f"{folder} holds no data: none of {', '.join((*JSON, *TEXT, *PARQUET))}.")
+        raise AHNError(f"{folder} holds no data: none of {_suffixes()}.")
     if len(kinds) > 1:
         raise AHNError(
             f"{folder} mixes {' and '.join(kind[0] for kind in kinds)} files: put each kind in its own folder."
         )
-    return [file for file in files if file.suffix.lower() in kinds[0]]
+    return files if kinds == [TEXT] else _training_files(folder, files)
+
+
+def _training_files(folder: Path, files: list[Path]) -> list[Path]:
+    """Those that belong to the split `train` where the folder's card or the files' names tell splits apart."""
+    try:
+        splits = datasets.load_dataset_builder(str(folder.resolve())).config.data_files or {}
+    except Exception:  # a folder that datasets cannot make out: everything in it is data
+        return files
+    chosen = {Path(str(file)).resolve() for file in splits.get("train", [])}
+    found = [file for file in files if file.resolve() in chosen] or files
+    if len(found) < len(files):
+        left = ", ".join(_shown(file, folder) for file in files if file not in found)
+        logger.info("%s: not of the split train, so not used: %s.", folder, left)
+    return found
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _from_files(files: list[Path], streaming: bool) -> Rows:
-    if files[0].suffix.lower() in PARQUET:
-        return _load_dataset("parquet", streaming, data_files=[str(file) for file in files])
+def _from_files(files: list[Path], folder: Path, streaming: bool) -> Rows:
+    for file in files:
+        with file.open("rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                raise AHNError(f"{file} only points to its content in Git LFS: run `git lfs pull` in its folder.")
+    kind = _kind(files[0])
+    if kind in (PARQUET, CSV):
+        return _tables(files, folder, kind == PARQUET, streaming)
     # Size and time are part of the cache's key: an edited file is read again.
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    read = _json_rows if files[0].suffix.lower() in JSON else _text_rows
-    return _generated(read, {"files": stamps}, streaming)
+    stamps = [
+        (str(file.resolve()), _shown(file, folder), file.stat().st_size, file.stat().st_mtime_ns) for file in files
+    ]
+    return _generated(_json_rows if kind == JSON else _text_rows, {"files": stamps}, streaming)
 
 
-def _from_hub(name: str, streaming: bool) -> Rows:
-    return _load_dataset(name, streaming)
+def _shown(file: Path, folder: Path) -> str:
+    return printable(str(file.relative_to(folder)))
+
+
+def _tables(files: list[Path], folder: Path, parquet: bool, streaming: bool) -> Rows:
+    parts = []
+    for file in files:
+        options = {} if parquet else _csv_options(file)
+        rows = _load_dataset("parquet" if parquet else "csv", streaming, data_files=[str(file)], **options)
+        parts.append(_placed(rows, _shown(file, folder)))
+    try:
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except (ValueError, TypeError) as error:
+        raise AHNError(f"The files in {folder} have columns that differ: {_reason(error)}.") from error
+
+
+def _csv_options(file: Path) -> dict[str, Any]:
+    """Every cell is text: an answer may be 7, or None."""
+    separator = "\t" if ".tsv" in [suffix.lower() for suffix in file.suffixes] else ","
+    try:
+        with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
+            names = next(csv.reader(lines, delimiter=separator), [])
+    except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
+        raise AHNError(f"Cannot read {file}: {error}.") from error
+    if not names or len(set(names)) < len(names):
+        raise AHNError(f"{file} does not begin with a line of different column names.")
+    features = Features({name: Value("string") for name in names})
+    return {"sep": separator, "keep_default_na": False, "features": features, "encoding": "utf-8-sig"}
+
+
+def _placed(rows: Rows, name: str) -> Rows:
+    """Rows of a table with a column that says where each stands."""
+    if isinstance(rows, IterableDataset):
+        return rows.map(_with_place, with_indices=True, fn_kwargs={"name": name})
+    rows = rows.remove_columns("where") if "where" in rows.column_names else rows
+    places = [f"{name}:{number}" for number in range(1, len(rows) + 1)]
+    # The same rows have the same key each time.
+    return rows.add_column("where", places, new_fingerprint=f"{rows._fingerprint}-where")
+
+
+def _with_place(row: dict[str, Any], number: int, name: str) -> dict[str, Any]:
+    return row | {"where": f"{name}:{number + 1}"}
 
 
 def _load_dataset(name: str, streaming: bool, **kwargs: Any) -> Rows:
     try:
         return datasets.load_dataset(name, split="train", streaming=streaming, **kwargs)
     except Exception as error:  # datasets, the Hub and pyarrow have their own ones
-        cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         what = ", ".join(kwargs["data_files"]) if kwargs else repr(name)
+        if "corresponds to no data" in str(error):
+            raise AHNError(f"The data is empty: {what}.") from error
         hint = "" if kwargs else "; it is no file, folder or known name either"
-        raise AHNError(f"Cannot load the data set {what}: {reason}{hint}.") from error
+        raise AHNError(f"Cannot load the data set {what}: {_reason(error)}{hint}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
 
 
 def _generated(generate: Any, arguments: dict[str, Any], streaming: bool) -> Rows:
@@ -131,32 +238,42 @@ def _generated(generate: Any, arguments: dict[str, Any], streaming: bool) -> Row
 
 
 def _json_rows(files: list[Stamp]) -> Iterator[dict[str, Any]]:
-    for name, _, _ in files:
-        with open(name, "rb") as lines:
-            start = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-            lines.seek(0)
-            if start.startswith(b"["):
-                yield from _array_rows(name, lines.read())
-                continue
-            for number, line in enumerate(lines, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield {"bytes": line, "form": "json", "where": f"{os.path.basename(name)}:{number}"}
+    for path, name, _, _ in files:
+        try:
+            yield from _json_file(path, name)
+        except (OSError, EOFError, zlib.error) as error:  # such as a download that broke off
+            raise AHNError(f"Cannot read {path}: {error}.") from error
 
 
-def _array_rows(name: str, content: bytes) -> Iterator[dict[str, Any]]:
+def _json_file(path: str, name: str) -> Iterator[dict[str, Any]]:
+    with fsspec.open(path, "rb", compression="infer") as lines:
+        start = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        lines.seek(0)
+        if start.startswith(b"["):
+            yield from _array_rows(path, name, lines.read())
+            return
+        for number, line in enumerate(lines, 1):
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                yield {"bytes": line, "form": "json", "where": f"{name}:{number}"}
+
+
+def _array_rows(path: str, name: str, content: bytes) -> Iterator[dict[str, Any]]:
     """A file that is one JSON list."""
     try:
         rows = json.loads(content)
-    except ValueError as error:
-        raise AHNError(f"{name} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise AHNError(f"{path} is not valid JSON: {error}.") from error
     for number, row in enumerate(rows, 1):
-        yield {"bytes": json.dumps(row).encode(), "form": "json", "where": f"{os.path.basename(name)}[{number}]"}
+        yield {"bytes": json.dumps(row).encode(), "form": "json", "where": f"{name}[{number}]"}
 
 
 def _text_rows(files: list[Stamp]) -> Iterator[dict[str, Any]]:
-    for name, _, _ in files:
-        yield {"bytes": Path(name).read_bytes(), "form": "text", "where": os.path.basename(name)}
+    for path, name, _, _ in files:
+        try:
+            with fsspec.open(path, "rb", compression="infer") as content:
+                yield {"bytes": content.read(), "form": "text", "where": name}
+        except (OSError, EOFError, zlib.error) as error:
+            raise AHNError(f"Cannot read {path}: {error}.") from error
 
 
 def _standard_library(held_out: bool, python: str) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,13 +14,26 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
-from ahn.training.records import BadRowError, Conversation, decode, normalise
-
-STAND_IN = "\u2983{}\u2984"
-"""Takes the place of the assistant's n-th reply when a template is asked where replies go."""
+from ahn.training.messages import BadRowError, printable
+from ahn.training.records import Conversation, Record, decode, normalise
+from ahn.training.replies import Renderer
 
 KEPT, SHORT, IDLE, BAD = "kept", "short", "idle", "bad"
 """What became of a row. Short: `shortest` tokens or fewer. Idle: long, but with nothing to learn late enough."""
+VERSION = 2
+"""Of what is made of a row: a cached result of another version is not used."""
+EDGE = 64
+"""Tokens that stay on either side of what is cut out of a conversation: turns begin and questions end there."""
+NUMBER = re.compile(r":\d+$|\[\d+\]$")
+
+
+@dataclasses.dataclass
+class Piece:
+    """One sample: token ids, whether each is to be learned, and whether something was cut out."""
+
+    ids: np.ndarray
+    learn: np.ndarray
+    shortened: bool = False
 
 
 @dataclasses.dataclass
@@ -27,7 +42,8 @@ class RowTokenizer:
 
     Args:
         tokenizer: a fast one.
-        cutoff: longest sample in tokens. A conversation is cut, a text goes on in the next sample.
+        cutoff: longest sample in tokens. A conversation is shortened before its last reply, a text goes on in the next
+            sample.
         shortest: samples of this many tokens or fewer are left out.
         smallest_total: no student sees fewer tokens exactly; a sample must have something to learn beyond them.
         strict: raise at a bad row.
@@ -41,109 +57,116 @@ class RowTokenizer:
 
     def key(self) -> str:
         """Everything that the result depends on."""
-        backend = self.tokenizer.backend_tokenizer
-        template = self.tokenizer.chat_template
-        numbers = [1, self.cutoff, self.shortest, self.smallest_total]  # the first is the version of this code
-        return json.dumps([numbers, backend.to_str(), template, str(self.tokenizer.special_tokens_map)])
+        return json.dumps([VERSION, self.cutoff, self.shortest, self.smallest_total, identity(self.tokenizer)])
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Columns `input_ids`, `learn` (whether each token is to be learned), `fate`, `problem`, `where`."""
-        found: dict[str, list[Any]] = {name: [] for name in ("input_ids", "learn", "fate", "problem", "where")}
+        """Samples by column, see `ahn.training.data.COLUMNS`."""
+        found: list[dict[str, Any]] = []
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            for sample in self._samples(row, str(row.get("where", "a row"))):
-                for name, value in sample.items():
-                    found[name].append(value)
-        return found
+            where = str(row.get("where", "a row"))
+            file = where if row.get("form") == "text" else NUMBER.sub("", where)
+            found += [sample | {"where": where, "file": file} for sample in self._samples(row, where)]
+        names = ("input_ids", "learn", "fate", "problem", "where", "file", "first", "shortened", "unused")
+        return {name: [sample[name] for sample in found] for name in names}
 
     def _samples(self, row: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
-        nothing = np.zeros(0, np.int32)
+        nothing = Piece(np.zeros(0, np.int32), np.zeros(0, bool))
         try:
-            content = normalise(decode(row))
-            pieces = [self._conversation(content)] if isinstance(content, list) else self._text(content)
+            record = normalise(decode(row))
+            pieces, unused = self._pieces(record)
         except BadRowError as error:
+            problem = printable(str(error))
             if self.strict:
-                raise AHNError(f"{where}: {error} (strict: the first bad row stops the run).") from None
-            yield {
-                "input_ids": nothing,
-                "learn": nothing.astype(bool),
-                "fate": BAD,
-                "problem": str(error),
-                "where": where,
-            }
+                raise AHNError(f"{where}: {problem} (strict: the first bad row stops the run).") from None
+            yield self._sample(nothing, BAD, problem, True, ())
             return
-        for ids, learn in pieces:
-            fate = self._fate(ids, learn)
-            if fate != KEPT:
-                ids, learn = nothing, nothing.astype(bool)
-            yield {"input_ids": ids, "learn": learn, "fate": fate, "problem": "", "where": where}
+        for number, piece in enumerate(pieces):
+            fate = self._fate(piece)
+            yield self._sample(piece if fate == KEPT else nothing, fate, "", number == 0, () if number else unused)
 
-    def _fate(self, ids: np.ndarray, learn: np.ndarray) -> str:
-        if len(ids) <= self.shortest:
+    def _sample(self, piece: Piece, fate: str, problem: str, first: bool, unused: tuple[str, ...]) -> dict[str, Any]:
+        sample = {"input_ids": piece.ids, "learn": piece.learn, "shortened": piece.shortened, "fate": fate}
+        return sample | {"problem": problem, "first": first, "unused": [printable(name, 80) for name in unused]}
+
+    def _pieces(self, record: Record) -> tuple[list[Piece], tuple[str, ...]]:
+        if isinstance(record.content, str):
+            return self._text(record.content), record.unused
+        piece, unused = self._conversation(record.content)
+        return [piece], (*record.unused, *unused)
+
+    def _fate(self, piece: Piece) -> str:
+        if len(piece.ids) <= self.shortest:
             return SHORT
         # The position before a token predicts it, and it must be at `smallest_total` or later.
-        return KEPT if learn[self.smallest_total + 1 :].any() else IDLE
+        return KEPT if piece.learn[self.smallest_total + 1 :].any() else IDLE
 
-    def _text(self, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        ids = np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int32)
-        pieces = [ids[start : start + self.cutoff] for start in range(0, len(ids), self.cutoff)]
+    def _text(self, text: str) -> list[Piece]:
+        before, after = self._specials
+        ids = [*self._encoded(text), *after]
+        length = max(1, self.cutoff - len(before))
+        # Each piece begins as texts did when the base was trained; only the last one ends as they did.
+        pieces = [np.array([*before, *ids[n : n + length]], np.int32) for n in range(0, len(ids), length)]
         if len(pieces) > 1 and len(pieces[-1]) <= self.shortest:
             pieces.pop()  # the rest of a long text is not a sample that somebody wrote too short
-        return [(piece, np.ones(len(piece), bool)) for piece in pieces]
+        return [Piece(piece, np.ones(len(piece), bool)) for piece in pieces]
 
-    def _conversation(self, messages: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        text, spans = render(messages, self.tokenizer)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = np.array(encoded["input_ids"], np.int32)[: self.cutoff]
-        starts = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)[: self.cutoff]
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    @functools.cached_property
+    def _specials(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        bare, whole = self._encoded("x"), self.tokenizer("x", verbose=False)["input_ids"]
+        starts = [n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare]
+        return (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts else ([], [])
+
+    @functools.cached_property
+    def _render(self) -> Renderer:
+        return Renderer(self.tokenizer)
+
+    def _conversation(self, conversation: Conversation) -> tuple[Piece, tuple[str, ...]]:
+        rendered = self._render(conversation)
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = np.array(encoded["input_ids"], np.int32)
+        starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         learn = np.zeros(len(ids), bool)
-        for first, last in spans:
-            learn |= (starts >= first) & (starts < last)
-        return ids, learn
+        for first, last in rendered.spans:
+            learn |= (starts < last) & (ends > first)
+        kept = shorten(learn, self.cutoff)
+        return Piece(ids[kept], learn[kept], len(kept) < len(ids)), rendered.unused
 
 
-def render(messages: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation in the model's chat template, and where the assistant's replies are in it, in characters.
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what a tokenizer makes of text and of conversations."""
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    A reply ends with the end-of-turn token that the template puts after it: that is to be learned too.
 
-    Raises:
-        BadRowError: the template refuses the messages or rewrites what a reply says.
-        AHNError: the tokenizer has no template.
+def shorten(learn: np.ndarray, cutoff: int) -> np.ndarray:
+    """Indices of the tokens of a conversation that stay where it is longer than `cutoff`.
+
+    What follows the last reply goes first. If that is not enough, the longest stretches between the replies lose their
+    middle, which leaves the beginnings of turns and the questions at their ends. If the replies alone are longer, the
+    last ones go.
+
+    Args:
+        learn: (length,), whether each token is to be learned.
+        cutoff: how many may stay.
     """
-    if not tokenizer.chat_template:
-        raise AHNError(
-            "The data holds conversations, but the tokenizer has no chat template: use an instruction-tuned model's "
-            "tokenizer, or plain text."
-        )
-    replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    numbers = iter(range(len(replies)))
-    outline = [
-        message | {"content": STAND_IN.format(next(numbers))} if message["role"] == "assistant" else message
-        for message in messages
-    ]
-    text, shape = _template(messages, tokenizer), _template(outline, tokenizer)
-    around = re.split("|".join(re.escape(STAND_IN.format(n)) for n in range(len(replies))), shape)
-    for shown in (replies, [reply.strip() for reply in replies]):  # some templates trim
-        found = _interleave(around, shown, tokenizer.eos_token or "")
-        if found is not None and found[0] == text:
-            return found
-    raise BadRowError("the chat template rewrites what a reply says")
-
-
-def _interleave(around: list[str], replies: list[str], end: str) -> tuple[str, list[tuple[int, int]]] | None:
-    if len(around) != len(replies) + 1:
-        return None
-    text, spans = around[0], []
-    for reply, after in zip(replies, around[1:], strict=True):
-        closing = len(end) if end and after.startswith(end) else 0
-        spans.append((len(text), len(text) + len(reply) + closing))
-        text += reply + after
-    return text, spans
-
-
-def _template(messages: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # jinja2's errors, and what templates raise by themselves
-        raise BadRowError(f"the chat template refuses it: {error}") from None
+    length = len(learn)
+    if length <= cutoff or not learn.any():
+        return np.arange(min(length, cutoff))
+    end = max(int(np.flatnonzero(learn)[-1]) + 1, cutoff)
+    excess, edge = end - cutoff, min(EDGE, cutoff // 8)
+    keep = np.ones(end, bool)
+    changes = np.flatnonzero(np.diff(np.concatenate([[True], learn[:end], [True]]).astype(np.int8)))
+    stretches = [(int(last - first), int(first)) for first, last in changes.reshape(-1, 2)]
+    for size, first in sorted(stretches, reverse=True):
+        cut = min(excess, size - 2 * edge)
+        if cut > 0:
+            begin = first + (size - cut) // 2
+            keep[begin : begin + cut] = False
+            excess -= cut
+    return np.flatnonzero(keep)[:cutoff]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         samples = self.train_dataset
-        streamed = isinstance(samples, IterableDataset)
+        streamed = not isinstance(samples, Dataset)
         loader = DataLoader(
             samples,
             batch_size=self.args.per_device_train_batch_size,
