@@ -19,16 +19,17 @@ def rounded_otherwise(one: Talk, other: Talk) -> int:
     a scale between two numbers of bfloat16 may take the other one. Anything else fails: larger steps, more of them than
     `MOST`, or codes elsewhere than in the one slot that a row has written.
     """
-    states = [[layer.state or {} for layer in talk.cache.memory_layers.values()] for talk in (one, other)]
+    tiers = [[layer.state.tier for layer in talk.cache.memory_layers.values()] for talk in (one, other)]
     found = 0
     written: list[Tensor] = []
-    for a, b in zip(*states, strict=True):
-        held = [state for state in (a, b) if "quantized.keys" in state]
+    for a, b in zip(*tiers, strict=True):
+        held = [tier for tier in (a, b) if tier is not None]
         if len(held) == 1:  # captured steps have room for codes before the first one
-            assert not held[0]["quantized.key_scales"].any(), "one has codes, the other has none"
-        for kind in ("key", "value") if len(held) == 2 else ():
-            levels = [_levels(state[f"quantized.{kind}s"].cpu()) for state in (a, b)]
-            first, second = (state[f"quantized.{kind}_scales"].cpu() for state in (a, b))
+            assert not held[0].keys.scales.any(), "one has codes, the other has none"
+        for kind in ("keys", "values") if len(held) == 2 else ():
+            rings = [getattr(tier, kind) for tier in held]
+            levels = [_levels(ring.codes.cpu()) for ring in rings]
+            first, second = (ring.scales.cpu() for ring in rings)
             steps = (levels[0] - levels[1]).abs()  # (B, Hkv, C, P)
             moved = steps.sum(-1)
             # Neighbours among positive numbers of bfloat16 are neighbours as integers.

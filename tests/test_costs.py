@@ -96,7 +96,7 @@ def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype, quantized: 
         if (
             length <= 32 + quantized
         ):  # nothing is in the state yet; whether its zeros lie in memory is the cache's affair
-            held -= sum(layer.state["state"].nbytes for layer in cache.memory_layers.values())
+            held -= sum(layer.state.memory["state"].nbytes for layer in cache.memory_layers.values())
         assert held == usage.cache_bytes
         assert (usage.state_bytes > 0) == (length > 32 + quantized)
         assert (usage.quantized_bytes > 0) == (quantized > 0 and length > 32)

@@ -21,7 +21,7 @@ class AHNConfig:
 
     A query at position t attends exactly to the first `sinks` tokens and to the last `window` tokens, itself
     included. Every other token is written into the memory of its layer when it leaves the window, or, with `quantized`,
-    that many tokens later: until then queries see what two bits a number keep of it (`ahn.cache.quantized`).
+    that many tokens later: until then queries see what two bits a number keep of it (`ahn.cache.tier`).
 
     Args:
         memory: one of `ahn.memory.names()`, or of `ahn.memory.baselines()` to compare with.

@@ -255,7 +255,7 @@ def _with_tier(exact: Usage, shape: ModelShape, ahn_config: AHNConfig, length: i
     left, capacity = length - ahn_config.lossless, ahn_config.quantized
     if capacity == 0 or left <= 0:
         return exact
-    from ahn.cache.quantized import nbytes
+    from ahn.cache.tier import nbytes
 
     held = min(left, capacity)
     attended = held**2 / 2 + (left - held) * held  # keys, over all queries: the tier fills and stays full

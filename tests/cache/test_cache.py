@@ -588,8 +588,8 @@ def test_bfloat16(memory: str) -> None:
         assert relative_error(logits, exact) < 5 * rounding
         for layer in cache.memory_layers.values():
             assert layer.keys.dtype == torch.bfloat16
-            assert all(x.dtype == torch.float32 for x in layer.state.values())
-            assert all(x.dtype == torch.bfloat16 for x in layer.gates.values())
+            assert all(x.dtype == torch.float32 for x in layer.state.memory.values())
+            assert all(x.dtype == torch.bfloat16 for x in layer.window.gates.values())
         assert torch.isfinite(go_on(found, cache, 2)).all()
 
 

@@ -65,7 +65,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     monkeypatch.setattr(runner, "capture", capture)
     monkeypatch.setattr(runner, "on_gpu", lambda ids: True)
     monkeypatch.setattr(runner, "supported", lambda head_dim: True)
-    monkeypatch.setattr(runner, "_runners", weakref.WeakKeyDictionary())
     return count
 
 
@@ -216,7 +215,7 @@ EVENTS: dict[str, Callable[[Talk], object]] = {
     "crop": _crop,
     "move": lambda talk: talk.cache.to("cpu"),
     "weigh": lambda talk: talk.cache.nbytes(),
-    "look at padding": lambda talk: talk.cache.padding,
+    "look at padding": lambda talk: talk.cache.progress.padding,
 }
 
 
@@ -323,13 +322,13 @@ def test_a_graph_keeps_no_buffers_alive(monkeypatch: pytest.MonkeyPatch) -> None
     talk = Talk(shared(), 1)
     talk.read([20])
     talk.steps(1)
-    window = weakref.ref(next(iter(talk.cache.memory_layers.values())).keys)
+    window, captured = weakref.ref(talk.cache.memory_layers[0].keys), weakref.ref(talk.cache.captured)
     assert window() is not None
     talk.cache.reset()
-    assert window() is None and len(runner._runners) == 1
+    assert window() is None and captured() is not None
     del talk
     gc.collect()
-    assert len(runner._runners) == 0
+    assert captured() is None
 
 
 # -- what goes the ordinary way ----------------------------------------------------------------------------------------

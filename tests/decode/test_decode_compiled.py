@@ -28,7 +28,7 @@ def _traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
         (
             layer._compiled_call_impl, layer.self_attn.layer_idx, id(layer.self_attn._forward_pre_hooks),
             list(layer.self_attn._forward_pre_hooks), id(layer.self_attn._forward_pre_hooks_with_kwargs),
-            dict(layer.self_attn._forward_pre_hooks_with_kwargs), layer.ahn.step_buffers,
+            dict(layer.self_attn._forward_pre_hooks_with_kwargs), layer.ahn.step_state,
         )
         for layer in decoder.layers
     ]  # fmt: skip

@@ -51,8 +51,7 @@ def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Gra
         model(torch.tensor(talk.rows), past_key_values=whole)
     assert_same_layers(talk.cache, whole)
     state, expected = (cache.memory_layers[0].state for cache in (talk.cache, whole))
-    assert state is not None and expected is not None
-    assert torch.equal(state["quantized.keys"], expected["quantized.keys"])
+    assert torch.equal(state.tier.keys.codes, expected.tier.keys.codes)
 
 
 @pytest.mark.parametrize("memory", CAPTURED)
@@ -94,11 +93,10 @@ def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Talk(shared("deltanet"), 1)
     talk.read([20])
     talk.steps(1)
-    state = talk.cache.memory_layers[0].state
-    assert state is not None
-    codes = weakref.ref(state.pop("quantized.keys"))
+    codes = weakref.ref(talk.cache.memory_layers[0].state.tier.keys.codes)
+    assert codes() is not None
     talk.cache.reset()
-    assert codes() is None and len(runner._runners) == 1
+    assert codes() is None and talk.cache.captured is not None
 
 
 @pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
@@ -124,8 +122,8 @@ def test_codes_are_excused_by_a_rounding_alone(fault: str) -> None:
     talk.read([SEEN, SEEN])
     other = copy.deepcopy(talk)
     layer = other.cache.memory_layers[0]
-    assert layer.state is not None
-    codes, scales = layer.state["quantized.keys"], layer.state["quantized.key_scales"]
+    keys = layer.state.tier.keys
+    codes, scales = keys.codes, keys.scales
     byte = codes[1, 0, 2, 0]
     level = int(byte) & 3
     neighbour, far = level ^ 1, level ^ 2  # 0 and 1, 2 and 3 are neighbours

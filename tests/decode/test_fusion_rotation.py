@@ -12,10 +12,10 @@ from test_fusion import norm
 from torch import Tensor
 
 from ahn.decode.fusion import fuse
+from ahn.layout.state import LayerState, WindowState
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step.operator import layer_step
-from ahn.ops.step.reference import StepBuffers
 
 B, H, HKV, P, S, W = 2, 4, 2, 8, 1, 3
 RULE = StepRule("beta", None, True, 1e-6, 0.25, 1e-5, across_heads=False)
@@ -48,10 +48,11 @@ def found_by(turn: Turn) -> dict[str, Any]:
         values: Tensor, ring: Tensor, state: Tensor,
     ) -> Tensor:  # fmt: skip
         q, k, m = turn(query.transpose(1, 2), key.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1), weight)
-        gates, buffers = {"beta": Gate(beta, "sigmoid")}, StepBuffers(keys, values, ring, None, state)
+        gates = {"beta": Gate(beta, "sigmoid")}
+        held = LayerState(WindowState(keys, values, {"beta": ring}, in_slots=True), memory={"state": state})
         finish = StepRead(m[:, :, 0], read[0], None, *read[1:])
         return layer_step(
-            q[:, :, 0], k[:, :, 0], value, gates, positions, active, buffers, S, P**-0.5, RULE, finish
+            q[:, :, 0], k[:, :, 0], value, gates, positions, active, held, S, P**-0.5, RULE, finish
         )  # fmt: skip
 
     found: dict[str, Any] = {}

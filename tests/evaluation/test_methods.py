@@ -71,7 +71,7 @@ def test_slots_that_quantized_tokens_bring_count_as_well(method: str, tiny: tupl
     config, layers = loaded.model.ahn_config, loaded.model.get_decoder().layers
     with torch.no_grad():
         cache = loaded.model(torch.randint(20, (1, 200)), use_cache=True).past_key_values
-    slots = cache.layers[0].state["keys"].shape[2] - 1 if layers[0].ahn.fn.slot_count(1) else 0
+    slots = cache.layers[0].state.memory["keys"].shape[2] - 1 if layers[0].ahn.fn.slot_count(1) else 0
     assert loaded.settings["slots"] == slots
     assert config.window + config.sinks + slots == loaded.settings["budget"] <= 44
     assert config.window + 1 + config.sinks + layers[0].ahn.fn.slot_count(config.window + 1 + 24) > 44

@@ -58,7 +58,7 @@ def _without_graphs(patch: pytest.MonkeyPatch) -> None:
 def test_float32_steps_are_the_whole_forward(memory: str) -> None:
     talk = _talk(made(memory))
     talk.steps(STEPS)
-    assert talk.cache in runner._runners, "nothing was captured"
+    assert talk.cache.captured is not None, "nothing was captured"
     talk.check(TOLERANCE)
 
 
@@ -73,7 +73,7 @@ def test_one_conversation_is_the_whole_forward(architecture: str, memory: str, w
     talk = Talk(awaken(ahn.attach(base(architecture, hidden_size=64), config)).cuda(), 1)
     talk.read([length])
     talk.steps(STEPS)
-    assert talk.cache in runner._runners, "nothing was captured"
+    assert talk.cache.captured is not None, "nothing was captured"
     talk.check(TOLERANCE)
 
 
@@ -87,7 +87,7 @@ def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(monkeypatch: pyt
                 _without_graphs(patch)
             talk = _talk(model)
             talk.steps(STEPS)
-        assert (talk.cache in runner._runners) == captured
+        assert (talk.cache.captured is not None) == captured
         errors.append(talk.error(reference))
     # Both round as often, at other places: the norm of 20 000 errors hardly depends on which.
     assert errors[0] < 1.5 * errors[1], errors

@@ -36,7 +36,7 @@ def test_the_trace_is_of_what_the_kernels_wrote(memory: str) -> None:
     assert torch.equal(plain.logits, again.logits)
     for layer, writes in trace.writes.items():
         writers = model.model.layers[layer].ahn.fn.write_heads
-        norm = kv.layers[layer].state["state"].reshape(2, writers, -1).norm(dim=2).cpu()
+        norm = kv.layers[layer].state.memory["state"].reshape(2, writers, -1).norm(dim=2).cpu()
         norm = norm.repeat_interleave(4 // writers, dim=1)
         assert relative_error(writes.state_norm[..., -1], norm) < HALF
         assert not writes.update.is_cuda and trace.reads[layer].memory.isfinite().all()
@@ -52,12 +52,12 @@ def test_graphs_wait_and_go_on() -> None:
         patch.setattr(runner, "on_gpu", lambda ids: False)
         right = [model(ids[:, n, None], past_key_values=ordinary).logits for n in range(LENGTH, LENGTH + 30)]
     mine = [model(ids[:, n, None], past_key_values=kv).logits for n in range(LENGTH, LENGTH + 10)]
-    replay = runner._runners[kv].replay
+    replay = kv.captured.replay
     with ahn.inspect.record(model) as trace:
         mine += [model(ids[:, n, None], past_key_values=kv).logits for n in range(LENGTH + 10, LENGTH + 20)]
     assert trace.writes[0].positions[0].tolist() == [n - WINDOW for n in range(LENGTH + 10, LENGTH + 20)]
     mine += [model(ids[:, n, None], past_key_values=kv).logits for n in range(LENGTH + 20, LENGTH + 30)]
-    assert runner._runners[kv].replay is replay  # the same graph, caught up
+    assert kv.captured.replay is replay  # the same graph, caught up
     assert relative_error(torch.cat(mine), torch.cat(right)) < HALF
 
 

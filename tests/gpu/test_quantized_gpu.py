@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn.attend import windowed
-from ahn.cache import quantized
+from ahn.cache import tier
 from ahn.decode import runner
 from ahn.layout.evicted import Evicted
+from ahn.layout.state import TierRing, TierState
 from ahn.layout.visibility import Visibility
 from ahn.ops.quantize import decode, encode, rotate, turned
 
@@ -51,14 +52,15 @@ def test_a_single_query_sees_what_the_codes_decode_to() -> None:
         return torch.randn(*shape, 64, device="cuda", dtype=torch.bfloat16)
 
     query, exact = normal(2, 4, 1), [normal(2, 2, 68) for _ in range(2)]
-    state = {name: normal(2, 2).float() for name in ("key_offset", "value_offset")}
+    offsets = [normal(2, 2).float() for _ in range(2)]
     encoded = [encode(normal(2, 2, 300), unbiased) for unbiased in (True, False)]
-    keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, state.values(), strict=True))
+    keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, offsets, strict=True))
+    state = TierState(*(TierRing(*x, at) for x, at in zip(encoded, offsets, strict=True)))
     unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
-    passed = quantized.Passed(*(turned(*x, torch.bfloat16) for x in encoded), None, unread, state)
+    passed = tier.Passed(*(turned(*x, torch.bfloat16) for x in encoded), None, unread, state)
     key, value = (torch.cat([a.float(), b], 2) for a, b in zip(exact, (keys, values), strict=True))
     expected = torch.nn.functional.scaled_dot_product_attention(query.float(), key, value, scale=0.125, enable_gqa=True)
-    found = quantized.attend(query, exact[0], exact[1], passed, 0.125)
+    found = tier.attend(query, exact[0], exact[1], passed, 0.125)
     assert relative_error(found.cpu(), expected.cpu()) < 2 * BFLOAT16  # codes times scales are rounded as well
 
 
@@ -69,9 +71,9 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, monkeypatch: py
     with ahn.ops.use_backend("chunked"):
         with monkeypatch.context() as patch:
             patch.setattr(runner, "on_gpu", lambda ids: False)  # what is replaced here is the ordinary step's
-            patch.setattr("ahn.cache.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
-            patch.setattr("ahn.cache.quantized.decode", lambda codes, scale, dtype: codes)
-            patch.setattr("ahn.cache.quantized.turned", lambda codes, scale, dtype: rotate(codes))
+            patch.setattr("ahn.cache.tier.encode", lambda x, unbiased: (x, x[..., 0]))
+            patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype: codes)
+            patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype: rotate(codes))
             found = read(model, ids, [5, 20, 1, 1, 30, *[1] * 13], ahn.AHNCache.for_model(model))
         ahn.set_window(model, 21, 2, quantized=0)
         expected = read(model, ids, [70], ahn.AHNCache.for_model(model))
@@ -118,7 +120,7 @@ def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkey
             found, expected = (torch.cat([row[-1] for row in talk._logits]) for talk in talks)
             # Float32 in another order of operations, through two layers with sharp attention.
             assert relative_error(found, expected) < 1e-4, step
-    assert talks[0].cache in runner._runners and talks[1].cache not in runner._runners
+    assert talks[0].cache.captured is not None and talks[1].cache.captured is None
     # 16 scales a step, each within an error of 1e-5 of the edge of its 2^-8 wide place: 14 of 341 steps.
     assert excused <= 20
 
@@ -145,4 +147,4 @@ def test_half_precision_generates() -> None:
     model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64).to(torch.bfloat16).cuda()
     output = model.generate(tokens(1, 300).cuda(), max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     assert output.sequences.shape == (1, 340)
-    assert output.past_key_values.memory_layers[0].state["quantized.keys"].shape == (1, 2, 64, 4)
+    assert output.past_key_values.memory_layers[0].state.tier.keys.codes.shape == (1, 2, 64, 4)

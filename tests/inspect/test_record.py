@@ -62,7 +62,7 @@ def assert_same(one: Trace, other: Trace) -> None:
 
 def of_heads(kv: AHNCache, layer: int, writers: int) -> Tensor:
     """All numbers that a query head reads: (B, 4, ·)."""
-    return kv.layers[layer].state["state"].reshape(2, writers, -1).repeat_interleave(4 // writers, 1)
+    return kv.layers[layer].state.memory["state"].reshape(2, writers, -1).repeat_interleave(4 // writers, 1)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def test_outputs_do_not_change_by_a_bit(memory: str) -> None:
         again = model(ids, past_key_values=kv)
     assert torch.equal(plain.logits, again.logits)
     for layer, same in zip(plain.past_key_values.layers, kv.layers, strict=True):
-        assert torch.equal(layer.state["state"], same.state["state"])
+        assert torch.equal(layer.state.memory["state"], same.state.memory["state"])
     with ahn.inspect.record(model) as trace:
         assert torch.equal(written, model.generate(ids, max_new_tokens=5, do_sample=False))
     assert trace.writes[0].positions.shape[1] == LENGTH + 4 - WINDOW - SINKS

@@ -43,10 +43,10 @@ def test_heads_that_do_not_write(memory: str) -> None:
     model(ids, past_key_values=whole)
     with ahn.inspect.without(model, layers=[0], heads=[2, 3], read=True):  # of one key head
         model(ids, past_key_values=less)
-    state, before = (kv.layers[0].state["state"].reshape(1, 4, -1) for kv in (less, whole))
+    state, before = (kv.layers[0].state.memory["state"].reshape(1, 4, -1) for kv in (less, whole))
     assert (state[:, 2:] == 0).all() and (before[:, 2:] != 0).any()
     assert torch.equal(state[:, :2], before[:, :2])
-    assert (less.layers[1].state["state"] != 0).any((2, 3)).all()
+    assert (less.layers[1].state.memory["state"] != 0).any((2, 3)).all()
 
 
 @torch.no_grad()
@@ -54,11 +54,11 @@ def test_what_was_written_before_stays_untouched() -> None:
     """Neither written nor decayed: a closed gate leaves the state as it is."""
     model, kv = made("gated_deltanet"), AHNCache.for_model(made("gated_deltanet"))
     model(tokens(1, LENGTH), past_key_values=kv)
-    before = kv.layers[0].state["state"].clone()
+    before = kv.layers[0].state.memory["state"].clone()
     with ahn.inspect.without(model, heads=[3], read=True):
         for token in tokens(1, 20, seed=1).unbind(1):
             model(token[:, None], past_key_values=kv)
-    after = kv.layers[0].state["state"]
+    after = kv.layers[0].state.memory["state"]
     assert torch.equal(after[:, 3], before[:, 3]) and not torch.equal(after[:, :3], before[:, :3])
 
 
@@ -73,7 +73,7 @@ def test_heads_that_are_not_read(memory: str) -> None:
     model.model.layers[1].ahn.fn.o_proj.weight[[0, 3]] = 0
     assert torch.equal(out, model(ids, past_key_values=mute).logits)
     for layer, same in zip(kv.layers, mute.layers, strict=True):
-        assert torch.equal(layer.state["state"], same.state["state"])
+        assert torch.equal(layer.state.memory["state"], same.state.memory["state"])
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Reader:
         view = self.cache.begin(len(chunk), new.shape[1], self.columns, CPU)
         x = new[:, None, :, None]
         keys, values = self.layer.update(x, x.clone())
-        mask = self.layer.attention_mask()
+        mask = view.held_mask
         self.check_attention(new, keys, mask)
         assert torch.equal(keys, values)
         gone, gone_values, gates = self.layer.evict(keys, values, {"gate": x[..., 0]})

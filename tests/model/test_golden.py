@@ -52,7 +52,7 @@ def test_teacher(case) -> None:
 
 def _assert_states(cache: ahn.AHNCache, description: dict, expected: dict, name: str) -> None:
     for index, layer in cache.memory_layers.items():
-        state = layer.state["state"]
+        state = layer.state.memory["state"]
         if description["ahn"] == "Mamba2":
             state = state.mT  # published as (value, key), ours is (key, value)
         assert golden_error(state, expected[f"{name}.{index}"]) < TOLERANCE

@@ -227,10 +227,10 @@ def kept(layer: AHNLayer, row: int, real: int) -> dict[int, Tensor]:
     """Position to key and value of what a row's cache holds exactly."""
     held = layer.tensors()
     x = torch.cat([held["keys"], held["values"]], dim=-1)[row].transpose(0, 1)
-    if layer.seen <= layer.window + layer.sinks:
+    if layer.get_seq_length() <= layer.config.lossless:
         return dict(enumerate(x[len(x) - real :]))
-    window = range(max(0, real - layer.window), real)
-    sinks = {t: x[t] for t in range(min(layer.sinks, real))}
+    window = range(max(0, real - layer.config.window), real)
+    sinks = {t: x[t] for t in range(min(layer.config.sinks, real))}
     return dict(zip(window, x[len(x) - len(window) :], strict=True)) | sinks
 
 
@@ -252,9 +252,10 @@ def assert_rows_alone(model: PreTrainedModel, turns: Turns) -> None:
             mine, its = kept(other, row, real), kept(layer, 0, real)
             assert mine.keys() <= its.keys() and set(range(max(0, real - turns.window), real)) <= mine.keys()
             assert all(relative_error(mine[t], its[t]) < TOLERANCE for t in mine)
-            for name, part in (layer.state or {}).items():
-                if name == "state" or name.startswith("quantized."):
-                    assert relative_error(other.state[name][row], part[0]) < TOLERANCE, name
+            others = other.tensors()
+            for name, part in layer.tensors().items():
+                if name == "state.state" or name.startswith("state.quantized."):
+                    assert relative_error(others[name][row], part[0]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("memory", EVERYTHING)

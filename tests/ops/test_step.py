@@ -11,10 +11,11 @@ from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ahn.layout.state import LayerState, TierRing, TierState, WindowState
 from ahn.ops.gate import ACTIVATIONS, Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step.reference import StepBuffers, StepCodes, StepRotation, step
+from ahn.ops.step.reference import StepRotation, step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -51,10 +52,10 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
         # Logits as wide as softplus needs to be put to the test; a small rate, so that no state grows.
         write_gate = Gate(8 * normal(B, writers), activation, normal(writers))
         decay_gate = Gate(8 * normal(B, H), activation, None, normal(H) - 3)
-    codes = made_codes(r, rule, B, HKV, writers, P, C, positions - T) if C else None
-    buffers, read = StepBuffers(keys, values, None, None, None, codes), None
+    tier = made_tier(r, rule, B, HKV, writers, P, C, positions - T) if C else None
+    layer, read = LayerState(WindowState(keys, values, in_slots=True), tier), None
     if rule is not None:
-        buffers = StepBuffers(keys, values, write, decay if rule.decay else None, state, codes)
+        layer.window.gates, layer.memory = named_gates(rule, write, decay), {"state": state}
         norm = normal(H * P if rule.across_heads else P)
         weight = torch.rand(B, H, generator=r) if router else None
         read = StepRead(normal(B, H, P), normal(B, H), weight, norm, normal(H, P, P) / P**0.5)
@@ -68,11 +69,15 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
         norms = (normal(P), normal(P), 1e-6, 1e-5) if turn == "after norms" else ()
         rotation = StepRotation(angle.cos(), angle.sin(), *norms)
     inputs = (normal(B, H, P), normal(B, HKV, P), normal(B, HKV, P), *gates, positions, active)
-    return inputs, buffers, (S, P**-0.5, rule, read, rotation)
+    return inputs, layer, (S, P**-0.5, rule, read, rotation)
 
 
-def made_codes(r, rule, B, HKV, H, P, C, count):
-    """A ring that has taken in `count` (B,) tokens."""
+def named_gates(rule, write, decay):
+    return {name: x for name, x in ((rule.write, write), (rule.decay, decay)) if name}
+
+
+def made_tier(r, rule, B, HKV, H, P, C, count):
+    """A tier that has taken in `count` (B,) tokens."""
     empty = torch.arange(C) >= count[:, None]
     codes = [torch.randint(256, (B, HKV, C, P // 4), dtype=torch.uint8, generator=r) for _ in range(2)]
     scales = [torch.rand(B, HKV, C, generator=r).masked_fill(empty[:, None], torch.nan).bfloat16() for _ in range(2)]
@@ -80,46 +85,42 @@ def made_codes(r, rule, B, HKV, H, P, C, count):
         scales = [x.float() for x in scales]
     begun = (count > 0)[:, None, None]
     offsets = [torch.randn(B, HKV, P, generator=r).where(begun, 0) for _ in range(2)]
-    write = torch.rand(B, H, C, generator=r).masked_fill(empty[:, None], torch.nan) if rule else None
-    decay = -torch.rand(B, H, C, generator=r).masked_fill(empty[:, None], torch.nan) if rule and rule.decay else None
-    return StepCodes(*codes, *scales, *offsets, write, decay)
+    write = torch.rand(B, H, C, generator=r).masked_fill(empty[:, None], torch.nan)
+    decay = -torch.rand(B, H, C, generator=r).masked_fill(empty[:, None], torch.nan)
+    rings = [TierRing(*parts) for parts in zip(codes, scales, offsets, strict=True)]
+    return TierState(rings[0], rings[1], named_gates(rule, write, decay) if rule else {})
 
 
 def on_device(x):
     if isinstance(x, torch.Tensor):
         return x.to(DEVICE)
-    if isinstance(x, StepBuffers | StepCodes | StepRead | StepRotation | Gate | Routes):
+    if isinstance(x, LayerState):
+        return x.map(lambda part: part.to(DEVICE))
+    if isinstance(x, StepRead | StepRotation | Gate | Routes):
         return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
     return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
 
 
-def compare(inputs, buffers, rest, processors=8):
+def compare(inputs, state, rest, processors=8):
     from ahn.ops.step import kernel
 
-    twin = copy.deepcopy(buffers)
+    twin = copy.deepcopy(state)
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr(torch.Tensor, "bfloat16", lambda x: x)
         expected = step(*inputs, twin, *rest)
-    found_buffers = on_device(copy.deepcopy(buffers))
-    found = kernel.step(*on_device(inputs), found_buffers, *on_device(rest), processors=processors)
+    found_state = on_device(copy.deepcopy(state))
+    found = kernel.step(*on_device(inputs), found_state, *on_device(rest), processors=processors)
     active = inputs[-1]
     if active.any():
         assert relative_error(found.cpu()[active], expected[active]) < FLOAT32
-    for name, x in tensors(twin).items():
-        own = tensors(found_buffers)[name].cpu()
+    for name, x in twin.tensors().items():
+        own = found_state.tensors()[name].cpu()
         if x.dtype == torch.uint8:  # no number of these examples lies on the edge of two codes
             assert torch.equal(own, x), name
             continue
         assert torch.equal(x.isnan(), own.isnan())
         assert relative_error(own.nan_to_num(), x.nan_to_num()) < FLOAT32, name
-
-
-def tensors(buffers):
-    own = {name: x for name, x in vars(buffers).items() if isinstance(x, torch.Tensor)}
-    if buffers.codes is not None:
-        own |= {f"codes.{name}": x for name, x in vars(buffers.codes).items() if x is not None}
-    return own
 
 
 @pytest.mark.usefixtures("triton")
@@ -143,7 +144,7 @@ def test_kernels_are_the_plain_step(name, data):
 @pytest.mark.parametrize("name", ["gated_deltanet", "deltanet", "window_only"])
 @given(data=st.data())
 @settings(max_examples=12 if INTERPRETED else 5, deadline=None, derandomize=True)
-def test_kernels_are_the_plain_step_with_codes(name, data):
+def test_kernels_are_the_plain_step_with_a_tier(name, data):
     """Rows before, at and after either edge, in rings that are empty, that fill and that go round."""
     S, W, C = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 60)), data.draw(st.integers(1, 150))
     B, HKV, groups = (data.draw(st.integers(1, n)) for n in (3, 2, 5))
@@ -164,9 +165,9 @@ def test_several_states_a_head(codes):
 
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize("position", [40, 44, 45, 100, 44 + 500, 44 + 501, 3000])
-def test_a_ring_of_codes_in_many_parts(position):
-    inputs, buffers, rest = made(RULES["gated_deltanet"], 1, 2, 2, 64, 4, 40, [position], seed=0, C=500)
-    compare((*inputs[:-1], torch.tensor([True])), buffers, rest, processors=132)
+def test_a_tier_in_many_parts(position):
+    inputs, state, rest = made(RULES["gated_deltanet"], 1, 2, 2, 64, 4, 40, [position], seed=0, C=500)
+    compare((*inputs[:-1], torch.tensor([True])), state, rest, processors=132)
 
 
 @pytest.mark.usefixtures("triton")
@@ -176,5 +177,5 @@ def test_a_single_row_in_many_parts(position):
     from ahn.ops.step import kernel
 
     assert kernel.schedule(1, 8200, 64, 132)[0] == 256
-    inputs, buffers, rest = made(RULES["gated_deltanet"], 1, 1, 2, 16, 4, 8196, [position], seed=0)
-    compare((*inputs[:-1], torch.tensor([True])), buffers, rest, processors=132)
+    inputs, state, rest = made(RULES["gated_deltanet"], 1, 1, 2, 16, 4, 8196, [position], seed=0)
+    compare((*inputs[:-1], torch.tensor([True])), state, rest, processors=132)

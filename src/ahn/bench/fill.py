@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
-from ahn.cache import quantized
+from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
 from ahn.measure.method import Method
 
@@ -35,13 +35,14 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
     cache = method.new_cache(model, batch, room)
     for layer, seen in zip(cache.layers, sample.layers, strict=True):
         if isinstance(layer, AHNLayer):
-            kept = min(context, layer.sinks + layer.window)
+            kept = min(context, layer.config.lossless)
             tensors = seen.tensors()
             known = tensors["keys"].shape[2]
             named = {name: _grown(name, x, known, batch, kept) for name, x in tensors.items()}
-            layer.load_tensors(named, context)
+            layer.load_tensors(named)
+            layer.progress.seen = context
             if method.config is not None and method.config.quantized and context > kept:
-                _fill_codes(layer, method.config.quantized)
+                _fill_tier(layer, method.config.quantized)
         elif isinstance(layer, StaticLayer):
             layer.lazy_initialization(_rows(seen.keys, batch), _rows(seen.values, batch))
             layer.keys.normal_()
@@ -75,18 +76,17 @@ def _grown(name: str, x: Tensor, known: int, batch: int, tokens: int) -> Tensor:
     return torch.empty(batch, *x.shape[1:], dtype=x.dtype, device=x.device).normal_(std=STATE_STD)
 
 
-def _fill_codes(layer: AHNLayer, capacity: int) -> None:
-    """Give a layer quantized tokens: any codes are possible ones."""
-    tier = quantized.with_tier(None, capacity, layer.keys, layer.gates)
-    for name, x in tier.items():
-        if x.dtype == torch.uint8:
-            x.random_(256)
-        elif name.startswith(f"{quantized.PREFIX}{quantized.GATES}"):
-            waiting = layer.gates[name.removeprefix(f"{quantized.PREFIX}{quantized.GATES}")]
-            x.copy_(waiting[:, :, torch.randint(waiting.shape[2], (capacity,), device=x.device)])
-        else:
-            x.normal_().abs_()
-    layer.state = (layer.state or {}) | tier
+def _fill_tier(layer: AHNLayer, capacity: int) -> None:
+    """Give a layer a full tier: any codes are possible ones."""
+    assert layer.state is not None
+    layer.state.tier = found = tier.empty(capacity, layer.window)
+    for ring in (found.keys, found.values):
+        ring.codes.random_(256)
+        ring.scales.normal_().abs_()
+        ring.offset.normal_().abs_()
+    for name, gate in found.gates.items():
+        waiting = layer.window.gates[name]
+        gate.copy_(waiting[:, :, torch.randint(waiting.shape[2], (capacity,), device=waiting.device)])
 
 
 def _normal(x: Tensor, batch: int, tokens: int) -> Tensor:

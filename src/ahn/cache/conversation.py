@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ahn.cache import file
-from ahn.cache.layer import AHNLayer, SlotRows
+from ahn.cache.layer import AHNLayer
+from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.visibility import Padding, Visibility
@@ -31,17 +32,18 @@ class AHNCache(Cache):
 
     Attributes:
         config: window, sinks and memory it was made with. They stay with the conversation, whatever the model's are.
+        progress: how much was read.
+        captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
     """
 
     def __init__(self, config: AHNConfig, layers: list[Any], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.config = config
-        self.rows = SlotRows()
+        self.progress = Progress()
         for layer in self.memory_layers.values():
-            layer.rows = self.rows
-        self._padding: Padding | None = None
-        self._padding_on_device = False
-        self._next_padding: Padding | None = None  # of the forward under way: kept once its last layer is done
+            layer.progress = self.progress
+        self.captured: Any = None
+        self._view: Visibility | None = None  # of the latest forward
         self._batch: int | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
 
@@ -77,7 +79,10 @@ class AHNCache(Cache):
     @property
     def seen(self) -> int:
         """Tokens read so far (columns of the batch, padding included)."""
-        return next(iter(self.memory_layers.values())).seen
+        return self.progress.seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"captured": None}  # its graph would go on changing the tensors of the original
 
     def begin(self, batch: int, length: int, attention_mask: Tensor | None, device: torch.device) -> Visibility:
         """Prepare one forward over `length` new tokens (called by the adapter's hook on the decoder).
@@ -92,7 +97,8 @@ class AHNCache(Cache):
         self._check_layers_agree()
         self.check_batch(batch)
         # A cache that was moved as a whole comes to where the model is: a layer when its turn comes, see `update`.
-        before = after = None if self.padding is None else self.padding.to(device)
+        padding = self.progress.padding
+        before = after = None if padding is None else padding.to(device)
         new = new_columns(attention_mask, self.seen, length)
         if new is None and before is not None:
             new = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -101,7 +107,7 @@ class AHNCache(Cache):
             after = before.advance(new.to(device), self.seen)
         config = self.config
         view = Visibility(config.window, config.sinks, self.seen, length, device, before, after, config.quantized)
-        self._batch, self._next_padding = batch, after
+        self._batch, self._view = batch, view
         for layer in self.memory_layers.values():
             layer.visibility = view
         return view
@@ -116,52 +122,17 @@ class AHNCache(Cache):
     def enter_slots(self) -> Tensor:
         """Lay every layer out in fixed slots; returns the real tokens that each row has read, (B or 1,)."""
         self._check_layers_agree()
-        layers = list(self.memory_layers.values())
-        if layers[0].in_slots:
-            read = self.rows.read
-            assert read is not None
-        else:
-            leading = torch.zeros(1, dtype=torch.long) if self.padding is None else self.padding.leading
-            read = self.seen - leading.to(layers[0].keys.device)
-        for layer in layers:
-            layer.enter_slots(read)
+        lengths = self.progress.row_lengths()
+        for layer in self.memory_layers.values():
+            layer.enter_slots(lengths)
             layer.own_memory()
-        return read
+        self.progress.lengths = lengths
+        return lengths
 
     def columns_before(self) -> Tensor:
         """(B or 1,) what to add to a row's position to get its column as rotary embeddings take it by default."""
-        if self.padding is None:
-            return torch.zeros(1, dtype=torch.long)
-        return self.padding.leading - self.padding.moved
-
-    def stepped(self, positions: Tensor, watched: bool) -> None:
-        """A captured step is over.
-
-        Args:
-            positions: (B,) real tokens that each row has read now; the next step will change it in place.
-            watched: the step had an attention mask, which only the device has seen.
-        """
-        self.rows.read = positions
-        for layer in self.memory_layers.values():
-            layer.seen += 1
-        self._padding_on_device |= watched
-
-    @property
-    def padding(self) -> Padding | None:
-        """Of the rows up to now; None while no row has any."""
-        if self._padding_on_device:
-            self._padding_on_device = False
-            assert self.rows.read is not None
-            leading = self.seen - self.rows.read
-            if self._padding is not None or bool(leading.any()):
-                before = self._padding or Padding.none(len(leading), leading.device)
-                moved = before.moved + leading - before.leading
-                self._padding = Padding(leading, before.ended, moved)
-        return self._padding
-
-    @padding.setter
-    def padding(self, padding: Padding | None) -> None:
-        self._padding, self._padding_on_device = padding, False
+        padding = self.progress.padding
+        return torch.zeros(1, dtype=torch.long) if padding is None else padding.leading - padding.moved
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layer = self.layers[layer_idx]
@@ -176,24 +147,23 @@ class AHNCache(Cache):
         """Called when a layer's forward is over."""
         layer.under_way = False
         if layer is self.layers[max(self.memory_layers)]:
-            self.padding, self._next_padding = self._next_padding, None
+            assert self._view is not None
+            self.progress.finish(self._view)
         if self.offloading:
             layer.offload()
 
     def _check_layers_agree(self) -> None:
         """An interrupt amid a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
-        read = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
-        if len(read) > 1 or any(layer.under_way for layer in self.memory_layers.values()):
+        seen = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
+        waiting = {layer.visibility is not None for layer in self.memory_layers.values()}
+        if len(seen) > 1 or len(waiting) > 1 or any(layer.under_way for layer in self.memory_layers.values()):
             raise AHNError(
                 "A forward with this cache stopped halfway, so its layers have read different tokens. Go on from a "
                 "copy made before (copy.deepcopy(cache)), or start again (cache.reset())."
             )
 
     def _map_rows(self, change: Any) -> None:
-        padding = self.padding  # worked out from rows that have not moved yet
-        if self.rows.read is not None and len(self.rows.read) > 1:
-            self.rows.read = change(self.rows.read)
-        self.padding = None if padding is None else padding.map(change)
+        self.progress.map_rows(change)
         keys = next(iter(self.memory_layers.values())).keys
         self._batch = None if keys is None else len(keys)
 
@@ -216,18 +186,18 @@ class AHNCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 only zeroes these
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.padding = self._batch = self.rows.read = None
+        self.progress.clear()
+        self._batch = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
-        padding = self.padding  # worked out from what is read before anything is forgotten
         # Layers that may refuse go first: a refusal must not leave the others cropped.
         for layer in self.memory_layers.values():
             layer.check_crop(tokens_to_remove)
         for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
             layer.crop(tokens_to_remove)
-        if padding is not None:
-            self.padding = dataclasses.replace(padding, leading=padding.leading.clamp_max(self.seen))
+        if tokens_to_remove:
+            self.progress.crop(-tokens_to_remove)
 
     def to(self, device: torch.device | str) -> AHNCache:
         """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself.
@@ -236,8 +206,7 @@ class AHNCache(Cache):
         """
         for layer in self.layers:
             _move(layer, device)
-        if self.padding is not None:
-            self.padding = self.padding.to(device)
+        self.progress.to(device)
         return self
 
     def nbytes(self) -> int:
@@ -264,8 +233,8 @@ class AHNCache(Cache):
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer, index).items()}
-        if self.padding is not None:
-            tensors |= {f"padding.{name}": x for name, x in vars(self.padding).items()}
+        if self.progress.padding is not None:
+            tensors |= {f"padding.{name}": x for name, x in vars(self.progress.padding).items()}
         file.write(path, tensors, {"config": dataclasses.asdict(self.config), "seen": self.seen}, model)
 
     @staticmethod
@@ -284,16 +253,17 @@ class AHNCache(Cache):
         for index, layer in enumerate(cache.layers):
             own = under(f"layers.{index}.")
             if isinstance(layer, AHNLayer):
-                layer.window, layer.sinks = cache.config.window, cache.config.sinks
-                layer.load_tensors(own, seen)
+                layer.config = cache.config
+                layer.load_tensors(own)
                 cache._batch = len(own["keys"])
             elif own:
                 layer.lazy_initialization(own["keys"], own["values"])
                 layer.keys, layer.values = own["keys"], own["values"]
                 if hasattr(layer, "cumulative_length"):
                     layer.cumulative_length = seen
+        cache.progress.seen = seen
         if padding := under("padding."):
-            cache.padding = Padding(**padding)
+            cache.progress.padding = Padding(**padding)
         return cache
 
 

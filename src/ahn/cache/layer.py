@@ -1,156 +1,147 @@
-"""One layer's part of an `AHNCache`: sinks, window, pending write gates and the recurrent state."""
+"""One layer's part of an `AHNCache`."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.copies import join
 from ahn.layout.slots import Slots
+from ahn.layout.state import Change, LayerState, Tensors, TierState, WindowState
 from ahn.layout.visibility import Visibility
-
-Tensors = dict[str, Tensor]
-
-
-@dataclasses.dataclass
-class SlotRows:
-    """What the layers of one cache share while their tokens lie in fixed slots.
-
-    Attributes:
-        read: (B or 1,) real tokens of each row so far.
-    """
-
-    read: Tensor | None = None
 
 
 class AHNLayer(CacheLayerMixin):
-    """One layer's state: exact keys and values of sinks and window, gates of the tokens in it, and the memory.
+    """Holds a layer's state and takes it through one forward after the other.
 
     Attributes:
-        keys, values: (B, Hkv, T, P) after RoPE, in one of two orders. Columns: T = min(tokens seen, S + W), in index
-            order, then as [S sinks | W window]. Slots (`in_slots`): T = S + W, see `ahn.layout.slots.Slots`.
-        gates: write gates of the same tokens, each (B, Hq, T, ...), in the keys' precision: their logits have no more.
-        state: the memory's state after everything that left the window, or None before the first forward.
+        state: None before the first forward.
+        progress: of the conversation; the layers of a cache share it.
+        visibility: of a forward that has begun and that this layer has not finished.
         under_way: new tokens were taken, but their forward is not over.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, config: AHNConfig) -> None:
-        super().__init__()
-        self.keys: Any
-        self.values: Any
-        self.window, self.sinks = config.window, config.sinks
-        self.rows = SlotRows()
-        self._empty()
+    def __init__(self, config: AHNConfig, progress: Progress | None = None) -> None:
+        # Not the base class's own: there, keys and values are attributes.
+        self.config, self.progress = config, progress or Progress()
+        self.reset()
 
-    def _empty(self) -> None:
-        self.keys = self.values = None
-        self.gates: Tensors = {}
-        self.state: Tensors | None = None
-        self.seen = 0
-        self.in_slots = False
+    def reset(self) -> None:
+        self.state: LayerState | None = None
         self.visibility: Visibility | None = None
-        self._leaving: tuple[Tensor, Tensor] | None = None
         self.under_way = False
-        self.is_initialized = False
+        self._replaced: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def window(self) -> WindowState:
+        """The exact part of the state, which must be there."""
+        assert self.state is not None
+        return self.state.window
+
+    @property
+    def keys(self) -> Any:
+        """Keys of the window, None before the first forward: what transformers asks a layer for."""
+        return None if self.state is None else self.state.window.keys
+
+    @property
+    def values(self) -> Any:
+        """Values of the window; see `keys`."""
+        return None if self.state is None else self.state.window.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.is_initialized = True
+        self.state = LayerState(WindowState(key_states[:, :, :0], value_states[:, :, :0]))
 
-    # -- one forward: update (called by the base model's attention), then evict, then remember -------------------
+    # -- one forward: update (called by the base model's attention), then evict, then keep -------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values (B, Hkv, n, P); return all that the queries may see, before anything leaves."""
         view = self.visibility
-        if view is None or view.seen != self.seen or view.length != key_states.shape[2]:
+        if view is None or view.seen != self.progress.seen or view.length != key_states.shape[2]:
             raise AHNError(
                 "An AHNCache works only with the model it was made for, with its adapter enabled; "
                 "inside ahn.disabled(model) pass another cache or none."
             )
         self.under_way = True
         self.visibility = view = view.on(key_states.device)
-        if not self.is_initialized:
+        if self.state is None:
             self.lazy_initialization(key_states, value_states)
-        if self._steps_in_slots(view):
-            self.enter_slots(view.read_before)
-            self.own_memory()
-            self._leaving = (_take(self.keys, view.new_slot), _take(self.values, view.new_slot))
-            _put(self.keys, view.new_slot, key_states.detach())
-            _put(self.values, view.new_slot, value_states.detach())
-            return self.keys, self.values
-        self.leave_slots()
-        keys = view.align(join([self.keys, key_states]))
-        values = view.align(join([self.values, value_states]))
-        return keys, values
-
-    def attention_mask(self) -> Tensor | None:
-        """Mask for the keys that `update` returned: (B or 1, 1, n, keys) bool, None if every key is visible."""
-        view = self.visibility
-        assert view is not None
-        if self._leaving is not None:
-            return view.slot_mask
-        return view.mask
+        if not view.in_slots:
+            self.leave_slots()
+            keys = view.align(join([self.keys, key_states]))
+            values = view.align(join([self.values, value_states]))
+            return keys, values
+        self.enter_slots(view.lengths_before)
+        self.own_memory()
+        window = self.window
+        self._replaced = (_take(window.keys, view.new_slot), _take(window.values, view.new_slot))
+        _put(window.keys, view.new_slot, key_states.detach())
+        _put(window.values, view.new_slot, value_states.detach())
+        return window.keys, window.values
 
     def evict(self, keys: Tensor, values: Tensor, gates: Tensors) -> tuple[Tensor, Tensor, Tensors]:
-        """Finish the forward: keep sinks and window, return what left.
+        """Keep sinks and window, return what left.
 
         Args:
             keys, values: what `update` returned.
-            gates: of the new tokens (B, Hq, n, ...).
+            gates: of the new tokens (B, Hw, n, ...).
 
         Returns:
-            keys and values (B, Hkv, m, P) and gates (B, Hq, m, ...) of the evicted tokens.
+            keys and values (B, Hkv, m, P) and gates (B, Hw, m, ...) of the evicted tokens.
         """
-        view = self.visibility
-        assert view is not None
-        self.visibility, self.seen = None, view.total
-        if self._leaving is not None:
-            (key, value), self._leaving = self._leaving, None
-            leaving = {name: _take(pending, view.new_slot).float() for name, pending in self.gates.items()}
-            for name, pending in self.gates.items():
+        view, window = self.visibility, self.window
+        assert view is not None and self.state is not None
+        self.visibility = None
+        if self._replaced is not None:
+            (key, value), self._replaced = self._replaced, None
+            evicted = {name: _take(pending, view.new_slot).float() for name, pending in window.gates.items()}
+            for name, pending in window.gates.items():
                 _put(pending, view.new_slot, gates[name].detach())
-            self.rows.read = view.read_after
-            return key, value, leaving
+            return key, value, evicted
         gates = {name: gate.to(keys.dtype) for name, gate in gates.items()}
-        if self.gates:
-            gates = {name: view.align(torch.cat([self.gates[name], new], dim=2)) for name, new in gates.items()}
-        self.keys, self.values = view.keep(keys).detach(), view.keep(values).detach()
-        self.gates = {name: view.keep(gate).detach() for name, gate in gates.items()}
+        if window.gates:
+            gates = {name: view.align(torch.cat([window.gates[name], new], dim=2)) for name, new in gates.items()}
+        self.state.window = WindowState(keys, values, gates).map(lambda x: view.keep(x).detach())
         return (
             view.evicted_slots(keys),
             view.evicted_slots(values),
             {name: view.evicted_slots(gate).float() for name, gate in gates.items()},
         )
 
-    def _steps_in_slots(self, view: Visibility) -> bool:
-        """A single token after the window is full replaces the one that leaves instead of copying the window."""
-        starts_tier = view.quantized > 0 and view.begins  # the mean of the first window is taken in columns
-        return view.length == 1 and view.rolled and view.shift is None and not starts_tier
+    def keep(self, tier: TierState | None, memory: Tensors) -> None:
+        """The state of tier and memory after the forward."""
+        self.state = LayerState(self.window, tier, {name: x.detach() for name, x in memory.items()})
 
-    def enter_slots(self, read: Tensor) -> None:
-        """Lay the tokens out in fixed slots; read (B or 1,) real tokens of each row before now."""
-        if not self.in_slots:
-            slots = Slots(self.window, self.sinks)
-            self._map(lambda x: slots.from_columns(x, self.seen, read), state=False)
-            self.in_slots, self.rows.read = True, read
+    def enter_slots(self, lengths: Tensor) -> None:
+        """Lay the window out in fixed slots; lengths (B or 1,) real tokens of each row before now."""
+        if not self.window.in_slots:
+            slots, seen = Slots(self.config.window, self.config.sinks), self.progress.seen
+            self._lay_out(lambda x: slots.from_columns(x, seen, lengths.to(x.device)), in_slots=True)
 
     def leave_slots(self) -> None:
-        """Bring the tokens back into columns."""
-        if self.in_slots:
-            slots, read = Slots(self.window, self.sinks), self.rows.read
-            assert read is not None
-            self._map(lambda x: slots.to_columns(x, self.seen, read.to(x.device)), state=False)
-            self.in_slots = False
+        """Bring the window back into columns."""
+        if self.window.in_slots:
+            slots, seen = Slots(self.config.window, self.config.sinks), self.progress.seen
+            lengths = self.progress.row_lengths()
+            self._lay_out(lambda x: slots.to_columns(x, seen, lengths.to(x.device)), in_slots=False)
+
+    def _lay_out(self, change: Change, in_slots: bool) -> None:
+        assert self.state is not None
+        self.state.window = self.window.map(change)
+        self.state.window.in_slots = in_slots
 
     def own_memory(self) -> None:
         """Tensors made under `torch.inference_mode` cannot be written outside of it; copy them once."""
@@ -160,38 +151,28 @@ class AHNLayer(CacheLayerMixin):
     # -- the whole layer at once -----------------------------------------------------------------------------------
 
     def tensors(self) -> Tensors:
-        """All tensors of this layer by name, in columns; empty before the first forward."""
-        if not self.is_initialized:
+        """All tensors of this layer by the names of `LayerState.tensors`, in columns; none before the first forward."""
+        if self.state is None:
             return {}
         self.leave_slots()
-        named = {"keys": self.keys, "values": self.values}
-        named |= {f"gates.{name}": gate for name, gate in self.gates.items()}
-        return named | {f"state.{name}": part for name, part in (self.state or {}).items()}
+        return self.state.tensors()
 
-    def load_tensors(self, named: Tensors, seen: int) -> None:
+    def load_tensors(self, named: Tensors) -> None:
         """The inverse of `tensors`."""
-        self._empty()
-        if not named:
-            return
-        self.lazy_initialization(named["keys"], named["values"])
-        self.keys, self.values, self.seen = named["keys"], named["values"], seen
-        self.gates = {name.removeprefix("gates."): x for name, x in named.items() if name.startswith("gates.")}
-        state = {name.removeprefix("state."): x for name, x in named.items() if name.startswith("state.")}
-        self.state = state or None
+        self.reset()
+        if named:
+            self.lazy_initialization(named["keys"], named["values"])
+            self.state = LayerState.from_tensors(named)
 
-    def _map(self, change: Any, state: bool = True) -> None:
-        if not self.is_initialized:
-            return
-        self.keys, self.values = change(self.keys), change(self.values)
-        self.gates = {name: change(gate) for name, gate in self.gates.items()}
-        if state and self.state is not None:
-            self.state = {name: change(part) for name, part in self.state.items()}
+    def _map(self, change: Change) -> None:
+        if self.state is not None:
+            self.state = self.state.map(change)
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.progress.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.progress.seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -199,11 +180,8 @@ class AHNLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def reset(self) -> None:
-        self._empty()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.in_slots:  # a captured step knows these very tensors
+        if self.state is not None and self.window.in_slots:  # a captured step knows these very tensors
             self.own_memory()
             self._map(lambda x: x.copy_(x.index_select(0, beam_idx.to(x.device))))
         else:
@@ -227,25 +205,24 @@ class AHNLayer(CacheLayerMixin):
             self.to(self.device)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (transformers passes a negative number).
+        """Forget the last `-tokens_to_remove` columns (transformers passes a negative number).
 
         Raises:
             AHNError: a token has left the window; what was written into the memory cannot be taken out again.
         """
         self.check_crop(tokens_to_remove)
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        self.leave_slots()
-        self._map(lambda x: x[:, :, :tokens_to_remove], state=False)
-        self.seen = max(0, self.seen + tokens_to_remove)
+        if tokens_to_remove and self.state is not None:
+            self.leave_slots()
+            self.state.window = self.window.map(lambda x: x[:, :, :tokens_to_remove])
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises what `crop` would raise, and changes nothing."""
+        seen, lossless = self.progress.seen, self.config.lossless
         if tokens_to_remove > 0:
             raise AHNError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}.")
-        if tokens_to_remove and self.seen > self.sinks + self.window:
+        if tokens_to_remove and seen > lossless:
             raise AHNError(
-                f"Cannot crop a cache after {self.seen} tokens: {self.seen - self.sinks - self.window} of them left "
+                f"Cannot crop a cache after {seen} tokens: {seen - lossless} of them left "
                 "the window into the memory, which cannot be undone. Keep a copy (copy.deepcopy(cache)) to go back to."
             )
 

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ahn.cache import quantized
 from ahn.memory import RecurrentMemory
 from ahn.memory.query import memory_query
 from ahn.ops.gate import Gate
-from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.rule import StepRead
 from ahn.ops.step.operator import layer_step
-from ahn.ops.step.reference import StepBuffers, StepCodes
 
 if TYPE_CHECKING:
-    from ahn.cache.layer import AHNLayer
     from ahn.model.context import LayerContext
 
 
@@ -35,23 +32,6 @@ class StepForward:
     active: Tensor
     sinks: int
     seen: int
-
-
-def step_buffers(layer: AHNLayer, rule: StepRule | None) -> StepBuffers:
-    """The tensors of a cache's layer, which lies in slots, as the step operator wants them."""
-    own, coded = quantized.split(layer.state)
-    codes = None if not coded else _codes(coded, rule)
-    if rule is None:
-        return StepBuffers(layer.keys, layer.values, None, None, None, codes)
-    decay = None if rule.decay is None else layer.gates[rule.decay]
-    return StepBuffers(layer.keys, layer.values, layer.gates[rule.write], decay, own["state"], codes)
-
-
-def _codes(tier: dict[str, Tensor], rule: StepRule | None) -> StepCodes:
-    gates = (None, None) if rule is None else (rule.write, rule.decay)
-    write, decay = (None if name is None else tier[quantized.GATES + name] for name in gates)
-    rings = {name: x for name, x in tier.items() if not name.startswith(quantized.GATES)}
-    return StepCodes(**rings, write=write, decay=decay)
 
 
 def step_attention(
@@ -78,10 +58,8 @@ def step_attention(
         own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1)
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight, memory.routes)
-    buffers = layer.ahn.step_buffers
-    assert buffers is not None
+    state = layer.ahn.step_state
+    assert state is not None
     new = [x[:, :, 0] for x in (query, key, value)]
-    out = layer_step(
-        new[0], new[1], new[2], gates, step.positions, step.active, buffers, step.sinks, scaling, rule, read
-    )
+    out = layer_step(new[0], new[1], new[2], gates, step.positions, step.active, state, step.sinks, scaling, rule, read)
     return out[:, None], None

@@ -13,16 +13,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ahn.cache import quantized
+from ahn.cache import tier
 from ahn.cache.conversation import AHNCache, new_columns
-from ahn.cache.layer import AHNLayer
 from ahn.decode.compiled import layers_compiled, on_several_devices
-from ahn.decode.layer import StepForward, step_buffers
+from ahn.decode.layer import StepForward
+from ahn.layout.state import LayerState
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
-from ahn.ops.step.reference import StepBuffers, supported
+from ahn.ops.step.reference import supported
 
-_runners: weakref.WeakKeyDictionary[AHNCache, Runner] = weakref.WeakKeyDictionary()
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
@@ -39,7 +38,7 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     if asked(model, kwargs, "return_dict") is False or any(asked(model, kwargs, name) for name in MORE_OUTPUTS):
         return False
-    runner = _runners.get(cache)
+    runner: Runner | None = cache.captured
     return (runner is not None and runner.fits(model, cache, ids)) or _can_capture(model, cache, ids)
 
 
@@ -68,7 +67,8 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         return False  # scores that only the base model's own kernels know
     if "dynamic" in str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)):
         return False  # asks the device, at every token, whether the text has become too long for its angles
-    if cache.padding is not None and bool(cache.padding.ended.any()):
+    padding = cache.progress.padding
+    if padding is not None and bool(padding.ended.any()):
         return False
     memory = decoder.layers[0].ahn.fn
     if isinstance(memory, RecurrentMemory):
@@ -81,14 +81,14 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     cache: AHNCache = kwargs["past_key_values"]
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     new = new_columns(mask, cache.seen, 1)
-    runner = _runners.get(cache)
+    runner: Runner | None = cache.captured
     if runner is None or not runner.fits(model, cache, ids):
         cache.check_batch(len(ids))
-        runner = _runners[cache] = Runner(model, cache, len(ids))
-    elif cache.rows.read is not runner.positions:  # something else has moved the conversation on
+        runner = cache.captured = Runner(model, cache, len(ids))
+    elif cache.progress.lengths is not runner.positions:  # something else has moved the conversation on
         runner.catch_up(cache)
     logits = runner(ids, kwargs.get("position_ids"), None if new is None else new[:, -1])
-    cache.stepped(runner.positions, watched=new is not None)
+    cache.progress.finish_step(runner.positions, masked=new is not None)
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
@@ -127,23 +127,21 @@ class Runner:
             self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
             self.active = torch.zeros(batch, dtype=torch.bool, device=device)
             cache.enter_slots()
+            states = _states(cache)
             if cache.config.quantized:
-                for layer in cache.memory_layers.values():
-                    layer.state = quantized.with_tier(layer.state, cache.config.quantized, layer.keys, layer.gates)
+                for state in states.values():
+                    state.tier = state.tier or tier.empty(cache.config.quantized, state.window)
         self.all_active = False
-        memory = model.get_decoder().layers[0].ahn.fn
-        rule = memory.step_rule() if isinstance(memory, RecurrentMemory) else None
-        # The cache owns its buffers: once it has others, those that the graph knows are freed.
-        self.held = [tuple(map(weakref.ref, _held(layer))) for layer in cache.memory_layers.values()]
-        buffers = {index: step_buffers(layer, rule) for index, layer in cache.memory_layers.items()}
-        self.states = [buffer.state for buffer in buffers.values()]
+        # The cache owns its tensors: once it has others, those that the graph knows are freed.
+        self.rings = [tuple(map(weakref.ref, _rings(state))) for state in states.values()]
+        self.memories = [state.memory for state in states.values()]
         self.catch_up(cache)
         config = cache.config
         step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, "past_key_values": StepCache()}
 
         def once() -> Tensor:
-            with _buffers_lent(model, buffers):
+            with _states_lent(model, states):
                 logits: Tensor = type(model).forward(model, **inputs, use_cache=True, ahn_forward=step).logits
             self.positions += self.active
             return logits
@@ -155,20 +153,21 @@ class Runner:
         moved = _a_weight(model).data_ptr() != self.weight.data_ptr()
         if len(ids) != len(self.ids) or model._ahn is not self.adapter or moved:
             return False
-        return all(
-            layer.in_slots and all(x is own() for x, own in zip(_held(layer), held, strict=True))
-            for layer, held in zip(cache.memory_layers.values(), self.held, strict=True)
-        )
+        states = _states(cache).values()
+        if not all(state.window.in_slots for state in states):
+            return False
+        return [[id(x) for x in _rings(state)] for state in states] == [[id(x()) for x in own] for own in self.rings]
 
     def catch_up(self, cache: AHNCache) -> None:
-        """Take over how far each row has read, and the state: an ordinary step puts a new one in its place."""
+        """Take over how far each row has read, and the memories: an ordinary step puts new ones in their place."""
         self.positions.copy_(cache.enter_slots())
         self.offset.copy_(cache.columns_before())
-        cache.rows.read = self.positions
-        for layer, own in zip(cache.memory_layers.values(), self.states, strict=True):
-            if own is not None and layer.state is not None and layer.state["state"] is not own:
-                own.copy_(layer.state["state"])
-                layer.state = layer.state | {"state": own}
+        cache.progress.lengths = self.positions
+        for state, own in zip(_states(cache).values(), self.memories, strict=True):
+            for name, x in own.items():
+                if state.memory[name] is not x:
+                    x.copy_(state.memory[name])
+            state.memory = own
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None, real: Tensor | None) -> Tensor:
         """Logits (B, 1, V) of one token a row; rows that are not `real` (B,) change nothing."""
@@ -184,10 +183,14 @@ class Runner:
         return self.logits.clone()
 
 
-def _held(layer: AHNLayer) -> list[Tensor]:
+def _states(cache: AHNCache) -> dict[int, LayerState]:
+    """Of all layers, each of which has read something."""
+    return {index: layer.state for index, layer in cache.memory_layers.items() if layer.state is not None}
+
+
+def _rings(state: LayerState) -> list[Tensor]:
     """One tensor of each ring, which stands for all: they come and go together."""
-    coded = (layer.state or {}).get(f"{quantized.PREFIX}keys")
-    return [layer.keys] if coded is None else [layer.keys, coded]
+    return [state.window.keys] if state.tier is None else [state.window.keys, state.tier.keys.codes]
 
 
 def _a_weight(model: PreTrainedModel) -> Tensor:
@@ -216,12 +219,12 @@ def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callabl
 
 
 @contextlib.contextmanager
-def _buffers_lent(model: PreTrainedModel, buffers: dict[int, StepBuffers]) -> Iterator[None]:
+def _states_lent(model: PreTrainedModel, states: dict[int, LayerState]) -> Iterator[None]:
     layers = model.get_decoder().layers
-    for index, own in buffers.items():
-        layers[index].ahn.step_buffers = own
+    for index, state in states.items():
+        layers[index].ahn.step_state = state
     try:
         yield
     finally:
         for layer in layers:
-            layer.ahn.step_buffers = None
+            layer.ahn.step_state = None

@@ -73,7 +73,7 @@ class _Recorder(Observer):
         self.trace.window, self.trace.sinks = view.window, view.sinks
         queries = view.query_positions[:, view.length - view.evicted :]
         self.positions = written_positions(view).cpu()
-        self.queries = queries.masked_fill(queries < view.read_before[:, None], -1).cpu()
+        self.queries = queries.masked_fill(queries < view.lengths_before[:, None], -1).cpu()
 
     @torch.no_grad()
     def reading(self, passage: Passage) -> Tensor:

@@ -54,7 +54,7 @@ class TierView:
     @cached_property
     def targets(self) -> Tensor:
         """(B or 1, m) the slot that each leaving token takes; C for what takes none: padding, and what soon leaves."""
-        kept = self.new >= self.view.read_after[:, None] - self.view.window - self.capacity
+        kept = self.new >= self.view.lengths_after[:, None] - self.view.window - self.capacity
         if self.view.writable is not None:
             kept = kept & self.view.writable
         return torch.where(kept, self._slots(self.new), self.capacity)
@@ -77,12 +77,12 @@ class TierView:
         """(B or 1, 1, n, C + m) whether a query sees a token of [ring before | leaving], or (B or 1, 1, 1, C) of the
         ring after a single one; None if all are seen."""
         if self.steps:
-            ring = self._ring(self.view.read_after)
+            ring = self._ring(self.view.lengths_after)
             full = not self.view.padded and self.view.total >= self.view.delayed.lossless
             return None if full else (ring >= 0)[:, None, None, :]
         new = self.new if self.view.writable is None else self.new.masked_fill(~self.view.writable, -1)
         new = new.masked_fill(new < self.view.sinks, -1)
-        keys = torch.cat([self._ring(self.view.read_before), new], dim=1) if self.held else new
+        keys = torch.cat([self._ring(self.view.lengths_before), new], dim=1) if self.held else new
         newest = self.view.query_positions[:, :, None] - self.view.window
         keys = keys[:, None, :]
         return ((keys >= 0) & (keys <= newest) & (keys > newest - self.capacity))[:, None]
@@ -92,7 +92,7 @@ class TierView:
         """(B or 1, m') where in [ring before | leaving] the tokens are that leave the tier, in order."""
         later = self.view.delayed
         positions = later.query_positions[:, later.length - later.evicted :] - later.window
-        first = self.view.read_before[:, None] - self.view.window  # of those that leave the window now
+        first = self.view.lengths_before[:, None] - self.view.window  # of those that leave the window now
         ring = self.capacity if self.held else 0
         new = ring + positions - self.new[:, :1]
         found = torch.where(positions < first, self._slots(positions), new) if self.held else new
@@ -121,7 +121,7 @@ class TierView:
         if not view.begins:
             return None
         offset = 0 if not view.rolled else view.sinks + view.window - view.seen
-        pads = (view.total - view.read_after)[:, None]
+        pads = (view.total - view.lengths_after)[:, None]
         slots = torch.arange(view.sinks, view.sinks + view.window, device=pads.device) + pads + offset
         rows = None if not view.padded else view.beginning[:, None, None]
         return slots.clamp(0, view.cached + view.length - 1), rows

@@ -142,7 +142,7 @@ class Visibility:
     @cached_property
     def beginning(self) -> Tensor:
         """(B or 1,) rows whose first token leaves the window."""
-        return (self.read_before <= self.lossless) & (self.read_after > self.lossless)
+        return (self.lengths_before <= self.lossless) & (self.lengths_after > self.lossless)
 
     @cached_property
     def begins(self) -> bool:
@@ -174,7 +174,7 @@ class Visibility:
         assert self.after is not None
         return self.after.leading[:, None]
 
-    def _read(self) -> Tensor:
+    def _lengths(self) -> Tensor:
         """(B, 1) real tokens of each row before this forward; (1, 1) for an unpadded batch."""
         if not self.padded or self.before is None:
             return torch.full((1, 1), self.seen, device=self.device)
@@ -201,10 +201,10 @@ class Visibility:
         if not self.rolled:
             return (self._indices(0, self.total) - pads).clamp_min(-1)
         sinks = self._indices(0, self.sinks)
-        sinks = torch.where(sinks < self._read(), sinks, -1)
+        sinks = torch.where(sinks < self._lengths(), sinks, -1)
         # Sinks are seen in their own slots, unless this forward brings them.
         others = self._indices(self.seen - self.window, self.total) - pads
-        others = torch.where(others >= self._read().clamp_max(self.sinks), others, -1)
+        others = torch.where(others >= self._lengths().clamp_max(self.sinks), others, -1)
         return torch.cat([sinks, others], dim=1)
 
     @cached_property
@@ -231,24 +231,35 @@ class Visibility:
         return torch.where(keys < self.sinks, FOR_EVER, keys + self.window - self.seen).int()[None]
 
     @cached_property
+    def in_slots(self) -> bool:
+        """A single token after the window is full replaces the one that leaves; nothing else is copied."""
+        starts_tier = self.quantized > 0 and self.begins  # the mean of the first window is taken in columns
+        return self.length == 1 and self.rolled and self.shift is None and not starts_tier
+
+    @property
+    def held_mask(self) -> Tensor | None:
+        """Mask (B or 1, 1, length, keys) over the keys as a cache holds them; None if every key is visible."""
+        return self.slot_mask if self.in_slots else self.mask
+
+    @cached_property
     def new_slot(self) -> Tensor:
         """(B or 1, 1) the fixed slot that a single new token takes; see `Slots`."""
-        return Slots(self.window, self.sinks).of(self._read())
+        return Slots(self.window, self.sinks).of(self._lengths())
 
     @cached_property
     def slot_mask(self) -> Tensor | None:
         """Mask (B, 1, 1, S + W) of one query over fixed slots that hold its own key already; None: all are visible."""
         if not self.padded:
             return None
-        return (self._indices(0, self.lossless) <= self._read())[:, None, None, :]
+        return (self._indices(0, self.lossless) <= self._lengths())[:, None, None, :]
 
     @cached_property
-    def read_before(self) -> Tensor:
+    def lengths_before(self) -> Tensor:
         """(B or 1,) real tokens of each row before this forward."""
-        return self._read()[:, 0]
+        return self._lengths()[:, 0]
 
     @cached_property
-    def read_after(self) -> Tensor:
+    def lengths_after(self) -> Tensor:
         """(B or 1,) real tokens of each row after this forward."""
         return self.total - self._pads()[:, 0]
 
@@ -263,7 +274,7 @@ class Visibility:
             return None
         first = self.seen - self.window if self.rolled else self.sinks
         positions = self._indices(first, first + self.evicted) - self._pads()
-        return positions >= (self._read() - self.window).clamp_min(self.sinks)
+        return positions >= (self._lengths() - self.window).clamp_min(self.sinks)
 
     @cached_property
     def written(self) -> Tensor:
@@ -294,5 +305,5 @@ class Visibility:
         source = slots + self._pads()
         if self.rolled:
             arriving = source - self.seen + self.cached
-            source = torch.where(slots < self._read(), slots, arriving)
+            source = torch.where(slots < self._lengths(), slots, arriving)
         return gather(x, source.clamp(0, x.shape[2] - 1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ahn.layout.state import LayerState
 from ahn.memory import Memory
-from ahn.ops.step.reference import StepBuffers
 
 
 class AHN(nn.Module):
@@ -15,7 +15,7 @@ class AHN(nn.Module):
     def __init__(self, fn: Memory) -> None:
         super().__init__()
         self.fn = fn
-        self.step_buffers: StepBuffers | None = None
+        self.step_state: LayerState | None = None
         """Of the conversation whose decoding step is being captured."""
 
 

@@ -19,10 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attend import spans, windowed
-from ahn.cache import quantized
+from ahn.cache import tier as low_bit
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layout.evicted import Evicted, without_padding
+from ahn.layout.state import TierState
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
@@ -134,25 +135,26 @@ def attention(
     if banded or spanned:
         mask, dense = None, None
     elif view.evicted or view.rolled or view.moved or not attention_mask.covers(view):
-        mask = view.mask if cache_layer is None else cache_layer.attention_mask()
+        mask = view.mask if cache_layer is None else view.held_mask
         dense = _dense_mask_kernel(kernel, kwargs)
     else:  # nothing has left the window: exactly the base model, with its own mask
         mask, dense = attention_mask.resolve(kernel, query.device), None
     gates = memory.write_gates(ahn_layer.x)
+    state: dict[str, Tensor] = {}
+    tier_state: TierState | None = None
     if cache_layer is None:
-        state = None
         leaving = {name: view.evicted_slots(gate) for name, gate in gates.items()}
         left = Evicted(view.evicted_slots(key), view.evicted_slots(value), leaving)
     else:
         left = Evicted(*cache_layer.evict(key, value, gates))
-        state = cache_layer.state
+        assert cache_layer.state is not None
+        state, tier_state = cache_layer.state.memory, cache_layer.state.tier
     left = without_padding(left, memory.closed_gates, view)
-    state, coded = quantized.split(state)
     writes, tier, beside = view.delayed, ahn_forward.tier, None
     if tier is not None and view.evicted:
         whole = plain and view.length == 1 and mask is None and tier.visible is None and windowed.supported(query)
-        passed = quantized.push(tier, coded, left, key, value, in_order=banded, turn=not whole)
-        left, coded = without_padding(passed.left, memory.closed_gates, writes), passed.state
+        passed = low_bit.push(tier, tier_state, left, key, value, in_order=banded, turn=not whole)
+        left, tier_state = without_padding(passed.evicted, memory.closed_gates, writes), passed.state
         if whole or banded:
             beside = passed
         else:
@@ -170,7 +172,7 @@ def attention(
         coarse = None if beside is None else (beside.key, beside.value)
         out, weights = windowed.attend(query, key, value, view, scaling, coarse).transpose(1, 2), None
     elif beside is not None:
-        out, weights = quantized.attend(query, key, value, beside, scaling).transpose(1, 2), None
+        out, weights = low_bit.attend(query, key, value, beside, scaling).transpose(1, 2), None
     elif spanned:
         out, weights = spans.attend(query, key, value, view.until, scaling).transpose(1, 2), None
     else:
@@ -186,8 +188,7 @@ def attention(
         added = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
         out = torch.cat([out[:, :tail], added], dim=1) if tail else added
     if cache_layer is not None:
-        state = state | quantized.prefixed(coded)
-        cache_layer.state = {name: part.detach() for name, part in state.items()} or None
+        cache_layer.keep(tier_state, state)
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(cache_layer)
     return out, weights

@@ -14,20 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ahn.layout.state import LayerState
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step import dependent_launch, tier_kernel
 from ahn.ops.step.combine_kernel import combine_and_keep
 from ahn.ops.step.dependent_launch import announce, prefetch, wait
 from ahn.ops.step.head_kernel import finished_head, slot_of
-from ahn.ops.step.reference import StepBuffers, StepRotation
+from ahn.ops.step.reference import StepRotation, gates_of
 from ahn.ops.step.routes_kernel import route
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
 LINE_BYTES = 128
 REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
-CODE_BLOCK = 64  # quantized tokens that a program looks at together
+CODE_BLOCK = 64  # tokens of the tier that a program looks at together
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -213,7 +214,7 @@ def step(
     decay: Gate | None,
     positions: Tensor,
     active: Tensor,
-    buffers: StepBuffers,
+    state: LayerState,
     sinks: int,
     scaling: float,
     rule: StepRule | None,
@@ -221,11 +222,13 @@ def step(
     rotation: StepRotation | None = None,
     processors: int = 132,
 ) -> Tensor:
-    """See `ahn.ops.step.step`; float32 buffers are multiplied in full precision."""
+    """See `ahn.ops.step.step`; float32 tensors are multiplied in full precision."""
+    window, tier = state.window, state.tier
+    write_ring, decay_ring = gates_of(window.gates, rule)
     B, HEADS, P = query.shape
-    HKV, slots = buffers.keys.shape[1:3]
+    HKV, slots = window.keys.shape[1:3]
     groups = HEADS // HKV
-    block = min(64, max(16, TILE_BYTES // (P * buffers.keys.element_size())))
+    block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
     splits, stages = schedule(B * HKV, slots, block, processors)
     per_split = triton.cdiv(triton.cdiv(slots, splits), block) * block
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -233,7 +236,7 @@ def step(
     score = torch.empty(B, HEADS, splits, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
     columns = min(STATE_COLUMNS, P)
-    strides = (*buffers.keys.stride()[:3], *buffers.values.stride()[:3])
+    strides = (*window.keys.stride()[:3], *window.values.stride()[:3])
     memory = rule is not None and read is not None
     states, readers = 1, 1
     if read is not None and read.routes is not None:
@@ -255,29 +258,29 @@ def step(
     capacity, code_splits = 0, 0
     gone: tuple[Tensor | None, ...] = (None, None, None, None)
     code_parts: tuple[Tensor | None, ...] = (None, None, None)
-    if buffers.codes is not None:
-        capacity = buffers.codes.keys.shape[2]
+    if tier is not None:
+        capacity = tier.keys.codes.shape[2]
         code_splits = schedule(B * HKV, capacity, CODE_BLOCK, processors)[0]
         coded = tier_kernel.push_and_attend(
-            query, positions, active, buffers, buffers.codes, code_splits, CODE_BLOCK, sinks, scaling,
+            query, positions, active, window, tier, rule, code_splits, CODE_BLOCK, sinks, scaling,
             (query_norm, cos, sin, query_eps, stride_turn), launch,
         )  # fmt: skip
         gone = (coded.key, coded.value, coded.write, coded.decay)
-        code_parts = (coded.partial, coded.score, buffers.codes.value_offset)
+        code_parts = (coded.partial, coded.score, tier.values.offset)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if read is not None and rule is not None and read.routes is not None:
         found = route(
-            read_query, buffers.keys, gone[0], positions, (query_norm, cos, sin, query_eps, stride_turn), read.routes,
+            read_query, window.keys, gone[0], positions, (query_norm, cos, sin, query_eps, stride_turn), read.routes,
             sinks, rule.l2_eps, rule.scale, launch,
         )  # fmt: skip
         read_query, routed = found.query, (found.key, found.query_share, found.key_share)
     _attend_and_write[splits + state_programs, B * HKV](
-        query, key, value, buffers.keys, buffers.values, positions, active, partial, score,
-        read_query, buffers.write, buffers.decay, buffers.state, raw, *gone, *routed,
+        query, key, value, window.keys, window.values, positions, active, partial, score,
+        read_query, write_ring, decay_ring, state.memory.get("state"), raw, *gone, *routed,
         query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
         slots, sinks, capacity, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
         SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
-        LINE=min(P, LINE_BYTES // buffers.keys.element_size()), COLUMNS=columns, MEMORY=memory,
+        LINE=min(P, LINE_BYTES // window.keys.element_size()), COLUMNS=columns, MEMORY=memory,
         DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATES=states, READERS=readers,
         STATE_PROGRAMS=state_programs,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
@@ -286,7 +289,7 @@ def step(
     combine_and_keep[B * HEADS, P // columns + 1](
         partial, score, *code_parts, raw, gamma, weight, norm, o_proj, out,
         key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
-        buffers.keys, buffers.values, buffers.write, buffers.decay, positions, active,
+        window.keys, window.values, write_ring, decay_ring, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
         SPLITS=splits, CODE_SPLITS=code_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
         ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, READERS=readers,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
+from ahn.layout.state import LayerState, Tensors, TierRing, TierState, WindowState
 from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step.reference import StepBuffers, StepCodes, StepRotation, step
+from ahn.ops.step.reference import StepRotation, gates_of, step
 
-_CODES = [f"code_{field.name}" for field in dataclasses.fields(StepCodes)]
+_TIER = (
+    "tier_keys", "tier_key_scales", "tier_key_offset", "tier_values", "tier_value_scales", "tier_value_offset",
+    "tier_write", "tier_decay",
+)  # fmt: skip
 
 
-@torch.library.custom_op("ahn::step", mutates_args=("keys", "values", "write_ring", "decay_ring", "state", *_CODES))
+@torch.library.custom_op("ahn::step", mutates_args=("keys", "values", "write_ring", "decay_ring", "state", *_TIER))
 def operator(
     query: Tensor,
     key: Tensor,
@@ -29,14 +31,14 @@ def operator(
     write_ring: Tensor | None,
     decay_ring: Tensor | None,
     state: Tensor | None,
-    code_keys: Tensor | None,
-    code_values: Tensor | None,
-    code_key_scales: Tensor | None,
-    code_value_scales: Tensor | None,
-    code_key_offset: Tensor | None,
-    code_value_offset: Tensor | None,
-    code_write: Tensor | None,
-    code_decay: Tensor | None,
+    tier_keys: Tensor | None,
+    tier_key_scales: Tensor | None,
+    tier_key_offset: Tensor | None,
+    tier_values: Tensor | None,
+    tier_value_scales: Tensor | None,
+    tier_value_offset: Tensor | None,
+    tier_write: Tensor | None,
+    tier_decay: Tensor | None,
     sinks: int,
     scaling: float,
     delta: bool,
@@ -68,7 +70,7 @@ def operator(
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
-    See `layer_step` for all but those of `StepRotation`, which `ahn.decode.fusion` gives, and of `StepCodes`.
+    See `layer_step` for all but those of `StepRotation`, which `ahn.decode.fusion` gives, and of the state.
     """
     rule = read = rotation = None
     if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
@@ -81,22 +83,27 @@ def operator(
         rotation = StepRotation(cos, sin, query_norm, key_norm, query_eps, key_eps)
     write_gate = None if write is None else Gate(write, write_activation, write_shift, write_log_rate)
     decay_gate = None if decay is None else Gate(decay, decay_activation, decay_shift, decay_log_rate)
-    codes = None
-    if code_keys is not None and code_values is not None:
-        assert code_key_scales is not None and code_value_scales is not None
-        assert code_key_offset is not None and code_value_offset is not None
-        codes = StepCodes(
-            code_keys, code_values, code_key_scales, code_value_scales, code_key_offset, code_value_offset,
-            code_write, code_decay,
-        )  # fmt: skip
-    buffers = StepBuffers(keys, values, write_ring, decay_ring, state, codes)
+    tier = None
+    if tier_keys is not None and tier_key_scales is not None and tier_key_offset is not None:
+        assert tier_values is not None and tier_value_scales is not None and tier_value_offset is not None
+        keys_of_tier = TierRing(tier_keys, tier_key_scales, tier_key_offset)
+        values_of_tier = TierRing(tier_values, tier_value_scales, tier_value_offset)
+        tier = TierState(keys_of_tier, values_of_tier, _named(tier_write, tier_decay))
+    layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)), tier)
+    if state is not None:
+        layer.memory["state"] = state
     token = query, key, value, write_gate, decay_gate, positions, active
     if query.is_cuda:
         from ahn.ops.step import kernel
 
         with torch.cuda.device(query.device):
-            return kernel.step(*token, buffers, sinks, scaling, rule, read, rotation)
-    return step(*token, buffers, sinks, scaling, rule, read, rotation)
+            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation)
+    return step(*token, layer, sinks, scaling, rule, read, rotation)
+
+
+def _named(write: Tensor | None, decay: Tensor | None) -> Tensors:
+    """Gates by the names that the rule of `operator` gives them."""
+    return {name: x for name, x in (("write", write), ("decay", decay)) if x is not None}
 
 
 @operator.register_fake
@@ -111,7 +118,7 @@ def layer_step(
     gates: dict[str, Gate],
     positions: Tensor,
     active: Tensor,
-    buffers: StepBuffers,
+    state: LayerState,
     sinks: int,
     scaling: float,
     rule: StepRule | None,
@@ -119,7 +126,9 @@ def layer_step(
 ) -> Tensor:
     """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hw) each."""
     # Whatever is written has to be given by position: torch 2.11 looks for it there.
-    ring = (buffers.keys, buffers.values, buffers.write, buffers.decay, buffers.state, *_fields(buffers.codes))
+    window = state.window
+    gate_rings = gates_of(window.gates, rule)
+    ring = (window.keys, window.values, *gate_rings, state.memory.get("state"), *_fields(state.tier, rule))
     if rule is None or read is None:
         return operator(
             query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
@@ -134,13 +143,13 @@ def layer_step(
     )  # fmt: skip
 
 
-def _fields(codes: StepCodes | None) -> tuple[Tensor | None, ...]:
-    """Codes as `operator` takes them."""
-    if codes is None:
-        return (None,) * len(_CODES)
+def _fields(tier: TierState | None, rule: StepRule | None) -> tuple[Tensor | None, ...]:
+    """A tier as `operator` takes it."""
+    if tier is None:
+        return (None,) * len(_TIER)
+    keys, values = tier.keys, tier.values
     return (
-        codes.keys, codes.values, codes.key_scales, codes.value_scales, codes.key_offset, codes.value_offset,
-        codes.write, codes.decay,
+        keys.codes, keys.scales, keys.offset, values.codes, values.scales, values.offset, *gates_of(tier.gates, rule),
     )  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """One decoding step of a layer over fixed slots: attend, write what leaves into the memory, read, keep the new token.
 
-`step` is the plain torch form, any device; `ahn.ops.step.kernel` is the same in two kernels. Both change the buffers of
-`StepBuffers` in place. `ahn.ops.step.operator` chooses, as an operator that torch.compile leaves whole.
+`step` is the plain torch form, any device; `ahn.ops.step.kernel` is the same in two kernels. Both change the tensors of
+a `LayerState` in place. `ahn.ops.step.operator` chooses, as an operator that torch.compile leaves whole.
 
-With quantized tokens the one that leaves the window goes into a ring of codes (`ahn.cache.quantized`), and the memory
-gets the one that leaves the ring.
+With a low-bit tier the token that leaves the window goes into the tier (`ahn.cache.tier`), and the memory gets the one
+that leaves the tier.
 
 Shapes: B rows, Hq query heads, Hkv key/value heads, Hw heads that write (Hkv with routes, else Hq), P head dim,
-S sinks, W window, T = S + W, C quantized tokens.
+S sinks, W window, T = S + W, C tokens of the tier.
 """
 
 from __future__ import annotations
@@ -18,51 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn.layout.state import LayerState, Tensors, TierRing, TierState, WindowState
 from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
 from ahn.ops.routes import Routes, joined, repeated
 from ahn.ops.rule import StepRead, StepRule
-
-
-@dataclasses.dataclass
-class StepCodes:
-    """A layer's ring of quantized tokens: the one at position p of its row lies in slot (p - S) mod C.
-
-    Attributes:
-        keys, values: (B, Hkv, C, P / 4) uint8, codes as `ahn.ops.quantize.encode` gives them.
-        key_scales, value_scales: (B, Hkv, C) bfloat16.
-        key_offset, value_offset: (B, Hkv, P) float32, the mean of the row's first window; zero until its first token
-            leaves the window.
-        write, decay: (B, Hw, C) gates of the same tokens, where the memory has them.
-    """
-
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor
-    value_scales: Tensor
-    key_offset: Tensor
-    value_offset: Tensor
-    write: Tensor | None
-    decay: Tensor | None
-
-
-@dataclasses.dataclass
-class StepBuffers:
-    """What a layer keeps between steps, in slots (see `ahn.layout.slots.Slots`).
-
-    Attributes:
-        keys, values: (B, Hkv, T, P).
-        write, decay: (B, Hw, T) gates of the same tokens, where the memory has them.
-        state: (B, Hw · R, P, P) float32, where there is a memory, with R states a head that writes.
-        codes: of quantized tokens, where there are any.
-    """
-
-    keys: Tensor
-    values: Tensor
-    write: Tensor | None
-    decay: Tensor | None
-    state: Tensor | None
-    codes: StepCodes | None = None
 
 
 @dataclasses.dataclass
@@ -96,7 +56,7 @@ def step(
     decay: Gate | None,
     positions: Tensor,
     active: Tensor,
-    buffers: StepBuffers,
+    state: LayerState,
     sinks: int,
     scaling: float,
     rule: StepRule | None,
@@ -110,13 +70,15 @@ def step(
         write, decay: (B, Hw) gates of the new token.
         positions: (B,) int64, tokens that each row has read before.
         active: (B,) bool.
+        state: of the layer, its window in slots; its gates and the memory's "state", (B, Hw · R, P, P) float32 with R
+            states per head that writes, are there where `rule` is.
         sinks: S.
         scaling: of attention scores.
         rule, read: None without a memory.
         rotation: of all queries and the key; None where they come rotated.
 
     Returns:
-        (B, Hq, P): attention over sinks, window and quantized tokens, plus the memory's read.
+        (B, Hq, P): attention over sinks, window and tier, plus the memory's read.
     """
     memory_query = None if read is None else read.query
     if rotation is not None:
@@ -125,35 +87,39 @@ def step(
             memory_query = _rotated(memory_query, *turn, rotation.query_norm, rotation.query_eps)
         query = _rotated(query, *turn, rotation.query_norm, rotation.query_eps)
         key = _rotated(key, *turn, rotation.key_norm, rotation.key_eps)
-    T = buffers.keys.shape[2]
-    window = T - sinks
-    slot = torch.where(positions < T, positions, sinks + (positions - sinks) % window)
+    window, tier = state.window, state.tier
+    T = window.keys.shape[2]
+    slot = torch.where(positions < T, positions, sinks + (positions - sinks) % (T - sinks))
     leaves = active & (positions >= T)
     rows = torch.arange(len(positions), device=positions.device)
+    write_ring, decay_ring = gates_of(window.gates, rule)
     leaving = [
         None if x is None else _where(leaves, x[rows, :, slot])
-        for x in (buffers.keys, buffers.values, buffers.write, buffers.decay)
+        for x in (window.keys, window.values, write_ring, decay_ring)
     ]
-    if buffers.codes is not None:
-        leaving = _push(leaving, leaves, positions, buffers, sinks)
+    if tier is not None:
+        leaving = _push(leaving, leaves, positions, window, tier, sinks, rule)
     memory_read: Tensor | float = 0.0
     if rule is not None and read is not None and memory_query is not None:
         gone_key, gone_value, strength, fade = (None if x is None else x.float() for x in leaving)
-        assert gone_key is not None and gone_value is not None and strength is not None and buffers.state is not None
+        assert gone_key is not None and gone_value is not None and strength is not None
         token = memory_query, gone_key, gone_value, strength, fade
-        o = _write_and_read(*token, buffers.state, rule, read.routes)
+        o = _write_and_read(*token, state.memory["state"], rule, read.routes)
         memory_read = _read_out(o, rule, read)
     mine = active[:, None]
-    kept = (buffers.keys, key), (buffers.values, value), (buffers.write, _value(write)), (buffers.decay, _value(decay))
+    kept = (window.keys, key), (window.values, value), (write_ring, _value(write)), (decay_ring, _value(decay))
     for ring, new in kept:
         if ring is not None and new is not None:
             fits = mine.reshape(mine.shape + (1,) * (new.dim() - 2))
             ring[rows, :, slot] = torch.where(fits, new.to(ring.dtype), ring[rows, :, slot])
     visible = torch.arange(T, device=slot.device) <= positions[:, None]
-    keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (buffers.keys, buffers.values))
-    if buffers.codes is not None:
-        coded, held = _decoded(buffers.codes, positions - T + 1, keys.dtype)
-        keys, values = (torch.cat(pair, dim=2) for pair in zip((keys, values), coded, strict=True))
+    keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (window.keys, window.values))
+    if tier is not None:
+        held = torch.arange(tier.keys.codes.shape[2], device=slot.device) < (positions - T + 1)[:, None]
+        keys, values = (
+            torch.cat([x, _decoded(ring, held, x.dtype)], dim=2)
+            for x, ring in ((keys, tier.keys), (values, tier.values))
+        )
         visible = torch.cat([visible, held], dim=1)
     out = F.scaled_dot_product_attention(
         query[:, :, None], keys, values, visible[:, None, None], scale=scaling, enable_gqa=True
@@ -166,52 +132,56 @@ def _where(rows: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
     return torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, other)
 
 
+def gates_of(gates: Tensors, rule: StepRule | None) -> tuple[Tensor | None, Tensor | None]:
+    """Those of a window or a tier that the rule knows: write and decay, (B, Hw, T) each."""
+    if rule is None:
+        return None, None
+    return gates[rule.write], None if rule.decay is None else gates[rule.decay]
+
+
 def _push(
-    leaving: list[Tensor | None], leaves: Tensor, positions: Tensor, buffers: StepBuffers, sinks: int
+    leaving: list[Tensor | None],
+    leaves: Tensor,
+    positions: Tensor,
+    window: WindowState,
+    tier: TierState,
+    sinks: int,
+    rule: StepRule | None,
 ) -> list[Tensor | None]:
-    """Put what leaves the window into the ring of codes; returns what leaves that, of rows from which something does.
+    """Put what leaves the window into the tier; returns what leaves that, of rows from which something does.
 
     Args:
         leaving: key, value (B, Hkv, P), write and decay (B, Hw) or None.
         leaves: (B,) rows from which a token leaves the window.
     """
-    codes, T = buffers.codes, buffers.keys.shape[2]
-    assert codes is not None
-    capacity = codes.keys.shape[2]
+    T, capacity = window.keys.shape[2], tier.keys.codes.shape[2]
     slot, begins = (positions - T) % capacity, leaves & (positions == T)
     gone = leaves & (positions >= T + capacity)
     rows = torch.arange(len(positions), device=positions.device)
-    left: list[Tensor | None] = []
-    for x, window, ring, scales, offset, unbiased in (
-        (leaving[0], buffers.keys, codes.keys, codes.key_scales, codes.key_offset, True),
-        (leaving[1], buffers.values, codes.values, codes.value_scales, codes.value_offset, False),
+    evicted: list[Tensor | None] = []
+    for x, held, ring, unbiased in (
+        (leaving[0], window.keys, tier.keys, True),
+        (leaving[1], window.values, tier.values, False),
     ):
         assert x is not None
         kind = precise(x.dtype)
-        offset.copy_(_where(begins, window[:, :, sinks:].to(kind).mean(2).float(), offset))
-        old = decode(ring[rows, :, slot], scales[rows, :, slot], x.dtype) + offset
-        left.append(_where(gone, old.to(x.dtype)))
-        new = encode(x.to(kind) - offset, unbiased)
-        for kept, part in zip((ring, scales), new, strict=True):
+        ring.offset.copy_(_where(begins, held[:, :, sinks:].to(kind).mean(2).float(), ring.offset))
+        old = decode(ring.codes[rows, :, slot], ring.scales[rows, :, slot], x.dtype) + ring.offset
+        evicted.append(_where(gone, old.to(x.dtype)))
+        new = encode(x.to(kind) - ring.offset, unbiased)
+        for kept, part in zip((ring.codes, ring.scales), new, strict=True):
             kept[rows, :, slot] = _where(leaves, part, kept[rows, :, slot])
-    for gate, waiting in ((leaving[2], codes.write), (leaving[3], codes.decay)):
-        left.append(None if waiting is None else _where(gone, waiting[rows, :, slot]))
+    for gate, waiting in zip(leaving[2:], gates_of(tier.gates, rule), strict=True):
+        evicted.append(None if waiting is None else _where(gone, waiting[rows, :, slot]))
         if gate is not None and waiting is not None:
             waiting[rows, :, slot] = _where(leaves, gate, waiting[rows, :, slot])
-    return left
+    return evicted
 
 
-def _decoded(codes: StepCodes, count: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Keys and values (B, Hkv, C, P) that the codes stand for, and which slots hold any (B, C), `count` (B,) in all."""
-    held = torch.arange(codes.keys.shape[2], device=count.device) < count[:, None]
-    decoded = []
-    for ring, scales, offset in (
-        (codes.keys, codes.key_scales, codes.key_offset),
-        (codes.values, codes.value_scales, codes.value_offset),
-    ):
-        x = (decode(ring, scales, dtype) + offset.unsqueeze(2)).to(dtype)
-        decoded.append(torch.where(held[:, None, :, None], x, 0))
-    return decoded, held
+def _decoded(ring: TierRing, held: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values (B, Hkv, C, P) that the codes stand for, zero in slots that hold none: `held` (B, C)."""
+    x = (decode(ring.codes, ring.scales, dtype) + ring.offset.unsqueeze(2)).to(dtype)
+    return torch.where(held[:, None, :, None], x, 0)
 
 
 def _value(gate: Gate | None) -> Tensor | None:

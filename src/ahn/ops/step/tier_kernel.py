@@ -1,7 +1,7 @@
-"""The part that quantized tokens have in a step: two kernels before those of `ahn.ops.step.kernel`.
+"""The part that the tier has in a step: two kernels before those of `ahn.ops.step.kernel`.
 
-The first turns queries and, of each key head, puts the token that leaves the window into the ring of codes and decodes
-the one that leaves the ring, which then lies where the state's programs look for it. The second attends to the ring, in
+The first turns queries and, of each key head, puts the token that leaves the window into the tier and decodes
+the one that leaves the tier, which then lies where the state's programs look for it. The second attends to the ring, in
 parts that the step's last kernel joins with those of the window. Codes are levels that were rotated: a turned query
 meets them as they are, scales go into scores and weights, and what comes of the values is turned back once, after the
 parts are joined.
@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ahn.layout.state import TierState, WindowState
 from ahn.ops.quantize import EDGES, LEVELS
+from ahn.ops.rule import StepRule
 from ahn.ops.step.dependent_launch import announce, wait
 from ahn.ops.step.head_kernel import finished_head, slot_of, turn
-from ahn.ops.step.reference import StepBuffers, StepCodes
+from ahn.ops.step.reference import gates_of
 
 _INNER, _OUTER = tl.constexpr(LEVELS[2]), tl.constexpr(LEVELS[3])
 _EDGE = tl.constexpr(EDGES[2])
@@ -29,7 +31,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @dataclasses.dataclass
 class Coded:
-    """What the kernels of one step tell each other, all written in every step; C > 0 quantized tokens in N parts.
+    """What the kernels of one step tell each other, all written in every step; C > 0 tokens of the tier in N parts.
 
     Attributes:
         query: (B, Hq, P) float32, rotated.
@@ -50,17 +52,17 @@ class Coded:
     score: Tensor
 
     @classmethod
-    def empty(cls, query: Tensor, buffers: StepBuffers, parts: int) -> Coded:
+    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, parts: int) -> Coded:
         """For queries (B, Hq, P)."""
         B, heads, P = query.shape
-        rows = (B, buffers.keys.shape[1], P)
+        rows = (B, window.keys.shape[1], P)
         wide: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-        write, decay = (None if x is None else x.new_empty(x.shape[:2]) for x in (buffers.write, buffers.decay))
+        write, decay = (None if x is None else x.new_empty(x.shape[:2]) for x in gates_of(window.gates, rule))
         return cls(
             query=torch.empty(B, heads, P, **wide),
             key_offset=torch.empty(rows, **wide),
-            key=buffers.keys.new_empty(rows),
-            value=buffers.values.new_empty(rows),
+            key=window.keys.new_empty(rows),
+            value=window.values.new_empty(rows),
             write=write,
             decay=decay,
             partial=torch.empty(B, heads, parts, P, **wide),
@@ -246,8 +248,9 @@ def push_and_attend(
     query: Tensor,
     positions: Tensor,
     active: Tensor,
-    buffers: StepBuffers,
-    codes: StepCodes,
+    window: WindowState,
+    tier: TierState,
+    rule: StepRule | None,
     parts: int,
     block: int,
     sinks: int,
@@ -255,31 +258,33 @@ def push_and_attend(
     rotation: tuple[Any, ...],
     launch: dict[str, Any],
 ) -> Coded:
-    """Put what leaves the window into the ring of codes and attend to the ring.
+    """Put what leaves the window into the tier and attend to the tier.
 
     Args:
-        query: (B, Hq, P) as projected; positions, active, buffers, sinks, scaling: see `ahn.ops.step.step`.
+        query: (B, Hq, P) as projected; positions, active, window, tier, sinks, scaling, rule: see `ahn.ops.step.step`.
         parts, block: of the ring: how many, and tokens that a program looks at together.
         rotation: the queries' norm, cos, sin, the norm's eps, and how far apart rows of cos are.
         launch: see `ahn.ops.step.dependent_launch.options`.
     """
-    coded = Coded.empty(query, buffers, parts)
+    coded = Coded.empty(query, window, rule, parts)
+    keys, values = tier.keys, tier.values
     B, heads, P = query.shape
-    HKV, slots = buffers.keys.shape[1:3]
-    groups, capacity = heads // HKV, codes.keys.shape[2]
+    HKV, slots = window.keys.shape[1:3]
+    groups, capacity = heads // HKV, keys.codes.shape[2]
     rows = max(16, triton.next_power_of_2(groups))
-    writers = 0 if buffers.write is None else buffers.write.shape[1] // HKV
+    write, decay = gates_of(window.gates, rule)
+    writers = 0 if write is None else write.shape[1] // HKV
     _turn_and_push[groups + 2, B * HKV](
-        query, buffers.keys, buffers.values, buffers.write, buffers.decay, codes.keys, codes.values,
-        codes.key_scales, codes.value_scales, codes.key_offset, codes.value_offset, codes.write, codes.decay,
+        query, window.keys, window.values, write, decay, keys.codes, values.codes,
+        keys.scales, values.scales, keys.offset, values.offset, *gates_of(tier.gates, rule),
         coded.query, coded.key_offset, coded.key, coded.value, coded.write, coded.decay, positions, active,
-        *rotation, slots, sinks, capacity, *buffers.keys.stride()[:3], *buffers.values.stride()[:3],
+        *rotation, slots, sinks, capacity, *window.keys.stride()[:3], *window.values.stride()[:3],
         HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=block, num_warps=8, **launch,
     )  # fmt: skip
     _attend_codes[parts, B * HKV](
-        coded.query, coded.key_offset, codes.keys.view(torch.int32), codes.values.view(torch.int32),
-        codes.key_scales, codes.value_scales, positions, coded.partial, coded.score,
-        slots, capacity, scaling, triton.cdiv(triton.cdiv(capacity, parts), block) * block, buffers.keys,
+        coded.query, coded.key_offset, keys.codes.view(torch.int32), values.codes.view(torch.int32),
+        keys.scales, values.scales, positions, coded.partial, coded.score,
+        slots, capacity, scaling, triton.cdiv(triton.cdiv(capacity, parts), block) * block, window.keys,
         SPLITS=parts, HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=block,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, **launch,
     )  # fmt: skip

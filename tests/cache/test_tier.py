@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 import ahn
 from ahn.attend import windowed
-from ahn.cache import quantized
+from ahn.cache import tier
 from ahn.layout.evicted import Evicted
+from ahn.layout.state import TierRing, TierState
 from ahn.layout.visibility import Visibility
 from ahn.ops.quantize import decode, encode, rotate, turned
 from ahn.training.distillation import distillation_loss
@@ -127,7 +128,7 @@ def test_what_a_query_sees_at_the_edges(beyond: int) -> None:
         stepped = ahn.AHNCache.for_model(model)
         assert relative_error(read(model, ids, [1] * ids.shape[1], stepped), logits[memory]) < TOLERANCE
         assert relative_error(logits["window_only"], plain(model, ids, window, sinks, quantized)) < TOLERANCE
-    written = held.memory_layers[0].state["state"]
+    written = held.memory_layers[0].state.memory["state"]
     assert bool(written.any()) == (beyond > 0)
     # The base weights are the same, so until something is written both memories give the same.
     same = slice(0, window + sinks + quantized)
@@ -175,13 +176,13 @@ def test_a_single_query_sees_what_the_codes_decode_to(head_dim: int) -> None:
     offsets = [3 * torch.randn(2, 2, head_dim) for _ in range(2)]
     encoded = [encode(torch.randn(2, 2, 21, head_dim), unbiased) for unbiased in (True, False)]
     keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, offsets, strict=True))
-    state = {"key_offset": offsets[0], "value_offset": offsets[1]}
+    state = TierState(*(TierRing(*x, at) for x, at in zip(encoded, offsets, strict=True)))
     unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
-    passed = quantized.Passed(*(turned(*x, torch.float32) for x in encoded), None, unread, state)
+    passed = tier.Passed(*(turned(*x, torch.float32) for x in encoded), None, unread, state)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, torch.cat([exact[0], keys], 2), torch.cat([exact[1], values], 2), scale=0.3, enable_gqa=True
     )
-    found = quantized.attend(query, exact[0], exact[1], passed, 0.3)
+    found = tier.attend(query, exact[0], exact[1], passed, 0.3)
     assert relative_error(found, expected) < 1e-5  # float32: one more rotation each way, sums of 30 terms
 
 
@@ -265,21 +266,21 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, turns: Turns, q
     ids, mask, _ = padded(turns.chunks)
     lengths = [max(chunk) for chunk in turns.chunks]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ahn.cache.quantized.encode", lambda x, unbiased: (x, x[..., 0]))
-        patch.setattr("ahn.cache.quantized.decode", lambda codes, scale, dtype: codes)
-        patch.setattr("ahn.cache.quantized.turned", lambda codes, scale, dtype: rotate(codes))
+        patch.setattr("ahn.cache.tier.encode", lambda x, unbiased: (x, x[..., 0]))
+        patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype: codes)
+        patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype: rotate(codes))
         model = with_tier(shared(memory), turns.window, turns.sinks, quantized)
-        tier = ahn.AHNCache.for_model(model)
-        found = read(model, ids, lengths, tier, mask)
+        narrow = ahn.AHNCache.for_model(model)
+        found = read(model, ids, lengths, narrow, mask)
     model = with_tier(model, turns.window + quantized, turns.sinks, 0)
     wide = ahn.AHNCache.for_model(model)
     expected = read(model, ids, lengths, wide, mask)
     assert relative_error(found[mask.bool()], expected[mask.bool()]) < TOLERANCE
     for index, layer in wide.memory_layers.items():
         if memory != "window_only":
-            state = tier.memory_layers[index].state
+            state = narrow.memory_layers[index].state
             assert state is not None and layer.state is not None
-            assert relative_error(state["state"], layer.state["state"]) < TOLERANCE
+            assert relative_error(state.memory["state"], layer.state.memory["state"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,89 @@
+"""How much a conversation has read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ahn.layout.visibility import Padding, Visibility
+
+
+class Progress:
+    """How much a conversation has read: said here alone, for its cache and all of its layers.
+
+    It moves on when a forward is over, not layer by layer.
+
+    Attributes:
+        seen: columns of the batch so far, padding included.
+        lengths: (B or 1,) real tokens of each row so far while the tokens lie in fixed slots, else None. A captured
+            step changes it in place.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing was read."""
+        self.seen = 0
+        self.lengths: Tensor | None = None
+        self._padding: Padding | None = None
+        self._padding_behind = False
+
+    @property
+    def padding(self) -> Padding | None:
+        """Of the rows so far; None while no row has any."""
+        if self._padding_behind:
+            self._padding_behind = False
+            assert self.lengths is not None
+            leading = self.seen - self.lengths
+            if self._padding is not None or bool(leading.any()):
+                before = self._padding or Padding.none(len(leading), leading.device)
+                moved = before.moved + leading - before.leading
+                self._padding = Padding(leading, before.ended, moved)
+        return self._padding
+
+    @padding.setter
+    def padding(self, padding: Padding | None) -> None:
+        self._padding, self._padding_behind = padding, False
+
+    def row_lengths(self) -> Tensor:
+        """(B or 1,) real tokens of each row so far."""
+        if self.lengths is not None:
+            return self.lengths
+        return torch.full((1,), self.seen) if self.padding is None else self.seen - self.padding.leading
+
+    def finish(self, view: Visibility) -> None:
+        """A forward is over."""
+        self.seen, self.padding = view.total, view.after
+        self.lengths = view.lengths_after if view.in_slots else None
+
+    def finish_step(self, lengths: Tensor, masked: bool) -> None:
+        """A captured step is over.
+
+        Args:
+            lengths: (B,) real tokens of each row now; the next step changes it in place.
+            masked: the step had an attention mask, which only the device has looked at.
+        """
+        self.seen, self.lengths = self.seen + 1, lengths
+        self._padding_behind |= masked
+
+    def crop(self, columns: int) -> None:
+        """The last columns of the batch were forgotten, while nothing had left the window."""
+        padding = self.padding  # worked out from what was read before anything was forgotten
+        self.seen, self.lengths = max(0, self.seen - columns), None
+        if padding is not None:
+            self.padding = dataclasses.replace(padding, leading=padding.leading.clamp_max(self.seen))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        self.padding = None if self.padding is None else self.padding.to(device)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The rows of the batch were reordered, repeated or chosen."""
+        padding = self.padding  # worked out from rows that have not moved yet
+        if self.lengths is not None and len(self.lengths) > 1:
+            self.lengths = change(self.lengths)
+        self.padding = None if padding is None else padding.map(change)

@@ -1,0 +1,152 @@
+"""What one layer keeps of a conversation: exact window, low-bit tier, memory.
+
+One form for all: a cache holds a `LayerState` per layer, a decoding step (`ahn.ops.step`) changes its tensors in place,
+and a file has its tensors by the names of `LayerState.tensors`.
+
+Shapes: B rows, Hkv key/value heads, Hw heads that write, P head dim, T tokens of the window (sinks first), C tokens of
+the tier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+Tensors: TypeAlias = dict[str, Tensor]
+Change: TypeAlias = Callable[[Tensor], Tensor]
+
+# Names in files. A memory's own tensors come as `state.…`, the tier's as `state.quantized.…`.
+_GATES, _MEMORY, _TIER = "gates.", "state.", "state.quantized."
+
+
+@dataclasses.dataclass
+class WindowState:
+    """The tokens that are held exactly: sinks and window.
+
+    Attributes:
+        keys, values: (B, Hkv, T, P) after RoPE, in one of two orders. Columns: as `Visibility` says. Slots: T = S + W,
+            as `ahn.layout.slots.Slots` says.
+        gates: the write gates of the same tokens, each (B, Hw, T, ...), in the keys' precision: their logits have no
+            more.
+        in_slots: whether the tokens lie in slots.
+    """
+
+    keys: Tensor
+    values: Tensor
+    gates: Tensors = dataclasses.field(default_factory=dict)
+    in_slots: bool = False
+
+    def map(self, change: Change) -> WindowState:
+        """Each tensor changed in the same way."""
+        return WindowState(change(self.keys), change(self.values), _mapped(self.gates, change), self.in_slots)
+
+
+@dataclasses.dataclass
+class TierRing:
+    """The keys or the values of the tier: the token at position p of its row lies in slot (p - S) mod C.
+
+    Attributes:
+        codes: (B, Hkv, C, P / 4) uint8 and
+        scales: (B, Hkv, C) bfloat16, as `ahn.ops.quantize.encode` gives them.
+        offset: (B, Hkv, P) float32, the mean of the row's first window, which was taken away before encoding; zero
+            until the row's first token leaves the window.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offset: Tensor
+
+    def map(self, change: Change) -> TierRing:
+        """Each tensor changed in the same way."""
+        return TierRing(change(self.codes), change(self.scales), change(self.offset))
+
+    def over_tokens(self, change: Callable[..., Tensor], *others: TierRing) -> TierRing:
+        """Codes and scales changed, each together with those of `others`; the offset stays."""
+        codes, scales = ([getattr(ring, name) for ring in others] for name in ("codes", "scales"))
+        return TierRing(change(self.codes, *codes), change(self.scales, *scales), self.offset)
+
+
+@dataclasses.dataclass
+class TierState:
+    """The tokens of the low-bit tier.
+
+    Attributes:
+        gates: the write gates of the same tokens, (B, Hw, C, ...) each.
+    """
+
+    keys: TierRing
+    values: TierRing
+    gates: Tensors = dataclasses.field(default_factory=dict)
+
+    def map(self, change: Change) -> TierState:
+        """Each tensor changed in the same way."""
+        return TierState(self.keys.map(change), self.values.map(change), _mapped(self.gates, change))
+
+    def over_tokens(self, change: Callable[..., Tensor], *others: TierState) -> TierState:
+        """Everything that is there per token changed, each tensor together with those of `others`."""
+        keys = self.keys.over_tokens(change, *(tier.keys for tier in others))
+        values = self.values.over_tokens(change, *(tier.values for tier in others))
+        gates = {name: change(x, *(tier.gates[name] for tier in others)) for name, x in self.gates.items()}
+        return TierState(keys, values, gates)
+
+    def tensors(self) -> Tensors:
+        """All tensors by name."""
+        named = {"keys": self.keys.codes, "key_scales": self.keys.scales, "key_offset": self.keys.offset}
+        named |= {"values": self.values.codes, "value_scales": self.values.scales, "value_offset": self.values.offset}
+        return named | _prefixed(self.gates, _GATES)
+
+    @classmethod
+    def from_tensors(cls, named: Tensors) -> TierState:
+        """The inverse of `tensors`."""
+        keys = TierRing(named["keys"], named["key_scales"], named["key_offset"])
+        values = TierRing(named["values"], named["value_scales"], named["value_offset"])
+        return cls(keys, values, _under(named, _GATES))
+
+
+@dataclasses.dataclass
+class LayerState:
+    """All that a layer keeps.
+
+    Attributes:
+        tier: None where there is none, or while nothing has left the window.
+        memory: the memory's own tensors by name, after everything that was written; empty before the first write.
+    """
+
+    window: WindowState
+    tier: TierState | None = None
+    memory: Tensors = dataclasses.field(default_factory=dict)
+
+    def map(self, change: Change) -> LayerState:
+        """Each tensor changed in the same way."""
+        tier = None if self.tier is None else self.tier.map(change)
+        return LayerState(self.window.map(change), tier, _mapped(self.memory, change))
+
+    def tensors(self) -> Tensors:
+        """All tensors by the names that they have in a file."""
+        named = {"keys": self.window.keys, "values": self.window.values} | _prefixed(self.window.gates, _GATES)
+        named |= _prefixed(self.memory, _MEMORY)
+        return named if self.tier is None else named | _prefixed(self.tier.tensors(), _TIER)
+
+    @classmethod
+    def from_tensors(cls, named: Tensors) -> LayerState:
+        """The inverse of `tensors`, for tokens that lie in columns."""
+        tier = _under(named, _TIER)
+        memory = _under({name: x for name, x in named.items() if not name.startswith(_TIER)}, _MEMORY)
+        window = WindowState(named["keys"], named["values"], _under(named, _GATES))
+        return cls(window, TierState.from_tensors(tier) if tier else None, memory)
+
+
+def _mapped(named: Tensors, change: Change) -> Tensors:
+    return {name: change(x) for name, x in named.items()}
+
+
+def _prefixed(named: Tensors, prefix: str) -> Tensors:
+    return {prefix + name: x for name, x in named.items()}
+
+
+def _under(named: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin so, without it."""
+    return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
