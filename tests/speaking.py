@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from models import awaken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 import ahn
 from ahn import tiny
 from ahn.cli.session import Session
+from ahn.cli.writing import Sampling
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -76,3 +80,33 @@ def save(folder: Path, template: str | None = None, **config: Any) -> Speaking:
     ahn.detach(adapted).save_pretrained(saved.base)
     words.save_pretrained(saved.base)
     return saved
+
+
+class _Script(LogitsProcessor):
+    """Leaves one token to choose from: the next of these."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, next(self.tokens)] = 0
+        return only
+
+
+def script(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
+    """Make the model say these tokens in the next continuation."""
+    plain, processor = Sampling(temperature=0.0).arguments, _Script(tokens)
+
+    def arguments(self: Sampling, ends: Any) -> dict[str, Any]:
+        return plain(ends) | {"max_new_tokens": self.max_new_tokens, "logits_processor": [processor]}
+
+    monkeypatch.setattr(Sampling, "arguments", arguments)
+
+
+@torch.no_grad()
+def next_logits(session: Session) -> torch.Tensor:
+    """What a session would choose its next token from; the session stays as it is."""
+    cache = copy.deepcopy(session.cache)
+    ids = torch.tensor([session._ids[cache.seen - session._before :]])
+    return session.model(input_ids=ids, past_key_values=cache).logits[0, -1]

@@ -12,8 +12,8 @@ import pytest
 import speaking
 import torch
 
-from ahn.cli.session import Sampling
 from ahn.cli.turns import PlainTurns, TemplateTurns
+from ahn.cli.writing import Interrupt, Sampling
 from ahn.errors import AHNError
 
 TRIMMED = speaking.CHATML.replace("m['content']", "m['content'] | trim")
@@ -40,10 +40,9 @@ class Talk:
     def say(self, message: str, reply: str, ends: bool = True) -> None:
         session = self.session
         tokens = session.encode(reply, start=False) + ([session.tokenizer.eos_token_id] if ends else [])
-        queue = iter(tokens)
-        self.monkeypatch.setattr(Sampling, "choose", lambda *_: next(queue))
+        speaking.script(self.monkeypatch, tokens)
         session.read(self.turns.next_input(message))
-        assert "".join(session.write(Sampling(max_new_tokens=len(tokens)))) == reply
+        assert session.write(Sampling(max_new_tokens=len(tokens))) == reply
         self.turns.close(reply)
 
     def holds(self, text: str) -> bool:
@@ -52,9 +51,8 @@ class Talk:
         ids = other.encode(text, start=False)
         other.read(ids)
         # float32 sums in another order
-        return self.session.cache.seen == len(ids) and torch.allclose(
-            self.session._logits, other._logits, rtol=1e-3, atol=1e-3
-        )
+        found = [speaking.next_logits(each) for each in (self.session, other)]
+        return self.session.seen == len(ids) and torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -98,7 +96,32 @@ def test_plain_turns_are_lines() -> None:
     turns = PlainTurns(session)
     for message in ("one", "two"):
         session.read(turns.next_input(message))
-    assert session.cache.seen == len(session.encode("one\ntwo", start=True))
+    assert session.seen == len(session.encode("one\ntwo", start=True))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_message_that_was_stopped_leaves_a_conversation(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read stays read; the next message comes as after any other turn."""
+    talk = Talk(speaking.CHATML, monkeypatch)
+    if before:
+        talk.say("Hello", "Hi there")
+    monkeypatch.setattr("ahn.measure.reading.CPU_CHUNK", 7)
+    interrupt = Interrupt()
+    ids = talk.turns.next_input("one two three four five six seven eight")
+
+    def advance(tokens: int) -> None:
+        interrupt.wanted = True
+
+    assert 0 < talk.session.read(ids, advance, interrupt) < len(ids)
+    talk.turns.abandon()
+    read = talk.session.seen
+    talk.say("Again", "Yes")
+    first = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi there<|im_end|>\n" if before else ""
+    again = "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    words = talk.session.tokenizer
+    assert words.decode(talk.session._ids[read if before else 0 :]) == again
+    if before:
+        assert words.decode(talk.session._ids[:read]).startswith(first + "<|im_start|>user\none")
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,21 @@ def test_chat_template(ahn_cli: Any, templated: speaking.Speaking) -> None:
     assert refused.code == 1 and "--system needs a chat template" in refused.err
 
 
+def test_a_template_that_refuses_is_one_line(ahn_cli: Any, tmp_path: Path) -> None:
+    broken = speaking.save(tmp_path, speaking.CHATML + "{{ raise_exception('no system\\nmessages here') }}")
+    done = ahn_cli("generate", "--model", broken.adapter, "--prompt", "x", "--system", "y")
+    assert done.code == 1 and done.out == ""
+    assert done.err.strip() == "ahn: The chat template refuses this conversation: no system messages here"
+
+
+def test_the_models_own_generation_settings_hold(ahn_cli: Any, tmp_path: Path) -> None:
+    saved = speaking.save(tmp_path)
+    options = ("generate", "--model", saved.adapter, "--prompt", TEXT, "--max-new-tokens", 12)
+    plain = ahn_cli(*options).out
+    (saved.base / "generation_config.json").write_text('{"repetition_penalty": 3.0}')
+    assert ahn_cli(*options).out == expected(saved, TEXT) + "\n" != plain
+
+
 def test_the_shipped_model_continues_the_bare_text(ahn_cli: Any) -> None:
     done = ahn_cli("generate", "--prompt", "def main():", "--max-new-tokens", 4, "--json")
     count = len(speaking.tokenizer()("def main():")["input_ids"])

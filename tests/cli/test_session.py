@@ -2,90 +2,192 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+import time
+from typing import Any
+
 import pytest
 import speaking
 import torch
 
-from ahn.cli.session import Sampling, sentence, warn_beyond_training
+from ahn.cli.session import LONG, Session, sentence, warn_beyond_training
+from ahn.cli.writing import Interrupt, Sampling
 from ahn.errors import AHNError
 
 TEXT = "def main(arguments):\n    return parse(arguments)\n" * 3
 
 
-def test_continues_as_generate_does() -> None:
+def generated(session: Session, ids: list[int], seed: int = 0, **settings: Any) -> list[int]:
+    """What `generate` continues these ids with."""
+    torch.manual_seed(seed)
+    ones = torch.ones(1, len(ids), dtype=torch.long)
+    return session.model.generate(torch.tensor([ids]), attention_mask=ones, **settings)[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}])
+def test_greedy_text_is_generates_with_the_models_own_settings(settings: dict[str, Any]) -> None:
     session = speaking.session()
+    session.model.generation_config.update(**settings)
     ids = session.encode(TEXT, start=True)
     session.read(ids)
-    text = "".join(session.write(Sampling(max_new_tokens=20)))
-    output = session.model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :].tolist()
-    assert session.written == output
-    assert text == session.tokenizer.decode(output, skip_special_tokens=True)
+    pieces: list[str] = []
+    text = session.write(Sampling(20), pieces.append)
+    assert session.written == generated(session, ids, max_new_tokens=20)
+    assert text == "".join(pieces) == session.tokenizer.decode(session.written, skip_special_tokens=True)
+    if settings:  # they do change what is said
+        session.model.generation_config = type(session.model.generation_config)()
+        assert generated(session, ids, max_new_tokens=20, do_sample=False) != session.written
+
+
+def test_a_second_turn_goes_on_as_generate_does() -> None:
+    session = speaking.session()
+    session.model.generation_config.update(repetition_penalty=1.5)
+    first, second = (session.encode(part, start) for part, start in ((TEXT, True), ("\nclass A:\n", False)))
+    session.read(first)
+    session.write(Sampling(7))
+    said = list(session.written)
+    session.read(second)
+    session.write(Sampling(9))
+    assert session.written == generated(session, [*first, *said, *second], max_new_tokens=9)
+
+
+def test_flags_go_before_the_models_settings() -> None:
+    session = speaking.session()
+    session.model.generation_config.update(do_sample=True, temperature=5.0, top_k=7, num_beams=4)
+    ids = session.encode(TEXT, start=True)
+
+    def said(sampling: Sampling) -> list[int]:
+        session.reset()
+        session.read(ids)
+        session.write(sampling)
+        return session.written
+
+    single = {"max_new_tokens": 12, "num_beams": 1}
+    assert said(Sampling(12, 0.0)) == generated(session, ids, do_sample=False, **single)
+    assert said(Sampling(12, seed=3)) == generated(session, ids, 3, **single)
+    assert said(Sampling(12, 0.5, 0.9, 3)) == generated(session, ids, 3, temperature=0.5, top_p=0.9, **single)
+    assert said(Sampling(12, seed=3)) != said(Sampling(12, seed=4))
+    for mistake in ({"top_p": 0.0}, {"top_p": 1.1}, {"temperature": -1.0}):
+        with pytest.raises(AHNError, match="top-p"):
+            Sampling(**mistake)
+
+
+def test_drawing_leaves_the_random_state_alone() -> None:
+    session = speaking.session()
+    session.read(session.encode(TEXT, start=True))
+    before = torch.get_rng_state()
+    session.write(Sampling(3, 1.0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_chunks_are_reported_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = speaking.session()
     ids = whole.encode(TEXT, start=True)
     whole.read(ids)
-    monkeypatch.setattr("ahn.cli.session.CPU_CHUNK", 7)
+    monkeypatch.setattr("ahn.measure.reading.CPU_CHUNK", 7)
     parts = speaking.session()
     sizes: list[int] = []
     parts.read(ids, sizes.append)
-    assert sizes == [7] * (len(ids) // 7) + [len(ids) % 7]
+    assert max(sizes) == 7 and sum(sizes) == len(ids)
     # float32 sums in another order
-    torch.testing.assert_close(parts._logits, whole._logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(speaking.next_logits(parts), speaking.next_logits(whole), rtol=1e-4, atol=1e-4)
 
 
-def test_every_written_token_is_in_the_cache() -> None:
+def test_every_written_token_counts() -> None:
     session = speaking.session()
     session.read(session.encode(TEXT, start=True))
-    before = session.cache.seen
-    list(session.write(Sampling(max_new_tokens=5)))
-    assert session.cache.seen == before + 5
+    before = session.seen
+    session.write(Sampling(max_new_tokens=5))
+    assert session.seen == before + 5
     memory = session.memory()
     assert memory["tokens_in_memory"] == before + 5 - speaking.WINDOW - speaking.SINKS
     assert memory["cache_bytes"] == session.cache.nbytes() > 0
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
-    """Make the model say these tokens."""
-    queue = iter(tokens)
-    monkeypatch.setattr(Sampling, "choose", lambda *_: next(queue))
 
 
 def test_a_character_of_several_tokens_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     session = speaking.session()
     said = session.encode("naïve 猫 café", start=False)
     assert len(session.encode("猫", start=False)) > 1
-    scripted(monkeypatch, said)
+    speaking.script(monkeypatch, said)
     session.read(session.encode("x", start=True))
-    pieces = list(session.write(Sampling(max_new_tokens=len(said))))
-    assert "".join(pieces) == "naïve 猫 café"
+    pieces: list[str] = []
+    assert session.write(Sampling(max_new_tokens=len(said)), pieces.append) == "".join(pieces) == "naïve 猫 café"
     assert "猫" in "|".join(pieces) and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_an_end_token_ends_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     session = speaking.session()
     end = session.tokenizer.eos_token_id
-    scripted(monkeypatch, [*session.encode("bye", start=False), end])
+    speaking.script(monkeypatch, [*session.encode("bye", start=False), end])
     session.read(session.encode("x", start=True))
-    assert "".join(session.write(Sampling(max_new_tokens=50))) == "bye"
+    assert session.write(Sampling(max_new_tokens=50)) == "bye"
     assert session.finished and session.written[-1] == end
 
 
-def test_drawing() -> None:
-    logits = torch.tensor([3.0, 2.0, 1.0, -50.0])  # shares 0.665, 0.245, 0.090, 0
+# -- Ctrl-C
 
-    def drawn(seed: int = 0, **settings: float) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return [Sampling(**settings).choose(logits, generator) for _ in range(200)]  # type: ignore[arg-type]
 
-    assert set(drawn()) == {0}
-    assert set(drawn(temperature=1.0)) == {0, 1, 2}
-    assert set(drawn(temperature=1.0, top_p=0.7)) == {0, 1}  # 0.665 falls short of 0.7
-    assert set(drawn(temperature=1.0, top_p=0.6)) == {0}
-    assert drawn(temperature=1.0) == drawn(temperature=1.0) != drawn(1, temperature=1.0)
-    with pytest.raises(AHNError, match="top-p"):
-        Sampling(top_p=0.0)
+def test_ctrl_c_stops_the_writing_and_the_conversation_goes_on() -> None:
+    session = speaking.session()
+    ids = session.encode(TEXT, start=True)
+    session.read(ids)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def show(text: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT) if not interrupt.wanted else None
+
+    with Interrupt().watching() as interrupt:
+        session.write(Sampling(400, 0.0), show, interrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert session.interrupted and not session.finished and 0 < len(session.written) < 400
+    said = list(session.written)
+    session.write(Sampling(5, 0.0))
+    assert said + session.written == generated(session, ids, max_new_tokens=len(said) + 5, do_sample=False)
+    assert not session.interrupted
+
+
+def test_ctrl_c_gets_through_while_a_long_text_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer itself lets no signal through: half a minute for five megabytes."""
+    session = speaking.session()
+
+    def deaf(*_: Any, **__: Any) -> dict[str, list[int]]:
+        while not over.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
+                over.wait(0.01)
+        return {"input_ids": [0]}
+
+    over = threading.Event()
+    monkeypatch.setattr(session, "tokenizer", deaf)
+    threading.Timer(10, over.set).start()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        session.encode("x" * LONG, start=True)
+    over.set()
+    assert time.monotonic() - start < 5
+
+
+def test_the_real_tokenizer_lets_other_threads_run() -> None:
+    words, text, ticks = speaking.tokenizer(), "word" * (1 << 16), 0
+    worker = threading.Thread(target=lambda: words(text, verbose=False))
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.01)
+        ticks += 1
+    assert ticks > 5  # a few at most, were Python stopped meanwhile
+
+
+def test_a_long_text_is_tokenised_as_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = speaking.session()
+    short = session.encode(TEXT, start=True)
+    monkeypatch.setattr("ahn.cli.session.LONG", 10)
+    assert session.encode(TEXT, start=True) == short
+    monkeypatch.setattr(session, "tokenizer", None)
+    with pytest.raises(TypeError):  # what goes wrong there is not lost
+        session.encode(TEXT, start=True)
 
 
 def test_nothing_to_read() -> None:
@@ -98,7 +200,7 @@ def test_words_about_the_cache() -> None:
     session.read(session.encode("x y", start=True))
     assert "all of them exact" in sentence(session.memory())
     session.read(session.encode(TEXT, start=True))
-    written = session.cache.seen - speaking.WINDOW - speaking.SINKS
+    written = session.seen - speaking.WINDOW - speaking.SINKS
     assert f"{written} in the memory (gated_deltanet)" in sentence(session.memory())
     assert warn_beyond_training(session, 512) is None
     assert "513 tokens" in str(warn_beyond_training(session, 513))

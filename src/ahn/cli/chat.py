@@ -25,7 +25,8 @@ from ahn.cli.generate import (
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
-    from ahn.cli.session import Sampling, Session
+    from ahn.cli.session import Session
+    from ahn.cli.writing import Sampling
 
 COMMANDS = """\
 /reset      forget everything and start again
@@ -39,8 +40,8 @@ def command(
     model: ModelOption = None,
     adapter: MemoryOption = None,
     max_new_tokens: NewTokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = 0,
     window: WindowOption = None,
     sinks: SinksOption = None,
@@ -58,15 +59,17 @@ def command(
     With --json each reply is one line of JSON.
 
     In the conversation, /reset starts again, /save FILE and /load FILE keep
-    and resume it, /stats says what the memory holds, /quit leaves.
+    and resume it, /stats says what the memory holds, /quit leaves. Ctrl-C
+    stops a reply.
 
     \b
     Examples:
       ahn chat --model BASE --adapter AHN --system "Be brief."
       printf 'Hello\\nWho are you?\\n' | ahn chat --model MERGED
     """
-    from ahn.cli.session import Sampling, open_session
+    from ahn.cli.session import open_session
     from ahn.cli.turns import PlainTurns, TemplateTurns
+    from ahn.cli.writing import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     session = open_session(model, adapter, window, sinks, quantized, device, dtype)
@@ -83,12 +86,14 @@ def command(
         coarse = f", {config.quantized:,} tokens at two bits" if config.quantized else ""
         tell(f"{config.memory}, window {config.window:,}, sinks {config.sinks:,}{coarse}; /help lists the commands.")
     for line in _lines():
-        if line.startswith("/"):
-            if line == "/quit":
-                break
-            _obey_or_tell(line, turns)
-        elif line:
-            _reply(turns, line, sampling, as_json)
+        if line == "/quit":
+            break
+        try:
+            _answer(turns, line, sampling, as_json)
+        except (AHNError, KeyboardInterrupt) as error:
+            if not sys.stdin.isatty():
+                raise
+            tell(str(error) or "Stopped.")  # no reason to lose the conversation
 
 
 def tell(text: str) -> None:
@@ -99,8 +104,11 @@ def tell(text: str) -> None:
 def _lines() -> Iterator[str]:
     """Lines from the keyboard, with editing and history where there is a readline, or from a pipe."""
     if not sys.stdin.isatty():
-        for line in sys.stdin:
-            yield line.strip()
+        try:
+            for line in sys.stdin:
+                yield line.strip()
+        except UnicodeDecodeError as error:
+            raise AHNError(f"Standard input is not UTF-8 text (byte {error.start} of what was read last).") from error
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() uses it when it is imported)
@@ -109,17 +117,17 @@ def _lines() -> Iterator[str]:
             line = input("> ")
         except EOFError:
             return
+        except KeyboardInterrupt:
+            tell("\n/quit leaves, and so does Ctrl-D.")
+            continue
         yield line.strip()
 
 
-def _obey_or_tell(line: str, turns: Any) -> None:
-    """A command; at the keyboard its error is no reason to lose the conversation."""
-    try:
+def _answer(turns: Any, line: str, sampling: Sampling, as_json: bool) -> None:
+    if line.startswith("/"):
         _obey(line, turns)
-    except AHNError as error:
-        if not sys.stdin.isatty():
-            raise
-        tell(str(error))
+    elif line:
+        _reply(turns, line, sampling, as_json)
 
 
 def _obey(line: str, turns: Any) -> None:
@@ -132,22 +140,34 @@ def _obey(line: str, turns: Any) -> None:
         turns.reset()
         tell("Forgot everything.")
     elif verb == "/save" and file:
-        session.cache.save(file.strip())
+        session.save(file.strip())
         tell(f"Saved {file.strip()}: {sentence(session.memory())}")
     elif verb == "/load" and file:
         turns.reset(AHNCache.load(file.strip(), session.model))
         tell(f"Loaded {file.strip()}: {sentence(session.memory())}")
     elif verb == "/stats":
-        tell(sentence(session.memory()) if session.cache.seen else "Nothing read yet.")
+        tell(sentence(session.memory()) if session.seen else "Nothing read yet.")
     else:
         tell(COMMANDS if verb == "/help" else f"Unknown command {line!r}. There are\n{COMMANDS}")
 
 
 def _reply(turns: Any, line: str, sampling: Sampling, as_json: bool) -> None:
+    """Read a message and write the reply; Ctrl-C stops either, and the conversation goes on."""
+    from ahn.cli.writing import Interrupt
+
     session: Session = turns.session
-    ids = turns.next_input(line)
-    read(session, ids)
-    said, seconds = write(session, sampling, show=not as_json)
+    interrupt = Interrupt()
+    try:
+        ids = turns.next_input(line)
+    except (AHNError, KeyboardInterrupt):
+        turns.abandon()
+        raise
+    with interrupt.watching() if sys.stdin.isatty() else contextlib.nullcontext():
+        if not read(session, ids, interrupt):
+            turns.abandon()
+            tell("Stopped; what was read of the message stays in the memory. /reset starts again.")
+            return
+        said, seconds = write(session, sampling, show=not as_json, interrupt=interrupt)
     turns.close(said)
     if as_json:
         reply = {"reply": said, "finished": session.finished, "new_tokens": len(session.written)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -218,13 +216,18 @@ def _notes(subject: DemoSubject, comparison: Comparison) -> list[str]:
 
 def _write_on(subject: DemoSubject, comparison: Comparison, show: bool) -> dict[str, Any]:
     """Let the best memory write on after a long text, from the answer to a fact on if it recalled one that was lost."""
-    from ahn.cli.session import Sampling, Session
+    from ahn.cli.session import Session
+    from ahn.cli.writing import Sampling
 
     best = next(method for method in subject.methods if method.name == comparison.best_memory.name)
     recall = comparison.longest_recall(best.name)
     document = recall.document if recall else subject.documents[0]
     ids = document.text.ids[: recall.fact.answer] if recall else document.text.ids
-    show_text = partial(_show_text, show)
+
+    def show_text(text: str, style: str = WRITTEN) -> None:
+        if show:
+            common.out.print(text, end="", style=style, markup=False, soft_wrap=True)
+
     with best.on(subject.model):
         session = Session(subject.model, subject.tokenizer)
         session.read(ids)
@@ -235,23 +238,13 @@ def _write_on(subject: DemoSubject, comparison: Comparison, show: bool) -> dict[
             _explain(subject, recall.fact, recall.guesses)
         show_text("\n" + subject.tokenizer.decode(ids[-TAIL:]).partition("\n")[2], "dim")
         if recall:
-            told |= {"fact": dataclasses.asdict(recall.fact), "answer": show_text(session.write(Sampling(1)), WRITTEN)}
+            told |= {"fact": dataclasses.asdict(recall.fact), "answer": session.write(Sampling(1, 0.0), show_text)}
             # the line is closed for the model: facts were put between lines of text, their ends follow from nothing
             show_text("\n", "dim")
             session.read(session.encode("\n", start=False))
-        told["text"] = show_text(session.write(Sampling(NEW_TOKENS)), WRITTEN)
+        told["text"] = session.write(Sampling(NEW_TOKENS, 0.0), show_text)
     show_text("\n\n", "dim")
     return told
-
-
-def _show_text(show: bool, pieces: Iterable[str], style: str) -> str:
-    """Print pieces of text as they come, and return all of it."""
-    text = []
-    for piece in pieces:
-        text.append(piece)
-        if show:
-            common.out.print(piece, end="", style=style, markup=False, soft_wrap=True)
-    return "".join(text)
 
 
 def _explain(subject: DemoSubject, fact: Any, guesses: dict[str, int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,11 @@ from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOptio
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
-    from ahn.cli.session import Sampling, Session
+    from ahn.cli.session import Session
+    from ahn.cli.writing import Interrupt, Sampling
+
+STOPPED = 130
+"""Exit status of a shell's command that Ctrl-C ended."""
 
 ModelOption = Annotated[
     str | None,
@@ -35,10 +39,21 @@ MemoryOption = Annotated[
 ]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[
-    float,
-    typer.Option("--temperature", min=0, help="0 takes the most probable token each time; above, tokens are drawn."),
+    float | None,
+    typer.Option(
+        "--temperature",
+        min=0,
+        help="0 takes the most probable token each time; above, tokens are drawn (default: the model's generation "
+        "settings).",
+    ),
 ]
-TopPOption = Annotated[float, typer.Option("--top-p", help="Draw only among the tokens that make up this probability.")]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        help="Draw only among the tokens that make up this probability (default: the model's generation settings).",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 SystemOption = Annotated[str | None, typer.Option("--system", help="System message, for a model with a chat template.")]
 
@@ -51,8 +66,8 @@ def command(
     ] = None,
     file: Annotated[str | None, typer.Option("--file", help="File with the text; - is standard input.")] = None,
     max_new_tokens: NewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = 0,
     window: WindowOption = None,
     sinks: SinksOption = None,
@@ -79,7 +94,8 @@ def command(
       ahn generate --model BASE --adapter AHN --file book.txt --prompt "Who did it?"
       cat notes.txt | ahn generate --max-new-tokens 100 --temperature 0.7
     """
-    from ahn.cli.session import Sampling, open_session, sentence, warn_beyond_training
+    from ahn.cli.session import open_session, sentence, warn_beyond_training
+    from ahn.cli.writing import Interrupt, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _text(prompt, file)
@@ -87,43 +103,46 @@ def command(
     ids = _as_prompt(session, text, system, template=not no_chat_template)
     if warning := warn_beyond_training(session, len(ids) + max_new_tokens):
         typer.echo(f"Note: {warning}", err=True)
-    read_seconds = read(session, ids)
+    start = time.perf_counter()
+    read(session, ids)
+    read_seconds = time.perf_counter() - start
     read_state = session.memory()
     if not as_json:
         typer.echo(f"Read {sentence(read_state)}; {len(ids) / read_seconds:,.0f} tokens/s", err=True)
 
-    written, write_seconds = write(session, sampling, show=not as_json)
+    with Interrupt().watching() as interrupt:
+        written, write_seconds = write(session, sampling, show=not as_json, interrupt=interrupt)
     if as_json:
         result = {"text": written, "new_tokens": len(session.written), "finished": session.finished}
         times = {"read_seconds": round(read_seconds, 3), "write_seconds": round(write_seconds, 3)}
         common.print_json(result | {"prompt": read_state} | times)
-        return
-    speed = len(session.written) / write_seconds
-    typer.echo(f"Wrote {len(session.written):,} tokens; {speed:,.1f} tokens/s", err=True)
+    else:
+        speed = len(session.written) / write_seconds
+        typer.echo(f"Wrote {len(session.written):,} tokens; {speed:,.1f} tokens/s", err=True)
+    if session.interrupted:
+        raise typer.Exit(STOPPED)
 
 
-def read(session: Session, ids: list[int]) -> float:
-    """Read with a progress bar on standard error; returns seconds."""
-    start = time.perf_counter()
+def read(session: Session, ids: list[int], interrupt: Interrupt | None = None) -> bool:
+    """Read with a progress bar on standard error; returns whether all was read."""
     with common.progress() as bar:
         task = bar.add_task("reading", total=len(ids))
-        session.read(ids, lambda tokens: bar.advance(task, tokens))
-    return time.perf_counter() - start
+        return session.read(ids, lambda tokens: bar.advance(task, tokens), interrupt) == len(ids)
 
 
-def write(session: Session, sampling: Sampling, show: bool) -> tuple[str, float]:
+def write(session: Session, sampling: Sampling, show: bool, interrupt: Interrupt) -> tuple[str, float]:
     """Continue, piece by piece on standard output if it is to `show`; returns the text and seconds."""
-    start, pieces = time.perf_counter(), []
-    for piece in session.write(sampling):
-        pieces.append(piece)
+
+    def say(text: str) -> None:
         if show:
-            sys.stdout.write(piece)
+            sys.stdout.write(text)
             sys.stdout.flush()
+
+    start = time.perf_counter()
+    text = session.write(sampling, say, interrupt)
     seconds = time.perf_counter() - start
-    if show:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    return "".join(pieces), seconds
+    say("\n")
+    return text, seconds
 
 
 def read_text(path: Path | None) -> str:
@@ -162,7 +181,8 @@ def _as_prompt(session: Session, text: str, system: str | None, template: bool) 
         if system is not None:
             raise AHNError("--system needs a chat template; this model has none, or --no-chat-template is given.")
         return session.encode(text, start=True)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    from ahn.evaluation.prompt import render
+
+    messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    rendered = session.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return session.encode(rendered, start=False)
+    return session.encode(render(session.tokenizer, messages, ask=True), start=False)

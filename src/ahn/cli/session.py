@@ -1,150 +1,178 @@
-"""One model and one cache: read text of any length, then continue it. What `generate`, `chat` and `demo` share."""
+"""One model and one cache: read text of any length, then continue it. What `generate`, `chat` and `demo` share.
+
+The text is written by transformers' `generate`, with the model's own generation settings; this module keeps the cache
+between calls and shows the text while it is written.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ahn.cache.conversation import AHNCache
+from ahn.cli import common
+from ahn.cli.writing import CONTEXT, Interrupt, Pieces, Sampling
 from ahn.errors import AHNError
+from ahn.evaluation.reader import end_tokens
+from ahn.measure.reading import chunk_size, in_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CPU_CHUNK = 512
-"""Tokens read at once on a CPU, which gains nothing from more; a progress bar gains from less."""
 TINY_MEMORY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
 SINKS_WITHOUT_MEMORY = 32
-CONTEXT = 8
-"""Tokens decoded together with a new one: what a token looks like depends on its neighbours."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 takes the most probable one.
-
-    Raises:
-        AHNError: a number is out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise AHNError(
-                f"The temperature must be ≥ 0 and top-p in (0, 1], got {self.temperature:g} and {self.top_p:g}."
-            )
-
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token by logits (V,)."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        chances, order = (logits.float().cpu() / self.temperature).softmax(-1).sort(descending=True)
-        # the smallest set of tokens that reaches top_p: a token stays if those before it do not reach it yet
-        chances = chances.masked_fill(chances.cumsum(-1) - chances >= self.top_p, 0)
-        return int(order[torch.multinomial(chances, 1, generator=generator)])
+LONG = 1 << 16
+"""Characters of a text that is tokenised in a thread of its own, so that the program can be stopped meanwhile."""
 
 
 class Session:
-    """A conversation of one model: everything read and written so far is in its cache.
+    """A conversation of one model: everything read and written so far is in its cache, up to the last token.
+
+    The last token is read by the next call: `generate` begins with it.
 
     Attributes:
         finished: whether the last continuation ended by itself, with an end token, rather than at its limit.
+        interrupted: whether Ctrl-C ended the last continuation.
         written: token ids of the last continuation.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.finished = False
+        self.finished = self.interrupted = False
         self.written: list[int] = []
+        self.ends = end_tokens(model, tokenizer)
         self.reset()
 
     def reset(self, cache: AHNCache | None = None) -> None:
         """Start again with an empty cache, or go on with the given one."""
         self.cache = cache or AHNCache.for_model(self.model)
-        self._logits: Tensor | None = None
-        self._tail: list[int] = []
+        self._before = self.cache.seen  # tokens of another session, whose ids are not known here
+        self._ids: list[int] = []
+
+    @property
+    def seen(self) -> int:
+        """Tokens read and written."""
+        return self._before + len(self._ids)
 
     def encode(self, text: str, start: bool) -> list[int]:
         """Token ids of a text; at the `start` with the tokenizer's own first token, if it has one."""
-        return self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"]
 
-    def read(self, ids: Sequence[int], advance: Callable[[int], Any] = lambda tokens: None) -> None:
+        def tokenise() -> list[int]:
+            return self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"]
+
+        if len(text) < LONG:
+            return tokenise()
+        with common.progress() as bar:
+            bar.add_task("tokenising", total=None)
+            return _in_a_thread(tokenise)
+
+    def read(
+        self,
+        ids: Sequence[int],
+        advance: Callable[[int], Any] = lambda tokens: None,
+        interrupt: Interrupt | None = None,
+    ) -> int:
         """Read token ids in chunks; `advance` is called with the number of tokens of each.
+
+        Args:
+            interrupt: stops between two chunks when it is wanted.
+
+        Returns:
+            How many were read: all of them, unless interrupted.
 
         Raises:
             AHNError: there is nothing to read and nothing was read before.
         """
-        if not ids and self._logits is None:
+        if not ids and not self.seen:
             raise AHNError("There is no text to read.")
-        size = self.cache.config.prefill_chunk_size
-        if self.model.device.type == "cpu":
-            size = min(size, CPU_CHUNK)
-        for first in range(0, len(ids), size):
-            chunk = ids[first : first + size]
-            self._feed(chunk)
-            advance(len(chunk))
+        first = len(self._ids)
+        self._ids += ids
+        told = first
+        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1):
+            advance(read - told)
+            told = read
+            if interrupt is not None and interrupt.wanted:
+                del self._ids[max(read, first) :]
+                return len(self._ids) - first
+        advance(len(self._ids) - told)
+        return len(ids)
 
-    def write(self, sampling: Sampling) -> Iterator[str]:
-        """Continue what was read, piece by piece of text. Every token is in the cache when the iterator is through."""
-        assert self._logits is not None, "read something first"
-        generator = torch.Generator().manual_seed(sampling.seed)
-        ends = self._end_tokens()
-        ids = list(self._tail)
-        context, shown = 0, len(ids)
-        self.finished, self.written = False, []
-        while not self.finished and len(self.written) < sampling.max_new_tokens:
-            token = sampling.choose(self._logits, generator)
-            ids.append(token)
-            self.written.append(token)
-            self.finished = token in ends
-            before, now = self._decode(ids[context:shown]), self._decode(ids[context:])
-            if len(now) > len(before) and not now.endswith("\ufffd"):  # that is a character still without its last byte
-                yield now[len(before) :]
-                context, shown = max(0, shown - CONTEXT), len(ids)
-            self._feed([token])
-        rest = self._decode(ids[context:])[len(self._decode(ids[context:shown])) :]
-        if rest:
-            yield rest
+    def save(self, file: str) -> None:
+        """Write the cache with all that was read and written to a file."""
+        for _ in self._feed(self.cache.seen - self._before, len(self._ids)):
+            pass
+        self.reset(self.cache)
+        self.cache.save(file)
+
+    @torch.inference_mode()
+    def _feed(self, start: int, stop: int) -> Iterator[int]:
+        for read, _ in in_chunks(self.model, self.cache, self._ids, start, stop, chunk_size(self.model)):
+            yield read
+
+    @torch.no_grad()
+    def write(
+        self, sampling: Sampling, show: Callable[[str], Any] = lambda text: None, interrupt: Interrupt | None = None
+    ) -> str:
+        """Continue what was read, and return the text; `show` is called with every piece of it as it is written."""
+        assert self._ids, "read something first"
+        new = self._ids[self.cache.seen - self._before :] if self._before else self._ids
+        tokens = torch.tensor([new], device=self.model.device)
+        streamer = Pieces(self.tokenizer, self._ids[-CONTEXT:], show)
+        with torch.random.fork_rng(devices=_devices(self.model)):
+            torch.manual_seed(sampling.seed)
+            output = self.model.generate(
+                tokens,
+                attention_mask=torch.ones(1, self.seen, dtype=torch.long, device=tokens.device),
+                past_key_values=self.cache,
+                streamer=streamer,
+                stopping_criteria=None if interrupt is None else [interrupt],
+                **sampling.arguments(self.ends),
+            )
+        self.written = output[0, len(new) :].tolist()
+        self._ids += self.written
+        self.finished = self.written[-1] in self.ends
+        self.interrupted = interrupt is not None and interrupt.wanted and not self.finished
+        return streamer.text
 
     def memory(self) -> dict[str, Any]:
-        """What the cache holds, as JSON types."""
-        config, seen = self.cache.config, self.cache.seen
+        """What window, memory and cache hold, as JSON types."""
+        config = self.cache.config
         return {
             "memory": config.memory,
             "window": config.window,
             "sinks": config.sinks,
             "quantized": config.quantized,
-            "tokens_seen": seen,
-            "tokens_quantized": min(config.quantized, max(0, seen - config.lossless)),
-            "tokens_in_memory": max(0, seen - config.lossless - config.quantized),
+            "tokens_seen": self.seen,
+            "tokens_quantized": min(config.quantized, max(0, self.seen - config.lossless)),
+            "tokens_in_memory": max(0, self.seen - config.lossless - config.quantized),
             "cache_bytes": self.cache.nbytes(),
         }
 
-    @torch.inference_mode()
-    def _feed(self, ids: Sequence[int]) -> None:
-        tokens = torch.tensor([list(ids)], device=self.model.device)
-        output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self._logits = output.logits[0, -1]
-        self._tail = [*self._tail, *ids[-CONTEXT:]][-CONTEXT:]
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _devices(model: PreTrainedModel) -> list[int]:
+    """The GPUs whose random numbers `generate` draws from."""
+    return [model.device.index or 0] if model.device.type == "cuda" else []
 
-    def _end_tokens(self) -> set[int]:
-        named = self.model.generation_config.eos_token_id
-        several = named if isinstance(named, list) else [named]
-        return {token for token in (*several, self.tokenizer.eos_token_id) if token is not None}
+
+def _in_a_thread(work: Callable[[], Any]) -> Any:
+    """The result of a piece of work that would not let Ctrl-C through."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # abandoned on Ctrl-C: it does not keep the program alive
+    return future.result()
 
 
 def open_session(

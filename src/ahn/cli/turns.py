@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ahn.errors import AHNError
+from ahn.evaluation.prompt import render
 
 if TYPE_CHECKING:
     from ahn.cache.conversation import AHNCache
@@ -27,11 +28,14 @@ class PlainTurns:
 
     def next_input(self, message: str) -> list[int]:
         """What to read before the reply to `message`."""
-        start = self.session.cache.seen == 0
+        start = self.session.seen == 0
         return self.session.encode(message if start else f"\n{message}", start)
 
     def close(self, reply: str) -> None:
         """Called after the reply was written."""
+
+    def abandon(self) -> None:
+        """Called instead of `close` where reading the message was stopped: what was read of it stays read."""
 
 
 class TemplateTurns(PlainTurns):
@@ -75,7 +79,7 @@ class TemplateTurns(PlainTurns):
 
     def next_input(self, message: str) -> list[int]:
         self._messages.append({"role": "user", "content": message})
-        if self.session.cache.seen == 0:
+        if self.session.seen == 0:
             piece = self._render(self._messages, ask=True)
         else:
             piece = self._after_reply(self._messages, ask=True)
@@ -100,6 +104,12 @@ class TemplateTurns(PlainTurns):
         if self._text is not None:
             self._text += said + missing
 
+    def abandon(self) -> None:
+        self._messages.pop()
+        self._text = None  # it no longer is what the template makes of the messages
+        if not any(message["role"] == "assistant" for message in self._messages):
+            self.reset()  # there is no turn yet to go on from
+
     def _after_reply(self, messages: list[dict[str, str]], ask: bool) -> str:
         """What the template puts after the last reply, up to the end or (`ask`) to where the next reply begins."""
         last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
@@ -117,7 +127,4 @@ class TemplateTurns(PlainTurns):
             self._told = True
 
     def _render(self, messages: list[dict[str, str]], ask: bool) -> str:
-        try:
-            return self.session.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # jinja2's errors, and what templates raise by themselves
-            raise AHNError(f"The chat template refuses this conversation: {error}") from error
+        return render(self.session.tokenizer, messages, ask)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ahn.errors import AHNError
 from ahn.evaluation.task import Task, Truncation
 from ahn.evaluation.truncation import keep_last, middle_halves, truncate_middle
 
@@ -25,11 +26,24 @@ def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple
         text, shortened = shorten(prompt, task.truncation, task.max_new_tokens, tokenizer)
     if task.chat_template and tokenizer.chat_template:
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = render(tokenizer, message, ask=True, enable_thinking=False)
     # A template that starts with the first token of a text itself must not get a second one.
     first = tokenizer.bos_token
     ids = tokenizer(text, add_special_tokens=not (first and text.startswith(first)), verbose=False)["input_ids"]
     return ids, shortened
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool, **options: Any) -> str:
+    """Messages in the model's chat template, up to where the next reply begins if `ask`.
+
+    Raises:
+        AHNError: the template refuses them, or is broken.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options)
+    except Exception as error:  # jinja2's errors, and what templates raise by themselves
+        raise AHNError(f"The chat template refuses this conversation: {error}") from error
+    return text
 
 
 def shorten(prompt: str, how: Truncation, max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:

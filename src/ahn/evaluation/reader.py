@@ -41,8 +41,7 @@ class Generation:
         stops: Sequence[str] = (),
     ) -> Generation:
         """The settings for a model. `stops` end an answer at their last token, once there is a first one."""
-        named = model.generation_config.eos_token_id
-        ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+        ends = end_tokens(model, tokenizer)
         ends |= {tokenizer(stop, add_special_tokens=False)["input_ids"][-1] for stop in stops}
         penalty = model.generation_config.repetition_penalty
         return cls(max_new_tokens, tuple(sorted(ends)), int(bool(stops)), 1.0 if penalty is None else penalty)
@@ -125,6 +124,12 @@ class Reader:
     def _read(self, ids: list[int], cache: Any, start: int, stop: int, of: int | None = None) -> None:
         for read, _ in in_chunks(self.model, cache, ids, start, stop, self.chunk):
             self.progress(read, of or stop)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end an answer: what the model's generation settings name, and the tokenizer's own."""
+    named = model.generation_config.eos_token_id
+    return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:

@@ -1,0 +1,130 @@
+"""How `generate` of transformers writes for the command line: its settings, its text piece by piece, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXT = 8
+"""Tokens decoded together with a new one: what a token looks like depends on its neighbours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; None leaves it to the model's `generation_config`.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+
+    Raises:
+        AHNError: a number is out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.temperature is not None and self.temperature < 0) or (
+            self.top_p is not None and not 0 < self.top_p <= 1
+        ):
+            raise AHNError(f"The temperature must be ≥ 0 and top-p in (0, 1], got {self.temperature} and {self.top_p}.")
+
+    def arguments(self, ends: Collection[int]) -> dict[str, Any]:
+        """For `model.generate` with a cache: they go before its `generation_config`, all else in which stays."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "max_length": None, "num_beams": 1}
+        chosen |= {"num_return_sequences": 1, "use_cache": True, "cache_implementation": None}
+        chosen |= {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+        if self.temperature is not None:
+            chosen["do_sample"] = self.temperature > 0
+        if self.temperature:
+            chosen["temperature"] = self.temperature
+        if self.top_p is not None and self.temperature != 0:
+            chosen["top_p"] = self.top_p
+        return chosen
+
+
+class Interrupt(StoppingCriteria):
+    """Ctrl-C as a request: inside the block it stops what asks for it, between two tokens or two chunks."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.wanted, device=input_ids.device)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Interrupt]:
+        """Take Ctrl-C as a request inside the block; a second one is a KeyboardInterrupt as ever."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(*_: Any) -> None:
+            self.wanted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class Pieces(BaseStreamer):
+    """Shows tokens as text while they are generated: a character comes when its last byte is there.
+
+    Args:
+        before: token ids that stand before the first new one.
+        show: called with every piece of text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int], show: Callable[[str], Any]) -> None:
+        self.tokenizer, self.show = tokenizer, show
+        self.ids = list(before)
+        self.context, self.shown = 0, len(self.ids)
+        self.text = ""
+        self._prompt_is_next = True  # `generate` begins with the prompt
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate` with token ids."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self.ids += value.flatten().tolist()
+        now = self._new_text()
+        if now and not now.endswith("\ufffd"):  # that is a character still without its last byte
+            self._show(now)
+            self.context, self.shown = max(0, self.shown - CONTEXT), len(self.ids)
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+        if rest := self._new_text():
+            self._show(rest)
+
+    def _show(self, piece: str) -> None:
+        self.text += piece
+        self.show(piece)
+
+    def _new_text(self) -> str:
+        before, now = (
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (self.ids[self.context : self.shown], self.ids[self.context :])
+        )
+        return now[len(before) :]
