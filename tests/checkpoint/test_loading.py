@@ -20,7 +20,7 @@ import ahn
 from ahn.checkpoint import adapter as checkpoint_adapter
 from ahn.checkpoint import from_pretrained, hub, load_adapter, merge, save_adapter
 from ahn.checkpoint.directory import Checkpoint
-from ahn.checkpoint.loading import Source
+from ahn.checkpoint.loading import ModelSource
 from ahn.evaluation import methods
 
 Copy = Callable[[Path], Path]
@@ -233,26 +233,26 @@ def spoken(tmp_path: Path) -> tuple[Path, Path, Path]:
 def test_a_model_and_its_adapter_or_both_merged(spoken: tuple[Path, Path, Path]) -> None:
     base, adapter, merged = map(str, spoken)
     for model, given in ((base, adapter), (merged, None), (adapter, None)):
-        loaded, tokenizer = Source.open(model, given, sinks=4).load_ready("cpu")
+        loaded, tokenizer = ModelSource.open(model, given, sinks=4).load_ready("cpu")
         assert loaded.ahn_config == ahn.AHNConfig("deltanet", window=24, sinks=4)
         assert loaded.dtype == torch.float32
         assert not loaded.training
         assert tokenizer("b")["input_ids"] == [1]
-    assert Source.open(merged).load_ready(dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert ModelSource.open(merged).load_ready(dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_mistakes_have_one_clear_sentence(spoken: tuple[Path, Path, Path]) -> None:
     base, _, merged = map(str, spoken)
     with pytest.raises(ahn.AHNError, match="without a memory; name an adapter for it with --adapter"):
-        Source.open(base).load_ready()
+        ModelSource.open(base).load_ready()
     with pytest.raises(ahn.AHNError, match="There is no device 'abacus' here"):
-        Source.open(merged).load_ready("abacus")
+        ModelSource.open(merged).load_ready("abacus")
     with pytest.raises(ahn.AHNError, match="Unknown dtype 'int8'; choose from float32"):
-        Source.open(merged).load_ready(dtype="int8")
+        ModelSource.open(merged).load_ready(dtype="int8")
     for file in Path(merged).glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ahn.AHNError, match="merged has no tokenizer"):
-        Source.open(merged).load_ready()
+        ModelSource.open(merged).load_ready()
 
 
 def test_everything_is_opened_and_checked_once(

@@ -62,11 +62,11 @@ def from_pretrained(
         raise AHNError(
             f"{checkpoint.path} has no AHN tensors: load it with transformers, then ahn.attach or ahn.load_adapter."
         )
-    return Source.of(checkpoint, directory, base, window, sinks, quantized, hub).load(**kwargs)
+    return ModelSource.of(checkpoint, directory, base, window, sinks, quantized, hub).load(**kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model's files, opened and checked; no weights are loaded.
 
     Attributes:
@@ -91,7 +91,7 @@ class Source:
         window: int | None = None,
         sinks: int | None = None,
         quantized: int | None = None,
-    ) -> Source:
+    ) -> ModelSource:
         """What a command line names: a base model, alone or with an adapter, a merged checkpoint or an adapter.
 
         Raises:
@@ -113,7 +113,7 @@ class Source:
         sinks: int | None,
         quantized: int | None,
         hub: dict[str, Any] | None = None,
-    ) -> Source:
+    ) -> ModelSource:
         """A checkpoint with an AHN, called `name`, and its base; other arguments as `from_pretrained`."""
         files = checkpoint
         if checkpoint.kind != "merged":

@@ -189,12 +189,12 @@ def open_session(
     Raises:
         AHNError: a model without a memory, or one that cannot be loaded.
     """
-    from ahn.checkpoint.loading import Source
+    from ahn.checkpoint.loading import ModelSource
 
     if model is not None and adapter is None and _has_no_memory(model):
         return _without_memory(model, window, sinks, quantized, device, dtype)
     model, adapter, device = named_or_shipped(model, adapter, device)
-    return Session(*Source.open(model, adapter, window, sinks, quantized).load_ready(device, dtype))
+    return Session(*ModelSource.open(model, adapter, window, sinks, quantized).load_ready(device, dtype))
 
 
 def _has_no_memory(model: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ahn
 from ahn import memory, tiny
 from ahn.checkpoint.directory import Checkpoint
-from ahn.checkpoint.loading import Source
+from ahn.checkpoint.loading import ModelSource
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.measure.method import Method
@@ -74,14 +74,14 @@ def load(
             layers keep full attention.
         window, sinks: of the memory and of its baselines: CT's slots are taken from this window.
         quantized: of the memory and of its baselines.
-        device, dtype: as `ahn.checkpoint.loading.Source.load_ready`.
+        device, dtype: as `ahn.checkpoint.loading.ModelSource.load_ready`.
 
     Raises:
         AHNError: the method is unknown or needs a memory that there is not, or the model cannot be loaded.
     """
     if method not in METHODS:
         raise AHNError(f"Unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    source = Source.open(model, adapter, window, sinks, quantized)
+    source = ModelSource.open(model, adapter, window, sinks, quantized)
     loaded, tokenizer = source.load_ready(device, dtype, memory=method == "ahn")
     if method != "ahn":
         make(method, source.settings, window, sinks, quantized).attach(loaded)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 from ahn.errors import AHNError
+from ahn.evaluation.prompt import render
 from ahn.evaluation.task import Options
 from ahn.tiny.facts import KEYS, VALUES
 
@@ -42,10 +43,7 @@ class Prompter:
         if not self.tokenizer.chat_template:
             return message + prefix
         turn = [{"role": "user", "content": message}]
-        start: str = self.tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return start + prefix
+        return render(self.tokenizer, turn, ask=True, enable_thinking=False) + prefix
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt."""
