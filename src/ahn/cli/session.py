@@ -210,10 +210,9 @@ def _without_memory(
     """A model that no memory is shipped for yet: what leaves its window is forgotten."""
     import ahn
     from ahn import shipped
-    from ahn.checkpoint.loading import Source
-    from ahn.cli import common
+    from ahn.checkpoint.loading import ModelSource
 
-    loaded, tokenizer = Source.open(shipped.resolve(model)).load_ready(device, dtype, memory=False)
+    loaded, tokenizer = ModelSource.open(shipped.resolve(model)).load_ready(device, dtype, memory=False)
     trained = loaded.config.max_position_embeddings
     sinks = SINKS_WITHOUT_MEMORY if sinks is None else sinks
     window = window or trained // 2 - sinks  # so that a long text shows what forgetting is, within the trained length

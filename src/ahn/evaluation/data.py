@@ -46,7 +46,7 @@ class DataFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class DataLine:
     """One line: its checked fields, where it stands (for messages), and at which byte (of the member) it starts."""
 
     fields: dict[str, Any]
@@ -90,12 +90,12 @@ class DataLines:
             "sha256": self.sha256
         }
 
-    def records(self, fields: Mapping[str, Field], offset: int = 0) -> Iterator[Record]:
+    def records(self, fields: Mapping[str, Field], offset: int = 0) -> Iterator[DataLine]:
         """Every record from a byte on, in order; empty lines are skipped. Fields that are not named are ignored.
 
         Args:
             fields: name -> check.
-            offset: of a `Record`; later ones are then counted from line 1 again in messages.
+            offset: of a `DataLine`; later ones are then counted from line 1 again in messages.
 
         Raises:
             AHNError: no such member, a damaged archive, no UTF-8, broken JSON, a field that is missing or wrong, or no
@@ -108,7 +108,7 @@ class DataLines:
                 where = f"{self._name}, line {number}"
                 if raw.strip():
                     empty = False
-                    yield Record(_parse(raw, where, fields), where, offset)
+                    yield DataLine(_parse(raw, where, fields), where, offset)
                 offset += len(raw)
         if empty:
             raise AHNError(f"{self._name} holds no samples.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
-from ahn.evaluation.data import DataFile, Record
+from ahn.evaluation.data import DataFile, DataLine
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Row, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
@@ -66,7 +66,7 @@ class InfiniteBench(QuestionTask):
 
     benchmark = "infinitebench"
 
-    def records(self) -> Iterator[tuple[int, Record]]:
+    def records(self) -> Iterator[tuple[int, DataLine]]:
         books: dict[str, list[tuple[int, int]]] = {}
         for number, record in enumerate(self.data.records(FIELDS)):
             books.setdefault(data.key_of(record.fields["context"]), []).append((number, record.offset))
@@ -74,7 +74,7 @@ class InfiniteBench(QuestionTask):
             for number, offset in questions:
                 yield number, next(self.data.records(FIELDS, offset))
 
-    def sample(self, number: int, record: Record) -> Sample:
+    def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields
         return Sample(
             id=str(fields["id"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
-from ahn.evaluation.data import DataFile, Record
+from ahn.evaluation.data import DataFile, DataLine
 from ahn.evaluation.metrics.longbench import METRIC_OF_TASK, PARAGRAPH, PARAGRAPH_CHINESE
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Sample, Task, Truncation
@@ -82,12 +82,12 @@ class LongBench(QuestionTask):
 
     benchmark = "longbench"
 
-    def records(self) -> Iterator[tuple[int, Record]]:
+    def records(self) -> Iterator[tuple[int, DataLine]]:
         for number, record in enumerate(self.data.records(FIELDS)):
             self._check(record)
             yield number, record
 
-    def sample(self, number: int, record: Record) -> Sample:
+    def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields
         return Sample(
             id=fields["_id"],
@@ -97,7 +97,7 @@ class LongBench(QuestionTask):
             extra={"classes": fields["all_classes"], "length": fields["length"]},
         )
 
-    def _check(self, record: Record) -> None:
+    def _check(self, record: DataLine) -> None:
         """What the task's metric needs besides a prediction must be there."""
         if self.metric == "lb.classification" and record.fields["all_classes"] is None:
             raise AHNError(f"{record.where}: the field 'all_classes' must name the classes of {self.name}.")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
-from ahn.evaluation.data import DataFile, Record
+from ahn.evaluation.data import DataFile, DataLine
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
@@ -80,12 +80,12 @@ class LVEval(QuestionTask):
 
     benchmark = "lveval"
 
-    def records(self) -> Iterator[tuple[int, Record]]:
+    def records(self) -> Iterator[tuple[int, DataLine]]:
         for number, record in enumerate(self.data.records(FIELDS)):
             self._check_level(record)
             yield number, record
 
-    def sample(self, number: int, record: Record) -> Sample:
+    def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields
         return Sample(
             id=str(number),
@@ -95,7 +95,7 @@ class LVEval(QuestionTask):
             extra={"keywords": fields["answer_keywords"], "length": fields["length"]},
         )
 
-    def _check_level(self, record: Record) -> None:
+    def _check_level(self, record: DataLine) -> None:
         """A record of another level would silently change what is measured.
 
         The benchmark's least and greatest length are 11,896 and 387,406 (its README): 0.74 of 16k and 1.51 of 256k. The

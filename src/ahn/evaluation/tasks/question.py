@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ahn.errors import AHNError
 from ahn.evaluation import metrics
-from ahn.evaluation.data import DataFile, DataLines, Record
+from ahn.evaluation.data import DataFile, DataLine, DataLines
 from ahn.evaluation.protocol import protocol_digest
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 
@@ -53,11 +53,11 @@ class QuestionTask(Task):
         return DataLines(self.file, self._directory)
 
     @abstractmethod
-    def sample(self, number: int, record: Record) -> Sample:
+    def sample(self, number: int, record: DataLine) -> Sample:
         """The sample of the record that is `number` records after the first."""
 
     @abstractmethod
-    def records(self) -> Iterator[tuple[int, Record]]:
+    def records(self) -> Iterator[tuple[int, DataLine]]:
         """Number and record of each sample."""
 
     def fill(self, **fields: str) -> str:
