@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import yaml
-from transformers import HfArgumentParser, SchedulerType, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from ahn.errors import AHNError
@@ -224,7 +226,53 @@ def _as_flag(name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
+AT_LEAST = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "seed"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "data_seed", "eval_delay", "ddp_timeout"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit",), 1),
+}
+"""The smallest value of the Trainer's numbers; it takes smaller ones, and dies of them later or does nothing."""
+ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps")
+
+
+def _check_numbers(trainer: TrainerArguments) -> None:
+    for name, least in AT_LEAST.items():
+        value = getattr(trainer, name, None)
+        if value is not None and not least <= value < math.inf:  # nor is a NaN
+            raise AHNError(f"{name} must be a number of at least {least}, got {value}.")
+    for name in ABOVE_ZERO:
+        value = getattr(trainer, name)
+        if value is not None and not 0 < value < math.inf:
+            raise AHNError(f"{name} must be above 0, got {value}.")
+    if not 0 < trainer.num_train_epochs < math.inf:
+        raise AHNError(f"num_train_epochs must be above 0, got {trainer.num_train_epochs}.")
+    if trainer.max_steps != -1 and trainer.max_steps < 1:
+        raise AHNError(
+            f"max_steps must be at least 1 (or -1: as many as num_train_epochs make), got {trainer.max_steps}."
+        )
+
+
+def _check_optimizer(trainer: TrainerArguments) -> None:
+    """Make the optimizer and the schedule for one number, so that what they refuse is refused before the work."""
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(trainer)
+        optimizer = made([torch.nn.Parameter(torch.zeros(1))], **options)
+        steps = max(2, trainer.max_steps)
+        kwargs = trainer.lr_scheduler_kwargs or {}
+        if trainer.lr_scheduler_type not in NEED_MORE:
+            get_scheduler(trainer.lr_scheduler_type, optimizer, trainer.get_warmup_steps(steps), steps, kwargs)
+    except (ValueError, TypeError, ImportError, AssertionError, RuntimeError) as error:
+        raise AHNError(f"The optimizer or its schedule cannot be made: {first_line(error)}.") from error
+
+
+NEED_MORE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+"""Schedules that follow a measured loss; the Trainer makes them its own way."""
+
+
 def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
+    _check_numbers(trainer)
+    _check_optimizer(trainer)
     defaults = {field.name: field.default for field in dataclasses.fields(TrainerArguments)}
     for name, instead in REFUSED.items():
         if getattr(trainer, name) != defaults[name]:

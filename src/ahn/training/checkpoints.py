@@ -62,8 +62,6 @@ def numbered(output: Path) -> list[Path]:
 
 def last_good(output: Path) -> Path | None:
     """The latest checkpoint that is whole; says which ones are not."""
-    for path in output.glob(".checkpoint-*.partial"):
-        logger.warning("%s was being written when the run ended; it is left aside.", path)
     for path in numbered(output):
         problem = damage(path)
         if problem is None:
@@ -84,6 +82,11 @@ def damage(path: Path) -> str | None:
     except (AHNError, OSError, SafetensorError) as error:
         return str(error)
     return None
+
+
+def clear_partial(output: Path) -> None:
+    """Delete what was being written or deleted when an earlier run was killed."""
+    remove(output.glob(".checkpoint-*.partial"))
 
 
 def remove(paths: Iterable[Path]) -> None:

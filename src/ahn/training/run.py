@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,17 @@ from ahn.training.trainer import DistillationTrainer
 logger = logging.getLogger("ahn")
 
 RESULTS = "results.json"
-FREE = ("notes", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "save_ahn_only")
+DIGESTS = "data_digests"
+"""Name, among the settings in a checkpoint, of what tells its samples and tokenizer from others."""
+FREE = (
+    "notes",
+    "accept_changed_data",
+    "overwrite_output_dir",
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "plot_loss",
+    "save_ahn_only",
+)
 """Settings that change no number of a run."""
 SHARED = (
     *("seed", "data_seed", "bf16", "learning_rate", "weight_decay", "warmup_steps", "max_steps", "optim"),
@@ -61,6 +72,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     for note in settings.notes:
         logger.info("%s.", note)
     with trainer_arguments.main_process_first(desc="checking"):
+        check_writable(Path(trainer_arguments.output_dir))
         checkpoint = starting_point(settings, trainer_arguments)
         base = base_directory(settings)
         tokenizer = load_tokenizer(base)
@@ -69,6 +81,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         data = load_data(
             settings, tokenizer, trainer_arguments.seed, trainer_arguments.process_index, trainer_arguments.world_size
         )
+    if checkpoint is not None:
+        check_same_data(checkpoint, data.digests, settings.accept_changed_data)
     set_seed(trainer_arguments.seed)  # the new memory is the same on every rank
     model = load_model(settings, trainer_arguments, base)
     if checkpoint is not None:
@@ -89,7 +103,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         settings.evaluation_draw,
         settings.ahn_config,
         tokenizer.pad_token_id or 0,
-        shared_settings(arguments),
+        shared_settings(arguments) | {DIGESTS: data.digests},
     )
     # A layer of sharded weights is a class of its own with hooks that torch.compile looks into.
     with contextlib.nullcontext() if trainer.is_fsdp_enabled else leaves_fused(model):
@@ -143,6 +157,7 @@ def starting_point(settings: Settings, trainer: TrainerArguments) -> Path | None
         if problem:
             raise AHNError(f"Cannot resume from {wanted}: {problem}")
         return Path(wanted)
+    checkpoints.clear_partial(output)
     found = checkpoints.last_good(output)
     if is_true(wanted):
         if found is None:
@@ -154,8 +169,45 @@ def starting_point(settings: Settings, trainer: TrainerArguments) -> Path | None
             f"{output} holds an earlier run ({earlier[0].name}): go on with --resume_from_checkpoint true, start anew "
             "with --overwrite_output_dir true, or choose another output_dir."
         )
-    checkpoints.remove([*checkpoints.numbered(output), *output.glob(".checkpoint-*.partial")])
+    checkpoints.remove(checkpoints.numbered(output))
     return None
+
+
+def check_writable(output: Path) -> None:
+    """Raises AHNError if `output_dir` cannot be written: found by trying, before the work; leaves nothing behind."""
+    try:
+        if output.exists() and not output.is_dir():
+            raise AHNError(f"output_dir {output} is a file: choose another.")
+        there = output.absolute()
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise AHNError(f"output_dir {output} cannot be written: {error.strerror or error}.") from error
+
+
+def check_same_data(checkpoint: Path, digests: dict[str, str], accepted: bool) -> None:
+    """Raises AHNError if a run would go on with other samples than it began with, unless that is accepted."""
+    before = checkpoints.read_run_settings(checkpoint).get(DIGESTS)
+    if not isinstance(before, dict):
+        logger.info(
+            "%s is of a time when checkpoints did not note their data; nothing tells if it changed.", checkpoint
+        )
+        return
+    changed = [name for name in digests if before.get(name) != digests[name]]
+    if not changed:
+        return
+    what = (
+        "tokenizer or its chat template" if "tokenizer" in changed else "training samples (files, or how they are cut)"
+    )
+    message = f"The {what} changed since {checkpoint} was written"
+    if not accepted:
+        raise AHNError(
+            f"{message}: bring back what was there, start anew in another output_dir, or go on with "
+            "--accept_changed_data true."
+        )
+    logger.warning("%s; going on as asked.", message)
 
 
 def base_directory(settings: Settings) -> Path:

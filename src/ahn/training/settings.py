@@ -69,6 +69,9 @@ class Settings:
     ahn_position: str = _setting("random", "Sinks of each step: random, or prefix (none).")
 
     save_ahn_only: bool = _setting(True, "false: also write the merged model, OUTPUT/merged, at the end.")
+    accept_changed_data: bool = _setting(
+        False, "Resume although the samples or the tokenizer are not those that the run began with."
+    )
     overwrite_output_dir: bool = _setting(False, "Start anew where an earlier run was saved; its checkpoints go.")
     plot_loss: bool = _setting(True, "Draw loss.png at the end.")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -160,9 +161,13 @@ class DistillationTrainer(Trainer):
         if not torch.isfinite(torch.as_tensor(norm)):
             raise AHNError(
                 f"Step {self.state.global_step + 1}: the gradient's norm is {float(norm)}. The memory is as it was "
-                "before this step; lower learning_rate, or look at the data of this step."
+                f"before this step; lower learning_rate, or look at the data of this step. {self._last_kept()}"
             )
         return norm
+
+    def _last_kept(self) -> str:
+        kept = checkpoints.numbered(Path(self.args.output_dir))
+        return f"{kept[0]} is kept: --resume_from_checkpoint true goes on from it." if kept else "No checkpoint yet."
 
     # ---- numbers ----
 
@@ -190,6 +195,12 @@ class DistillationTrainer(Trainer):
         if not count:
             raise nothing_counts(self.evaluation.lossless, max(len(row) for row in samples["input_ids"]))
         loss, kl, ce, teacher_ce = (total / count for total in totals)
+        if not math.isfinite(loss):
+            raise AHNError(
+                f"Held-out data after step {self.state.global_step}: the loss is {loss} (teacher's cross entropy "
+                f"{teacher_ce}). If the teacher's is not finite either, the base's numbers overflow: use --bf16 true. "
+                f"{self._last_kept()}"
+            )
         found_metrics = {"loss": loss, "kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
         found_metrics |= {"window": self.evaluation.window, "sinks": self.evaluation.sinks, "positions": int(count)}
         found_metrics["runtime"] = time.perf_counter() - start
