@@ -306,6 +306,23 @@ def test_an_output_that_cannot_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"fa_layer_ids": "7"}, "names layer 7"),
+        ({"fa_layer_ids": "0,1"}, "full_attention_layers"),
+        ({"attn_implementation": "sdpaa"}, "attn_implementation sdpaa is no attention kernel"),
+    ],
+)
+def test_settings_that_do_not_fit_the_base(
+    setting: Any, message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ahn.training.run.load_data", None)  # not reached
+    with pytest.raises(ahn.AHNError, match=message):
+        run(parse(flags(tiny_model, tiny_data, tmp_path / "out", **setting)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_goes_on_with_the_data_it_began_with(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

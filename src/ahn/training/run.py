@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 import ahn
@@ -28,6 +29,7 @@ from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.files import write_json
 from ahn.memory.horizons import start_with_horizons
+from ahn.shape import ModelShape
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments
 from ahn.training.card import draw_curves, write_card
@@ -226,7 +228,12 @@ def base_directory(settings: Settings) -> Path:
 
 def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises AHNError if the model has no embedding for some token, or was not made for samples or positions as far."""
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config(decoder=True)
+    whole = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    ModelShape.from_config(whole).memory_layers(settings.ahn_config.full_attention_layers)  # raises
+    kernel = settings.attn_implementation
+    if kernel and "/" not in kernel and kernel not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
+        raise AHNError(f"attn_implementation {kernel} is no attention kernel of transformers: try sdpa or eager.")
+    config = whole.get_text_config(decoder=True)
     if len(tokenizer) > config.vocab_size:
         raise AHNError(
             f"The tokenizer in {base} has {len(tokenizer)} tokens, the model embeddings for {config.vocab_size}: they "
