@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
 
-.PHONY: demo chat test test-gpu
+.PHONY: demo chat test test-all test-gpu test-versions
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -24,9 +24,41 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
+# And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels.
+test-all: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --numprocesses auto --maxprocesses 8
+
 # What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/pytest tests/gpu tests/attend tests/layout/test_copies.py tests/ops
+	$(BIN)/pytest -m '' tests/gpu tests/attend tests/layout/test_copies.py tests/ops
+
+# Oldest and newest supported versions of what private parts are used of (src/ahn/private.py), each pair in an
+# environment of its own that lies over $(VENV): one pair alone with, for example,
+# make test-versions TRANSFORMERS=5.24.0 TORCH=2.13.0
+TRANSFORMERS := 5.17.0 5.24.0
+TORCH := 2.11.0 2.13.0
+CORE := tests/model tests/cache tests/layout tests/checkpoint tests/test_private.py tests/training/test_distill.py \
+	tests/training/test_arguments.py tests/training/test_run.py tests/training/test_training_resume.py
+INTO = $(BIN)/python -m pip --python .venv-$* install --quiet --disable-pip-version-check
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+PAIRS := $(foreach a,$(TRANSFORMERS),$(foreach b,$(TORCH),$(a)+$(b)))
+
+test-versions: $(addprefix test-with-,$(PAIRS))
+
+test-with-%: .venv-%/installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(CORE)
+
+.PRECIOUS: .venv-%/installed
+.venv-%/installed: pyproject.toml constraints.txt | $(VENV)/installed-dev
+	rm -rf .venv-$*
+	$(BIN)/python -m venv --without-pip .venv-$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PACKAGES)')')" \
+		> "$$(.venv-$*/bin/python -c '$(PACKAGES)')/over.pth"
+	@command -v nvidia-smi >/dev/null || \
+		$(INTO) --no-deps --retries 0 --timeout 10 --index-url $(CPU_WHEELS) torch==$(lastword $(subst +, ,$*)) \
+		2>/dev/null || true
+	$(INTO) transformers==$(firstword $(subst +, ,$*)) torch==$(lastword $(subst +, ,$*))
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

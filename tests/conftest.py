@@ -6,11 +6,16 @@ import os
 
 import pytest
 import torch
+from support import effort
 
 torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    effort.everything = "not slow" not in config.option.markexpr
 
 
 @pytest.fixture(autouse=True)

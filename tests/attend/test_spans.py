@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,70 +13,17 @@ from golden import relative_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import adapted, awaken, base, tokens
+from support.effort import examples, slow
+from support.kernels import DEVICE, INTERPRETED
+from support.spans import Case, learned, made, results, used
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNError
 from ahn.attend import spans
 from ahn.layout.visibility import FOR_EVER, Visibility
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
-DEVICE = "cpu" if INTERPRETED else "cuda"
 UNIT = 2**-24  # relative error of one rounding to float32
-
-
-@dataclasses.dataclass
-class Case:
-    """Arguments of `spans.attend`, and a gradient of its output."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    until: Tensor
-    scaling: float
-    gradient: Tensor
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Case:
-        """Every floating-point tensor changed in the same way."""
-        parts = {}
-        for name, x in vars(self).items():
-            parts[name] = change(x) if isinstance(x, Tensor) and x.is_floating_point() else x
-        return Case(**parts)
-
-    def cast(self, dtype: torch.dtype) -> Case:
-        """In that type."""
-        return self.map(lambda x: x.to(dtype))
-
-    def to(self, device: str) -> Case:
-        """All tensors on that device."""
-        return Case(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()})
-
-
-def made(B: int, Hkv: int, groups: int, n: int, T: int, P: int, seed: int, wide: tuple[bool, bool]) -> Case:
-    """Random spans, some of them empty or without end; strides as the model has them."""
-    r = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=r)
-
-    rows, heads = B if wide[0] else 1, Hkv if wide[1] else 1
-    until = torch.randint(-T, 2 * n + 1, (rows, heads, T), generator=r, dtype=torch.int32)
-    until[torch.rand(until.shape, generator=r) < 0.2] = FOR_EVER
-    query, gradient = (normal(B, n, Hkv * groups, P).transpose(1, 2) for _ in range(2))
-    key, value = (normal(B, Hkv, T + 5, P)[:, :, 3 : 3 + T] for _ in range(2))
-    return Case(query, key, value, until, 0.3, gradient)
-
-
-Attend = Callable[..., Tensor]
-
-
-def results(attend: Attend, case: Case) -> dict[str, Tensor]:
-    """The output and all gradients."""
-    leaves = {name: getattr(case, name).detach().requires_grad_() for name in ("query", "key", "value")}
-    out = attend(*leaves.values(), case.until, case.scaling)
-    out.backward(case.gradient)
-    return {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
 
 def rounding(case: Case) -> dict[str, float]:
@@ -118,7 +64,9 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.mark.usefixtures("triton", "_poisoned")
 @given(data=st.data())
-@settings(max_examples=8 if INTERPRETED else 60, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
+@settings(
+    max_examples=examples(4, 8) if INTERPRETED else 60, deadline=None, phases=[Phase.generate]
+)  # shrinking takes minutes
 def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
     B, Hkv, groups = (data.draw(st.integers(1, most)) for most in (2, 2, 3))
     n = data.draw(st.integers(1, 100))
@@ -157,7 +105,7 @@ def test_who_sees_nothing_reads_zero(attend: str) -> None:
 
 @pytest.mark.usefixtures("triton")
 def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
-    case = made(2, 2, 2, 70, 90, 16, 3, (True, True)).to(DEVICE)
+    case = made(2, 2, 2, 40, 50, 16, 3, (True, True)).to(DEVICE)
     once, twice = results(spans.Spans.apply, case), results(spans.Spans.apply, case)
     assert all(torch.equal(x, twice[name]) for name, x in once.items())
     for name in ("query", "key", "value"):
@@ -168,40 +116,14 @@ def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
         assert torch.equal(alone, once[name])
 
 
-def learned(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, checkpointing: bool) -> dict[str, Tensor]:
-    """Output of a student, and gradients of its memory and of its input."""
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    model.train()
-    x = model.get_input_embeddings()(ids).detach().requires_grad_()
-    parameters = ahn.adapter_parameters(model)
-    logits = model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits.float()
-    if mask is not None:
-        logits = logits * mask[..., None]
-    gradients = torch.autograd.grad(logits.square().mean(), [x, *parameters.values()], allow_unused=True)
-    model.gradient_checkpointing_disable()
-    found = dict(zip(["input", *parameters], gradients, strict=True))
-    return {"logits": logits.detach()} | {name: x for name, x in found.items() if x is not None}
-
-
-@contextlib.contextmanager
-def used() -> Iterator[list[int]]:
-    """Counts the calls of the kernels."""
-    calls, forward = [0], spans.Spans.forward
-    with pytest.MonkeyPatch.context() as patch:
-
-        def counted(*args: Any) -> Tensor:
-            calls[0] += 1
-            return forward(*args)
-
-        patch.setattr(spans.Spans, "forward", staticmethod(counted))
-        yield calls
-
-
 @pytest.mark.usefixtures("triton")
 @pytest.mark.skipif(not INTERPRETED, reason="tests/gpu has this for a GPU")
-@pytest.mark.parametrize("right_padded", [False, True], ids=["", "right-padded"])
-def test_a_student_learns_what_it_learns_with_a_mask(right_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("right_padded", "checkpointing"), [(False, True), (True, False), slow(False, False), slow(True, True)]
+)
+def test_a_student_learns_what_it_learns_with_a_mask(
+    right_padded: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = adapted(window=14, sinks=3)
     ids, mask = tokens(2, 40), None
     if right_padded:
@@ -210,14 +132,13 @@ def test_a_student_learns_what_it_learns_with_a_mask(right_padded: bool, monkeyp
     wanted = learned(model, ids, mask, checkpointing=False)
     monkeypatch.setattr(spans, "supported", lambda query: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for checkpointing in (False, True):
-        with used() as calls:
-            found = learned(model, ids, mask, checkpointing)
-        layers = model.config.num_hidden_layers
-        assert calls == [2 * layers if checkpointing else layers]
-        errors = {name: relative_error(found[name], x) for name, x in wanted.items()}
-        # Sums of up to forty terms in another order, some ten of them in a row.
-        assert found.keys() == wanted.keys() and max(errors.values()) < 2e-5, errors
+    with used() as calls:
+        found = learned(model, ids, mask, checkpointing)
+    layers = model.config.num_hidden_layers
+    assert calls == [2 * layers if checkpointing else layers]
+    errors = {name: relative_error(found[name], x) for name, x in wanted.items()}
+    # Sums of up to forty terms in another order, some ten of them in a row.
+    assert found.keys() == wanted.keys() and max(errors.values()) < 2e-5, errors
     with used() as calls:  # nothing leaves the window
         learned(model, ids[:, :17], None, checkpointing=False)
     assert calls == [0]

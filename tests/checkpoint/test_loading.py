@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_merge import as_published
-from tiny_checkpoints import all_tensors, edit_config, edit_weights, logits, make_base, publish, same_bits
+from tiny_checkpoints import all_tensors, as_published, edit_config, edit_weights, logits, make_base, publish, same_bits
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM

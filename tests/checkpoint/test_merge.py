@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny_checkpoints import (
     LEFTOVERS,
     all_tensors,
+    as_published,
     attached,
     edit_config,
     logits,
@@ -35,22 +36,6 @@ Copy = Callable[[Path], Path]
 @pytest.fixture
 def merged(tmp_path: Path, base: Path, adapter: Path) -> Path:
     return merge(base, adapter, tmp_path / "merged")
-
-
-def as_published(merged: Path) -> Path:
-    """Shuffle a merged directory into mixed shards, as `save_pretrained` of the published model class would."""
-    tensors = all_tensors(merged)
-    for file in merged.glob("*.safetensors*"):
-        file.unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for i in range(2):
-        file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in names[i::2]}, merged / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names[i::2], file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
-    return publish(merged, use_ahn_router=True)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -139,3 +139,19 @@ def logits(model: PreTrainedModel, length: int = 40) -> Tensor:
     """Logits over tokens that are the same in every call; longer than window and sinks, so the memory is read."""
     ids = torch.arange(length).mul(7).remainder(VOCAB)[None]
     return model(ids).logits
+
+
+def as_published(merged: Path) -> Path:
+    """Shuffle a merged directory into mixed shards, as `save_pretrained` of the published model class would."""
+    tensors = all_tensors(merged)
+    for file in merged.glob("*.safetensors*"):
+        file.unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(2):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names[i::2]}, merged / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names[i::2], file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
+    return publish(merged, use_ahn_router=True)

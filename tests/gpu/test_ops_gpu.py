@@ -6,9 +6,8 @@ import pytest
 import torch
 from golden import relative_error
 from models import MEMORIES, adapted, awaken, base, tokens
-from test_scan_gradients import GATES, errors_of, inputs, outputs_and_gradients
-from test_scan_kernel import INTERPRETED, NAMES, several_states
-from test_step import RULES
+from support.kernels import INTERPRETED, NAMES, RULES
+from support.scans import GATES, errors_of, inputs, outputs_and_gradients, several_states
 
 import ahn
 from ahn import ops

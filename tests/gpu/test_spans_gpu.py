@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden import relative_error
 from models import awaken, base, tokens
-from test_spans import learned as outcome
-from test_spans import made, results, used
+from support.spans import learned as outcome
+from support.spans import made, results, used
 
 import ahn
 from ahn import ops

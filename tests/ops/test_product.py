@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_step import DEVICE, INTERPRETED
+from support.effort import examples
+from support.kernels import DEVICE, INTERPRETED
 
 from ahn.ops.step.product import product, reference
 
@@ -29,7 +30,7 @@ def test_the_plain_form_is_a_layers_own_chain() -> None:
 
 @pytest.mark.usefixtures("triton")
 @given(data=st.data())
-@settings(max_examples=25 if INTERPRETED else 10, deadline=None)
+@settings(max_examples=examples(5, 25) if INTERPRETED else 10, deadline=None)
 def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     from ahn.ops.step import product_kernel
 

@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative_error
-from test_step import DEVICE, RULES, on_device
+from support.effort import slow
+from support.kernels import DEVICE, INTERPRETED, NAMES, RULES, on_device
+from support.scans import FLOAT32, expected, several_states
 
 from ahn.ops.rule import StepRead
-from ahn.ops.scan import reference
-from ahn.ops.step.reference import _read_out
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Float32 with full-precision products: a chunk's system of 64 equations, sums of 64 terms in another order.
-FLOAT32 = 2e-5
 # Factors in bfloat16 (relative step 2^-8): the state, the inverse, and some products of them in a row.
 BFLOAT16 = 8 * 2**-8
 FLOAT16 = 8 * 2**-11
-NAMES = [name for name, rule in RULES.items() if rule is not None]
-
-
-def expected(query, key, value, write, decay, state, rule, read, share=None):
-    """Float64, through `ahn.ops.scan.reference`; each query reads states of its own, be they copies."""
-    query, key, value, write, decay, state, share = (
-        None if x is None else x.double() for x in (query, key, value, write, decay, state, share)
-    )
-    key, value = (x.repeat_interleave(write.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    if share is not None:
-        states = share.shape[3]
-        groups = query.shape[1] * states // write.shape[1]
-        query = query.repeat_interleave(states, dim=1)
-        key, value, write, state = (
-            x.unflatten(1, (-1, states)).repeat_interleave(groups, dim=1).flatten(1, 2)
-            for x in (key, value, write, state)
-        )
-    q = query * torch.rsqrt(query.square().sum(-1, keepdim=True) + rule.l2_eps) * rule.scale
-    k = key * torch.rsqrt(key.square().sum(-1, keepdim=True) + rule.l2_eps)
-    if rule.delta:
-        o, state = reference.delta_rule(q, k, value, write, decay, state)
-    else:
-        o, state = reference.decay_rule(q, k, value * write[..., None], decay, state)
-    if share is not None:
-        o = (o.unflatten(1, (-1, states)) * share.movedim(3, 2)[..., None]).sum(2)
-        state = state.unflatten(1, (-1, groups, states))[:, :, 0].flatten(1, 2)
-    if read is None:
-        return o, state
-    B, H, m, P = o.shape
-    merged = o.transpose(1, 2).reshape(B * m, H, P)
-    flat = StepRead(
-        merged,
-        *(x.double().expand(B, H, m).transpose(1, 2).reshape(B * m, H) for x in (read.gamma, read.weight)),
-        read.norm.double(),
-        read.o_proj.double(),
-    )
-    return _read_out(merged, rule, flat).double().view(B, m, H, P).transpose(1, 2), state
 
 
 @pytest.mark.usefixtures("triton")
@@ -81,24 +39,8 @@ def test_rows_without_padding_share_the_router_s_weight() -> None:
     check("deltanet", 70, 2, 1, 16, torch.float32, FLOAT32, rows=3, weights=1)
 
 
-def several_states(
-    tokens: int, P: int, dtype: torch.dtype, kv_heads: int = 2, groups: int = 3, states: int = 4
-) -> dict[str, torch.Tensor | None]:
-    """Arguments of a scan with several states for each key head, which `groups` query heads read."""
-    r = torch.Generator().manual_seed(tokens)
-    heads = {"query": kv_heads * groups, "key": kv_heads, "value": kv_heads}
-    given: dict[str, torch.Tensor | None] = {
-        name: torch.randn(2, tokens, count, P, generator=r).to(dtype).transpose(1, 2) for name, count in heads.items()
-    }
-    given["write"] = torch.rand(2, kv_heads * states, tokens, generator=r)
-    given["decay"] = None
-    given["state"] = 0.1 * torch.randn(2, kv_heads * states, P, P, generator=r)
-    given["share"] = torch.rand(2, kv_heads * groups, tokens, states, generator=r)
-    return given
-
-
 @pytest.mark.usefixtures("triton", "poisoned")
-@pytest.mark.parametrize(("kv_heads", "groups", "states"), [(2, 3, 4), (2, 1, 2), (1, 5, 2)])
+@pytest.mark.parametrize(("kv_heads", "groups", "states"), [slow(2, 3, 4), (2, 2, 2), slow(2, 1, 2), (1, 5, 2)])
 def test_several_states_of_a_key_head(kv_heads: int, groups: int, states: int) -> None:
     check_states(several_states(70, 16, torch.float32, kv_heads, groups, states), FLOAT32)
 

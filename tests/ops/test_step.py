@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.effort import examples, slow
+from support.kernels import INTERPRETED, RULES, on_device
 
 from ahn.layout.state import LayerState, TierRing, TierState, WindowState
 from ahn.ops.gate import ACTIVATIONS, Gate
 from ahn.ops.routes import Routes
-from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.rule import StepRead
 from ahn.ops.step.reference import StepRotation, step
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-RULES = {
-    "gated_deltanet": StepRule("beta", "decay", True, 1e-6, 0.25, 1e-5, False),
-    "deltanet": StepRule("beta", None, True, 1e-6, 0.25, 1e-5, False),
-    "mamba2": StepRule("step", "decay", False, 1e-24, 1.0, 1e-5, True),
-    "window_only": None,
-}
 TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries and keys come
 # Float32 with full-precision products: sums of up to a few hundred terms, in another order.
 FLOAT32 = 1e-5
@@ -91,16 +83,6 @@ def made_tier(r, rule, B, HKV, H, P, C, count):
     return TierState(rings[0], rings[1], named_gates(rule, write, decay) if rule else {})
 
 
-def on_device(x):
-    if isinstance(x, torch.Tensor):
-        return x.to(DEVICE)
-    if isinstance(x, LayerState):
-        return x.map(lambda part: part.to(DEVICE))
-    if isinstance(x, StepRead | StepRotation | Gate | Routes):
-        return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
-    return type(x)(map(on_device, x)) if isinstance(x, tuple) else x
-
-
 def compare(inputs, state, rest, processors=8):
     from ahn.ops.step import kernel
 
@@ -126,7 +108,7 @@ def compare(inputs, state, rest, processors=8):
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", RULES)
 @given(data=st.data())
-@settings(max_examples=12 if INTERPRETED else 5, deadline=None)
+@settings(max_examples=examples(5, 12) if INTERPRETED else 5, deadline=None)
 def test_kernels_are_the_plain_step(name, data):
     """Any window, any padding: rows before, at and after the first eviction, some of them paused."""
     S, W = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 150))
@@ -143,7 +125,7 @@ def test_kernels_are_the_plain_step(name, data):
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", ["gated_deltanet", "deltanet", "window_only"])
 @given(data=st.data())
-@settings(max_examples=12 if INTERPRETED else 5, deadline=None, derandomize=True)
+@settings(max_examples=examples(4, 12) if INTERPRETED else 5, deadline=None, derandomize=True)
 def test_kernels_are_the_plain_step_with_a_tier(name, data):
     """Rows before, at and after either edge, in rings that are empty, that fill and that go round."""
     S, W, C = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 60)), data.draw(st.integers(1, 150))
@@ -164,14 +146,14 @@ def test_several_states_a_head(codes):
 
 
 @pytest.mark.usefixtures("triton", "poisoned")
-@pytest.mark.parametrize("position", [40, 44, 45, 100, 44 + 500, 44 + 501, 3000])
+@pytest.mark.parametrize("position", [slow(40), 44, 45, slow(100), 44 + 500, 44 + 501, slow(3000)])
 def test_a_tier_in_many_parts(position):
     inputs, state, rest = made(RULES["gated_deltanet"], 1, 2, 2, 64, 4, 40, [position], seed=0, C=500)
     compare((*inputs[:-1], torch.tensor([True])), state, rest, processors=132)
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("position", [100, 8231])
+@pytest.mark.parametrize("position", [slow(100), 8231])
 def test_a_single_row_in_many_parts(position):
     """As many parts as there can be; most of them see nothing before the window is full, some never do."""
     from ahn.ops.step import kernel

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import PUBLISHED
 
 from ahn.errors import AHNError
 from ahn.training.arguments import Arguments, parse
 from ahn.training.schedule import WindowDraw
 
+pytest.importorskip("transformers", minversion="5.23")  # as the `train` extra asks for
+
 NEEDED = ["--model_name_or_path", "ahn-tiny", "--dataset", "stdlib", "--use_cpu"]
 
-PUBLISHED = """
-    --model_name_or_path Qwen/Qwen2.5-3B-Instruct --stage sft --finetuning_type freeze --freeze_extra_modules ahn
-    --loss_type kl --use_normalized_l2 True --do_train --use_fast_tokenizer --flash_attn fa2 --sliding_window 256
-    --sliding_window_type random --ahn_position random --layer_implementation Qwen2MemDecoderLayer
-    --ahn_implementation GatedDeltaNet --dataset chatqa2 --template qwen --filter_len 288 --cutoff_len 24576
-    --max_samples 100000 --overwrite_cache false --overwrite_output_dir false --preprocessing_num_workers 16
-    --output_dir ./ckpt --save_ahn_only True --logging_steps 1 --save_steps 500 --plot_loss
-    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 1e-4 --num_train_epochs 1
-    --lr_scheduler_type cosine --warmup_ratio 0.1 --weight_decay 0.1 --bf16 true --run_name gdn
-    --ddp_timeout 180000000
-"""
 """The flags of a training script of the old style, less its report_to and its DeepSpeed file (tested below)."""
 
 
@@ -69,6 +62,16 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     assert (settings.cutoff_len, trainer.learning_rate, settings.max_samples) == (1024, 1e-3, None)
     assert settings.ahn_config.memory == "mamba2" and trainer.save_strategy == "no"
     assert trainer.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_a_trainer_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Older:
+        gradient_checkpointing: bool = False
+
+    monkeypatch.setattr("ahn.training.arguments.TrainingArguments", Older)
+    with pytest.raises(AHNError, match=r"needs transformers 5\.23 or later, this is .*ahn\[train\]"):
+        parsed()
 
 
 def test_activation_checkpointing_is_never_reentrant() -> None:

@@ -17,6 +17,8 @@ from ahn.training.arguments import parse
 from ahn.training.run import run, starting_point
 from ahn.training.student import Student
 
+pytest.importorskip("transformers", minversion="5.23")  # as the `train` extra asks for
+
 KILLED = -signal.SIGKILL
 
 

@@ -94,3 +94,16 @@ def in_other_processes(function: Callable[[int], None], ranks: int = 1, timeout:
             process.kill()
             process.join()
     return [int(process.exitcode or 0) for process in processes]
+
+
+PUBLISHED = """
+    --model_name_or_path Qwen/Qwen2.5-3B-Instruct --stage sft --finetuning_type freeze --freeze_extra_modules ahn
+    --loss_type kl --use_normalized_l2 True --do_train --use_fast_tokenizer --flash_attn fa2 --sliding_window 256
+    --sliding_window_type random --ahn_position random --layer_implementation Qwen2MemDecoderLayer
+    --ahn_implementation GatedDeltaNet --dataset chatqa2 --template qwen --filter_len 288 --cutoff_len 24576
+    --max_samples 100000 --overwrite_cache false --overwrite_output_dir false --preprocessing_num_workers 16
+    --output_dir ./ckpt --save_ahn_only True --logging_steps 1 --save_steps 500 --plot_loss
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 1e-4 --num_train_epochs 1
+    --lr_scheduler_type cosine --warmup_ratio 0.1 --weight_decay 0.1 --bf16 true --run_name gdn
+    --ddp_timeout 180000000
+"""

@@ -139,7 +139,7 @@ class ModelSource:
         if self.base.kind == "merged":
             kwargs = {"config": transformers_config(self.base.config, self.base.path)} | kwargs
         model = load_base(self.base.path, **kwargs)
-        model.config._name_or_path = model.name_or_path = str(self.name)
+        model.config.name_or_path = model.name_or_path = str(self.name)
         if self.base.kind == "merged":
             named = _named_base(self.base)
             setattr(model.config, BASE_NAME, None if named is None else str(named))

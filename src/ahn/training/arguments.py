@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import transformers
 import yaml
 from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from ahn.errors import AHNError
+from ahn.private import use_one_gpu
 from ahn.training.settings import Settings
 from ahn.training.sharding import TRUE, first_line, recomputes, shard
 
@@ -89,6 +91,11 @@ class Parser(HfArgumentParser):
     """Says what is wrong in one sentence instead of printing all flags and leaving."""
 
     def __init__(self) -> None:
+        if "activation_checkpointing" not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+            raise AHNError(
+                f"Training needs transformers 5.23 or later, this is {transformers.__version__}: "
+                "pip install 'ahn[train]'."
+            )
         super().__init__([Settings, TrainerArguments], allow_abbrev=False, add_help=False)
 
     def error(self, message: str) -> NoReturn:
@@ -296,7 +303,7 @@ def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
         settings.notes.append(
             f"one of {trainer.n_gpu} GPUs is used; torchrun --nproc_per_node {trainer.n_gpu} uses all"
         )
-        trainer._n_gpu = 1  # else the Trainer would copy the model to each in threads
+        use_one_gpu(trainer)
     if trainer.device.type == "cpu":
         trainer.dataloader_pin_memory = False
     elif trainer.activation_checkpointing is False and not recomputes():

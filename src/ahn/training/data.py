@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
+from ahn.private import fingerprint
 from ahn.training.losses import IGNORED
 from ahn.training.settings import Settings
 from ahn.training.sources import Rows, load_rows
@@ -168,7 +169,7 @@ def _tokenised(parts: list[Rows], tokenise: RowTokenizer, settings: Settings, wh
 def _mapped(rows: Dataset, tokenise: RowTokenizer, settings: Settings, what: str) -> Dataset:
     workers = settings.preprocessing_num_workers or min(16, os.cpu_count() or 1)
     workers = min(workers, max(1, len(rows) // MAP_ROWS))
-    key = hashlib.sha256(f"{rows._fingerprint} {tokenise.key()} {tokenise.strict}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{fingerprint(rows)} {tokenise.key()} {tokenise.strict}".encode()).hexdigest()[:32]
     return rows.map(
         tokenise,
         batched=True,

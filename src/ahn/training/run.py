@@ -265,7 +265,7 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
         else {}
     )
     model = load_base(base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place)
-    model.config._name_or_path = model.name_or_path = shipped.base_name(str(settings.model_name_or_path))
+    model.config.name_or_path = model.name_or_path = shipped.base_name(str(settings.model_name_or_path))
     ahn.attach(model, settings.ahn_config)
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)

@@ -21,6 +21,7 @@ import fsspec
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
 from ahn.errors import AHNError
+from ahn.private import fingerprint
 from ahn.training.messages import printable
 
 logger = logging.getLogger("ahn")
@@ -200,7 +201,7 @@ def _placed(rows: Rows, name: str) -> Rows:
     rows = rows.remove_columns("where") if "where" in rows.column_names else rows
     places = [f"{name}:{number}" for number in range(1, len(rows) + 1)]
     # The same rows have the same key each time.
-    return rows.add_column("where", places, new_fingerprint=f"{rows._fingerprint}-where")
+    return rows.add_column("where", places, new_fingerprint=f"{fingerprint(rows)}-where")
 
 
 def _with_place(row: dict[str, Any], number: int, name: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerControl
 from ahn.checkpoint.names import short_name
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.private import overrides_trainer
 from ahn.training import checkpoints
 from ahn.training.arguments import TrainerArguments
 from ahn.training.data import Collator, Data, lengthened
@@ -46,6 +47,7 @@ class Step:
     """Positions that count, over all micro-batches and ranks."""
 
 
+@overrides_trainer
 class DistillationTrainer(Trainer):
     """Trains the memory of a `Student`.
 

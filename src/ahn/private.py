@@ -1,0 +1,195 @@
+"""Private parts of other libraries that this package cannot do without, each with its reason.
+
+Nothing promises that they stay, so no other module names one (a test looks for it), pyproject.toml bounds the versions
+from above, and `make test-versions` tries the oldest and the newest: torch 2.11 to 2.13, transformers 5.17 to 5.24
+(training from 5.23), accelerate 1.15, datasets 5. Whoever raises a bound reads this file beside the new source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+Call = Callable[..., Any]
+AnyTrainer = TypeVar("AnyTrainer", bound=type)
+
+# -- torch: attention that also says its log-sum-exp ---------------------------------------------------------------
+# F.scaled_dot_product_attention returns the output alone; to merge parts of a softmax the sum is needed as well. The
+# operators below it return both. Each: query, key, value (B, H, n, P); the output and float32 sums (B, H, n).
+
+
+def attention_of_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """torch's kernel for a CPU."""
+    out, score = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=scaling
+    )
+    return out, score
+
+
+def attention_of_cudnn(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """cuDNN's kernel; it wants more than one query."""
+    out, score, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scaling
+    )
+    return out, score.reshape(score.shape[:3])
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 as torch ships it."""
+    out, score, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scaling
+    )
+    return out, score
+
+
+# -- torch: modules that run compiled for a while ------------------------------------------------------------------
+# `nn.Module.compile` has no counterpart that takes the compilation off again.
+
+
+def compiled_call(module: nn.Module) -> Call | None:
+    """What a module runs instead of its own call since somebody compiled it."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Call | None) -> None:
+    """Let a module run another call, or (None) its own again."""
+    module._compiled_call_impl = call
+
+
+def uncompiled_call(module: nn.Module) -> Call:
+    """A module's call with its hooks, compiled by nobody."""
+    return module._call_impl
+
+
+@contextlib.contextmanager
+def hooks_by_place(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block modules with the same hooks are the same to torch.compile, whose guards read a hook's handle.
+
+    Handles are numbers that no two hooks share; here each hook has its place among the module's own.
+    """
+    before = [(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs) for module in modules]
+    for module in modules:
+        module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
+        module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
+    try:
+        yield
+    finally:
+        for module, (hooks, with_kwargs) in zip(modules, before, strict=True):
+            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
+
+
+def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Call:
+    """torch.compile's own backend, for a graph that was changed before: there is no public way to call it with one."""
+    import torch._inductor
+
+    return torch._inductor.compile(module, list(inputs), options=options)
+
+
+def compiled_variants(limit: int) -> contextlib.AbstractContextManager[None]:
+    """Inside the block one function may be compiled so often; `torch.compile` has no argument for it."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=limit)
+
+
+def mark_any_size(x: Tensor, dimension: int) -> None:
+    """Let torch.compile leave this size open without an error where it finds it fixed (`mark_dynamic` raises one)."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(x, dimension)
+
+
+LINEAR = (F.linear, torch._C._nn.linear)
+"""What torch.compile's graphs call a linear map: the second since F.linear is a built-in function."""
+
+
+def argument_names(operator: Any) -> list[str]:
+    """Names of the arguments of an operator that torch.library registered, in order."""
+    return [part.name for part in operator.default._schema.arguments]
+
+
+# -- transformers --------------------------------------------------------------------------------------------------
+
+
+def attention_kernel(config: PreTrainedConfig) -> str:
+    """What computes a model's attention; there is no public getter."""
+    return config._attn_implementation
+
+
+def set_attention_kernel(config: PreTrainedConfig, kernel: str) -> None:
+    """The setter that `set_attn_implementation` ends in, without its reading of source files.
+
+    Training sets it twice a step.
+    """
+    config._attn_implementation = kernel
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """On several GPUs without a launcher the Trainer would copy the model to each, in threads; no argument says no."""
+    arguments._n_gpu = 1
+
+
+TRAINER = {
+    "_prepare_inputs": "batches stay on the CPU, where counting positions waits for no device",
+    "_get_train_sampler": "the order of samples is the Trainer's, the loader ours",
+    "_get_grad_norm": "a norm that is not finite stops the run before the memory changes",
+    "_save_checkpoint": "checkpoints are the memory alone, safetensors without pickles, and appear whole or not at all",
+    "_load_from_checkpoint": "the memory's weights were read before the model was wrapped",
+    "_load_optimizer_and_scheduler": "from our files",
+    "_load_rng_state": "from our files",
+}
+"""Methods of transformers' Trainer that ours overrides or calls, and why no callback or argument does."""
+
+
+def overrides_trainer(cls: AnyTrainer) -> AnyTrainer:
+    """A subclass of Trainer, if this version has every method that it overrides: else they would never be called.
+
+    Raises:
+        AHNError: one is missing.
+    """
+    missing = [name for name in TRAINER if not any(name in vars(base) for base in cls.__mro__[1:])]
+    if missing:
+        raise AHNError(
+            f"This transformers has no Trainer.{missing[0]}, which training relies on; install a version that "
+            "pip install 'ahn[train]' takes."
+        )
+    return cls
+
+
+# -- accelerate and datasets ---------------------------------------------------------------------------------------
+
+HOOKED_FORWARD = "_old_forward"
+"""Where accelerate keeps the forward that its hook wraps: what is put there runs inside the hook."""
+
+
+def set_forward(model: PreTrainedModel, forward: Call) -> None:
+    """Put a forward before the model's own, inside accelerate's hook if the model has one."""
+    setattr(model, HOOKED_FORWARD if HOOKED_FORWARD in vars(model) else "forward", forward)
+
+
+def reset_forward(model: PreTrainedModel, kind: type) -> None:
+    """Take a forward of this kind off again."""
+    if isinstance(vars(model).get("forward"), kind):
+        delattr(model, "forward")
+    if isinstance(vars(model).get(HOOKED_FORWARD), kind):
+        setattr(model, HOOKED_FORWARD, MethodType(type(model).forward, model))
+
+
+def fingerprint(rows: Dataset) -> str:
+    """What datasets knows a table's content by: one with the same transforms is found in its cache again."""
+    return rows._fingerprint
