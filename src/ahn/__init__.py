@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ahn.auto import register_with_transformers
 from ahn.costs import cost, count_parameters
 from ahn.errors import AHNError
 
@@ -58,3 +59,6 @@ if not TYPE_CHECKING:  # for a type checker every name would exist
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_MODULES])
+
+
+register_with_transformers()

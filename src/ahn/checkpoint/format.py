@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ahn import memory
+from ahn.auto import ARCHITECTURE, MODEL_TYPE
 from ahn.checkpoint.directory import CONFIG, Checkpoint
 from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
 from ahn.errors import AHNError
@@ -27,6 +29,8 @@ logger = logging.getLogger("ahn")
 
 BLOCK = "ahn"
 BASE_NAME = "base_model_name_or_path"
+TYPED = ("model_type", "architectures")
+"""What a merged checkpoint says of itself; its block keeps the base model's."""
 STRUCTURE = ("_ahn_implementation", "use_ahn_router", "use_q_proj", "fa_layer_ids")
 # Left-overs of the published trainer. `loss_type` must go: transformers would look its value up among its own losses.
 TRAINING = (
@@ -123,8 +127,22 @@ def with_ahn(base_config: dict[str, Any], settings: AHNConfig, base_name: str | 
     }
 
 
+def merged_config(base_config: dict[str, Any], settings: AHNConfig, base_name: str | None) -> dict[str, Any]:
+    """The configuration of base model and AHN in one checkpoint.
+
+    Its model type is our own: where ahn was imported, transformers then loads it with its memory, and elsewhere it says
+    that it does not know the type. Under the base model's type it would load the base alone and say nothing.
+    """
+    whole = with_ahn(base_config, settings, base_name)
+    whole[BLOCK] |= {name: base_config.get(name) for name in TYPED}
+    return whole | {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+
+
 def base_config(config: dict[str, Any]) -> dict[str, Any]:
     """The base model's own configuration: without settings of an AHN and what the published trainer left behind."""
+    block = config.get(BLOCK)
+    if config.get("model_type") == MODEL_TYPE and isinstance(block, dict):
+        config = config | {name: block.get(name) for name in TYPED}
     dropped = {BLOCK, BASE_NAME, *STRUCTURE, *TRAINING}
     kept = {name: value for name, value in config.items() if name not in dropped}
     if "_ahn_implementation" in config and BLOCK not in config:
@@ -139,11 +157,12 @@ def base_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def transformers_config(config: dict[str, Any], path: Path) -> Any:
     """The `transformers` configuration object of the base model that a `config.json` describes."""
+    config = base_config(config)
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise AHNError(f"{path / CONFIG} has model_type {model_type!r}, which this transformers does not know.")
+    if not isinstance(model_type, str) or model_type == MODEL_TYPE or model_type not in CONFIG_MAPPING:
+        raise AHNError(f"{path / CONFIG} has model_type {reprlib.repr(model_type)}, unknown to this transformers.")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(base_config(config))
+        return CONFIG_MAPPING[model_type].from_dict(config)
     except Exception as error:  # transformers validates with many exception types
         reason = " ".join(str(error).split())
         raise AHNError(f"{path / CONFIG} is not a valid {model_type} configuration: {reason}") from error

@@ -10,6 +10,7 @@ from ahn.checkpoint.format import (
     base_config,
     base_reference,
     check_base,
+    merged_config,
     read_settings,
     report_window,
     transformers_config,
@@ -58,7 +59,7 @@ def merge(base: PathLike, adapter: PathLike, out: PathLike, progress: Progress |
     meter = _meter(progress, base_files, ahn_files)
     with staged(target, meter.total) as directory:
         copy_other_files(base_files.path, directory)
-        write_json(directory / CONFIG, with_ahn(base_files.config, settings, base_reference(base, target)))
+        write_json(directory / CONFIG, merged_config(base_files.config, settings, base_reference(base, target)))
         write_weights(directory, shards, meter)
     return target
 

@@ -72,7 +72,6 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     kernel = decoder.config._attn_implementation
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
-    attention.register()
     adapter = Adapter(kernel=kernel, handles=[])
     for index, module in modules.items():
         hook = AttentionHook(*_add_memory(layers[index], module, shape, config), index)

@@ -89,7 +89,7 @@ class LazyMask:
 
 
 def register() -> None:
-    """Make "ahn" known to transformers; called by `attach`, harmless when repeated."""
+    """Make "ahn" known to transformers; on import, for a pickled model looks for it before anything else is run."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, LazyMask)
 
@@ -269,3 +269,6 @@ def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Ten
     if mask is None or kernel == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+register()

@@ -1,0 +1,70 @@
+"""`import ahn` makes transformers' Auto classes know merged checkpoints, without importing transformers.
+
+`ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto_classes` are
+registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there already,
+else by a finder that lets Python find and run such a module as always, and registers afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODEL_TYPE = "ahn"
+ARCHITECTURE = "AHNForCausalLM"
+PACKAGE = "transformers.models.auto."
+
+
+def register_with_transformers() -> None:
+    """Register now what can be, the rest when its module is imported. Harmless when repeated."""
+    waiting = {f"{PACKAGE}configuration_auto": _register_config, f"{PACKAGE}modeling_auto": _register_model}
+    for name, register in list(waiting.items()):
+        if name in sys.modules:
+            register()
+            del waiting[name]
+    if waiting:
+        sys.meta_path.insert(0, _Finder(waiting))
+
+
+class _Finder:
+    """Finds nothing itself; of the modules that it waits for, it lets the others' loader do one thing more."""
+
+    def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
+        self._waiting = waiting
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        register = self._waiting.pop(name, None)
+        if register is None:
+            return None
+        spec = importlib.util.find_spec(name)  # comes here again, and finds nothing waiting
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(_run, spec.loader.exec_module, register)  # type: ignore[method-assign]
+        return spec
+
+
+def _run(exec_module: Callable[[ModuleType], None], register: Callable[[], None], module: ModuleType) -> None:
+    exec_module(module)
+    register()
+
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from ahn.auto_classes import AHNModelConfig
+
+    CONFIG_MAPPING.register(MODEL_TYPE, AHNModelConfig, exist_ok=True)
+
+
+def _register_model() -> None:
+    import transformers
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    from ahn.auto_classes import AHNForCausalLM, AHNModelConfig
+
+    AutoModelForCausalLM.register(AHNModelConfig, AHNForCausalLM, exist_ok=True)
+    setattr(transformers, ARCHITECTURE, AHNForCausalLM)  # where trainers look up what a config.json calls it
