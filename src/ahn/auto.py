@@ -1,8 +1,8 @@
 """`import ahn` makes transformers' Auto classes know merged checkpoints, without importing transformers.
 
-`ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto_classes` are
-registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there already,
-else by a finder that lets Python find and run such a module as always, and registers afterwards.
+`ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto_classes`
+are registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there
+already, else by a finder that lets Python find and run such a module as always, and registers afterwards.
 """
 
 from __future__ import annotations

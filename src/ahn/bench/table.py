@@ -83,7 +83,7 @@ COLUMNS: dict[str, list[Column]] = {
 
 def text(rows: Sequence[Row]) -> str:
     """All tables, as wide as they need to be."""
-    console = Console(width=WIDTH, highlight=False, file=io.StringIO())
+    console = Console(width=WIDTH, highlight=False, markup=False, emoji=False, file=io.StringIO())
     with console.capture() as captured:
         console.print(*_tables(rows))
     return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())

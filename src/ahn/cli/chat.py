@@ -22,6 +22,7 @@ from ahn.cli.generate import (
     read,
     write,
 )
+from ahn.cli.terminal import visible
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def command(
 
 def tell(text: str) -> None:
     """A line for the person, on standard error."""
-    typer.echo(text, err=True)
+    typer.echo(visible(text), err=True)
 
 
 def _lines() -> Iterator[str]:

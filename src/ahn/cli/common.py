@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ahn.cli.terminal import SafeConsole
 from ahn.config import DTYPES
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = SafeConsole()
+err = SafeConsole(stderr=True)
 
 AdapterOption = Annotated[
     str | None,
@@ -68,7 +68,7 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
 def progress() -> Progress:
     """A progress display on standard error, for `with progress() as bar: bar.add_task(text, total=n)`."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

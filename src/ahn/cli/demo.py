@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ahn.cli import common
@@ -125,7 +124,7 @@ def command(
     if as_json:
         common.print_json(data)
     else:
-        common.out.print(f"{data['seconds']:.0f} s in all. Wrote {escape(str(out))}/figure.png and results.json.")
+        common.out.print(f"{data['seconds']:.0f} s in all. Wrote {out}/figure.png and results.json.")
 
 
 def _subject(
@@ -165,9 +164,10 @@ def _introduce(subject: DemoSubject) -> None:
     length = len(subject.documents[0].text.ids)
     names = ", ".join(document.name for document in subject.documents)
     unseen = " that it was not trained on" if subject.is_tiny else ""
+    common.out.print(f"\n{subject.name}", style="bold", end="")
     common.out.print(
-        f"\n[bold]{escape(subject.name)}[/] ({parameters / 1e6:,.1f} M parameters, frozen) reads "
-        f"{len(subject.documents)} documents of {length:,} tokens{unseen}: {escape(names)}. {config.sinks} sinks and a "
+        f" ({parameters / 1e6:,.1f} M parameters, frozen) reads "
+        f"{len(subject.documents)} documents of {length:,} tokens{unseen}: {names}. {config.sinks} sinks and a "
         f"window of {config.window} cover 1/{length / config.lossless:.0f} of each.\n"
     )
 
@@ -232,7 +232,8 @@ def _write_on(subject: DemoSubject, comparison: Comparison, show: bool) -> dict[
         session = Session(subject.model, subject.tokenizer)
         session.read(ids)
         if show:
-            common.out.print(f"\n[bold]{best.name}[/] writes on after {len(ids):,} tokens of {escape(document.name)}.")
+            common.out.print(f"\n{best.name}", style="bold", end="")
+            common.out.print(f" writes on after {len(ids):,} tokens of {document.name}.")
         told: dict[str, Any] = {"method": best.name, "document": document.name, "tokens_read": len(ids)}
         if show and recall:
             _explain(subject, recall.fact, recall.guesses)
@@ -254,8 +255,8 @@ def _explain(subject: DemoSubject, fact: Any, guesses: dict[str, int]) -> None:
     line = STATEMENT.format(key=fact.key, value=fact.value).strip()
     lost = subject.tokenizer.decode([guesses[WINDOW_ONLY]]).strip()
     common.out.print(
-        f"{fact.distance:,} tokens earlier, far out of the window's sight, the text says “{escape(line)}”. "
-        f"Sinks + window alone would answer “{escape(lost)}”."
+        f"{fact.distance:,} tokens earlier, far out of the window's sight, the text says “{line}”. "
+        f"Sinks + window alone would answer “{lost}”."
     )
 
 

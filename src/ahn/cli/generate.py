@@ -11,6 +11,7 @@ import typer
 
 from ahn.cli import common
 from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
+from ahn.cli.terminal import visible
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def write(session: Session, sampling: Sampling, show: bool, interrupt: Interrupt
 
     def say(text: str) -> None:
         if show:
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
 
     start = time.perf_counter()

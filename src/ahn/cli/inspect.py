@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ahn.cli import common
@@ -73,9 +72,9 @@ def command(
         rows = {"layers": layers, "kinds": [dataclasses.asdict(entry) for entry in kinds]}
         common.print_json(head | rows | {"figures": files})
         return
-    common.out.print(f"{memory} reads {len(ids):,} tokens of {escape(name)}; {written:,} of them left the window.")
+    common.out.print(f"{memory} reads {len(ids):,} tokens of {name}; {written:,} of them left the window.")
     common.out.print(_layer_table(layers, window), _kind_table(kinds, written), sep="\n")
-    common.out.print(f"Wrote {escape(', '.join(files))}.")
+    common.out.print(f"Wrote {', '.join(files)}.")
 
 
 def _longest(texts: list[tuple[str, str]]) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
+from ahn.cli.terminal import visible
 from ahn.errors import AHNError
 
 VERBS = {
@@ -71,5 +72,5 @@ def main() -> None:
     try:
         app(prog_name="ahn")
     except AHNError as error:
-        print("ahn:", " ".join(str(error).split()), file=sys.stderr)
+        print("ahn:", visible(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(1)

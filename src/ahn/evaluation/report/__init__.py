@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,7 +71,7 @@ class _Report:
                 tokens = result.lines("gradients.jsonl")
                 title = f"Gradient of the {result.settings['task_settings']['loss']} loss: {row.label}"
                 save(gradients.figure(title, tokens), self.out / f"{_file(f'{label} {row.label}')}.png")
-                self.sections.append(f"<h2>{title}</h2>{gradients.as_html(tokens)}<p>{GRADIENTS}</p>")
+                self.sections.append(f"<h2>{html.escape(title)}</h2>{gradients.as_html(tokens)}<p>{GRADIENTS}</p>")
         self._table("published", tables.published_table())
         self._write("report.txt", "\n".join(self.texts))
         models = sorted({str(row.settings.get("model")) for row in self.comparison.rows})

@@ -41,7 +41,7 @@ def as_html(tokens: Sequence[Token]) -> str:
     for token, strength in zip(tokens, strengths(tokens), strict=True):
         text = html.escape(token["token"])
         if strength is None:
-            parts.append(f'<span class="{token["region"]}">{text}</span>')
+            parts.append(f'<span class="{html.escape(str(token["region"]))}">{text}</span>')
             continue
         red, green, blue = HOT
         colour = f"rgba({red},{green},{blue},{strength:.2f})"

@@ -1,0 +1,53 @@
+"""No verb runs code that lies in a model's folder, whatever standard input says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ahn import tiny
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({ran!r}).touch()\n"
+VERBS = {
+    "generate": ["generate", "--model", "MODEL", "--prompt", "x", "--max-new-tokens", "1"],
+    "chat": ["chat", "--model", "MODEL", "--max-new-tokens", "1"],
+    "info": ["info", "MODEL"],
+    "eval": ["eval", "needle/fact", "--method", "full", "--model", "MODEL", "--limit", "1", "--out", "OUT"],
+    "perplexity": ["eval", "perplexity", "TEXT", "--method", "full", "--model", "MODEL", "--out", "OUT"],
+    "inspect": ["inspect", "--model", "MODEL", "--text", "TEXT"],
+    "bench": ["bench", "--model", "MODEL", "--out", "OUT"],
+    "train": ["train", "--model_name_or_path", "MODEL", "--dataset", "TEXT", "--output_dir", "OUT"],
+    "merge": ["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output-path", "OUT"],
+}
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A model of an architecture that only its own code knows, for configuration, model and tokenizer."""
+    model = Path(shutil.copytree(tiny.path(), tmp_path / "model"))
+    code = CODE.format(ran=str(tmp_path / "ran"))
+    (model / "own.py").write_text(code + "class Own:\n    pass\n")
+    auto = {name: "own.Own" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "text.txt").write_text("some text\n" * 300)
+    return model
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_verb_runs_code_of_a_model(verb: str, hostile: Path, tmp_path: Path) -> None:
+    place = {"MODEL": hostile, "OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt"}
+    place["ADAPTER"] = tiny.adapter_path("gated_deltanet")
+    command = [sys.executable, "-m", "ahn.cli.main", *(str(place.get(word, word)) for word in VERBS[verb])]
+    command = [sys.executable, "-c", "from ahn.cli import main; main()", *command[3:]]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert not (tmp_path / "ran").exists() and not (hostile / "ran").exists()
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
