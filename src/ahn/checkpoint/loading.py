@@ -202,6 +202,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
+        if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+            raise AHNError(f"{path} has no tokenizer beside its weights (tokenizer.json).") from None
         raise unreadable(path, error) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up when the files are absent
         raise AHNError(f"{path} has no tokenizer beside its weights (tokenizer.json).")
