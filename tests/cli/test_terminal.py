@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 from rich.table import Table
@@ -42,10 +43,11 @@ def test_model_output(terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: p
     from ahn.cli.session import Sampling
 
     class Says:
-        def write(self, sampling: Sampling) -> list[str]:
-            return ["a\x1b[2J", "b"]
+        def write(self, sampling: Sampling, say: Callable[[str], object], interrupt: object) -> str:
+            say("a\x1b[2Jb")
+            return "a\x1b[2Jb"
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
-    text, _ = write(Says(), Sampling(), show=True)  # type: ignore[arg-type]
+    text, _ = write(Says(), Sampling(), True, None)
     assert text == "a\x1b[2Jb"  # what is piped on or kept is exact
     assert capsys.readouterr().out == ("a\\x1b[2Jb\n" if terminal else "a\x1b[2Jb\n")
