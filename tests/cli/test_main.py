@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,3 +60,16 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ahn", "env"])
     with pytest.raises(ZeroDivisionError):
         main_function()
+
+
+def test_a_thread_that_cannot_be_stopped_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    main._leave_threads(130)
+    assert ended == []  # an ordinary end, with all that Python does there
+    over = threading.Event()
+    threading.Thread(target=over.wait, name=main.ABANDONED, daemon=True).start()
+    for code in (130, None, "some text"):
+        main._leave_threads(code)
+    over.set()
+    assert ended == [130, 0, 1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 from typing import Any
 
 import typer
@@ -32,6 +33,10 @@ VERBS = {
 }
 """A verb and its line in `ahn --help`. The module `ahn.cli.VERB` holds it, as a function `command`, or as a Typer
 `app` if it has verbs of its own."""
+
+
+ABANDONED = "ahn-tokeniser"
+"""Name of a thread that may outlive what waited for it."""
 
 
 class LazyGroup(TyperGroup):
@@ -74,3 +79,14 @@ def main() -> None:
     except AHNError as error:
         print("ahn:", visible(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(1)
+    except SystemExit as end:
+        _leave_threads(end.code)
+        raise
+
+
+def _leave_threads(code: object) -> None:
+    """End at once where Ctrl-C left work behind that cannot be stopped: Python would wait for it to be over."""
+    if any(thread.name == ABANDONED for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)

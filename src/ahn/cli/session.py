@@ -15,6 +15,7 @@ import torch
 
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
+from ahn.cli.main import ABANDONED
 from ahn.cli.writing import CONTEXT, Interrupt, Pieces, Sampling
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
@@ -171,7 +172,7 @@ def _in_a_thread(work: Callable[[], Any]) -> Any:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # abandoned on Ctrl-C: it does not keep the program alive
+    threading.Thread(target=run, name=ABANDONED, daemon=True).start()
     return future.result()
 
 
