@@ -1,0 +1,64 @@
+"""Positions of keys and queries: turned as the base model turns them, and back.
+
+A low-bit token is kept as it was before RoPE, since its numbers then do not depend on where it stood, and is turned to
+the place where a query sees it. A base model knows only the distances that it was trained on, so that place is not
+always the token's own: see `anchors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """RoPE as one base model does it.
+
+    Attributes:
+        angles: cosines and sines (N, T, P') at positions (N, T), in the type and on the device of its first argument:
+            the base model's own rotary embedding.
+        apply: turns queries and keys (N, H, T, P) by cosines and sines (N, T, P'): the base model's own function.
+        scale: what the base model multiplies cosines and sines with, as YaRN does; 1 for most.
+    """
+
+    angles: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    scale: float = 1.0
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, H, T, P) from before RoPE to these positions, (B or 1, T) or (B or 1, H, T)."""
+        return self._turned(x, positions, back=False)
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, H, T, P) at these positions, (B or 1, T) or (B or 1, H, T), to before RoPE; the inverse of `turn`."""
+        return self._turned(x, positions, back=True)
+
+    def _turned(self, x: Tensor, positions: Tensor, back: bool) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)  # turned more than once, rounded once
+        y = x.to(precise)
+        if positions.dim() == 3:  # each head has its own
+            y = y.flatten(0, 1).unsqueeze(1)
+            positions = positions.expand(x.shape[0], x.shape[1], -1).flatten(0, 1)
+        cos, sin = self.angles(y, positions)
+        if back:
+            cos, sin = cos / self.scale**2, -sin / self.scale**2
+        turned, _ = self.apply(y, y, cos, sin)
+        return turned.view(x.shape).to(x.dtype)
+
+
+def anchors(positions: Tensor, reach: int) -> Tensor:
+    """For queries at these positions: where the base sees what is farther back than `reach`, 0 while nothing is.
+
+    Anchors move in steps of a quarter of the reach, so that a step of decoding seldom has to turn anything anew: no
+    query sees its anchor from farther than reach - 1, nor, once it has moved, from nearer than three quarters of it.
+
+    Args:
+        positions: any shape, int64.
+        reach: in tokens, at least 4.
+    """
+    step = reach // 4
+    return torch.where(positions < reach, 0, ((positions - reach).div(step, rounding_mode="floor") + 1) * step)
