@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,27 @@ def test_python_in_documents_compiles_and_imports_what_is_there(document: Path) 
         for module, names in re.findall(r"^from (ahn[\w.]*) import ([\w, ]+)$", code, flags=re.M):
             found = importlib.import_module(module)
             assert not [name for name in re.split(r",\s*", names) if not hasattr(found, name)], module
+
+
+def _public_docstrings() -> Iterator[tuple[str, str]]:
+    for path in SOURCES:
+        if ROOT / "src" in path.parents:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    name = getattr(node, "name", path.stem)
+                    if not name.startswith("_") and (text := ast.get_docstring(node)):
+                        yield f"{path.relative_to(ROOT)}: {name}", " ".join(text.lower().split())
+
+
+def test_public_docstrings_use_the_glossarys_words() -> None:
+    glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    refused = re.findall(r"\*\*([\w -]+)\*\*", glossary.split("|---|---|---|")[1])
+    assert len(refused) >= 5
+    found = [
+        f"{where} says {word!r}"
+        for where, text in _public_docstrings()
+        for word in refused
+        if re.search(rf"\b{word}\b", text)
+    ]
+    assert not found, found

@@ -11,6 +11,9 @@ from ahn.errors import AHNError
 
 DEFAULT_WINDOW = 32640
 DEFAULT_SINKS = 128
+MODEL_TYPE = "ahn"
+"""The model type of a merged checkpoint in its `config.json`, so that nobody loads it without its memory."""
+ARCHITECTURE = "AHNForCausalLM"
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can be loaded to be used."""
 

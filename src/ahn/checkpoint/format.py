@@ -19,9 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ahn import memory
-from ahn.auto import ARCHITECTURE, MODEL_TYPE
 from ahn.checkpoint.directory import CONFIG, Checkpoint
-from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
+from ahn.config import ARCHITECTURE, DEFAULT_SINKS, DEFAULT_WINDOW, MODEL_TYPE, AHNConfig
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
 

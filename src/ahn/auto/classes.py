@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from ahn.auto import ARCHITECTURE, MODEL_TYPE
+from ahn.config import ARCHITECTURE, MODEL_TYPE
 from ahn.errors import AHNError
 
 

@@ -1,6 +1,6 @@
 """`import ahn` makes transformers' Auto classes know merged checkpoints, without importing transformers.
 
-`ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto_classes`
+`ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto.classes`
 are registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there
 already, else by a finder that lets Python find and run such a module as always, and registers afterwards.
 """
@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPE = "ahn"
-ARCHITECTURE = "AHNForCausalLM"
+from ahn.config import ARCHITECTURE, MODEL_TYPE
+
 PACKAGE = "transformers.models.auto."
 
 
@@ -55,7 +55,7 @@ def _run(exec_module: Callable[[ModuleType], None], register: Callable[[], None]
 def _register_config() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from ahn.auto_classes import AHNModelConfig
+    from ahn.auto.classes import AHNModelConfig
 
     CONFIG_MAPPING.register(MODEL_TYPE, AHNModelConfig, exist_ok=True)
 
@@ -64,7 +64,7 @@ def _register_model() -> None:
     import transformers
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    from ahn.auto_classes import AHNForCausalLM, AHNModelConfig
+    from ahn.auto.classes import AHNForCausalLM, AHNModelConfig
 
     AutoModelForCausalLM.register(AHNModelConfig, AHNForCausalLM, exist_ok=True)
     setattr(transformers, ARCHITECTURE, AHNForCausalLM)  # where trainers look up what a config.json calls it

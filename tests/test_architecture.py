@@ -1,0 +1,67 @@
+"""The house as docs/architecture.md draws it: every room is listed, and imports go to rooms above, without circles."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "ahn"
+TABLE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Rooms")[1].split("\n## ")[0]
+ROOMS = re.findall(r"^\| `(\w+)` \|", TABLE, flags=re.M)
+MODULES = {
+    ".".join(("ahn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(tree: ast.AST, inside_functions: bool) -> Iterator[str]:
+    """Modules of the package that are imported at run time; imports for type checkers alone do not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from imports(other, inside_functions)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else str(node.module)
+        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(node, inside_functions)
+
+
+def edges(inside_functions: bool) -> dict[str, set[str]]:
+    return {
+        name: {found for found in imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions)} & set(MODULES)
+        for name, path in MODULES.items()
+    }
+
+
+def test_every_room_is_listed() -> None:
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert sorted(ROOMS) == sorted(found - {"__init__"})
+
+
+def test_imports_go_to_rooms_above() -> None:
+    wrong = []
+    for name, targets in edges(inside_functions=True).items():
+        for target in targets - {"ahn"}:  # the root names what is below and loads it when it is used
+            here, there = name.split(".")[1:2], target.split(".")[1]
+            if here and ROOMS.index(there) > ROOMS.index(here[0]):
+                wrong.append(f"{name} imports {target}")
+    assert not wrong, wrong
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    graph = {name: targets - {name, "ahn"} for name, targets in edges(inside_functions=False).items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
