@@ -114,8 +114,15 @@ def mark_any_size(x: Tensor, dimension: int) -> None:
     torch._dynamo.maybe_mark_dynamic(x, dimension)
 
 
-LINEAR = (F.linear, torch._C._nn.linear)
-"""What torch.compile's graphs call a linear map: the second since F.linear is a built-in function."""
+LINEAR, SILU = (F.linear, torch._C._nn.linear), (F.silu, torch._C._nn.silu)
+"""What graphs of torch.compile call these functions: by their public name or that of what is behind it."""
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own buffers that its state dict has; some quantized modules keep their weights there."""
+    for name, x in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, x
 
 
 def argument_names(operator: Any) -> list[str]:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn import private
 from ahn.attend.merge import merge
 from ahn.attend.parts import Part
 from ahn.layout.copies import join, take
@@ -153,39 +154,19 @@ def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: floa
 def kernel(query: Tensor) -> Kernel:
     """The dense attention that also says its log-sum-exp: torch's on a CPU, cuDNN's, else FlashAttention-2."""
     if not query.is_cuda:
-        return _cpu
-    return _cudnn if torch.version.cuda and torch.backends.cudnn.is_available() else _flash
+        return private.attention_of_cpu
+    has_cudnn = torch.version.cuda and torch.backends.cudnn.is_available()
+    return private.attention_of_cudnn if has_cudnn else private.flash_attention
 
 
 def kernel_of_one(query: Tensor) -> Kernel:
     """The same for a single query a row: cuDNN wants more than one."""
-    return _flash if query.is_cuda else _cpu
+    return private.flash_attention if query.is_cuda else private.attention_of_cpu
 
 
 def _ampere(device: torch.device) -> bool:
     """Older GPUs have neither kernel."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    out, score = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, scale=scaling
-    )
-    return out, score
-
-
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    out, score, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, causal, False, scale=scaling
-    )
-    return out, score.reshape(score.shape[:3])
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    out, score, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, causal, False, scale=scaling
-    )
-    return out, score
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ahn import private
 from ahn.errors import AHNError
 from ahn.files import read_json
 from ahn.memory.layer import added_parameters
@@ -97,9 +98,8 @@ def _base_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     added = added_parameters(model)
     yield from ((name, x) for name, x in model.named_parameters() if name not in added)
     for prefix, module in model.named_modules():
-        for name, x in module._buffers.items():
-            if x is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}".removeprefix("."), x
+        for name, x in private.saved_buffers(module):
+            yield f"{prefix}.{name}".removeprefix("."), x
 
 
 def _adapter_digest(model: PreTrainedModel) -> str:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
+from ahn import private
 from ahn.decode.fusion import fuse
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
@@ -36,7 +35,7 @@ def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
     """torch.compile's backend for a layer: its own, after our fusions."""
     fuse(module.graph)
     module.recompile()
-    return torch._inductor.compile(module, list(inputs), options=_OPTIONS)
+    return private.inductor(module, inputs, _OPTIONS)
 
 
 # Of each model: what torch.compile made of its small parts. To make them costs milliseconds each, with every prompt.
@@ -51,25 +50,23 @@ def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
     layers = list(decoder.layers)
     # Uncompiled, the angles of a token and the last norm are 17 kernels of a few numbers each.
     ends = [end for end in (getattr(decoder, "rotary_emb", None), getattr(decoder, "norm", None)) if end is not None]
-    before = [(layer.self_attn, layer.self_attn.layer_idx, layer.self_attn._forward_pre_hooks) for layer in layers]
-    flags = [layer.self_attn._forward_pre_hooks_with_kwargs for layer in layers]
-    for layer in layers:
-        module = layer.self_attn
-        module.layer_idx = 0
-        module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
-        module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
-    own = [(part, part._compiled_call_impl) for part in (*layers, *ends)]  # whoever uses the model may compile as well
+    attentions = [layer.self_attn for layer in layers]
+    before = [attention.layer_idx for attention in attentions]
+    for attention in attentions:
+        attention.layer_idx = 0
+    own = [
+        (part, private.compiled_call(part)) for part in (*layers, *ends)
+    ]  # whoever uses the model may compile as well
     for part, _ in own:
         part.compile(dynamic=False, backend=_lower)
     try:
-        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+        with private.hooks_by_place(attentions), private.compiled_variants(_VARIANTS):
             yield
     finally:
-        for part, impl in own:
-            part._compiled_call_impl = impl
-        for (module, index, hooks), with_kwargs in zip(before, flags, strict=True):
-            module.layer_idx = index
-            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
+        for part, call in own:
+            private.set_compiled_call(part, call)
+        for attention, index in zip(attentions, before, strict=True):
+            attention.layer_idx = index
 
 
 def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
@@ -96,7 +93,7 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     """
     layers = model.get_decoder().layers
     leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
-    if any(leaf._compiled_call_impl is not None for leaf in leaves):
+    if any(private.compiled_call(leaf) is not None for leaf in leaves):
         yield
         return
     memories = [memory for layer in layers for memory in layer.modules() if isinstance(memory, RecurrentMemory)]
@@ -105,8 +102,8 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     ready = _wrappers.get(model, {})
     wrappers: dict[Any, Callable[..., Any]] = {}
     for leaf in leaves:
-        wrappers[leaf] = ready.get(leaf) or _for_any_length(leaf._call_impl, 1)
-        leaf._compiled_call_impl = wrappers[leaf]
+        wrappers[leaf] = ready.get(leaf) or _for_any_length(private.uncompiled_call(leaf), 1)
+        private.set_compiled_call(leaf, wrappers[leaf])
     for memory in memories:
         for name in _GATES:
             wrappers[memory, name] = ready.get((memory, name)) or _without_gradients(getattr(memory, name))
@@ -115,11 +112,11 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     if rope is not None:
         source.apply_rotary_pos_emb = _rotation(rope)  # type: ignore[attr-defined]
     try:
-        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+        with private.compiled_variants(_VARIANTS):
             yield
     finally:
         for leaf in leaves:
-            leaf._compiled_call_impl = None
+            private.set_compiled_call(leaf, None)
         for memory in memories:
             for name in _GATES:
                 del memory.__dict__[name]
@@ -143,7 +140,7 @@ def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Any:
         for x in args:
             if isinstance(x, Tensor) and x.dim() > 2:
-                torch._dynamo.maybe_mark_dynamic(x, tokens % x.dim())
+                private.mark_any_size(x, tokens % x.dim())
         return inner(*args, **kwargs)
 
     return call

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ahn
-from ahn import memory, tiny
+from ahn import memory, private, tiny
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.loading import ModelSource
 from ahn.config import AHNConfig
@@ -193,7 +193,7 @@ def _name(base: str) -> str:
 
 def _kernel(model: PreTrainedModel) -> str:
     adapter = getattr(model, "_ahn", None)
-    return adapter.kernel if adapter is not None else model.config._attn_implementation
+    return adapter.kernel if adapter is not None else private.attention_kernel(model.config)
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ahn import memory
+from ahn import memory, private
 from ahn.cache.conversation import AHNCache, new_columns
 from ahn.config import AHNConfig
 from ahn.decode import compiled
@@ -69,7 +69,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     decoder, layers = _decoder_layers(model)
     chosen = shape.memory_layers(config.full_attention_layers)
     modules = {index: _attention_module(layers[index], shape) for index in chosen}
-    kernel = decoder.config._attn_implementation
+    kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
     adapter = Adapter(kernel=kernel, handles=[])
@@ -235,10 +235,8 @@ def _adapter(model: PreTrainedModel) -> Adapter:
 
 
 def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
-    # The setter that `set_attn_implementation` ends in, without its reading of source files: it runs twice a step
-    # in training.
     for config in {id(c): c for c in (model.config, model.get_decoder().config)}.values():
-        config._attn_implementation = kernel
+        private.set_attention_kernel(config, kernel)
 
 
 def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNConfig) -> tuple[AHN, Router | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn import decode
+from ahn import decode, private
 from ahn.cache.conversation import AHNCache
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
@@ -36,20 +36,16 @@ class Wrapped:
 def wrap(model: PreTrainedModel) -> None:
     """Put `forward` and `generate` of this module before the model's own, as attributes of the instance."""
     # accelerate's hook, if the model lies on several devices, stays the outermost: it would move what goes to a chunk.
-    setattr(
-        model, "_old_forward" if "_old_forward" in model.__dict__ else "forward", Wrapped(model, "forward", _forward)
-    )
+    private.set_forward(model, Wrapped(model, "forward", _forward))
     if hasattr(model, "generate"):
         model.generate = Wrapped(model, "generate", _generate)
 
 
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
-    for name in ("forward", "generate"):
-        if isinstance(model.__dict__.get(name), Wrapped):
-            delattr(model, name)
-    if isinstance(model.__dict__.get("_old_forward"), Wrapped):
-        model._old_forward = MethodType(type(model).forward, model)
+    private.reset_forward(model, Wrapped)
+    if isinstance(model.__dict__.get("generate"), Wrapped):
+        del model.generate
 
 
 @memoize

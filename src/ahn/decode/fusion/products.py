@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 import ahn.ops.step.product  # noqa: F401  (registers the operator)
+from ahn import private
 from ahn.decode.fusion.graph import (
     ADD,
     MUL,
@@ -27,8 +27,6 @@ from ahn.decode.fusion.graph import (
     uncast,
     value,
 )
-
-_LINEAR, _SILU = (F.linear, torch._C._nn.linear), (F.silu, torch._C._nn.silu)
 
 
 class _Gated(NamedTuple):
@@ -90,7 +88,7 @@ def _stand_in(graph: fx.Graph, node: fx.Node, y: fx.Node) -> None:
 
 def _of_one_vector(node: fx.Node) -> bool:
     """A linear map of a single row, by a matrix that is an input of the graph and in the row's precision."""
-    if node.target not in _LINEAR:
+    if node.target not in private.LINEAR:
         return False
     x, *rest = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
     if value(x).numel() != value(x).shape[-1]:
@@ -104,7 +102,7 @@ def _gated(linears: list[fx.Node]) -> _Gated | None:
         return None
     for gate, up in (linears, linears[::-1]):
         active = only_user(gate)
-        if active is None or active.target not in _SILU or only_user(up) is None:
+        if active is None or active.target not in private.SILU or only_user(up) is None:
             continue
         whole = only_user(active)
         if whole is not None and whole is only_user(up) and is_call(whole, MUL):

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 import ahn.ops.step.operator  # noqa: F401  (registers the operator)
+from ahn import private
 from ahn.decode.fusion.graph import ADD, MUL, argument, either, find_norm, is_call, value
 
 _NEGATIVE, _CAT = (operator.neg, torch.neg, "neg"), (torch.cat, torch.concat)
@@ -44,7 +45,7 @@ def fuse_rotation(graph: fx.Graph) -> None:
 
 def _take_in(graph: fx.Graph, step: fx.Node) -> None:
     """Let a step rotate by itself, where all its queries are one and its key is rotated as they are."""
-    names = [part.name for part in torch.ops.ahn.step.default._schema.arguments]
+    names = private.argument_names(torch.ops.ahn.step)
     at = {name: names.index(name) for name in ("query", "key", "memory_query")}
     heads = {name: _token_of(step.args[place]) for name, place in at.items() if step.args[place] is not None}
     query, key = (_rotated(heads[name]) for name in ("query", "key"))
