@@ -16,6 +16,7 @@ from golden import relative_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, EVERYTHING, adapted, base, tokens
+from support.effort import examples
 from test_invariants import Turns, assert_rows_alone, assert_same_layers, padded, pieces, read, turns
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -106,7 +107,7 @@ def plain(model: PreTrainedModel, ids: Tensor, window: int, sinks: int, quantize
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])  # qwen2: key biases, head dimension 8
 @given(window=st.integers(1, 12), sinks=st.integers(0, 4), quantized=st.integers(1, 20), length=st.integers(1, 50))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(6, 12), deadline=None, derandomize=True)
 def test_it_is_the_plain_form(architecture: str, window: int, sinks: int, quantized: int, length: int) -> None:
     model, ids = with_tier(shared("window_only", architecture), window, sinks, quantized), tokens(2, length)
     expected = plain(model, ids, window, sinks, quantized)
@@ -214,7 +215,7 @@ def test_bands_read_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces=pieces,
     chunk=st.integers(1, 9),
 )
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=examples(4, 8), deadline=None, derandomize=True)
 @example(window=7, sinks=3, quantized=9, pieces=[1] * 40, chunk=1)
 @example(window=5, sinks=2, quantized=4, pieces=[8, 1, 1, 1, 9, 1, 1, 4, 1], chunk=3)
 @example(window=4, sinks=0, quantized=1, pieces=[20, 1, 1, 12, 1], chunk=5)
@@ -236,7 +237,7 @@ def test_whole_is_chunks_is_steps(
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @given(turns=turns(), quantized=st.integers(1, 12))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(6, 12), deadline=None, derandomize=True)
 @example(turns=Turns(window=6, sinks=3, chunks=[[15, 4], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=4)
 @example(turns=Turns(window=4, sinks=4, chunks=[[20, 10], [10, 2], [1, 1], [1, 1]]), quantized=30)
 @example(turns=Turns(window=3, sinks=2, chunks=[[9, 2], [7, 0], [7, 0], [3, 4], [1, 1], [1, 1]]), quantized=2)
@@ -258,7 +259,7 @@ def test_a_single_row_with_padding(chunks: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("memory", MEMORIES[:3])
 @given(turns=turns(), quantized=st.integers(1, 12))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(6, 12), deadline=None, derandomize=True)
 @example(turns=Turns(window=5, sinks=2, chunks=[[9, 9], [1, 1], [30, 30], [1, 1], [1, 1], [4, 4]]), quantized=6)
 @example(turns=Turns(window=6, sinks=3, chunks=[[15, 4], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=4)
 def test_codes_that_lose_nothing_are_a_wider_window(memory: str, turns: Turns, quantized: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import awaken, base
+from support.effort import slow
 from talk import Talk
 from test_decode import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, graphs, shared
 from torch import Tensor
@@ -84,13 +85,14 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: li
     assert _traces(model) == before
 
 
-def test_what_a_user_compiled_stays_compiled(compiled: list[torch.fx.Graph]) -> None:
+@pytest.mark.parametrize("options", [{"disable": True}, slow({"backend": "eager"})], ids=["not traced", "traced"])
+def test_what_a_user_compiled_stays_compiled(options: dict[str, Any], compiled: list[torch.fx.Graph]) -> None:
     """Before `attach` or after it, through captured steps and `detach`."""
     plain = base(num_hidden_layers=3)
-    plain.model.layers[0].compile(backend="eager")
+    plain.model.layers[0].compile(**options)
     model = awaken(ahn.attach(plain, ahn.AHNConfig(memory="gated_deltanet", window=WINDOW, sinks=SINKS)))
-    model.model.layers[2].compile(backend="eager")
-    model.model.norm.compile(backend="eager")
+    model.model.layers[2].compile(**options)
+    model.model.norm.compile(**options)
     parts = [*model.model.layers, model.model.norm]
     theirs = [part._compiled_call_impl for part in parts]
     assert [impl is None for impl in theirs] == [False, True, False, False]
@@ -104,7 +106,7 @@ def test_what_a_user_compiled_stays_compiled(compiled: list[torch.fx.Graph]) -> 
     assert [part._compiled_call_impl for part in parts] == theirs
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("architecture", [slow("qwen2"), "qwen3", slow("llama")])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_a_layer_is_our_operators_and_nothing_else(
     architecture: str, memory: str, compiled: list[torch.fx.Graph]

@@ -18,6 +18,7 @@ from golden import relative_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, EVERYTHING, MEMORIES, adapted, awaken, base, positions, tokens
+from support.effort import examples
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,7 +77,7 @@ pieces = st.lists(st.one_of(st.integers(1, 20), st.just(1)), min_size=2, max_siz
 
 @pytest.mark.parametrize("memory", EVERYTHING)
 @given(window=st.integers(1, 12), sinks=st.integers(0, 5), pieces=pieces, chunk=st.integers(1, 9))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(3, 6), deadline=None)
 @example(window=7, sinks=3, pieces=[1] * 40, chunk=1)
 @example(window=5, sinks=2, pieces=[8, 1, 1, 1, 9, 1, 1, 4, 1], chunk=3)
 def test_whole_is_chunks_is_steps(memory: str, window: int, sinks: int, pieces: list[int], chunk: int) -> None:
@@ -260,7 +261,7 @@ def assert_rows_alone(model: PreTrainedModel, turns: Turns) -> None:
 
 @pytest.mark.parametrize("memory", EVERYTHING)
 @given(turns=turns())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(5, 10), deadline=None)
 @example(turns=Turns(window=6, sinks=3, chunks=[[15, 4], [1, 1], [9, 2], [1, 1], [1, 1]]))
 @example(turns=Turns(window=4, sinks=4, chunks=[[20, 10], [10, 2], [1, 1], [1, 1]]))
 @example(turns=Turns(window=40, sinks=2, chunks=[[9, 5], [5, 2], [1, 1], [1, 1], [7, 9]]))

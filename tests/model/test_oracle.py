@@ -11,6 +11,7 @@ from golden import name as case_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MEMORIES, adapted, tokens
+from support.effort import examples
 
 from ahn import AHNCache, memory
 
@@ -40,7 +41,7 @@ def test_oracle_is_the_published_implementation(case: Case) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("name", [name for name in MEMORIES if memory.get(name).published_name in oracle.MEMORIES])
 @given(window=st.integers(1, 10), sinks=st.integers(0, 4), prefill=st.integers(1, 24))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=examples(1, 3), deadline=None)
 def test_options_follow_the_specification(
     name: str, family: str, q_proj: bool, router: bool, window: int, sinks: int, prefill: int
 ) -> None:
