@@ -197,7 +197,7 @@ def test_bands_read_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: object) -> None:
         raise AssertionError("a dense mask")
 
-    monkeypatch.setattr("ahn.model.attention._with_extra_keys", refused)
+    monkeypatch.setattr("ahn.model.route._with_extra_keys", refused)
     read(model, ids[:, 11:], [4, 8, 1, 1, 15], cache)
     with pytest.raises(AssertionError, match="a dense mask"):  # a tier that one step would not fill
         fresh = ahn.AHNCache.for_model(model)

@@ -15,7 +15,7 @@ import ahn
 from ahn import ops
 from ahn.attend import spans
 from ahn.layout.visibility import FOR_EVER
-from ahn.model import attention
+from ahn.model import route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -62,7 +62,7 @@ def test_a_student_learns_what_it_learns_with_a_mask(
                 torch.autocast("cuda", torch.bfloat16, enabled=autocast),
             ):
                 if name == "mask":
-                    patch.setattr(attention, "_spans_apply", lambda view, query, kwargs: False)
+                    patch.setattr(route, "_spans_apply", lambda view, query, kwargs: False)
                 found = outcome(model, ids, None, "checkpointing" in name)
             layers = model.config.num_hidden_layers
             assert calls == [{"mask": 0, "spans": layers}.get(name, 2 * layers)]

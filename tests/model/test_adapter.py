@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNConfig, AHNError
-from ahn.model.attention import _dense_mask_kernel
+from ahn.model.route import dense_mask_kernel
 
 TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
 
@@ -205,10 +205,10 @@ def test_signatures_are_the_base_models() -> None:
 def test_kernels_without_a_dense_mask_have_a_stand_in() -> None:
     """sdpa knows neither learned sinks nor a soft cap."""
     for kernel in ("sdpa", "eager"):
-        assert _dense_mask_kernel(kernel, {"softcap": 50.0}) == kernel
-    assert _dense_mask_kernel("flash_attention_2", {"softcap": None, "s_aux": None}) == "sdpa"
-    assert _dense_mask_kernel("flash_attention_2", {"softcap": 50.0}) == "eager"
-    assert _dense_mask_kernel("flash_attention_3", {"s_aux": torch.zeros(4)}) == "eager"
+        assert dense_mask_kernel(kernel, {"softcap": 50.0}) == kernel
+    assert dense_mask_kernel("flash_attention_2", {"softcap": None, "s_aux": None}) == "sdpa"
+    assert dense_mask_kernel("flash_attention_2", {"softcap": 50.0}) == "eager"
+    assert dense_mask_kernel("flash_attention_3", {"s_aux": torch.zeros(4)}) == "eager"
 
 
 # -- disabled, set_window ----------------------------------------------------------------------------------------------

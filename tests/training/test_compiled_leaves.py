@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import warnings
 import weakref
 
@@ -84,6 +86,54 @@ def test_a_block_within_a_block_changes_nothing() -> None:
             assert norm._compiled_call_impl is before
         assert norm._compiled_call_impl is before
     assert norm._compiled_call_impl is None
+
+
+def traces(model: torch.nn.Module) -> list[object]:
+    """Where a block could leave something behind: the modeling file, and the modules of the model."""
+    found: list[object] = [sys.modules[type(model.get_decoder().layers[0].self_attn).__module__].apply_rotary_pos_emb]
+    for module in model.modules():
+        found += [module._compiled_call_impl, sorted(module.__dict__.keys() - {"_compiled_call_impl"})]
+    return found
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one model", "two models"])
+def test_blocks_that_overlap_leave_nothing_behind(same: bool) -> None:
+    """As those of two threads do: the one that began first ends first."""
+    first = student()
+    second = first if same else student()
+    before = traces(first), traces(second)
+    one, two = leaves_compiled(first), leaves_compiled(second)
+    one.__enter__()
+    assert traces(first)[0] is before[0][0], "the modeling file belongs to every model"
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert second.get_decoder().layers[0].input_layernorm._compiled_call_impl is not None
+    assert "forward" in second.get_decoder().layers[0].self_attn.__dict__, "the rotation is not compiled"
+    two.__exit__(None, None, None)
+    assert (traces(first), traces(second)) == before
+
+
+@torch.no_grad()
+def test_two_threads_compile_at_once() -> None:
+    """Each with a model of its own, of one architecture: right while the other compiles, and nothing stays."""
+    found: dict[int, Tensor] = {}
+    students = [adapted(memory=memory, window=9, sinks=2) for memory in ("deltanet", "window_only")]
+    before, ids = [traces(model) for model in students], prompt(1, 30)
+
+    def run(number: int) -> None:
+        with torch.no_grad(), leaves_compiled(students[number]):
+            both.wait()
+            found[number] = students[number](ids).logits
+
+    both = threading.Barrier(2, timeout=60)
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [traces(model) for model in students] == before
+    for number, model in enumerate(students):
+        torch.testing.assert_close(found[number], model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_losses_of_a_chunk() -> None:

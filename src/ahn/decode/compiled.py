@@ -9,10 +9,11 @@ a step never uses. Inside `layers_compiled` they are made the same.
 from __future__ import annotations
 
 import contextlib
-import sys
-import weakref
+import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ahn.ops import has_triton
 # One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
 _GATES = ("write_gates", "read_gate")
+_ROTATION = "apply_rotary_pos_emb"  # as modeling files call it
 _OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}  # independent small passes in one kernel
 
 
@@ -38,9 +40,22 @@ def _lower(module: GraphModule, inputs: Sequence[Any]) -> Any:
     return private.inductor(module, inputs, _OPTIONS)
 
 
-# Of each model: what torch.compile made of its small parts. To make them costs milliseconds each, with every prompt.
-# They hold the parts, which do not hold the model.
-_wrappers: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+class CompiledParts:
+    """What torch.compile made of a model's small parts, kept by its adapter: making them costs milliseconds each.
+
+    Attributes:
+        calls: what runs in place of a module, or of a memory's method (module, name).
+        blocks: `leaves_compiled` blocks that are open, in all threads. The first installs, the last one removes.
+        lock: held while either is changed, and while a step is captured.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, Callable[..., Any]] = {}
+        self.blocks = 0
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledParts, ()  # a copy of the model has parts of its own
 
 
 @contextlib.contextmanager
@@ -91,42 +106,66 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
     So do a memory's gates where no gradients are wanted. Each is then one pass over memory; the rest of a layer is
     matrix products and attention. A block within a block changes nothing.
     """
-    layers = model.get_decoder().layers
-    leaves = [leaf for layer in layers for leaf in layer.modules() if _is_leaf(leaf)]
-    if any(private.compiled_call(leaf) is not None for leaf in leaves):
-        yield
-        return
-    memories = [memory for layer in layers for memory in layer.modules() if isinstance(memory, RecurrentMemory)]
-    source = sys.modules[type(layers[0].self_attn).__module__]
-    rope = getattr(source, "apply_rotary_pos_emb", None)
-    ready = _wrappers.get(model, {})
-    wrappers: dict[Any, Callable[..., Any]] = {}
-    for leaf in leaves:
-        wrappers[leaf] = ready.get(leaf) or _for_any_length(private.uncompiled_call(leaf), 1)
-        private.set_compiled_call(leaf, wrappers[leaf])
-    for memory in memories:
-        for name in _GATES:
-            wrappers[memory, name] = ready.get((memory, name)) or _without_gradients(getattr(memory, name))
-            memory.__dict__[name] = wrappers[memory, name]
-    _wrappers[model] = wrappers
-    if rope is not None:
-        source.apply_rotary_pos_emb = _rotation(rope)  # type: ignore[attr-defined]
+    parts: CompiledParts = model._ahn.compiled
+    with parts.lock:
+        if not parts.blocks:
+            _install(model, parts.calls)
+        parts.blocks += 1
     try:
         with private.compiled_variants(_VARIANTS):
             yield
     finally:
-        for leaf in leaves:
-            private.set_compiled_call(leaf, None)
-        for memory in memories:
-            for name in _GATES:
-                del memory.__dict__[name]
-        if rope is not None:
-            source.apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
+        with parts.lock:
+            parts.blocks -= 1
+            if not parts.blocks:
+                _remove(model)
 
 
-def forget(model: PreTrainedModel) -> None:
-    """Let go of a model's compiled parts: they would hold a memory that was taken off."""
-    _wrappers.pop(model, None)
+def _install(model: PreTrainedModel, calls: dict[Any, Callable[..., Any]]) -> None:
+    """Put compiled calls into the modules of one model; `calls` keeps them for the next time."""
+    for layer in model.get_decoder().layers:
+        for module in layer.modules():
+            if _is_leaf(module) and private.compiled_call(module) is None:
+                if module not in calls:
+                    calls[module] = _for_any_length(private.uncompiled_call(module), 1)
+                private.set_compiled_call(module, calls[module])
+            elif isinstance(module, RecurrentMemory):
+                for name in _GATES:
+                    if (module, name) not in calls:
+                        calls[module, name] = _without_gradients(getattr(module, name))
+                    module.__dict__[name] = calls[module, name]
+        _rotate_compiled(layer.self_attn, calls)
+
+
+def _remove(model: PreTrainedModel) -> None:
+    """Undo `_install`; what its user compiled stays."""
+    calls = model._ahn.compiled.calls
+    for layer in model.get_decoder().layers:
+        for module in layer.modules():
+            if module in calls and private.compiled_call(module) is calls[module]:
+                private.set_compiled_call(module, None)
+            elif isinstance(module, RecurrentMemory):
+                for name in _GATES:
+                    module.__dict__.pop(name, None)
+        if calls.pop((layer.self_attn, "forward"), None) is not None:
+            del layer.self_attn.forward, layer.self_attn.ahn_rotation
+
+
+def _rotate_compiled(attention: nn.Module, calls: dict[Any, Callable[..., Any]]) -> None:
+    """Let one attention module rotate by compiled code.
+
+    Its modeling file finds the rotation among its globals, which belong to everybody. The module gets the same forward
+    over a copy of these globals. One that somebody else has wrapped stays as it is.
+    """
+    function = inspect.unwrap(type(attention).forward)
+    if "forward" in attention.__dict__ or _ROTATION not in function.__code__.co_names:
+        return
+    rotation = _rotation(function.__globals__[_ROTATION])
+    attention.__dict__["ahn_rotation"] = rotation  # for a memory's own query as well
+    names = {**function.__globals__, _ROTATION: rotation}
+    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    attention.forward = calls[attention, "forward"] = MethodType(own, attention)
 
 
 def _for_any_length(function: Callable[..., Any], tokens: int) -> Callable[..., Any]:

@@ -205,7 +205,7 @@ def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callabl
     Every row is inactive until the first replay, so compiling leaves the conversation as it is.
     """
     # Graphs and kernels belong to the current device, which need not be the model's.
-    with layers_compiled(model), torch.cuda.device(_a_weight(model).device):
+    with model._ahn.compiled.lock, layers_compiled(model), torch.cuda.device(_a_weight(model).device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -33,7 +33,8 @@ def _query_before_rope(module: Any, x: Tensor) -> Tensor:
 
 
 def _own_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    rope = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    rope = getattr(module, "ahn_rotation", None)  # compiled, see `ahn.decode.compiled`
+    rope = rope or getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rope is None:
         raise AHNError(f"q_proj needs apply_rotary_pos_emb in {type(module).__module__}; use a config without q_proj.")
     return rope

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 from ahn import memory, private
 from ahn.cache.conversation import AHNCache, new_columns
 from ahn.config import AHNConfig
-from ahn.decode import compiled
+from ahn.decode.compiled import CompiledParts
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.model import attention, chunks
-from ahn.model.context import LayerContext
+from ahn.model.context import ForwardContext, LayerContext
 from ahn.model.observer import Observer
 from ahn.ops.quantize import PER_BYTE
 from ahn.shape import ModelShape
@@ -43,6 +43,7 @@ class Adapter:
     enabled: bool = True
     observers: list[Observer] = dataclasses.field(default_factory=list)
     """Asked in this order. While there are any, no step is captured or replayed."""
+    compiled: CompiledParts = dataclasses.field(default_factory=CompiledParts)
 
 
 def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
@@ -95,7 +96,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for handle in adapter.handles:
         handle.remove()
     chunks.unwrap(model)
-    compiled.forget(model)
     _, layers = _decoder_layers(model)
     for layer in layers:
         for name in ("ahn", "ahn_router"):
@@ -201,7 +201,7 @@ class DecoderHook:
             kwargs["position_ids"] = view.column_positions
         for observer in adapter.observers:
             observer.begin(cache, view)
-        kwargs["ahn_forward"] = attention.ForwardContext(view, adapter.kernel, tuple(adapter.observers))
+        kwargs["ahn_forward"] = ForwardContext(view, adapter.kernel, tuple(adapter.observers))
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:

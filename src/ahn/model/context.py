@@ -1,14 +1,21 @@
-"""What one layer's attention is given besides queries, keys and values."""
+"""What a layer's attention is given besides queries, keys and values: of the whole forward, and of the layer."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
+from ahn.layout.tier import TierView
+from ahn.layout.visibility import Visibility
 from ahn.memory.layer import AHN, Router
+from ahn.model.observer import Observer
+from ahn.model.route import LazyMask, Route, choose, own_scores
 
 
 @dataclasses.dataclass
@@ -24,3 +31,45 @@ class LayerContext:
     cache: AHNCache | None
     cache_layer: AHNLayer | None
     rope: tuple[Tensor, Tensor] | None
+
+
+@dataclasses.dataclass
+class ForwardContext:
+    """What the hook on the decoder tells every layer of one forward."""
+
+    visibility: Visibility
+    kernel: str
+    """The base model's own attention implementation, for example "sdpa"."""
+    observers: tuple[Observer, ...] = ()
+
+    def on(self, device: torch.device) -> ForwardContext:
+        """The same for layers on another device, made once for all of them."""
+        if device == self.visibility.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = dataclasses.replace(self, visibility=self.visibility.on(device))
+        return self._elsewhere[device]
+
+    def route(self, query: Tensor, base_mask: LazyMask, layer: LayerContext, kwargs: dict[str, Any]) -> Route:
+        """How layers like this one compute exact attention in this forward; chosen when the first of them asks."""
+        cached = layer.cache_layer is not None
+        memory_keys = bool(layer.ahn.fn.slot_count(self.visibility.delayed.window))
+        of_query = query.device, query.dtype, query.shape[-1], torch.is_grad_enabled()
+        alike = (*of_query, base_mask, cached, memory_keys, own_scores(kwargs), bool(kwargs.get("dropout")))
+        if alike not in self._routes:
+            arguments = self.visibility, self.tier, self.kernel, base_mask, query, kwargs, cached, memory_keys
+            self._routes[alike] = choose(*arguments)
+        return self._routes[alike]
+
+    @cached_property
+    def _routes(self) -> dict[tuple[Any, ...], Route]:
+        return {}
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, ForwardContext]:
+        return {}
+
+    @cached_property
+    def tier(self) -> TierView | None:
+        """Who sees which tokens of the tier; None where there is none."""
+        return TierView(self.visibility) if self.visibility.quantized else None

@@ -1,0 +1,245 @@
+"""How exact attention is computed in one forward: chosen once, the same for all layers that are alike.
+
+`choose` knows the ways and when each is right; a `Route` is one of them. What does not depend on the forward alone (a
+layer's device, its own scores, a memory with keys of its own) is in the arguments of `choose`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ahn.attend import spans, windowed
+from ahn.cache import tier
+from ahn.layout.tier import TierView
+from ahn.layout.visibility import Visibility
+
+_DENSE_MASK_KERNELS = ("sdpa", "eager")
+
+
+class LazyMask:
+    """The base model's mask, made only if a layer needs it: at 1 M tokens of context nobody could hold it."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self._arguments = arguments
+        self._masks: dict[str, Any] = {}
+        self._elsewhere: dict[tuple[str, torch.device], Any] = {}
+
+    def covers(self, view: Visibility) -> bool:
+        """The base mask knows all padding: there is none, or the caller gave this forward a 2-D mask."""
+        return not view.padded or self._arguments.get("attention_mask") is not None
+
+    def resolve(self, kernel: str, device: torch.device) -> Any:
+        """The mask as the base model's own kernel expects it, where the layer is."""
+        if kernel not in self._masks:
+            self._masks[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+        mask = self._masks[kernel]
+        if mask is None or device == self._arguments.get("device", device):
+            return mask
+        if (kernel, device) not in self._elsewhere:
+            self._elsewhere[kernel, device] = mask.to(device)
+        return self._elsewhere[kernel, device]
+
+
+@dataclasses.dataclass
+class AttentionCall:
+    """What transformers calls an attention function with.
+
+    Attributes:
+        query: (B, Hq, n, P); key, value: (B, Hkv, T, P).
+        kwargs: for the base model's own kernel.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kwargs: dict[str, Any]
+
+    @property
+    def scaling(self) -> float:
+        """Of the scores."""
+        return float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
+
+
+class ExtraKeys(Protocol):
+    """Keys that exact attention sees besides those of the window: key, value (B, Hkv, U, P).
+
+    `visible` (B or 1, 1, n, U) says which query sees which of them; None if all do.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None
+
+
+@dataclasses.dataclass
+class MemoryKeys:
+    """`ExtraKeys` that a memory has made of what left; see `Memory.extra_keys`."""
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None
+
+
+class Route(ABC):
+    """One way to compute exact attention over sinks, window and tier."""
+
+    tier_in_order: ClassVar[bool] = False
+    """It wants the tier's tokens in the order of the text; see `ahn.cache.tier.push`."""
+    tier_decoded: ClassVar[bool] = True
+    """It wants the tier's tokens rotated back and with their offsets; see `ahn.cache.tier.push`."""
+
+    @abstractmethod
+    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        """(B, n, Hq, P), and the weights where the base kernel gives them.
+
+        Args:
+            extra: `ExtraKeys`, those of the tier (`ahn.cache.tier.Passed`) first.
+        """
+
+
+@dataclasses.dataclass
+class Masked(Route):
+    """The base model's kernel, or one that takes a mask per query and key.
+
+    Attributes:
+        mask: as the kernel takes it, or boolean (B or 1, 1, n, T) with `boolean`; None if every key is visible.
+    """
+
+    kernel: str
+    mask: Any
+    boolean: bool
+
+    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        key, value, mask = call.key, call.value, self.mask
+        for more in extra:
+            key, value, mask = _with_extra_keys(key, value, mask, more)
+        if self.boolean:
+            mask = _as_kernel_mask(mask, self.kernel, call.query.dtype)
+        run = kernel_function(self.kernel, call.module)
+        return run(call.module, call.query, key, value, mask, **call.kwargs)
+
+
+@dataclasses.dataclass
+class Windowed(Route):
+    """Dense kernels over the parts of a chunk; see `ahn.attend.windowed`."""
+
+    view: Visibility
+    tier_in_order: ClassVar[bool] = True
+
+    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        held = (extra[0].key, extra[0].value) if extra else None
+        out = windowed.attend(call.query, call.key, call.value, self.view, call.scaling, held)
+        return out.transpose(1, 2), None
+
+
+@dataclasses.dataclass
+class Spans(Route):
+    """Kernels that know when each key is seen, with gradients; see `ahn.attend.spans`."""
+
+    view: Visibility
+
+    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        out = spans.attend(call.query, call.key, call.value, self.view.until, call.scaling)
+        return out.transpose(1, 2), None
+
+
+@dataclasses.dataclass
+class WholeTier(Route):
+    """A single query that sees everything that is held, exactly or in the tier; see `ahn.cache.tier.attend`."""
+
+    tier_decoded: ClassVar[bool] = False
+
+    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        out = tier.attend(call.query, call.key, call.value, extra[0], call.scaling)
+        return out.transpose(1, 2), None
+
+
+def choose(
+    view: Visibility,
+    tier_view: TierView | None,
+    kernel: str,
+    base_mask: LazyMask,
+    query: Tensor,
+    kwargs: dict[str, Any],
+    cached: bool,
+    memory_keys: bool,
+) -> Route:
+    """The fastest way that is right.
+
+    Args:
+        kernel: the base model's own attention implementation.
+        query: of any layer that is like this one.
+        kwargs: of the attention function.
+        cached: the forward has a cache.
+        memory_keys: the memory has keys that exact attention sees.
+    """
+    # "eager" is asked for where its weights are wanted.
+    plain = kernel != "eager" and not own_scores(kwargs) and not memory_keys
+    if plain and windowed.applies(view, query):
+        return Windowed(view)
+    if plain and not cached and _spans_apply(view, query, kwargs):
+        return Spans(view)
+    if not (view.evicted or view.rolled or view.moved) and base_mask.covers(view):
+        # Nothing has left the window: exactly the base model, with its own mask.
+        return Masked(kernel, base_mask.resolve(kernel, query.device), boolean=False)
+    mask = view.held_mask if cached else view.mask
+    single = plain and view.length == 1 and mask is None and view.evicted > 0
+    if single and tier_view is not None and tier_view.visible is None and windowed.supported(query):
+        return WholeTier()
+    return Masked(dense_mask_kernel(kernel, kwargs), mask, boolean=True)
+
+
+def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
+    unpadded = view.evicted > 0 and not view.padded and not view.moved and not view.quantized
+    return unpadded and not kwargs.get("dropout") and spans.supported(query)
+
+
+def kernel_function(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' attention function of that name; "eager" lives in the module's own modeling file."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager)
+
+
+def dense_mask_kernel(kernel: str, kwargs: dict[str, Any]) -> str:
+    """A kernel that takes a mask per query and key and computes what the base model's own one does."""
+    if kernel in _DENSE_MASK_KERNELS:
+        return kernel
+    return "eager" if own_scores(kwargs) else "sdpa"
+
+
+def own_scores(kwargs: dict[str, Any]) -> bool:
+    """Learned sinks (GPT-OSS) or a soft cap (Gemma 2), which flash kernels know and others ignore."""
+    return kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
+
+
+def _with_extra_keys(
+    key: Tensor, value: Tensor, mask: Tensor | None, extra: ExtraKeys
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values with more before them, and the mask (B or 1, 1, n, T) of all; None where all are seen."""
+    known = extra.visible if mask is None else mask
+    if known is not None:
+        parts = [
+            known.new_ones(1, 1, known.shape[2], x.shape[2]) if visible is None else visible
+            for x, visible in ((extra.key, extra.visible), (key, mask))
+        ]
+        batch = max(len(part) for part in parts)
+        mask = torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=-1)
+    return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), mask
+
+
+def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask as "sdpa" takes it, or as "eager" adds it to the scores."""
+    if mask is None or kernel == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
