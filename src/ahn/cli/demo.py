@@ -60,9 +60,11 @@ def command(
         typer.Option("--adapter", "--ahn-path", help="Adapter for the model; may be given more than once."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", help="Read this file instead of the standard library's sources.")
+        Path | None, typer.Option("--text", help="Read this file instead of the standard library (smollm2: Moby Dick).")
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=1, help="Last tokens kept exactly.")] = WINDOW,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help=f"Last tokens kept exactly (default: {WINDOW}; smollm2: 480).")
+    ] = None,
     sinks: Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exactly.")] = SINKS,
     quantized: Annotated[
         int | None,
@@ -93,16 +95,28 @@ def command(
     what it costs. At the end the memory with the lowest loss writes on,
     from a fact out of its window's reach if it recalled one.
 
-    With --model and --adapter, the same with a model of your own.
+    With --model and --adapter, the same with a model of your own. With
+    --model smollm2, a chat model reads a book, twice as far as it was
+    trained for, and is asked for facts in it.
 
     \b
     Examples:
       ahn demo
       ahn demo --length 8192 --documents 2
+      ahn demo --model smollm2
       ahn demo --model BASE --adapter AHN --text book.txt --window 2016
     """
+    from ahn import shipped, smollm2
+    from ahn.cli import demo_book
     from ahn.demo import compare
 
+    if model is not None and shipped.known(model) is smollm2:
+        reach, book = (window or demo_book.WINDOW, sinks), None if text is None else str(text)
+        demo_book.read_a_book(adapter or [], book, reach, length, out, device, dtype, as_json)
+        return
+    if model is not None:
+        model = TINY if shipped.known(model) else model
+    window = window or WINDOW
     start = time.perf_counter()
     tier = round(TWO_BIT_WINDOWS * window) if quantized is None else quantized
     subject = _subject(model, adapter or [], text, (window, sinks), tier, length, documents, device, dtype)

@@ -1,0 +1,143 @@
+"""`ahn demo --model smollm2`: a chat model that people use reads a book, farther than it was trained for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ahn.cli import common
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from ahn.demo.book import BookResult
+
+WINDOW, SINKS = 480, 32
+LENGTH = 16_384
+"""Tokens of the book, twice the trained length."""
+BIN = 1024
+SHOWN = 2048
+"""Tokens a column of the table."""
+QUESTIONS, PAGES = 4, 2048
+BOOK = "moby-dick"
+
+
+def read_a_book(
+    adapters: list[str],
+    text: str | None,
+    reach: tuple[int, int],
+    length: int | None,
+    out: Path,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Read, ask, print a table, write results.json and figure.png.
+
+    Raises:
+        AHNError: the model or the text cannot be had, or the text is too short.
+    """
+    from ahn import shipped, smollm2
+    from ahn.checkpoint.loading import ModelSource
+    from ahn.config import AHNConfig
+    from ahn.demo.book import book_figure, make_questions, read_book
+    from ahn.demo.methods import FULL, WINDOW_ONLY
+    from ahn.files import write_json
+    from ahn.measure import plots
+    from ahn.measure.method import Method
+
+    length = (length or LENGTH) // BIN * BIN
+    if length < 2 * BIN:
+        raise AHNError(f"--length must be at least {2 * BIN:,}.")
+    name, book = _book(text)
+    model, tokenizer = ModelSource.open(shipped.resolve("smollm2")).load_ready(device, dtype, memory=False)
+    ids = tokenizer(book, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < max(length, QUESTIONS * PAGES):
+        raise AHNError(f"{name} has {len(ids):,} tokens; a text of {max(length, QUESTIONS * PAGES):,} is needed.")
+    window, sinks = reach
+    methods = [Method(FULL), Method(WINDOW_ONLY, AHNConfig(memory="window_only", window=window, sinks=sinks))]
+    for adapter in adapters or smollm2.adapters():
+        methods.append(_memory(str(shipped.resolve_adapter("smollm2", adapter)), window, sinks))
+    questions = make_questions(tokenizer, book, QUESTIONS, PAGES)
+    trained = model.config.max_position_embeddings
+    if not as_json:
+        common.out.print(_introduction(name, length, trained, window, sinks, bool(methods[2:])))
+    total = length + sum(len(question.ids) + len(question.answer) - 1 for question in questions)
+    with common.progress() as bar:
+        tasks = {method.name: bar.add_task(method.name, total=total) for method in methods}
+        results = read_book(model, methods, ids[:length], questions, BIN, lambda n, t: bar.advance(tasks[n], t))
+    data: dict[str, Any] = {"model": "smollm2", "text": name, "window": window, "sinks": sinks, "bin": BIN}
+    data |= {"length": length, "trained_positions": trained, "pages": PAGES}
+    data["results"] = [dataclasses.asdict(result) for result in results]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
+    write_json(out / "results.json", data)
+    plots.save(book_figure(results, BIN, trained, f"SmolLM2-135M-Instruct reads {name}"), out / "figure.png")
+    if as_json:
+        common.print_json(data)
+        return
+    common.out.print(_table(results))
+    common.out.print(f"\nWrote {escape(str(out))}/figure.png and results.json.")
+
+
+def _book(text: str | None) -> tuple[str, str]:
+    """Name and text: what was named, else Moby Dick, else Python's standard library."""
+    from ahn.measure.texts import STDLIB, read_text
+
+    if text is not None:
+        return Path(text).name, read_text(text)
+    try:
+        return "Moby Dick", read_text(BOOK)
+    except AHNError as error:
+        common.err.print(f"{error} Reading Python's standard library instead.", markup=False)
+        return "Python's standard library", read_text(STDLIB)
+
+
+def _memory(adapter: str, window: int, sinks: int) -> Any:
+    from ahn.checkpoint.directory import Checkpoint
+    from ahn.checkpoint.format import read_settings
+    from ahn.checkpoint.hub import local_directory
+    from ahn.measure.method import Method
+
+    settings = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"))
+    return Method(settings.memory, settings.replace(window=window, sinks=sinks), adapter)
+
+
+def _introduction(name: str, length: int, trained: int, window: int, sinks: int, memories: bool) -> str:
+    from ahn.demo.book import DEPTH
+
+    told = (
+        f"\n[bold]SmolLM2-135M-Instruct[/] reads {length:,} tokens of {escape(name)}; it was trained on {trained:,}. "
+        f"Sinks + window see {sinks} + {window} tokens exactly. Afterwards it is asked in {QUESTIONS} chats for a "
+        f"number that stands about {round((1 - DEPTH) * PAGES):,} tokens before the question.\n"
+    )
+    return told if memories else told + "No memory is shipped for it yet: the rows are what a memory has to beat.\n"
+
+
+def _table(results: list[BookResult]) -> Table:
+    """Perplexity of every `SHOWN` tokens, cache at the end, and what was answered."""
+    from statistics import geometric_mean
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("perplexity\nup to token")
+    step = SHOWN // BIN
+    for end in range(SHOWN, len(results[0].perplexity) * BIN + 1, SHOWN):
+        table.add_column(f"\n{end // 1024}k", justify="right", no_wrap=True)
+    for heading in ("cache\nMiB", "numbers\nfound", "tokens\n/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        parts = [result.perplexity[n : n + step] for n in range(0, len(result.perplexity) // step * step, step)]
+        tokens = len(result.perplexity) * BIN
+        table.add_row(
+            result.name,
+            *(f"{geometric_mean(part):,.0f}" for part in parts),
+            f"{result.cache_bytes[-1] / 2**20:.0f}",
+            f"{result.found}/{result.asked}",
+            f"{tokens / result.seconds:,.0f}",
+        )
+    return table

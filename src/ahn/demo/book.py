@@ -1,0 +1,147 @@
+"""A chat model reads a book beyond its trained length, and answers for facts put into pages of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ahn.demo.reading import read
+from ahn.measure.method import Method
+from ahn.measure.plots import MUTED, new_figure
+from ahn.measure.reading import chunk_size, in_chunks, new_cache
+from ahn.tiny.facts import KEYS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FACT = "The special magic number for the {key} is: {value}."
+QUESTION = "{text}\n\nWhat is the special magic number for the {key} mentioned in the text?"
+REPLY = "The special magic number for the {key} mentioned in the text is"
+DIGITS = 6
+DEPTH = 0.25
+"""Where a fact stands in its pages: far before the window at their end."""
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+COLOURS = ("#5b6470", "#e0a030", "#d1495b", "#2e86ab", "#6a994e", "#b07d4f")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Token ids of a chat up to the reply's first words, and the tokens that have to follow."""
+
+    ids: list[int]
+    answer: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class BookResult:
+    """One way to read.
+
+    Attributes:
+        perplexity: of every `bin` tokens of the book, from its beginning.
+        cache_bytes: after as many tokens.
+        found, asked: questions answered with every digit right.
+        seconds: for the book.
+    """
+
+    name: str
+    perplexity: list[float]
+    cache_bytes: list[int]
+    found: int
+    asked: int
+    seconds: float
+
+
+def make_questions(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int = 0
+) -> list[Question]:
+    """Chats about different pages of a text, each with one fact in it.
+
+    Args:
+        tokenizer: with a chat template.
+        text: at least `count` times `length` tokens long.
+        length: tokens of the pages.
+    """
+    rng = random.Random(seed)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    questions = []
+    for n in range(count):
+        pages = text[offsets[n * length][0] : offsets[(n + 1) * length - 1][1]]
+        sentences = SENTENCE_END.split(pages)
+        key, value = " ".join(rng.sample(KEYS, 2)), str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+        sentences.insert(round(DEPTH * len(sentences)), FACT.format(key=key, value=value))
+        message = {"role": "user", "content": QUESTION.format(text=" ".join(sentences), key=key)}
+        shown = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        shown += REPLY.format(key=key)
+        whole = tokenizer(f"{shown} {value}", add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+        questions.append(Question(whole[: len(ids)], whole[len(ids) :]))
+    return questions
+
+
+@torch.inference_mode()
+def answers(model: PreTrainedModel, question: Question, advance: Callable[[int], Any]) -> bool:
+    """Whether every token of the answer is the most probable one, given those before it."""
+    cache, ids = new_cache(model), [*question.ids, *question.answer]
+    start, wanted, done = len(question.ids) - 1, len(question.answer), 0
+    for last, _ in in_chunks(model, cache, ids, 0, start, chunk_size(model)):
+        advance(last - done)
+        done = last
+    ((_, logits),) = in_chunks(model, cache, ids, start, start + wanted, size=wanted, logits=wanted)
+    advance(wanted)
+    return logits.argmax(-1).tolist() == question.answer
+
+
+def read_book(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    ids: Sequence[int],
+    questions: Sequence[Question],
+    bin_size: int,
+    advance: Callable[[str, int], Any] = lambda name, tokens: None,
+) -> list[BookResult]:
+    """Read the book and the questions in every way.
+
+    Args:
+        model: the bare base model.
+        ids: the book, a multiple of `bin_size` tokens.
+        advance: called with the method's name and a number of tokens, as reading goes on.
+    """
+    results = []
+    for method in methods:
+
+        def step(tokens: int, name: str = method.name) -> None:
+            advance(name, tokens)
+
+        with method.on(model):
+            reading = read(model, ids, advance=step)
+            found = sum(answers(model, question, step) for question in questions)
+        sizes = dict(reading.cache_bytes)
+        perplexity = [math.exp(float(part.double().mean())) for part in reading.losses.split(bin_size)]
+        ends = range(bin_size, len(ids) + 1, bin_size)
+        cache = [sizes[end] for end in ends]
+        results.append(BookResult(method.name, perplexity, cache, found, len(questions), reading.seconds))
+    return results
+
+
+def book_figure(results: Sequence[BookResult], bin_size: int, trained: int, title: str) -> Figure:
+    """Perplexity and cache by position, with a line where the trained length ends."""
+    figure, (text, cache) = new_figure(2, title)
+    for result, colour in zip(results, COLOURS, strict=False):
+        ends = [(n + 1) * bin_size for n in range(len(result.perplexity))]
+        text.plot([end - bin_size / 2 for end in ends], result.perplexity, color=colour, label=result.name)
+        cache.plot(ends, [size / 2**20 for size in result.cache_bytes], color=colour, label=result.name)
+    text.set_yscale("log")
+    text.set_title("Perplexity (lower is better)", fontsize=10, loc="left")
+    cache.set_title("Cache (MiB)", fontsize=10, loc="left")
+    for axis in (text, cache):
+        axis.axvline(trained, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axis.set_xlabel(f"position in the book (tokens; the model was trained on {trained:,})")
+    text.legend(frameon=False, fontsize=9)
+    return figure

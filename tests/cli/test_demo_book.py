@@ -1,0 +1,41 @@
+"""`ahn demo --model smollm2`: what it prints and what it writes, with and without a shipped memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speaking
+
+from ahn import smollm2
+from ahn.cli import demo_book
+from ahn.demo.methods import FULL, WINDOW_ONLY
+
+TEXT = "".join(f"The ship number {n} came into the harbour. Nobody saw it on that day in May. " for n in range(400))
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_verb(memory: bool, ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = speaking.save(tmp_path, speaking.CHATML)
+    (tmp_path / "shipped").mkdir()
+    if memory:
+        saved.adapter.rename(tmp_path / "shipped" / "gated_deltanet")
+    monkeypatch.setattr(smollm2, "path", lambda: saved.base)
+    monkeypatch.setattr(smollm2, "_ADAPTERS", tmp_path / "shipped")
+    monkeypatch.setattr(demo_book, "PAGES", 256)
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ("demo", "--model", "smollm2", "--text", tmp_path / "text.txt", "--length", 2048, "--window", 12)
+    done = ahn_cli(*arguments, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    shown = " ".join(done.out.split())
+    assert "reads 2,048 tokens of text.txt; it was trained on 512" in shown
+    assert ("No memory is shipped" in shown) != memory
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [entry["name"] for entry in result["results"]]
+    assert names == [FULL, WINDOW_ONLY, *(["gated_deltanet"] if memory else [])]
+    assert (result["window"], result["trained_positions"]) == (12, 512)
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    short = ahn_cli(*arguments[:5], "--length", 10**6)
+    assert short.code == 1 and "is needed" in short.err
