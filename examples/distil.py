@@ -1,4 +1,4 @@
-"""Distil a memory from a model's own full attention, in about a minute on two CPU cores.
+"""Distil a memory from a model's own full attention, in a minute or two of processor time.
 
 `ahn train` is this loop with data of your own, checkpoints and many GPUs (docs/training.md).
 """
@@ -44,8 +44,8 @@ def main(steps: int, length: int, batch: int, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("my-memory"))
     main(**vars(parser.parse_args()))

@@ -200,7 +200,7 @@ def test_poisoned_padding_reaches_nothing(name: str) -> None:
     def write_and_read(given: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         slots = [view.evicted_slots(given[part]) for part in ("k", "v")]
         gates = {part: view.evicted_slots(gate) for part, gate in fn.write_gates(given["x_write"]).items()}
-        left = without_padding(Evicted(*slots, gates), fn, view)
+        left = without_padding(Evicted(*slots, gates), fn.closed_gates, view)
         q, x = given["q"][:, :, -view.evicted :], given["x_read"][:, -view.evicted :]
         o, state = fn.scan(q, left.key, left.value, left.gates, fn.init_state(2, q.device))
         return fn.read_out(o, x), state
