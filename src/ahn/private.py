@@ -1,7 +1,7 @@
 """Private parts of other libraries that this package cannot do without, each with its reason.
 
 Nothing promises that they stay, so no other module names one (a test looks for it), pyproject.toml bounds the versions
-from above, and `make test-versions` tries the oldest and the newest: torch 2.11 to 2.13, transformers 5.17 to 5.24
+from above, and `make test-versions` tries the oldest and the newest: torch 2.11 to 2.13, transformers 5.17 to 5.23
 (training from 5.23), accelerate 1.15, datasets 5. Whoever raises a bound reads this file beside the new source.
 """
 
