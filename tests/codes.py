@@ -6,7 +6,7 @@ import torch
 from talk import Talk
 from torch import Tensor
 
-from ahn.ops.quantize import BITS, PER_BYTE
+from ahn.ops.quantize import BITS, per_group
 
 MOST = 4
 """Numbers and scales of one step. Of a thousand, float32 in another order of operations moves less than one."""
@@ -49,5 +49,5 @@ def rounded_otherwise(one: Talk, other: Talk) -> int:
 
 def _levels(codes: Tensor) -> Tensor:
     """(..., P / 4) bytes to (..., P) levels."""
-    places = BITS * torch.arange(PER_BYTE)
+    places = BITS * torch.arange(per_group(BITS))
     return ((codes.unsqueeze(-1).int() >> places) & (2**BITS - 1)).flatten(-2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ahn import memory
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.ops.quantize import PER_BYTE
+from ahn.ops.quantize import BITS, code_bytes
 from ahn.shape import ModelShape
 
 LIMIT = 1 << 40
@@ -168,7 +168,7 @@ def _tier(
     rows = batch, shape.kv_heads
     tier = {}
     for kind in ("key", "value"):
-        tier[f"{kind}s"] = Stored("U8", (*rows, config.quantized, shape.head_dim // PER_BYTE))
+        tier[f"{kind}s"] = Stored("U8", (*rows, config.quantized, code_bytes(shape.head_dim, BITS)))
         tier[f"{kind}_scales"] = Stored("BF16", (*rows, config.quantized))
         tier[f"{kind}_offset"] = Stored("F32", (*rows, shape.head_dim))
     tier |= {f"gates.{name}": Stored(dtype, (batch, x.shape[1], config.quantized)) for name, x in gates.items()}

@@ -24,7 +24,7 @@ from ahn.layout.evicted import Evicted
 from ahn.layout.slots import gather
 from ahn.layout.state import TierRing, TierState, WindowState
 from ahn.layout.tier import TierView
-from ahn.ops.quantize import PER_BYTE, decode, encode, precise, rotate, turned
+from ahn.ops.quantize import BITS, code_bytes, decode, encode, precise, rotate, turned
 
 
 @dataclasses.dataclass
@@ -131,7 +131,7 @@ def empty(capacity: int, window: WindowState) -> TierState:
 
     def ring() -> TierRing:
         return TierRing(
-            codes=window.keys.new_zeros(B, heads, capacity, P // PER_BYTE, dtype=torch.uint8),
+            codes=window.keys.new_zeros(B, heads, capacity, code_bytes(P, BITS), dtype=torch.uint8),
             scales=window.keys.new_zeros(B, heads, capacity, dtype=torch.bfloat16),
             offset=window.keys.new_zeros(B, heads, P, dtype=torch.float32),
         )
@@ -142,7 +142,7 @@ def empty(capacity: int, window: WindowState) -> TierState:
 
 def nbytes(capacity: int, kv_heads: int, head_dim: int) -> int:
     """Bytes of one layer and sequence: codes, scales and offsets (the waiting gates not counted)."""
-    token = 2 * kv_heads * (head_dim // PER_BYTE + torch.bfloat16.itemsize)
+    token = 2 * kv_heads * (code_bytes(head_dim, BITS) + torch.bfloat16.itemsize)
     return capacity * token + 2 * kv_heads * head_dim * torch.float32.itemsize
 
 

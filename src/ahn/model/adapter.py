@@ -29,7 +29,7 @@ from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.model import attention, chunks
 from ahn.model.context import ForwardContext, LayerContext
 from ahn.model.observer import Observer
-from ahn.ops.quantize import PER_BYTE
+from ahn.ops.quantize import BITS, per_group
 from ahn.shape import ModelShape
 
 
@@ -253,9 +253,10 @@ def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNCon
 
 
 def _check_head_dim(shape: ModelShape, quantized: int) -> None:
-    if quantized and shape.head_dim % PER_BYTE:
+    multiple = per_group(BITS)
+    if quantized and shape.head_dim % multiple:
         raise AHNError(
-            f"quantized needs a head dimension that is a multiple of {PER_BYTE}, this model's is {shape.head_dim}."
+            f"quantized needs a head dimension that is a multiple of {multiple}, this model's is {shape.head_dim}."
         )
 
 

@@ -1,24 +1,51 @@
-"""Two bits a number: rotate a vector, scale it, round each number to one of four levels, four codes a byte.
+"""Two, three or four bits per number: rotate a vector, scale it, round each number to one of 4, 8 or 16 levels.
 
 A rotation makes the numbers of any vector look Gaussian (QuaRot, arXiv 2404.00456), and for Gaussian numbers the best
-four levels are known (Lloyd 1982, Max 1960), so nothing has to be learned or calibrated. A vector's one scale decides
+levels are known (Lloyd 1982, Max 1960), so nothing has to be learned or calibrated. A vector's one scale decides
 what the codes preserve: the least squared error, which suits values, or every inner product on average, which suits
 keys (TurboQuant, arXiv 2504.19874): the levels pull a vector towards zero, and a softmax over such keys is too flat.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn.errors import AHNError
+
 BITS = 2
-PER_BYTE = 8 // BITS
-LEVELS = (-1.5104176, -0.4527800, 0.4527800, 1.5104176)
-"""Of the Lloyd-Max quantiser of a standard normal number; its mean squared error is 0.1175."""
-EDGES = (-0.9815988, 0.0, 0.9815988)
+"""Where nothing else is said; the only codes that the kernels of a captured step know."""
+LEVELS = {
+    2: (-1.5104176, -0.4527800, 0.4527800, 1.5104176),
+    3: (-2.1519457, -1.3439093, -0.7560053, -0.2450942, 0.2450942, 0.7560053, 1.3439093, 2.1519457),
+    4: (
+        *(-2.7325896, -2.0690172, -1.6180464, -1.2562312, -0.9423405, -0.6567591, -0.3880483, -0.1283950),
+        *(0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896),
+    ),
+}
+"""Of the Lloyd-Max quantisers of a standard normal number; mean squared errors 0.1175, 0.03455 and 0.009501."""
+EDGES = {bits: tuple((a + b) / 2 for a, b in itertools.pairwise(levels)) for bits, levels in LEVELS.items()}
+
+
+def per_group(bits: int) -> int:
+    """Codes that fill whole bytes together: 4 of 2 bits one byte, 8 of 3 bits three bytes, 2 of 4 bits one byte.
+
+    Raises:
+        AHNError: there are no levels for so many bits.
+    """
+    if bits not in LEVELS:
+        raise AHNError(f"Codes have {', '.join(map(str, LEVELS))} bits per number, not {bits!r}.")
+    return math.lcm(bits, 8) // bits
+
+
+def code_bytes(numbers: int, bits: int) -> int:
+    """Bytes of the codes of a vector with so many numbers, a multiple of `per_group(bits)`."""
+    return numbers // per_group(bits) * (per_group(bits) * bits // 8)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -28,36 +55,57 @@ def rotate(x: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, size)) @ _hadamard(size, x.dtype, x.device)).flatten(-2)
 
 
-def encode(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, unbiased: bool, bits: int = BITS) -> tuple[Tensor, Tensor]:
     """Vectors to codes and scales. The result for one vector does not depend on the others.
 
     Args:
-        x: (..., P) with P a multiple of 4.
+        x: (..., P) with P a multiple of `per_group(bits)`.
         unbiased: choose the scale so that the decoded vector has the product |x|² with x itself, and so on average the
             right product with any other vector; else so that it lies closest to x.
+        bits: per number, 2, 3 or 4.
 
     Returns:
-        Codes (..., P / 4) uint8 and scales (...) bfloat16.
+        Codes (..., P · bits / 8) uint8, the first number in the lowest bits, and scales (...) bfloat16.
+
+    Raises:
+        AHNError: there are no codes of so many bits.
     """
+    group = per_group(bits)
     y = rotate(x.to(precise(x.dtype)))
     deviation = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_tiny(y))
-    code = torch.bucketize(y / deviation, _numbers(EDGES, y.dtype, y.device))
-    level = _numbers(LEVELS, y.dtype, y.device)[code]
+    code = torch.bucketize(y / deviation, _numbers(EDGES[bits], y.dtype, y.device))
+    level = _numbers(LEVELS[bits], y.dtype, y.device)[code]
     product = (y * level).sum(-1)
     scale = y.square().sum(-1) / product.clamp_min(_tiny(y)) if unbiased else product / level.square().sum(-1)
-    places = BITS * torch.arange(PER_BYTE, device=x.device)
-    return (code.unflatten(-1, (-1, PER_BYTE)) << places).sum(-1).to(torch.uint8), scale.bfloat16()
+    return _packed(code.unflatten(-1, (-1, group)), bits).flatten(-2), scale.bfloat16()
 
 
-def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -> Tensor:
     """The vectors (..., P) that `encode` left of its input: float32, or float64 for a `dtype` of that precision."""
-    return rotate(turned(codes, scale, precise(dtype)))
+    return rotate(turned(codes, scale, precise(dtype), bits))
 
 
-def turned(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def turned(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -> Tensor:
     """What `decode` gives before it is rotated back, (..., P) of this type."""
-    level = F.embedding(codes.int(), _bytes(dtype, codes.device)).flatten(-2)
-    return level * scale.to(dtype).unsqueeze(-1)
+    groups = codes.unflatten(-1, (-1, per_group(bits) * bits // 8))
+    if groups.shape[-1] == 1:  # all that a byte can say is known
+        level = F.embedding(codes.int(), _bytes(bits, dtype, codes.device))
+    else:
+        level = F.embedding(_unpacked(groups, bits), _numbers(LEVELS[bits], dtype, codes.device)[:, None]).squeeze(-1)
+    return level.flatten(-2) * scale.to(dtype).unsqueeze(-1)
+
+
+def _packed(code: Tensor, bits: int) -> Tensor:
+    """Groups of codes (..., G), as many as fill whole bytes, to these bytes (..., G · bits / 8)."""
+    word = (code << bits * torch.arange(code.shape[-1], device=code.device)).sum(-1, keepdim=True)
+    return (word >> 8 * torch.arange(code.shape[-1] * bits // 8, device=code.device) & 255).to(torch.uint8)
+
+
+def _unpacked(groups: Tensor, bits: int) -> Tensor:
+    """The inverse of `_packed`, int32."""
+    places = torch.arange(groups.shape[-1], dtype=torch.int32, device=groups.device)
+    word = (groups.int() << 8 * places).sum(-1, keepdim=True, dtype=torch.int32)
+    return word >> bits * torch.arange(per_group(bits), dtype=torch.int32, device=groups.device) & 2**bits - 1
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -89,8 +137,7 @@ def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(256, 4) the levels of the four codes in each byte."""
-    places = BITS * torch.arange(PER_BYTE, device=device)
-    codes = torch.arange(256, device=device)[:, None] >> places & (2**BITS - 1)
-    return torch.tensor(LEVELS, dtype=dtype, device=device)[codes]
+def _bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(256, 8 / bits) the levels of the codes in each byte, of bits that divide 8."""
+    codes = _unpacked(torch.arange(256, device=device)[:, None], bits)
+    return torch.tensor(LEVELS[bits], dtype=dtype, device=device)[codes]

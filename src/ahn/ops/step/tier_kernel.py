@@ -24,8 +24,8 @@ from ahn.ops.step.dependent_launch import announce, wait
 from ahn.ops.step.head_kernel import finished_head, slot_of, turn
 from ahn.ops.step.reference import gates_of
 
-_INNER, _OUTER = tl.constexpr(LEVELS[2]), tl.constexpr(LEVELS[3])
-_EDGE = tl.constexpr(EDGES[2])
+_INNER, _OUTER = tl.constexpr(LEVELS[2][2]), tl.constexpr(LEVELS[2][3])
+_EDGE = tl.constexpr(EDGES[2][2])
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
