@@ -96,7 +96,7 @@ def command(
     from a fact out of its window's reach if it recalled one.
 
     With --model and --adapter, the same with a model of your own. With
-    --model smollm2, a chat model reads a book, twice as far as it was
+    --model smollm2, a chat model reads a book, farther than it was
     trained for, and is asked for facts in it.
 
     \b
