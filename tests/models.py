@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 import ahn
 
 VOCABULARY = 61
+SLOTS = 16
+"""Of a memory of tokens: 14 are kept, blocks have 2. So few that most of a short text is forgotten."""
 _SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -50,6 +52,7 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 MEMORIES = ahn.memory.names()
+RECURRENT = ahn.memory.recurrent()
 EVERYTHING = MEMORIES + ahn.memory.baselines()
 
 
@@ -63,7 +66,7 @@ def base(architecture: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrain
 
 def adapted(architecture: str = "qwen3", seed: int = 0, **config: Any) -> PreTrainedModel:
     """A model with an AHN whose every part is at work: no parameter is at the value of a new one."""
-    return awaken(ahn.attach(base(architecture, seed), ahn.AHNConfig(**config)))
+    return awaken(ahn.attach(base(architecture, seed), ahn.AHNConfig(**{"slots": SLOTS} | config)))
 
 
 @torch.no_grad()

@@ -118,6 +118,39 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: list[int]) -> Tensor:
     return (torch.softmax(scores, -1)[..., None, :] @ v[:, :, positions])[..., 0, :]
 
 
+# -- retained tokens: per key head the tokens with the highest scores, seen beside sinks and window --------------------
+
+
+def scores(w: Weights, x: Tensor) -> Tensor:
+    """x (B, L, D) to (B, Hkv, L), rounded to bfloat16."""
+    hidden = F.silu(x @ w["scorer.inner.weight"].T + w["scorer.inner.bias"])
+    logits = x @ w["scorer.direct.weight"].T + hidden @ w["scorer.outer.weight"].T + w["scorer.outer.bias"]
+    return logits.transpose(1, 2).bfloat16().to(x.dtype)
+
+
+def retained(score: list[float], left: list[int], slots: int) -> list[int]:
+    """Which of the tokens at positions `left`, in the order in which they left the window, one head still sees.
+
+    What left up to the last full block is sorted as a whole, once: the package goes from block to block.
+    """
+    block = max(1, slots // 8)
+    full = len(left) - len(left) % block
+    best = sorted(left[:full], key=lambda position: (-score[position], position))
+    return sorted(best[: slots - block]) + left[full:]
+
+
+def _attend_retained(
+    q: Tensor, k: Tensor, v: Tensor, score: Tensor, exact: list[int], left: list[int], slots: int
+) -> Tensor:
+    """One query q (B, H, P) over exact and retained tokens; k, v (B, H, L, P), score (B, H, L)."""
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            seen = exact + retained(score[b, h].tolist(), left, slots)
+            out[b, h] = _attend(q[b, h][None, None], k[b, h][None, None], v[b, h][None, None], seen)[0, 0]
+    return out
+
+
 def _part(w: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): x for name, x in w.items() if name.startswith(prefix)}
 
@@ -140,15 +173,21 @@ def _mixer(
     k = keys.repeat_interleave(heads // kv_heads, 1)
     values = _project(x, attention, "v_proj", kv_heads)
     v = values.repeat_interleave(heads // kv_heads, 1)
-    write, read = MEMORIES[case["ahn"]]
+    keeps = case["ahn"] == "RetainedTokens"
+    score = scores(memory, x).repeat_interleave(heads // kv_heads, 1) if keeps else x
+    write, read = MEMORIES.get(case["ahn"], (None, None))
     written_k, written_v = (keys, values) if write is routed_write else (k, v)
     B, _, L, P = q.shape
     S, outputs, states = torch.zeros(B, written_k.shape[1], P, P, dtype=x.dtype), [], {}
     for t in range(L):
         seen = sorted(set(range(min(sinks, t + 1))) | set(range(max(0, t - window + 1), t + 1)))
-        y = _attend(q[:, :, t], k, v, seen)
         leaves = t - window
-        if leaves >= sinks:
+        if keeps:
+            left = list(range(sinks, leaves + 1))
+            y = _attend_retained(q[:, :, t], k, v, score, seen, left, case["slots"])
+        else:
+            y = _attend(q[:, :, t], k, v, seen)
+        if write is not None and read is not None and leaves >= sinks:
             S = write(memory, S, written_k[:, :, leaves], written_v[:, :, leaves], x[:, leaves])
             r = read(memory, S, memory_q[:, :, t], x[:, t])
             if router:

@@ -96,7 +96,7 @@ def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype, quantized: 
         if (
             length <= 32 + quantized
         ):  # nothing is in the state yet; whether its zeros lie in memory is the cache's affair
-            held -= sum(layer.state.memory["state"].nbytes for layer in cache.memory_layers.values())
+            held -= sum(x.nbytes for layer in cache.memory_layers.values() for x in layer.state.memory.values())
         assert held == usage.cache_bytes
         assert (usage.state_bytes > 0) == (length > 32 + quantized)
         assert (usage.quantized_bytes > 0) == (quantized > 0 and length > 32)
@@ -147,7 +147,7 @@ def test_states_that_heads_share_are_kept_once_and_read_by_each() -> None:
     assert more.mixer_flops - less.mixer_flops == layers * written * 2 * (heads * states * P * P + matrices)
 
 
-@pytest.mark.parametrize("name", memory.names())
+@pytest.mark.parametrize("name", memory.recurrent())
 def test_options_count_what_they_add(name: str) -> None:
     plain = AHNConfig(memory=name, window=24, sinks=8)
     heads, head_dim, layers = 4, 8, 3

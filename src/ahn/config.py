@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ahn.errors import AHNError
+from ahn.shape import DEFAULT_SLOTS
 
 DEFAULT_WINDOW = 32640
 DEFAULT_SINKS = 128
@@ -38,6 +39,9 @@ class AHNConfig:
         quantized: number of tokens before the window that are still seen, at two bits a number (C ≥ 0). For inference
             with any memory, trained without it; a token takes a seventh or less of its bytes in the window.
 
+        slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); other memories have no
+            use for it. A token takes as many bytes as in the window, and 4 for its position.
+
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
     """
@@ -50,9 +54,10 @@ class AHNConfig:
     q_proj: bool = False
     prefill_chunk_size: int = 8192
     quantized: int = 0
+    slots: int = DEFAULT_SLOTS
 
     def __post_init__(self) -> None:
-        for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0)):
+        for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0), ("slots", 2)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {reprlib.repr(value)}.")

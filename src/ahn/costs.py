@@ -17,7 +17,7 @@ from ahn.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-BFLOAT16_BYTES, FLOAT32_BYTES = 2, 4
+BFLOAT16_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,9 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
 
     with one multiplication and one addition for every number of the state and every weight of the memory's matrices
     (gate projections, `o_proj`, `q_proj`) a token. For Gated DeltaNet that is the paper's `P²·Hq + 3·D·Hq + P²·Hq`.
-    The baselines have no matrices; slots that attention sees besides the window count as keys and values held in
-    float32 (all of them from the first evicted token on; the one that is being filled is left out).
+    The baselines have no matrices; slots that attention sees besides the window count as keys and values (all of them
+    from the first evicted token on). Pooled ones are held in float32 (the one that is being filled is left out),
+    retained tokens in the model's dtype, with a score and a position.
     With C quantized tokens each of the last L - W queries attends to up to C more keys, and the memory begins to be
     written C tokens later. The rotations of encoding and decoding are left out.
     Up to W tokens nothing is written and both columns are equal (but for the waiting gates in `gate_bytes`).
@@ -154,8 +155,8 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
         raise AHNError(f"The length must be an integer ≥ 1, got {length!r}.")
     shape = ModelShape.from_config(hf_config)
     text = _text_config(hf_config)
-    sizes = _memory_sizes(shape, ahn_config)
     width = BFLOAT16_BYTES if dtype is None else dtype.itemsize
+    sizes = _memory_sizes(shape, ahn_config, width)
     with_memory = shape.memory_layers(ahn_config.full_attention_layers)
     rest = [_base_layer(shape, text, i, length, width) for i in range(shape.layers) if i not in with_memory]
     before = [_base_layer(shape, text, i, length, width) for i in with_memory]
@@ -176,6 +177,8 @@ class _MemorySizes:
     parameters: int
     matrices: int
     slots: int
+    slot_bytes: int
+    """Of one slot and key head."""
     state_numbers: int
     read_numbers: int
     """Numbers of states that all query heads read for one token."""
@@ -185,23 +188,24 @@ class _MemorySizes:
 
 
 @lru_cache(maxsize=32)
-def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig) -> _MemorySizes:
+def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT16_BYTES) -> _MemorySizes:
     import torch
 
     from ahn import memory
 
     # Asking the module itself, on the meta device, keeps this right for every memory there will be.
-    kind, meta = memory.get(ahn_config.memory), torch.device("meta")
+    meta = torch.device("meta")
     with meta, torch.no_grad():
-        module = kind(shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=ahn_config.q_proj)
+        module = memory.make(ahn_config, shape)
         states = list(module.init_state(1, meta).values())
         gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
     parameters = list(module.parameters())
-    routed = ahn_config.router and issubclass(kind, memory.RecurrentMemory)
+    routed = ahn_config.router and isinstance(module, memory.RecurrentMemory)
     return _MemorySizes(
         parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if routed else 0),
         matrices=sum(p.numel() for p in parameters if p.dim() > 1),
         slots=module.slot_count(ahn_config.window + ahn_config.quantized),
+        slot_bytes=module.slot_bytes(width),
         state_numbers=sum(s.numel() for s in states),
         read_numbers=sum(s.numel() for s in states) * (shape.heads // module.write_heads),
         state_bytes=sum(s.nbytes for s in states),
@@ -245,7 +249,7 @@ def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig,
     return dataclasses.replace(
         exact,
         state_numbers=sizes.state_numbers + slot_numbers,
-        state_bytes=sizes.state_bytes + slot_numbers * FLOAT32_BYTES,
+        state_bytes=sizes.state_bytes + sizes.slots * Hkv * sizes.slot_bytes,
         mixer_flops=exact.mixer_flops + written * (2 * (sizes.read_numbers + sizes.matrices) + slot_flops),
     )
 

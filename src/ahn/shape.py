@@ -7,6 +7,9 @@ from typing import Any
 
 from ahn.errors import AHNError
 
+DEFAULT_SLOTS = 1024
+"""Tokens per layer and key head that a memory of tokens holds (`AHNConfig.slots`)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:

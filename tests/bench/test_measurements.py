@@ -92,7 +92,7 @@ def test_throughput(stand: Stand, name: str) -> None:
     check_roofline(row, 3)
 
 
-@pytest.mark.parametrize("name", ahn.memory.names())
+@pytest.mark.parametrize("name", ahn.memory.recurrent())
 def test_train(stand: Stand, name: str) -> None:
     method, model = make_methods([name], 20, 4)[0], stand.model
     forwards: list[bool] = []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from golden import relative_error
-from models import ARCHITECTURES, EVERYTHING, MEMORIES, adapted, awaken, base, positions, tokens
+from models import ARCHITECTURES, EVERYTHING, MEMORIES, RECURRENT, adapted, awaken, base, positions, tokens
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -588,7 +588,7 @@ def test_bfloat16(memory: str) -> None:
         assert relative_error(logits, exact) < 5 * rounding
         for layer in cache.memory_layers.values():
             assert layer.keys.dtype == torch.bfloat16
-            assert all(x.dtype == torch.float32 for x in layer.state.memory.values())
+            assert memory == "retained" or all(x.dtype == torch.float32 for x in layer.state.memory.values())
             assert all(x.dtype == torch.bfloat16 for x in layer.window.gates.values())
         assert torch.isfinite(go_on(found, cache, 2)).all()
 
@@ -609,7 +609,7 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_gradient_checkpointing(memory: str, use_reentrant: bool) -> None:
     model, ids = student(memory=memory, router=True, q_proj=True).train(), tokens(2, 40)
     ids_mask = torch.ones_like(ids)

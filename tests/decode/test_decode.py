@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import MEMORIES, adapted, awaken, base, tokens
+from models import RECURRENT, adapted, awaken, base, tokens
 from talk import Talk
 from test_invariants import assert_same_layers
 from torch import Tensor
@@ -32,7 +32,7 @@ from ahn.decode import runner
 WINDOW, SINKS = 9, 3
 LOSSLESS = WINDOW + SINKS
 TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
-CAPTURED = (*MEMORIES, "window_only")
+CAPTURED = (*RECURRENT, "window_only")
 
 
 @dataclasses.dataclass

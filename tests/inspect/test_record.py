@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from golden import relative_error
-from models import MEMORIES, adapted, tokens
+from models import RECURRENT, adapted, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -66,7 +66,7 @@ def of_heads(kv: AHNCache, layer: int, writers: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_writes_are_what_happens_to_the_state(memory: str) -> None:
     """Tokens go in one by one and every state is kept: the change beyond the decay is the update."""
     model, ids = shared(memory), tokens(2, LENGTH)
@@ -96,7 +96,7 @@ def test_writes_are_what_happens_to_the_state(memory: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "router and q_proj"])
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_reads_are_what_the_memory_adds_after_o_proj(memory: str, options: bool) -> None:
     """The first layer's attention output with and without its reads differs by them."""
     model, ids = shared(memory, options), tokens(2, LENGTH)
@@ -127,7 +127,7 @@ def test_every_way_of_reading_is_recorded_alike(sizes: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_outputs_do_not_change_by_a_bit(memory: str) -> None:
     model, ids = shared(memory, True), tokens(2, LENGTH)
     plain, kv = model(ids), AHNCache.for_model(model)

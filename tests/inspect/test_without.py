@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import MEMORIES, adapted, tokens
+from models import RECURRENT, adapted, tokens
 from transformers import PreTrainedModel
 
 import ahn
@@ -19,7 +19,7 @@ def made(memory: str, **options: bool) -> PreTrainedModel:
 
 @torch.no_grad()
 @pytest.mark.parametrize("off", ["both", "write", "read"])
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_without_everything_is_sinks_and_window(memory: str, off: str) -> None:
     """Bit for bit, padded, with and without a cache, in steps. Without writes alone the state is empty: reads of 0."""
     model, plain, ids = made(memory, router=True, q_proj=True), made("window_only"), tokens(2, LENGTH)
@@ -36,7 +36,7 @@ def test_without_everything_is_sinks_and_window(memory: str, off: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_heads_that_do_not_write(memory: str) -> None:
     model, ids = made(memory), tokens(1, LENGTH)
     whole, less = AHNCache.for_model(model), AHNCache.for_model(model)
@@ -63,7 +63,7 @@ def test_what_was_written_before_stays_untouched() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_heads_that_are_not_read(memory: str) -> None:
     """As if their projection were zero, which is behind the norm; the states are those of the whole memory."""
     model, ids = made(memory), tokens(1, LENGTH)
@@ -77,7 +77,7 @@ def test_heads_that_are_not_read(memory: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_tokens_that_are_kept_out(memory: str) -> None:
     """In a padded batch, chunks and steps: exactly these writes are gone."""
     model, ids = made(memory), tokens(2, LENGTH)

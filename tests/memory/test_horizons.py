@@ -15,7 +15,7 @@ from ahn.training.arguments import parse
 from ahn.training.run import load_model
 
 
-@pytest.mark.parametrize("memory", ahn.memory.names())
+@pytest.mark.parametrize("memory", ahn.memory.recurrent())
 def test_heads_forget_by_an_e_fold_in_their_horizon(memory: str) -> None:
     model = ahn.attach(base(), ahn.AHNConfig(memory=memory, window=4, sinks=1))
     start_with_horizons(model, 50, 400)

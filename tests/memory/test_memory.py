@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MEMORIES
+from models import RECURRENT
 from torch import Tensor
 
 from ahn import AHNError, memory, ops
@@ -25,8 +25,8 @@ from ahn.memory import RecurrentMemory
 
 D, H, HKV, P = 6, 2, 1, 4
 FLOAT32 = 1e-5  # some tens of float32 operations (6e-8 each) one after the other
-KNOWN = [name for name in MEMORIES if memory.get(name).published_name in oracle.MEMORIES]
-every = pytest.mark.parametrize("name", MEMORIES)
+KNOWN = [name for name in RECURRENT if memory.get(name).published_name in oracle.MEMORIES]
+every = pytest.mark.parametrize("name", RECURRENT)
 equations = pytest.mark.parametrize("name", KNOWN)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from golden import relative_error
-from models import ARCHITECTURES, MEMORIES, adapted, awaken, base, tokens
+from models import ARCHITECTURES, RECURRENT, adapted, awaken, base, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,7 +115,7 @@ def test_attach_once_detach_once() -> None:
     ahn.attach(model)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 def test_parameters_have_the_published_names(memory: str) -> None:
     model = ahn.attach(base(), AHNConfig(memory=memory, router=True, q_proj=True, full_attention_layers=(0,)))
     parameters = ahn.adapter_parameters(model)

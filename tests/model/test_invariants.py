@@ -58,6 +58,11 @@ def read(
     return torch.cat(logits, dim=1)
 
 
+def tolerance(name: str) -> float:
+    """Scores wait in bfloat16: one that differs in its last float32 digits may be rounded the other way."""
+    return 2**-8 if name in ("gates.score", "state.scores") else TOLERANCE
+
+
 def assert_same_layers(found: ahn.AHNCache, expected: ahn.AHNCache) -> None:
     for index, layer in expected.memory_layers.items():
         other, own = found.memory_layers[index].tensors(), layer.tensors()
@@ -67,7 +72,7 @@ def assert_same_layers(found: ahn.AHNCache, expected: ahn.AHNCache) -> None:
             if "state.groups" in own and name in ("state.keys", "state.values"):  # slots of no group hold anything
                 used = (own["state.groups"] >= 0)[:, None, :, None]
                 x, y = x.where(used, 0), y.where(used, 0)
-            assert relative_error(y, x) < TOLERANCE, (index, name)
+            assert relative_error(y, x) < tolerance(name), (index, name)
 
 
 # -- 1. the whole prompt, chunks of any sizes, one token at a time ----------------------------------------------------
@@ -255,8 +260,8 @@ def assert_rows_alone(model: PreTrainedModel, turns: Turns) -> None:
             assert all(relative_error(mine[t], its[t]) < TOLERANCE for t in mine)
             others = other.tensors()
             for name, part in layer.tensors().items():
-                if name == "state.state" or name.startswith("state.quantized."):
-                    assert relative_error(others[name][row], part[0]) < TOLERANCE, name
+                if name.startswith("state.") and "state.groups" not in others:  # pools of no token hold anything
+                    assert relative_error(others[name][row], part[0]) < tolerance(name), name
 
 
 @pytest.mark.parametrize("memory", EVERYTHING)

@@ -59,3 +59,19 @@ def test_options_follow_the_specification(
         parts = [model(ids[:, :prefill], past_key_values=cache).logits]
         parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(prefill, 25)]
     assert relative_error(torch.cat(parts, dim=1), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@given(window=st.integers(1, 10), sinks=st.integers(0, 4), prefill=st.integers(1, 40), slots=st.integers(2, 26))
+@settings(max_examples=8, deadline=None)
+def test_retained_tokens_follow_the_definition(family: str, window: int, sinks: int, prefill: int, slots: int) -> None:
+    model = adapted(family, memory="retained", window=window, sinks=sinks, slots=slots)
+    config, ids = model.config, tokens(2, 41)
+    case = config.to_dict() | {"ahn": "RetainedTokens", "rope_theta": config.rope_parameters["rope_theta"]}
+    weights = {name: x.double() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        expected, _, _ = oracle.decoder(case | {"slots": slots}, weights, ids, window, sinks)
+        cache = AHNCache.for_model(model)
+        parts = [model(ids[:, :prefill], past_key_values=cache).logits]
+        parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(prefill, 41)]
+    assert relative_error(torch.cat(parts, dim=1), expected) < TOLERANCE

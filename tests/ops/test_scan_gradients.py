@@ -9,7 +9,7 @@ import torch
 from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MEMORIES, adapted, tokens
+from models import RECURRENT, adapted, tokens
 from support.effort import examples, slow
 from support.kernels import INTERPRETED, NAMES
 from support.scans import FLOAT32, GATES, errors_of, inputs, several_states
@@ -84,7 +84,7 @@ def test_gradients_of_the_last_state_alone(name: str) -> None:
 @pytest.mark.parametrize(
     "options", [slow({}, id="plain"), pytest.param({"router": True, "q_proj": True}, id="options")]
 )
-@pytest.mark.parametrize("memory", [slow(name) if name == "deltanet" else name for name in MEMORIES])
+@pytest.mark.parametrize("memory", [slow(name) if name == "deltanet" else name for name in RECURRENT])
 def test_a_model_learns_the_same(memory: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradients of every parameter of memory and base, through kernels and in chunks."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

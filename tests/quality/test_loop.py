@@ -28,7 +28,7 @@ def adapter(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()}
 
 
-@pytest.mark.parametrize("memory", ahn.memory.names())
+@pytest.mark.parametrize("memory", ahn.memory.recurrent())
 def test_thirty_steps_lower_the_divergence(memory: str) -> None:
     model = student(trained=False, memory=memory)
     base = {name: p.detach().clone() for name, p in model.named_parameters() if name not in adapter(model)}
@@ -153,7 +153,7 @@ def test_wrong_arguments_are_refused() -> None:
 # -- on a GPU
 
 
-@pytest.mark.parametrize("memory", ahn.memory.names())
+@pytest.mark.parametrize("memory", ahn.memory.recurrent())
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_wait_between_logs(memory: str) -> None:

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from models import MEMORIES, adapted
+from models import RECURRENT, adapted
 from models import tokens as prompt
 from tiny_student import freeze_base, student, tokens
 from torch import Tensor
@@ -58,7 +58,7 @@ def test_same_gradients_and_no_compilation_for_another_length() -> None:
     assert graphs[1:] == [graphs[0]] * 2
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", RECURRENT)
 @torch.no_grad()
 def test_a_prompt_in_a_compiled_block(memory: str) -> None:
     """Layers share what is compiled, and chunks of other lengths need no more of it."""

@@ -39,7 +39,7 @@ def test_equals_the_definition() -> None:
     assert_same(found, Distillation(kl + ce, kl, ce, teacher_ce, valid=2 * 29))
 
 
-@pytest.mark.parametrize("memory", ahn.memory.names())
+@pytest.mark.parametrize("memory", ahn.memory.recurrent())
 @torch.no_grad()
 def test_where_a_sequence_starts_matters_to_a_memory_that_sees_positions(memory: str) -> None:
     model, ids = student(memory=memory), tokens(2, 40)
@@ -74,7 +74,7 @@ def test_gradients_reach_the_adapter_alone() -> None:
     assert with_gradient == set(ahn.adapter_parameters(model)) - unused
 
 
-@pytest.mark.parametrize("memory", ahn.memory.names())
+@pytest.mark.parametrize("memory", ahn.memory.recurrent())
 def test_gradient_checkpointing_changes_nothing(memory: str) -> None:
     model, ids = freeze_base(student(memory=memory)), tokens(2, 30)
     found = []

@@ -71,7 +71,7 @@ def _method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: i
 
 def fit_window(config: ahn.AHNConfig, budget: int) -> ahn.AHNConfig:
     """With a window so narrow that sinks + window + slots is at most the budget."""
-    return config.replace(window=memory.window_within(config.memory, budget - config.sinks))
+    return config.replace(window=memory.window_within(config.memory, budget - config.sinks, slots=config.slots))
 
 
 def fit_tier(model: PreTrainedModel, whole: ahn.AHNConfig, tier: Tier, length: int) -> ahn.AHNConfig:
@@ -110,7 +110,7 @@ def _about(model: PreTrainedModel, config: ahn.AHNConfig | None, length: int) ->
     cost = ahn.cost(model.config, config or ahn.AHNConfig(memory="window_only"), length, model.dtype)
     about: dict[str, Any] = {"memory": "full", "window": length, "sinks": 0, "slots": 0, "quantized": 0}
     if config is not None:
-        slots = memory.slot_count(config.memory, config.window + config.quantized)
+        slots = memory.slot_count(config.memory, config.window + config.quantized, config.slots)
         about = {"memory": config.memory, "window": config.window, "sinks": config.sinks, "slots": slots}
         about["quantized"] = config.quantized
     usage = cost.full if config is None else cost.ahn

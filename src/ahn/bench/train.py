@@ -19,6 +19,7 @@ from ahn.errors import AHNError
 from ahn.measure import peak
 from ahn.measure.clock import median, release, repeated, seconds, spread
 from ahn.measure.method import Method
+from ahn.memory import recurrent
 from ahn.model.adapter import adapter_parameters
 from ahn.training import distillation_loss
 
@@ -30,6 +31,8 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
     """
     if not method.trainable or method.config is None:
         raise AHNError(f"{method.name} has no parameters to train.")
+    if method.config.memory not in recurrent():
+        raise AHNError(f"bench train measures distillation, and {method.name} learns in another way: choose others.")
     model, device, config = stand.model, stand.device, method.config
     ids = random_tokens(model, batch, context).cpu()  # as batches come
     parameters = list(adapter_parameters(model).values())

@@ -21,7 +21,9 @@ from ahn.shape import ModelShape
 
 LIMIT = 1 << 40
 """More tokens than this no conversation, window or tier has; sums and products of them stay within 64 bits."""
-FLOATS = ("F32", "BF16", "F16", "F64")
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64", torch.int32: "I32"}
+"""By what names safetensors calls them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
         config = AHNConfig(**block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
-    for name in ("memory", "router", "q_proj", "full_attention_layers"):
+    for name in ("memory", "router", "q_proj", "full_attention_layers", "slots"):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(
                 f"{where} was written with another base model or adapter: {name} {reprlib.repr(there)}, "
@@ -97,7 +99,7 @@ def check_values(tensors: Mapping[str, Tensor], seen: int, where: str) -> None:
         AHNError: one is out of range, or padding contradicts itself.
     """
     for name, x in tensors.items():
-        if x.dtype == torch.int64 and x.numel() and not -1 <= int(x.min()) <= int(x.max()) <= seen:
+        if x.dtype in (torch.int64, torch.int32) and x.numel() and not -1 <= int(x.min()) <= int(x.max()) <= seen:
             raise AHNError(f"{where} is damaged: {name} holds a number outside of -1 to {seen}.")
     if "padding.leading" in tensors:
         leading, moved = tensors["padding.leading"], tensors["padding.moved"]
@@ -133,7 +135,7 @@ def _check_memory_layer(
     wanted = {"keys": Stored(dtype, keys), "values": Stored(dtype, keys)}
     fn, gates = _memory(config, shape, batch, held)
     wanted |= {f"gates.{name}": Stored(dtype, tuple(gate.shape)) for name, gate in gates.items()}
-    state = _state(fn, config, batch, shape)
+    state = _state(fn, config, batch, shape, dtype)
     tier = _tier(config, batch, shape, gates, dtype)
     if isinstance(fn, memory.RecurrentMemory) or state.keys() & tensors.keys():
         wanted |= state
@@ -145,19 +147,14 @@ def _check_memory_layer(
 def _memory(config: AHNConfig, shape: ModelShape, batch: int, held: int) -> tuple[memory.Memory, dict[str, Tensor]]:
     """The memory without weights, and the write gates of the tokens in the window, without numbers."""
     with torch.device("meta"), torch.no_grad():
-        fn = memory.get(config.memory)(
-            shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=config.q_proj
-        )
+        fn = memory.make(config, shape)
         return fn, fn.write_gates(torch.empty(batch, held, shape.hidden_size))
 
 
-def _state(fn: memory.Memory, config: AHNConfig, batch: int, shape: ModelShape) -> dict[str, Stored]:
-    slots = fn.slot_count(config.window + config.quantized)
-    if slots:  # pooled groups, and the one that is filling
-        pools = Stored("F32", (batch, shape.kv_heads, slots + 1, shape.head_dim))
-        return {"state.keys": pools, "state.values": pools, "state.groups": Stored("I64", (batch, slots + 1))}
-    state = fn.init_state(batch, torch.device("meta"))
-    return {f"state.{name}": Stored("F32", tuple(x.shape)) for name, x in state.items()}
+def _state(fn: memory.Memory, config: AHNConfig, batch: int, shape: ModelShape, dtype: str) -> dict[str, Stored]:
+    key = torch.empty(batch, shape.kv_heads, 0, shape.head_dim, dtype=FLOATS[dtype], device="meta")
+    state = fn.init_state(batch, key.device) | fn.empty_slots(key, config.window + config.quantized)
+    return {f"state.{name}": Stored(DTYPES[x.dtype], tuple(x.shape)) for name, x in state.items()}
 
 
 def _tier(

@@ -26,11 +26,10 @@ def short_name(name: str) -> str:
 
 def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[int, ...]]:
     """Short name and shape of every tensor that an adapter with these settings has on a base of this shape."""
-    cls = memory.get(settings.memory)
     with torch.device("meta"):
-        module = cls(shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=settings.q_proj)
+        module = memory.make(settings, shape)
     layer = {f"ahn.fn.{name}": tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    if settings.router:
+    if settings.router and isinstance(module, memory.RecurrentMemory):
         layer |= {f"ahn_router.{name}": (shape.heads,) for name in ("alpha", "beta")}
     layers = shape.memory_layers(settings.full_attention_layers)
     return {f"layers.{i}.{name}": size for i in layers for name, size in layer.items()}

@@ -169,7 +169,7 @@ class BenchOptions:
             if quantized:
                 raise AHNError("Memories are trained without quantized tokens: leave --quantized out of `bench train`.")
             quantized = 0
-            names = names or (None if self.adapter else list(memory.names()))
+            names = names or (None if self.adapter else list(memory.recurrent()))
             window = window or TRAINED_TOTAL - (DEFAULT_SINKS if sinks is None else sinks)
         chosen = make_methods(names, window, sinks, self.adapter, quantized)
         (exact,) = make_methods([WINDOW], window, sinks, self.adapter)

@@ -144,7 +144,7 @@ def baseline(method: str, config: AHNConfig) -> AHNConfig:
         AHNError: the total is too small for a slot and a window.
     """
     name = BASELINES[method]
-    return config.replace(memory=name, window=memory.window_within(name, config.window, config.quantized))
+    return config.replace(memory=name, window=memory.window_within(name, config.window, config.quantized, config.slots))
 
 
 def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     found |= {"device": model.device.type, "attention": _kernel(model)}
     if config is None:
         return found | {"memory": None}
-    slots = memory.slot_count(config.memory, config.window + config.quantized)
+    slots = memory.slot_count(config.memory, config.window + config.quantized, config.slots)
     settings = dataclasses.asdict(config)
     if not config.quantized:  # results from before the option are of the same configuration
         del settings["quantized"]

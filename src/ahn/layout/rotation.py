@@ -62,3 +62,23 @@ def anchors(positions: Tensor, reach: int) -> Tensor:
     """
     step = reach // 4
     return torch.where(positions < reach, 0, ((positions - reach).div(step, rounding_mode="floor") + 1) * step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchored:
+    """Where the queries of one forward see keys that are farther away than the base should see them.
+
+    Attributes:
+        rotation: of the base model.
+        anchors: (B or 1, n) of each query: a key before it is seen there.
+        spans: the queries, first and beyond the last, between two moves of an anchor, in order.
+    """
+
+    rotation: Rotation
+    anchors: Tensor
+    spans: tuple[tuple[int, int], ...]
+
+    def turn(self, keys: Tensor, positions: Tensor, query: int) -> Tensor:
+        """Keys (B, Hkv, T, P) from before RoPE, of tokens at positions (B, Hkv, T), to where this query sees them."""
+        anchor = self.anchors[:, query, None, None]
+        return self.rotation.turn(keys, positions.maximum(anchor))

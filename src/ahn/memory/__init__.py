@@ -7,13 +7,29 @@ import importlib
 import pkgutil
 import reprlib
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from ahn.errors import AHNError
 from ahn.memory.base import Memory, RecurrentMemory
+from ahn.shape import DEFAULT_SLOTS, ModelShape
 
-__all__ = ["Memory", "RecurrentMemory", "baselines", "by_published_name", "get", "names", "slot_count", "window_within"]
+if TYPE_CHECKING:
+    from ahn.config import AHNConfig
+
+__all__ = [
+    "Memory",
+    "RecurrentMemory",
+    "baselines",
+    "by_published_name",
+    "get",
+    "make",
+    "names",
+    "recurrent",
+    "slot_count",
+    "window_within",
+]
 
 
 @cache
@@ -29,12 +45,17 @@ def _registry() -> dict[str, type[Memory]]:
 
 def names() -> tuple[str, ...]:
     """Names of the memories that can be trained, as `AHNConfig.memory` takes them."""
-    return tuple(name for name, cls in _registry().items() if issubclass(cls, RecurrentMemory))
+    return tuple(name for name, cls in _registry().items() if cls.published_name is not None)
+
+
+def recurrent() -> tuple[str, ...]:
+    """Names of those among them that have a recurrent state, which distillation trains."""
+    return tuple(name for name in names() if issubclass(get(name), RecurrentMemory))
 
 
 def baselines() -> tuple[str, ...]:
     """Names of what memories are compared with; `AHNConfig.memory` takes these too. They have no parameters."""
-    return tuple(name for name, cls in _registry().items() if not issubclass(cls, RecurrentMemory))
+    return tuple(name for name, cls in _registry().items() if cls.published_name is None)
 
 
 def get(name: str) -> type[Memory]:
@@ -46,6 +67,13 @@ def get(name: str) -> type[Memory]:
         raise AHNError(f"Unknown memory {reprlib.repr(name)}; this installation has {known}.") from None
 
 
+def make(config: AHNConfig, shape: ModelShape) -> Memory:
+    """A new memory for one layer of a model of this shape."""
+    kind = get(config.memory)
+    sizes = shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads
+    return kind(*sizes, q_proj=config.q_proj, slots=config.slots)
+
+
 def by_published_name(published: str) -> type[Memory]:
     """The memory class that published checkpoints call `published` (for example "GatedDeltaNet")."""
     for cls in _registry().values():
@@ -55,28 +83,30 @@ def by_published_name(published: str) -> type[Memory]:
     raise AHNError(f"Unknown AHN implementation {published!r}; this installation has {known}.")
 
 
-def slot_count(name: str, window: int) -> int:
+def slot_count(name: str, window: int, slots: int = DEFAULT_SLOTS) -> int:
     """Keys a layer that attention sees besides sinks and window with the memory called `name`.
 
     Args:
         window: tokens before one reaches the memory: quantized ones count.
+        slots: `AHNConfig.slots`.
     """
     with torch.device("meta"):
-        return get(name)(hidden_size=1, heads=1, head_dim=1).slot_count(window)
+        return get(name)(hidden_size=1, heads=1, head_dim=1, slots=slots).slot_count(window)
 
 
-def window_within(name: str, keys: int, quantized: int = 0) -> int:
+def window_within(name: str, keys: int, quantized: int = 0, slots: int = DEFAULT_SLOTS) -> int:
     """The widest window that fits into `keys` exact keys together with the memory's slots.
 
     Args:
         quantized: tokens between window and memory: no exact keys, but the memory may have more slots for them.
+        slots: `AHNConfig.slots`.
 
     Raises:
         AHNError: there is no room for a window of one token.
     """
     with torch.device("meta"):
-        slots = get(name)(hidden_size=1, heads=1, head_dim=1).slot_count
-    window = bisect.bisect_right(range(1, keys + 1), keys, key=lambda window: window + slots(window + quantized))
+        taken = get(name)(hidden_size=1, heads=1, head_dim=1, slots=slots).slot_count
+    window = bisect.bisect_right(range(1, keys + 1), keys, key=lambda window: window + taken(window + quantized))
     if window < 1:
         raise AHNError(f"A window of {keys} tokens has no room for the slots of {name}: choose a larger one.")
     return window

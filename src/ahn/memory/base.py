@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ahn.ops.gate import Gate
+from ahn.shape import DEFAULT_SLOTS
 
 if TYPE_CHECKING:
+    from ahn.layout.evicted import Evicted
+    from ahn.layout.rotation import Anchored
     from ahn.layout.visibility import Visibility
     from ahn.ops.routes import Routes
     from ahn.ops.rule import StepRule
@@ -29,6 +33,22 @@ class HeadLinear(nn.Module):
         return torch.matmul(x.to(self.weight.dtype), self.weight)
 
 
+@dataclasses.dataclass
+class MemoryKeys:
+    """Keys that exact attention sees besides sinks and window, made by a memory of what left.
+
+    Attributes:
+        key, value: (B, Hkv, C, P).
+        visible: (B or 1, 1 or Hkv, n, C) bool, which new query sees which of them.
+        state: of the memory after the last write.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    state: dict[str, Tensor]
+
+
 class Memory(nn.Module):
     """What becomes of tokens that leave the window. This class forgets them; a subclass overrides what it needs.
 
@@ -41,6 +61,7 @@ class Memory(nn.Module):
         head_dim: P.
         kv_heads: Hkv; None where every query head has a key head.
         q_proj: give the memory its own per-head projection of the query (docs/spec.md, section 3).
+        slots: tokens per key head that a memory holds which keeps tokens; others have no use for it.
     """
 
     name: ClassVar[str]
@@ -52,14 +73,23 @@ class Memory(nn.Module):
 
     sees_positions: ClassVar[bool] = False
     """What it writes and reads depends on where a token stands, and not on the distances between tokens alone."""
+    moves_keys: ClassVar[bool] = False
+    """Its keys are seen where the base knows them, and no farther away: it wants to know who sees what from where."""
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
 
     def __init__(
-        self, hidden_size: int, heads: int, head_dim: int, kv_heads: int | None = None, q_proj: bool = False
+        self,
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        q_proj: bool = False,
+        slots: int = DEFAULT_SLOTS,
     ) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
+        self.slots = slots
         self.q_proj = HeadLinear(heads, head_dim) if q_proj and self.published_name else None
 
     @property
@@ -79,19 +109,25 @@ class Memory(nn.Module):
         """Number of keys a layer that attention sees besides sinks and `window`, to which quantized tokens belong."""
         return 0
 
+    def slot_bytes(self, width: int) -> int:
+        """Bytes of one slot and key head, where numbers of the model take `width` bytes."""
+        return 2 * self.head_dim * torch.float32.itemsize
+
+    def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
+        """The state of its slots before the first write, for keys like `key` (B, Hkv, m, P) and `window` as above."""
+        return {}
+
     def extra_keys(
-        self, key: Tensor, value: Tensor, view: Visibility, state: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None:
-        """Keys and values that exact attention sees besides sinks and window, made of what left.
+        self, left: Evicted, view: Visibility, state: dict[str, Tensor], anchored: Anchored | None = None
+    ) -> MemoryKeys | None:
+        """What exact attention sees besides sinks and window; None where there is nothing.
 
         Args:
-            key, value: (B, Hkv, m, P) of the evicted tokens.
-            view: of this forward; `view.writable` says which evicted tokens are real.
+            left: the m tokens that leave, those of padding with closed gates.
+            view: of this forward; `view.writable` says which of them are real.
             state: before the first write.
-
-        Returns:
-            keys, values (B, Hkv, C, P), visible (B or 1, n, C) bool for each new query, and the state after the last
-            write; or None where the memory has none.
+            anchored: where the queries see keys that are far away, for a memory that moves keys; None where keys stay
+                as they are.
         """
         return None
 
@@ -106,9 +142,15 @@ class RecurrentMemory(Memory, ABC):
     """Output gate, one number a head, from the reading token's x."""
 
     def __init__(
-        self, hidden_size: int, heads: int, head_dim: int, kv_heads: int | None = None, q_proj: bool = False
+        self,
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        q_proj: bool = False,
+        slots: int = DEFAULT_SLOTS,
     ) -> None:
-        super().__init__(hidden_size, heads, head_dim, kv_heads, q_proj)
+        super().__init__(hidden_size, heads, head_dim, kv_heads, q_proj, slots)
         self.build()
         self.o_proj = HeadLinear(heads, head_dim)
         self.reset_parameters()

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ahn.memory.base import Memory
+from ahn.memory.base import Memory, MemoryKeys
 
 if TYPE_CHECKING:
+    from ahn.layout.evicted import Evicted
+    from ahn.layout.rotation import Anchored
     from ahn.layout.visibility import Visibility
 
 RATE = 4
@@ -40,35 +42,34 @@ class PooledMemory(Memory, ABC):
         """A group's value from its running pool."""
 
     def extra_keys(
-        self, key: Tensor, value: Tensor, view: Visibility, state: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None:
+        self, left: Evicted, view: Visibility, state: dict[str, Tensor], anchored: Anchored | None = None
+    ) -> MemoryKeys | None:
         if view.evicted == 0 and not state:
             return None
         capacity = self.slot_count(view.window)
-        if not state:
-            state = self._no_groups(key, capacity)
+        state = state or self.empty_slots(left.key, view.window)
         if view.evicted:
-            keys, values, groups = self._pool(key, value, view, state)
+            keys, values, groups = self._pool(left.key, left.value, view, state)
         else:
             keys, values, groups = state["keys"], state["values"], state["groups"]
         # A group is seen once its last token has left, until C newer ones are complete.
-        left = view.query_positions - view.window - view.sinks + 1
-        complete = (left // RATE)[:, :, None]
+        gone = view.query_positions - view.window - view.sinks + 1
+        complete = (gone // RATE)[:, :, None]
         visible = (groups >= 0)[:, None] & (groups[:, None] < complete) & (groups[:, None] >= complete - capacity)
         kept = self._last(groups, capacity + 1)
         state = {"keys": _take(keys, kept), "values": _take(values, kept), "groups": groups.gather(1, kept)}
         shown = groups[:, None, :, None] >= 0  # pools of no token hold ±inf
-        return (
-            self.finish(keys, RATE).masked_fill(~shown, 0).to(key.dtype),
-            self.finish(values, RATE).masked_fill(~shown, 0).to(value.dtype),
-            visible,
+        return MemoryKeys(
+            self.finish(keys, RATE).masked_fill(~shown, 0).to(left.key.dtype),
+            self.finish(values, RATE).masked_fill(~shown, 0).to(left.value.dtype),
+            visible[:, None],
             state,
         )
 
-    def _no_groups(self, key: Tensor, capacity: int) -> dict[str, Tensor]:
-        shape = (key.shape[0], key.shape[1], capacity + 1, key.shape[3])
-        pools = torch.full(shape, self.empty, device=key.device)
-        groups = torch.full((key.shape[0], capacity + 1), -1, device=key.device)
+    def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
+        count = self.slot_count(window) + 1
+        pools = torch.full((key.shape[0], key.shape[1], count, key.shape[3]), self.empty, device=key.device)
+        groups = torch.full((key.shape[0], count), -1, device=key.device)
         return {"keys": pools, "values": pools.clone(), "groups": groups}
 
     def _pool(

@@ -242,9 +242,7 @@ def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
 def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNConfig) -> tuple[AHN, Router | None]:
     device = module.o_proj.weight.device
     with torch.device(device):
-        fn = memory.get(config.memory)(
-            shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads, q_proj=config.q_proj
-        )
+        fn = memory.make(config, shape)
         layer.ahn = ahn = AHN(fn.float())
         router = None
         if config.router and isinstance(fn, memory.RecurrentMemory):

@@ -22,7 +22,7 @@ from ahn.memory import RecurrentMemory
 from ahn.memory.query import memory_query
 from ahn.model.context import ForwardContext, LayerContext
 from ahn.model.observer import Passage
-from ahn.model.route import AttentionCall, LazyMask, MemoryKeys, kernel_function
+from ahn.model.route import AttentionCall, LazyMask, kernel_function
 from ahn.ops import scan
 from ahn.ops.rule import StepRead
 
@@ -76,10 +76,10 @@ def attention(
         evicted, tier_state = without_padding(passed.evicted, memory.closed_gates, view.delayed), passed.state
         extra.append(passed)
     state = state or memory.init_state(query.shape[0], query.device)
-    made = memory.extra_keys(evicted.key, evicted.value, view.delayed, state)
+    made = memory.extra_keys(evicted, view.delayed, state)
     if made is not None:
-        extra.append(MemoryKeys(made[0], made[1], made[2][:, None]))
-        state = made[3]
+        extra.append(made)
+        state = made.state
     out, weights = route.attend(call, extra)
     if view.delayed.evicted and isinstance(memory, RecurrentMemory):
         out, state = _remember(call, memory, forward, ahn_layer, evicted, state, out)

@@ -73,21 +73,14 @@ class AttentionCall:
 class ExtraKeys(Protocol):
     """Keys that exact attention sees besides those of the window: key, value (B, Hkv, U, P).
 
-    `visible` (B or 1, 1, n, U) says which query sees which of them; None if all do.
+    `visible` (B or 1, 1 or Hkv, n, U) says which query sees which of them; None if all do.
     """
 
     key: Tensor
     value: Tensor
-    visible: Tensor | None
 
-
-@dataclasses.dataclass
-class MemoryKeys:
-    """`ExtraKeys` that a memory has made of what left; see `Memory.extra_keys`."""
-
-    key: Tensor
-    value: Tensor
-    visible: Tensor | None
+    @property
+    def visible(self) -> Tensor | None: ...
 
 
 class Route(ABC):
@@ -103,7 +96,7 @@ class Route(ABC):
         """(B, n, Hq, P), and the weights where the base kernel gives them.
 
         Args:
-            extra: `ExtraKeys`, those of the tier (`ahn.cache.tier.Passed`) first.
+            extra: `ExtraKeys`, those of the tier (`ahn.cache.tier.Passed`) before those of the memory (`MemoryKeys`).
         """
 
 
@@ -124,6 +117,7 @@ class Masked(Route):
         for more in extra:
             key, value, mask = _with_extra_keys(key, value, mask, more)
         if self.boolean:
+            mask = _of_queries(mask, call.query.shape[1])
             mask = _as_kernel_mask(mask, self.kernel, call.query.dtype)
         run = kernel_function(self.kernel, call.module)
         return run(call.module, call.query, key, value, mask, **call.kwargs)
@@ -226,16 +220,23 @@ def own_scores(kwargs: dict[str, Any]) -> bool:
 def _with_extra_keys(
     key: Tensor, value: Tensor, mask: Tensor | None, extra: ExtraKeys
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values with more before them, and the mask (B or 1, 1, n, T) of all; None where all are seen."""
+    """Keys and values with more before them, and the mask (B or 1, 1 or Hkv, n, T) of all; None where all are seen."""
     known = extra.visible if mask is None else mask
     if known is not None:
         parts = [
             known.new_ones(1, 1, known.shape[2], x.shape[2]) if visible is None else visible
             for x, visible in ((extra.key, extra.visible), (key, mask))
         ]
-        batch = max(len(part) for part in parts)
-        mask = torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=-1)
+        batch, heads = (max(part.shape[dim] for part in parts) for dim in (0, 1))
+        mask = torch.cat([part.expand(batch, heads, -1, -1) for part in parts], dim=-1)
     return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), mask
+
+
+def _of_queries(mask: Tensor | None, heads: int) -> Tensor | None:
+    """A mask per key head as one per query head; one for all heads stays so."""
+    if mask is None or mask.shape[1] == 1:
+        return mask
+    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:

@@ -1,0 +1,114 @@
+"""Retained tokens by themselves: scores, who stays, padding. Whole models are in tests/model, with the oracle."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import ahn
+from ahn import AHNError, memory
+from ahn.layout.evicted import Evicted, without_padding
+from ahn.layout.visibility import Padding, Visibility
+from ahn.memory.base import MemoryKeys
+from ahn.memory.retained_tokens import RetainedTokens
+
+D, H, HKV, P, SLOTS = 6, 4, 2, 4, 24
+CPU = torch.device("cpu")
+
+
+def fresh(slots: int = SLOTS) -> RetainedTokens:
+    return RetainedTokens(D, H, P, HKV, slots=slots)
+
+
+def shown(fn: RetainedTokens, view: Visibility, key: Tensor, score: Tensor) -> MemoryKeys:
+    """What the queries of a forward over the whole text see; a value is its key."""
+    parts = [view.evicted_slots(x) for x in (key, key, score)]
+    left = without_padding(Evicted(*parts[:2], {"score": parts[2]}), fn.closed_gates, view)
+    made = fn.extra_keys(left, view, {})
+    assert made is not None
+    return made
+
+
+def numbered(batch: int, length: int) -> Tensor:
+    """Keys (B, Hkv, L, P) that say where they stand."""
+    return torch.arange(length).float()[None, None, :, None].expand(batch, HKV, -1, P)
+
+
+def seen(made: MemoryKeys, row: int, head: int, query: int) -> list[int]:
+    return sorted(made.key[row, head, made.visible[row, head, query], 0].int().tolist())
+
+
+@torch.no_grad()
+def test_scores() -> None:
+    fn = fresh()
+    for parameter in fn.parameters():
+        parameter += torch.randn_like(parameter)
+    x = torch.randn(2, 7, D)
+    score = fn.write_gates(x)["score"]
+    assert score.dtype == torch.float32 and score.shape == (2, HKV, 7)
+    assert torch.equal(score, score.bfloat16().float())
+    weights = {name: p.double() for name, p in fn.state_dict().items()}
+    torch.testing.assert_close(score.double(), oracle.scores(weights, x.double()), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("slots", [2, 9, 24])
+def test_of_equal_scores_the_older_stay(slots: int) -> None:
+    window, sinks, length = 5, 2, 60
+    fn, view = fresh(slots), Visibility(window, sinks, 0, length, CPU)
+    made = shown(fn, view, numbered(1, length), torch.zeros(1, HKV, length))
+    for query in range(window + sinks, length):
+        left = list(range(sinks, query - window + 1))
+        assert seen(made, 0, 1, query) == oracle.retained([0.0] * length, left, slots)
+    assert seen(made, 0, 1, length - 1)[: fn.kept] == list(range(sinks, sinks + fn.kept))
+
+
+def test_each_head_keeps_its_own() -> None:
+    window, sinks, length = 5, 2, 80
+    fn, view = fresh(), Visibility(window, sinks, 0, length, CPU)
+    score = torch.randn(1, HKV, length).bfloat16().float()
+    made = shown(fn, view, numbered(1, length), score)
+    found = [seen(made, 0, head, length - 1) for head in range(HKV)]
+    left = list(range(sinks, length - window))
+    assert found == [oracle.retained(score[0, head].tolist(), left, SLOTS) for head in range(HKV)]
+    assert found[0] != found[1]
+
+
+def test_the_state_is_what_the_last_query_sees() -> None:
+    window, sinks, length = 5, 2, 80
+    fn, view = fresh(), Visibility(window, sinks, 0, length, CPU)
+    made = shown(fn, view, numbered(1, length), torch.randn(1, HKV, length))
+    positions, keys = made.state["positions"][0, 0], made.state["keys"][0, 0, :, 0]
+    used = positions >= 0
+    assert sorted(positions[used].tolist()) == seen(made, 0, 0, length - 1)
+    assert torch.equal(keys[used], positions[used].float()) and not keys[~used].any()
+    assert positions[: fn.kept].tolist() == sorted(positions[: fn.kept].tolist())
+
+
+def test_poisoned_padding_reaches_nothing() -> None:
+    window, sinks, length = 3, 1, 70
+    pads = torch.tensor([0, 23])
+    real = torch.arange(length) >= pads[:, None]
+    none = Padding.none(2, CPU)
+    fn, view = fresh(), Visibility(window, sinks, 0, length, CPU, none, none.advance(real))
+    key, score = torch.randn(2, HKV, length, P), torch.randn(2, HKV, length)
+    poison = ~real[:, None]
+    made = shown(fn, view, key.masked_fill(poison[..., None], float("nan")), score.masked_fill(poison, float("nan")))
+    alone = shown(fn, Visibility(window, sinks, 0, length - 23, CPU), key[1:, :, 23:], score[1:, :, 23:])
+    assert all(torch.isfinite(x).all() for x in (made.key, made.value))
+    assert all(torch.equal(made.state[name][1:], x) for name, x in alone.state.items())
+
+
+def test_room_for_slots() -> None:
+    assert memory.slot_count("retained", 100, 24) == 24
+    assert memory.window_within("retained", 100, slots=24) == 76
+    with pytest.raises(AHNError, match="no room for the slots of retained"):
+        memory.window_within("retained", 24, slots=24)
+    with pytest.raises(AHNError, match=r"AHNConfig\.slots must be an integer ≥ 2"):
+        ahn.AHNConfig(memory="retained", slots=1)
+
+
+def test_it_is_trainable_and_not_recurrent() -> None:
+    assert "retained" in memory.names() and "retained" not in memory.recurrent() + memory.baselines()
+    assert memory.by_published_name("RetainedTokens") is RetainedTokens
