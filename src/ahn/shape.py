@@ -11,6 +11,22 @@ DEFAULT_SLOTS = 1024
 """Tokens per layer and key head that a memory of tokens holds (`AHNConfig.slots`)."""
 
 
+def trained_length(config: Any) -> int | None:
+    """The number of positions that a base was trained on, or that its RoPE scaling stretches it to; None if unsaid.
+
+    Args:
+        config: a `transformers` configuration.
+    """
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    stretched = int(original * factor) if isinstance(original, int) and isinstance(factor, int | float) else 0
+    return max(positions, stretched)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, an entry a layer in `layer_types`.

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from ahn.config import anchor_step
 from ahn.layout.rotation import Rotation, anchors
 
 ROPE = {
@@ -55,11 +56,11 @@ def test_each_head_at_its_own_positions() -> None:
         assert torch.equal(turned[:, head : head + 1], rotation.turn(x[:, head : head + 1], positions[:, head]))
 
 
-@pytest.mark.parametrize("reach", [4, 12, 100])
+@pytest.mark.parametrize("reach", [16, 20, 100])
 def test_no_query_sees_its_anchor_from_too_far(reach: int) -> None:
     positions = torch.arange(10 * reach)
     distance = positions - anchors(positions, reach)
     assert int(distance.max()) == reach - 1
     moved = positions >= reach
-    assert int(distance[moved].min()) >= reach - reach // 4 - 1
+    assert int(distance[moved].min()) >= reach - anchor_step(reach)
     assert bool((anchors(positions, reach)[~moved] == 0).all())

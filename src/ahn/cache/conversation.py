@@ -15,6 +15,7 @@ from ahn.cache.layer import AHNLayer
 from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.visibility import Padding, Visibility
 from ahn.shape import ModelShape
 
@@ -65,7 +66,8 @@ class AHNCache(Cache):
         text_config = model.config.get_text_config(decoder=True)
         layers: list[Any] = list(DynamicCache(config=text_config).layers)
         for index in ModelShape.from_config(text_config).memory_layers(config.full_attention_layers):
-            layers[index] = AHNLayer(config)
+            module = model.get_decoder().layers[index].self_attn
+            layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
         cache = cls(config, layers, offloading)
         cache._batch = batch_size
         cache._model = weakref.ref(model)  # `save` names the model; a copy of the cache must not copy the model
@@ -84,11 +86,19 @@ class AHNCache(Cache):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"captured": None}  # its graph would go on changing the tensors of the original
 
-    def begin(self, batch: int, length: int, attention_mask: Tensor | None, device: torch.device) -> Visibility:
+    def begin(
+        self,
+        batch: int,
+        length: int,
+        attention_mask: Tensor | None,
+        device: torch.device,
+        rotation: Rotation | None = None,
+    ) -> Visibility:
         """Prepare one forward over `length` new tokens (called by the adapter's hook on the decoder).
 
         Args:
             attention_mask: (B, seen + length), zero for padding; None for no new padding.
+            rotation: of the base model, where it is known.
 
         Raises:
             AHNError: another batch size, a mask of another shape or with padding between real tokens, or an earlier
@@ -106,7 +116,18 @@ class AHNCache(Cache):
             before = before or Padding.none(batch, device)
             after = before.advance(new.to(device), self.seen)
         config = self.config
-        view = Visibility(config.window, config.sinks, self.seen, length, device, before, after, config.quantized)
+        view = Visibility(
+            config.window,
+            config.sinks,
+            self.seen,
+            length,
+            device,
+            before,
+            after,
+            config.quantized,
+            config.reach,
+            rotation,
+        )
         self._batch, self._view = batch, view
         for layer in self.memory_layers.values():
             layer.visibility = view
@@ -128,6 +149,19 @@ class AHNCache(Cache):
             layer.own_memory()
         self.progress.lengths = lengths
         return lengths
+
+    def place_sinks(self, rotation: Rotation | None) -> None:
+        """Move the sinks along to where the next token's query sees them, if they are not there."""
+        reach, progress = self.config.reach, self.progress
+        if not reach or rotation is None or progress.seen < reach:
+            return
+        padded = progress.padding is not None
+        lengths = progress.row_lengths() if padded else torch.tensor([progress.seen])
+        anchor = tuple(anchors(lengths, reach).tolist())
+        if anchor != progress.anchor:
+            for layer in self.memory_layers.values():
+                layer.place_sinks(anchor, rotation)
+            progress.anchor = anchor
 
     def columns_before(self) -> Tensor:
         """(B or 1,) what to add to a row's position to get its column as rotary embeddings take it by default."""

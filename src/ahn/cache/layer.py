@@ -12,6 +12,7 @@ from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.copies import join
+from ahn.layout.rotation import Rotation
 from ahn.layout.slots import Slots
 from ahn.layout.state import Change, LayerState, Tensors, TierState, WindowState
 from ahn.layout.visibility import Visibility
@@ -21,6 +22,7 @@ class AHNLayer(CacheLayerMixin):
     """Holds a layer's state and takes it through one forward after the other.
 
     Attributes:
+        rotates: whether the base turns this layer's keys by their positions.
         state: None before the first forward.
         progress: of the conversation; the layers of a cache share it.
         visibility: of a forward that has begun and that this layer has not finished.
@@ -30,9 +32,9 @@ class AHNLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, config: AHNConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: AHNConfig, progress: Progress | None = None, rotates: bool = True) -> None:
         # Not the base class's own: there, keys and values are attributes.
-        self.config, self.progress = config, progress or Progress()
+        self.config, self.progress, self.rotates = config, progress or Progress(), rotates
         self.reset()
 
     def reset(self) -> None:
@@ -79,6 +81,7 @@ class AHNLayer(CacheLayerMixin):
         self.visibility = view = view.on(key_states.device)
         if self.state is None:
             self.lazy_initialization(key_states, value_states)
+        self.place_sinks(view.anchor, view.rotation)
         if not view.in_slots:
             self.leave_slots()
             keys = view.align(join([self.keys, key_states]))
@@ -123,7 +126,27 @@ class AHNLayer(CacheLayerMixin):
 
     def keep(self, tier: TierState | None, memory: Tensors) -> None:
         """The state of tier and memory after the forward."""
-        self.state = LayerState(self.window, tier, {name: x.detach() for name, x in memory.items()})
+        assert self.state is not None
+        memory = {name: x.detach() for name, x in memory.items()}
+        self.state = LayerState(self.window, tier, memory, self.state.sinks)
+
+    @torch.no_grad()
+    def place_sinks(self, anchor: tuple[int, ...], rotation: Rotation | None) -> None:
+        """Move the keys of the sinks along, in place, to where the next queries see them; from their own each time.
+
+        Args:
+            anchor: how far, of each row or of all rows.
+        """
+        S, state = self.config.sinks, self.state
+        if anchor == self.progress.anchor or rotation is None or state is None or not (S and self.rotates):
+            return
+        self.own_memory()
+        assert self.state is not None
+        state, own = self.state, torch.arange(S, device=self.window.keys.device)[None]
+        if state.sinks is None:
+            state.sinks = state.window.keys[:, :, :S].clone()
+        moved = own + torch.tensor(anchor, device=own.device)[:, None]
+        state.window.keys[:, :, :S] = rotation.turn(rotation.undo(state.sinks, own), moved)
 
     def enter_slots(self, lengths: Tensor) -> None:
         """Lay the window out in fixed slots; lengths (B or 1,) real tokens of each row before now."""

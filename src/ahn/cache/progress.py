@@ -20,6 +20,7 @@ class Progress:
         seen: columns of the batch so far, padding included.
         lengths: (B or 1,) real tokens of each row so far while the tokens lie in fixed slots, else None. A captured
             step changes it in place.
+        anchor: by how far the sinks of each row (or of all rows) are moved along; see `Visibility.anchor`.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Progress:
         """Nothing was read."""
         self.seen = 0
         self.lengths: Tensor | None = None
+        self.anchor: tuple[int, ...] = (0,)
         self._padding: Padding | None = None
         self._padding_behind = False
 
@@ -57,7 +59,7 @@ class Progress:
 
     def finish(self, view: Visibility) -> None:
         """A forward is over."""
-        self.seen, self.padding = view.total, view.after
+        self.seen, self.padding, self.anchor = view.total, view.after, view.anchor
         self.lengths = view.lengths_after if view.in_slots else None
 
     def finish_step(self, lengths: Tensor, masked: bool) -> None:
@@ -86,4 +88,6 @@ class Progress:
         padding = self.padding  # worked out from rows that have not moved yet
         if self.lengths is not None and len(self.lengths) > 1:
             self.lengths = change(self.lengths)
+        if len(self.anchor) > 1:
+            self.anchor = tuple(change(torch.tensor(self.anchor)).tolist())
         self.padding = None if padding is None else padding.map(change)

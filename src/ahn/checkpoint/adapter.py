@@ -64,6 +64,7 @@ def load_adapter(
     window: int | None = None,
     sinks: int | None = None,
     quantized: int | None = None,
+    max_distance: int | None = None,
 ) -> PreTrainedModel:
     """Attach an AHN with the settings and weights of an adapter. An AHN already on the model is replaced.
 
@@ -75,6 +76,7 @@ def load_adapter(
         window: window to use. Default: the saved one; for published adapters 32640, never their `sliding_window`.
         sinks: likewise; for published adapters 128.
         quantized: likewise; for published adapters 0.
+        max_distance: likewise; for published adapters 0, the published placing of sinks.
 
     Returns:
         The same model object.
@@ -85,12 +87,18 @@ def load_adapter(
     """
     checkpoint = Checkpoint.open(local_directory(directory)).require("adapter")
     name = model.name_or_path or type(model).__name__
-    settings = checked_settings(checkpoint, model.config, name, window, sinks, quantized)
+    settings = checked_settings(checkpoint, model.config, name, window, sinks, quantized, max_distance)
     return attach_checked(model, checkpoint, settings, given=window is not None and sinks is not None)
 
 
 def checked_settings(
-    checkpoint: Checkpoint, base: Any, name: str, window: int | None, sinks: int | None, quantized: int | None
+    checkpoint: Checkpoint,
+    base: Any,
+    name: str,
+    window: int | None,
+    sinks: int | None,
+    quantized: int | None,
+    max_distance: int | None = None,
 ) -> AHNConfig:
     """The settings of the AHN in a checkpoint, which fits the configuration `base` of a model called `name`.
 
@@ -98,7 +106,7 @@ def checked_settings(
         AHNError: it does not fit, or a tensor is missing, extra or of the wrong shape.
     """
     shape = check_base(checkpoint, base, name)
-    settings = read_settings(checkpoint, window, sinks, quantized)
+    settings = read_settings(checkpoint, window, sinks, quantized, max_distance)
     check_tensors(checkpoint, shape, settings)
     return settings
 

@@ -45,7 +45,11 @@ TRAINING = (
 
 
 def read_settings(
-    checkpoint: Checkpoint, window: int | None = None, sinks: int | None = None, quantized: int | None = None
+    checkpoint: Checkpoint,
+    window: int | None = None,
+    sinks: int | None = None,
+    quantized: int | None = None,
+    max_distance: int | None = None,
 ) -> AHNConfig:
     """The settings of a checkpoint's AHN.
 
@@ -54,13 +58,14 @@ def read_settings(
         window: overrides the saved window. Default: the saved one; for published checkpoints 32640.
         sinks: likewise; for published checkpoints 128.
         quantized: likewise; for published checkpoints 0.
+        max_distance: likewise; for published checkpoints 0, the published placing of sinks.
 
     Raises:
         AHNError: the configuration names no memory, an unknown one, or values out of range.
     """
     config, file = checkpoint.config, checkpoint.path / CONFIG
     settings = _own_settings(config[BLOCK], file) if BLOCK in config else _published_settings(config, file)
-    given = {"window": window, "sinks": sinks, "quantized": quantized}
+    given = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
     return settings.replace(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -88,7 +93,8 @@ def _own_settings(block: Any, file: Path) -> AHNConfig:
     known = {field.name for field in dataclasses.fields(AHNConfig)}
     if not isinstance(block, dict) or "memory" not in block:
         raise AHNError(f"{file}: the block {BLOCK!r} names no memory.")
-    return AHNConfig(**{name: value for name, value in block.items() if name in known})
+    # Adapters from before `max_distance` were trained and measured with sinks at their own positions.
+    return AHNConfig(**{"max_distance": 0} | {name: value for name, value in block.items() if name in known})
 
 
 def _published_settings(config: dict[str, Any], file: Path) -> AHNConfig:
@@ -102,6 +108,7 @@ def _published_settings(config: dict[str, Any], file: Path) -> AHNConfig:
         full_attention_layers=_layer_ids(config.get("fa_layer_ids"), file),
         router=bool(config.get("use_ahn_router")),
         q_proj=bool(config.get("use_q_proj")),
+        max_distance=0,
     )
 
 

@@ -36,6 +36,7 @@ def from_pretrained(
     window: int | None = None,
     sinks: int | None = None,
     quantized: int | None = None,
+    max_distance: int | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model with its AHN.
@@ -46,6 +47,7 @@ def from_pretrained(
         window: window to use. Default: the saved one; for published checkpoints 32640, never their `sliding_window`.
         sinks: likewise; for published checkpoints 128.
         quantized: likewise; for published checkpoints 0.
+        max_distance: likewise; for published checkpoints 0, the published placing of sinks.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `device_map`; `revision` is that of
             `directory`.
 
@@ -62,7 +64,7 @@ def from_pretrained(
         raise AHNError(
             f"{checkpoint.path} has no AHN tensors: load it with transformers, then ahn.attach or ahn.load_adapter."
         )
-    return ModelSource.of(checkpoint, directory, base, window, sinks, quantized, hub).load(**kwargs)
+    return ModelSource.of(checkpoint, directory, base, window, sinks, quantized, hub, max_distance).load(**kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,7 @@ class ModelSource:
         sinks: int | None,
         quantized: int | None,
         hub: dict[str, Any] | None = None,
+        max_distance: int | None = None,
     ) -> ModelSource:
         """A checkpoint with an AHN, called `name`, and its base; other arguments as `from_pretrained`."""
         files = checkpoint
@@ -126,7 +129,7 @@ class ModelSource:
         elif base is not None:
             raise AHNError(f"{checkpoint.path} is a merged checkpoint and brings its own base model: leave base out.")
         config = transformers_config(files.config, files.path)
-        settings = checked_settings(checkpoint, config, str(name), window, sinks, quantized)
+        settings = checked_settings(checkpoint, config, str(name), window, sinks, quantized, max_distance)
         return cls(name, files, checkpoint, settings, window is not None and sinks is not None)
 
     @property

@@ -87,6 +87,7 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
         runner = cache.captured = Runner(model, cache, len(ids))
     elif cache.progress.lengths is not runner.positions:  # something else has moved the conversation on
         runner.catch_up(cache)
+    cache.place_sinks(model._ahn.rotation)
     logits = runner(ids, kwargs.get("position_ids"), None if new is None else new[:, -1])
     cache.progress.finish_step(runner.positions, masked=new is not None)
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ahn.config import anchor_step
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
@@ -53,14 +55,14 @@ class Rotation:
 def anchors(positions: Tensor, reach: int) -> Tensor:
     """For queries at these positions: where the base sees what is farther back than `reach`, 0 while nothing is.
 
-    Anchors move in steps of a quarter of the reach, so that a step of decoding seldom has to turn anything anew: no
-    query sees its anchor from farther than reach - 1, nor, once it has moved, from nearer than three quarters of it.
+    Anchors move in steps, so that decoding seldom has to turn anything anew: no query sees its anchor from farther than
+    reach - 1, nor, once it has moved, from nearer than reach - `anchor_step(reach)`.
 
     Args:
         positions: any shape, int64.
         reach: in tokens, at least 4.
     """
-    step = reach // 4
+    step = anchor_step(reach)
     return torch.where(positions < reach, 0, ((positions - reach).div(step, rounding_mode="floor") + 1) * step)
 
 

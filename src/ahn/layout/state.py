@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -113,20 +114,26 @@ class LayerState:
     Attributes:
         tier: None where there is none, or while nothing has left the window.
         memory: the memory's own tensors by name, after everything that was written; empty before the first write.
+        sinks: (B, Hkv, S, P) keys of the sinks at their own positions, once the window has them at others.
     """
 
     window: WindowState
     tier: TierState | None = None
     memory: Tensors = dataclasses.field(default_factory=dict)
+    sinks: Tensor | None = None
 
     def map(self, change: Change) -> LayerState:
         """Each tensor changed in the same way."""
         tier = None if self.tier is None else self.tier.map(change)
-        return LayerState(self.window.map(change), tier, _mapped(self.memory, change))
+        sinks = None if self.sinks is None else change(self.sinks)
+        return LayerState(self.window.map(change), tier, _mapped(self.memory, change), sinks)
 
     def tensors(self) -> Tensors:
-        """All tensors by the names that they have in a file."""
-        named = {"keys": self.window.keys, "values": self.window.values} | _prefixed(self.window.gates, _GATES)
+        """All tensors by the names that they have in a file, the sinks at their own positions."""
+        keys = self.window.keys
+        if self.sinks is not None:
+            keys = torch.cat([self.sinks, keys[:, :, self.sinks.shape[2] :]], dim=2)
+        named = {"keys": keys, "values": self.window.values} | _prefixed(self.window.gates, _GATES)
         named |= _prefixed(self.memory, _MEMORY)
         return named if self.tier is None else named | _prefixed(self.tier.tensors(), _TIER)
 

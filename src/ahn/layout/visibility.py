@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ahn.errors import AHNError
 from ahn.layout.copies import join
+from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.slots import Slots, gather
 
 FOR_EVER = torch.iinfo(torch.int32).max
@@ -91,6 +92,10 @@ class Visibility:
     before: Padding | None = None
     after: Padding | None = None
     quantized: int = 0
+    reach: int = 0
+    """From where on sinks are seen at other positions than their own (`AHNConfig.reach`); 0 for never."""
+    rotation: Rotation | None = None
+    """Of the base model; None where it is not known, and then nothing is seen elsewhere."""
 
     def on(self, device: torch.device) -> Visibility:
         """The same view for layers on another device, made once for all of them: a model may lie on several."""
@@ -109,6 +114,25 @@ class Visibility:
     def total(self) -> int:
         """Columns after this forward."""
         return self.seen + self.length
+
+    @cached_property
+    def anchor(self) -> tuple[int, ...]:
+        """By how far the sinks of each row (or of all rows) are moved along for this forward's queries.
+
+        Raises:
+            AHNError: the forward spans positions at which sinks are not in one place.
+        """
+        if not self.reach or self.rotation is None or self.total <= self.reach:
+            return (0,)
+        first, last = (anchors(x, self.reach) for x in (self.lengths_before, self.lengths_after - 1))
+        new = self.lengths_after > self.lengths_before
+        if bool((new & (first != last)).any()):
+            raise AHNError(
+                f"This forward of {self.length} tokens goes beyond the {self.reach} positions that the base model can "
+                "be trusted with, all at once. Read under torch.no_grad() with a cache (the default): the text is then "
+                "read in chunks; cut training samples shorter; or, to place sinks as published, use max_distance=0."
+            )
+        return tuple(last.tolist())
 
     @property
     def rolled(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,15 @@ from ahn.config import AHNConfig
 from ahn.decode.compiled import CompiledParts
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
+from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.model import attention, chunks
 from ahn.model.context import ForwardContext, LayerContext
 from ahn.model.observer import Observer
+from ahn.model.positions import rotation_of
 from ahn.ops.quantize import BITS, per_group
-from ahn.shape import ModelShape
+from ahn.shape import ModelShape, trained_length
 
 
 @dataclasses.dataclass
@@ -40,6 +43,10 @@ class Adapter:
     kernel: str
     """The base model's own attention implementation."""
     handles: list[RemovableHandle]
+    rotation: Rotation | None = None
+    """How the base turns keys by their positions; None where that cannot be repeated."""
+    trained: int | None = None
+    """Positions that the base was trained on; None if it does not say, or once it was said that a text is longer."""
     enabled: bool = True
     observers: list[Observer] = dataclasses.field(default_factory=list)
     """Asked in this order. While there are any, no step is captured or replayed."""
@@ -54,7 +61,8 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
 
     Args:
         model: a decoder with standard attention (Qwen2, Qwen3, Llama, Mistral, Phi-3, OLMo, Gemma 3, …).
-        config: window, sinks, memory; None takes the defaults.
+        config: window, sinks, memory; None takes `AHNConfig.for_base`, which follows the base. Its `max_distance`
+            None becomes the length that the base was trained on, or 0 where its RoPE cannot be turned back.
 
     Returns:
         The same model object.
@@ -62,7 +70,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     Raises:
         AHNError: the model already has one, or its architecture lacks something an AHN needs (the message says what).
     """
-    config = config or AHNConfig()
+    config = config or AHNConfig.for_base(trained_length(model.config))
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
     shape = ModelShape.from_config(model.config)
@@ -73,7 +81,10 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
-    adapter = Adapter(kernel=kernel, handles=[])
+    rotation = rotation_of(model, modules[chosen[0]])
+    trained = trained_length(model.config)
+    config = _bounded(config, rotation, trained)
+    adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained)
     for index, module in modules.items():
         hook = AttentionHook(*_add_memory(layers[index], module, shape, config), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -194,9 +205,11 @@ class DecoderHook:
         if tokens is None:
             return None  # the base model says what is wrong
         cache = kwargs.get("past_key_values")
+        if not self.model.ahn_config.max_distance:
+            _warn_beyond(adapter, tokens.shape[1] + (cache.seen if isinstance(cache, AHNCache) else 0))
         if cache is None and chunks.wants_cache(self.model, kwargs):
             cache = kwargs["past_key_values"] = AHNCache.for_model(self.model)
-        view = self._view(cache, tokens, kwargs.get("attention_mask"))
+        view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
         for observer in adapter.observers:
@@ -204,7 +217,7 @@ class DecoderHook:
         kwargs["ahn_forward"] = ForwardContext(view, adapter.kernel, tuple(adapter.observers))
         return (), kwargs
 
-    def _view(self, cache: Any, tokens: Tensor, mask: Any) -> Visibility:
+    def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
         batch, length = tokens.shape[:2]
         if cache is not None and not isinstance(cache, AHNCache):
             raise AHNError(
@@ -218,13 +231,31 @@ class DecoderHook:
                 "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
             )
         if cache is not None:
-            return cache.begin(batch, length, mask, tokens.device)
+            return cache.begin(batch, length, mask, tokens.device, rotation)
         new = new_columns(mask, 0, length)
         before = after = None
         if new is not None and not bool(new.all()):
             before = Padding.none(batch, tokens.device)
             after = before.advance(new)
-        return Visibility(config.window, config.sinks, 0, length, tokens.device, before, after, config.quantized)
+        view = Visibility(
+            config.window,
+            config.sinks,
+            0,
+            length,
+            tokens.device,
+            before,
+            after,
+            config.quantized,
+            config.reach,
+            rotation,
+        )
+        if any(view.anchor):
+            raise AHNError(
+                f"{length} tokens without a cache are more than the {config.reach} positions that the base model can "
+                "be trusted with. Read with a cache (the default), cut training samples shorter, or, to place sinks "
+                "as published, use max_distance=0."
+            )
+        return view
 
 
 def _adapter(model: PreTrainedModel) -> Adapter:
@@ -232,6 +263,36 @@ def _adapter(model: PreTrainedModel) -> Adapter:
     if adapter is None:
         raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
     return adapter
+
+
+def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) -> AHNConfig:
+    """The configuration with its `max_distance` filled in."""
+    if trained is not None and config.lossless > trained:
+        warnings.warn(
+            f"window + sinks = {config.lossless} tokens are more than the {trained} that the base model was trained "
+            "on: it breaks before anything leaves the window. Choose a smaller window.",
+            stacklevel=3,
+        )
+    if config.max_distance is None:
+        return config.replace(max_distance=trained or 0 if rotation else 0)
+    if config.max_distance and rotation is None:
+        raise AHNError(
+            "max_distance needs a base model whose rotary embedding can be turned back, which this one's cannot; use "
+            "max_distance=0."
+        )
+    return config
+
+
+def _warn_beyond(adapter: Adapter, length: int) -> None:
+    """Say, once, that a text is longer than what the base knows while sinks keep their own positions."""
+    if adapter.trained is not None and length > adapter.trained:
+        warnings.warn(
+            f"This text is longer than the {adapter.trained} positions that the base model was trained on, and its "
+            "first tokens are seen from farther than that, as published. Many models break there; load the adapter with "
+            f"max_distance={adapter.trained} to keep them in sight.",
+            stacklevel=2,
+        )
+        adapter.trained = None
 
 
 def _use_kernel(model: PreTrainedModel, kernel: str) -> None:

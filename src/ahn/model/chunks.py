@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from ahn import decode, private
 from ahn.cache.conversation import AHNCache
+from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
+from ahn.layout.rotation import anchor_moves
 
 
 class Wrapped:
@@ -124,13 +126,24 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     cache = kwargs.get("past_key_values")
     if not wants_cache(model, kwargs) or not (cache is None or isinstance(cache, AHNCache)):
         return []
-    config = model.ahn_config if cache is None else cache.config
+    config: AHNConfig = model.ahn_config if cache is None else cache.config
     seen, length = (0 if cache is None else cache.seen), tokens.shape[1]
     # While nothing leaves the window it is exactly the base model's own forward.
     size = config.prefill_chunk_size if seen + length > config.lossless else length
     full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
     cuts = {*range(0, full, size), *range(full, length, size), length}
-    return list(itertools.pairwise(sorted(cuts | _gaps(kwargs.get("attention_mask"), length))))
+    mask = kwargs.get("attention_mask")
+    if config.reach and model._ahn.rotation is not None and seen + length > config.reach:
+        cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, config.reach)}
+    return list(itertools.pairwise(sorted(cuts | _gaps(mask, length))))
+
+
+def _anchor_moves(attention_mask: Any, seen: int, total: int, reach: int) -> set[int]:
+    """The new columns, from `seen` to `total`, in which the sinks of some row move along."""
+    pads = {0}
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        pads = set((total - attention_mask.sum(-1)).tolist())
+    return {move + pad for pad in pads for move in anchor_moves(seen - pad, total - pad - 1, reach)}
 
 
 def _gaps(attention_mask: Any, length: int) -> set[int]:
