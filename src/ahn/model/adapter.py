@@ -288,8 +288,8 @@ def _warn_beyond(adapter: Adapter, length: int) -> None:
     if adapter.trained is not None and length > adapter.trained:
         warnings.warn(
             f"This text is longer than the {adapter.trained} positions that the base model was trained on, and its "
-            "first tokens are seen from farther than that, as published. Many models break there; load the adapter with "
-            f"max_distance={adapter.trained} to keep them in sight.",
+            "first tokens are seen from farther than that, as published. Many models break there: load the adapter "
+            f"with max_distance={adapter.trained} to keep them in sight.",
             stacklevel=2,
         )
         adapter.trained = None
