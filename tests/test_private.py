@@ -13,7 +13,8 @@ from ahn import private
 from ahn.errors import AHNError
 
 SOURCE = Path(ahn.__file__).parent
-OWN = {"_ahn"}  # our own attribute of a model
+OWN = {
+    "_exit",  # of os, which documents it"_ahn"}  # our own attribute of a model
 TRAINER = SOURCE / "training" / "trainer.py"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ahn.errors import AHNError
+from ahn.layout.anchors import anchor_step
 from ahn.shape import DEFAULT_SLOTS
 
 DEFAULT_WINDOW = 32640
@@ -19,11 +20,6 @@ MODEL_TYPE = "ahn"
 ARCHITECTURE = "AHNForCausalLM"
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can be loaded to be used."""
-
-
-def anchor_step(reach: int) -> int:
-    """By how many tokens sinks move along (`ahn.layout.rotation`): the largest power of two within reach / 4."""
-    return 1 << (reach // 4).bit_length() - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -371,7 +371,7 @@ def test_a_file_from_before_the_option_loads(tmp_path: Path, monkeypatch: pytest
     read(model, tokens(3, 20), [20], cache)
     fields = {name: x for name, x in vars(cache.config).items() if name != "quantized"}
     with monkeypatch.context() as patch:
-        patch.setattr("ahn.cache.dataclasses.asdict", lambda config: fields)
+        patch.setattr("ahn.cache.conversation.dataclasses.asdict", lambda config: fields)
         cache.save(tmp_path / "cache.safetensors")
     loaded = ahn.AHNCache.load(tmp_path / "cache.safetensors", model)
     assert loaded.config == cache.config

@@ -45,6 +45,8 @@ def test_given_window_and_sinks_win_and_are_no_warning(caplog: pytest.LogCapture
     assert format.read_settings(checkpoint(PUBLISHED), window=9).sinks == 128
     assert format.read_settings(checkpoint(PUBLISHED)).quantized == 0
     assert format.read_settings(checkpoint(PUBLISHED), quantized=7).quantized == 7
+    assert format.read_settings(checkpoint(PUBLISHED)).max_distance == 0
+    assert format.read_settings(checkpoint(PUBLISHED), max_distance=512).max_distance == 512
     assert format.read_settings(checkpoint(PUBLISHED), sinks=9).window == 32640
 
 
@@ -60,13 +62,16 @@ def test_settings_survive_saving(name: str, router: bool) -> None:
         q_proj=not router,
         prefill_chunk_size=7,
         quantized=11,
+        max_distance=64,
     )
     config = format.with_ahn({"model_type": "qwen2"} | SIZES, settings, "base")
     assert format.read_settings(checkpoint(config)) == settings
     # The published names must say the same to tools that know only those.
     published = {key: value for key, value in config.items() if key not in ("ahn", "base_model_name_or_path")}
     assert (
-        format.read_settings(checkpoint(published), window=5, sinks=3, quantized=11).replace(prefill_chunk_size=7)
+        format.read_settings(checkpoint(published), window=5, sinks=3, quantized=11, max_distance=64).replace(
+            prefill_chunk_size=7
+        )
         == settings
     )
     assert format.base_config(config) == {"model_type": "qwen2"} | SIZES

@@ -233,7 +233,7 @@ def test_a_model_and_its_adapter_or_both_merged(spoken: tuple[Path, Path, Path])
     base, adapter, merged = map(str, spoken)
     for model, given in ((base, adapter), (merged, None), (adapter, None)):
         loaded, tokenizer = ModelSource.open(model, given, sinks=4).load_ready("cpu")
-        assert loaded.ahn_config == ahn.AHNConfig("deltanet", window=24, sinks=4)
+        assert loaded.ahn_config == ahn.AHNConfig("deltanet", window=24, sinks=4, max_distance=32768)
         assert loaded.dtype == torch.float32
         assert not loaded.training
         assert tokenizer("b")["input_ids"] == [1]

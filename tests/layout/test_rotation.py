@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from ahn.config import anchor_step
+from ahn.layout.anchors import anchor_step
 from ahn.layout.rotation import Rotation, anchors
 
 ROPE = {

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import ahn
-from ahn.layout.rotation import anchor_moves, anchors
+from ahn.layout.anchors import anchor_moves
+from ahn.layout.rotation import anchors
 from ahn.shape import trained_length
 
 TRAINED, WINDOW, SINKS, LENGTH = 64, 13, 3, 200

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ahn.config import anchor_step
+from ahn.layout.anchors import anchor_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ahn.cache.conversation import AHNCache
 from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
-from ahn.layout.rotation import anchor_moves
+from ahn.layout.anchors import anchor_moves
 
 
 class Wrapped:

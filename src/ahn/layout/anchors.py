@@ -1,0 +1,13 @@
+"""When what is too far to be seen moves along behind the queries: the numbers; `ahn.layout.rotation` has the tensors."""
+
+
+def anchor_step(reach: int) -> int:
+    """By how many tokens anchors move: the largest power of two within reach / 4."""
+    return 1 << (reach // 4).bit_length() - 1
+
+
+def anchor_moves(first: int, last: int, reach: int) -> list[int]:
+    """The positions after `first`, up to `last`, whose query has another anchor than the one before."""
+    step = anchor_step(reach)
+    begin = reach if first < reach else first + step - (first - reach) % step
+    return list(range(begin, last + 1, step))
