@@ -13,8 +13,7 @@ from ahn import private
 from ahn.errors import AHNError
 
 SOURCE = Path(ahn.__file__).parent
-OWN = {
-    "_exit",  # of os, which documents it"_ahn"}  # our own attribute of a model
+OWN = {"_ahn", "_exit"}  # our own attribute of a model; what os documents under this name
 TRAINER = SOURCE / "training" / "trainer.py"
 
 

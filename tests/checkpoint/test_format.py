@@ -68,12 +68,9 @@ def test_settings_survive_saving(name: str, router: bool) -> None:
     assert format.read_settings(checkpoint(config)) == settings
     # The published names must say the same to tools that know only those.
     published = {key: value for key, value in config.items() if key not in ("ahn", "base_model_name_or_path")}
-    assert (
-        format.read_settings(checkpoint(published), window=5, sinks=3, quantized=11, max_distance=64).replace(
-            prefill_chunk_size=7
-        )
-        == settings
-    )
+    given = {"window": 5, "sinks": 3, "quantized": 11, "max_distance": 64}
+    read = format.read_settings(checkpoint(published), **given)
+    assert read.replace(prefill_chunk_size=7) == settings
     assert format.base_config(config) == {"model_type": "qwen2"} | SIZES
 
 

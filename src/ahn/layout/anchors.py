@@ -1,4 +1,4 @@
-"""When what is too far to be seen moves along behind the queries: the numbers; `ahn.layout.rotation` has the tensors."""
+"""When what is too far to be seen moves along behind the queries, in numbers; tensors: `ahn.layout.rotation`."""
 
 
 def anchor_step(reach: int) -> int:
