@@ -15,6 +15,7 @@ from ahn.cache.layer import AHNLayer
 from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.layout.anchors import anchor_at
 from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.visibility import Padding, Visibility
 from ahn.shape import ModelShape
@@ -155,9 +156,10 @@ class AHNCache(Cache):
         reach, progress = self.config.reach, self.progress
         if not reach or rotation is None or progress.seen < reach:
             return
-        padded = progress.padding is not None
-        lengths = progress.row_lengths() if padded else torch.tensor([progress.seen])
-        anchor = tuple(anchors(lengths, reach).tolist())
+        if progress.padding is None:
+            anchor: tuple[int, ...] = (anchor_at(progress.seen, reach),)
+        else:
+            anchor = tuple(anchors(progress.row_lengths(), reach).tolist())
         if anchor != progress.anchor:
             for layer in self.memory_layers.values():
                 layer.place_sinks(anchor, rotation)

@@ -145,7 +145,9 @@ class AHNLayer(CacheLayerMixin):
         state, own = self.state, torch.arange(S, device=self.window.keys.device)[None]
         if state.sinks is None:
             state.sinks = state.window.keys[:, :, :S].clone()
-        moved = own + torch.tensor(anchor, device=own.device)[:, None]
+        # A tensor made of numbers would wait for all that a GPU has to do.
+        by = anchor[0] if len(anchor) == 1 else torch.tensor(anchor, device=own.device)[:, None]
+        moved = own + by
         state.window.keys[:, :, :S] = rotation.turn(rotation.undo(state.sinks, own), moved)
 
     def enter_slots(self, lengths: Tensor) -> None:

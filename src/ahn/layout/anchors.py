@@ -6,6 +6,12 @@ def anchor_step(reach: int) -> int:
     return 1 << (reach // 4).bit_length() - 1
 
 
+def anchor_at(position: int, reach: int) -> int:
+    """Where a query at this position sees what is farther back than `reach`; `anchors` of one number."""
+    step = anchor_step(reach)
+    return 0 if position < reach else ((position - reach) // step + 1) * step
+
+
 def anchor_moves(first: int, last: int, reach: int) -> list[int]:
     """The positions after `first`, up to `last`, whose query has another anchor than the one before."""
     step = anchor_step(reach)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ahn.errors import AHNError
+from ahn.layout.anchors import anchor_at
 from ahn.layout.copies import join
 from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.slots import Slots, gather
@@ -124,15 +125,18 @@ class Visibility:
         """
         if not self.reach or self.rotation is None or self.total <= self.reach:
             return (0,)
-        first, last = (anchors(x, self.reach) for x in (self.lengths_before, self.lengths_after - 1))
-        new = self.lengths_after > self.lengths_before
-        if bool((new & (first != last)).any()):
+        if not self.padded:  # plain numbers: a GPU is not waited for
+            first, last = ((anchor_at(at, self.reach),) for at in (self.seen, self.total - 1))
+        else:
+            ends = self.lengths_before, torch.maximum(self.lengths_before, self.lengths_after - 1)
+            first, last = (tuple(anchors(end, self.reach).tolist()) for end in ends)
+        if first != last:
             raise AHNError(
                 f"This forward of {self.length} tokens goes beyond the {self.reach} positions that the base model can "
                 "be trusted with, all at once. Read under torch.no_grad() with a cache (the default): the text is then "
                 "read in chunks; cut training samples shorter; or, to place sinks as published, use max_distance=0."
             )
-        return tuple(last.tolist())
+        return last
 
     @property
     def rolled(self) -> bool:
