@@ -16,6 +16,10 @@ from ahn.errors import AHNError
 
 app = typer.Typer(add_completion=False)
 
+DISTILLED = {"kl": "KL", "ce": "cross entropy", "teacher_ce": "full attention", "gap": "gap"}
+SCORED = {"loss": "cross entropy of scores", "recall": "found of the tokens looked at most"}
+"""What the table at the end shows of a run's held-out metrics, by what it learned from."""
+
 
 @app.command(
     "train", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -68,11 +72,14 @@ def _summary(results: dict[str, Any], output: str) -> None:
     if after is None:
         return
     table = Table(box=None, padding=(0, 2))
-    for name in ("held-out data, nats a token", "KL", "cross entropy", "full attention", "gap"):
-        table.add_column(name, justify="left" if name.startswith("held") else "right")
-    for name, found in (("sinks + window", before), ("with the memory", after)):
+    scored = "eval_recall" in after
+    columns = SCORED if scored else DISTILLED
+    table.add_column("held-out data, nats a token", justify="left")
+    for name in columns.values():
+        table.add_column(name, justify="right")
+    for name, found in (("untrained" if scored else "sinks + window", before), ("with the memory", after)):
         if found is not None:
-            table.add_row(name, *(f"{found[f'eval_{key}']:.4f}" for key in ("kl", "ce", "teacher_ce", "gap")))
+            table.add_row(name, *(f"{found[f'eval_{key}']:.4f}" for key in columns))
     common.out.print(table)
 
 

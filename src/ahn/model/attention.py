@@ -66,6 +66,8 @@ def attention(
         own_mask = attention_mask.resolve(forward.kernel, query.device)
         return kernel_function(forward.kernel, module)(module, query, key, value, own_mask, **kwargs)
 
+    for observer in forward.observers:
+        observer.attending(ahn_layer, call)
     view, memory = forward.visibility, ahn_layer.ahn.fn
     route, extra = forward.route(query, attention_mask, ahn_layer, kwargs), list[Any]()
     evicted, tier_state, state = _evict(ahn_layer, view, key, value)

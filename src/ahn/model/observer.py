@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted
     from ahn.layout.visibility import Visibility
     from ahn.model.context import LayerContext
+    from ahn.model.route import AttentionCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Observer:
 
     def begin(self, cache: AHNCache | None, view: Visibility) -> None:
         """A forward begins. What is raised here leaves the conversation as it is."""
+
+    def attending(self, layer: LayerContext, call: AttentionCall) -> None:
+        """A layer is about to attend: `call` has its queries and keys, `layer.x` what they were made of."""
 
     def writing(self, layer: LayerContext, left: Evicted) -> Evicted:
         """The tokens to be written instead of `left`."""

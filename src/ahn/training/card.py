@@ -9,6 +9,8 @@ from ahn.config import AHNConfig
 from ahn.files import write_text
 from ahn.measure import plots
 from ahn.training.arguments import Arguments
+from ahn.training.looks import SHARE
+from ahn.training.losses import ATTENTION
 
 CARD = """---
 library_name: ahn
@@ -28,11 +30,24 @@ model = ahn.from_pretrained("{folder}")  # window {window:,} + {sinks:,} sinks; 
 
 ## Training
 
-Self-distillation: the memory learns to give what the same model gives with full attention (loss `{loss}`), on
-`{dataset}`, {steps:,} steps of {rows:,} samples of up to {cutoff:,} tokens; {window_rule}; AdamW, peak learning rate
-{lr:g}, {scheduler}. Seed {seed}.
+{learns} (loss `{loss}`), on `{dataset}`, {steps:,} steps of {rows:,} samples of up to {cutoff:,} tokens;
+{window_rule}; AdamW, peak learning rate {lr:g}, {scheduler}. Seed {seed}.
 {evaluation}
 {figure}"""
+
+DISTILLED = "Self-distillation: the memory learns to give what the same model gives with full attention"
+SCORED = "The memory learns which tokens the same model, with full attention, looks at from beyond the window"
+
+SCORES = """
+## Held-out data
+
+Window {eval_window:,} + {eval_sinks:,} sinks, {eval_positions:,} tokens that a query beyond it sees. The recall is the
+share of the tokens looked at most ({share:.0%}) that the highest scores find.
+
+| | cross entropy (nats) | recall |
+|---|---|---|
+{rows}
+"""
 
 EVALUATION = """
 ## Held-out data
@@ -79,6 +94,7 @@ def write_card(
         parameters=parameters / 1e6,
         window=config.window,
         sinks=config.sinks,
+        learns=SCORED if settings.loss_type == ATTENTION else DISTILLED,
         loss=settings.loss_type,
         dataset=settings.dataset,
         steps=steps,
@@ -97,6 +113,10 @@ def write_card(
 def _evaluation(before: dict[str, float] | None, after: dict[str, float] | None) -> str:
     if after is None:
         return ""
+    if "eval_recall" in after:
+        found = [("untrained", before), ("trained", after)]
+        scored = [f"| {name} | {x['eval_loss']:.4f} | {x['eval_recall']:.4f} |" for name, x in found if x is not None]
+        return SCORES.format(rows="\n".join(scored), share=SHARE, **after)
     lines = [("sinks + window", before), ("with the memory", after)]
     rows = [
         "| {} | {:.4f} | {:.4f} | {:.4f} | {:.4f} |".format(
@@ -108,17 +128,27 @@ def _evaluation(before: dict[str, float] | None, after: dict[str, float] | None)
     return EVALUATION.format(rows="\n".join(rows), **after)
 
 
+DISTILLATION_CURVES = (
+    ({"kl": plots.AHN}, "KL to full attention (nats a token)"),
+    ({"ce": plots.AHN, "teacher_ce": plots.FULL}, "Cross entropy (nats a token)"),
+)
+SCORE_CURVES = (
+    ({"loss": plots.AHN}, "Cross entropy of scores (nats)"),
+    ({"recall": plots.AHN}, f"Share found of the {SHARE:.0%} looked at most"),
+)
+LABELS = {"kl": "student", "ce": "student", "teacher_ce": "full attention", "loss": "scores", "recall": "scores"}
+
+
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """KL and cross entropies by step, from the Trainer's log; held-out values as points."""
-    training = [entry for entry in history if "kl" in entry]
-    held_out = [entry for entry in history if "eval_kl" in entry]
-    figure, (left, right) = plots.new_figure(2, "Self-distillation")
-    for axis, names, title in (
-        (left, {"kl": plots.AHN}, "KL to full attention (nats a token)"),
-        (right, {"ce": plots.AHN, "teacher_ce": plots.FULL}, "Cross entropy (nats a token)"),
-    ):
+    """Losses by step, from the Trainer's log; held-out values as points."""
+    training = [entry for entry in history if {"kl", "recall"} & entry.keys()]
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    scored = any("recall" in entry for entry in training)
+    curves, title = (SCORE_CURVES, "Scores") if scored else (DISTILLATION_CURVES, "Self-distillation")
+    figure, axes = plots.new_figure(2, title)
+    for axis, (names, title) in zip(axes, curves, strict=True):
         for name, colour in names.items():
-            label = {"kl": "student", "ce": "student", "teacher_ce": "full attention"}[name]
+            label = LABELS[name]
             axis.plot([e["step"] for e in training], [e[name] for e in training], color=colour, lw=1.5, label=label)
             points = [e[f"eval_{name}"] for e in held_out]
             axis.plot([e["step"] for e in held_out], points, "o", color=colour, ms=5, label=f"{label}, held out")

@@ -21,6 +21,8 @@ from ahn.errors import AHNError
 from ahn.ops import has_triton
 
 LOSSES = ("kl", "ce", "distill")
+ATTENTION = "attention"
+"""What a memory of tokens learns from; see `ahn.training.looks`."""
 IGNORED = -100
 CHUNK = 1024
 

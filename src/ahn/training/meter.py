@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ahn.measure.peak import so_far
 from ahn.training.distillation import Distillation
+from ahn.training.looks import Looks
 from ahn.training.schedule import WindowDraw
 
 
@@ -21,6 +22,7 @@ class StepMeter:
         self._clear()
 
     def _clear(self) -> None:
+        self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None
         self._steps = self._tokens = 0
         self._start = time.perf_counter()
@@ -36,19 +38,25 @@ class StepMeter:
         self._steps += 1
         self._tokens += tokens
 
-    def add(self, found: Distillation) -> None:
+    def add(self, found: Distillation | Looks) -> None:
         """One micro-batch's share of a step."""
-        parts = torch.stack([found.kl, found.ce, found.teacher_ce])
+        self._names = found._fields[1:-1]  # without the loss, which the Trainer logs, and the number of positions
+        parts = torch.stack(found[1:-1])
         self._sums = parts if self._sums is None else self._sums + parts
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Means since the last call over steps and ranks; every rank must call. Nats a token, tokens/s, GiB."""
         if self._sums is None:
             return {}
-        kl, ce, teacher_ce = (accelerator.reduce(self._sums, "sum") / self._steps).tolist()
+        means = (accelerator.reduce(self._sums, "sum") / self._steps).tolist()
         elapsed = time.perf_counter() - self._start
-        found = {"kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
+        found = with_gap(dict(zip(self._names, means, strict=True)))
         found |= {"window": self._draw.window, "sinks": self._draw.sinks}
         found |= {"tokens_per_second": self._tokens / elapsed, "memory_gib": so_far() / 2**30}
         self._clear()
         return found
+
+
+def with_gap(metrics: dict[str, float]) -> dict[str, float]:
+    """With what the student's cross entropy loses against full attention, if they are among the metrics."""
+    return metrics | ({"gap": metrics["ce"] - metrics["teacher_ce"]} if "ce" in metrics else {})

@@ -98,7 +98,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             logger.warning("resuming with another setting than before: %s.", change)
         logger.info("resuming from %s.", checkpoint)
     trainer = DistillationTrainer(
-        Student(model, settings.loss_type, settings.use_normalized_l2),
+        Student(model, str(settings.loss_type), settings.use_normalized_l2),
         trainer_arguments,
         data,
         settings.schedule(trainer_arguments.seed),
@@ -112,7 +112,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     after = None
     if data.held_out is not None:
-        entries = [entry for entry in trainer.state.log_history if "eval_kl" in entry]
+        entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         done = bool(entries) and entries[-1]["step"] == trainer.state.global_step
         after = entries[-1] if done else trainer.evaluate()
     return finish(trainer, arguments, after)
@@ -123,7 +123,7 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
     settings, output = arguments.settings, Path(arguments.trainer.output_dir)
     model, history = trainer.student.model, trainer.state.log_history
     trainer.write_memory(output, _dtype(arguments.trainer))
-    before = next((entry for entry in history if "eval_kl" in entry and entry["step"] == 0), None)
+    before = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), None)
     results = {"steps": trainer.state.global_step, "before": before, "after": after}
     if trainer.is_world_process_zero():
         rows = arguments.trainer.train_batch_size * arguments.trainer.gradient_accumulation_steps

@@ -8,7 +8,8 @@ from typing import Any
 from ahn import memory
 from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
 from ahn.errors import AHNError
-from ahn.training.losses import parse_loss
+from ahn.shape import DEFAULT_SLOTS
+from ahn.training.losses import ATTENTION, parse_loss
 from ahn.training.schedule import LINEAR_MINIMUM, SINKS, TOTALS, WindowDraw, WindowSchedule
 
 PUBLISHED = "published"
@@ -28,7 +29,9 @@ class Settings:
     """
 
     model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, tiny or smollm2.")
-    ahn_implementation: str = _setting("GatedDeltaNet", "Memory: GatedDeltaNet, DeltaNet, Mamba2 or RoutedDeltaNet.")
+    ahn_implementation: str = _setting(
+        "GatedDeltaNet", "Memory: GatedDeltaNet, DeltaNet, Mamba2, RoutedDeltaNet or RetainedTokens."
+    )
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")
     memory_horizons: str = _setting(
@@ -45,6 +48,7 @@ class Settings:
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
     window: int = _setting(DEFAULT_WINDOW, "Window that the finished adapter asks for (loading it can choose another).")
     sinks: int = _setting(DEFAULT_SINKS, "Likewise its sinks.")
+    slots: int = _setting(DEFAULT_SLOTS, "For RetainedTokens: tokens that it holds per layer and key head.")
 
     dataset: str | None = _setting(
         None, "Training data: files, folders, Hub ids, chatqa2 or stdlib; several with commas between."
@@ -60,7 +64,10 @@ class Settings:
     preprocessing_num_workers: int | None = _setting(None, "Processes that tokenise (default: one a core, up to 16).")
     overwrite_cache: bool = _setting(False, "Tokenise again even if it was done before.")
 
-    loss_type: str = _setting("kl", "kl, ce, distill (attention outputs), or a sum such as kl+ce.")
+    loss_type: str | None = _setting(
+        None,
+        "kl (default), ce, distill (attention outputs), or a sum such as kl+ce; for RetainedTokens: attention.",
+    )
     use_normalized_l2: bool = _setting(False, "For distill: compare directions of attention outputs.")
     sliding_window_type: str = _setting("random", "How each step's lossless total is chosen: random, fixed or linear.")
     sliding_window: int | None = _setting(
@@ -81,8 +88,8 @@ class Settings:
     def __post_init__(self) -> None:
         self._check_present()
         self._check_numbers()
-        parse_loss(self.loss_type)
-        if self.use_normalized_l2 and "distill" not in parse_loss(self.loss_type):
+        self._check_loss()
+        if self.use_normalized_l2 and "distill" not in str(self.loss_type):
             # The published script sets it with the loss "kl", where it changes nothing.
             self.notes.append("use_normalized_l2 changes nothing without the loss distill")
         self._check_window()
@@ -104,6 +111,7 @@ class Settings:
             full_attention_layers=_layers(self.fa_layer_ids),
             router=self.use_ahn_router,
             q_proj=self.use_q_proj,
+            slots=self.slots,
         )
 
     @property
@@ -158,6 +166,20 @@ class Settings:
                 raise AHNError(f"{name} is missing: name it in the configuration file or with --{name}.")
         if self.eval_dataset and self.val_size:
             raise AHNError("eval_dataset and val_size both say what is held out; leave one of them out.")
+
+    def _check_loss(self) -> None:
+        recurrent = self.ahn_config.memory in memory.recurrent()
+        if self.loss_type is None:
+            self.loss_type = "kl" if recurrent else ATTENTION
+        if (self.loss_type == ATTENTION) == recurrent:
+            learns = "kl, ce, distill or a sum of them" if recurrent else f"{ATTENTION} alone"
+            raise AHNError(
+                f"loss_type {self.loss_type} teaches {self.ahn_implementation} nothing: it learns by {learns}."
+            )
+        if not recurrent and (self.use_ahn_router or self.use_q_proj):
+            raise AHNError(f"use_ahn_router and use_q_proj are for recurrent memories, not {self.ahn_implementation}.")
+        if recurrent:
+            parse_loss(self.loss_type)
 
     def _check_numbers(self) -> None:
         minima = {

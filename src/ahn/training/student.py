@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ahn.errors import AHNError
 from ahn.model.adapter import adapter_parameters
 from ahn.training.distillation import Distillation, check_head, distillation_loss
-from ahn.training.losses import CHUNK
+from ahn.training.looks import Looks, counted_tokens, looks_loss
+from ahn.training.losses import ATTENTION, CHUNK, IGNORED, next_tokens, valid_positions
 
 UNUSED = ".fn.D"
 """A parameter of published Gated DeltaNet checkpoints that nothing reads. DDP would wait for its gradient for ever."""
@@ -41,7 +42,7 @@ class Student(nn.Module):
 
     Args:
         model: with an AHN attached; the base in any precision.
-        loss: "kl", "ce", "distill" or a sum.
+        loss: "kl", "ce", "distill" or a sum, or "attention" for a memory of tokens.
         use_normalized_l2: see `distillation_loss`.
         chunk: positions whose logits exist at once.
     """
@@ -59,8 +60,17 @@ class Student(nn.Module):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(not name.endswith(UNUSED))
 
-    def forward(self, part: MicroBatch) -> Distillation:
-        """The share of this micro-batch in the step's losses; see `distillation_loss`."""
+    def counting(self, batch: dict[str, Tensor], window: int, sinks: int) -> int:
+        """Positions of a batch that count in the loss."""
+        labels, mask = batch["labels"], batch["attention_mask"]
+        if self.loss == ATTENTION:
+            return int(counted_tokens(labels.masked_fill(mask == 0, IGNORED), mask, window, sinks).sum())
+        return int(valid_positions(next_tokens(labels), window + sinks, mask).sum())
+
+    def forward(self, part: MicroBatch) -> Distillation | Looks:
+        """The share of this micro-batch in the step's losses; see `distillation_loss` and `looks_loss`."""
+        if self.loss == ATTENTION:
+            return looks_loss(self.model, part.batch, part.window, part.sinks, part.count, part.start)
         if not self._head_checked:  # here, where a sharded model's weights are whole
             check_head(self.model)
             self._head_checked = True

@@ -31,8 +31,8 @@ from ahn.private import overrides_trainer
 from ahn.training import checkpoints
 from ahn.training.arguments import TrainerArguments
 from ahn.training.data import Collator, Data, lengthened
-from ahn.training.losses import IGNORED, next_tokens, nothing_counts, valid_positions
-from ahn.training.meter import StepMeter
+from ahn.training.losses import ATTENTION, IGNORED, nothing_counts
+from ahn.training.meter import StepMeter, with_gap
 from ahn.training.schedule import WindowDraw, WindowSchedule
 from ahn.training.sharding import is_true
 from ahn.training.student import MicroBatch, Student
@@ -86,6 +86,8 @@ class DistillationTrainer(Trainer):
         )
         if is_true(os.environ.get("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
             raise AHNError("FSDP was asked for, but accelerate shards weights on GPUs only; leave fsdp out.")
+        if self.is_fsdp_enabled and student.loss == ATTENTION:
+            raise AHNError(f"The loss {ATTENTION} cannot train a sharded model: leave fsdp out.")
         self.student, self.schedule, self.evaluation = student, schedule, evaluation
         self.config, self.pad_token_id, self.settings = config, pad_token_id, settings
         self.meter = StepMeter()
@@ -121,12 +123,15 @@ class DistillationTrainer(Trainer):
         tokens, rows = self._over_ranks(own)
         draw = self.schedule.draw(self.state.global_step, int(tokens // rows))
         batches = [lengthened(batch, draw.lossless + 1, self.pad_token_id) for batch in batches]
-        (count,) = self._over_ranks([sum(_counting(batch, draw) for batch in batches)])
+        (count,) = self._over_ranks([sum(self._counting(batch, draw) for batch in batches)])
         if not count:
             raise nothing_counts(draw.lossless, max(batch["input_ids"].shape[1] for batch in batches))
         self._step = Step(draw, int(count))
         self.meter.note(draw, int(tokens))
         return batches, int(count)
+
+    def _counting(self, batch: dict[str, Tensor], draw: WindowDraw) -> int:
+        return self.student.counting(batch, draw.window, draw.sinks)
 
     def _over_ranks(self, numbers: Sequence[float]) -> list[float]:
         """Each number summed over all ranks; counts up to 2^53 stay exact."""
@@ -187,23 +192,22 @@ class DistillationTrainer(Trainer):
         if samples is None:
             raise AHNError("There is no held-out data: name eval_dataset or val_size.")
         self.model.eval()
-        start, valid = time.perf_counter(), 0
-        sums = torch.zeros(4, dtype=torch.float64)
+        start, names = time.perf_counter(), ("loss",)
+        sums = torch.zeros((), dtype=torch.float64)
         for batch in self._held_out_batches(samples):
             found = self.model(MicroBatch(batch, self.evaluation.window, self.evaluation.sinks, count=1))
-            sums += torch.stack(found[:4]).double().cpu()
-            valid += found.valid
-        *totals, count = self._over_ranks([*sums.tolist(), valid])
+            names = found._fields[:-1]
+            sums = sums + torch.tensor([*(float(x) for x in found[:-1]), found.valid], dtype=torch.float64)
+        *totals, count = self._over_ranks(sums.tolist())
         if not count:
             raise nothing_counts(self.evaluation.lossless, max(len(row) for row in samples["input_ids"]))
-        loss, kl, ce, teacher_ce = (total / count for total in totals)
-        if not math.isfinite(loss):
+        found_metrics = with_gap({name: total / count for name, total in zip(names, totals, strict=True)})
+        if not math.isfinite(found_metrics["loss"]):
             raise AHNError(
-                f"Held-out data after step {self.state.global_step}: the loss is {loss} (teacher's cross entropy "
-                f"{teacher_ce}). If the teacher's is not finite either, the base's numbers overflow: use --bf16 true. "
-                f"{self._last_kept()}"
+                f"Held-out data after step {self.state.global_step}: the loss is {found_metrics['loss']} (teacher's "
+                f"cross entropy {found_metrics.get('teacher_ce')}). If the teacher's is not finite either, the base's "
+                f"numbers overflow: use --bf16 true. {self._last_kept()}"
             )
-        found_metrics = {"loss": loss, "kl": kl, "ce": ce, "teacher_ce": teacher_ce, "gap": ce - teacher_ce}
         found_metrics |= {"window": self.evaluation.window, "sinks": self.evaluation.sinks, "positions": int(count)}
         found_metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": _rounded(value) for name, value in found_metrics.items()}
@@ -271,11 +275,6 @@ class DistillationTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.load_rng(Path(checkpoint), self.args.process_index)
-
-
-def _counting(batch: dict[str, Tensor], draw: WindowDraw) -> int:
-    """Positions of a batch that count in the loss."""
-    return int(valid_positions(next_tokens(batch["labels"]), draw.lossless, batch["attention_mask"]).sum())
 
 
 def _rounded(value: Any) -> Any:

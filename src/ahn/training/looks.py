@@ -1,0 +1,158 @@
+"""Which tokens later queries look at: what a memory of tokens learns, from the base model's own full attention.
+
+Shapes: B batch, L tokens, Hq query heads, Hkv key heads, P head dim. For every token and key head the target is 1 if it
+is among the `SHARE` that queries beyond the window look at most, measured by the largest probability that any of them
+gives it, and 0 if not. Nothing of size L × L exists for all heads and queries at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ahn.errors import AHNError
+from ahn.memory.retained_tokens import RetainedTokens
+from ahn.model.adapter import observed, set_window
+from ahn.model.context import LayerContext
+from ahn.model.observer import Observer
+from ahn.model.route import AttentionCall, own_scores
+from ahn.training.distillation import Batch, unpack
+from ahn.training.losses import ATTENTION, IGNORED, nothing_counts, to_device
+
+SHARE = 0.12
+NUMBERS = 1 << 26
+"""So many probabilities exist at once, each of 4 bytes."""
+
+
+class Looks(NamedTuple):
+    """Losses of one batch, float32 scalars on the model's device; only `loss` carries a gradient.
+
+    With a `count` given to `looks_loss` they are this batch's share of the losses of a larger one.
+    """
+
+    loss: Tensor
+    """Binary cross entropy of the scores, nats a token and key head, mean over layers."""
+    recall: Tensor
+    """Share of the tokens that are looked at most that the highest scores find; `SHARE` is chance."""
+    valid: int
+    """Number of tokens of this batch that count."""
+
+
+def looks_loss(
+    model: PreTrainedModel, batch: Batch, window: int, sinks: int, count: int | None = None, start: int = 0
+) -> Looks:
+    """What the scorers of `RetainedTokens` know of where this batch's queries look.
+
+    Args:
+        model: with that memory attached. It keeps the given window afterwards.
+        batch: as for `distillation_loss`; a row without a label to be learned does not count.
+        window, sinks: W and S: tokens among the sinks, and those that no query beyond the window sees, do not count.
+        count: tokens that count in all parts of a larger batch, of which this one may have none.
+        start: position of each row's first token.
+
+    Raises:
+        AHNError: a malformed batch, or nothing that counts.
+    """
+    ids, mask, labels = unpack(batch)
+    counted = counted_tokens(labels, mask, window, sinks)
+    valid = int(counted.sum())
+    if not (count or valid):
+        raise nothing_counts(window + sinks, ids.shape[1])
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": to_device(ids, device)}
+    if mask is not None:
+        inputs["attention_mask"] = to_device(mask, device)
+    if start:
+        inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
+    watch = _Watch(window, inputs.get("attention_mask"))
+    set_window(model, ids.shape[1], 0)  # nothing leaves it: the base model's own full attention
+    try:
+        with torch.no_grad(), observed(model, watch, first=True):
+            model.get_decoder()(**inputs, use_cache=False)
+    finally:
+        set_window(model, window, sinks)
+    counted = to_device(counted, device)
+    # Here and not while the model runs: activation checkpointing would run it again for the scores' gradient.
+    losses = [_of_layer(*seen, counted.to(seen[2].device)) for seen in watch.seen]
+    loss, recall = torch.stack([torch.stack([x.to(device) for x in pair]) for pair in losses]).mean(0).unbind()
+    return Looks(loss / (count or valid), recall.detach() / (count or valid), valid)
+
+
+def counted_tokens(labels: Tensor, mask: Tensor | None, window: int, sinks: int) -> Tensor:
+    """(B, L) bool: beyond the sinks, and seen by a query of its row that is at least `window` later.
+
+    Args:
+        labels, mask: (B, L); -100 in labels is not to be learned, 0 in the mask is padding.
+    """
+    real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    position = real.cumsum(1) - 1
+    beyond = (position >= sinks) & (position + window < real.sum(1, keepdim=True))
+    return real & beyond & (labels != IGNORED).any(1, keepdim=True)
+
+
+class _Watch(Observer):
+    """Keeps, of each layer with a memory, the memory, its input and how much its tokens are looked at."""
+
+    def __init__(self, window: int, mask: Tensor | None) -> None:
+        self.window, self.mask = window, mask
+        self.seen: list[tuple[RetainedTokens, Tensor, Tensor]] = []
+
+    def attending(self, layer: LayerContext, call: AttentionCall) -> None:
+        memory = layer.ahn.fn
+        if not isinstance(memory, RetainedTokens):
+            raise AHNError(f"The loss {ATTENTION} teaches scores to RetainedTokens; this model's memory has none.")
+        if own_scores(call.kwargs):
+            raise AHNError(f"{type(call.module).__name__} has learned sinks or a soft cap, unknown to this loss.")
+        looked = most_looked(call.query, call.key, call.scaling, self.window, self.mask)
+        self.seen.append((memory, layer.x, looked))
+
+
+def most_looked(query: Tensor, key: Tensor, scaling: float, window: int, mask: Tensor | None = None) -> Tensor:
+    """The largest probability that a query at least `window` later gives each token, in full attention.
+
+    Args:
+        query: (B, Hq, L, P); key: (B, Hkv, L, P), both after RoPE.
+        mask: (B, L), 0 for padding.
+
+    Returns:
+        (B, Hkv, L) float32: the maximum over those queries, and over the query heads of a key head; 0 for no query.
+    """
+    B, heads, L, _ = key.shape
+    found = torch.zeros(B, heads, L, device=key.device)
+    rows = max(1, NUMBERS // (B * query.shape[1] * L))
+    real = None if mask is None else mask.to(key.device).bool()
+    for first in range(window, L, rows):
+        queries = torch.arange(first, min(first + rows, L), device=key.device)
+        last = first + len(queries)
+        part = query[:, :, first:last].float().unflatten(1, (heads, -1))
+        scores = part @ key[:, :, None, :last].float().mT * scaling
+        distance = queries[:, None] - torch.arange(last, device=key.device)
+        hidden = distance < 0 if real is None else (distance < 0) | ~real[:, None, None, None, :last]
+        shares = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+        far = distance >= window if real is None else (distance >= window) & real[:, None, None, first:last, None]
+        best = shares.mul_(far).amax((2, 3))
+        found[:, :, :last] = found[:, :, :last].maximum(best)
+    return found
+
+
+def _of_layer(memory: RetainedTokens, x: Tensor, looked: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens that count: the cross entropy, mean over key heads, and the recall of each token's row."""
+    counted = counted[:, None].expand_as(looked)
+    logits = memory.logits(x)
+    target = _highest(looked, counted)
+    found = _highest(logits.detach(), counted)
+    error = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    hits = (found & target).sum(2) / target.sum(2).clamp_min(1)
+    heads = looked.shape[1]
+    return error[counted].sum() / heads, (hits * counted.sum(2)).sum() / heads
+
+
+def _highest(x: Tensor, counted: Tensor) -> Tensor:
+    """(B, Hkv, L) bool: the `SHARE` of the tokens that count with the highest x, per row and key head."""
+    order = x.masked_fill(~counted, float("-inf")).argsort(dim=2, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(2, order, torch.arange(x.shape[2], device=x.device).expand_as(order))
+    return counted & (rank < (SHARE * counted.sum(2, keepdim=True)).ceil())
