@@ -103,11 +103,11 @@ def _project(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
     return y.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of x (B, H, L, P): pairs (i, i + P/2)."""
+def _rotate(x: Tensor, theta: float, nearest: int = 0) -> Tensor:
+    """Rotary embedding of x (B, H, L, P): pairs (i, i + P/2). What stands before `nearest` is moved there."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
-    angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * frequency
+    angle = torch.arange(x.shape[2], dtype=x.dtype).clamp_min(nearest)[:, None] * frequency
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
@@ -139,14 +139,25 @@ def retained(score: list[float], left: list[int], slots: int) -> list[int]:
     return sorted(best[: slots - block]) + left[full:]
 
 
+def anchor(t: int, reach: int) -> int:
+    """Where a query at position t sees what is too far away: it moves on by a power of two when it is `reach` back."""
+    step, place = 1, 0
+    while 2 * step <= reach // 4:
+        step *= 2
+    while reach and t - place >= reach:
+        place += step
+    return place
+
+
 def _attend_retained(
-    q: Tensor, k: Tensor, v: Tensor, score: Tensor, exact: list[int], left: list[int], slots: int
+    q: Tensor, k: Tensor, moved: Tensor, v: Tensor, score: Tensor, exact: list[int], left: list[int], slots: int
 ) -> Tensor:
-    """One query q (B, H, P) over exact and retained tokens; k, v (B, H, L, P), score (B, H, L)."""
+    """One query q (B, H, P) over exact tokens, with keys k, and retained ones, with keys `moved`; (B, H, L, P)."""
+    length, k, v = k.shape[2], torch.cat([k, moved], 2), torch.cat([v, v], 2)
     out = torch.empty_like(q)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            seen = exact + retained(score[b, h].tolist(), left, slots)
+            seen = exact + [length + position for position in retained(score[b, h].tolist(), left, slots)]
             out[b, h] = _attend(q[b, h][None, None], k[b, h][None, None], v[b, h][None, None], seen)[0, 0]
     return out
 
@@ -166,6 +177,7 @@ def _mixer(
     if "q_norm.weight" in attention:
         q = _rms(q, attention["q_norm.weight"], case["rms_norm_eps"])
         keys = _rms(keys, attention["k_norm.weight"], case["rms_norm_eps"])
+    raw_keys = keys
     q, keys = _rotate(q, case["rope_theta"]), _rotate(keys, case["rope_theta"])
     memory_q = q
     if "q_proj.weight" in memory:  # of the base's q before its norm and RoPE
@@ -184,7 +196,9 @@ def _mixer(
         leaves = t - window
         if keeps:
             left = list(range(sinks, leaves + 1))
-            y = _attend_retained(q[:, :, t], k, v, score, seen, left, case["slots"])
+            moved = _rotate(raw_keys, case["rope_theta"], anchor(t, case.get("near", 0)))
+            moved = moved.repeat_interleave(heads // kv_heads, 1)
+            y = _attend_retained(q[:, :, t], k, moved, v, score, seen, left, case["slots"])
         else:
             y = _attend(q[:, :, t], k, v, seen)
         if write is not None and read is not None and leaves >= sinks:

@@ -42,9 +42,10 @@ def base(layers: int, rope: str = "default", **fields: int) -> PreTrainedModel:
 
 
 def adapted(layers: int = 2, memory: str = "deltanet", rope: str = "default", **fields: object) -> PreTrainedModel:
-    model = ahn.attach(base(layers, rope), ahn.AHNConfig(memory, WINDOW, SINKS, **fields))  # type: ignore[arg-type]
+    config = ahn.AHNConfig(memory, WINDOW, SINKS, **{"slots": 16} | fields)  # type: ignore[arg-type]
+    model = ahn.attach(base(layers, rope), config)
     for name, parameter in ahn.adapter_parameters(model).items():
-        if name.endswith("o_proj.weight"):
+        if name.endswith("o_proj.weight") or (".scorer." in name and parameter.dim() > 1):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -76,7 +77,7 @@ def test_published_placing_is_another() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", ["deltanet", "window_only"])
+@pytest.mark.parametrize("memory", ["deltanet", "window_only", "retained"])
 @pytest.mark.parametrize("sizes", [(LENGTH,), (70, 1, 1, 60, 68), (63, *[1] * 137)], ids=["whole", "pieces", "steps"])
 def test_whole_is_pieces_is_steps(memory: str, sizes: tuple[int, ...]) -> None:
     model, ids = adapted(memory=memory), tokens()
@@ -89,8 +90,9 @@ def test_whole_is_pieces_is_steps(memory: str, sizes: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def test_a_padded_row_is_the_row_alone() -> None:
-    model, ids = adapted(), tokens(2)
+@pytest.mark.parametrize("memory", ["deltanet", "retained"])
+def test_a_padded_row_is_the_row_alone(memory: str) -> None:
+    model, ids = adapted(memory=memory), tokens(2)
     pads = [0, 37]
     mask = torch.ones_like(ids)
     mask[1, : pads[1]] = 0
@@ -108,8 +110,9 @@ def test_a_padded_row_is_the_row_alone() -> None:
 
 
 @torch.no_grad()
-def test_a_saved_conversation_goes_on_the_same(tmp_path) -> None:
-    model, ids = adapted(), tokens()
+@pytest.mark.parametrize("memory", ["deltanet", "retained"])
+def test_a_saved_conversation_goes_on_the_same(memory: str, tmp_path) -> None:
+    model, ids = adapted(memory=memory), tokens()
     cache = ahn.AHNCache.for_model(model)
     model(ids[:, :150], past_key_values=cache)
     cache.save(tmp_path / "c.safetensors")
@@ -119,8 +122,9 @@ def test_a_saved_conversation_goes_on_the_same(tmp_path) -> None:
 
 
 @torch.no_grad()
-def test_rows_are_reordered_with_their_sinks() -> None:
-    model, ids = adapted(), tokens(2)
+@pytest.mark.parametrize("memory", ["deltanet", "retained"])
+def test_rows_are_reordered_with_their_sinks(memory: str) -> None:
+    model, ids = adapted(memory=memory), tokens(2)
     cache = ahn.AHNCache.for_model(model)
     model(ids[:, :150], past_key_values=cache)
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -210,3 +214,20 @@ def test_older_adapters_keep_the_published_placing(tmp_path) -> None:
     del described["ahn"]["max_distance"]
     file.write_text(json.dumps(described))
     assert ahn.load_adapter(base(2), tmp_path).ahn_config.max_distance == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", ROPE)
+def test_anchors_that_move_within_a_forward(rope: str) -> None:
+    """Retained tokens move sooner than sinks: without a cache the queries of one forward see them in several places."""
+    model, ids = adapted(memory="retained", rope=rope), tokens(2, TRAINED)
+    expected, whole = model(ids).logits, model(ids, use_cache=False).logits
+    assert torch.allclose(whole, expected, atol=1e-4)
+    pads = torch.tensor([0, 9])
+    mask = (torch.arange(TRAINED) >= pads[:, None]).long()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    shifted = torch.cat([ids[:1], ids[1:].roll(9, 1)])
+    found = model(shifted, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert torch.allclose(found[1, 9:], expected[1, :-9], atol=1e-4)
+    model.ahn_config = model.ahn_config.replace(max_distance=0)
+    assert not torch.allclose(model(ids).logits, expected, atol=1e-2)

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import base
 from tiny_run import flags, in_other_processes
 from tiny_student import freeze_base, student, tokens
 from torch import Tensor
@@ -127,7 +127,7 @@ def test_parts_add_up_and_padding_counts_for_nothing() -> None:
 @torch.no_grad()
 def planted() -> PreTrainedModel:
     """A Llama whose keys of six tokens of the vocabulary are so large that some query always looks at them."""
-    model = base("llama")
+    model = models.base("llama")
     embedding, direction = model.get_input_embeddings().weight, F.normalize(torch.randn(32), dim=0)
     embedding[2:8] += 4 * direction
     for layer in model.model.layers:
@@ -138,11 +138,11 @@ def planted() -> PreTrainedModel:
 def test_scores_find_planted_tokens() -> None:
     model = freeze_base(planted())
     optimizer = torch.optim.Adam(list(ahn.adapter_parameters(model).values()), lr=1e-2)
-    held_out = tokens(16, 64, seed=1000)
+    held_out = models.tokens(16, 64, seed=1000)
     with torch.no_grad():
         before = looks_loss(model, held_out, WINDOW, SINKS)
     for step in range(60):
-        found = looks_loss(model, tokens(8, 64, seed=step), WINDOW, SINKS)
+        found = looks_loss(model, models.tokens(8, 64, seed=step), WINDOW, SINKS)
         optimizer.zero_grad()
         found.loss.backward()
         optimizer.step()

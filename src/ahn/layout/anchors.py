@@ -17,3 +17,11 @@ def anchor_moves(first: int, last: int, reach: int) -> list[int]:
     step = anchor_step(reach)
     begin = reach if first < reach else first + step - (first - reach) % step
     return list(range(begin, last + 1, step))
+
+
+def near_reach(reach: int, lossless: int) -> int:
+    """From how far a query may see a token that a memory moves, if it may see a sink from `reach`, in tokens.
+
+    A quarter of that, where a base finds more than at the edge of what it knows, but beyond sinks and window.
+    """
+    return max(reach // 4, lossless + 4)

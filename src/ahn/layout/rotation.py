@@ -8,12 +8,17 @@ always the token's own: see `anchors`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ahn.layout.anchors import anchor_step
+from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
+
+if TYPE_CHECKING:
+    from ahn.layout.visibility import Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +78,27 @@ class Anchored:
     Attributes:
         rotation: of the base model.
         anchors: (B or 1, n) of each query: a key before it is seen there.
-        spans: the queries, first and beyond the last, between two moves of an anchor, in order.
+        spans: the queries, first and beyond the last, between two moves of an anchor, in order. A text that is read in
+            chunks has one (`ahn.model.chunks`).
     """
 
     rotation: Rotation
     anchors: Tensor
     spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, view: Visibility) -> Anchored | None:
+        """For the queries of a forward in which tokens leave the window of `view`; None where keys stay as they are."""
+        if not view.reach or view.rotation is None:
+            return None
+        reach = near_reach(view.reach, view.lossless)
+        # Padding has no position: it goes with the first token of its row.
+        found = anchors(view.query_positions.maximum(view.lengths_before[:, None]), reach)
+        if view.padded and view.length > 1:
+            moves = ((found[:, 1:] != found[:, :-1]).any(0).nonzero()[:, 0] + 1).tolist()
+        else:
+            moves = [position - view.seen for position in anchor_moves(view.seen, view.total - 1, reach)]
+        return cls(view.rotation, found, tuple(itertools.pairwise([0, *moves, view.length])))
 
     def turn(self, keys: Tensor, positions: Tensor, query: int) -> Tensor:
         """Keys (B, Hkv, T, P) from before RoPE, of tokens at positions (B, Hkv, T), to where this query sees them."""

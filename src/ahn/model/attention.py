@@ -78,7 +78,9 @@ def attention(
         evicted, tier_state = without_padding(passed.evicted, memory.closed_gates, view.delayed), passed.state
         extra.append(passed)
     state = state or memory.init_state(query.shape[0], query.device)
-    made = memory.extra_keys(evicted, view.delayed, state)
+    # Some models turn no keys in some of their layers.
+    moves = memory.moves_keys and getattr(module, "use_rope", True)
+    made = memory.extra_keys(evicted, view.delayed, state, forward.anchored if moves else None)
     if made is not None:
         extra.append(made)
         state = made.state

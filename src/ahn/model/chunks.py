@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn import decode, private
+from ahn import decode, memory, private
 from ahn.cache.conversation import AHNCache
 from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
-from ahn.layout.anchors import anchor_moves
+from ahn.layout.anchors import anchor_moves, near_reach
 
 
 class Wrapped:
@@ -133,13 +133,21 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
     cuts = {*range(0, full, size), *range(full, length, size), length}
     mask = kwargs.get("attention_mask")
-    if config.reach and model._ahn.rotation is not None and seen + length > config.reach:
-        cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, config.reach)}
+    if config.reach and model._ahn.rotation is not None:
+        for reach in _reaches(config):
+            if seen + length > reach:
+                cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, reach)}
     return list(itertools.pairwise(sorted(cuts | _gaps(mask, length))))
 
 
+def _reaches(config: AHNConfig) -> list[int]:
+    """From how far sinks are seen, and the tokens of a memory that moves its keys."""
+    near = near_reach(config.reach, config.lossless + config.quantized)
+    return [config.reach, near] if memory.get(config.memory).moves_keys else [config.reach]
+
+
 def _anchor_moves(attention_mask: Any, seen: int, total: int, reach: int) -> set[int]:
-    """The new columns, from `seen` to `total`, in which the sinks of some row move along."""
+    """The new columns, from `seen` to `total`, in which an anchor of some row moves."""
     pads = {0}
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         pads = set((total - attention_mask.sum(-1)).tolist())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
+from ahn.layout.rotation import Anchored
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.memory.layer import AHN, Router
@@ -68,6 +69,11 @@ class ForwardContext:
     @cached_property
     def _elsewhere(self) -> dict[torch.device, ForwardContext]:
         return {}
+
+    @cached_property
+    def anchored(self) -> Anchored | None:
+        """From where queries see keys that a memory moves; None where keys stay as they are."""
+        return Anchored.of(self.visibility.delayed)
 
     @cached_property
     def tier(self) -> TierView | None:
