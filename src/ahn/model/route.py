@@ -23,6 +23,8 @@ from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 
 _DENSE_MASK_KERNELS = ("sdpa", "eager")
+QUERIES = 1024
+"""At once where every head has a mask of its own."""
 
 
 class LazyMask:
@@ -116,11 +118,21 @@ class Masked(Route):
         key, value, mask = call.key, call.value, self.mask
         for more in extra:
             key, value, mask = _with_extra_keys(key, value, mask, more)
+        if self.boolean and mask is not None and mask.shape[1] > 1:
+            return self._per_head(call, key, value, mask)
         if self.boolean:
-            mask = _of_queries(mask, call.query.shape[1])
             mask = _as_kernel_mask(mask, self.kernel, call.query.dtype)
         run = kernel_function(self.kernel, call.module)
         return run(call.module, call.query, key, value, mask, **call.kwargs)
+
+    def _per_head(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With a mask (B or 1, Hkv, n, T), of which kernels want a copy per query head: some queries at a time."""
+        run, groups, results = kernel_function(self.kernel, call.module), call.query.shape[1] // mask.shape[1], []
+        for query, part in zip(call.query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True):
+            own = _as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
+            results.append(run(call.module, query, key, value, own, **call.kwargs))
+        outputs, weights = zip(*results, strict=True)
+        return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
 
 
 @dataclasses.dataclass
@@ -230,13 +242,6 @@ def _with_extra_keys(
         batch, heads = (max(part.shape[dim] for part in parts) for dim in (0, 1))
         mask = torch.cat([part.expand(batch, heads, -1, -1) for part in parts], dim=-1)
     return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), mask
-
-
-def _of_queries(mask: Tensor | None, heads: int) -> Tensor | None:
-    """A mask per key head as one per query head; one for all heads stays so."""
-    if mask is None or mask.shape[1] == 1:
-        return mask
-    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:
