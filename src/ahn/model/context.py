@@ -34,6 +34,14 @@ class LayerContext:
     rope: tuple[Tensor, Tensor] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseForward:
+    """Stands where a `ForwardContext` does inside `ahn.disabled`: every layer computes what the base model does."""
+
+    kernel: str
+    """The base model's own attention implementation."""
+
+
 @dataclasses.dataclass
 class ForwardContext:
     """What the hook on the decoder tells every layer of one forward."""

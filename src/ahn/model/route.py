@@ -42,7 +42,8 @@ class LazyMask:
     def resolve(self, kernel: str, device: torch.device) -> Any:
         """The mask as the base model's own kernel expects it, where the layer is."""
         if kernel not in self._masks:
-            self._masks[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+            make = ALL_MASK_ATTENTION_FUNCTIONS.get(kernel)  # None: one that makes its own, as transformers has it
+            self._masks[kernel] = None if make is None else make(**self._arguments)
         mask = self._masks[kernel]
         if mask is None or device == self._arguments.get("device", device):
             return mask
