@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ahn.ops.quantize import BITS, per_group
 
+CAPTURED = {"key_bits": BITS, "value_bits": BITS, "keys_before_rope": False}
+"""The one form of quantized tokens that the kernels of captured steps know."""
 MOST = 4
 """Numbers and scales of one step. Of a thousand, float32 in another order of operations moves less than one."""
 

@@ -83,9 +83,11 @@ def test_formula_of_the_paper_for_one_layer() -> None:
 
 @pytest.mark.parametrize("name", memory.names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantized", [0, 20])
-def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype, quantized: int) -> None:
-    config = AHNConfig(memory=name, window=24, sinks=8, full_attention_layers=(1,), quantized=quantized)
+@pytest.mark.parametrize(("quantized", "bits"), [(0, 2), (20, 2), (20, 3), (20, 4)])
+def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype, quantized: int, bits: int) -> None:
+    config = AHNConfig(
+        memory=name, window=24, sinks=8, full_attention_layers=(1,), quantized=quantized, key_bits=bits, value_bits=2
+    )
     model = AutoModelForCausalLM.from_config(tiny(), dtype=dtype)
     ahn.attach(model, config)
     for length in (5, 32, 33, 70):
@@ -102,15 +104,17 @@ def test_bytes_are_those_of_the_cache(name: str, dtype: torch.dtype, quantized: 
         assert (usage.quantized_bytes > 0) == (quantized > 0 and length > 32)
 
 
-def test_quantized_tokens_are_keys_at_an_eighth_of_the_bytes() -> None:
-    plain, coarse = (AHNConfig(memory="window_only", window=24, sinks=8, quantized=n) for n in (0, 20))
+@pytest.mark.parametrize("bits", [(2, 2), (3, 2), (4, 2), (4, 4)])
+def test_quantized_tokens_are_keys_at_few_bits(bits: tuple[int, int]) -> None:
+    plain = AHNConfig(memory="window_only", window=24, sinks=8, key_bits=bits[0], value_bits=bits[1])
+    coarse = plain.replace(quantized=20)
     L, W, C, layers, heads, kv_heads, P = 100, 32, 20, 3, 4, 2, 8
     more = cost(tiny(), coarse, L).ahn.mixer_flops - cost(tiny(), plain, L).ahn.mixer_flops
     assert more == layers * 4 * P * heads * (C * C / 2 + (L - W - C) * C)
     usage = cost(tiny(), coarse, L).ahn
     assert usage.quantized_numbers == layers * 2 * C * P * kv_heads
-    # codes of two bits, a scale of two bytes for each key and value, an offset in float32 for each of both
-    assert usage.quantized_bytes == layers * 2 * kv_heads * (C * (P // 4 + 2) + 4 * P)
+    # codes, a scale of two bytes for each key and value, an offset in float32 for each of both
+    assert usage.quantized_bytes == layers * kv_heads * (C * (P * sum(bits) // 8 + 2 * 2) + 2 * 4 * P)
     assert usage.cache_numbers == usage.kv_numbers + usage.quantized_numbers
 
 

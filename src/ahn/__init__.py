@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from ahn.cache.conversation import AHNCache
     from ahn.checkpoint import from_pretrained, load_adapter, merge, save_adapter, split
     from ahn.config import AHNConfig
-    from ahn.model.adapter import adapter_parameters, attach, detach, set_window
-    from ahn.model.attached import disabled
+    from ahn.model.adapter import adapter_parameters, attach, detach, disabled, set_window
 
 __all__ = [
     "AHNCache",
@@ -38,8 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "ahn.model.adapter": ("adapter_parameters", "attach", "detach", "set_window"),
-    "ahn.model.attached": ("disabled",),
+    "ahn.model.adapter": ("adapter_parameters", "attach", "detach", "disabled", "set_window"),
     "ahn.cache": ("AHNCache",),
     "ahn.checkpoint": ("from_pretrained", "load_adapter", "merge", "save_adapter", "split"),
     "ahn.config": ("AHNConfig",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ahn.errors import AHNError
@@ -18,6 +18,10 @@ MIN_DISTANCE = 16
 MODEL_TYPE = "ahn"
 """The model type of a merged checkpoint in its `config.json`, so that nobody loads it without its memory."""
 ARCHITECTURE = "AHNForCausalLM"
+BITS = (2, 3, 4)
+"""Per number of a quantized token's keys or values."""
+BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False}
+"""What files mean that do not say it: they are older than these settings, and were trained and measured so."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can be loaded to be used."""
 
@@ -28,7 +32,7 @@ class AHNConfig:
 
     A query at position t attends exactly to the first `sinks` tokens and to the last `window` tokens, itself
     included. Every other token is written into the memory of its layer when it leaves the window, or, with `quantized`,
-    that many tokens later: until then queries see what two bits a number keep of it (`ahn.cache.tier`).
+    that many tokens later: until then queries see what a few bits per number keep of it (`ahn.cache.tier`).
 
     Args:
         memory: one of `ahn.memory.names()`, or of `ahn.memory.baselines()` to compare with.
@@ -39,11 +43,18 @@ class AHNConfig:
         q_proj: learn, per head, a projection of the query that reads the memory.
         prefill_chunk_size: tokens processed at once when a prompt is longer than the lossless total. A trade of
             speed against peak memory; the result is the same to float tolerance.
+        quantized: number of tokens before the window that are still seen, at a few bits per number (C ≥ 0). For
+            inference with any memory, trained without it.
+        key_bits: bits per number of a quantized token's keys, 2, 3 or 4. A token takes, per layer and key head,
+            `(key_bits + value_bits) · P / 8 + 4` bytes: with 4 and 2 bits a fifth of what it takes in a bfloat16
+            window (head dimension P of 64), with 2 and 2 a seventh.
+        value_bits: likewise of its values.
+        keys_before_rope: keep the keys of quantized tokens as they are before RoPE, and turn them when they are seen:
+            at their own distance as far as the base model looks well, and there all that are farther (`tier_reach`).
+            `attach` sets it to False where the base's RoPE cannot be turned back.
         max_distance: from how far a query may see a sink, in tokens. A base model breaks at distances that it was not
             trained on, so sinks move along behind a text that is longer (`reach`; docs/concepts.md, "Any length").
             None: what the base was trained on, filled in by `attach`. 0: sinks keep their own positions, as published.
-        quantized: number of tokens before the window that are still seen, at two bits a number (C ≥ 0). For inference
-            with any memory, trained without it; a token takes a seventh or less of its bytes in the window.
 
         slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); other memories have no
             use for it. A token takes as many bytes as in the window, and 4 for its position.
@@ -62,13 +73,19 @@ class AHNConfig:
     quantized: int = 0
     slots: int = DEFAULT_SLOTS
     max_distance: int | None = None
+    key_bits: int = 4
+    value_bits: int = 2
+    keys_before_rope: bool = True
 
     def __post_init__(self) -> None:
         for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0), ("slots", 2)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {reprlib.repr(value)}.")
-        for name in ("router", "q_proj"):
+        for name in ("key_bits", "value_bits"):
+            if type(getattr(self, name)) is not int or getattr(self, name) not in BITS:
+                raise AHNError(f"AHNConfig.{name} must be 2, 3 or 4, got {reprlib.repr(getattr(self, name))}.")
+        for name in ("router", "q_proj", "keys_before_rope"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"AHNConfig.{name} must be True or False, got {reprlib.repr(getattr(self, name))}.")
         if self.max_distance is not None and (type(self.max_distance) is not int or not self._distance_fits()):
@@ -101,10 +118,41 @@ class AHNConfig:
             reach = self.lossless + anchor_step(reach)
         return reach
 
+    @classmethod
+    def saved(cls, settings: Mapping[str, Any]) -> AHNConfig:
+        """From the fields in a file, which may be older than some of them.
+
+        Raises:
+            AHNError: as for `AHNConfig` itself.
+        """
+        return cls(**BEFORE | dict(settings))
+
     @property
     def lossless(self) -> int:
         """Number of tokens that are kept exactly: sinks + window."""
         return self.sinks + self.window
+
+    @property
+    def tier_reach(self) -> int:
+        """The distance at which quantized tokens are seen that are farther; 0 where each is seen at its own.
+
+        A base looks best at what is not too far: a quarter of `max_distance`. The window needs room before it, so that
+        the tokens behind it do not all lie in one place: as much again, as far as `max_distance` goes.
+        """
+        if not (self.max_distance and self.keys_before_rope):
+            return 0
+        wanted = max(self.max_distance // 4, 2 * self.lossless)
+        return max(min(wanted, self.max_distance - 1), self.lossless + 4)
+
+    @property
+    def tier_label(self) -> str:
+        """What is kept per number of quantized tokens, in words: of keys / of values."""
+        return "two bits" if self.tier_bits == (2, 2) else f"{self.key_bits}/{self.value_bits} bits"
+
+    @property
+    def tier_bits(self) -> tuple[int, int]:
+        """Bits per number of keys and of values of quantized tokens."""
+        return self.key_bits, self.value_bits
 
     @classmethod
     def for_base(cls, trained: int | None, **fields: Any) -> AHNConfig:

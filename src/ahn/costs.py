@@ -267,7 +267,7 @@ def _with_tier(exact: Usage, shape: ModelShape, ahn_config: AHNConfig, length: i
         exact,
         mixer_flops=exact.mixer_flops + round(4 * attended * shape.head_dim * shape.heads),
         quantized_numbers=2 * held * shape.head_dim * shape.kv_heads,
-        quantized_bytes=nbytes(capacity, shape.kv_heads, shape.head_dim),
+        quantized_bytes=nbytes(capacity, shape.kv_heads, shape.head_dim, ahn_config.tier_bits),
     )
 
 

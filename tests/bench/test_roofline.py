@@ -48,7 +48,7 @@ def test_a_step_reads_all_codes_and_passes_one_gate_on(qwen: PreTrainedModel) ->
     with method.on(qwen):
         parts = roofline.step(qwen, method.config, LONG, 1).parts
         plain = roofline.step(qwen, only("gated_deltanet").config, LONG, 1).parts
-    token = 2 * 2 * (128 // 4 + 2)  # key and value of 2 heads: a quarter byte a number, and a scale
+    token = 2 * (128 // 2 + 128 // 4 + 2 * 2)  # keys of 2 heads at half a byte per number, values at a quarter; scales
     offsets = 2 * 2 * 128 * 4
     assert parts["keys and values"] - plain["keys and values"] == 36 * (65536 * token + offsets)
     assert parts["gates"] == plain["gates"]

@@ -1,5 +1,8 @@
 """Quantized tokens between window and memory: against a full-sequence form, cut in any way, padded, saved and moved.
 
+In two forms: two bits of keys after RoPE, which files from before mean, and keys before RoPE, of which those that are
+far are all seen at one distance.
+
 Codes jump where a number lies on the edge of two levels, and float32 in another order of operations can carry it over.
 The models here compute in float64 and the examples do not change from run to run, so that no test meets such a number.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +30,9 @@ from ahn.attend import windowed
 from ahn.cache import tier
 from ahn.layout.evicted import Evicted
 from ahn.layout.state import TierRing, TierState
+from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
-from ahn.ops.quantize import decode, encode, rotate, turned
+from ahn.ops.quantize import LEVELS, decode, encode, rotate, turned
 from ahn.training.distillation import distillation_loss
 
 TOLERANCE = 1e-4  # memories compute in float32
@@ -41,27 +46,50 @@ def shared(memory: str = "gated_deltanet", architecture: str = "qwen3") -> PreTr
     return model if architecture == "gpt_oss" else model.double()  # its experts have no float64
 
 
-def with_tier(model: PreTrainedModel, window: int, sinks: int, quantized: int, chunk: int = 10_000) -> PreTrainedModel:
-    config = ahn.AHNConfig(**vars(model.ahn_config) | {"quantized": quantized})
-    model.ahn_config = config.replace(window=window, sinks=sinks, prefill_chunk_size=chunk)
+class Near(ahn.AHNConfig):
+    """Tokens of the tier are seen at their own distance for a few tokens only, which a base of 4 096 never wants."""
+
+    @property
+    def tier_reach(self) -> int:
+        return self.lossless + 4 if self.keys_before_rope else 0
+
+
+AFTER, BEFORE = (2, 2, False), (4, 2, True)
+"""Bits of keys and values, and whether keys are kept before RoPE."""
+FORMS = (AFTER, BEFORE, (3, 3, True))
+
+
+def with_tier(
+    model: PreTrainedModel,
+    window: int,
+    sinks: int,
+    quantized: int,
+    chunk: int = 10_000,
+    form: tuple[int, int, bool] = BEFORE,
+) -> PreTrainedModel:
+    turned = form[2] and model._ahn.rotation is not None
+    fields = {"quantized": quantized, "key_bits": form[0], "value_bits": form[1], "keys_before_rope": turned}
+    distance = 4096 if model._ahn.rotation is not None else 0
+    sizes = {"window": window, "sinks": sinks, "prefill_chunk_size": chunk, "max_distance": distance}
+    model.ahn_config = Near(**vars(model.ahn_config) | fields | sizes)
     return model
 
 
 # -- a plain form: all keys of a text at once, masks, no cache ---------------------------------------------------------
 
-WIDTHS: dict[str, int] = {}
+PLAIN: dict[str, Any] = {}
 
 
-def quantize(x: Tensor, unbiased: bool, sinks: int, window: int) -> Tensor:
+def quantize(x: Tensor, unbiased: bool, sinks: int, window: int, bits: int) -> Tensor:
     """x (B, Hkv, L, P) as its codes say it, the mean of positions S to S + W taken out first."""
-    mean = x[:, :, sinks : sinks + window].mean(2, keepdim=True)
+    mean = x[:, :, sinks : sinks + window].mean(2, keepdim=True).nan_to_num()  # nothing left if there are none
     size = x.shape[-1] & -x.shape[-1]
     hadamard = torch.ones(1, 1, dtype=x.dtype)
     while len(hadamard) < size:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]) / 2**0.5
     rotation = torch.block_diag(*[hadamard] * (x.shape[-1] // size))
     y = (x - mean) @ rotation
-    levels = torch.tensor([-1.5104176, -0.4527800, 0.4527800, 1.5104176], dtype=x.dtype)
+    levels = torch.tensor(LEVELS[bits], dtype=x.dtype)
     z = y / y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
     level = levels[(z[..., None] - levels).abs().argmin(-1)]
     inner = (y * level).sum(-1, keepdim=True)
@@ -73,19 +101,32 @@ def quantize(x: Tensor, unbiased: bool, sinks: int, window: int) -> Tensor:
     return (level * scale.bfloat16()) @ rotation + mean
 
 
+def turn(x: Tensor, by: Tensor) -> Tensor:
+    """RoPE as its paper has it (arXiv 2104.09864), in Llama's order of pairs: x (..., P) turned by positions (...)."""
+    half = x.shape[-1] // 2
+    angle = by[..., None] * PLAIN["theta"] ** (-torch.arange(half, dtype=x.dtype) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
 def plain_attention(module, query, key, value, mask, scaling=None, **kwargs):
-    W, S, C = WIDTHS["window"], WIDTHS["sinks"], WIDTHS["quantized"]
+    config = PLAIN["config"]
+    W, S, C = config.window, config.sinks, config.quantized
     groups, L = query.shape[1] // key.shape[1], query.shape[2]
     t, j = torch.arange(L)[:, None], torch.arange(L)
     exact = (j <= t) & ((j < S) | (j > t - W))
     tier = (j >= S) & (j <= t - W) & (j > t - W - C)
-    parts = [(key, value, exact), (quantize(key, True, S, W), quantize(value, False, S, W), tier)]
-    scores = [
-        (query @ k.repeat_interleave(groups, 1).mT * scaling).masked_fill(~seen, -torch.inf) for k, _, seen in parts
-    ]
-    weights = torch.cat(scores, -1).softmax(-1)
-    values = torch.cat([v for _, v, _ in parts], 2).repeat_interleave(groups, 1)
-    return (weights @ values).transpose(1, 2), None
+    scores = [query @ key.repeat_interleave(groups, 1).mT * scaling]
+    if config.keys_before_rope:  # every pair at its distance, one by one
+        coded = quantize(turn(key, -j), True, S, W, config.key_bits).repeat_interleave(groups, 1)
+        distance = (t - j).clamp(0, config.tier_reach or L)
+        there = turn(turn(query, -j)[:, :, :, None], distance)  # (B, Hq, L, L, P)
+        scores.append((there * coded[:, :, None]).sum(-1) * scaling)
+    else:
+        scores.append(query @ quantize(key, True, S, W, config.key_bits).repeat_interleave(groups, 1).mT * scaling)
+    scores = [x.masked_fill(~seen, -torch.inf) for x, seen in zip(scores, (exact, tier), strict=True)]
+    values = torch.cat([value, quantize(value, False, S, W, config.value_bits)], 2).repeat_interleave(groups, 1)
+    return (torch.cat(scores, -1).softmax(-1) @ values).transpose(1, 2), None
 
 
 AttentionInterface.register("plain_quantized", plain_attention)
@@ -93,9 +134,9 @@ AttentionMaskInterface.register("plain_quantized", lambda **kwargs: None)
 
 
 @torch.no_grad()
-def plain(model: PreTrainedModel, ids: Tensor, window: int, sinks: int, quantized: int) -> Tensor:
+def plain(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of an adapted model without a memory, by the plain form."""
-    WIDTHS.update(window=window, sinks=sinks, quantized=quantized)
+    PLAIN.update(config=model.ahn_config, theta=model.config.rope_parameters["rope_theta"])
     with ahn.disabled(model):
         own = model.config._attn_implementation
         model.set_attn_implementation("plain_quantized")
@@ -106,29 +147,34 @@ def plain(model: PreTrainedModel, ids: Tensor, window: int, sinks: int, quantize
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])  # qwen2: key biases, head dimension 8
+@pytest.mark.parametrize("form", FORMS)
 @given(window=st.integers(1, 12), sinks=st.integers(0, 4), quantized=st.integers(1, 20), length=st.integers(1, 50))
-@settings(max_examples=examples(6, 12), deadline=None, derandomize=True)
-def test_it_is_the_plain_form(architecture: str, window: int, sinks: int, quantized: int, length: int) -> None:
-    model, ids = with_tier(shared("window_only", architecture), window, sinks, quantized), tokens(2, length)
-    expected = plain(model, ids, window, sinks, quantized)
+@settings(max_examples=examples(4, 8), deadline=None, derandomize=True)
+@example(window=5, sinks=2, quantized=20, length=50)
+def test_it_is_the_plain_form(
+    architecture: str, form: tuple[int, int, bool], window: int, sinks: int, quantized: int, length: int
+) -> None:
+    model, ids = with_tier(shared("window_only", architecture), window, sinks, quantized, form=form), tokens(2, length)
+    expected = plain(model, ids)
     with torch.no_grad():
         assert relative_error(model(ids).logits, expected) < TOLERANCE
         assert relative_error(model(ids, use_cache=False).logits, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
-def test_what_a_query_sees_at_the_edges(beyond: int) -> None:
+@pytest.mark.parametrize("form", [AFTER, BEFORE])
+def test_what_a_query_sees_at_the_edges(form: tuple[int, int, bool], beyond: int) -> None:
     """S + W + C tokens and a few more or less: with one the memory has the first token, not before."""
-    window, sinks, quantized = 6, 2, 5
+    window, sinks, quantized = 6, 2, 9
     ids = tokens(1, window + sinks + quantized + beyond)
     logits = {}
     for memory in ("window_only", "gated_deltanet"):
-        model = with_tier(shared(memory), window, sinks, quantized)
+        model = with_tier(shared(memory), window, sinks, quantized, form=form)
         held = ahn.AHNCache.for_model(model)
         logits[memory] = read(model, ids, [ids.shape[1]], held)
         stepped = ahn.AHNCache.for_model(model)
         assert relative_error(read(model, ids, [1] * ids.shape[1], stepped), logits[memory]) < TOLERANCE
-        assert relative_error(logits["window_only"], plain(model, ids, window, sinks, quantized)) < TOLERANCE
+        assert relative_error(logits["window_only"], plain(model, ids)) < TOLERANCE
     written = held.memory_layers[0].state.memory["state"]
     assert bool(written.any()) == (beyond > 0)
     # The base weights are the same, so until something is written both memories give the same.
@@ -140,14 +186,17 @@ def test_what_a_query_sees_at_the_edges(beyond: int) -> None:
 
 
 @torch.no_grad()
-def test_codes_win_back_what_the_window_loses() -> None:
-    """On random weights too: two bits of a token are nearer to the token than nothing."""
+def test_codes_win_back_what_the_window_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On random weights too: two bits of a token are nearer to the token than nothing, and more bits nearer."""
+    monkeypatch.setattr(Near, "tier_reach", 0)
     model, ids = shared("window_only"), tokens(2, 60)
     with ahn.disabled(model):
         full = model(ids).logits
     errors = [relative_error(model(ids).logits, full) for _ in [with_tier(model, 8, 2, 0)]]
-    errors += [relative_error(model(ids).logits, full) for _ in [with_tier(model, 8, 2, 50)]]
+    for form in (AFTER, BEFORE, (4, 4, True)):
+        errors.append(relative_error(with_tier(model, 8, 2, 50, form=form)(ids).logits, full))
     assert errors[1] < 0.5 * errors[0]
+    assert errors[3] < errors[2] < errors[1]
 
 
 @given(data=st.data())
@@ -166,7 +215,8 @@ def test_bands_with_a_tier_are_the_mask(data: st.DataObject) -> None:
     key, value = (torch.cat(pair, dim=2) for pair in zip(exact, coarse, strict=True))
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     with torch.no_grad():
-        found = windowed.attend(query, exact[0], exact[1], view, 0.3, (coarse[0], coarse[1]))
+        band = windowed.Band(query, coarse[0], coarse[1], quantized)
+        found = windowed.attend(query, exact[0], exact[1], view, 0.3, [band])
     assert relative_error(found, expected) < 1e-5
 
 
@@ -179,7 +229,9 @@ def test_a_single_query_sees_what_the_codes_decode_to(head_dim: int) -> None:
     keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, offsets, strict=True))
     state = TierState(*(TierRing(*x, at) for x, at in zip(encoded, offsets, strict=True)))
     unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
-    passed = tier.Passed(*(turned(*x, torch.float32) for x in encoded), None, unread, state)
+    view = Visibility(3, 2, 30, 1, torch.device("cpu"), quantized=21)
+    raw = tier.Seen(*(turned(*x, torch.float32) for x in encoded))
+    passed = tier.Passed(raw, None, state, unread, TierView(view), raw=True)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, torch.cat([exact[0], keys], 2), torch.cat([exact[1], values], 2), scale=0.3, enable_gqa=True
     )
@@ -188,17 +240,18 @@ def test_a_single_query_sees_what_the_codes_decode_to(head_dim: int) -> None:
 
 
 @torch.no_grad()
-def test_bands_read_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "quantized"), [(AFTER, 7), (BEFORE, 7), (BEFORE, 15)])  # N = 7: all near, and not
+def test_bands_read_later_chunks(form: tuple[int, int, bool], quantized: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No mask of queries times keys: chunks after a full window, and single tokens, go through the fast kernels."""
-    model, ids = with_tier(shared("gated_deltanet"), 9, 2, 7), tokens(2, 40)
+    model, ids = with_tier(shared("gated_deltanet"), 9, 2, quantized, form=form), tokens(2, 60)
     cache = ahn.AHNCache.for_model(model)
     read(model, ids[:, :11], [11], cache)
 
     def refused(*arguments: object) -> None:
         raise AssertionError("a dense mask")
 
-    monkeypatch.setattr("ahn.model.route._with_extra_keys", refused)
-    read(model, ids[:, 11:], [4, 8, 1, 1, 15], cache)
+    monkeypatch.setattr("ahn.model.route._with_more_keys", refused)
+    read(model, ids[:, 11:], [4, 17, 1, 1, 15], cache)
     with pytest.raises(AssertionError, match="a dense mask"):  # a tier that one step would not fill
         fresh = ahn.AHNCache.for_model(model)
         read(model, ids, [11, 1], fresh)
@@ -207,7 +260,10 @@ def test_bands_read_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- however it is cut and padded --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("memory", "form"),
+    [*((memory, BEFORE) for memory in MEMORIES), ("gated_deltanet", AFTER), ("ct_avg", (3, 3, True))],
+)
 @given(
     window=st.integers(1, 12),
     sinks=st.integers(0, 5),
@@ -220,9 +276,9 @@ def test_bands_read_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @example(window=5, sinks=2, quantized=4, pieces=[8, 1, 1, 1, 9, 1, 1, 4, 1], chunk=3)
 @example(window=4, sinks=0, quantized=1, pieces=[20, 1, 1, 12, 1], chunk=5)
 def test_whole_is_chunks_is_steps(
-    memory: str, window: int, sinks: int, quantized: int, pieces: list[int], chunk: int
+    memory: str, form: tuple[int, int, bool], window: int, sinks: int, quantized: int, pieces: list[int], chunk: int
 ) -> None:
-    model = with_tier(shared(memory), window, sinks, quantized)
+    model = with_tier(shared(memory), window, sinks, quantized, form=form)
     ids = tokens(2, sum(pieces))
     whole, found = (ahn.AHNCache.for_model(model) for _ in range(2))
     expected = read(model, ids, [ids.shape[1]], whole)
@@ -230,20 +286,23 @@ def test_whole_is_chunks_is_steps(
         assert relative_error(model(ids, use_cache=False).logits, expected) < TOLERANCE
     assert relative_error(read(model, ids, pieces, found), expected) < TOLERANCE
     assert_same_layers(found, whole)
-    own_chunks = ahn.AHNCache.for_model(with_tier(model, window, sinks, quantized, chunk))
+    own_chunks = ahn.AHNCache.for_model(with_tier(model, window, sinks, quantized, chunk, form))
     assert relative_error(read(model, ids, [ids.shape[1]], own_chunks), expected) < TOLERANCE
     assert_same_layers(own_chunks, whole)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("memory", "form"), [*((memory, BEFORE) for memory in MEMORIES), ("gated_deltanet", AFTER)])
 @given(turns=turns(), quantized=st.integers(1, 12))
+@example(turns=Turns(window=3, sinks=1, chunks=[[25, 14], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=12)
 @settings(max_examples=examples(6, 12), deadline=None, derandomize=True)
 @example(turns=Turns(window=6, sinks=3, chunks=[[15, 4], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=4)
 @example(turns=Turns(window=4, sinks=4, chunks=[[20, 10], [10, 2], [1, 1], [1, 1]]), quantized=30)
 @example(turns=Turns(window=3, sinks=2, chunks=[[9, 2], [7, 0], [7, 0], [3, 4], [1, 1], [1, 1]]), quantized=2)
 @example(turns=Turns(window=3, sinks=2, chunks=[[20, 3], *[[1, 1]] * 8]), quantized=3)
-def test_a_padded_batch_is_its_rows_alone(memory: str, turns: Turns, quantized: int) -> None:
-    assert_rows_alone(with_tier(shared(memory), turns.window, turns.sinks, quantized), turns)
+def test_a_padded_batch_is_its_rows_alone(
+    memory: str, form: tuple[int, int, bool], turns: Turns, quantized: int
+) -> None:
+    assert_rows_alone(with_tier(shared(memory), turns.window, turns.sinks, quantized, form=form), turns)
 
 
 @pytest.mark.parametrize("chunks", [[[3], [20], [1], [1]], [[2], [30]]])
@@ -257,20 +316,23 @@ def test_a_single_row_with_padding(chunks: list[list[int]]) -> None:
     assert relative_error(logits[0, 12:], alone[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("memory", MEMORIES[:3])
+@pytest.mark.parametrize(("memory", "form"), [*((memory, BEFORE) for memory in MEMORIES[:3]), ("mamba2", AFTER)])
 @given(turns=turns(), quantized=st.integers(1, 12))
 @settings(max_examples=examples(6, 12), deadline=None, derandomize=True)
 @example(turns=Turns(window=5, sinks=2, chunks=[[9, 9], [1, 1], [30, 30], [1, 1], [1, 1], [4, 4]]), quantized=6)
 @example(turns=Turns(window=6, sinks=3, chunks=[[15, 4], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=4)
-def test_codes_that_lose_nothing_are_a_wider_window(memory: str, turns: Turns, quantized: int) -> None:
+def test_codes_that_lose_nothing_are_a_wider_window(
+    memory: str, form: tuple[int, int, bool], turns: Turns, quantized: int
+) -> None:
     """Who sees whom, what is written when: all as with a window of W + C, if a code is the number itself."""
     ids, mask, _ = padded(turns.chunks)
     lengths = [max(chunk) for chunk in turns.chunks]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ahn.cache.tier.encode", lambda x, unbiased: (x, x[..., 0]))
-        patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype: codes)
-        patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype: rotate(codes))
-        model = with_tier(shared(memory), turns.window, turns.sinks, quantized)
+        patch.setattr("ahn.cache.tier.encode", lambda x, unbiased, bits: (x, x[..., 0]))
+        patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype, bits: codes)
+        patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype, bits: rotate(codes))
+        patch.setattr(Near, "tier_reach", 0)
+        model = with_tier(shared(memory), turns.window, turns.sinks, quantized, form=form)
         narrow = ahn.AHNCache.for_model(model)
         found = read(model, ids, lengths, narrow, mask)
     model = with_tier(model, turns.window + quantized, turns.sinks, 0)
@@ -324,7 +386,9 @@ def test_slots_that_only_quantized_tokens_bring(monkeypatch: pytest.MonkeyPatch)
 
 
 def conversation() -> tuple[PreTrainedModel, ahn.AHNCache]:
-    model = with_tier(shared("mamba2"), 6, 2, 5)
+    model = with_tier(shared("mamba2"), 6, 2, 14)
+    model.ahn_config = ahn.AHNConfig(**vars(model.ahn_config) | {"max_distance": 40})
+    assert model.ahn_config.tier_reach == 16  # of the tokens that will be read, the first are farther
     cache = ahn.AHNCache.for_model(model)
     read(model, tokens(3, 21), [20, 1], cache)
     return model, cache
@@ -360,19 +424,24 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     cache.save(tmp_path / "cache.safetensors")
     with_tier(model, 3, 1, 0)  # a conversation keeps its own settings
     loaded = ahn.AHNCache.load(tmp_path / "cache.safetensors", model)
-    assert loaded.config == cache.config and loaded.config.quantized == 5
+    assert loaded.config == cache.config and loaded.config.quantized == 14
     assert loaded.nbytes() == cache.nbytes()
     assert torch.equal(goes_on(model, loaded), goes_on(model, cache))
 
 
-def test_a_file_from_before_the_option_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_tier(shared("mamba2"), 6, 2, 0)
+@pytest.mark.parametrize("quantized", [0, 5])
+def test_a_file_from_before_the_option_loads(quantized: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without codes, or with those of two bits of keys after RoPE."""
+    model = with_tier(shared("mamba2"), 6, 2, quantized, form=AFTER)
+    model.ahn_config = ahn.AHNConfig(**vars(model.ahn_config) | {"max_distance": 0})
     cache = ahn.AHNCache.for_model(model)
     read(model, tokens(3, 20), [20], cache)
-    fields = {name: x for name, x in vars(cache.config).items() if name != "quantized"}
+    newer = {"max_distance", "key_bits", "value_bits", "keys_before_rope", *(() if quantized else ("quantized",))}
+    fields = {name: x for name, x in vars(cache.config).items() if name not in newer}
     with monkeypatch.context() as patch:
         patch.setattr("ahn.cache.conversation.dataclasses.asdict", lambda config: fields)
         cache.save(tmp_path / "cache.safetensors")
+    with_tier(model, 6, 2, quantized)
     loaded = ahn.AHNCache.load(tmp_path / "cache.safetensors", model)
     assert loaded.config == cache.config
     assert torch.equal(goes_on(model, loaded), goes_on(model, cache))

@@ -105,7 +105,7 @@ def test_mistakes_are_one_clear_line(
 def test_quantized_tokens_are_measured_and_shown(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
     given = ("--model", small, *SMALL, "--methods", "window", "--context", "50", "--quantized", "12")
     result = ahn_cli("bench", "decode", *given, "--out", tmp_path)
-    assert result.code == 0 and "+12 codes" in result.out
+    assert result.code == 0 and "+12 at 4/2 bits" in result.out
     refused = ahn_cli("bench", "train", *given, "--out", tmp_path / "other")
     assert refused.code == 1 and "leave --quantized out" in refused.err
     assert not (tmp_path / "other").exists()

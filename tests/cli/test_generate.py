@@ -45,7 +45,7 @@ def expected(saved: speaking.Speaking, text: str, count: int = 12) -> str:
 def test_quantized_tokens(ahn_cli: Any, plain: speaking.Speaking) -> None:
     options = ("generate", "--base-model", plain.base, "--ahn-path", plain.adapter, "--max-new-tokens", 4)
     done = ahn_cli(*options, "--window", 6, "--sinks", 2, "--quantized", 5, "--prompt", TEXT)
-    assert done.code == 0 and ", 5 before them at two bits a number, " in " ".join(done.err.split())
+    assert done.code == 0 and ", 5 before them at 4/2 bits per number, " in " ".join(done.err.split())
     read = json.loads(ahn_cli(*options, "--window", 6, "--sinks", 2, "--quantized", 5, "--prompt", TEXT, "--json").out)
     told = read["prompt"]
     assert told["tokens_seen"] == told["window"] + told["sinks"] + told["tokens_quantized"] + told["tokens_in_memory"]

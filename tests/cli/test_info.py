@@ -158,10 +158,11 @@ def test_quantized_tokens_are_counted(ahn_cli: Any, published: Path) -> None:
     done = ahn_cli("info", published, "--quantized", 1000, "--length", 100_000, "--json")
     plain = ahn_cli("info", published, "--length", 100_000, "--json")
     ours, theirs = (json.loads(text.out)["costs"][0]["ahn"] for text in (done, plain))
-    # 36 layers, 2 heads, keys and values of 128 numbers at two bits with a scale of 2 bytes, and two offsets in float32
-    assert ours["quantized_bytes"] == 36 * 2 * 2 * (1000 * (128 // 4 + 2) + 4 * 128)
+    # 36 layers, 2 heads, keys of 128 numbers at four bits and values at two, each with a scale of 2 bytes, and two
+    # offsets in float32
+    assert ours["quantized_bytes"] == 36 * 2 * (1000 * (128 // 2 + 128 // 4 + 2 * 2) + 2 * 4 * 128)
     assert ours["mixer_flops"] > theirs["mixer_flops"] and theirs["quantized_bytes"] == 0
-    assert "at two bits" in ahn_cli("info", published, "--quantized", 1000).out
+    assert "at 4/2 bits" in ahn_cli("info", published, "--quantized", 1000).out
 
 
 def test_without_a_network_it_fails_at_once(ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import weakref
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from codes import CAPTURED as TWO_BITS
 from codes import rounded_otherwise
 from models import adapted
 from talk import Talk
@@ -31,7 +33,7 @@ SEEN = LOSSLESS + QUANTIZED
 def shared(memory: str, architecture: str = "qwen3", options: bool = False) -> PreTrainedModel:
     return adapted(
         architecture, memory=memory, router=options, q_proj=options, window=WINDOW, sinks=SINKS, prefill_chunk_size=8,
-        quantized=QUANTIZED,
+        quantized=QUANTIZED, **TWO_BITS,
     ).double()  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
 def test_a_layer_is_our_operators_and_nothing_else(memory: str, compiled: list[torch.fx.Graph]) -> None:
     """Rotation and norms go into the step, and all layers share one compilation; in float32, as our products are."""
-    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED), 1)
+    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, **TWO_BITS), 1)
     talk.read([LOSSLESS - 2])
     talk.steps(SEEN)
     talk.check(TOLERANCE)
@@ -142,3 +144,15 @@ def test_codes_are_excused_by_a_rounding_alone(fault: str) -> None:
     else:
         with pytest.raises(AssertionError, match=r"off|slots|follow"):
             rounded_otherwise(talk, other)
+
+
+@pytest.mark.parametrize("form", [{}, {"key_bits": 3}, {"value_bits": 4}, {"keys_before_rope": True}])
+def test_other_forms_take_ordinary_steps(form: dict[str, Any], graphs: Graphs) -> None:
+    """The kernels know two bits of keys after RoPE: anything else would be read as something that it is not."""
+    options = TWO_BITS | form if form else {}
+    model = adapted(window=WINDOW, sinks=SINKS, quantized=QUANTIZED, prefill_chunk_size=8, **options).double()
+    talk = Talk(model, 2)
+    talk.read([5, 5])
+    talk.steps(2 * SEEN)
+    talk.check(TOLERANCE)
+    assert graphs == Graphs(captures=0, replays=0)

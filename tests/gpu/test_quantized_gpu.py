@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from codes import rounded_otherwise
+from codes import CAPTURED, rounded_otherwise
 from golden import relative_error
 from models import adapted, awaken, base, tokens
 from talk import Talk
@@ -19,6 +20,7 @@ from ahn.cache import tier
 from ahn.decode import runner
 from ahn.layout.evicted import Evicted
 from ahn.layout.state import TierRing, TierState
+from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.ops.quantize import decode, encode, rotate, turned
 
@@ -43,7 +45,7 @@ def test_bands_with_a_tier_are_the_mask(held: int, n: int) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.float(), key, value, mask, scale=0.3, enable_gqa=True
     )
-    found = windowed.attend(query, rest[0], rest[1], view, 0.3, (rest[2], rest[3]))
+    found = windowed.attend(query, rest[0], rest[1], view, 0.3, [windowed.Band(query, rest[2], rest[3], quantized)])
     assert relative_error(found.cpu(), expected.cpu()) < BFLOAT16
 
 
@@ -57,7 +59,9 @@ def test_a_single_query_sees_what_the_codes_decode_to() -> None:
     keys, values = (decode(*x, torch.float32) + at.unsqueeze(2) for x, at in zip(encoded, offsets, strict=True))
     state = TierState(*(TierRing(*x, at) for x, at in zip(encoded, offsets, strict=True)))
     unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
-    passed = tier.Passed(*(turned(*x, torch.bfloat16) for x in encoded), None, unread, state)
+    view = Visibility(64, 4, 400, 1, torch.device("cuda"), quantized=300)
+    raw = tier.Seen(*(turned(*x, torch.bfloat16) for x in encoded))
+    passed = tier.Passed(raw, None, state, unread, TierView(view), raw=True)
     key, value = (torch.cat([a.float(), b], 2) for a, b in zip(exact, (keys, values), strict=True))
     expected = torch.nn.functional.scaled_dot_product_attention(query.float(), key, value, scale=0.125, enable_gqa=True)
     found = tier.attend(query, exact[0], exact[1], passed, 0.125)
@@ -71,9 +75,9 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, monkeypatch: py
     with ahn.ops.use_backend("chunked"):
         with monkeypatch.context() as patch:
             patch.setattr(runner, "on_gpu", lambda ids: False)  # what is replaced here is the ordinary step's
-            patch.setattr("ahn.cache.tier.encode", lambda x, unbiased: (x, x[..., 0]))
-            patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype: codes)
-            patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype: rotate(codes))
+            patch.setattr("ahn.cache.tier.encode", lambda x, unbiased, bits: (x, x[..., 0]))
+            patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype, bits: codes)
+            patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype, bits: rotate(codes))
             found = read(model, ids, [5, 20, 1, 1, 30, *[1] * 13], ahn.AHNCache.for_model(model))
         ahn.set_window(model, 21, 2, quantized=0)
         expected = read(model, ids, [70], ahn.AHNCache.for_model(model))
@@ -89,7 +93,7 @@ def test_codes_are_a_cpus() -> None:
         assert relative_error(decode(*there, torch.float32).cpu(), decode(*here, torch.float32)) < 0.01
 
 
-def awake(architecture: str, memory: str, dtype: torch.dtype, **options: int) -> PreTrainedModel:
+def awake(architecture: str, memory: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     config = ahn.AHNConfig(memory=memory, window=40, sinks=4, prefill_chunk_size=64, **options)
     # Heads of 64: more than one word of codes in each vector.
     plain = base(architecture, hidden_size=256, head_dim=64)
@@ -104,7 +108,7 @@ def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkey
 
     A step that has rounded a code or a scale to the other side is excused, and both ways go on from the same cache.
     """
-    model = awake(architecture, memory, torch.float32, quantized=96)
+    model = awake(architecture, memory, torch.float32, quantized=96, **CAPTURED)
     talks, excused = [Talk(model, 2), Talk(model, 2)], 0
     with ahn.ops.use_backend("chunked"):
         for step in range(341):
@@ -127,7 +131,7 @@ def test_captured_steps_are_ordinary_ones(architecture: str, memory: str, monkey
 
 @torch.no_grad()
 def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = awake("qwen3", "gated_deltanet", torch.bfloat16, quantized=96)
+    model = awake("qwen3", "gated_deltanet", torch.bfloat16, quantized=96, **CAPTURED)
     reference, errors = copy.deepcopy(model).float(), []
     for captured in (True, False):
         with monkeypatch.context() as patch:
@@ -143,8 +147,9 @@ def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(monkeypatch: pyt
 
 @torch.no_grad()
 def test_half_precision_generates() -> None:
-    """Through the kernels of chunks and of captured steps."""
+    """Through the kernels of chunks, in the form that new configurations have."""
     model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64).to(torch.bfloat16).cuda()
     output = model.generate(tokens(1, 300).cuda(), max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     assert output.sequences.shape == (1, 340)
-    assert output.past_key_values.memory_layers[0].state.tier.keys.codes.shape == (1, 2, 64, 4)
+    tier_state = output.past_key_values.memory_layers[0].state.tier
+    assert tier_state.keys.codes.shape == (1, 2, 64, 8) and tier_state.values.codes.shape == (1, 2, 64, 4)

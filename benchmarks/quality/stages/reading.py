@@ -69,6 +69,10 @@ def _method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: i
     return Method(task.name, config, weights)
 
 
+TWO_BITS = {"key_bits": 2, "value_bits": 2, "keys_before_rope": False}
+"""What these runs are named for, and what their results were measured with."""
+
+
 def fit_window(config: ahn.AHNConfig, budget: int) -> ahn.AHNConfig:
     """With a window so narrow that sinks + window + slots is at most the budget."""
     return config.replace(window=memory.window_within(config.memory, budget - config.sinks, slots=config.slots))
@@ -76,7 +80,7 @@ def fit_window(config: ahn.AHNConfig, budget: int) -> ahn.AHNConfig:
 
 def fit_tier(model: PreTrainedModel, whole: ahn.AHNConfig, tier: Tier, length: int) -> ahn.AHNConfig:
     """With the window and the quantized tokens of a tier in place of a whole budget's window."""
-    config = whole.replace(window=int(tier.exact * whole.lossless) - whole.sinks)
+    config = whole.replace(window=int(tier.exact * whole.lossless) - whole.sinks, **TWO_BITS)
     quantized = round(tier.windows * whole.window)
     if tier.bytes_of is not None:
 

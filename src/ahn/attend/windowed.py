@@ -6,13 +6,14 @@ the new keys (causal), n - 1 × n - 1 of the window's oldest ones (causal once q
 calls of the fastest dense kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing. Every size
 is a multiple of the kernel's tile where window, sinks and n are.
 
-Quantized tokens are a second window, over the stream of tokens that left the first one: as many parts again.
+Quantized tokens are a second window (`Band`), over the stream of tokens that left the first one: as many parts again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -28,7 +29,6 @@ from ahn.layout.visibility import Visibility
 from ahn.ops import has_triton
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
-KeysValues: TypeAlias = tuple[Tensor, Tensor]
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 
@@ -37,7 +37,7 @@ def applies(view: Visibility, query: Tensor) -> bool:
     if not supported(query) or query.shape[2] < 2 or view.seen == 0 or view.padded or view.moved:
         return False
     if view.seen >= view.sinks + view.window:
-        return view.window > 2 and view.quantized not in (1, 2)
+        return view.window > 2
     # On a CPU nothing has changed until something leaves the window, to the last bit. On a GPU the base model's own way
     # of reading a later chunk is a dense mask.
     return query.is_cuda and view.evicted == 0
@@ -53,16 +53,47 @@ def supported(query: Tensor) -> bool:
     return device in ("cuda", "cpu") and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device)
 
 
+@dataclasses.dataclass
+class Band:
+    """A second window, over a stream of tokens in the order of the text: of each query the last `width` up to its own.
+
+    Attributes:
+        query: (B, Hq, n, P) as it meets these keys.
+        key, value: (B, Hkv, T, P); the last query's own token is the last.
+        width: more than 2.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    width: int
+
+    @property
+    def held(self) -> int:
+        """Tokens before the first query's own; negative if that, and as many queries' less one, are not there yet."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    def edges(self) -> tuple[int, int]:
+        """The first query that sees a token, and the first that sees as many as ever."""
+        return -self.held, self.width - self.held
+
+    def parts(self, start: int, stop: int, scaling: float) -> list[Part]:
+        """Attention of queries that lie on one side of each edge."""
+        if self.held + start < 0:
+            return []
+        first = self.held + start - self.width
+        return _parts(self.query[:, :, start:stop], self.key, self.value, first, 0, self.width, scaling)
+
+
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float, tier: KeysValues | None = None
+    query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float, tier: Sequence[Band] = ()
 ) -> Tensor:
     """Attention of n new queries that follow `view.seen` tokens.
 
     Args:
         query: (B, Hq, n, P); keys, values: (B, Hkv, cached + n, P) in columns.
         view: without padding; either nothing leaves the window, or it is full before the first query.
-        tier: keys and values (B, Hkv, e + n, P) of quantized tokens, decoded: the e ≤ C held before, the oldest first,
-            and the n that leave the window, each seen by C queries from its own on.
+        tier: at most two, of quantized tokens.
 
     Returns:
         (B, Hq, n, P).
@@ -72,20 +103,13 @@ def attend(
         old = (keys[:, :, :cached], values[:, :, :cached])
         new = (keys[:, :, cached:], values[:, :, cached:])
         return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling)])
-    size = min(BLOCK, view.window - 1, view.quantized - 1 if tier else BLOCK)
-    held = tier[0].shape[2] - n if tier else 0
-    cuts = {*range(0, n, size), n}
-    if tier and 0 < view.quantized - held < n:
-        cuts.add(view.quantized - held)  # a block's queries all find the tier full, or none of them does
+    size = min(BLOCK, view.window - 1, *(band.width - 1 for band in tier))
+    edges = {edge for band in tier for edge in band.edges() if 0 < edge < n}
     blocks = []
-    for start, stop in itertools.pairwise(sorted(cuts)):
-        block = query[:, :, start:stop]
-        exact = _parts(block, keys, values, view.sinks + start, view.sinks, view.window, scaling)
-        if tier is None:
-            blocks.append(merge(exact))
-        else:
-            coarse = _parts(block, *tier, held + start - view.quantized, 0, view.quantized, scaling)
-            blocks.append(merge([_joined(exact), _joined(coarse)]))
+    for start, stop in itertools.pairwise(sorted({*range(0, n, size), n} | edges)):
+        exact = _parts(query[:, :, start:stop], keys, values, view.sinks + start, view.sinks, view.window, scaling)
+        coarse = [parts for band in tier if (parts := band.parts(start, stop, scaling))]
+        blocks.append(merge([_joined(parts) for parts in [exact, *coarse]] if coarse else exact))
     return blocks[0] if len(blocks) == 1 else join(blocks)
 
 

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLaye
 
 from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
+from ahn.config import AHNConfig
 from ahn.measure.method import Method
 
 SAMPLE = 13
@@ -42,7 +43,7 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
             layer.load_tensors(named)
             layer.progress.seen = context
             if method.config is not None and method.config.quantized and context > kept:
-                _fill_tier(layer, method.config.quantized)
+                _fill_tier(layer, method.config)
         elif isinstance(layer, StaticLayer):
             layer.lazy_initialization(_rows(seen.keys, batch), _rows(seen.values, batch))
             layer.keys.normal_()
@@ -76,17 +77,17 @@ def _grown(name: str, x: Tensor, known: int, batch: int, tokens: int) -> Tensor:
     return torch.empty(batch, *x.shape[1:], dtype=x.dtype, device=x.device).normal_(std=STATE_STD)
 
 
-def _fill_tier(layer: AHNLayer, capacity: int) -> None:
+def _fill_tier(layer: AHNLayer, config: AHNConfig) -> None:
     """Give a layer a full tier: any codes are possible ones."""
     assert layer.state is not None
-    layer.state.tier = found = tier.empty(capacity, layer.window)
+    layer.state.tier = found = tier.empty(config.quantized, layer.window, config.tier_bits)
     for ring in (found.keys, found.values):
         ring.codes.random_(256)
         ring.scales.normal_().abs_()
         ring.offset.normal_().abs_()
     for name, gate in found.gates.items():
         waiting = layer.window.gates[name]
-        gate.copy_(waiting[:, :, torch.randint(waiting.shape[2], (capacity,), device=waiting.device)])
+        gate.copy_(waiting[:, :, torch.randint(waiting.shape[2], (config.quantized,), device=waiting.device)])
 
 
 def _normal(x: Tensor, batch: int, tokens: int) -> Tensor:

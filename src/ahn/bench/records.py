@@ -30,6 +30,8 @@ KEY = (
     "window",
     "sinks",
     "quantized",
+    "key_bits",
+    "value_bits",
     "context",
     "batch",
 )
@@ -78,12 +80,18 @@ def read(folder: Path) -> list[Row]:
     latest: dict[tuple[Any, ...], Row] = {}
     for row in found:
         if row.get("kind") == "row":
-            key = tuple(row.get(name) for name in KEY)
+            key = _key(row)
             latest.pop(key, None)
             latest[key] = row
     if not latest:
         raise AHNError(f"There are no rows in {path}; run a measurement first.")
     return list(latest.values())
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """By `KEY`. Bits tell rows with quantized tokens apart; those from before they said it are of two bits each."""
+    bits = {name: row.get(name, 2) if row.get("quantized") else None for name in ("key_bits", "value_bits")}
+    return tuple((row | bits).get(name) for name in KEY)
 
 
 def hardware(device: torch.device) -> Row:

@@ -120,7 +120,8 @@ def _table(key: tuple[Any, ...], rows: Sequence[Row]) -> Table:
     table.add_column("", overflow="fold")
     for row in rows:
         exact = "" if row.get("window") is None else f"{row['sinks']}+{row['window']}"
-        exact += f"+{row['quantized']} codes" if row.get("quantized") else ""
+        if row.get("quantized"):  # rows from before they said it are of two bits each
+            exact += f"+{row['quantized']} at {row.get('key_bits', 2)}/{row.get('value_bits', 2)} bits"
         shown = [show(row) for _, show in COLUMNS[measurement]]
         note = row["status"] if row["status"] != OK else "generate failed" if "generate_why" in row else ""
         table.add_row(tokens(row.get("context")), str(row.get("batch") or ""), row["method"], exact, *shown, note)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ahn import memory
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.ops.quantize import BITS, code_bytes
+from ahn.ops.quantize import code_bytes
 from ahn.shape import ModelShape
 
 LIMIT = 1 << 40
@@ -50,7 +50,7 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
     if not isinstance(block, dict) or not block.keys() <= known:
         raise AHNError(f"{where} does not say with which settings it was written, or in terms unknown here.")
     try:
-        config = AHNConfig(**block)
+        config = AHNConfig.saved(block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
     for name in ("memory", "router", "q_proj", "full_attention_layers", "slots"):
@@ -164,8 +164,8 @@ def _tier(
         return {}
     rows = batch, shape.kv_heads
     tier = {}
-    for kind in ("key", "value"):
-        tier[f"{kind}s"] = Stored("U8", (*rows, config.quantized, code_bytes(shape.head_dim, BITS)))
+    for kind, bits in (("key", config.key_bits), ("value", config.value_bits)):
+        tier[f"{kind}s"] = Stored("U8", (*rows, config.quantized, code_bytes(shape.head_dim, bits)))
         tier[f"{kind}_scales"] = Stored("BF16", (*rows, config.quantized))
         tier[f"{kind}_offset"] = Stored("F32", (*rows, shape.head_dim))
     tier |= {f"gates.{name}": Stored(dtype, (batch, x.shape[1], config.quantized)) for name, x in gates.items()}

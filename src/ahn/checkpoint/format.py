@@ -93,8 +93,7 @@ def _own_settings(block: Any, file: Path) -> AHNConfig:
     known = {field.name for field in dataclasses.fields(AHNConfig)}
     if not isinstance(block, dict) or "memory" not in block:
         raise AHNError(f"{file}: the block {BLOCK!r} names no memory.")
-    # Adapters from before `max_distance` were trained and measured with sinks at their own positions.
-    return AHNConfig(**{"max_distance": 0} | {name: value for name, value in block.items() if name in known})
+    return AHNConfig.saved({name: value for name, value in block.items() if name in known})
 
 
 def _published_settings(config: dict[str, Any], file: Path) -> AHNConfig:

@@ -84,7 +84,7 @@ def command(
         tell("This model has no chat template: it continues your text instead of answering it.")
     if sys.stdin.isatty():
         config = session.cache.config
-        coarse = f", {config.quantized:,} tokens at two bits" if config.quantized else ""
+        coarse = f", {config.quantized:,} tokens at {config.tier_label}" if config.quantized else ""
         tell(f"{config.memory}, window {config.window:,}, sinks {config.sinks:,}{coarse}; /help lists the commands.")
     for line in _lines():
         if line == "/quit":

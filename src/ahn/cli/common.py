@@ -37,7 +37,7 @@ QuantizedOption = Annotated[
     typer.Option(
         "--quantized",
         min=0,
-        help="Tokens before the window still seen at two bits a number (default: the adapter's, else 0).",
+        help="Tokens before the window still seen at a few bits per number (default: the adapter's, else 0).",
     ),
 ]
 DeviceOption = Annotated[

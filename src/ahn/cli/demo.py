@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 TINY = "ahn-tiny"
 WINDOW, SINKS = 224, 32
 BEST = "routed_deltanet"
-"""The shipped memory that comes first, and behind tokens at two bits."""
-TWO_BIT_WINDOWS = 3.5
-"""Tokens at two bits a number in multiples of the window, when none are asked for."""
+"""The shipped memory that comes first, and behind quantized tokens."""
+QUANTIZED_WINDOWS = 3.5
+"""Quantized tokens in multiples of the window, when none are asked for."""
 LONGER = 16
 """Length of a document in multiples of sinks + window, when none is asked for."""
 DOCUMENTS = 3
@@ -71,8 +71,8 @@ def command(
         typer.Option(
             "--quantized",
             min=0,
-            help="Tokens before the window that two more rows see at two bits a number "
-            f"(default: {TWO_BIT_WINDOWS:g} windows; 0: no such rows).",
+            help="Tokens before the window that two more rows see at a few bits per number "
+            f"(default: {QUANTIZED_WINDOWS:g} windows; 0: no such rows).",
         ),
     ] = None,
     length: Annotated[
@@ -89,7 +89,7 @@ def command(
     A small model that comes with ahn reads sources of Python's standard
     library that it was not trained on. With full attention it sees all of a
     document; with sinks + window, the first and the last few tokens; with a
-    memory, those and a state of fixed size; with two bits, also the tokens
+    memory, those and a state of fixed size; with a few bits, also the tokens
     just before the window, coarsely, without and with a memory behind them.
     The table shows what each is worth on the text beyond the window, and
     what it costs. At the end the memory with the lowest loss writes on,
@@ -118,7 +118,7 @@ def command(
         model = TINY if shipped.known(model) else model
     window = window or WINDOW
     start = time.perf_counter()
-    tier = round(TWO_BIT_WINDOWS * window) if quantized is None else quantized
+    tier = round(QUANTIZED_WINDOWS * window) if quantized is None else quantized
     subject = _subject(model, adapter or [], text, (window, sinks), tier, length, documents, device, dtype)
     if not as_json:
         _introduce(subject)
@@ -220,11 +220,12 @@ def _notes(subject: DemoSubject, comparison: Comparison) -> list[str]:
     if first.peak_bytes is None:
         peak = "Peak memory cannot be measured on this platform."
     coarse = comparison.quantized
-    two_bits = [f"Two bits: also the {coarse:,} tokens before the window, at two bits a number."] if coarse else []
+    bits = comparison.bits.capitalize()
+    few = [f"{bits}: also the {coarse:,} tokens before the window, at so many bits per number of keys and values."]
     return [
         f"Perplexity of {comparison.tokens_compared:,} tokens. Of the gap, 0% is sinks + window, 100% full attention.",
         f"{facts} Cache: at the end of a document. {peak}",
-        *two_bits,
+        *(few if coarse else []),
     ]
 
 

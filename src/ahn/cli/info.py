@@ -202,7 +202,7 @@ def _summary(subject: ModelOverview) -> list[tuple[str, str]]:
         ("adds", f"{data['memory_parameters']:,} parameters, {_percent(data['memory_share'], 2)} of the model"),
     ]
     if config.quantized:
-        rows.insert(5, ("at two bits", f"{config.quantized:,} tokens before the window"))
+        rows.insert(5, (f"at {config.tier_label}", f"{config.quantized:,} tokens before the window"))
     for found in data["weights"]:
         text = f"{found['kind']}: {found['tensors']} tensors, {_unit(found['bytes'], 1024, BYTES)}"
         text += f" in {found['files']} file{'s' * (found['files'] > 1)} of {found['path']}"

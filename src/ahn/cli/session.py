@@ -150,6 +150,7 @@ class Session:
             "window": config.window,
             "sinks": config.sinks,
             "quantized": config.quantized,
+            "bits": config.tier_label,
             "tokens_seen": self.seen,
             "tokens_quantized": min(config.quantized, max(0, self.seen - config.lossless)),
             "tokens_in_memory": max(0, self.seen - config.lossless - config.quantized),
@@ -242,7 +243,7 @@ def sentence(memory: dict[str, Any]) -> str:
         return f"{seen:,} tokens, all of them exact (window {memory['window']:,}, sinks {memory['sinks']:,}); {size}"
     exact = f"the first {memory['sinks']:,} and the last {memory['window']:,} exact"
     if coarse:
-        exact += f", {coarse:,} before them at two bits a number"
+        exact += f", {coarse:,} before them at {memory['bits']} per number"
     return f"{seen:,} tokens: {exact}, {written:,} in the memory ({memory['memory']}); {size}"
 
 

@@ -20,6 +20,7 @@ from ahn.decode.layer import StepForward
 from ahn.layout.state import LayerState
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
+from ahn.ops.quantize import BITS
 from ahn.ops.step.reference import supported
 
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
@@ -67,6 +68,8 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         return False  # scores that only the base model's own kernels know
     if "dynamic" in str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)):
         return False  # asks the device, at every token, whether the text has become too long for its angles
+    if cache.config.quantized and (cache.config.tier_bits != (BITS, BITS) or cache.config.keys_before_rope):
+        return False  # the kernels know codes of two bits, of keys as they are after RoPE
     padding = cache.progress.padding
     if padding is not None and bool(padding.ended.any()):
         return False
@@ -131,7 +134,7 @@ class Runner:
             states = _states(cache)
             if cache.config.quantized:
                 for state in states.values():
-                    state.tier = state.tier or tier.empty(cache.config.quantized, state.window)
+                    state.tier = state.tier or tier.empty(cache.config.quantized, state.window, cache.config.tier_bits)
         self.all_active = False
         # The cache owns its tensors: once it has others, those that the graph knows are freed.
         self.rings = [tuple(map(weakref.ref, _rings(state))) for state in states.values()]

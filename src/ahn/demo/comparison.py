@@ -69,7 +69,9 @@ class Comparison:
     """All methods over all documents.
 
     Attributes:
-        quantized: tokens at two bits a number, of the methods that have any; 0 if none has.
+        quantized: tokens before the window that are seen at a few bits per number, of the methods that have any; 0 if
+            none has.
+        bits: how many of keys and values, in words.
         documents: all of `length` tokens.
         tokens_compared: over which losses and perplexities are taken.
         bin: tokens an entry of `Result.loss_by_position`.
@@ -79,6 +81,7 @@ class Comparison:
     window: int
     sinks: int
     quantized: int
+    bits: str
     length: int
     documents: Sequence[Document]
     tokens_compared: int
@@ -88,7 +91,7 @@ class Comparison:
 
     def as_data(self) -> dict[str, Any]:
         """JSON types: everything but texts and single facts."""
-        names = ("window", "sinks", "quantized", "length", "tokens_compared", "bin")
+        names = ("window", "sinks", "quantized", "bits", "length", "tokens_compared", "bin")
         numbers = {name: getattr(self, name) for name in names}
         documents = [document.name for document in self.documents]
         return numbers | {"documents": documents, "results": [dataclasses.asdict(result) for result in self.results]}
@@ -119,7 +122,7 @@ def compare(
         advance: called with the method's name and a number of tokens, as reading goes on.
     """
     configs = [method.config for method in methods if method.config is not None]
-    config, quantized = configs[0], max(config.quantized for config in configs)
+    config, coarse = configs[0], max(configs, key=lambda config: config.quantized)
     length = len(documents[0].text.ids)
     real = [_real(document) for document in documents]
     beyond = torch.arange(length - 1) >= config.lossless
@@ -153,7 +156,8 @@ def compare(
     return Comparison(
         window=config.window,
         sinks=config.sinks,
-        quantized=quantized,
+        quantized=coarse.quantized,
+        bits=coarse.tier_label,
         length=length,
         documents=documents,
         tokens_compared=tokens,

@@ -6,14 +6,14 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from ahn.demo.comparison import Comparison, Result
-from ahn.demo.methods import FULL, TWO_BITS, WINDOW_ONLY
+from ahn.demo.methods import FULL, WINDOW_ONLY
 from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIXED = {FULL: "#5b6470", WINDOW_ONLY: "#e0a030", TWO_BITS: "#a58bd3"}
-TWO_BITS_AND_MEMORY = "#4b2e83"
+FIXED = {FULL: "#5b6470", WINDOW_ONLY: "#e0a030"}
+QUANTIZED, QUANTIZED_AND_MEMORY = "#a58bd3", "#4b2e83"
 MEMORIES = ("#d1495b", "#2e86ab", "#6a994e", "#b07d4f")
 
 
@@ -48,10 +48,13 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
 def _colours(results: list[Result]) -> list[str]:
     found, memories = [], itertools.cycle(MEMORIES)
     for result in results:
+        first, _, memory = result.name.partition(" + ")
         if result.name in FIXED:
             found.append(FIXED[result.name])
+        elif first.endswith(" bits"):
+            found.append(QUANTIZED_AND_MEMORY if memory else QUANTIZED)
         else:
-            found.append(TWO_BITS_AND_MEMORY if result.name.startswith(TWO_BITS) else next(memories))
+            found.append(next(memories))
     return found
 
 

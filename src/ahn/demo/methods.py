@@ -1,4 +1,4 @@
-"""What the demonstration compares: full attention, sinks + window, memories, two bits."""
+"""What the demonstration compares: full attention, sinks + window, memories, quantized tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ahn.model.adapter import adapter_parameters, detach
 
 FULL = "full attention"
 WINDOW_ONLY = "sinks + window"
-TWO_BITS = "two bits"
 
 
 def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int = 0) -> list[Method]:
@@ -28,7 +27,7 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int
     Args:
         model: with a memory attached, without quantized tokens; its window and sinks hold for all methods.
         adapters: directories or Hub ids of further adapters for the same base.
-        quantized: tokens before the window that the last two methods see at two bits a number.
+        quantized: tokens before the window that the last two methods see, at the bits that the model's memory has.
 
     Raises:
         AHNError: an adapter cannot be loaded or does not fit.
@@ -40,18 +39,12 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int
         load_adapter(model, adapter, window=config.window, sinks=config.sinks, quantized=0)
         memories.append(_attached(model))
     detach(model)
-    window_only = AHNConfig(
-        memory="window_only",
-        window=config.window,
-        sinks=config.sinks,
-        full_attention_layers=config.full_attention_layers,
-        prefill_chunk_size=config.prefill_chunk_size,
-    )
+    window_only = config.replace(memory="window_only", router=False, q_proj=False)
     coarse = []
     if quantized:
         coarse = [
-            Method(TWO_BITS, window_only.replace(quantized=quantized)),
-            Method(f"{TWO_BITS} + {first.name}", config.replace(quantized=quantized), first.weights),
+            Method(config.tier_label, window_only.replace(quantized=quantized)),
+            Method(f"{config.tier_label} + {first.name}", config.replace(quantized=quantized), first.weights),
         ]
     return [Method(FULL), Method(WINDOW_ONLY, window_only), *_with_different_names(memories), *coarse]
 

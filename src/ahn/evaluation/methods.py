@@ -156,8 +156,9 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
         return found | {"memory": None}
     slots = memory.slot_count(config.memory, config.window + config.quantized, config.slots)
     settings = dataclasses.asdict(config)
-    if not config.quantized:  # results from before the option are of the same configuration
-        del settings["quantized"]
+    if not config.quantized:  # results from before these options are of the same configuration
+        for name in ("quantized", "key_bits", "value_bits", "keys_before_rope"):
+            del settings[name]
     return found | settings | {"slots": slots, "budget": config.lossless + slots}
 
 

@@ -139,7 +139,8 @@ def _readable(settings: Mapping[str, Any]) -> str:
     if settings.get("window") is not None:
         parts.append(f"w{settings['window']}+{settings['sinks']}")
     if settings.get("quantized"):
-        parts.append(f"q{settings['quantized']}")
+        bits = settings.get("key_bits", 2), settings.get("value_bits", 2)
+        parts.append(f"q{settings['quantized']}" + ("" if bits == (2, 2) else f"k{bits[0]}v{bits[1]}"))
     return "-".join(re.sub(r"[^\w.+-]+", "_", str(part)) for part in parts)
 
 

@@ -44,6 +44,15 @@ class Rotation:
         """x (B, H, T, P) at these positions, (B or 1, T) or (B or 1, H, T), to before RoPE; the inverse of `turn`."""
         return self._turned(x, positions, back=True)
 
+    def away(self, query: Tensor, positions: Tensor, distance: int) -> Tensor:
+        """Queries (B, H, n, P) at these positions, (B or 1, n), to where they see keys before RoPE at a distance."""
+        there = torch.full((1, 1), distance, device=query.device)
+        precise = torch.promote_types(query.dtype, torch.float32)
+        turned = self.turn(self.undo(query.to(precise), positions), there.expand(1, query.shape[2]))
+        if self.scale != 1:  # keys have it from their turn to position 0
+            turned = self.turn(turned, torch.zeros_like(there).expand(1, query.shape[2]))
+        return turned.to(query.dtype)
+
     def _turned(self, x: Tensor, positions: Tensor, back: bool) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)  # turned more than once, rounded once
         y = x.to(precise)

@@ -50,8 +50,9 @@ class TierRing:
     """The keys or the values of the tier: the token at position p of its row lies in slot (p - S) mod C.
 
     Attributes:
-        codes: (B, Hkv, C, P / 4) uint8 and
-        scales: (B, Hkv, C) bfloat16, as `ahn.ops.quantize.encode` gives them.
+        codes: (B, Hkv, C, P · bits / 8) uint8 and
+        scales: (B, Hkv, C) bfloat16, as `ahn.ops.quantize.encode` gives them; of keys after RoPE, or before it, as
+            `AHNConfig.keys_before_rope` says.
         offset: (B, Hkv, P) float32, the mean of the row's first window, which was taken away before encoding; zero
             until the row's first token leaves the window.
     """
@@ -59,6 +60,11 @@ class TierRing:
     codes: Tensor
     scales: Tensor
     offset: Tensor
+
+    @property
+    def bits(self) -> int:
+        """Per number."""
+        return 8 * self.codes.shape[-1] // self.offset.shape[-1]
 
     def map(self, change: Change) -> TierRing:
         """Each tensor changed in the same way."""

@@ -1,4 +1,8 @@
-"""The low-bit tier's ring: which token of the last C that left the window lies where, and who sees it."""
+"""The low-bit tier's ring: which token of the last C that left the window lies where, and who sees it how far away.
+
+With keys before RoPE a query sees a token at its own distance up to `reach`, and all that are farther at that distance:
+the first N of the tier are "near" for it, the others "far".
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Visibility
 
 
@@ -17,14 +22,35 @@ class TierView:
 
     Args:
         view: of a forward; in the attributes below tokens leave the window in it.
+        rotation: how keys are turned when they are seen; None where they are kept as they were seen, after RoPE.
+        reach: the distance at which tokens that are farther are seen, more than the window; 0 for any.
     """
 
     view: Visibility
+    rotation: Rotation | None = None
+    reach: int = 0
 
     @property
     def capacity(self) -> int:
         """C, the slots of the ring."""
         return self.view.quantized
+
+    @property
+    def near(self) -> int:
+        """N, how many tokens of the tier a query sees at their own distance: those from W to `reach` before it."""
+        if self.rotation is None or not self.reach:
+            return self.capacity
+        return min(self.capacity, self.reach - self.view.window + 1)
+
+    @property
+    def any_far(self) -> bool:
+        """Whether a query of this forward may see a token from farther than `reach`."""
+        return self.near < self.capacity and self.view.total > self.view.lossless + self.near
+
+    @property
+    def banded(self) -> bool:
+        """`ahn.attend.windowed` can do tokens in their order: none of its bands is too narrow."""
+        return self.near > 2 and not (self.any_far and self.capacity - self.near < 3)
 
     @property
     def held(self) -> bool:
@@ -73,29 +99,50 @@ class TierView:
         return grown.scatter(2, index, new)[:, :, :capacity].contiguous()
 
     @cached_property
-    def visible(self) -> Tensor | None:
-        """(B or 1, 1, n, C + m) whether a query sees a token of [ring before | leaving], or (B or 1, 1, 1, C) of the
-        ring after a single one; None if all are seen."""
+    def full(self) -> bool:
+        """A single query after which each slot of the ring holds a token that it sees."""
+        return self.steps and not self.view.padded and self.view.total >= self.view.delayed.lossless
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(B or 1, C + m) positions in [ring before | leaving], or (B or 1, C) in the ring after a single token; -1 for
+        slots that hold none, padding and sinks."""
         if self.steps:
-            ring = self._ring(self.view.lengths_after)
-            full = not self.view.padded and self.view.total >= self.view.delayed.lossless
-            return None if full else (ring >= 0)[:, None, None, :]
+            return self._ring(self.view.lengths_after)
         new = self.new if self.view.writable is None else self.new.masked_fill(~self.view.writable, -1)
         new = new.masked_fill(new < self.view.sinks, -1)
-        keys = torch.cat([self._ring(self.view.lengths_before), new], dim=1) if self.held else new
+        return torch.cat([self._ring(self.view.lengths_before), new], dim=1) if self.held else new
+
+    def _visible(self, first: int, last: int) -> Tensor:
+        """(B or 1, 1, n, C + m or C) whether a key is one of those that left the window for a query: from the `first`
+        of them, 0 for the newest, up to before the `last`."""
         newest = self.view.query_positions[:, :, None] - self.view.window
-        keys = keys[:, None, :]
-        return ((keys >= 0) & (keys <= newest) & (keys > newest - self.capacity))[:, None]
+        keys = self.positions[:, None, :]
+        return ((keys >= 0) & (keys <= newest - first) & (keys > newest - last))[:, None]
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """Whether a query sees a token of `positions`, at the token's own distance; None if all are seen so."""
+        return None if self.full and not self.any_far else self._visible(0, self.near)
+
+    @cached_property
+    def visible_far(self) -> Tensor:
+        """The same of the tokens that are seen at the distance `reach`."""
+        return self._visible(self.near, self.capacity)
+
+    @property
+    def gone(self) -> Tensor:
+        """(B or 1, m') positions of the tokens that leave the tier, those of padding included."""
+        later = self.view.delayed
+        return later.query_positions[:, later.length - later.evicted :] - later.window
 
     @cached_property
     def sources(self) -> Tensor:
         """(B or 1, m') where in [ring before | leaving] the tokens are that leave the tier, in order."""
-        later = self.view.delayed
-        positions = later.query_positions[:, later.length - later.evicted :] - later.window
         first = self.view.lengths_before[:, None] - self.view.window  # of those that leave the window now
         ring = self.capacity if self.held else 0
-        new = ring + positions - self.new[:, :1]
-        found = torch.where(positions < first, self._slots(positions), new) if self.held else new
+        new = ring + self.gone - self.new[:, :1]
+        found = torch.where(self.gone < first, self._slots(self.gone), new) if self.held else new
         return found.clamp(0, ring + (0 if self.steps else self.view.evicted) - 1)
 
     def before(self, ring: Tensor, new: Tensor) -> Tensor:
@@ -104,14 +151,17 @@ class TierView:
 
     @cached_property
     def in_order(self) -> Tensor:
-        """(1, e + m) where in [ring before | leaving] the tokens are, the oldest first; only without padding."""
+        """(1, e + m) where in [ring before | leaving], or in the ring after a single token, the tokens are, the oldest
+        first; only without padding."""
         view = self.view
         new = torch.arange(view.evicted, device=view.device)
         if not self.held:
             return new[None]
         newest = view.seen - view.window  # the first position that is not in the ring
+        if self.steps:
+            newest += 1
         ring = torch.arange(max(view.sinks, newest - self.capacity), newest, device=view.device)
-        return torch.cat([self._slots(ring), self.capacity + new])[None]
+        return torch.cat([self._slots(ring)] if self.steps else [self._slots(ring), self.capacity + new])[None]
 
     @cached_property
     def first_window(self) -> tuple[Tensor, Tensor | None] | None:

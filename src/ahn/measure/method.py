@@ -1,4 +1,4 @@
-"""What is compared: full attention, sinks + window, tokens at two bits a number, memories, all on one base model."""
+"""What is compared: full attention, sinks + window, quantized tokens, memories, all on one base model."""
 
 from __future__ import annotations
 

@@ -7,30 +7,50 @@ wrapped so that long prompts are read in chunks and generation gets an `AHNCache
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ahn import memory, private
 from ahn.cache.conversation import AHNCache, new_columns
 from ahn.config import AHNConfig
+from ahn.decode.compiled import CompiledParts
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.model import attention, chunks
-from ahn.model.attached import Adapter
-from ahn.model.context import BaseForward, ForwardContext, LayerContext
-from ahn.model.positions import rotation_of
-from ahn.ops.quantize import BITS, per_group
+from ahn.model.context import ForwardContext, LayerContext
+from ahn.model.observer import Observer
+from ahn.model.positions import rotates, rotation_of
+from ahn.ops.quantize import per_group
 from ahn.shape import ModelShape, trained_length
-from ahn.wrappers import attached, unwrapped
+
+
+@dataclasses.dataclass
+class Adapter:
+    """What `attach` did to a model and `detach` undoes."""
+
+    kernel: str
+    """The base model's own attention implementation."""
+    handles: list[RemovableHandle]
+    rotation: Rotation | None = None
+    """How the base turns keys by their positions; None where that cannot be repeated."""
+    trained: int | None = None
+    """Positions that the base was trained on; None if it does not say, or once it was said that a text is longer."""
+    enabled: bool = True
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+    """Asked in this order. While there are any, no step is captured or replayed."""
+    compiled: CompiledParts = dataclasses.field(default_factory=CompiledParts)
 
 
 def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
@@ -50,12 +70,11 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     Raises:
         AHNError: the model already has one, or its architecture lacks something an AHN needs (the message says what).
     """
-    given, model = model, unwrapped(model)
     config = config or AHNConfig.for_base(trained_length(model.config))
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
     shape = ModelShape.from_config(model.config)
-    _check_head_dim(shape, config.quantized)
+    _check_head_dim(shape, config)
     decoder, layers = _decoder_layers(model)
     chosen = shape.memory_layers(config.full_attention_layers)
     modules = {index: _attention_module(layers[index], shape) for index in chosen}
@@ -64,7 +83,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
     rotation = rotation_of(model, modules[chosen[0]])
     trained = trained_length(model.config)
-    config = _bounded(config, rotation, trained)
+    config = _for_rotation(_bounded(config, rotation, trained), rotation)
     adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained)
     for index, module in modules.items():
         hook = AttentionHook(*_add_memory(layers[index], module, shape, config), index)
@@ -74,21 +93,16 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     model.ahn_config = config
     chunks.wrap(model)
     _use_kernel(model, attention.NAME)
-    return given
+    return model
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the AHN off: parameters, state dict, configuration and outputs are the base model's again.
 
-    Returns:
-        The same object: the model, or what is around it.
-
     Raises:
         AHNError: the model has no AHN.
     """
-    given, model = model, attached(model)
-    adapter: Adapter = model._ahn
-    _take_over_kernel(model)
+    adapter = _adapter(model)
     _use_kernel(model, adapter.kernel)
     for handle in adapter.handles:
         handle.remove()
@@ -99,24 +113,51 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             if hasattr(layer, name):
                 delattr(layer, name)
     del model._ahn, model.ahn_config
-    return given
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model is the base model, bit for bit, with full attention: the teacher."""
+    adapter = _adapter(model)
+    if not adapter.enabled:
+        yield
+        return
+    adapter.enabled = False
+    _use_kernel(model, adapter.kernel)
+    try:
+        yield
+    finally:
+        adapter.enabled = True
+        if getattr(model, "_ahn", None) is adapter:  # it may have been detached meanwhile
+            _use_kernel(model, attention.NAME)
+
+
+@contextlib.contextmanager
+def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterator[None]:
+    """Inside the block `observer` is asked about every forward, before all others or after them."""
+    observers = _adapter(model).observers
+    observers.insert(0 if first else len(observers), observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int | None = None) -> None:
-    """Change window, sinks and (unless None) quantized tokens of an adapted model, for all threads.
-
-    Conversations that have begun keep theirs: caches made before, and what `generate` is writing.
-    """
-    model = attached(model)
+    """Change window, sinks and (unless None) quantized tokens of an adapted model; caches made before keep theirs."""
+    _adapter(model)
     config: AHNConfig = model.ahn_config
-    quantized = config.quantized if quantized is None else quantized
-    _check_head_dim(ModelShape.from_config(model.config), quantized)
-    model.ahn_config = config.replace(window=window, sinks=sinks, quantized=quantized)
+    config = config.replace(window=window, sinks=sinks)
+    if quantized is not None:
+        config = config.replace(quantized=quantized)
+    _check_head_dim(ModelShape.from_config(model.config), config)
+    model.ahn_config = config
 
 
 def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The AHN's parameters by full name, in the order of `model.named_parameters()`."""
-    attached(model)
+    _adapter(model)
     return added_parameters(model)
 
 
@@ -129,7 +170,7 @@ class AttentionHook:
     layer_idx: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if "ahn_forward" not in kwargs or isinstance(kwargs["ahn_forward"], BaseForward):
+        if "ahn_forward" not in kwargs:
             return None
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
@@ -141,6 +182,7 @@ class AttentionHook:
             cache=cache,
             cache_layer=None if cache is None else cache.layers[self.layer_idx],
             rope=kwargs.get("position_embeddings"),
+            rotates=rotates(module),
         )
         return args, kwargs
 
@@ -152,16 +194,14 @@ class DecoderHook:
     model: PreTrainedModel
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        _take_over_kernel(self.model)
         if "ahn_forward" in kwargs:
             return None  # a captured step: all is decided
         adapter: Adapter = self.model._ahn
-        kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
         if not adapter.enabled:
             if isinstance(kwargs.get("past_key_values"), AHNCache):
                 raise AHNError("Inside ahn.disabled(model) an AHNCache is of no use; pass another cache, or none.")
-            kwargs["ahn_forward"] = BaseForward(adapter.kernel)
-            return (), kwargs
+            return None
+        kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
@@ -175,10 +215,10 @@ class DecoderHook:
         view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
-        observers = adapter.observers
-        for observer in observers:
+        for observer in adapter.observers:
             observer.begin(cache, view)
-        kwargs["ahn_forward"] = ForwardContext(view, adapter.kernel, observers)
+        config = self.model.ahn_config if cache is None else cache.config
+        kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, tuple(adapter.observers))
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
@@ -222,6 +262,13 @@ class DecoderHook:
         return view
 
 
+def _adapter(model: PreTrainedModel) -> Adapter:
+    adapter = getattr(model, "_ahn", None)
+    if adapter is None:
+        raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+    return adapter
+
+
 def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) -> AHNConfig:
     """The configuration with its `max_distance` filled in."""
     if trained is not None and config.lossless > trained:
@@ -240,6 +287,11 @@ def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) 
     return config
 
 
+def _for_rotation(config: AHNConfig, rotation: Rotation | None) -> AHNConfig:
+    """The configuration with keys of quantized tokens after RoPE where they cannot be turned back."""
+    return config if rotation is not None else config.replace(keys_before_rope=False)
+
+
 def _warn_beyond(adapter: Adapter, length: int) -> None:
     """Say, once, that a text is longer than what the base knows while sinks keep their own positions."""
     if adapter.trained is not None and length > adapter.trained:
@@ -250,14 +302,6 @@ def _warn_beyond(adapter: Adapter, length: int) -> None:
             stacklevel=2,
         )
         adapter.trained = None
-
-
-def _take_over_kernel(model: PreTrainedModel) -> None:
-    """If somebody chose another attention implementation meanwhile, let it be the base model's; the memory stays."""
-    chosen = private.attention_kernel(model.get_decoder().config)
-    if chosen != attention.NAME:
-        model._ahn.kernel = chosen
-        _use_kernel(model, attention.NAME)
 
 
 def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
@@ -276,11 +320,12 @@ def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNCon
     return ahn, router
 
 
-def _check_head_dim(shape: ModelShape, quantized: int) -> None:
-    multiple = per_group(BITS)
-    if quantized and shape.head_dim % multiple:
+def _check_head_dim(shape: ModelShape, config: AHNConfig) -> None:
+    multiple = max(per_group(bits) for bits in (config.key_bits, config.value_bits))
+    if config.quantized and shape.head_dim % multiple:
         raise AHNError(
-            f"quantized needs a head dimension that is a multiple of {multiple}, this model's is {shape.head_dim}."
+            f"quantized with {config.key_bits} bits for keys and {config.value_bits} for values needs a head dimension "
+            f"that is a multiple of {multiple}, this model's is {shape.head_dim}."
         )
 
 

@@ -20,7 +20,7 @@ from ahn.layout.state import Tensors, TierState
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
 from ahn.memory.query import memory_query
-from ahn.model.context import BaseForward, ForwardContext, LayerContext
+from ahn.model.context import ForwardContext, LayerContext
 from ahn.model.observer import Passage
 from ahn.model.route import AttentionCall, LazyMask, kernel_function
 from ahn.ops import scan
@@ -41,7 +41,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask,
-    ahn_forward: ForwardContext | BaseForward | StepForward | None = None,
+    ahn_forward: ForwardContext | StepForward | None = None,
     ahn_layer: LayerContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -61,28 +61,36 @@ def attention(
     if isinstance(ahn_forward, StepForward):
         assert ahn_layer is not None
         return step_attention(module, query, key, value, ahn_forward, ahn_layer, call.scaling)
-    if isinstance(ahn_forward, BaseForward) or ahn_layer is None:  # this layer keeps the base model's attention
-        return _as_base(call, ahn_forward.kernel, attention_mask)
     forward = ahn_forward.on(query.device)
+    if ahn_layer is None:  # a layer that keeps the base model's attention
+        own_mask = attention_mask.resolve(forward.kernel, query.device)
+        return kernel_function(forward.kernel, module)(module, query, key, value, own_mask, **kwargs)
+
     for observer in forward.observers:
         observer.attending(ahn_layer, call)
     view, memory = forward.visibility, ahn_layer.ahn.fn
-    route, extra = forward.route(query, attention_mask, ahn_layer, kwargs), list[Any]()
+    route, tier_view = forward.route(query, attention_mask, ahn_layer, kwargs), forward.tier(ahn_layer.rotates)
+    passed = None
     evicted, tier_state, state = _evict(ahn_layer, view, key, value)
-    if forward.tier is not None and view.evicted:
+    if tier_view is not None and view.evicted:
         passed = tier.push(
-            forward.tier, tier_state, evicted, key, value, in_order=route.tier_in_order, turn=route.tier_decoded
+            tier_view,
+            tier_state,
+            evicted,
+            key,
+            value,
+            forward.config.tier_bits,
+            in_order=route.tier_in_order,
+            raw=route.tier_raw,
         )
         evicted, tier_state = without_padding(passed.evicted, memory.closed_gates, view.delayed), passed.state
-        extra.append(passed)
     state = state or memory.init_state(query.shape[0], query.device)
     # Some models turn no keys in some of their layers.
-    moves = memory.moves_keys and getattr(module, "use_rope", True)
+    moves = memory.moves_keys and ahn_layer.rotates
     made = memory.extra_keys(evicted, view.delayed, state, forward.anchored if moves else None)
     if made is not None:
-        extra.append(made)
         state = made.state
-    out, weights = route.attend(call, extra)
+    out, weights = route.attend(call, passed, made)
     if view.delayed.evicted and isinstance(memory, RecurrentMemory):
         out, state = _remember(call, memory, forward, ahn_layer, evicted, state, out)
     if ahn_layer.cache_layer is not None:
@@ -90,13 +98,6 @@ def attention(
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(ahn_layer.cache_layer)
     return out, weights
-
-
-def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tensor | None]:
-    """What the base model's own kernel makes of a layer with the mask that it would have been given."""
-    own = mask.resolve(kernel, call.query.device) if isinstance(mask, LazyMask) else mask
-    run = kernel_function(kernel, call.module)
-    return run(call.module, call.query, call.key, call.value, own, **call.kwargs)
 
 
 def _evict(

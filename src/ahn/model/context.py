@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
+from ahn.config import AHNConfig
 from ahn.layout.rotation import Anchored
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
@@ -32,14 +33,8 @@ class LayerContext:
     cache: AHNCache | None
     cache_layer: AHNLayer | None
     rope: tuple[Tensor, Tensor] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseForward:
-    """Stands where a `ForwardContext` does inside `ahn.disabled`: every layer computes what the base model does."""
-
-    kernel: str
-    """The base model's own attention implementation."""
+    rotates: bool = True
+    """The base turns this layer's keys by their positions."""
 
 
 @dataclasses.dataclass
@@ -47,6 +42,8 @@ class ForwardContext:
     """What the hook on the decoder tells every layer of one forward."""
 
     visibility: Visibility
+    config: AHNConfig
+    """Of the conversation."""
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
     observers: tuple[Observer, ...] = ()
@@ -64,9 +61,11 @@ class ForwardContext:
         cached = layer.cache_layer is not None
         memory_keys = bool(layer.ahn.fn.slot_count(self.visibility.delayed.window))
         of_query = query.device, query.dtype, query.shape[-1], torch.is_grad_enabled()
-        alike = (*of_query, base_mask, cached, memory_keys, own_scores(kwargs), bool(kwargs.get("dropout")))
+        of_layer = cached, memory_keys, layer.rotates
+        alike = (*of_query, base_mask, *of_layer, own_scores(kwargs), bool(kwargs.get("dropout")))
         if alike not in self._routes:
-            arguments = self.visibility, self.tier, self.kernel, base_mask, query, kwargs, cached, memory_keys
+            tier = self.tier(layer.rotates)
+            arguments = self.visibility, tier, self.kernel, base_mask, query, kwargs, cached, memory_keys
             self._routes[alike] = choose(*arguments)
         return self._routes[alike]
 
@@ -78,12 +77,24 @@ class ForwardContext:
     def _elsewhere(self) -> dict[torch.device, ForwardContext]:
         return {}
 
+    def tier(self, rotates: bool) -> TierView | None:
+        """Who sees which tokens of the tier in layers that turn keys, or do not; None where there is none."""
+        if not self.visibility.quantized:
+            return None
+        if rotates not in self._tiers:
+            turned = rotates and self.config.keys_before_rope
+            self._tiers[rotates] = TierView(
+                self.visibility,
+                self.visibility.rotation if turned else None,
+                self.config.tier_reach if turned else 0,
+            )
+        return self._tiers[rotates]
+
+    @cached_property
+    def _tiers(self) -> dict[bool, TierView]:
+        return {}
+
     @cached_property
     def anchored(self) -> Anchored | None:
         """From where queries see keys that a memory moves; None where keys stay as they are."""
         return Anchored.of(self.visibility.delayed)
-
-    @cached_property
-    def tier(self) -> TierView | None:
-        """Who sees which tokens of the tier; None where there is none."""
-        return TierView(self.visibility) if self.visibility.quantized else None

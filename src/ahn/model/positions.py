@@ -19,11 +19,12 @@ def rotation_of(model: PreTrainedModel, attention: nn.Module) -> Rotation | None
     """The rotation of a model whose layers have attention modules of this kind; None where it cannot be repeated.
 
     That is so without a rotary embedding of the decoder's own that takes positions alone (Gemma 3 has several, and
-    models that see images give three positions per token), or where angles depend on the length of the text.
+    models that see images give three positions per token), where angles depend on the length of the text, or where
+    layers turn keys only sometimes, or do more to them afterwards.
     """
     embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if embedding is None or apply is None or not _fits(apply, ("q", "k", "cos", "sin")):
+    if embedding is None or apply is None or not _fits(apply, ("q", "k", "cos", "sin")) or not _turns_last(attention):
         return None
     if not _fits(type(embedding).forward, ("self", "x", "position_ids")):
         return None
@@ -33,6 +34,24 @@ def rotation_of(model: PreTrainedModel, attention: nn.Module) -> Rotation | None
     if any(name in kind for name in _MOVING) or "mrope_section" in parameters:
         return None
     return Rotation(embedding, apply, float(getattr(embedding, "attention_scaling", 1.0)))
+
+
+def _turns_last(attention: nn.Module) -> bool:
+    """Whether what the layer does to its keys ends with a turn, in every layer that `rotates`.
+
+    Cohere 2 turns keys in sliding layers alone, and says so nowhere but in its code; HunYuan scales them afterwards.
+    """
+    lines = inspect.getsource(type(attention).forward).splitlines()
+    calls = [n for n, line in enumerate(lines) if "apply_rotary_pos_emb(" in line]
+    body = len(lines[0]) - len(lines[0].lstrip()) + 4
+    always = all(len(lines[n]) - len(lines[n].lstrip()) == body for n in calls)
+    scaled = any("norm(" in line for line in lines[calls[-1] + 1 :]) if calls else False
+    return bool(calls) and (always or hasattr(attention, "use_rope")) and not scaled
+
+
+def rotates(attention: nn.Module) -> bool:
+    """Whether the base turns the keys of this layer: some models have layers that do not (SmolLM3)."""
+    return bool(getattr(attention, "use_rope", True))
 
 
 def _fits(function: Any, names: tuple[str, ...]) -> bool:

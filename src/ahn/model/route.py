@@ -9,22 +9,24 @@ from __future__ import annotations
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attend import spans, windowed
 from ahn.cache import tier
+from ahn.cache.tier import Passed, Seen
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
+from ahn.memory.base import MemoryKeys
 
+Attended: TypeAlias = tuple[Tensor, Tensor | None]
 _DENSE_MASK_KERNELS = ("sdpa", "eager")
-QUERIES = 1024
-"""At once where every head has a mask of its own."""
 
 
 class LazyMask:
@@ -42,8 +44,7 @@ class LazyMask:
     def resolve(self, kernel: str, device: torch.device) -> Any:
         """The mask as the base model's own kernel expects it, where the layer is."""
         if kernel not in self._masks:
-            make = ALL_MASK_ATTENTION_FUNCTIONS.get(kernel)  # None: one that makes its own, as transformers has it
-            self._masks[kernel] = None if make is None else make(**self._arguments)
+            self._masks[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
         mask = self._masks[kernel]
         if mask is None or device == self._arguments.get("device", device):
             return mask
@@ -73,33 +74,21 @@ class AttentionCall:
         return float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
 
 
-class ExtraKeys(Protocol):
-    """Keys that exact attention sees besides those of the window: key, value (B, Hkv, U, P).
-
-    `visible` (B or 1, 1 or Hkv, n, U) says which query sees which of them; None if all do.
-    """
-
-    key: Tensor
-    value: Tensor
-
-    @property
-    def visible(self) -> Tensor | None: ...
-
-
 class Route(ABC):
     """One way to compute exact attention over sinks, window and tier."""
 
     tier_in_order: ClassVar[bool] = False
     """It wants the tier's tokens in the order of the text; see `ahn.cache.tier.push`."""
-    tier_decoded: ClassVar[bool] = True
-    """It wants the tier's tokens rotated back and with their offsets; see `ahn.cache.tier.push`."""
+    tier_raw: ClassVar[bool] = False
+    """It can do with the tier's tokens neither rotated back nor with their offsets; see `ahn.cache.tier.push`."""
 
     @abstractmethod
-    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
         """(B, n, Hq, P), and the weights where the base kernel gives them.
 
         Args:
-            extra: `ExtraKeys`, those of the tier (`ahn.cache.tier.Passed`) before those of the memory (`MemoryKeys`).
+            passed: of the tier, if there is one.
+            made: keys that the memory has made of what left.
         """
 
 
@@ -115,25 +104,21 @@ class Masked(Route):
     mask: Any
     boolean: bool
 
-    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        key, value, mask = call.key, call.value, self.mask
-        for more in extra:
-            key, value, mask = _with_extra_keys(key, value, mask, more)
-        if self.boolean and mask is not None and mask.shape[1] > 1:
-            return self._per_head(call, key, value, mask)
+    def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
+        query, key, value, mask, kwargs = call.query, call.key, call.value, self.mask, call.kwargs
+        for more in (None if passed is None else passed.near, made):
+            if more is not None:
+                key, value, mask = _with_more_keys(key, value, mask, more)
+        if passed is not None and passed.far is not None:
+            # One softmax over keys that meet the query in two ways: each has numbers of its own to meet.
+            P, far = query.shape[-1], passed.far
+            query, key = torch.cat([query, passed.far_query(query)], dim=-1), F.pad(key, (0, P))
+            key, value, mask = _with_more_keys(key, value, mask, Seen(F.pad(far.key, (P, 0)), far.value, far.visible))
+            kwargs = kwargs | {"scaling": call.scaling}
         if self.boolean:
-            mask = _as_kernel_mask(mask, self.kernel, call.query.dtype)
+            mask = _as_kernel_mask(_of_queries(mask, query.shape[1]), self.kernel, query.dtype)
         run = kernel_function(self.kernel, call.module)
-        return run(call.module, call.query, key, value, mask, **call.kwargs)
-
-    def _per_head(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """With a mask (B or 1, Hkv, n, T), of which kernels want a copy per query head: some queries at a time."""
-        run, groups, results = kernel_function(self.kernel, call.module), call.query.shape[1] // mask.shape[1], []
-        for query, part in zip(call.query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True):
-            own = _as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
-            results.append(run(call.module, query, key, value, own, **call.kwargs))
-        outputs, weights = zip(*results, strict=True)
-        return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
+        return run(call.module, query, key, value, mask, **kwargs)
 
 
 @dataclasses.dataclass
@@ -143,9 +128,15 @@ class Windowed(Route):
     view: Visibility
     tier_in_order: ClassVar[bool] = True
 
-    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        held = (extra[0].key, extra[0].value) if extra else None
-        out = windowed.attend(call.query, call.key, call.value, self.view, call.scaling, held)
+    def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
+        bands = []
+        if passed is not None:
+            bands.append(windowed.Band(call.query, passed.near.key, passed.near.value, passed.view.near))
+            if passed.far is not None:
+                width = passed.view.capacity - passed.view.near
+                query = passed.far_query(call.query)
+                bands.append(windowed.Band(query, passed.far.key, passed.far.value, width))
+        out = windowed.attend(call.query, call.key, call.value, self.view, call.scaling, bands)
         return out.transpose(1, 2), None
 
 
@@ -155,7 +146,7 @@ class Spans(Route):
 
     view: Visibility
 
-    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
         out = spans.attend(call.query, call.key, call.value, self.view.until, call.scaling)
         return out.transpose(1, 2), None
 
@@ -164,10 +155,12 @@ class Spans(Route):
 class WholeTier(Route):
     """A single query that sees everything that is held, exactly or in the tier; see `ahn.cache.tier.attend`."""
 
-    tier_decoded: ClassVar[bool] = False
+    tier_in_order: ClassVar[bool] = True
+    tier_raw: ClassVar[bool] = True
 
-    def attend(self, call: AttentionCall, extra: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        out = tier.attend(call.query, call.key, call.value, extra[0], call.scaling)
+    def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
+        assert passed is not None
+        out = tier.attend(call.query, call.key, call.value, passed, call.scaling)
         return out.transpose(1, 2), None
 
 
@@ -192,7 +185,7 @@ def choose(
     """
     # "eager" is asked for where its weights are wanted.
     plain = kernel != "eager" and not own_scores(kwargs) and not memory_keys
-    if plain and windowed.applies(view, query):
+    if plain and windowed.applies(view, query) and (tier_view is None or tier_view.banded):
         return Windowed(view)
     if plain and not cached and _spans_apply(view, query, kwargs):
         return Spans(view)
@@ -201,7 +194,7 @@ def choose(
         return Masked(kernel, base_mask.resolve(kernel, query.device), boolean=False)
     mask = view.held_mask if cached else view.mask
     single = plain and view.length == 1 and mask is None and view.evicted > 0
-    if single and tier_view is not None and tier_view.visible is None and windowed.supported(query):
+    if single and tier_view is not None and tier_view.full and windowed.supported(query):
         return WholeTier()
     return Masked(dense_mask_kernel(kernel, kwargs), mask, boolean=True)
 
@@ -230,19 +223,26 @@ def own_scores(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
 
 
-def _with_extra_keys(
-    key: Tensor, value: Tensor, mask: Tensor | None, extra: ExtraKeys
+def _with_more_keys(
+    key: Tensor, value: Tensor, mask: Tensor | None, more: Seen | MemoryKeys
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values with more before them, and the mask (B or 1, 1 or Hkv, n, T) of all; None where all are seen."""
-    known = extra.visible if mask is None else mask
+    known = more.visible if mask is None else mask
     if known is not None:
         parts = [
             known.new_ones(1, 1, known.shape[2], x.shape[2]) if visible is None else visible
-            for x, visible in ((extra.key, extra.visible), (key, mask))
+            for x, visible in ((more.key, more.visible), (key, mask))
         ]
         batch, heads = (max(part.shape[dim] for part in parts) for dim in (0, 1))
         mask = torch.cat([part.expand(batch, heads, -1, -1) for part in parts], dim=-1)
-    return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), mask
+    return torch.cat([more.key, key], dim=2), torch.cat([more.value, value], dim=2), mask
+
+
+def _of_queries(mask: Tensor | None, heads: int) -> Tensor | None:
+    """A mask per key head as one per query head; one for all heads stays so."""
+    if mask is None or mask.shape[1] == 1:
+        return mask
+    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
-from ahn.model.adapter import set_window
-from ahn.model.attached import disabled
+from ahn.model.adapter import disabled, set_window
 from ahn.training.losses import (
     CHUNK,
     IGNORED,

@@ -218,9 +218,9 @@ def _load(path: Path) -> StoredResult:
 
 
 def _order(group: list[StoredResult]) -> tuple[Any, ...]:
-    """By model, then full attention, the baselines, the memories; then by window and tokens at two bits."""
+    """By model, then full attention, the baselines, the memories; then by window and quantized tokens."""
     settings = group[0].settings
-    tokens = tuple(settings.get(name) or 0 for name in ("window", "quantized"))
+    tokens = tuple(settings.get(name) or 0 for name in ("window", "quantized", "key_bits", "value_bits"))
     methods = [*NAMES, "ahn"]
     place = methods.index(settings["method"]) if settings["method"] in methods else len(methods)
     return str(settings.get("model")), place, str(settings.get("memory")), tokens, group[0].row
@@ -233,7 +233,7 @@ def _kind(result: StoredResult) -> str:
 
 def _labels(firsts: Sequence[StoredResult]) -> list[str]:
     """A name for each row; what tells rows of one name apart is added until all differ."""
-    names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _two_bits(one) for one in firsts]
+    names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _tier(one) for one in firsts]
     for detail in (_exact, _model, _adapter, lambda one: one.row[:6]):
         details = [detail(one) for one in firsts]
         for name in {name for name in names if names.count(name) > 1}:
@@ -244,9 +244,11 @@ def _labels(firsts: Sequence[StoredResult]) -> list[str]:
     return names
 
 
-def _two_bits(one: StoredResult) -> str:
-    quantized = one.settings.get("quantized")
-    return f" + {quantized:,} at two bits" if quantized else ""
+def _tier(one: StoredResult) -> str:
+    """Results from before they said how many bits are of two for keys and two for values."""
+    quantized, bits = one.settings.get("quantized"), [one.settings.get(f"{kind}_bits", 2) for kind in ("key", "value")]
+    label = "two bits" if bits == [2, 2] else f"{bits[0]}/{bits[1]} bits"
+    return f" + {quantized:,} at {label}" if quantized else ""
 
 
 def _exact(one: StoredResult) -> str | None:
