@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ahn.cache.conversation import AHNCache
     from ahn.checkpoint import from_pretrained, load_adapter, merge, save_adapter, split
     from ahn.config import AHNConfig
-    from ahn.model.adapter import adapter_parameters, attach, detach, disabled, set_window
+    from ahn.model.adapter import adapter_parameters, attach, detach, set_window
+    from ahn.model.attached import disabled
 
 __all__ = [
     "AHNCache",
@@ -37,7 +38,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "ahn.model.adapter": ("adapter_parameters", "attach", "detach", "disabled", "set_window"),
+    "ahn.model.adapter": ("adapter_parameters", "attach", "detach", "set_window"),
+    "ahn.model.attached": ("disabled",),
     "ahn.cache": ("AHNCache",),
     "ahn.checkpoint": ("from_pretrained", "load_adapter", "merge", "save_adapter", "split"),
     "ahn.config": ("AHNConfig",),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, tokens
+from models import adapted, awaken, base, tokens
 
 import ahn
 from ahn.model import context, route
@@ -62,3 +62,15 @@ def test_layers_that_are_not_alike_choose_for_themselves(chosen: list[str]) -> N
     model(tokens(1, 5), past_key_values=cache)
     handle.remove()
     assert chosen == ["Windowed", "Masked"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_some_queries_at_a_time_where_heads_have_masks_of_their_own(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = awaken(ahn.attach(base(attn_implementation=kernel), ahn.AHNConfig("retained", 6, 2, slots=16)))
+    ids = tokens(2, 40)
+    expected = model(ids).logits
+    monkeypatch.setattr("ahn.model.route.QUERIES", 7)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)

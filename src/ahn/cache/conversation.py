@@ -19,6 +19,7 @@ from ahn.layout.anchors import anchor_at
 from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.visibility import Padding, Visibility
 from ahn.shape import ModelShape
+from ahn.wrappers import attached
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,9 +62,8 @@ class AHNCache(Cache):
         Raises:
             AHNError: the model has no adapter.
         """
-        config: AHNConfig | None = getattr(model, "ahn_config", None)
-        if config is None:
-            raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+        model = attached(model)
+        config: AHNConfig = model.ahn_config
         text_config = model.config.get_text_config(decoder=True)
         layers: list[Any] = list(DynamicCache(config=text_config).layers)
         for index in ModelShape.from_config(text_config).memory_layers(config.full_attention_layers):

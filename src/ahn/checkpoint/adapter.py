@@ -26,6 +26,7 @@ from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.files import write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
+from ahn.wrappers import attached, unwrapped
 
 PathLike = str | os.PathLike[str]
 
@@ -44,6 +45,7 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
         AHNError: the model has no AHN or its memory no parameters, or `directory` holds another model.
     """
     path = Path(directory).expanduser()
+    model = attached(model)
     parameters = adapter_parameters(model)
     settings = model.ahn_config
     if not parameters:
@@ -86,9 +88,11 @@ def load_adapter(
             is missing or damaged. The model is then as it was.
     """
     checkpoint = Checkpoint.open(local_directory(directory)).require("adapter")
-    name = model.name_or_path or type(model).__name__
-    settings = checked_settings(checkpoint, model.config, name, window, sinks, quantized, max_distance)
-    return attach_checked(model, checkpoint, settings, given=window is not None and sinks is not None)
+    inner = unwrapped(model)
+    name = inner.name_or_path or type(inner).__name__
+    settings = checked_settings(checkpoint, inner.config, name, window, sinks, quantized, max_distance)
+    attach_checked(inner, checkpoint, settings, given=window is not None and sinks is not None)
+    return model
 
 
 def checked_settings(

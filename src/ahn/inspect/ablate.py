@@ -15,7 +15,7 @@ from ahn.errors import AHNError
 from ahn.inspect.memories import recurrent_layers, written_positions
 from ahn.layout.evicted import Evicted
 from ahn.layout.visibility import Visibility
-from ahn.model.adapter import observed
+from ahn.model.attached import observed
 from ahn.model.context import LayerContext
 from ahn.model.observer import Observer, Passage
 

@@ -18,7 +18,7 @@ from ahn.inspect.trace import Reads, Trace, Writes
 from ahn.inspect.updates import updates
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
-from ahn.model.adapter import observed
+from ahn.model.attached import observed
 from ahn.model.observer import Observer, Passage
 
 

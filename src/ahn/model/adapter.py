@@ -7,50 +7,30 @@ wrapped so that long prompts are read in chunks and generation gets an `AHNCache
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ahn import memory, private
 from ahn.cache.conversation import AHNCache, new_columns
 from ahn.config import AHNConfig
-from ahn.decode.compiled import CompiledParts
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.model import attention, chunks
-from ahn.model.context import ForwardContext, LayerContext
-from ahn.model.observer import Observer
+from ahn.model.attached import Adapter
+from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import rotates, rotation_of
 from ahn.ops.quantize import per_group
 from ahn.shape import ModelShape, trained_length
-
-
-@dataclasses.dataclass
-class Adapter:
-    """What `attach` did to a model and `detach` undoes."""
-
-    kernel: str
-    """The base model's own attention implementation."""
-    handles: list[RemovableHandle]
-    rotation: Rotation | None = None
-    """How the base turns keys by their positions; None where that cannot be repeated."""
-    trained: int | None = None
-    """Positions that the base was trained on; None if it does not say, or once it was said that a text is longer."""
-    enabled: bool = True
-    observers: list[Observer] = dataclasses.field(default_factory=list)
-    """Asked in this order. While there are any, no step is captured or replayed."""
-    compiled: CompiledParts = dataclasses.field(default_factory=CompiledParts)
+from ahn.wrappers import attached, unwrapped
 
 
 def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
@@ -70,6 +50,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     Raises:
         AHNError: the model already has one, or its architecture lacks something an AHN needs (the message says what).
     """
+    given, model = model, unwrapped(model)
     config = config or AHNConfig.for_base(trained_length(model.config))
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
@@ -93,16 +74,21 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     model.ahn_config = config
     chunks.wrap(model)
     _use_kernel(model, attention.NAME)
-    return model
+    return given
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the AHN off: parameters, state dict, configuration and outputs are the base model's again.
 
+    Returns:
+        The same object: the model, or what is around it.
+
     Raises:
         AHNError: the model has no AHN.
     """
-    adapter = _adapter(model)
+    given, model = model, attached(model)
+    adapter: Adapter = model._ahn
+    _take_over_kernel(model)
     _use_kernel(model, adapter.kernel)
     for handle in adapter.handles:
         handle.remove()
@@ -113,40 +99,15 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             if hasattr(layer, name):
                 delattr(layer, name)
     del model._ahn, model.ahn_config
-    return model
-
-
-@contextlib.contextmanager
-def disabled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model is the base model, bit for bit, with full attention: the teacher."""
-    adapter = _adapter(model)
-    if not adapter.enabled:
-        yield
-        return
-    adapter.enabled = False
-    _use_kernel(model, adapter.kernel)
-    try:
-        yield
-    finally:
-        adapter.enabled = True
-        if getattr(model, "_ahn", None) is adapter:  # it may have been detached meanwhile
-            _use_kernel(model, attention.NAME)
-
-
-@contextlib.contextmanager
-def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterator[None]:
-    """Inside the block `observer` is asked about every forward, before all others or after them."""
-    observers = _adapter(model).observers
-    observers.insert(0 if first else len(observers), observer)
-    try:
-        yield
-    finally:
-        observers.remove(observer)
+    return given
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int | None = None) -> None:
-    """Change window, sinks and (unless None) quantized tokens of an adapted model; caches made before keep theirs."""
-    _adapter(model)
+    """Change window, sinks and (unless None) quantized tokens of an adapted model, for all threads.
+
+    Conversations that have begun keep theirs: caches made before, and what `generate` is writing.
+    """
+    model = attached(model)
     config: AHNConfig = model.ahn_config
     config = config.replace(window=window, sinks=sinks)
     if quantized is not None:
@@ -157,7 +118,7 @@ def set_window(model: PreTrainedModel, window: int, sinks: int, quantized: int |
 
 def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The AHN's parameters by full name, in the order of `model.named_parameters()`."""
-    _adapter(model)
+    attached(model)
     return added_parameters(model)
 
 
@@ -170,7 +131,7 @@ class AttentionHook:
     layer_idx: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if "ahn_forward" not in kwargs:
+        if "ahn_forward" not in kwargs or isinstance(kwargs["ahn_forward"], BaseForward):
             return None
         step = isinstance(kwargs["ahn_forward"], StepForward)
         cache = None if step else kwargs.get("past_key_values")
@@ -194,14 +155,16 @@ class DecoderHook:
     model: PreTrainedModel
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        _take_over_kernel(self.model)
         if "ahn_forward" in kwargs:
             return None  # a captured step: all is decided
         adapter: Adapter = self.model._ahn
+        kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
         if not adapter.enabled:
             if isinstance(kwargs.get("past_key_values"), AHNCache):
                 raise AHNError("Inside ahn.disabled(model) an AHNCache is of no use; pass another cache, or none.")
-            return None
-        kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
+            kwargs["ahn_forward"] = BaseForward(adapter.kernel)
+            return (), kwargs
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
@@ -215,10 +178,11 @@ class DecoderHook:
         view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
-        for observer in adapter.observers:
+        observers = adapter.observers
+        for observer in observers:
             observer.begin(cache, view)
         config = self.model.ahn_config if cache is None else cache.config
-        kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, tuple(adapter.observers))
+        kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, observers)
         return (), kwargs
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
@@ -262,13 +226,6 @@ class DecoderHook:
         return view
 
 
-def _adapter(model: PreTrainedModel) -> Adapter:
-    adapter = getattr(model, "_ahn", None)
-    if adapter is None:
-        raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
-    return adapter
-
-
 def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) -> AHNConfig:
     """The configuration with its `max_distance` filled in."""
     if trained is not None and config.lossless > trained:
@@ -302,6 +259,14 @@ def _warn_beyond(adapter: Adapter, length: int) -> None:
             stacklevel=2,
         )
         adapter.trained = None
+
+
+def _take_over_kernel(model: PreTrainedModel) -> None:
+    """If somebody chose another attention implementation meanwhile, let it be the base model's; the memory stays."""
+    chosen = private.attention_kernel(model.get_decoder().config)
+    if chosen != attention.NAME:
+        model._ahn.kernel = chosen
+        _use_kernel(model, attention.NAME)
 
 
 def _use_kernel(model: PreTrainedModel, kernel: str) -> None:

@@ -20,7 +20,7 @@ from ahn.layout.state import Tensors, TierState
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
 from ahn.memory.query import memory_query
-from ahn.model.context import ForwardContext, LayerContext
+from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.observer import Passage
 from ahn.model.route import AttentionCall, LazyMask, kernel_function
 from ahn.ops import scan
@@ -41,7 +41,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask,
-    ahn_forward: ForwardContext | StepForward | None = None,
+    ahn_forward: ForwardContext | BaseForward | StepForward | None = None,
     ahn_layer: LayerContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -61,11 +61,9 @@ def attention(
     if isinstance(ahn_forward, StepForward):
         assert ahn_layer is not None
         return step_attention(module, query, key, value, ahn_forward, ahn_layer, call.scaling)
+    if isinstance(ahn_forward, BaseForward) or ahn_layer is None:  # this layer keeps the base model's attention
+        return _as_base(call, ahn_forward.kernel, attention_mask)
     forward = ahn_forward.on(query.device)
-    if ahn_layer is None:  # a layer that keeps the base model's attention
-        own_mask = attention_mask.resolve(forward.kernel, query.device)
-        return kernel_function(forward.kernel, module)(module, query, key, value, own_mask, **kwargs)
-
     for observer in forward.observers:
         observer.attending(ahn_layer, call)
     view, memory = forward.visibility, ahn_layer.ahn.fn
@@ -98,6 +96,13 @@ def attention(
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(ahn_layer.cache_layer)
     return out, weights
+
+
+def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tensor | None]:
+    """What the base model's own kernel makes of a layer with the mask that it would have been given."""
+    own = mask.resolve(kernel, call.query.device) if isinstance(mask, LazyMask) else mask
+    run = kernel_function(kernel, call.module)
+    return run(call.module, call.query, call.key, call.value, own, **call.kwargs)
 
 
 def _evict(

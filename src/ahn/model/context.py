@@ -37,6 +37,14 @@ class LayerContext:
     """The base turns this layer's keys by their positions."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseForward:
+    """Stands where a `ForwardContext` does inside `ahn.disabled`: every layer computes what the base model does."""
+
+    kernel: str
+    """The base model's own attention implementation."""
+
+
 @dataclasses.dataclass
 class ForwardContext:
     """What the hook on the decoder tells every layer of one forward."""

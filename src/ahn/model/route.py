@@ -27,6 +27,8 @@ from ahn.memory.base import MemoryKeys
 
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
 _DENSE_MASK_KERNELS = ("sdpa", "eager")
+QUERIES = 1024
+"""At once where every head has a mask of its own."""
 
 
 class LazyMask:
@@ -44,7 +46,8 @@ class LazyMask:
     def resolve(self, kernel: str, device: torch.device) -> Any:
         """The mask as the base model's own kernel expects it, where the layer is."""
         if kernel not in self._masks:
-            self._masks[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+            make = ALL_MASK_ATTENTION_FUNCTIONS.get(kernel)  # None: one that makes its own, as transformers has it
+            self._masks[kernel] = None if make is None else make(**self._arguments)
         mask = self._masks[kernel]
         if mask is None or device == self._arguments.get("device", device):
             return mask
@@ -105,20 +108,32 @@ class Masked(Route):
     boolean: bool
 
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
-        query, key, value, mask, kwargs = call.query, call.key, call.value, self.mask, call.kwargs
+        key, value, mask = call.key, call.value, self.mask
         for more in (None if passed is None else passed.near, made):
             if more is not None:
                 key, value, mask = _with_more_keys(key, value, mask, more)
         if passed is not None and passed.far is not None:
             # One softmax over keys that meet the query in two ways: each has numbers of its own to meet.
-            P, far = query.shape[-1], passed.far
-            query, key = torch.cat([query, passed.far_query(query)], dim=-1), F.pad(key, (0, P))
-            key, value, mask = _with_more_keys(key, value, mask, Seen(F.pad(far.key, (P, 0)), far.value, far.visible))
-            kwargs = kwargs | {"scaling": call.scaling}
+            P, far = call.query.shape[-1], passed.far
+            query = torch.cat([call.query, passed.far_query(call.query)], dim=-1)
+            call = dataclasses.replace(call, query=query, kwargs=call.kwargs | {"scaling": call.scaling})
+            more = Seen(F.pad(far.key, (P, 0)), far.value, far.visible)
+            key, value, mask = _with_more_keys(F.pad(key, (0, P)), value, mask, more)
+        if self.boolean and mask is not None and mask.shape[1] > 1:
+            return self._per_head(call, key, value, mask)
         if self.boolean:
-            mask = _as_kernel_mask(_of_queries(mask, query.shape[1]), self.kernel, query.dtype)
+            mask = _as_kernel_mask(mask, self.kernel, call.query.dtype)
         run = kernel_function(self.kernel, call.module)
-        return run(call.module, query, key, value, mask, **kwargs)
+        return run(call.module, call.query, key, value, mask, **call.kwargs)
+
+    def _per_head(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With a mask (B or 1, Hkv, n, T), of which kernels want a copy per query head: some queries at a time."""
+        run, groups, results = kernel_function(self.kernel, call.module), call.query.shape[1] // mask.shape[1], []
+        for query, part in zip(call.query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True):
+            own = _as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
+            results.append(run(call.module, query, key, value, own, **call.kwargs))
+        outputs, weights = zip(*results, strict=True)
+        return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
 
 
 @dataclasses.dataclass
@@ -236,13 +251,6 @@ def _with_more_keys(
         batch, heads = (max(part.shape[dim] for part in parts) for dim in (0, 1))
         mask = torch.cat([part.expand(batch, heads, -1, -1) for part in parts], dim=-1)
     return torch.cat([more.key, key], dim=2), torch.cat([more.value, value], dim=2), mask
-
-
-def _of_queries(mask: Tensor | None, heads: int) -> Tensor | None:
-    """A mask per key head as one per query head; one for all heads stays so."""
-    if mask is None or mask.shape[1] == 1:
-        return mask
-    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:

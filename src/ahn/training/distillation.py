@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
-from ahn.model.adapter import disabled, set_window
+from ahn.model.adapter import set_window
+from ahn.model.attached import disabled
 from ahn.training.losses import (
     CHUNK,
     IGNORED,

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
 from ahn.memory.retained_tokens import RetainedTokens
-from ahn.model.adapter import observed, set_window
+from ahn.model.adapter import set_window
+from ahn.model.attached import observed
 from ahn.model.context import LayerContext
 from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall, own_scores
