@@ -59,7 +59,8 @@ class Rotation:
         if positions.dim() == 3:  # each head has its own
             y = y.flatten(0, 1).unsqueeze(1)
             positions = positions.expand(x.shape[0], x.shape[1], -1).flatten(0, 1)
-        cos, sin = self.angles(y, positions)
+        # A model may lie on several devices, and its rotary embedding on the first.
+        cos, sin = (part.to(y.device) for part in self.angles(y, positions))
         if back:
             cos, sin = cos / self.scale**2, -sin / self.scale**2
         turned, _ = self.apply(y, y, cos, sin)
