@@ -37,8 +37,9 @@ test-gpu: $(VENV)/installed-dev
 # make test-versions TRANSFORMERS=5.24.0 TORCH=2.13.0
 TRANSFORMERS := 5.17.0 5.24.0
 TORCH := 2.11.0 2.13.0
-CORE := tests/model tests/cache tests/layout tests/checkpoint tests/test_private.py tests/training/test_distill.py \
-	tests/training/test_arguments.py tests/training/test_run.py tests/training/test_training_resume.py
+CORE := tests/model tests/cache tests/layout tests/checkpoint tests/decode/test_decode.py tests/cli/test_generate.py \
+	tests/cli/test_session.py tests/test_private.py tests/training/test_distill.py tests/training/test_arguments.py \
+	tests/training/test_run.py tests/training/test_training_resume.py
 INTO = $(BIN)/python -m pip --python .venv-$* install --quiet --disable-pip-version-check
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 PAIRS := $(foreach a,$(TRANSFORMERS),$(foreach b,$(TORCH),$(a)+$(b)))

@@ -63,6 +63,12 @@ def test_nobody_else_names_private_parts() -> None:
     assert found == []
 
 
+def test_the_cache_is_an_argument_by_its_name_in_this_version() -> None:
+    """`past_key_values` or `cache`: who writes one of them works with half of the versions."""
+    files = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "private.py"]
+    assert [path for path in files if "past_key_values" in path.read_text(encoding="utf-8")] == []
+
+
 def test_the_trainer_has_what_ours_overrides() -> None:
     pytest.importorskip("accelerate")
     from transformers import Trainer

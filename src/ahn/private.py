@@ -1,7 +1,7 @@
 """Private parts of other libraries that this package cannot do without, each with its reason.
 
 Nothing promises that they stay, so no other module names one (a test looks for it), pyproject.toml bounds the versions
-from above, and `make test-versions` tries the oldest and the newest: torch 2.11 to 2.13, transformers 5.17 to 5.23
+from above, and `make test-versions` tries the oldest and the newest: torch 2.11 to 2.13, transformers 5.17 to 5.24
 (training from 5.23), accelerate 1.15, datasets 5. Whoever raises a bound reads this file beside the new source.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,6 +133,25 @@ def argument_names(operator: Any) -> list[str]:
 
 # -- transformers --------------------------------------------------------------------------------------------------
 
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE = "past_key_values" if [*map(int, version("transformers").split(".")[:2])] < [5, 24] else "cache"
+"""What the forward of a model and of its attention, `generate` and outputs call the cache: `cache` from 5.24 on."""
+
+
+def name_cache(kwargs: dict[str, Any]) -> None:
+    """Let the cache among a call's arguments have this version's name, whichever of both it was given under.
+
+    Before 5.24 transformers takes a `cache` without a word and reads on without it.
+
+    Raises:
+        AHNError: it was given under both names.
+    """
+    for other in CACHE_NAMES:
+        if other != CACHE and (given := kwargs.pop(other, None)) is not None:
+            if kwargs.get(CACHE) is not None:
+                raise AHNError("`past_key_values` and `cache` are two names of one argument; pass one of them.")
+            kwargs[CACHE] = given
+
 
 def attention_kernel(config: PreTrainedConfig) -> str:
     """What computes a model's attention; there is no public getter."""
@@ -187,6 +207,11 @@ HOOKED_FORWARD = "_old_forward"
 def set_forward(model: PreTrainedModel, forward: Call) -> None:
     """Put a forward before the model's own, inside accelerate's hook if the model has one."""
     setattr(model, HOOKED_FORWARD if HOOKED_FORWARD in vars(model) else "forward", forward)
+    hook = vars(model).get("_hf_hook")
+    skipped = getattr(hook, "skip_keys", None) or ()
+    skipped = {skipped} if isinstance(skipped, str) else set(skipped)
+    if hook is not None and CACHE in skipped:  # under its other name a cache would be moved to the first device
+        hook.skip_keys = skipped | set(CACHE_NAMES)
 
 
 def reset_forward(model: PreTrainedModel, kind: type) -> None:

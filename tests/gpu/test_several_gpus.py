@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ahn
+from ahn import private
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 LAYERS, LENGTH = 4, 200
@@ -27,7 +28,7 @@ def pair(memory: str, quantized: int, dtype: torch.dtype) -> tuple[PreTrainedMod
     two = copy.deepcopy(one)
     devices: dict[str, Any] = {f"model.layers.{i}": int(i >= LAYERS // 2) for i in range(LAYERS)}
     devices |= {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
-    return one.to("cuda:0"), dispatch_model(two, devices, skip_keys="past_key_values")
+    return one.to("cuda:0"), dispatch_model(two, devices, skip_keys=private.CACHE)
 
 
 def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedModel
 
 import ahn
+from ahn import private
 from ahn.attend import windowed
 from ahn.decode import compiled
 from ahn.layout import copies
@@ -143,7 +144,7 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
     half = len(layers) // 2
     blocks: dict[nn.Module, torch.device] = {layer: FIRST if i < half else SECOND for i, layer in enumerate(layers)}
     blocks |= {decoder.embed_tokens: FIRST, decoder.rotary_emb: FIRST, decoder.norm: SECOND, model.lm_head: SECOND}
-    keep = "past_key_values"
+    keep = private.CACHE
     add_hook_to_module(model, Hook(FIRST, io_same_device=True, skip_keys=keep))
     for block, place in blocks.items():
         for part in block.modules():

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ahn
-from ahn import memory
+from ahn import memory, private
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.format import read_settings
 from ahn.measure.method import Method
@@ -101,7 +101,7 @@ def reader(model: PreTrainedModel) -> Hidden:
     def hidden(ids: Tensor) -> Tensor:
         cache = new_cache(model)
         parts = [
-            decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+            decoder(input_ids=part, use_cache=True, **{private.CACHE: cache}).last_hidden_state
             for part in ids.to(model.device).split(CHUNK, dim=1)
         ]
         return torch.cat(parts, dim=1)

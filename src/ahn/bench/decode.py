@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from ahn import private
 from ahn.bench import fill, roofline
 from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand, check_patience
@@ -32,7 +33,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
             found |= _also_through_generate(stand, cache, context, batch)
     if stand.settings.profile and not method.static:
         ids = fill.random_tokens(stand.model, batch, 1)
-        found["kernels"] = kernels(device, lambda: stand.model(input_ids=ids, past_key_values=cache))
+        found["kernels"] = kernels(device, lambda: stand.model(input_ids=ids, **{private.CACHE: cache}))
     return {
         **found,
         "real_prefill": stand.settings.real_prefill,
@@ -72,13 +73,13 @@ def _also_through_generate(stand: Stand, cache: Cache, context: int, batch: int)
 
 
 def steps(stand: Stand, cache: Cache, batch: int) -> dict[str, Any]:
-    """Seconds of `model(one token, past_key_values=cache)`, in blocks of `new_tokens` steps."""
+    """Seconds of `model(one token, cache)`, in blocks of `new_tokens` steps."""
     model, device, count = stand.model, stand.device, stand.settings.new_tokens
     ids = fill.random_tokens(model, batch, count)
 
     def block(tokens: int) -> None:
         for n in range(tokens):
-            model(input_ids=ids[:, n : n + 1], past_key_values=cache)
+            model(input_ids=ids[:, n : n + 1], **{private.CACHE: cache})
 
     warmup = seconds(device, lambda: block(min(WARM_STEPS, count)))
     blocks = repeated(device, lambda: block(count), stand.settings.repeats, stand.settings.budget)
@@ -110,4 +111,4 @@ def generate(stand: Stand, cache: Cache, ids: Tensor, tokens: int) -> None:
     """Continue a cache with a token each (B, 1) by as many tokens, with transformers' `generate`."""
     length = int(cache.get_seq_length()) + 1
     mask = torch.ones(len(ids), length, dtype=torch.long, device=ids.device)
-    stand.model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=tokens)
+    stand.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, **{private.CACHE: cache})

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from ahn import private
 from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
 from ahn.config import AHNConfig
@@ -26,7 +27,7 @@ def random_tokens(model: PreTrainedModel, batch: int, length: int) -> Tensor:
 def read_cache(method: Method, model: PreTrainedModel, batch: int, context: int, room: int) -> Cache:
     """A cache that has really read `context` random tokens."""
     cache = method.new_cache(model, batch, room)
-    model(random_tokens(model, batch, context), past_key_values=cache, logits_to_keep=1)
+    model(random_tokens(model, batch, context), logits_to_keep=1, **{private.CACHE: cache})
     return cache
 
 

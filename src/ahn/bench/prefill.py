@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ahn import private
 from ahn.bench import roofline
 from ahn.bench.fill import random_tokens
 from ahn.bench.profile import kernels
@@ -25,7 +26,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
 
     def read(tokens: int) -> None:
         cache = method.new_cache(model, batch, context)
-        model(ids[:, :tokens], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :tokens], logits_to_keep=1, **{private.CACHE: cache})
 
     warm = context
     if method.config is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
 from ahn.cli.main import ABANDONED
@@ -131,9 +132,9 @@ class Session:
             output = self.model.generate(
                 tokens,
                 attention_mask=torch.ones(1, self.seen, dtype=torch.long, device=tokens.device),
-                past_key_values=self.cache,
                 streamer=streamer,
                 stopping_criteria=None if interrupt is None else [interrupt],
+                **{private.CACHE: self.cache},
                 **sampling.arguments(self.ends),
             )
         self.written = output[0, len(new) :].tolist()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ahn import private
 from ahn.cache import tier
 from ahn.cache.conversation import AHNCache, new_columns
 from ahn.decode.compiled import layers_compiled, on_several_devices
@@ -28,7 +29,7 @@ MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether this forward is a step that a graph can do; everything else takes the ordinary way."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    ids, cache = kwargs.get("input_ids"), kwargs.get(private.CACHE)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not on_gpu(ids):
         return False
     if not isinstance(cache, AHNCache) or torch.is_grad_enabled() or model.training or not model._ahn.enabled:
@@ -81,7 +82,7 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
 
 def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
     """One token a row by replaying the conversation's graph, which the first call captures."""
-    cache: AHNCache = kwargs["past_key_values"]
+    cache: AHNCache = kwargs[private.CACHE]
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     new = new_columns(mask, cache.seen, 1)
     runner: Runner | None = cache.captured
@@ -93,7 +94,7 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     cache.place_sinks(model._ahn.rotation)
     logits = runner(ids, kwargs.get("position_ids"), None if new is None else new[:, -1])
     cache.progress.finish_step(runner.positions, masked=new is not None)
-    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+    return CausalLMOutputWithPast(logits=logits, **{private.CACHE: cache})
 
 
 class StepCache(Cache):
@@ -142,7 +143,7 @@ class Runner:
         self.catch_up(cache)
         config = cache.config
         step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
-        inputs = {"input_ids": self.ids, "position_ids": self.position_ids, "past_key_values": StepCache()}
+        inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
 
         def once() -> Tensor:
             with _states_lent(model, states):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ahn import private
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Reader:
         output = self.model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
-            past_key_values=cache,
+            **{private.CACHE: cache},
             **generation.arguments(),
         )
         self.progress(len(ids), len(ids))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ahn import private
 from ahn.cache.conversation import AHNCache
 
 CHUNK = 4096
@@ -54,7 +55,7 @@ def in_chunks(
     for first in range(start, stop, size):
         last = min(first + size, stop)
         tokens = torch.as_tensor(ids[first:last], device=model.device)[None]
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits)
+        output = model(input_ids=tokens, use_cache=True, logits_to_keep=logits, **{private.CACHE: cache})
         yield last, output.logits[0]
 
 

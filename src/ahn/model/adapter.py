@@ -134,7 +134,7 @@ class AttentionHook:
         if "ahn_forward" not in kwargs or isinstance(kwargs["ahn_forward"], BaseForward):
             return None
         step = isinstance(kwargs["ahn_forward"], StepForward)
-        cache = None if step else kwargs.get("past_key_values")
+        cache = None if step else kwargs.get(private.CACHE)
         kwargs["ahn_layer"] = LayerContext(
             index=-1 if step else self.layer_idx,
             ahn=self.ahn,
@@ -161,7 +161,7 @@ class DecoderHook:
         adapter: Adapter = self.model._ahn
         kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
         if not adapter.enabled:
-            if isinstance(kwargs.get("past_key_values"), AHNCache):
+            if isinstance(kwargs.get(private.CACHE), AHNCache):
                 raise AHNError("Inside ahn.disabled(model) an AHNCache is of no use; pass another cache, or none.")
             kwargs["ahn_forward"] = BaseForward(adapter.kernel)
             return (), kwargs
@@ -170,11 +170,11 @@ class DecoderHook:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             return None  # the base model says what is wrong
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(private.CACHE)
         if not self.model.ahn_config.max_distance:
             _warn_beyond(adapter, tokens.shape[1] + (cache.seen if isinstance(cache, AHNCache) else 0))
         if cache is None and chunks.wants_cache(self.model, kwargs):
-            cache = kwargs["past_key_values"] = AHNCache.for_model(self.model)
+            cache = kwargs[private.CACHE] = AHNCache.for_model(self.model)
         view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions

@@ -57,8 +57,10 @@ def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a method call by name."""
-    return dict(zip(_positional(function), args, strict=False)) | kwargs
+    """All arguments of a method call by name, the cache by that of this transformers."""
+    named = dict(zip(_positional(function), args, strict=False)) | kwargs
+    private.name_cache(named)
+    return named
 
 
 def wants_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
@@ -71,9 +73,9 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(type(model).generate, args, kwargs)
     config = kwargs.get("generation_config") or model.generation_config
     use_cache = kwargs.get("use_cache", config.use_cache)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(private.CACHE)
     if model._ahn.enabled and use_cache is not False and cache is None:
-        kwargs["past_key_values"] = AHNCache.for_model(model)
+        kwargs[private.CACHE] = AHNCache.for_model(model)
     elif isinstance(cache, AHNCache) and kwargs.get("attention_mask") is None:
         ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
         if ids is not None and cache.seen and ids.shape[1] <= cache.seen:
@@ -93,9 +95,9 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
         return base(model, **kwargs)
-    if kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = AHNCache.for_model(model)
-    length, seen = pieces[-1][1], kwargs["past_key_values"].seen
+    if kwargs.get(private.CACHE) is None:
+        kwargs[private.CACHE] = AHNCache.for_model(model)
+    length, seen = pieces[-1][1], kwargs[private.CACHE].seen
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
     rows, order = wanted.sort()
     logits: list[Tensor] = []
@@ -123,7 +125,7 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
         return []
     if decode.asked(model, kwargs, "return_dict") is False:
         return []
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(private.CACHE)
     if not wants_cache(model, kwargs) or not (cache is None or isinstance(cache, AHNCache)):
         return []
     config: AHNConfig = model.ahn_config if cache is None else cache.config
