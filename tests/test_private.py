@@ -13,7 +13,7 @@ from ahn import private
 from ahn.errors import AHNError
 
 SOURCE = Path(ahn.__file__).parent
-OWN = {"_ahn", "_exit"}  # our own attribute of a model; what os documents under this name
+OWN = {"_ahn", "_exit", "_fields"}  # our own attribute of a model; what os and named tuples document under these names
 TRAINER = SOURCE / "training" / "trainer.py"
 
 
