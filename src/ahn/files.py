@@ -40,8 +40,11 @@ def replacing(file: Path) -> Iterator[Path]:
     When the block does not end well, `file` is as it was. The new file has the permissions that the user's umask gives.
 
     Raises:
-        AHNError: writing fails, for example because the disk is full.
+        AHNError: writing fails, for example because the disk is full, or a directory or a device has this name.
     """
+    with _reporting(file):
+        if file.exists() and not file.is_file():  # a device would be replaced by a file, for every program
+            raise AHNError(f"{file} is not a file: choose another name.")
     with _reporting(file), _partial(file) as directory:
         temporary = directory / file.name
         yield temporary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import speaking
 import torch
 
+from ahn.cli.commands import Commands, full_bytes, memory_rows
 from ahn.cli.turns import PlainTurns, TemplateTurns
 from ahn.cli.writing import Interrupt, Sampling
 from ahn.errors import AHNError
@@ -105,7 +107,7 @@ def test_a_message_that_was_stopped_leaves_a_conversation(before: int, monkeypat
     talk = Talk(speaking.CHATML, monkeypatch)
     if before:
         talk.say("Hello", "Hi there")
-    monkeypatch.setattr("ahn.measure.reading.CPU_CHUNK", 7)
+    monkeypatch.setattr("ahn.cli.session.PATIENCE", 7)
     interrupt = Interrupt()
     ids = talk.turns.next_input("one two three four five six seven eight")
 
@@ -124,6 +126,98 @@ def test_a_message_that_was_stopped_leaves_a_conversation(before: int, monkeypat
         assert words.decode(talk.session._ids[:read]).startswith(first + "<|im_start|>user\none")
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_text_becomes_the_beginning_of_the_next_message(
+    before: int, stopped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    talk = Talk(speaking.CHATML, monkeypatch, system="Be brief.")
+    if before:
+        talk.say("Hello", "Hi there")
+    start = talk.session.seen
+    texts = ["Call me Ishmael.", "Some years ago"]
+    monkeypatch.setattr("ahn.cli.session.PATIENCE", 3)  # one of them is the last token before the text
+    for number, text in enumerate(texts):
+        file = tmp_path / str(number)
+        file.write_text(f"\ufeff{text}\n\n")
+        interrupt = Interrupt()
+        interrupt.wanted = stopped
+        Commands(talk.turns).obey(f"/read {file}", interrupt)
+    assert talk.turns.open and ("the first 2 of" in talk.turns.messages[-1]["content"]) == stopped
+    talk.say("Who?", "Ishmael")
+    talk.say("Sure?", "Yes")
+    words = talk.session.tokenizer
+    read = [words.decode(words(text)["input_ids"][: 2 if stopped else None]) for text in texts]
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    said = turn.format("\n\n".join([*read, "Who?"]), "Ishmael") + turn.format("Sure?", "Yes")
+    system = "" if before else "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert words.decode(talk.session._ids[start:]) == system + said
+
+
+def test_a_question_that_was_stopped_leaves_the_text_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A book must not be read again because one question about it was stopped."""
+    talk = Talk(speaking.CHATML, monkeypatch)
+    file = tmp_path / "book.txt"
+    file.write_text("Call me Ishmael.")
+    Commands(talk.turns).obey(f"/read {file}", Interrupt())
+    read = talk.session.seen
+    ids = talk.turns.next_input("Who is it that")
+    assert talk.session.read(ids) and talk.session.seen > read
+    talk.turns.abandon()
+    talk.say("Who?", "Ishmael")
+    said = "Call me Ishmael.\n\nWho is it that<|im_end|>\n<|im_start|>assistant\n\n\nWho?"
+    assert said in talk.session.tokenizer.decode(talk.session._ids)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_file_holds_what_was_said(asked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also a text that nothing was asked about yet: read once, ask many times."""
+    book, file = tmp_path / "book.txt", tmp_path / "talk.safetensors"
+    book.write_text("Call me Ishmael. Some years ago, never mind how long precisely")
+    talk, other = (Talk(speaking.CHATML, monkeypatch) for _ in range(2))
+    Commands(talk.turns).obey(f"/read {book}", Interrupt())
+    if asked:
+        talk.say("Who?", "Ishmael")
+    Commands(talk.turns).obey(f"/save {file}", Interrupt())
+    commands = Commands(other.turns)
+    commands.obey(f"/load {file}", Interrupt())
+    assert other.turns.messages == talk.turns.messages and other.turns.open == (not asked)
+    for each in (talk, other):
+        each.say("When?", "Some years ago")
+    found = [speaking.next_logits(each.session) for each in (talk, other)]
+    assert talk.session.seen == other.session.seen and torch.equal(*found)
+
+
+def test_a_fork_leaves_the_other_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk(speaking.CHATML, monkeypatch)
+    talk.say("Hello", "Hi there")
+    commands = Commands(talk.turns)
+    before, seen = speaking.next_logits(talk.session), talk.session.seen
+    assert commands.prompt == "> "
+    commands.obey("/fork other", Interrupt())
+    assert commands.prompt == "other> " and commands.session.seen == seen
+    forked = commands.turns
+    assert torch.equal(speaking.next_logits(commands.session), before)
+    commands.session.read(forked.next_input("Something else"))
+    assert len(forked.messages) == 3 and len(talk.turns.messages) == 2
+    commands.obey("/switch main", Interrupt())
+    assert commands.turns is talk.turns and commands.session.seen == seen
+    assert torch.equal(speaking.next_logits(commands.session), before)
+
+
+def test_memory_adds_up() -> None:
+    session = speaking.session(quantized=8)
+    session.read(session.encode("def main(): pass " * 20, start=True))
+    memory, sizes = session.memory(), session.cache.bytes_by_part()
+    assert sum(sizes.values()) == memory["cache_bytes"] and all(sizes.values())
+    told = dict(memory_rows(session))
+    exact, coarse, written, total = (int(told[row].split()[0]) for row in list(told)[:4])
+    assert (exact, coarse) == (speaking.WINDOW + speaking.SINKS, 8) and exact + coarse + written == total
+    config = session.model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert full_bytes(session) == session.seen * per_token
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> speaking.Speaking:
     return speaking.save(tmp_path_factory.mktemp("chat"), speaking.CHATML)
@@ -133,8 +227,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> speaking.Speaking:
 def chat(ahn_cli: Any, saved: speaking.Speaking, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`chat(line, ..., options=())` pipes the lines in; replies have 8 tokens."""
 
-    def run(*lines: object, model: Path = saved.adapter, options: tuple[str, ...] = ()) -> Any:
-        raw = "".join(f"{line}\n" for line in lines).encode()
+    def run(*lines: object, raw: bytes = b"", model: Path = saved.adapter, options: tuple[str, ...] = ()) -> Any:
+        raw = raw or "".join(f"{line}\n" for line in lines).encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
         return ahn_cli("chat", "--model", model, "--max-new-tokens", 8, *options)
 
@@ -173,12 +267,49 @@ def test_save_and_load_go_on(chat: Any, tmp_path: Path) -> None:
 
 
 def test_commands(chat: Any, tmp_path: Path) -> None:
-    done = chat("/stats", "Hello", "/stats", "/help", "/nonsense", "/quit", "never read")
-    assert done.code == 0
-    assert "Nothing read yet" in done.err and "in the memory" in done.err
-    assert "Unknown command '/nonsense'" in done.err and done.err.count("/reset") == 2
-    missing = chat(f"/load {tmp_path / 'none'}")
-    assert missing.code == 1 and "There is no cache file" in missing.err
+    done = chat("Hello", "/memory", "/window", "/help", "/quit", "never read")
+    assert done.code == 0 and len(done.out.splitlines()) == 1
+    assert "remembered" in done.err and f"Window {speaking.WINDOW}" in done.err and "/reset" in done.err
+
+
+def test_no_mistake_ends_the_conversation(chat: Any, tmp_path: Path) -> None:
+    """Each gives one line, what comes after is answered, and the exit code says that something went wrong."""
+    damaged, binary, empty = (tmp_path / name for name in ("damaged", "binary", "empty"))
+    damaged.write_bytes(b"not a conversation")
+    binary.write_bytes(b"\xff\xfe\x00")
+    empty.write_bytes(b" \n")
+    device = tmp_path / "device"
+    os.mkfifo(device)
+    mistakes = [
+        "/memory", "/nonsense", "/load", f"/load {tmp_path / 'none'}", f"/load {damaged}", f"/load {tmp_path}", "/read",
+        f"/read {tmp_path / 'none'}", f"/read {binary}", f"/read {empty}", f"/read {tmp_path}", "/save", "/fork",
+        "/switch", "/switch none", "/fork main", "/window 7", f"/save {damaged}/x", f"/save {device}",
+        f"/read {device}", f"/load {'x' * 300}", "/save ~nobody-of-this-name/x", "/read a\0b",
+    ]  # fmt: skip
+    _, *replies_ = replies_of(chat(mistakes[0], "Hello", *mistakes[1:], "Again", options=JSON), code=1, errors=mistakes)
+    assert len(replies_) == 1 and replies_[0]["tokens_seen"] > 8
+    assert damaged.read_bytes() == b"not a conversation" and device.is_fifo()
+    text = b"Hello\ncaf\xe9\nAgain\n"
+    both, only = chat(raw=text, options=JSON), chat("Hello", "Again", options=JSON)
+    assert both.code == 1 and "not UTF-8" in both.err and len(both.err.splitlines()) == 1
+    assert [reply["reply"] for reply in lines(both)] == [reply["reply"] for reply in lines(only)]
+
+
+def replies_of(run: Any, code: int, errors: list[str]) -> list[dict[str, Any]]:
+    assert run.code == code
+    told = run.err.splitlines()
+    assert len(told) == len(errors) and all(line.startswith("ahn: ") for line in told), run.err
+    return lines(run)
+
+
+def lines(run: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.out.splitlines()]
+
+
+def test_a_text_may_begin_with_a_slash(chat: Any) -> None:
+    (sent,) = replies(chat("//reset", options=JSON))
+    (other,) = replies(chat(" //reset", options=JSON))
+    assert sent["new_tokens"] == 8 and sent["reply"] == other["reply"]
 
 
 def test_without_a_template(chat: Any, tmp_path: Path) -> None:

@@ -203,4 +203,6 @@ def test_words_about_the_cache() -> None:
     written = session.seen - speaking.WINDOW - speaking.SINKS
     assert f"{written} in the memory (gated_deltanet)" in sentence(session.memory())
     assert warn_beyond_training(session, 512) is None
-    assert "513 tokens" in str(warn_beyond_training(session, 513))
+    assert warn_beyond_training(session, 513) is None  # no query sees a token from farther than 512
+    published = speaking.session(max_distance=0)
+    assert warn_beyond_training(published, 512) is None and "513 tokens" in str(warn_beyond_training(published, 513))

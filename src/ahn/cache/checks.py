@@ -67,6 +67,18 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
     return config, seen
 
 
+def check_messages(messages: Any, where: str) -> None:
+    """Raises AHNError unless these are messages as chat templates take them."""
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise AHNError(f"{where} is damaged: what was said is not a list of messages.")
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+        return False
+    return message["role"] in ("system", "user", "assistant") and isinstance(message["content"], str)
+
+
 def check_layout(found: Mapping[str, Stored], config: AHNConfig, seen: int, shape: ModelShape, where: str) -> None:
     """Compare every tensor's name, dtype and shape with what such a conversation holds.
 

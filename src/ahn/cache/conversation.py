@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+Message = dict[str, str]
+"""What one side said: its `role` and the `content`."""
+
 
 class AHNCache(Cache):
     """Cache of an adapted model; `model(...)` and `model.generate(...)` make one when none is passed.
@@ -37,12 +40,15 @@ class AHNCache(Cache):
         config: window, sinks and memory it was made with. They stay with the conversation, whatever the model's are.
         progress: how much was read.
         captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
+        messages: what was said, for whoever keeps it here; it goes into the file with the rest and is never read by the
+            model.
     """
 
     def __init__(self, config: AHNConfig, layers: list[Any], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.config = config
         self.progress = Progress()
+        self.messages: list[Message] = []
         for layer in self.memory_layers.values():
             layer.progress = self.progress
         self.captured: Any = None
@@ -223,6 +229,7 @@ class AHNCache(Cache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.progress.clear()
+        self.messages = []
         self._batch = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -247,13 +254,20 @@ class AHNCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        total = 0
+        return sum(self.bytes_by_part().values())
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of what is kept exactly (with the layers that have no memory), at a few bits (`quantized`), and of the
+        `memory`.
+        """
+        sizes = {"exact": 0, "quantized": 0, "memory": 0}
         for layer in self.layers:
             if isinstance(layer, AHNLayer):
-                total += sum(x.nbytes for x in layer.tensors().values())
+                for part, size in layer.bytes_by_part().items():
+                    sizes[part] += size
             elif layer.is_initialized:
-                total += layer.keys.nbytes + layer.values.nbytes
-        return total
+                sizes["exact"] += layer.keys.nbytes + layer.values.nbytes
+        return sizes
 
     def save(self, path: str | Path) -> None:
         """Write the conversation to one safetensors file.
@@ -271,7 +285,10 @@ class AHNCache(Cache):
             tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer, index).items()}
         if self.progress.padding is not None:
             tensors |= {f"padding.{name}": x for name, x in vars(self.progress.padding).items()}
-        file.write(path, tensors, {"config": dataclasses.asdict(self.config), "seen": self.seen}, model)
+        description: dict[str, Any] = {"config": dataclasses.asdict(self.config), "seen": self.seen}
+        if self.messages:
+            description["messages"] = self.messages
+        file.write(path, tensors, description, model)
 
     @staticmethod
     def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
@@ -281,7 +298,7 @@ class AHNCache(Cache):
             AHNError: the file is missing, damaged or not a cache, or it was made with another base, adapter or memory.
         """
         cache = AHNCache.for_model(model)
-        tensors, cache.config, seen = file.read(path, model)
+        tensors, cache.config, seen, cache.messages = file.read(path, model)
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

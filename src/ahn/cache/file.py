@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ahn.cache.checks import Stored, check_layout, check_values, read_config
+from ahn.cache.checks import Stored, check_layout, check_messages, check_values, read_config
 from ahn.cache.origin import check_origin, first_fingerprint, origin
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -48,8 +48,9 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
     write_tensors(path, on_cpu, {"ahn": json.dumps(whole)})
 
 
-def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], AHNConfig, int]:
-    """The tensors, on the model's device, the settings, and the tokens read, as `write` wrote them for this model.
+def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], AHNConfig, int, list[dict[str, str]]]:
+    """The tensors, on the model's device, the settings, the tokens read, and the messages that were kept with them, as
+    `write` wrote them for this model.
 
     Raises:
         AHNError: the file is missing, damaged or not a conversation, or it was made with another base or adapter.
@@ -70,7 +71,7 @@ def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], A
     if description["format"] == FORMAT and description.get("checksum") != checksum(tensors, description):
         raise AHNError(f"{path} is damaged: its checksum is another than that of its content.")
     check_values(tensors, seen, str(path))
-    return {name: x.to(model.device) for name, x in tensors.items()}, config, seen
+    return {name: x.to(model.device) for name, x in tensors.items()}, config, seen, description.get("messages", [])
 
 
 def checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
@@ -100,5 +101,6 @@ def _check(
     elif description.get("fingerprint") != first_fingerprint(model):
         raise AHNError(f"{path} was written with another base model or adapter; its memory means nothing to this one.")
     config, seen = read_config(description, model.ahn_config, str(path))
+    check_messages(description.get("messages", []), str(path))
     check_layout(found, config, seen, ModelShape.from_config(model.config), str(path))
     return config, seen

@@ -182,6 +182,13 @@ class AHNLayer(CacheLayerMixin):
         self.leave_slots()
         return self.state.tensors()
 
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of `tensors`: `exact`, `quantized` (the tier) and `memory`."""
+        if self.state is None:
+            return {}
+        self.leave_slots()
+        return self.state.bytes_by_part()
+
     def load_tensors(self, named: Tensors) -> None:
         """The inverse of `tensors`."""
         self.reset()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from ahn.cli import common
 from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
 from ahn.cli.generate import (
     MemoryOption,
@@ -22,19 +22,12 @@ from ahn.cli.generate import (
     read,
     write,
 )
-from ahn.cli.terminal import visible
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
+    from ahn.cli.commands import Commands
     from ahn.cli.session import Session
-    from ahn.cli.writing import Sampling
-
-COMMANDS = """\
-/reset      forget everything and start again
-/save FILE  write the conversation's memory to a file
-/load FILE  go on with a conversation that was saved
-/stats      what window and memory hold
-/quit       leave (so does the end of input)"""
+    from ahn.cli.writing import Interrupt, Sampling
 
 
 def command(
@@ -52,22 +45,25 @@ def command(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk with a model; one line is one message.
+    """Talk with a model, about texts of any length.
 
     One cache lives over all turns: each turn reads only what is new, and
     what leaves the window goes into the memory, so a conversation can go on
     for ever at constant cost. Messages may also be piped in, a line each.
     With --json each reply is one line of JSON.
 
-    In the conversation, /reset starts again, /save FILE and /load FILE keep
-    and resume it, /stats says what the memory holds, /quit leaves. Ctrl-C
-    stops a reply.
+    In the conversation, /read FILE reads a text that the next question is
+    about, /memory says what is kept of it, /save and /load keep and resume
+    the conversation, /help lists all commands. Ctrl-C stops a reply, Ctrl-D
+    leaves.
 
     \b
     Examples:
+      ahn chat --model smollm2
       ahn chat --model BASE --adapter AHN --system "Be brief."
       printf 'Hello\\nWho are you?\\n' | ahn chat --model MERGED
     """
+    from ahn.cli.commands import Commands, tell
     from ahn.cli.session import open_session
     from ahn.cli.turns import PlainTurns, TemplateTurns
     from ahn.cli.writing import Sampling
@@ -82,94 +78,103 @@ def command(
     else:
         turns = PlainTurns(session)
         tell("This model has no chat template: it continues your text instead of answering it.")
-    if sys.stdin.isatty():
-        config = session.cache.config
-        coarse = f", {config.quantized:,} tokens at {config.tier_label}" if config.quantized else ""
-        tell(f"{config.memory}, window {config.window:,}, sinks {config.sinks:,}{coarse}; /help lists the commands.")
-    for line in _lines():
-        if line == "/quit":
-            break
+    if not Chat(Commands(turns), sampling, as_json).run():
+        raise typer.Exit(1)
+
+
+class Chat:
+    """Messages, replies and commands until there are no more."""
+
+    def __init__(self, commands: Commands, sampling: Sampling, as_json: bool) -> None:
+        self.commands, self.sampling, self.as_json = commands, sampling, as_json
+        self.typed = sys.stdin.isatty()
+
+    @property
+    def session(self) -> Session:
+        """Of the conversation that one is in."""
+        return self.commands.session
+
+    def run(self) -> bool:
+        """Returns whether all that was piped in could be done; a person has seen it."""
+        from ahn.cli.commands import tell
+
+        done = True
+        for line in self._typed() if self.typed else _piped():
+            try:
+                message = line.decode() if isinstance(line, bytes) else line
+                if message.strip() == "/quit":
+                    break
+                self._answer(message.strip())
+            except UnicodeDecodeError as error:
+                done = False
+                tell(f"ahn: Standard input is not UTF-8 text (byte {error.start} of a line); the line is left out.")
+            except AHNError as error:  # no reason to lose the conversation
+                done = False
+                tell(" ".join(str(error).split()) if self.typed else f"ahn: {' '.join(str(error).split())}")
+            except KeyboardInterrupt:
+                if not self.typed:
+                    raise
+                tell("Stopped.")
+        return done or self.typed
+
+    def _typed(self) -> Iterator[str]:
+        from ahn.cli.commands import tell
+        from ahn.cli.keyboard import Keyboard
+
+        keyboard = Keyboard()
+        self.commands.obey("/window", _interrupt())
+        tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.")
+        while True:
+            try:
+                yield keyboard.ask(self.commands.prompt)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                tell("Ctrl-D leaves.")
+
+    def _answer(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            self.commands.obey(line, _interrupt())
+        elif line:
+            self._reply(line.removeprefix("/") if line.startswith("//") else line)
+
+    def _reply(self, message: str) -> None:
+        """Read a message and write the reply; Ctrl-C stops either, and the conversation goes on."""
+        from ahn.cli.commands import tell
+
+        turns, interrupt = self.commands.turns, _interrupt()
         try:
-            _answer(turns, line, sampling, as_json)
-        except (AHNError, KeyboardInterrupt) as error:
-            if not sys.stdin.isatty():
-                raise
-            tell(str(error) or "Stopped.")  # no reason to lose the conversation
+            ids = turns.next_input(message)
+        except (AHNError, KeyboardInterrupt):
+            turns.abandon()
+            raise
+        with interrupt.watching(insist=not self.typed):  # a forward that ends halfway would end the conversation
+            if read(self.session, ids, interrupt) < len(ids):
+                turns.abandon()
+                tell("Stopped; what was read of the message stays in the memory. /reset starts again.")
+                return
+            said, seconds = write(self.session, self.sampling, show=not self.as_json, interrupt=interrupt)
+            turns.close(said)
+        self._account(said, seconds)
+
+    def _account(self, said: str, seconds: float) -> None:
+        session = self.session
+        new = len(session.written)
+        if self.as_json:
+            reply = {"reply": said, "finished": session.finished, "new_tokens": new, "seconds": round(seconds, 3)}
+            typer.echo(json.dumps(reply | session.memory(), ensure_ascii=False))
+        elif self.typed:
+            how = "stopped, " if session.interrupted else "" if session.finished else "cut off by --max-new-tokens, "
+            speed = f"{new / seconds:,.1f} tokens/s" if seconds else ""
+            common.err.print(f"[{how}{new:,} tokens, {speed}; {session.seen:,} in the conversation]", style="dim")
 
 
-def tell(text: str) -> None:
-    """A line for the person, on standard error."""
-    typer.echo(visible(text), err=True)
-
-
-def _lines() -> Iterator[str]:
-    """Lines from the keyboard, with editing and history where there is a readline, or from a pipe."""
-    if not sys.stdin.isatty():
-        try:
-            for line in sys.stdin:
-                yield line.strip()
-        except UnicodeDecodeError as error:
-            raise AHNError(f"Standard input is not UTF-8 text (byte {error.start} of what was read last).") from error
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() uses it when it is imported)
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            tell("\n/quit leaves, and so does Ctrl-D.")
-            continue
-        yield line.strip()
-
-
-def _answer(turns: Any, line: str, sampling: Sampling, as_json: bool) -> None:
-    if line.startswith("/"):
-        _obey(line, turns)
-    elif line:
-        _reply(turns, line, sampling, as_json)
-
-
-def _obey(line: str, turns: Any) -> None:
-    from ahn.cache.conversation import AHNCache
-    from ahn.cli.session import sentence
-
-    verb, _, file = line.partition(" ")
-    session: Session = turns.session
-    if verb == "/reset":
-        turns.reset()
-        tell("Forgot everything.")
-    elif verb == "/save" and file:
-        session.save(file.strip())
-        tell(f"Saved {file.strip()}: {sentence(session.memory())}")
-    elif verb == "/load" and file:
-        turns.reset(AHNCache.load(file.strip(), session.model))
-        tell(f"Loaded {file.strip()}: {sentence(session.memory())}")
-    elif verb == "/stats":
-        tell(sentence(session.memory()) if session.seen else "Nothing read yet.")
-    else:
-        tell(COMMANDS if verb == "/help" else f"Unknown command {line!r}. There are\n{COMMANDS}")
-
-
-def _reply(turns: Any, line: str, sampling: Sampling, as_json: bool) -> None:
-    """Read a message and write the reply; Ctrl-C stops either, and the conversation goes on."""
+def _interrupt() -> Interrupt:
     from ahn.cli.writing import Interrupt
 
-    session: Session = turns.session
-    interrupt = Interrupt()
-    try:
-        ids = turns.next_input(line)
-    except (AHNError, KeyboardInterrupt):
-        turns.abandon()
-        raise
-    with interrupt.watching() if sys.stdin.isatty() else contextlib.nullcontext():
-        if not read(session, ids, interrupt):
-            turns.abandon()
-            tell("Stopped; what was read of the message stays in the memory. /reset starts again.")
-            return
-        said, seconds = write(session, sampling, show=not as_json, interrupt=interrupt)
-    turns.close(said)
-    if as_json:
-        reply = {"reply": said, "finished": session.finished, "new_tokens": len(session.written)}
-        typer.echo(json.dumps(reply | {"seconds": round(seconds, 3)} | session.memory(), ensure_ascii=False))
+    return Interrupt()
+
+
+def _piped() -> Iterator[bytes]:
+    """Lines of standard input where it is no terminal."""
+    yield from sys.stdin.buffer

@@ -55,14 +55,14 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
-    """Write names and values to standard output, one pair a line, the values aligned."""
+def print_pairs(rows: Iterable[tuple[str, str]], to: SafeConsole = out) -> None:
+    """Write names and values, one pair per line, the values aligned; to standard output unless said otherwise."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    out.print(table)
+    to.print(table)
 
 
 def progress() -> Progress:

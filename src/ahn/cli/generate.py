@@ -124,11 +124,11 @@ def command(
         raise typer.Exit(STOPPED)
 
 
-def read(session: Session, ids: list[int], interrupt: Interrupt | None = None) -> bool:
-    """Read with a progress bar on standard error; returns whether all was read."""
+def read(session: Session, ids: list[int], interrupt: Interrupt | None = None) -> int:
+    """Read with a progress bar on standard error; returns how many tokens were read: all, unless interrupted."""
     with common.progress() as bar:
         task = bar.add_task("reading", total=len(ids))
-        return session.read(ids, lambda tokens: bar.advance(task, tokens), interrupt) == len(ids)
+        return session.read(ids, lambda tokens: bar.advance(task, tokens), interrupt)
 
 
 def write(session: Session, sampling: Sampling, show: bool, interrupt: Interrupt) -> tuple[str, float]:
@@ -155,10 +155,11 @@ def read_text(path: Path | None) -> str:
     try:
         raw = sys.stdin.buffer.read() if path is None else path.expanduser().read_bytes()
         return raw.decode("utf-8")
-    except OSError as error:
-        raise AHNError(f"Cannot read {path or 'standard input'}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise AHNError(f"{path or 'Standard input'} is not UTF-8 text (byte {error.start}).") from error
+    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise AHNError(f"Cannot read {path or 'standard input'}: {reason}.") from error
 
 
 def _text(prompt: str | None, file: str | None) -> str:

@@ -6,6 +6,7 @@ between calls and shows the text while it is written.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -30,6 +31,8 @@ TINY_MEMORY = "gated_deltanet"
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
 SINKS_WITHOUT_MEMORY = 32
+PATIENCE = 64
+"""Tokens of a chunk on a CPU where Ctrl-C is waited for: between two chunks a conversation can be stopped and kept."""
 LONG = 1 << 16
 """Characters of a text that is tokenised in a thread of its own, so that the program can be stopped meanwhile."""
 
@@ -58,13 +61,27 @@ class Session:
         self._before = self.cache.seen  # tokens of another session, whose ids are not known here
         self._ids: list[int] = []
 
+    def copy(self) -> Session:
+        """The same conversation with the same model, to go on in another way."""
+        other = copy.copy(self)
+        other.cache, other._ids = copy.deepcopy(self.cache), list(self._ids)
+        return other
+
     @property
     def seen(self) -> int:
         """Tokens read and written."""
         return self._before + len(self._ids)
 
     def encode(self, text: str, start: bool) -> list[int]:
-        """Token ids of a text; at the `start` with the tokenizer's own first token, if it has one."""
+        """Token ids of a text; at the `start` with the tokenizer's own first token, if it has one.
+
+        Raises:
+            AHNError: the text holds bytes that are no UTF-8, as an argument or a terminal may give them.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise AHNError(f"The text is not UTF-8 (character {error.start + 1:,} of it).") from error
 
         def tokenise() -> list[int]:
             return self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"]
@@ -97,7 +114,10 @@ class Session:
         first = len(self._ids)
         self._ids += ids
         told = first
-        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1):
+        size = chunk_size(self.model)
+        if interrupt is not None and self.model.device.type == "cpu":
+            size = min(size, PATIENCE)
+        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1, size):
             advance(read - told)
             told = read
             if interrupt is not None and interrupt.wanted:
@@ -108,14 +128,14 @@ class Session:
 
     def save(self, file: str) -> None:
         """Write the cache with all that was read and written to a file."""
-        for _ in self._feed(self.cache.seen - self._before, len(self._ids)):
+        for _ in self._feed(self.cache.seen - self._before, len(self._ids), chunk_size(self.model)):
             pass
         self.reset(self.cache)
         self.cache.save(file)
 
     @torch.inference_mode()
-    def _feed(self, start: int, stop: int) -> Iterator[int]:
-        for read, _ in in_chunks(self.model, self.cache, self._ids, start, stop, chunk_size(self.model)):
+    def _feed(self, start: int, stop: int, size: int) -> Iterator[int]:
+        for read, _ in in_chunks(self.model, self.cache, self._ids, start, stop, size):
             yield read
 
     @torch.no_grad()
@@ -251,6 +271,6 @@ def sentence(memory: dict[str, Any]) -> str:
 def warn_beyond_training(session: Session, total: int) -> str | None:
     """A sentence if the model was not trained for positions up to `total`."""
     limit = getattr(session.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is None or total <= limit:
-        return None
+    if limit is None or total <= limit or 0 < session.cache.config.reach <= limit:
+        return None  # no query sees a token from farther than the model was trained for
     return f"{total:,} tokens are more than the {limit:,} positions that this model was trained for."

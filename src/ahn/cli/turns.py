@@ -2,40 +2,86 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ahn.errors import AHNError
 from ahn.evaluation.prompt import render
 
 if TYPE_CHECKING:
-    from ahn.cache.conversation import AHNCache
+    from ahn.cache.conversation import AHNCache, Message
     from ahn.cli.session import Session
 
 STAND_IN = "\u2983reply\u2984"
 """Takes the place of a reply when the template is asked what it puts around one."""
+QUESTION = "\u2983question\u2984"
+"""Takes the place of a message when the template is asked what it puts around one."""
+APART = "\n\n"
+"""Between a text and the question about it."""
 
 
 class PlainTurns:
-    """Turns of a model without a chat template: the text simply goes on, a message being a line of it."""
+    """Turns of a model without a chat template: the text simply goes on, a message being a line of it.
+
+    What was said is in `session.cache.messages`, so that it stays with the cache wherever that goes. A last message of
+    the user's is a turn that is still open: a text that was read, and that the next message is about.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self._undo: list[Message] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said so far; of a text that was read only its name."""
+        return self.session.cache.messages
+
+    @property
+    def open(self) -> bool:
+        """Whether a text was read that nothing was asked about yet."""
+        return bool(self.messages) and self.messages[-1]["role"] == "user"
+
+    def copy(self) -> Self:
+        """The same conversation once more, to go on in another way."""
+        other = copy.copy(self)
+        other.session = self.session.copy()
+        return other
 
     def reset(self, cache: AHNCache | None = None) -> None:
         """Start again, or go on with another cache."""
         self.session.reset(cache)
 
+    def begin(self) -> list[int]:
+        """What to read before a text that the next message will be about."""
+        return self._encode(APART if self.open else "\n") if self.session.seen else []
+
+    def opened(self, name: str) -> None:
+        """Called after a text was read behind `begin`: it is what the user's turn begins with."""
+        self._say(name)
+
     def next_input(self, message: str) -> list[int]:
         """What to read before the reply to `message`."""
+        self._say(message)
         start = self.session.seen == 0
         return self.session.encode(message if start else f"\n{message}", start)
 
     def close(self, reply: str) -> None:
         """Called after the reply was written."""
+        self.messages.append({"role": "assistant", "content": reply})
 
     def abandon(self) -> None:
         """Called instead of `close` where reading the message was stopped: what was read of it stays read."""
+        self.messages[:] = self._undo
+
+    def _say(self, message: str) -> None:
+        """Put a message into the user's turn, a new one unless one is open."""
+        self._undo = list(self.messages)
+        before = f"{self.messages.pop()['content']}{APART}" if self.open else ""
+        self.messages.append({"role": "user", "content": before + message})
+
+    def _encode(self, text: str) -> list[int]:
+        return self.session.encode(text, start=False)
 
 
 class TemplateTurns(PlainTurns):
@@ -59,37 +105,47 @@ class TemplateTurns(PlainTurns):
     def __init__(self, session: Session, system: str | None, tell: Callable[[str], None]) -> None:
         super().__init__(session)
         self._tell, self._told = tell, False
-        self._start = [{"role": "system", "content": system}] if system is not None else []
+        self._start: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self._forget()
 
     def _forget(self) -> None:
-        self._messages: list[dict[str, str]] = list(self._start)
+        self.session.cache.messages = list(self._start)
         self._text: str | None = ""
-        """Everything in the cache as text; None when it came from a file."""
+        """Everything in the cache as text; None when that is not all in the messages."""
         self._closing = ""
 
     def reset(self, cache: AHNCache | None = None) -> None:
         super().reset(cache)
+        said = [] if cache is None else cache.messages
         self._forget()
         if cache is not None:
-            # What was said is in the memory, not here. Any turn will do to learn how the template joins turns.
-            self._messages = [{"role": "user", "content": "…"}, {"role": "assistant", "content": STAND_IN}]
+            # What was said may be in the memory alone. Any turn will do to learn how the template joins turns.
+            joined: list[Message] = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+            cache.messages = said or joined
             self._text = None
-            self._closing = self._after_reply(self._messages, ask=False)
+            if any(message["role"] == "assistant" for message in cache.messages):
+                self._closing = self._after_reply(cache.messages[: -1 if self.open else None], ask=False)
+
+    def begin(self) -> list[int]:
+        before = APART if self.open else self._around([*self.messages, _asked(QUESTION)])[0]
+        return self._encode(before)
+
+    def opened(self, name: str) -> None:
+        super().opened(name)
+        self._text = None
 
     def next_input(self, message: str) -> list[int]:
-        self._messages.append({"role": "user", "content": message})
-        if self.session.seen == 0:
-            piece = self._render(self._messages, ask=True)
+        was_open = self.open
+        self._say(message)
+        if was_open:
+            asked = _asked(self.messages[-1]["content"].removesuffix(message) + QUESTION)
+            piece = APART + message + self._around([*self.messages[:-1], asked])[1]
         else:
-            piece = self._after_reply(self._messages, ask=True)
-            if not piece.startswith(self._closing):
-                raise AHNError("This chat template closes a turn in different ways; use ahn generate instead.")
-            piece = piece.removeprefix(self._closing)
+            piece = self._next(self.messages)
             self._check_history(piece)
         if self._text is not None:
             self._text += piece
-        return self.session.encode(piece, start=False)
+        return self._encode(piece)
 
     def close(self, reply: str) -> None:
         """Bring the cache to the end of the assistant's turn."""
@@ -97,23 +153,39 @@ class TemplateTurns(PlainTurns):
         said = session.tokenizer.decode(session.written, clean_up_tokenization_spaces=False)
         # The model may have written the beginning of the closing itself: its end token.
         end = session.tokenizer.decode(session.written[-1:]) if session.finished else ""
-        self._messages.append({"role": "assistant", "content": reply})
-        self._closing = self._after_reply(self._messages, ask=False)
+        super().close(reply)
+        self._closing = self._after_reply(self.messages, ask=False)
         missing = self._closing.removeprefix(end)
-        session.read(session.encode(missing, start=False))
+        session.read(self._encode(missing))
         if self._text is not None:
             self._text += said + missing
 
     def abandon(self) -> None:
-        self._messages.pop()
+        super().abandon()
         self._text = None  # it no longer is what the template makes of the messages
-        if not any(message["role"] == "assistant" for message in self._messages):
+        if not self.open and not any(message["role"] == "assistant" for message in self.messages):
             self.reset()  # there is no turn yet to go on from
 
-    def _after_reply(self, messages: list[dict[str, str]], ask: bool) -> str:
+    def _around(self, messages: list[Message]) -> tuple[str, str]:
+        """What comes before and after `QUESTION` in the last message, from the end of the last reply on."""
+        before, found, after = self._next(messages).rpartition(QUESTION)
+        if not found:
+            raise AHNError("This model's chat template changes what a message says; use ahn generate instead.")
+        return before, after
+
+    def _next(self, messages: list[Message]) -> str:
+        """What the template puts from the end of the last reply to where the next one begins."""
+        if not any(message["role"] == "assistant" for message in messages):
+            return self._render(messages, ask=True)
+        piece = self._after_reply(messages, ask=True)
+        if not piece.startswith(self._closing):
+            raise AHNError("This chat template closes a turn in different ways; use ahn generate instead.")
+        return piece.removeprefix(self._closing)
+
+    def _after_reply(self, messages: list[Message], ask: bool) -> str:
         """What the template puts after the last reply, up to the end or (`ask`) to where the next reply begins."""
         last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-        shown = [*messages[:last], {"role": "assistant", "content": STAND_IN}, *messages[last + 1 :]]
+        shown: list[Message] = [*messages[:last], {"role": "assistant", "content": STAND_IN}, *messages[last + 1 :]]
         _, found, after = self._render(shown, ask).rpartition(STAND_IN)
         if not found:
             raise AHNError("This model's chat template changes what a reply says; use ahn generate instead.")
@@ -122,9 +194,13 @@ class TemplateTurns(PlainTurns):
     def _check_history(self, piece: str) -> None:
         if self._text is None or self._told:
             return
-        if self._render(self._messages, ask=True) != self._text + piece:
+        if self._render(self.messages, ask=True) != self._text + piece:
             self._tell("The chat template rewrites earlier turns; the cache keeps them as they were said.")
             self._told = True
 
-    def _render(self, messages: list[dict[str, str]], ask: bool) -> str:
+    def _render(self, messages: list[Message], ask: bool) -> str:
         return render(self.session.tokenizer, messages, ask)
+
+
+def _asked(content: str) -> Message:
+    return {"role": "user", "content": content}

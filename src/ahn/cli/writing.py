@@ -69,8 +69,8 @@ class Interrupt(StoppingCriteria):
         return torch.full((len(input_ids),), self.wanted, device=input_ids.device)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Interrupt]:
-        """Take Ctrl-C as a request inside the block; a second one is a KeyboardInterrupt as ever."""
+    def watching(self, insist: bool = True) -> Iterator[Interrupt]:
+        """Take Ctrl-C as a request inside the block; the second is a KeyboardInterrupt as ever, if one may `insist`."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -78,7 +78,8 @@ class Interrupt(StoppingCriteria):
 
         def ask(*_: Any) -> None:
             self.wanted = True
-            signal.signal(signal.SIGINT, before)
+            if insist:
+                signal.signal(signal.SIGINT, before)
 
         signal.signal(signal.SIGINT, ask)
         try:

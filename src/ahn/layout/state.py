@@ -143,6 +143,14 @@ class LayerState:
         named |= _prefixed(self.memory, _MEMORY)
         return named if self.tier is None else named | _prefixed(self.tier.tensors(), _TIER)
 
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of `tensors`, by what they hold: `exact` tokens, `quantized` ones, and the `memory`."""
+        tier = {} if self.tier is None else self.tier.tensors()
+        parts = {"exact": self.tensors(), "quantized": tier, "memory": self.memory}
+        sizes = {part: sum(x.nbytes for x in named.values()) for part, named in parts.items()}
+        sizes["exact"] -= sizes["quantized"] + sizes["memory"]
+        return sizes
+
     @classmethod
     def from_tensors(cls, named: Tensors) -> LayerState:
         """The inverse of `tensors`, for tokens that lie in columns."""
