@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from golden import relative_error
 from models import adapted, base, tokens
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import ahn
@@ -116,3 +118,86 @@ def test_a_wrapper_without_an_ahn_is_refused() -> None:
     for call in (ahn.detach, ahn.adapter_parameters, ahn.AHNCache.for_model):
         with pytest.raises(AHNError, match=r"no AHN; call ahn\.attach"):
             call(Around(base()))
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def _greedy(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> list[list[int]]:
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=new, do_sample=False, **options).tolist()
+
+
+def _repeating() -> Tensor:
+    """A prompt in which a lookup finds something."""
+    return tokens(1, 6).repeat(1, 4)
+
+
+@pytest.mark.parametrize("guess", ["lookup", "lookup in the configuration", "assistant", "assistant with an AHN"])
+def test_guesses_ahead_are_refused_before_they_cross_the_window(guess: str) -> None:
+    model, ids = adapted(window=30, sinks=3), _repeating()
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if guess.startswith("assistant"):
+        options = {"assistant_model": base(seed=1) if guess == "assistant" else adapted(seed=1, window=30, sinks=3)}
+    if "configuration" in guess:
+        model.generation_config.prompt_lookup_num_tokens = options.pop("prompt_lookup_num_tokens")
+    fit = 5 if "lookup" in guess else 9
+    assert _greedy(model, ids, fit, **options) == _greedy(base(), ids, fit), "24 + 9 tokens fit, or 24 + 5 + 4 guesses"
+    counted: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: counted.append(1))
+    more = fit + 1
+    for length in ({"max_new_tokens": more}, {"max_length": 24 + more}, {"max_new_tokens": more, "max_length": 20}):
+        with pytest.raises(AHNError, match=r"up to window \+ sinks = 33 tokens, and text and guesses may have 34"):
+            model.generate(ids, do_sample=False, **length, **options)
+    assert not counted, "nothing was computed"
+    with ahn.disabled(model):
+        model.generate(ids, max_new_tokens=10, do_sample=False, **options)
+
+
+def test_an_assistants_own_window_counts() -> None:
+    with pytest.raises(AHNError, match="= 13 tokens"):
+        _greedy(adapted(window=30, sinks=3), _repeating(), 5, assistant_model=adapted(window=10, sinks=3))
+
+
+@pytest.mark.parametrize("where", ["argument", "given configuration", "model's configuration"])
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+def test_other_kinds_of_cache_are_ignored_with_a_warning(where: str, kind: str) -> None:
+    model, ids, options = adapted(window=13, sinks=3), tokens(2, 20), dict[str, Any]()
+    expected = _greedy(model, ids, 8)
+    if where == "argument":
+        options = {"cache_implementation": kind}
+    elif where == "given configuration":
+        config = transformers.GenerationConfig(cache_implementation=kind, pad_token_id=0)
+        options = {"generation_config": config}
+    else:
+        model.generation_config.cache_implementation = kind
+    with pytest.warns(UserWarning, match=f"cache_implementation='{kind}' is ignored") as warned:
+        assert _greedy(model, ids, 8, **options) == expected
+    assert sum("is ignored" in str(warning.message) for warning in warned) == 1
+
+
+@pytest.mark.parametrize("lengths", [(12, 7), (3, 12)])
+def test_padding_on_the_right_is_the_bases_business_while_nothing_leaves(lengths: tuple[int, int]) -> None:
+    model, plain, ids = adapted(window=17, sinks=3), base(), tokens(2, 12)
+    mask = (torch.arange(12)[None] < torch.tensor(lengths)[:, None]).long()
+    assert _greedy(model, ids, 8, attention_mask=mask) == _greedy(plain, ids, 8, attention_mask=mask)
+    with pytest.raises(AHNError, match=r"may have 21 tokens, more than window \+ sinks = 20\. Pad on the left"):
+        _greedy(model, ids, 9, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_a_text_goes_on_after_padding_on_the_right_until_something_leaves() -> None:
+    model, plain, ids = adapted(window=17, sinks=3), base(), tokens(3, 21)
+    begin = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    mask = torch.cat([begin, torch.ones(3, 15, dtype=torch.long)], dim=1)
+    states: list[Any] = [None, None]
+    for start, stop in ((0, 6), (6, 7), (7, 20)):
+        outputs = [
+            each(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=state, use_cache=True)
+            for each, state in zip((model, plain), states, strict=True)
+        ]
+        states = [output.past_key_values for output in outputs]
+        assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for step in ({"attention_mask": mask}, {}):
+        with pytest.raises(AHNError, match="padding between real tokens"):
+            model(ids[:, 20:], past_key_values=states[0], **step)

@@ -121,7 +121,8 @@ class AHNCache(Cache):
             new = torch.ones(batch, length, dtype=torch.bool, device=device)
         if new is not None and (before is not None or not bool(new.all())):
             before = before or Padding.none(batch, device)
-            after = before.advance(new.to(device), self.seen)
+            as_base = attention_mask is not None and self.seen + length <= self.config.lossless
+            after = before.advance(new.to(device), self.seen, as_base)
         config = self.config
         view = Visibility(
             config.window,

@@ -34,7 +34,7 @@ class Padding:
 
     Attributes:
         leading: (B,) columns of the row that are padding and come before, or were moved before, its real tokens.
-        ended: (B,) rows that were padded on the right: no real token may follow.
+        ended: (B,) rows that were padded on the right: a real token may follow only while nothing leaves the window.
         moved: (B,) columns of padding that came after cached tokens, which were moved past them.
     """
 
@@ -56,17 +56,21 @@ class Padding:
         """The same on another device."""
         return self.map(lambda x: x.to(device))
 
-    def advance(self, mask: Tensor, seen: int = 0) -> Padding:
+    def advance(self, mask: Tensor, seen: int = 0, as_base: bool = False) -> Padding:
         """The padding after new columns with mask (B, n), True for real tokens, that follow `seen` cached ones.
 
+        Args:
+            as_base: nothing has left the window or does now, and the base model has the whole mask: real tokens may
+                then follow padding on the right.
+
         Raises:
-            AHNError: padding between real tokens, or real tokens after padding on the right.
+            AHNError: padding between real tokens.
         """
         some = mask.any(-1)
         first = mask.int().argmax(-1)
         last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
         gaps = some & (mask.sum(-1) != last - first + 1)
-        if bool((gaps | (some & self.ended)).any()):
+        if bool((gaps if as_base else gaps | (some & self.ended)).any()):
             raise AHNError(
                 "attention_mask has padding between real tokens of a row. Pad on the left "
                 "(tokenizer.padding_side = 'left'), on a live cache as well."

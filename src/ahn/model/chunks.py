@@ -19,6 +19,7 @@ from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, near_reach
+from ahn.model import generation
 
 
 class Wrapped:
@@ -74,6 +75,8 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     config = kwargs.get("generation_config") or model.generation_config
     use_cache = kwargs.get("use_cache", config.use_cache)
     cache = kwargs.get(private.CACHE)
+    if model._ahn.enabled:
+        kwargs = generation.checked(model, kwargs, cache.config if isinstance(cache, AHNCache) else model.ahn_config)
     if model._ahn.enabled and use_cache is not False and cache is None:
         kwargs[private.CACHE] = AHNCache.for_model(model)
     elif isinstance(cache, AHNCache) and kwargs.get("attention_mask") is None:
