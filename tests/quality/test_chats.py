@@ -156,3 +156,17 @@ def test_wrong_plans_are_refused(writers: dict[Split, ChatWriter], tokenizer: Pr
         writers["train"].write(Plan(10**7), 0)
     with pytest.raises(AHNError, match="give more"):
         ChatWriter(tokenizer, TEXTS[:0], "train")
+
+
+def test_a_piece_without_a_sentence_to_quote_is_passed_over(tokenizer: PreTrainedTokenizerBase) -> None:
+    prose = "The quick brown fox jumps over the lazy dog and runs far away into the deep dark forest at night. "
+    lines = "".join(f"x{n} = {n}\n" for n in range(100))
+    writer = ChatWriter(
+        tokenizer, [Text(f"t{n}", lines + prose.replace("dog", f"dog {n}")) for n in range(40)], "train"
+    )
+    for seed in range(8):  # whose first draws do not all meet such a sentence
+        assert writer.write(Plan(400, ("quote",), most=1, near=16), seed)["asked"]
+    with pytest.raises(AHNError, match="no sentence that is long enough to quote"):
+        ChatWriter(tokenizer, [Text(f"t{n}", lines) for n in range(40)], "train").write(
+            Plan(400, ("quote",), most=1, near=16), 0
+        )

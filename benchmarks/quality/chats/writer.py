@@ -20,6 +20,8 @@ from chats.words import HELD_OUT, WORDS, Split
 SENTENCE_END = re.compile(r"(?<=[.!?”\"])\s+(?=[A-Z“\"])|\n+")
 SHORTEST = 64
 """Nearest that a fact is asked, in tokens of the text after it, unless told otherwise."""
+ELSEWHERE = 1_000_000_007
+"""Added to a seed to draw anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +88,18 @@ class ChatWriter:
         Raises:
             AHNError: the texts are shorter than the chat, or the chat than what it should hold.
         """
-        size = plan.length
-        for _ in range(8):
-            rng = random.Random(seed)
-            chat = self._write(plan, size, rng)
+        size, drawn = plan.length, seed
+        for _ in range(16):
+            chat = self._write(plan, size, random.Random(drawn))
+            if not chat["asked"]:  # only quotations were drawn, and this piece has no sentence for one: another piece
+                drawn += ELSEWHERE
+                continue
             over = len(self._ids(chat["messages"])) - plan.length
             if over <= 0:
                 return chat
             size -= over + 8
+        if not chat["asked"]:
+            raise AHNError("The texts have no sentence that is long enough to quote: choose more kinds.")
         raise AHNError(f"A chat of {plan.length} tokens does not hold up to {plan.most} items: make it longer.")
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -118,10 +124,6 @@ class ChatWriter:
             insertions += zip(places, item.statements, strict=True)
             asked.append((item, places[-1]))
         rng.shuffle(asked)
-        if not asked:
-            raise AHNError(
-                "A piece of the text has no sentence that is long enough to quote: choose more kinds or a longer chat."
-            )
         text = self._insert(first, last, insertions)
         return {
             "messages": self._messages(before, text, [item for item, _ in asked]),

@@ -1,0 +1,116 @@
+"""Scores of retained tokens for a base: what `ahn train` learns, from looks that are worked out once and kept on a GPU.
+
+    python benchmarks/quality/make_chats.py --out train.jsonl --count 160
+    python benchmarks/quality/train_scores.py --chats train.jsonl --out DIR
+
+The base reads each chat once with full attention; per layer the attention's input of every token and whether later
+queries look at it most are kept (600 bytes a token and layer for SmolLM2). Then all scorers learn from random tokens
+of all chats, many passes in seconds, where `ahn train` makes one pass, chat by chat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import ahn
+from ahn import shipped
+from ahn.model.adapter import set_window
+from ahn.model.attached import observed
+from ahn.training import looks
+
+
+@torch.no_grad()
+def gathered(model: PreTrainedModel, chats: list[Tensor], window: int, sinks: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Per layer: attention inputs (N, D) bfloat16, and whether each key head's later queries look most, (N, Hkv)."""
+    inputs: list[list[Tensor]] = []
+    targets: list[list[Tensor]] = []
+    set_window(model, max(map(len, chats)), 0)  # nothing leaves: full attention
+    for ids in chats:
+        watch = looks._Watch(window, None)
+        with observed(model, watch, first=True):
+            model.get_decoder()(ids[None].to(model.device), use_cache=False)
+        counted = slice(sinks, len(ids) - window)
+        for n, (_, x, looked) in enumerate(watch.seen):
+            if n == len(inputs):
+                inputs.append([])
+                targets.append([])
+            some = torch.zeros_like(looked, dtype=torch.bool)
+            some[:, :, counted] = True
+            inputs[n].append(x[0, counted].bfloat16())
+            targets[n].append(looks._highest(looked, some)[0, :, counted].T)
+    set_window(model, window, sinks)
+    return [torch.cat(part) for part in inputs], [torch.cat(part) for part in targets]
+
+
+def learn(
+    model: PreTrainedModel, inputs: list[Tensor], targets: list[Tensor], steps: int, batch: int, lr: float
+) -> float:
+    """Fit every layer's scorer; returns how many of the most looked-at tokens are found, mean of the last steps."""
+    memories = [layer.ahn.fn for layer in model.get_decoder().layers if hasattr(layer, "ahn")]
+    parameters = [parameter for memory in memories for parameter in memory.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=model.device.type == "cuda")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    recall = torch.zeros((), device=model.device)
+    last = max(1, steps // 10)
+    for step in range(steps):
+        some = torch.randint(0, len(inputs[0]), (batch,), device=model.device)
+        losses = []
+        for memory, x, target in zip(memories, inputs, targets, strict=True):
+            logits, wanted = memory.logits(x[some].float()[None])[0].T, target[some].float()
+            losses.append(F.binary_cross_entropy_with_logits(logits, wanted))
+            if step >= steps - last:
+                best = logits.detach() >= logits.detach().quantile(1 - looks.SHARE, dim=0, keepdim=True)
+                recall += (best * wanted).sum() / wanted.sum() / len(memories) / last
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+    return recall.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--chats", type=Path, required=True, help="file of make_chats.py, of the training split")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the adapter")
+    parser.add_argument("--count", type=int, help="chats to read (default: all)")
+    parser.add_argument("--window", type=int, default=480)
+    parser.add_argument("--sinks", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = shipped.resolve(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    model = ahn.attach(base.to(device).eval(), ahn.AHNConfig("retained", options.window, options.sinks))
+    chats = []
+    with options.chats.open(encoding="utf-8") as lines:
+        for line in itertools.islice(lines, options.count):
+            text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+            chats.append(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+    began = time.perf_counter()
+    inputs, targets = gathered(model, chats, options.window, options.sinks)
+    print(f"{len(chats)} chats read, {len(inputs[0]):,} tokens, {time.perf_counter() - began:.1f} s", flush=True)
+    recall = learn(model, inputs, targets, options.steps, options.batch, options.lr)
+    print(f"recall of the most looked-at {looks.SHARE:.0%}: {recall:.3f}; {time.perf_counter() - began:.1f} s")
+    ahn.save_adapter(model.to(torch.bfloat16), options.out)
+
+
+if __name__ == "__main__":
+    main()
