@@ -382,6 +382,43 @@ def test_slots_that_only_quantized_tokens_bring(monkeypatch: pytest.MonkeyPatch)
             assert relative_error(found, whole) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("window", "sinks", "distance", "before", "expected"),
+    [
+        (480, 32, 8192, True, 2048),  # a quarter of what the base knows
+        (2000, 48, 8192, True, 4096),  # as much again as is exact
+        (6000, 48, 8192, True, 8191),  # no farther than the base knows
+        (8190, 2, 8192, True, 8196),  # beyond the window all the same
+        (480, 32, 0, True, 0),
+        (480, 32, 8192, False, 0),
+    ],
+)
+def test_from_where_tokens_are_seen_at_one_distance(
+    window: int, sinks: int, distance: int, before: bool, expected: int
+) -> None:
+    config = ahn.AHNConfig(window=window, sinks=sinks, max_distance=distance, keys_before_rope=before)
+    assert config.tier_reach == expected
+    assert not expected or expected >= config.lossless + 4
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
+def test_far_beyond_what_the_base_knows(memory: str) -> None:
+    """Sinks move along, tokens of the tier stay at their distance: chunks of any size and steps agree all the same."""
+    model = with_tier(shared(memory), 6, 2, 30)
+    model.ahn_config = ahn.AHNConfig(**vars(model.ahn_config) | {"max_distance": 64, "prefill_chunk_size": 50})
+    assert model.ahn_config.tier_reach == 16
+    ids = tokens(2, 220)
+    whole, found = (ahn.AHNCache.for_model(model) for _ in range(2))
+    expected = read(model, ids, [220], whole)
+    assert relative_error(read(model, ids, [7, 1, 30, *[1] * 40, 60, 3, *[1] * 70, 9], found), expected) < TOLERANCE
+    assert_same_layers(found, whole)
+
+
+def test_a_base_whose_rope_cannot_be_undone_says_so() -> None:
+    assert ahn.attach(base("gemma3"), ahn.AHNConfig(window=6, sinks=2)).ahn_config.keys_before_rope is False
+    assert ahn.attach(base("llama"), ahn.AHNConfig(window=6, sinks=2)).ahn_config.keys_before_rope is True
+
+
 # -- in conversations --------------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,17 @@ def test_settings_survive_saving(name: str, router: bool) -> None:
     assert format.base_config(config) == {"model_type": "qwen2"} | SIZES
 
 
+def test_bits_survive_saving_and_older_files_mean_two() -> None:
+    """Adapters from before the options were measured with two bits of keys after RoPE, sinks where they stand."""
+    settings = ahn.AHNConfig(quantized=5, key_bits=3, value_bits=4, keys_before_rope=False, max_distance=64)
+    config = format.with_ahn({}, settings, None)
+    assert format.read_settings(checkpoint(config)) == settings
+    for name in ("key_bits", "value_bits", "keys_before_rope", "max_distance"):
+        del config["ahn"][name]
+    older = {"key_bits": 2, "value_bits": 2, "keys_before_rope": False, "max_distance": 0}
+    assert format.read_settings(checkpoint(config)) == settings.replace(**older)
+
+
 def test_unknown_fields_of_our_block_are_ignored() -> None:
     config = format.with_ahn({}, ahn.AHNConfig(window=5), None)
     config["ahn"] |= {"of_the_future": 1}

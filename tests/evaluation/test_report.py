@@ -123,13 +123,15 @@ def test_rows_that_would_have_one_name_get_what_tells_them_apart(tmp_path: Path)
     }
 
 
-def test_tokens_at_two_bits_make_a_row(tmp_path: Path) -> None:
+def test_quantized_tokens_make_a_row(tmp_path: Path) -> None:
     for tier, score in (({}, 1.0), ({"quantized": 1784}, 2.0), ({"quantized": 96}, 3.0)):
         result(tmp_path, GDN | tier, "ruler/vt/4k", score)
     result(tmp_path, WINDOW | {"quantized": 96}, "ruler/vt/4k", 4.0)
+    result(tmp_path, WINDOW | {"quantized": 96, "key_bits": 4, "value_bits": 2}, "ruler/vt/4k", 5.0)
     assert [column.scores for column in collect([tmp_path]).columns] == [
         {
             "sinks + window + 96 at two bits": 4.0,
+            "sinks + window + 96 at 4/2 bits": 5.0,
             "AHN gated_deltanet": 1.0,
             "AHN gated_deltanet + 96 at two bits": 3.0,
             "AHN gated_deltanet + 1,784 at two bits": 2.0,

@@ -148,7 +148,9 @@ def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(monkeypatch: pyt
 @torch.no_grad()
 def test_half_precision_generates() -> None:
     """Through the kernels of chunks, in the form that new configurations have."""
-    model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64).to(torch.bfloat16).cuda()
+    model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64, max_distance=256)
+    assert model.ahn_config.tier_reach == 88  # of the 64 tokens of the tier, 15 are farther
+    model = model.to(torch.bfloat16).cuda()
     output = model.generate(tokens(1, 300).cuda(), max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     assert output.sequences.shape == (1, 340)
     tier_state = output.past_key_values.memory_layers[0].state.tier

@@ -75,7 +75,7 @@ def test_writes_are_what_happens_to_the_state(memory: str) -> None:
     writers = model.model.layers[0].ahn.fn.write_heads
     for n in range(LENGTH - WINDOW - SINKS):
         before = {layer: of_heads(kv, layer, writers) for layer in trace.writes}
-        pending = {layer: {k: g.clone() for k, g in kv.layers[layer].gates.items()} for layer in trace.writes}
+        pending = {layer: {k: g.clone() for k, g in kv.layers[layer].window.gates.items()} for layer in trace.writes}
         slot = SINKS + n % WINDOW  # of the token that leaves, once tokens lie in slots; before, the column after sinks
         model(ids[:, WINDOW + SINKS + n, None], past_key_values=kv)
         for layer, writes in trace.writes.items():

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ahn.config import BEFORE
 from ahn.errors import AHNError
 from ahn.evaluation.results import digest
 
@@ -33,6 +34,8 @@ MODEL = (
     "full_attention_layers",
 )
 """Settings of the model that make a row."""
+TIER = ("key_bits", "value_bits", "keys_before_rope")
+"""Of quantized tokens, which older results do not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,9 @@ class StoredResult:
     @property
     def row(self) -> str:
         """Equal for results of the same model, used in the same way."""
-        return digest({name: self.settings.get(name) for name in MODEL})
+        older = {name: BEFORE[name] for name in TIER} if self.settings.get("quantized") else {}
+        tier = {name: (older | self.settings).get(name) for name in TIER}
+        return digest({name: self.settings.get(name) for name in MODEL} | tier)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a file of the folder.
@@ -246,7 +251,8 @@ def _labels(firsts: Sequence[StoredResult]) -> list[str]:
 
 def _tier(one: StoredResult) -> str:
     """Results from before they said how many bits are of two for keys and two for values."""
-    quantized, bits = one.settings.get("quantized"), [one.settings.get(f"{kind}_bits", 2) for kind in ("key", "value")]
+    quantized = one.settings.get("quantized")
+    bits = [one.settings.get(name, BEFORE[name]) for name in ("key_bits", "value_bits")]
     label = "two bits" if bits == [2, 2] else f"{bits[0]}/{bits[1]} bits"
     return f" + {quantized:,} at {label}" if quantized else ""
 
