@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import logits
+from tiny_checkpoints import as_published, attached, edit_config, logits, publish
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, pipeline
 
 import ahn
@@ -26,6 +28,11 @@ def merged(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def wanted(merged: Path) -> torch.Tensor:
     return logits(from_pretrained(merged))
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    return lambda source: Path(shutil.copytree(source, tmp_path / source.name))
 
 
 def run(program: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -82,6 +89,125 @@ def test_the_order_of_imports_does_not_matter(merged: Path, first: str) -> None:
 def test_without_ahn_it_is_an_error(merged: Path) -> None:
     done = run("import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])", merged)
     assert done.returncode and "model type `ahn`" in done.stderr
+
+
+@pytest.mark.parametrize("saved_by", ["save_pretrained", "save_adapter", "shards", "without parameters"])
+def test_what_a_model_saves_is_never_a_plain_model(base: Path, tmp_path: Path, saved_by: str) -> None:
+    model = attached(base, memory="window_only") if saved_by == "without parameters" else attached(base, router=True)
+    if saved_by == "save_adapter":
+        ahn.save_adapter(model, tmp_path / "saved")
+    else:
+        model.save_pretrained(tmp_path / "saved", max_shard_size="20KB" if saved_by == "shards" else "5GB")
+    assert model.config.model_type == "qwen2" and "save_pretrained" not in vars(model.config)
+    torch.save((logits(model), model.ahn_config), tmp_path / "wanted")
+    done = run(
+        "import ahn, sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\nsys.path.append(sys.argv[3])\n"
+        "from tiny_checkpoints import logits\nwanted, config = torch.load(sys.argv[2], weights_only=False)\n"
+        "assert torch.equal(logits(model), wanted) and model.ahn_config == config",
+        tmp_path / "saved",
+        tmp_path / "wanted",
+        Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])",
+        tmp_path / "saved",
+    )
+    assert done.returncode == 1 and "model type `ahn`" in done.stderr
+
+
+def test_saving_twice_and_detaching(base: Path, tmp_path: Path) -> None:
+    model = attached(base)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(tmp_path / "again")), logits(model))
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == base and config["ahn"]["model_type"] == "qwen2"
+    ahn.detach(again).save_pretrained(tmp_path / "again")
+    plain = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert plain["model_type"] == "qwen2" and not hasattr(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again"), "ahn_config"
+    )
+
+
+def test_a_state_dict_without_the_memory_is_not_saved_as_one(base: Path, tmp_path: Path) -> None:
+    model = attached(base)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".ahn." not in name}
+    with pytest.raises(ahn.AHNError, match=r"lacks 2\d tensors of the AHN"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trainers_save_the_memory(base: Path, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from transformers import Trainer, TrainingArguments
+
+    model = attached(base)
+    wanted = logits(model)
+    Trainer(model, TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])).save_model(str(tmp_path / "a"))
+    accelerator = Accelerator(cpu=True)
+    unwrapped = accelerator.unwrap_model(accelerator.prepare(torch.nn.DataParallel(model)))
+    unwrapped.save_pretrained(tmp_path / "b", state_dict=accelerator.get_state_dict(unwrapped))
+    for path in (tmp_path / "a", tmp_path / "b"):
+        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(path)), wanted)  # trainers use no cache
+
+
+def test_peft(base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(attached(base), lora)
+    wanted = logits(wrapped)
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "whole")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), wanted, atol=1e-5)
+    model = attached(base)
+    model.add_adapter(lora)
+    with pytest.warns(UserWarning, match="ahn.save_adapter"):
+        model.save_pretrained(tmp_path / "lora")
+
+
+def test_pushing_sends_what_loads(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    sent: list[dict[str, object]] = []
+
+    def upload(self: object, directory: str, *args: object, **kwargs: object) -> None:
+        sent.append(json.loads((Path(directory) / "config.json").read_text()))
+
+    class Hub:
+        def create_repo(self, name: str, **kwargs: object) -> Path:
+            return type("Repo", (), {"repo_id": name})
+
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub)
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    attached(base).save_pretrained(tmp_path, push_to_hub=True, repo_id="me/x")
+    assert [config["model_type"] for config in sent] == ["ahn"]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "old adapter"])
+def test_folders_under_the_base_type_load_their_memory(
+    kind: str, base: Path, adapter: Path, merged: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    if kind == "old adapter":
+        path = edit_config(copy_of(adapter), lambda c: c.update(c["ahn"], base_model_name_or_path=str(base)))
+        edit_config(path, lambda c: [c["ahn"].pop(name) for name in ("model_type", "architectures")])
+    elif kind == "adapter":
+        path = publish(copy_of(adapter), use_ahn_router=True, _name_or_path=str(base))
+    else:
+        path = as_published(copy_of(merged))
+    assert json.loads((path / "config.json").read_text())["model_type"] == "qwen2"
+    wanted = logits(from_pretrained(path))
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.ahn_config.router and torch.equal(logits(model), wanted)
+    config = AutoConfig.from_pretrained(path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path, config=config)), wanted)
+
+
+def test_an_adapter_without_its_base_says_so(adapter: Path, copy_of: Callable[[Path], Path]) -> None:
+    alone = edit_config(copy_of(adapter), lambda config: config.update(base_model_name_or_path=None))
+    with pytest.raises(ahn.AHNError, match="does not say which base model"):
+        AutoModelForCausalLM.from_pretrained(alone)
 
 
 def test_importing_ahn_stays_light() -> None:

@@ -16,6 +16,7 @@ from ahn import memory
 from ahn.checkpoint import format
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.names import expected_shapes, is_ahn, short_name
+from ahn.model import saving
 from ahn.shape import ModelShape
 
 PUBLISHED = {"model_type": "qwen2", "_ahn_implementation": "GatedDeltaNet"} | SIZES | LEFTOVERS
@@ -64,14 +65,14 @@ def test_settings_survive_saving(name: str, router: bool) -> None:
         quantized=11,
         max_distance=64,
     )
-    config = format.with_ahn({"model_type": "qwen2"} | SIZES, settings, "base")
+    config = saving.with_ahn({"model_type": "qwen2"} | SIZES, settings, "base")
     assert format.read_settings(checkpoint(config)) == settings
     # The published names must say the same to tools that know only those.
     published = {key: value for key, value in config.items() if key not in ("ahn", "base_model_name_or_path")}
     given = {"window": 5, "sinks": 3, "quantized": 11, "max_distance": 64}
     read = format.read_settings(checkpoint(published), **given)
     assert read.replace(prefill_chunk_size=7) == settings
-    assert format.base_config(config) == {"model_type": "qwen2"} | SIZES
+    assert saving.base_config(config) == {"model_type": "qwen2"} | SIZES
 
 
 def test_bits_survive_saving_and_older_files_mean_two() -> None:
@@ -86,7 +87,7 @@ def test_bits_survive_saving_and_older_files_mean_two() -> None:
 
 
 def test_unknown_fields_of_our_block_are_ignored() -> None:
-    config = format.with_ahn({}, ahn.AHNConfig(window=5), None)
+    config = saving.with_ahn({}, ahn.AHNConfig(window=5), None)
     config["ahn"] |= {"of_the_future": 1}
     assert format.read_settings(checkpoint(config)).window == 5
 
@@ -131,8 +132,8 @@ def test_leftovers_never_reach_the_base_model(family: str) -> None:
 
 def test_a_base_with_a_window_of_its_own_keeps_it() -> None:
     own = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1} | SIZES
-    config = format.with_ahn(own, ahn.AHNConfig(), None)
-    assert format.base_config(config) == own
+    config = saving.with_ahn(own, ahn.AHNConfig(), None)
+    assert saving.base_config(config) == own
     assert format.transformers_config(config, Path("x")).layer_types == ["full_attention"] + ["sliding_attention"] * 2
 
 
@@ -195,7 +196,7 @@ def test_only_ahn_names_are_taken_for_ahn() -> None:
 def test_bases_are_named_so_that_neighbours_can_move(tmp_path: Path) -> None:
     (tmp_path / "models" / "base").mkdir(parents=True)
     base = tmp_path / "models" / "base"
-    assert format.base_reference(base, tmp_path / "models" / "adapter") == "../base"
-    assert format.base_reference(base, tmp_path / "models") == "./base"
-    assert format.base_reference(base, tmp_path / "elsewhere" / "adapter") == str(base)
-    assert format.base_reference("Qwen/Qwen2.5-3B-Instruct", tmp_path) == "Qwen/Qwen2.5-3B-Instruct"
+    assert saving.base_reference(base, tmp_path / "models" / "adapter") == "../base"
+    assert saving.base_reference(base, tmp_path / "models") == "./base"
+    assert saving.base_reference(base, tmp_path / "elsewhere" / "adapter") == str(base)
+    assert saving.base_reference("Qwen/Qwen2.5-3B-Instruct", tmp_path) == "Qwen/Qwen2.5-3B-Instruct"

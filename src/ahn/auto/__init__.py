@@ -1,4 +1,4 @@
-"""`import ahn` makes transformers' Auto classes know merged checkpoints, without importing transformers.
+"""`import ahn` makes transformers' Auto classes know checkpoints with an AHN, without importing transformers.
 
 `ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto.classes`
 are registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there
@@ -53,11 +53,12 @@ def _run(exec_module: Callable[[ModuleType], None], register: Callable[[], None]
 
 
 def _register_config() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-    from ahn.auto.classes import AHNModelConfig
+    from ahn.auto.classes import AHNModelConfig, knowing_memories
 
     CONFIG_MAPPING.register(MODEL_TYPE, AHNModelConfig, exist_ok=True)
+    AutoConfig.from_pretrained = classmethod(knowing_memories(AutoConfig.from_pretrained.__func__))
 
 
 def _register_model() -> None:

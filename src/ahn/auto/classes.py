@@ -1,7 +1,9 @@
-"""What transformers' Auto classes take for a merged checkpoint: a configuration, and a class that loads it with ahn."""
+"""What transformers' Auto classes take for a checkpoint with an AHN: a configuration, and a class that loads it."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ class AHNModelConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers': the configuration, with the unused arguments if `return_unused_kwargs`."""
-        from ahn.checkpoint.format import BASE_NAME, BLOCK, transformers_config
+        from ahn.checkpoint.format import transformers_config
+        from ahn.model.saving import BASE_NAME, BLOCK
 
         several = kwargs.pop("return_unused_kwargs", False)
         config = cls()
@@ -33,8 +36,33 @@ class AHNModelConfig(PreTrainedConfig):
         return (config, kwargs) if several else config
 
 
+def knowing_memories(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`AutoConfig.from_pretrained` that also knows an AHN under its base model's type.
+
+    Such are the published folders, and adapters from before ours had a type: transformers would make the base model of
+    them, or one of random weights, and at most list the memory's as unexpected.
+    """
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, name: Any, **kwargs: Any) -> Any:
+        found = load(cls, name, **kwargs)
+        config, *unused = found if isinstance(found, tuple) else (found,)
+        if not isinstance(config, AHNModelConfig) and _has_memory(vars(config)):
+            config = AHNModelConfig.from_dict(config.to_dict(), name_or_path=name)
+        return (config, *unused) if unused else config
+
+    return from_pretrained
+
+
+def _has_memory(fields: Mapping[str, Any]) -> bool:
+    from ahn.model.saving import BLOCK, STRUCTURE
+
+    block = fields.get(BLOCK)
+    return fields.get(STRUCTURE[0]) is not None or (isinstance(block, dict) and "memory" in block)
+
+
 class AHNForCausalLM:
-    """Loads a merged checkpoint by `ahn.from_pretrained`; what comes back is the base model's class with its memory."""
+    """Loads a checkpoint by `ahn.from_pretrained`; what comes back is the base model's class with its memory."""
 
     config_class = AHNModelConfig
 

@@ -10,15 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint
-from ahn.checkpoint.format import (
-    BASE_NAME,
-    base_config,
-    base_reference,
-    check_base,
-    read_settings,
-    report_window,
-    with_ahn,
-)
+from ahn.checkpoint.format import check_base, read_settings, report_window
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
@@ -26,6 +18,7 @@ from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.files import write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
+from ahn.model.saving import saved_config
 from ahn.wrappers import attached, unwrapped
 
 PathLike = str | os.PathLike[str]
@@ -56,7 +49,7 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
     write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
-    write_json(path / CONFIG, with_ahn(_base_config(model), settings, _base_name(model, path)))
+    write_json(path / CONFIG, saved_config(model, path))
     return path
 
 
@@ -131,14 +124,3 @@ def attach_checked(model: PreTrainedModel, checkpoint: Checkpoint, settings: AHN
         for name, parameter in adapter_parameters(model).items():
             parameter.data = weights[short_name(name)].to(parameter.device, dtype)
     return model
-
-
-def _base_config(model: PreTrainedModel) -> dict[str, Any]:
-    config = base_config(model.config.to_diff_dict())
-    return config | {"architectures": config.get("architectures") or [type(model).__name__]}
-
-
-def _base_name(model: PreTrainedModel, path: Path) -> str | None:
-    # A merged checkpoint is not its own base; from_pretrained notes what its configuration says.
-    name = getattr(model.config, BASE_NAME, model.name_or_path)
-    return base_reference(name, path) if name else None

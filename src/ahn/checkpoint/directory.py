@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ahn.checkpoint.names import is_ahn
 from ahn.checkpoint.stream import Entry, read_header
+from ahn.config import MODEL_TYPE
 from ahn.errors import AHNError
 from ahn.files import read_json
 
@@ -56,10 +57,10 @@ class Checkpoint:
 
     @property
     def kind(self) -> Kind:
-        """What the directory holds, judged by its tensors alone."""
+        """What the directory holds, judged by its tensors; without any of an AHN, by what it says of itself."""
         ahn = len(self.ahn_tensors)
-        if ahn == 0:
-            return "base"
+        if ahn == 0:  # some memories have no parameters
+            return "merged" if self.config.get("model_type") == MODEL_TYPE else "base"
         return "adapter" if ahn == len(self.tensors) else "merged"
 
     def require(self, kind: Kind) -> Checkpoint:

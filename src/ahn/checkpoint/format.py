@@ -1,47 +1,27 @@
 """What a checkpoint's `config.json` says about its AHN, in our form and in the published one.
 
-Ours is the base model's configuration, the published names of the settings (`_ahn_implementation`, `use_ahn_router`,
-`use_q_proj`, `fa_layer_ids`), `base_model_name_or_path`, and a block `ahn` with every field of `AHNConfig`. Published
-configurations have no such block, and their `sliding_window` is a left-over of training.
+Ours is what `ahn.model.saving` writes. Published configurations have the base model's type and no block `ahn`, and
+their `sliding_window` is a left-over of training.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import reprlib
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ahn import memory
 from ahn.checkpoint.directory import CONFIG, Checkpoint
-from ahn.config import ARCHITECTURE, DEFAULT_SINKS, DEFAULT_WINDOW, MODEL_TYPE, AHNConfig
+from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, MODEL_TYPE, AHNConfig
 from ahn.errors import AHNError
+from ahn.model.saving import BLOCK, base_config
 from ahn.shape import ModelShape
 
 logger = logging.getLogger("ahn")
-
-BLOCK = "ahn"
-BASE_NAME = "base_model_name_or_path"
-TYPED = ("model_type", "architectures")
-"""What a merged checkpoint says of itself; its block keeps the base model's."""
-STRUCTURE = ("_ahn_implementation", "use_ahn_router", "use_q_proj", "fa_layer_ids")
-# Left-overs of the published trainer. `loss_type` must go: transformers would look its value up among its own losses.
-TRAINING = (
-    "_layer_implementation",
-    "ahn_position",
-    "dy_num_attn_sinks",
-    "dy_sliding_window",
-    "loss_type",
-    "num_attn_sinks",
-    "sliding_window_type",
-    "use_normalized_l2",
-)
 
 
 def read_settings(
@@ -120,46 +100,6 @@ def _layer_ids(value: Any, file: Path) -> tuple[int, ...]:
         raise AHNError(f"{file}: fa_layer_ids must list layer indices, got {value!r}.") from None
 
 
-def with_ahn(base_config: dict[str, Any], settings: AHNConfig, base_name: str | None) -> dict[str, Any]:
-    """The configuration to save beside AHN weights: the base model's plus the settings, in both forms."""
-    return base_config | {
-        "_ahn_implementation": memory.get(settings.memory).published_name,
-        "use_ahn_router": settings.router,
-        "use_q_proj": settings.q_proj,
-        "fa_layer_ids": list(settings.full_attention_layers),
-        BLOCK: dataclasses.asdict(settings),
-        BASE_NAME: base_name,
-    }
-
-
-def merged_config(base_config: dict[str, Any], settings: AHNConfig, base_name: str | None) -> dict[str, Any]:
-    """The configuration of base model and AHN in one checkpoint.
-
-    Its model type is our own: where ahn was imported, transformers then loads it with its memory, and elsewhere it says
-    that it does not know the type. Under the base model's type it would load the base alone and say nothing.
-    """
-    whole = with_ahn(base_config, settings, base_name)
-    whole[BLOCK] |= {name: base_config.get(name) for name in TYPED}
-    return whole | {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
-
-
-def base_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The base model's own configuration: without settings of an AHN and what the published trainer left behind."""
-    block = config.get(BLOCK)
-    if config.get("model_type") == MODEL_TYPE and isinstance(block, dict):
-        config = config | {name: block.get(name) for name in TYPED}
-    dropped = {BLOCK, BASE_NAME, *STRUCTURE, *TRAINING}
-    kept = {name: value for name, value in config.items() if name not in dropped}
-    if "_ahn_implementation" in config and BLOCK not in config:
-        # Published: its window and its modeling file are the trainer's, the base model has neither.
-        kept = {name: value for name, value in kept.items() if name not in ("auto_map", "layer_types")}
-        kept |= {"use_sliding_window": False, "sliding_window": None}
-        ordinary = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kept.get("model_type"))
-        if ordinary and not any(hasattr(transformers, name) for name in kept.get("architectures") or ()):
-            kept["architectures"] = [ordinary]
-    return kept
-
-
 def transformers_config(config: dict[str, Any], path: Path) -> Any:
     """The `transformers` configuration object of the base model that a `config.json` describes."""
     config = base_config(config)
@@ -196,15 +136,3 @@ def _identity(config: Any) -> dict[str, Any]:
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
     }
-
-
-def base_reference(base: str | os.PathLike[str], directory: Path) -> str:
-    """How a checkpoint in `directory` names its base: a Hub id as it is, a directory beside it by a relative path."""
-    path = Path(base).expanduser()
-    if not path.is_dir():
-        return str(base)
-    path, directory = path.resolve(), directory.resolve()
-    if path.is_relative_to(directory.parent):
-        relative = Path(os.path.relpath(path, directory)).as_posix()
-        return relative if relative.startswith("..") else f"./{relative}"
-    return str(path)

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ahn.checkpoint.adapter import attach_checked, checked_settings
 from ahn.checkpoint.directory import Checkpoint
-from ahn.checkpoint.format import BASE_NAME, transformers_config
+from ahn.checkpoint.format import transformers_config
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import is_ahn
 from ahn.config import DTYPES, AHNConfig
 from ahn.errors import AHNError
+from ahn.model.saving import BASE_NAME
 
 PathLike = str | os.PathLike[str]
 HUB = ("cache_dir", "force_download", "local_files_only", "token")

@@ -6,22 +6,15 @@ import os
 from pathlib import Path
 
 from ahn.checkpoint.directory import CONFIG, Checkpoint
-from ahn.checkpoint.format import (
-    base_config,
-    base_reference,
-    check_base,
-    merged_config,
-    read_settings,
-    report_window,
-    transformers_config,
-    with_ahn,
-)
+from ahn.checkpoint.format import check_base, read_settings, report_window, transformers_config
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import is_ahn
 from ahn.checkpoint.output import by_file, copy_other_files, write_weights
 from ahn.checkpoint.stream import Meter, Progress
 from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.errors import AHNError
 from ahn.files import staged, write_json
+from ahn.model.saving import base_config, base_reference, with_ahn
 from ahn.shape import ModelShape
 
 PathLike = str | os.PathLike[str]
@@ -59,7 +52,7 @@ def merge(base: PathLike, adapter: PathLike, out: PathLike, progress: Progress |
     meter = _meter(progress, base_files, ahn_files)
     with staged(target, meter.total) as directory:
         copy_other_files(base_files.path, directory)
-        write_json(directory / CONFIG, merged_config(base_files.config, settings, base_reference(base, target)))
+        write_json(directory / CONFIG, with_ahn(base_files.config, settings, base_reference(base, target)))
         write_weights(directory, shards, meter)
     return target
 
@@ -85,6 +78,10 @@ def split(merged: PathLike, out: PathLike, progress: Progress | None = None) -> 
     whole = Checkpoint.open(local_directory(merged)).require("merged")
     shape = ModelShape.from_config(transformers_config(whole.config, whole.path))
     settings = read_settings(whole)
+    if not whole.ahn_tensors:
+        raise AHNError(
+            f"The memory {settings.memory!r} of {whole.path} has no tensors, so there is nothing to split off."
+        )
     check_tensors(whole, shape, settings)
     for _ in finite_tensors(whole):
         pass

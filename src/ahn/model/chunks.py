@@ -20,6 +20,7 @@ from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, near_reach
 from ahn.model import generation
+from ahn.model.saving import save
 
 
 class Wrapped:
@@ -37,18 +38,20 @@ class Wrapped:
 
 
 def wrap(model: PreTrainedModel) -> None:
-    """Put `forward` and `generate` of this module before the model's own, as attributes of the instance."""
+    """Put ours before the model's own `forward`, `generate` and `save_pretrained`, as attributes of the instance."""
     # accelerate's hook, if the model lies on several devices, stays the outermost: it would move what goes to a chunk.
     private.set_forward(model, Wrapped(model, "forward", _forward))
     if hasattr(model, "generate"):
         model.generate = Wrapped(model, "generate", _generate)
+    model.save_pretrained = Wrapped(model, "save_pretrained", save)
 
 
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     private.reset_forward(model, Wrapped)
-    if isinstance(model.__dict__.get("generate"), Wrapped):
-        del model.generate
+    for name in ("generate", "save_pretrained"):
+        if isinstance(model.__dict__.get(name), Wrapped):
+            delattr(model, name)
 
 
 @memoize

@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from ahn.checkpoint.directory import CONFIG, WEIGHTS, Checkpoint
-from ahn.checkpoint.format import base_config, base_reference, read_settings, with_ahn
+from ahn.checkpoint.format import read_settings
 from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.files import read_json, write_json, write_tensors
 from ahn.model.adapter import adapter_parameters
+from ahn.model.saving import saved_config
 from ahn.shape import ModelShape
 from ahn.training.settings import PUBLISHED
 
@@ -113,10 +114,7 @@ def memory_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def write_adapter(model: PreTrainedModel, config: AHNConfig, tensors: dict[str, Tensor], path: Path) -> None:
     """An adapter from gathered tensors, which `ahn.save_adapter` cannot take from a sharded model."""
     write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
-    base = base_config(model.config.to_diff_dict())
-    base |= {"architectures": base.get("architectures") or [type(model).__name__]}
-    name = base_reference(model.name_or_path, path) if model.name_or_path else None
-    write_json(path / CONFIG, with_ahn(base, config, name))
+    write_json(path / CONFIG, saved_config(model, path, config))
 
 
 def load_memory(model: PreTrainedModel, path: Path) -> None:
