@@ -167,6 +167,12 @@ class AHNConfig:
         sinks = min(DEFAULT_SINKS, total // 8)
         return cls(**{"window": total - sinks, "sinks": sinks} | fields)
 
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raises AHNError if something is not a configuration."""
+        if not isinstance(config, cls):
+            raise AHNError(f"This takes an ahn.AHNConfig(window=…, sinks=…), not {reprlib.repr(config)}.")
+
     def replace(self, **changes: Any) -> AHNConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

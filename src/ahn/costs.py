@@ -16,6 +16,7 @@ from ahn.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 BFLOAT16_BYTES = 2
 
@@ -98,6 +99,7 @@ def count_parameters(hf_config: Any, ahn_config: AHNConfig) -> int:
     Raises:
         AHNError: the model has no layer for a memory, or its configuration lacks a size.
     """
+    AHNConfig.check(ahn_config)
     shape = ModelShape.from_config(hf_config)
     layers = len(shape.memory_layers(ahn_config.full_attention_layers))
     return layers * _memory_sizes(shape, ahn_config).parameters
@@ -109,16 +111,24 @@ def count_model_parameters(hf_config: Any) -> int:
     Raises:
         AHNError: `transformers` has no causal language model for this configuration.
     """
+    return sum(parameter.numel() for parameter in empty_model(hf_config).parameters())
+
+
+def empty_model(hf_config: Any) -> PreTrainedModel:
+    """The base model without weights, on torch's meta device.
+
+    Raises:
+        AHNError: `transformers` has no causal language model for this configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     text = _text_config(hf_config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(text)
+            return AutoModelForCausalLM.from_config(text)
     except ValueError:
         raise AHNError(f"transformers has no causal language model for {type(text).__name__}.") from None
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype | None = None) -> Cost:
@@ -153,6 +163,7 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise AHNError(f"The length must be an integer ≥ 1, got {length!r}.")
+    AHNConfig.check(ahn_config)
     shape = ModelShape.from_config(hf_config)
     text = _text_config(hf_config)
     width = BFLOAT16_BYTES if dtype is None else dtype.itemsize

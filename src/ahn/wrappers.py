@@ -7,14 +7,23 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, named
 
 
 def unwrapped(model: Any) -> Any:
-    """The outermost transformers model in `model`, which is itself where nothing is around it."""
-    if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module):
-        return model
-    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
+    """The outermost transformers model in `model`, which is itself where nothing is around it.
+
+    Raises:
+        AHNError: there is none.
+    """
+    inside = model.modules() if isinstance(model, nn.Module) else ()
+    for part in inside:
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise AHNError(
+        f"This takes a loaded transformers model, not {named(model)}: load one with "
+        "transformers.AutoModelForCausalLM.from_pretrained or ahn.from_pretrained first."
+    )
 
 
 def attached(model: Any) -> Any:

@@ -52,7 +52,7 @@ def test_layout_is_the_published_one(adapter: Path) -> None:
         True,
         False,
     )
-    assert (config["model_type"], config["hidden_size"], config["fa_layer_ids"]) == ("qwen2", 32, [])
+    assert (config["model_type"], config["hidden_size"], config["fa_layer_ids"]) == ("ahn", 32, [])
     assert config["base_model_name_or_path"] == "../base"
     assert "ahn" not in str(config.get("_attn_implementation", config.get("attn_implementation")))
 

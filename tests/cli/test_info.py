@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 import ahn
 from ahn.checkpoint import merge, save_adapter
@@ -67,6 +67,15 @@ def test_text_shows_the_numbers_of_the_paper(ahn_cli: Any, published: Path) -> N
     assert rows[0][-2:] == ["26.0", "%"]
     assert rows[1][-2:] == ["59.4", "%"]
     assert "46.7" in rows[1]
+
+
+def test_what_attach_refuses_is_refused_by_the_same_sentence(ahn_cli: Any, tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16)
+    config.save_pretrained(tmp_path)
+    result = ahn_cli("info", tmp_path)
+    with pytest.raises(ahn.AHNError) as refused:
+        ahn.attach(AutoModelForCausalLM.from_config(config))
+    assert (result.code, result.out, result.err) == (1, "", f"ahn: {refused.value}\n")
 
 
 def test_a_directory_is_as_good_as_its_file(ahn_cli: Any, published: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,15 @@ import pytest
 from ahn import tiny
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({ran!r}).touch()\n"
+REFUSAL = r"^ahn: .*(model_type 'own', unknown to this transformers|contains custom code|model type `own`)"
 VERBS = {
-    "generate": ["generate", "--model", "MODEL", "--prompt", "x", "--max-new-tokens", "1"],
-    "chat": ["chat", "--model", "MODEL", "--max-new-tokens", "1"],
+    "generate": ["generate", "--model", "MODEL", "--adapter", "ADAPTER", "--prompt", "x", "--max-new-tokens", "1"],
+    "chat": ["chat", "--model", "MODEL", "--adapter", "ADAPTER", "--max-new-tokens", "1"],
     "info": ["info", "MODEL"],
     "eval": ["eval", "needle/fact", "--method", "full", "--model", "MODEL", "--limit", "1", "--out", "OUT"],
-    "perplexity": ["eval", "perplexity", "TEXT", "--method", "full", "--model", "MODEL", "--out", "OUT"],
-    "inspect": ["inspect", "--model", "MODEL", "--text", "TEXT"],
-    "bench": ["bench", "--model", "MODEL", "--out", "OUT"],
+    "perplexity": ["eval", "perplexity", "--text", "TEXT", "--method", "full", "--model", "MODEL", "--out", "OUT"],
+    "inspect": ["inspect", "--model", "MODEL", "--adapter", "ADAPTER", "--text", "TEXT"],
+    "bench": ["bench", "decode", "--model", "MODEL", "--out", "OUT"],
     "train": ["train", "--model_name_or_path", "MODEL", "--dataset", "TEXT", "--output_dir", "OUT"],
     "merge": ["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output-path", "OUT"],
 }
@@ -50,4 +52,5 @@ def test_no_verb_runs_code_of_a_model(verb: str, hostile: Path, tmp_path: Path) 
     command = [sys.executable, "-c", "from ahn.cli import main; main()", *command[3:]]
     done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert not (tmp_path / "ran").exists() and not (hostile / "ran").exists()
-    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(REFUSAL, done.stderr, flags=re.M), done.stderr

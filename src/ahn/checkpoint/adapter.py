@@ -15,7 +15,7 @@ from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig
-from ahn.errors import AHNError
+from ahn.errors import AHNError, check_path
 from ahn.files import write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
 from ahn.model.saving import saved_config
@@ -37,6 +37,7 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     Raises:
         AHNError: the model has no AHN or its memory no parameters, or `directory` holds another model.
     """
+    check_path(directory)
     path = Path(directory).expanduser()
     model = attached(model)
     parameters = adapter_parameters(model)
@@ -80,8 +81,8 @@ def load_adapter(
         AHNError: base and adapter do not fit, a tensor is missing, extra, of the wrong shape or not finite, or a file
             is missing or damaged. The model is then as it was.
     """
-    checkpoint = Checkpoint.open(local_directory(directory)).require("adapter")
     inner = unwrapped(model)
+    checkpoint = Checkpoint.open(local_directory(directory)).require("adapter")
     name = inner.name_or_path or type(inner).__name__
     settings = checked_settings(checkpoint, inner.config, name, window, sinks, quantized, max_distance)
     attach_checked(inner, checkpoint, settings, given=window is not None and sinks is not None)

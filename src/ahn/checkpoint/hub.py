@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ahn.checkpoint.directory import CONFIG
-from ahn.errors import AHNError
+from ahn.errors import AHNError, check_path
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 IGNORED = ["*/*.safetensors", "consolidated*"]  # other formats of the same weights
@@ -25,6 +25,7 @@ def local_directory(name: str | os.PathLike[str], **hub: Any) -> Path:
     Raises:
         AHNError: neither exists, or the Hub cannot be reached.
     """
+    check_path(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return path

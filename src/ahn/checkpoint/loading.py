@@ -183,6 +183,8 @@ def load_base(path: Path, **kwargs: Any) -> PreTrainedModel:
         AHNError: transformers cannot load it, or a weight is absent.
     """
     kwargs = {"trust_remote_code": False} | kwargs
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(kwargs.get(name))
     with _without_load_report():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -195,6 +197,12 @@ def load_base(path: Path, **kwargs: Any) -> PreTrainedModel:
     if unused:
         logging.getLogger("ahn").warning("%s has %d unused weights, the first is %s.", path, len(unused), unused[0])
     return model
+
+
+def _check_dtype(dtype: Any) -> None:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not isinstance(named, torch.dtype | dict):
+        raise AHNError(f"Unknown dtype {dtype!r}: pass a torch.dtype, {', '.join(map(repr, DTYPES))} or 'auto'.")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

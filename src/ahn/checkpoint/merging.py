@@ -12,7 +12,7 @@ from ahn.checkpoint.names import is_ahn
 from ahn.checkpoint.output import by_file, copy_other_files, write_weights
 from ahn.checkpoint.stream import Meter, Progress
 from ahn.checkpoint.validate import check_tensors, finite_tensors
-from ahn.errors import AHNError
+from ahn.errors import AHNError, check_path
 from ahn.files import staged, write_json
 from ahn.model.saving import base_config, base_reference, with_ahn
 from ahn.shape import ModelShape
@@ -39,6 +39,7 @@ def merge(base: PathLike, adapter: PathLike, out: PathLike, progress: Progress |
         AHNError: base and adapter do not fit, a tensor is missing, extra, of the wrong shape or not finite, a file is
             damaged, or `out` is taken.
     """
+    check_path(out)
     target = Path(out).expanduser()
     base_files = Checkpoint.open(local_directory(base)).require("base")
     ahn_files = Checkpoint.open(local_directory(adapter)).require("adapter")
@@ -74,6 +75,7 @@ def split(merged: PathLike, out: PathLike, progress: Progress | None = None) -> 
     Raises:
         AHNError: as `merge`.
     """
+    check_path(out)
     target = Path(out).expanduser()
     whole = Checkpoint.open(local_directory(merged)).require("merged")
     shape = ModelShape.from_config(transformers_config(whole.config, whole.path))

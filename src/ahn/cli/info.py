@@ -81,7 +81,8 @@ def look_at(
     """Find the configuration of a model and the settings of its memory, and check the weights that lie beside them.
 
     Raises:
-        AHNError: there is no such model or adapter, they do not belong together, or the weights are damaged.
+        AHNError: there is no such model or adapter, they do not belong together, no memory can be attached to such a model, or
+            the weights are damaged.
     """
     from ahn import shipped
     from ahn.checkpoint import format as checkpoint_format
@@ -89,6 +90,8 @@ def look_at(
     from ahn.checkpoint.hub import local_directory
     from ahn.checkpoint.validate import check_tensors
     from ahn.config import AHNConfig
+    from ahn.costs import empty_model
+    from ahn.model.adapter import attachable
     from ahn.model.saving import BLOCK
     from ahn.shape import ModelShape
 
@@ -110,7 +113,9 @@ def look_at(
         checkpoint_format.report_window(settings, used, None not in (window, sinks))
     else:
         config = AHNConfig()
-    return ModelOverview(model, hf_config, _changed(config, memory, window, sinks, quantized), tuple(found))
+    used = _changed(config, memory, window, sinks, quantized)
+    attachable(empty_model(hf_config), used)
+    return ModelOverview(model, hf_config, used, tuple(found))
 
 
 def _changed(

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ahn.errors import AHNError
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
+from ahn.wrappers import attached
 
 
 def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
@@ -16,8 +17,7 @@ def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
     Raises:
         AHNError: the model has no AHN, or one without a state.
     """
-    if getattr(model, "_ahn", None) is None:
-        raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
+    model = attached(model)
     named = {i: layer.ahn.fn for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer, "ahn")}
     found = {i: memory for i, memory in named.items() if isinstance(memory, RecurrentMemory)}
     if not found:

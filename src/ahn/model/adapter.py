@@ -51,18 +51,16 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         AHNError: the model already has one, or its architecture lacks something an AHN needs (the message says what).
     """
     given, model = model, unwrapped(model)
-    config = config or AHNConfig.for_base(trained_length(model.config))
+    config = AHNConfig.for_base(trained_length(model.config)) if config is None else config
+    AHNConfig.check(config)
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
-    shape = ModelShape.from_config(model.config)
-    _check_head_dim(shape, config)
+    shape, modules = ModelShape.from_config(model.config), attachable(model, config)
     decoder, layers = _decoder_layers(model)
-    chosen = shape.memory_layers(config.full_attention_layers)
-    modules = {index: _attention_module(layers[index], shape) for index in chosen}
     kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
-    rotation = rotation_of(model, modules[chosen[0]])
+    rotation = rotation_of(model, next(iter(modules.values())))
     trained = trained_length(model.config)
     config = _for_rotation(_bounded(config, rotation, trained), rotation)
     adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained)
@@ -75,6 +73,18 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     chunks.wrap(model)
     _use_kernel(model, attention.NAME)
     return given
+
+
+def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module]:
+    """The attention modules that get a memory, by their layer's index. The model's weights are not looked at.
+
+    Raises:
+        AHNError: the architecture lacks something that an AHN needs.
+    """
+    shape = ModelShape.from_config(model.config)
+    _check_head_dim(shape, config)
+    _, layers = _decoder_layers(model)
+    return {i: _attention_module(layers[i], shape) for i in shape.memory_layers(config.full_attention_layers)}
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -319,7 +329,13 @@ def _attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
         raise AHNError(
             f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
         )
-    source = inspect.getsource(type(module).forward)
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        raise AHNError(
+            f"{name}.forward has no source to read, so it cannot be checked for what an AHN needs: define the class in "
+            "a file, not in a shell."
+        ) from None
     if "get_interface" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:
         raise AHNError(f"{name} does not call transformers' attention interface; an AHN cannot hook into it.")
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values()):

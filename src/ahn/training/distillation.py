@@ -25,6 +25,7 @@ from ahn.training.losses import (
     to_device,
     valid_positions,
 )
+from ahn.wrappers import attached
 
 Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -112,6 +113,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         AHNError: `Head` gives other logits than the model.
     """
+    attached(model)
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     with disabled(model), torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
