@@ -81,8 +81,8 @@ def look_at(
     """Find the configuration of a model and the settings of its memory, and check the weights that lie beside them.
 
     Raises:
-        AHNError: there is no such model or adapter, they do not belong together, no memory can be attached to such a model, or
-            the weights are damaged.
+        AHNError: there is no such model or adapter, they do not belong together, no memory can be attached to such a
+            model, or the weights are damaged.
     """
     from ahn import shipped
     from ahn.checkpoint import format as checkpoint_format
