@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 import ahn
 
 VOCABULARY = 61
-SLOTS = 16
-"""Of a memory of tokens: 14 are kept, blocks have 2. So few that most of a short text is forgotten."""
+FEW = {"slots": 16, "key_bits": 16, "value_bits": 16}
+"""Of a memory of tokens: 14 are kept, blocks have 2, so that most of a short text is forgotten. They are kept exactly:
+one number that rounds to the other side moves a code by far more than float32 rounds (tests/memory is about codes)."""
 _SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -66,7 +67,10 @@ def base(architecture: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrain
 
 def adapted(architecture: str = "qwen3", seed: int = 0, **config: Any) -> PreTrainedModel:
     """A model with an AHN whose every part is at work: no parameter is at the value of a new one."""
-    return awaken(ahn.attach(base(architecture, seed), ahn.AHNConfig(**{"slots": SLOTS} | config)))
+    few = FEW if config.get("memory") == "retained" else {}
+    if config.get("quantized"):  # whose tokens are codes, and so are those that are retained
+        few = few | {"key_bits": 4, "value_bits": 2}
+    return awaken(ahn.attach(base(architecture, seed), ahn.AHNConfig(**few | config)))
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def retained(score: list[float], left: list[int], slots: int) -> list[int]:
 
     What left up to the last full block is sorted as a whole, once: the package goes from block to block.
     """
-    block = max(1, slots // 8)
+    block = min(128, max(1, slots // 8))
     full = len(left) - len(left) % block
     best = sorted(left[:full], key=lambda position: (-score[position], position))
     return sorted(best[: slots - block]) + left[full:]

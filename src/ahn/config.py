@@ -9,7 +9,7 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_step
-from ahn.shape import DEFAULT_SLOTS
+from ahn.shape import DEFAULT_SLOTS, EXACT
 
 DEFAULT_WINDOW = 32640
 DEFAULT_SINKS = 128
@@ -19,7 +19,7 @@ MODEL_TYPE = "ahn"
 """The model type of a merged checkpoint in its `config.json`, so that nobody loads it without its memory."""
 ARCHITECTURE = "AHNForCausalLM"
 BITS = (2, 3, 4)
-"""Per number of a quantized token's keys or values."""
+"""Per number of a token's keys or values in codes."""
 BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False}
 """What files mean that do not say it: they are older than these settings, and were trained and measured so."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,19 +45,19 @@ class AHNConfig:
             speed against peak memory; the result is the same to float tolerance.
         quantized: number of tokens before the window that are still seen, at a few bits per number (C ≥ 0). For
             inference with any memory, trained without it.
-        key_bits: bits per number of a quantized token's keys, 2, 3 or 4. A token takes, per layer and key head,
-            `(key_bits + value_bits) · P / 8 + 4` bytes: with 4 and 2 bits a fifth of what it takes in a bfloat16
-            window (head dimension P of 64), with 2 and 2 a seventh.
-        value_bits: likewise of its values.
+        key_bits: bits per number of the keys of quantized and of retained tokens, 2, 3 or 4. A token takes, per layer
+            and key head, `(key_bits + value_bits) · P / 8 + 4` bytes: with 4 and 2 bits a fifth of what it takes in a
+            bfloat16 window (head dimension P of 64), with 2 and 2 a seventh.
+        value_bits: likewise of their values. Retained tokens can be kept exactly: 16.
         keys_before_rope: keep the keys of quantized tokens as they are before RoPE, and turn them when they are seen:
             at their own distance as far as the base model looks well, and there all that are farther (`tier_reach`).
             `attach` sets it to False where the base's RoPE cannot be turned back.
         max_distance: from how far a query may see a sink, in tokens. A base model breaks at distances that it was not
             trained on, so sinks move along behind a text that is longer (`reach`; docs/concepts.md, "Any length").
             None: what the base was trained on, filled in by `attach`. 0: sinks keep their own positions, as published.
-
         slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); other memories have no
-            use for it. A token takes as many bytes as in the window, and 4 for its position.
+            use for it. Up to 128 of them are exact, the others as `key_bits` and `value_bits` say, with 6 bytes for
+            score and position: by default the bytes of 1 024 window tokens (bfloat16, head dimension 64).
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
@@ -83,8 +83,10 @@ class AHNConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {reprlib.repr(value)}.")
         for name in ("key_bits", "value_bits"):
-            if type(getattr(self, name)) is not int or getattr(self, name) not in BITS:
-                raise AHNError(f"AHNConfig.{name} must be 2, 3 or 4, got {reprlib.repr(getattr(self, name))}.")
+            value, allowed = getattr(self, name), BITS if self.quantized else (*BITS, EXACT)
+            if type(value) is not int or value not in allowed:
+                words = "2, 3 or 4" if self.quantized else "2, 3, 4, or 16 (retained tokens alone, exactly)"
+                raise AHNError(f"AHNConfig.{name} must be {words}, got {reprlib.repr(value)}.")
         for name in ("router", "q_proj", "keys_before_rope"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"AHNConfig.{name} must be True or False, got {reprlib.repr(getattr(self, name))}.")

@@ -189,7 +189,7 @@ class _MemorySizes:
     matrices: int
     slots: int
     slot_bytes: int
-    """Of one slot and key head."""
+    """Of all slots of a key head."""
     state_numbers: int
     read_numbers: int
     """Numbers of states that all query heads read for one token."""
@@ -216,7 +216,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT1
         parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if routed else 0),
         matrices=sum(p.numel() for p in parameters if p.dim() > 1),
         slots=module.slot_count(ahn_config.window + ahn_config.quantized),
-        slot_bytes=module.slot_bytes(width),
+        slot_bytes=module.slot_bytes(ahn_config.window + ahn_config.quantized, width),
         state_numbers=sum(s.numel() for s in states),
         read_numbers=sum(s.numel() for s in states) * (shape.heads // module.write_heads),
         state_bytes=sum(s.nbytes for s in states),
@@ -260,7 +260,7 @@ def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig,
     return dataclasses.replace(
         exact,
         state_numbers=sizes.state_numbers + slot_numbers,
-        state_bytes=sizes.state_bytes + sizes.slots * Hkv * sizes.slot_bytes,
+        state_bytes=sizes.state_bytes + Hkv * sizes.slot_bytes,
         mixer_flops=exact.mixer_flops + written * (2 * (sizes.read_numbers + sizes.matrices) + slot_flops),
     )
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from ahn.errors import AHNError
 
-DEFAULT_SLOTS = 1024
+EXACT = 16
+"""In place of the bits per number of a code: numbers are kept as the model has them."""
+DEFAULT_SLOTS = 4096
 """Tokens per layer and key head that a memory of tokens holds (`AHNConfig.slots`)."""
 
 

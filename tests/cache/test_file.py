@@ -159,7 +159,7 @@ def test_values_that_become_positions(model: PreTrainedModel, tmp_path: Path) ->
         AHNCache.load(rewrite(path, tensor(groups, lambda x: x.index_fill(1, torch.tensor([0]), -(2**40)))), pooled)
 
 
-@pytest.mark.parametrize("memory", ahn.memory.names() + ahn.memory.baselines())
+@pytest.mark.parametrize("memory", ahn.memory.recurrent() + ahn.memory.baselines())
 @pytest.mark.parametrize("length", [1, 5, 30])
 @pytest.mark.parametrize("quantized", [0, 8])
 def test_files_of_the_first_format_still_load(memory: str, length: int, quantized: int, tmp_path: Path) -> None:

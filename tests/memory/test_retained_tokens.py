@@ -13,13 +13,14 @@ from ahn.layout.evicted import Evicted, without_padding
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.base import MemoryKeys
 from ahn.memory.retained_tokens import RetainedTokens
+from ahn.ops.quantize import decode, encode
 
-D, H, HKV, P, SLOTS = 6, 4, 2, 4, 24
+D, H, HKV, P, SLOTS = 6, 4, 2, 8, 24
 CPU = torch.device("cpu")
 
 
-def fresh(slots: int = SLOTS) -> RetainedTokens:
-    return RetainedTokens(D, H, P, HKV, slots=slots)
+def fresh(slots: int = SLOTS, bits: tuple[int, int] = (16, 16)) -> RetainedTokens:
+    return RetainedTokens(D, H, P, HKV, slots=slots, bits=bits)
 
 
 def shown(fn: RetainedTokens, view: Visibility, key: Tensor, score: Tensor) -> MemoryKeys:
@@ -79,19 +80,75 @@ def test_the_state_is_what_the_last_query_sees() -> None:
     window, sinks, length = 5, 2, 80
     fn, view = fresh(), Visibility(window, sinks, 0, length, CPU)
     made = shown(fn, view, numbered(1, length), torch.randn(1, HKV, length))
-    positions, keys = made.state["positions"][0, 0], made.state["keys"][0, 0, :, 0]
+    positions = made.state["positions"][0, 0]
+    keys = torch.cat([made.state["keys"], made.state["block_keys"]], 2)[0, 0, :, 0]
     used = positions >= 0
     assert sorted(positions[used].tolist()) == seen(made, 0, 0, length - 1)
     assert torch.equal(keys[used], positions[used].float()) and not keys[~used].any()
     assert positions[: fn.kept].tolist() == sorted(positions[: fn.kept].tolist())
 
 
-def test_poisoned_padding_reaches_nothing() -> None:
+BITS = pytest.mark.parametrize("bits", [(16, 16), (4, 2), (2, 3), (16, 4)], ids=str)
+
+
+@BITS
+def test_codes_are_those_of_the_token_less_the_first_blocks_mean(bits: tuple[int, int]) -> None:
+    window, sinks, length = 5, 2, 80
+    fn, view = fresh(bits=bits), Visibility(window, sinks, 0, length, CPU)
+    key, score = torch.randn(1, HKV, length, P), torch.randn(1, HKV, length)
+    made = shown(fn, view, key, score)
+    first = key[:, :, sinks : sinks + fn.block].mean(2, keepdim=True)
+
+    def coded(bits: int, unbiased: bool) -> Tensor:
+        return key if bits == 16 else decode(*encode(key - first, unbiased, bits), torch.float32, bits) + first
+
+    expected = coded(bits[0], True), coded(bits[1], False)
+    for query in range(window + sinks, length):
+        left = list(range(sinks, query - window + 1))
+        block = len(left) - len(left) % fn.block
+        for head in range(HKV):
+            stay = oracle.retained(score[0, head].bfloat16().tolist(), left, SLOTS)
+            wanted = [(x if p in left[:block] else key)[0, head, p] for x in expected for p in stay]
+            seen = made.visible[0, head, query]
+            found = torch.cat([made.key[0, head, seen], made.value[0, head, seen]])
+            torch.testing.assert_close(_sorted(found), _sorted(torch.stack(wanted)), rtol=1e-5, atol=1e-5)
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    return rows[rows[:, 0].argsort()]
+
+
+@BITS
+@pytest.mark.parametrize("pieces", [[1] * 80, [8, 1, 1, 30, 2, 38], [50, 30]], ids=len)
+def test_in_pieces_or_at_once(bits: tuple[int, int], pieces: list[int]) -> None:
+    window, sinks, length = 5, 2, 80
+    fn = fresh(bits=bits)
+    key, value, score = torch.randn(2, HKV, length, P), torch.randn(2, HKV, length, P), torch.randn(2, HKV, length)
+    left = Evicted(*(x[:, :, sinks : length - window] for x in (key, value)), {"score": score[:, :, sinks:-window]})
+    whole = fn.extra_keys(left, Visibility(window, sinks, 0, length, CPU), {})
+    assert whole is not None
+    state, seen = {}, 0
+    for piece in pieces:
+        view = Visibility(window, sinks, seen, piece, CPU)
+        gone = slice(seen + piece - window - view.evicted, seen + piece - window) if view.evicted else slice(0, 0)
+        left = Evicted(key[:, :, gone], value[:, :, gone], {"score": score[:, :, gone]})
+        made = fn.extra_keys(left, view, state)
+        seen += piece
+        if made is not None:
+            state = made.state
+            own, all_at_once = made.visible[0, 1, -1], whole.visible[0, 1, seen - 1]
+            assert torch.equal(made.key[0, 1, own], whole.key[0, 1, all_at_once])
+    assert state.keys() == whole.state.keys()
+    assert all(torch.equal(state[name], x) for name, x in whole.state.items())
+
+
+@BITS
+def test_poisoned_padding_reaches_nothing(bits: tuple[int, int]) -> None:
     window, sinks, length = 3, 1, 70
     pads = torch.tensor([0, 23])
     real = torch.arange(length) >= pads[:, None]
     none = Padding.none(2, CPU)
-    fn, view = fresh(), Visibility(window, sinks, 0, length, CPU, none, none.advance(real))
+    fn, view = fresh(bits=bits), Visibility(window, sinks, 0, length, CPU, none, none.advance(real))
     key, score = torch.randn(2, HKV, length, P), torch.randn(2, HKV, length)
     poison = ~real[:, None]
     made = shown(fn, view, key.masked_fill(poison[..., None], float("nan")), score.masked_fill(poison, float("nan")))
@@ -102,9 +159,9 @@ def test_poisoned_padding_reaches_nothing() -> None:
 
 def test_room_for_slots() -> None:
     assert memory.slot_count("retained", 100, 24) == 24
-    assert memory.window_within("retained", 100, slots=24) == 76
-    with pytest.raises(AHNError, match="no room for the slots of retained"):
-        memory.window_within("retained", 24, slots=24)
+    assert memory.window_within("retained", 100) == 100  # they are its state, and counted in bytes
+    with pytest.raises(AHNError, match="2, 3 or 4, got 16"):
+        ahn.AHNConfig(memory="retained", key_bits=16, quantized=8)
     with pytest.raises(AHNError, match=r"AHNConfig\.slots must be an integer ≥ 2"):
         ahn.AHNConfig(memory="retained", slots=1)
 

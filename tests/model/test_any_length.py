@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import models
 import pytest
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def base(layers: int, rope: str = "default", **fields: int) -> PreTrainedModel:
 
 
 def adapted(layers: int = 2, memory: str = "deltanet", rope: str = "default", **fields: object) -> PreTrainedModel:
-    config = ahn.AHNConfig(memory, WINDOW, SINKS, **{"slots": 16} | fields)  # type: ignore[arg-type]
+    config = ahn.AHNConfig(memory, WINDOW, SINKS, **(models.FEW if memory == "retained" else {}) | fields)  # type: ignore[arg-type]
     model = ahn.attach(base(layers, rope), config)
     for name, parameter in ahn.adapter_parameters(model).items():
         if name.endswith("o_proj.weight") or (".scorer." in name and parameter.dim() > 1):

@@ -277,6 +277,20 @@ def test_a_padded_batch_is_its_rows_alone(memory: str, turns: Turns) -> None:
     assert_rows_alone(model, turns)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("quantized", [0, 7])
+def test_retained_tokens_in_codes(quantized: int) -> None:
+    """Whole, chunks, steps, padded rows. In float64, where no number is so near to a code's edge as to cross it."""
+    model = adapted(memory="retained", window=9, sinks=2, quantized=quantized, key_bits=4, value_bits=2).double()
+    ids = tokens(2, 70)
+    whole, found = (ahn.AHNCache.for_model(model) for _ in range(2))
+    expected = read(model, ids, [70], whole)
+    assert relative_error(read(model, ids, [7, 1, 20, 1, 1, 1, 6, 1, 1, 31], found), expected) < TOLERANCE
+    assert_same_layers(found, whole)
+    assert relative_error(model(ids, use_cache=False).logits, expected) < TOLERANCE
+    assert_rows_alone(model, Turns(9, 2, [[60, 31], [1, 1], [9, 2], [1, 1], [1, 1]]))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_a_padded_prompt_in_every_architecture(architecture: str) -> None:

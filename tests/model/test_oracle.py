@@ -69,7 +69,16 @@ def test_retained_tokens_follow_the_definition(
     family: str, distance: int, window: int, sinks: int, prefill: int, slots: int
 ) -> None:
     """Seen at their own positions, or never from farther than a quarter of what the base knows."""
-    model = adapted(family, memory="retained", window=window, sinks=sinks, slots=slots, max_distance=distance)
+    model = adapted(
+        family,
+        memory="retained",
+        window=window,
+        sinks=sinks,
+        slots=slots,
+        max_distance=distance,
+        key_bits=16,
+        value_bits=16,
+    )
     config, ids = model.config, tokens(2, 41)
     case = config.to_dict() | {"ahn": "RetainedTokens", "rope_theta": config.rope_parameters["rope_theta"]}
     weights = {name: x.double() for name, x in model.state_dict().items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, awaken, base, tokens
+from models import FEW, adapted, awaken, base, tokens
 
 import ahn
 from ahn.model import context, route
@@ -69,7 +69,7 @@ def test_layers_that_are_not_alike_choose_for_themselves(chosen: list[str]) -> N
 def test_some_queries_at_a_time_where_heads_have_masks_of_their_own(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = awaken(ahn.attach(base(attn_implementation=kernel), ahn.AHNConfig("retained", 6, 2, slots=16)))
+    model = awaken(ahn.attach(base(attn_implementation=kernel), ahn.AHNConfig("retained", 6, 2, **FEW)))
     ids = tokens(2, 40)
     expected = model(ids).logits
     monkeypatch.setattr("ahn.model.route.QUERIES", 7)

@@ -75,7 +75,7 @@ TWO_BITS = {"key_bits": 2, "value_bits": 2, "keys_before_rope": False}
 
 def fit_window(config: ahn.AHNConfig, budget: int) -> ahn.AHNConfig:
     """With a window so narrow that sinks + window + slots is at most the budget."""
-    return config.replace(window=memory.window_within(config.memory, budget - config.sinks, slots=config.slots))
+    return config.replace(window=memory.window_within(config.memory, budget - config.sinks))
 
 
 def fit_tier(model: PreTrainedModel, whole: ahn.AHNConfig, tier: Tier, length: int) -> ahn.AHNConfig:

@@ -53,7 +53,8 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
         config = AHNConfig.saved(block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
-    for name in ("memory", "router", "q_proj", "full_attention_layers", "slots"):
+    kept = ("slots", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
+    for name in ("memory", "router", "q_proj", "full_attention_layers", *kept):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(
                 f"{where} was written with another base model or adapter: {name} {reprlib.repr(there)}, "

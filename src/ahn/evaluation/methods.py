@@ -144,7 +144,7 @@ def baseline(method: str, config: AHNConfig) -> AHNConfig:
         AHNError: the total is too small for a slot and a window.
     """
     name = BASELINES[method]
-    return config.replace(memory=name, window=memory.window_within(name, config.window, config.quantized, config.slots))
+    return config.replace(memory=name, window=memory.window_within(name, config.window, config.quantized))
 
 
 def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
@@ -159,7 +159,8 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     if not config.quantized:  # results from before these options are of the same configuration
         for name in ("quantized", "key_bits", "value_bits", "keys_before_rope"):
             del settings[name]
-    return found | settings | {"slots": slots, "budget": config.lossless + slots}
+    shared = slots if config.memory in memory.baselines() else 0  # a trained memory's are its state
+    return found | settings | {"slots": slots, "budget": config.lossless + shared}
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

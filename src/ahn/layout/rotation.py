@@ -99,8 +99,12 @@ class Anchored:
     @classmethod
     def of(cls, view: Visibility) -> Anchored | None:
         """For the queries of a forward in which tokens leave the window of `view`; None where keys stay as they are."""
-        if not view.reach or view.rotation is None:
+        if view.rotation is None:
             return None
+        if not view.reach:
+            return cls(
+                view.rotation, torch.zeros(1, view.length, dtype=torch.long, device=view.device), ((0, view.length),)
+            )
         reach = near_reach(view.reach, view.lossless)
         # Padding has no position: it goes with the first token of its row.
         found = anchors(view.query_positions.maximum(view.lengths_before[:, None]), reach)

@@ -71,7 +71,7 @@ def make(config: AHNConfig, shape: ModelShape) -> Memory:
     """A new memory for one layer of a model of this shape."""
     kind = get(config.memory)
     sizes = shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads
-    return kind(*sizes, q_proj=config.q_proj, slots=config.slots)
+    return kind(*sizes, q_proj=config.q_proj, slots=config.slots, bits=config.tier_bits)
 
 
 def by_published_name(published: str) -> type[Memory]:
@@ -94,18 +94,22 @@ def slot_count(name: str, window: int, slots: int = DEFAULT_SLOTS) -> int:
         return get(name)(hidden_size=1, heads=1, head_dim=1, slots=slots).slot_count(window)
 
 
-def window_within(name: str, keys: int, quantized: int = 0, slots: int = DEFAULT_SLOTS) -> int:
-    """The widest window that fits into `keys` exact keys together with the memory's slots.
+def window_within(name: str, keys: int, quantized: int = 0) -> int:
+    """The widest window that fits into `keys` exact keys together with the slots of a memory without parameters.
+
+    What a trained memory holds, tokens too, is its state: methods with one are compared by the bytes of all they hold.
 
     Args:
         quantized: tokens between window and memory: no exact keys, but the memory may have more slots for them.
-        slots: `AHNConfig.slots`.
 
     Raises:
         AHNError: there is no room for a window of one token.
     """
     with torch.device("meta"):
-        taken = get(name)(hidden_size=1, heads=1, head_dim=1, slots=slots).slot_count
+        kind = get(name)
+        taken = kind(hidden_size=1, heads=1, head_dim=1).slot_count
+    if kind.published_name is not None:
+        return keys
     window = bisect.bisect_right(range(1, keys + 1), keys, key=lambda window: window + taken(window + quantized))
     if window < 1:
         raise AHNError(f"A window of {keys} tokens has no room for the slots of {name}: choose a larger one.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ahn.ops.gate import Gate
-from ahn.shape import DEFAULT_SLOTS
+from ahn.shape import DEFAULT_SLOTS, EXACT
 
 if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted
@@ -62,6 +62,7 @@ class Memory(nn.Module):
         kv_heads: Hkv; None where every query head has a key head.
         q_proj: give the memory its own per-head projection of the query (docs/spec.md, section 3).
         slots: tokens per key head that a memory holds which keeps tokens; others have no use for it.
+        bits: likewise, per number of these tokens' keys and values: 2, 3, 4, or `EXACT`.
     """
 
     name: ClassVar[str]
@@ -86,10 +87,11 @@ class Memory(nn.Module):
         kv_heads: int | None = None,
         q_proj: bool = False,
         slots: int = DEFAULT_SLOTS,
+        bits: tuple[int, int] = (EXACT, EXACT),
     ) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
-        self.slots = slots
+        self.slots, self.bits = slots, bits
         self.q_proj = HeadLinear(heads, head_dim) if q_proj and self.published_name else None
 
     @property
@@ -109,9 +111,9 @@ class Memory(nn.Module):
         """Number of keys a layer that attention sees besides sinks and `window`, to which quantized tokens belong."""
         return 0
 
-    def slot_bytes(self, width: int) -> int:
-        """Bytes of one slot and key head, where numbers of the model take `width` bytes."""
-        return 2 * self.head_dim * torch.float32.itemsize
+    def slot_bytes(self, window: int, width: int) -> int:
+        """Bytes of all slots of a key head, where numbers of the model take `width` bytes; `window` as above."""
+        return self.slot_count(window) * 2 * self.head_dim * torch.float32.itemsize
 
     def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
         """The state of its slots before the first write, for keys like `key` (B, Hkv, m, P) and `window` as above."""
@@ -149,8 +151,9 @@ class RecurrentMemory(Memory, ABC):
         kv_heads: int | None = None,
         q_proj: bool = False,
         slots: int = DEFAULT_SLOTS,
+        bits: tuple[int, int] = (EXACT, EXACT),
     ) -> None:
-        super().__init__(hidden_size, heads, head_dim, kv_heads, q_proj, slots)
+        super().__init__(hidden_size, heads, head_dim, kv_heads, q_proj, slots, bits)
         self.build()
         self.o_proj = HeadLinear(heads, head_dim)
         self.reset_parameters()

@@ -6,21 +6,22 @@ sinks and window, in one softmax. A state of the same size as a recurrent one ca
 word, as long as the right tokens were kept.
 
 A row's tokens leave the window one after the other. They gather in a block of G; when it is full, the M highest-scored
-of the tokens kept before and those of the block stay (of equal scores the older), and the rest is forgotten for good.
-So a query sees the best M of all that had left up to the last full block, and whatever left since.
+of the tokens kept before and those of the block stay (of equal scores the older), and the rest is forgotten for good
+(`ahn.layout.blocks`). So a query sees the best M of all that had left up to the last full block, and whatever left
+since: that exactly, the others exactly or at a few bits per number.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ahn.layout.blocks import Blocks, Seen
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys
-from ahn.shape import DEFAULT_SLOTS
+from ahn.memory.kept import Kept
+from ahn.shape import DEFAULT_SLOTS, EXACT
 
 if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
 
 WIDTH = 128
 """Hidden units of the scorer."""
-SHARE = 8
-"""One of so many slots belongs to the block that is filling."""
-NEVER = torch.iinfo(torch.int32).max
+BLOCK, SHARE = 128, 8
+"""Slots of the block that is filling: so many, or one of so many if there are fewer than 1 024."""
 
 
 class Scorer(nn.Module):
@@ -50,11 +50,12 @@ class Scorer(nn.Module):
 
 
 class RetainedTokens(Memory):
-    """Keeps `slots` tokens per key head: M with the highest scores, and a block of G = slots / 8.
+    """Keeps `slots` tokens per key head: M with the highest scores, at a few bits per number, and a block of G exactly.
 
-    State: `keys`, `values` (B, Hkv, M + G, P) in the model's precision, keys as before RoPE where the base's rotation
-    is known; `scores` (B, Hkv, M + G) bfloat16; `positions` (B, Hkv, M + G) int32, -1 for an empty slot. The first M
-    slots are in the order of the text; the token at position p, the k-th that left, is the (k mod G)-th of its block.
+    State: of the M that are kept `keys`, `values` and what else `Kept` needs of them; of the block that is filling
+    `block_keys`, `block_values` (B, Hkv, G, P); of all `scores` (B, Hkv, M + G) bfloat16 and `positions` int32, -1 for
+    an empty slot. Keys are as before RoPE where the base's rotation is known. The M are in the order of the text;
+    the token at position p, the k-th that left, is the (k mod G)-th of its block.
     """
 
     name = "retained"
@@ -70,8 +71,9 @@ class RetainedTokens(Memory):
         kv_heads: int | None = None,
         q_proj: bool = False,
         slots: int = DEFAULT_SLOTS,
+        bits: tuple[int, int] = (EXACT, EXACT),
     ) -> None:
-        super().__init__(hidden_size, heads, head_dim, kv_heads, slots=slots)
+        super().__init__(hidden_size, heads, head_dim, kv_heads, slots=slots, bits=bits)
         self.scorer = Scorer(hidden_size, self.kv_heads)
         self.reset_parameters()
 
@@ -87,7 +89,7 @@ class RetainedTokens(Memory):
     @property
     def block(self) -> int:
         """G."""
-        return max(1, self.slots // SHARE)
+        return min(BLOCK, max(1, self.slots // SHARE))
 
     @property
     def kept(self) -> int:
@@ -109,15 +111,19 @@ class RetainedTokens(Memory):
         # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
         return {"score": self.logits(x).bfloat16().float()}
 
-    def slot_bytes(self, width: int) -> int:
-        return 2 * self.head_dim * width + torch.bfloat16.itemsize + torch.int32.itemsize
+    def slot_bytes(self, window: int, width: int) -> int:
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[width]
+        key = torch.empty(1, 1, 0, self.head_dim, dtype=dtype, device="meta")
+        return sum(x.nbytes for x in self.empty_slots(key, window).values())
 
     def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
         B, heads, _, P = key.shape
-        keys = key.new_zeros(B, heads, self.slots, P)
-        scores = torch.zeros(B, heads, self.slots, dtype=torch.bfloat16, device=key.device)
-        positions = torch.full_like(scores, -1, dtype=torch.int32)
-        return {"keys": keys, "values": keys.clone(), "scores": scores, "positions": positions}
+        scores = key.new_zeros(B, heads, self.slots, dtype=torch.bfloat16)
+        state = {"scores": scores, "positions": torch.full_like(scores, -1, dtype=torch.int32)}
+        for name, bits in zip(("key", "value"), self.bits, strict=True):
+            state |= Kept.empty(key, self.kept, bits).tensors(name)
+            state[f"block_{name}s"] = key.new_zeros(B, heads, self.block, P)
+        return state
 
     def extra_keys(
         self, left: Evicted, view: Visibility, state: dict[str, Tensor], anchored: Anchored | None = None
@@ -125,18 +131,53 @@ class RetainedTokens(Memory):
         if view.evicted == 0 and not state:
             return None
         state = state or self.empty_slots(left.key, view.window)
-        passage = _Passage(view, left.key.shape[0], self.kept, self.block)
-        new = passage.positions[:, None].expand(-1, left.key.shape[1], -1)
-        key = left.key if anchored is None else anchored.rotation.undo(left.key, new.clamp_min(0))
-        tokens = {"keys": key, "values": left.value, "scores": left.gates["score"], "positions": new}
-        both = {name: torch.cat([held, tokens[name].to(held.dtype)], dim=2) for name, held in state.items()}
+        blocks = Blocks(view, left.key.shape[0], self.kept, self.block)
+        new = blocks.positions[:, None].expand(-1, left.key.shape[1], -1)
+        scores, positions = (
+            torch.cat([held, x.to(held.dtype)], dim=2)
+            for held, x in ((state["scores"], left.gates["score"]), (state["positions"], new))
+        )
         with torch.no_grad():
-            kept, forgotten = passage.choose(both["scores"], both["positions"])
-            visible = passage.visible(both["positions"], forgotten)
-        shown = both["keys"], both["values"], visible
+            stay, forgotten = blocks.choose(scores, positions)
+            seen = blocks.visible(positions, forgotten)
+        after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
+        key = left.key if anchored is None else anchored.rotation.undo(left.key, new.clamp_min(0))
+        keys, later_keys = self._tokens("key", key, blocks, state, stay)
+        values, later_values = self._tokens("value", left.value, blocks, state, stay)
+        visible, positions = self._seen_as(seen, positions, keys.shape[2])
+        shown = keys, values, visible
         if anchored is not None:
-            shown = _placed(*shown, both["positions"].clamp_min(0), anchored)
-        return MemoryKeys(*shown, passage.after(both, kept))
+            shown = _placed(*shown, positions.clamp_min(0), anchored)
+        return MemoryKeys(*shown, after | later_keys | later_values)
+
+    @property
+    def _coded(self) -> bool:
+        return self.bits != (EXACT, EXACT)
+
+    def _tokens(
+        self, name: str, new: Tensor, blocks: Blocks, state: dict[str, Tensor], stay: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Keys or values as queries see them, and as they are kept afterwards.
+
+        Where tokens are coded, those of a block are seen exactly, and later, if they are kept, from their codes: both
+        stand side by side, (B, Hkv, M [+ G + m] + G + m, P), and `_seen_as` says who sees which.
+        """
+        held = Kept.of(state, name)
+        exact = torch.cat([state[f"block_{name}s"], new], dim=2)
+        all_kept = held.joined(exact, blocks, unbiased=name == "key") if blocks.most or not self._coded else held
+        shown = all_kept.decoded(new.dtype)
+        if self._coded:
+            shown = torch.cat([shown, exact], dim=2)
+        later = all_kept.take(stay) if blocks.most else held
+        return shown, later.tensors(name) | {f"block_{name}s": blocks.block_after(exact)}
+
+    def _seen_as(self, seen: Seen, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Who sees which of `count` keys that `_tokens` gave, and their positions."""
+        if not self._coded:
+            return seen.exactly | seen.kept, positions
+        coded = count - (positions.shape[2] - self.kept)
+        visible = torch.cat([seen.kept[..., :coded], seen.exactly[..., self.kept :]], dim=3)
+        return visible, torch.cat([positions[:, :, :coded], positions[:, :, self.kept :]], dim=2)
 
 
 def _placed(
@@ -154,113 +195,3 @@ def _placed(
         parts.append((turned, values[:, :, seen], own[:, :, :, seen]))
     placed, held, shown = zip(*parts, strict=True)
     return torch.cat(placed, 2), torch.cat(held, 2), torch.cat(shown, 3)
-
-
-@dataclasses.dataclass
-class _Passage:
-    """One forward's way through the blocks, in *places*: M + G slots first, then the m tokens that leave now.
-
-    Args:
-        rows: B.
-        kept, block: M and G.
-    """
-
-    view: Visibility
-    rows: int
-    kept: int
-    block: int
-
-    @property
-    def slots(self) -> int:
-        return self.kept + self.block
-
-    def _left(self, lengths: Tensor) -> Tensor:
-        """(B,) tokens that have left the window of rows of these lengths."""
-        return (lengths - self.view.window - self.view.sinks).clamp_min(0).expand(self.rows)
-
-    @cached_property
-    def before(self) -> Tensor:
-        """(B,) tokens of each row that left in earlier forwards."""
-        return self._left(self.view.lengths_before)
-
-    @cached_property
-    def later(self) -> Tensor:
-        """(B,) tokens of each row that have left after this forward."""
-        return self._left(self.view.lengths_after)
-
-    @cached_property
-    def numbers(self) -> Tensor:
-        """(B, m) how many tokens of its row left before each that leaves now; padding has those of tokens long gone."""
-        first = self.view.length - self.view.evicted
-        numbers = self.view.query_positions[:, first:] - self.view.window - self.view.sinks
-        return numbers.expand(self.rows, -1)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """(B, m) positions of the tokens that leave now, -1 for padding."""
-        real = self.numbers >= self.before[:, None]
-        return torch.where(real, self.numbers + self.view.sinks, -1)
-
-    def _places(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the tokens of each row's block (B,) of that number: their numbers and places, (B, G)."""
-        numbers = block[:, None] * self.block + torch.arange(self.block, device=block.device)
-        new = self.slots + numbers - self.numbers[:, :1] if self.view.evicted else numbers
-        held = numbers < self.before[:, None]
-        places = torch.where(held, self.kept + numbers % self.block, new)
-        return numbers, places.clamp(0, self.slots + self.view.evicted - 1)
-
-    @property
-    def _most_blocks(self) -> int:
-        """At most so many blocks are filled in a row."""
-        view = self.view
-        if view.padded:
-            return -(-view.evicted // self.block)
-        first, last = (max(0, columns - view.lossless) // self.block for columns in (view.seen, view.total))
-        return last - first
-
-    def choose(self, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Who stays.
-
-        Args:
-            scores, positions: (B, Hkv, M + G + m) of all places.
-
-        Returns:
-            The places of the M tokens that are kept in the end (B, Hkv, M), in the order of the text, and per place
-            the number of the block from which on it is forgotten (B, Hkv, M + G + m).
-        """
-        B, heads, _ = scores.shape
-        scores = scores.float().masked_fill(positions < 0, float("-inf"))
-        forgotten = torch.full_like(positions, NEVER, dtype=torch.long)
-        kept = torch.arange(self.kept, device=scores.device).expand(B, heads, -1)
-        for block in range(self._most_blocks):
-            full = self.before // self.block + block
-            _, places = self._places(full)
-            both = torch.cat([kept, places[:, None].expand(-1, heads, -1)], dim=2)
-            order = scores.gather(2, both).argsort(dim=2, descending=True, stable=True)
-            lost = both.gather(2, order[:, :, self.kept :])
-            stay = both.gather(2, order[:, :, : self.kept].sort(dim=2).values)
-            filled = (full < self.later // self.block)[:, None, None]
-            gone = torch.where(filled, full[:, None, None] + 1, NEVER).expand_as(lost)
-            forgotten = forgotten.scatter_reduce(2, lost, gone, "amin")
-            kept = torch.where(filled, stay, kept)
-        return kept, forgotten
-
-    def visible(self, positions: Tensor, forgotten: Tensor) -> Tensor:
-        """(B, Hkv, n, M + G + m) which query sees which place: what has left by then and is not forgotten."""
-        left = (self.view.query_positions - self.view.window - self.view.sinks + 1)[:, None, :, None]
-        number = torch.where(positions < 0, NEVER, positions - self.view.sinks)[:, :, None]
-        blocks = torch.div(left, self.block, rounding_mode="floor")
-        return (number < left) & (blocks < forgotten[:, :, None])
-
-    def after(self, tokens: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
-        """The state after this forward, of the tokens in all places, each (B, Hkv, M + G + m, ...)."""
-        numbers, places = self._places(self.later // self.block)
-        places = torch.cat([kept, places[:, None].expand(-1, kept.shape[1], -1)], dim=2)
-        filling = (numbers < self.later[:, None])[:, None].expand(-1, kept.shape[1], -1)
-        used = (tokens["positions"].gather(2, places) >= 0) & torch.cat([torch.ones_like(kept).bool(), filling], 2)
-        state = {}
-        for name, x in tokens.items():
-            index, fits = (y.reshape(*y.shape, *[1] * (x.dim() - 3)) for y in (places, used))
-            taken = x.gather(2, index.expand(*places.shape, *x.shape[3:]))
-            state[name] = taken.masked_fill(~fits, -1 if name == "positions" else 0)
-        return state

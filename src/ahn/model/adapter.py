@@ -29,7 +29,7 @@ from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import rotates, rotation_of
 from ahn.ops.quantize import per_group
-from ahn.shape import ModelShape, trained_length
+from ahn.shape import EXACT, ModelShape, trained_length
 from ahn.wrappers import attached, unwrapped
 
 
@@ -296,10 +296,11 @@ def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNCon
 
 
 def _check_head_dim(shape: ModelShape, config: AHNConfig) -> None:
-    multiple = max(per_group(bits) for bits in (config.key_bits, config.value_bits))
-    if config.quantized and shape.head_dim % multiple:
+    multiple = max(per_group(bits) if bits != EXACT else 1 for bits in config.tier_bits)
+    coded = config.quantized or memory.get(config.memory).moves_keys
+    if coded and shape.head_dim % multiple:
         raise AHNError(
-            f"quantized with {config.key_bits} bits for keys and {config.value_bits} for values needs a head dimension "
+            f"A token with {config.key_bits} bits for keys and {config.value_bits} for values needs a head dimension "
             f"that is a multiple of {multiple}, this model's is {shape.head_dim}."
         )
 
