@@ -31,7 +31,7 @@ def test_help_imports_no_verb() -> None:
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.rstrip().endswith("IMPORTED ['ahn.cli.main']")
+    assert done.stdout.rstrip().endswith("IMPORTED ['ahn.cli.terminal', 'ahn.cli.main']")
 
 
 def test_a_wrong_verb_or_option_is_wrong_usage(ahn_cli: Any) -> None:
@@ -50,6 +50,50 @@ def test_exit_codes(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, raised: BaseE
     result = ahn_cli("env")
     assert (result.code, result.out) == (code, "")
     assert result.err.strip() == ("ahn: Two lines." if code == 1 else "")
+
+
+def test_short_help_and_version(ahn_cli: Any) -> None:
+    assert ahn_cli("-h").out == ahn_cli("--help").out
+    assert ahn_cli("eval", "-h").code == ahn_cli("eval", "run", "-h").code == ahn_cli("env", "-h").code == 0
+    assert ahn_cli("--version").out.startswith("ahn ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(ahn_cli: Any, shell: str) -> None:
+    assert "_AHN_COMPLETE" in ahn_cli("--show-completion", shell).out
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+@pytest.mark.parametrize("verb", ["generate", "chat", "info", "bench", "demo"])
+def test_names_of_options_are_whole(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, verb: str, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    command = main.load(verb)
+    names = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    told = ahn_cli(verb, "--help").out
+    assert names and [name for name in sorted(names) if name not in told] == []
+
+
+def _shell(command: str) -> subprocess.CompletedProcess[str]:
+    program = f"{sys.executable} -c 'from ahn.cli import main; main()'"
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.replace("AHN", program)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("AHN --help > /dev/full", "No space left"), ("AHN --help >&-", "closed"), ("AHN --help | true", "")],
+)
+def test_output_that_cannot_be_written(command: str, told: str) -> None:
+    done = _shell(command)
+    assert done.returncode in ((1,) if told else (0, 1))  # who reads may end before or after all is written
+    assert told in done.stderr and len(done.stderr.splitlines()) == bool(told), done.stderr
+
+
+def test_streams_that_are_closed() -> None:
+    done = _shell("AHN --version <&- 2>&-")
+    assert (done.returncode, done.stdout[:4]) == (0, "ahn ")
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

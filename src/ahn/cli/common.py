@@ -27,10 +27,16 @@ AdapterOption = Annotated[
     ),
 ]
 WindowOption = Annotated[
-    int | None, typer.Option("--window", min=1, help="Last tokens kept exactly (default: the adapter's, else 32640).")
+    int | None,
+    typer.Option(
+        "--window", "--sliding-window", min=1, help="Last tokens kept exactly (default: the adapter's, else 32640)."
+    ),
 ]
 SinksOption = Annotated[
-    int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: the adapter's, else 128).")
+    int | None,
+    typer.Option(
+        "--sinks", "--num-attention-sink", min=0, help="First tokens kept exactly (default: the adapter's, else 128)."
+    ),
 ]
 QuantizedOption = Annotated[
     int | None,

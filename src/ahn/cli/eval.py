@@ -49,7 +49,7 @@ class RunUnlessNamed(TyperGroup):
     """A group whose verb `run` may be left out: `ahn eval longbench` is `ahn eval run longbench`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "-h", "--help"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

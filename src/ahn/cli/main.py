@@ -5,11 +5,14 @@ Exit codes: 0 done, 1 something the user can fix (`AHNError`, one line on stderr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import os
+import shutil
 import sys
 import threading
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.main
@@ -35,6 +38,8 @@ VERBS = {
 `app` if it has verbs of its own."""
 
 
+NARROW = 100
+"""Columns that the boxes of help need to show every option with its whole name."""
 ABANDONED = "ahn-tokeniser"
 """Name of a thread that may outlive what waited for it."""
 
@@ -55,17 +60,38 @@ def load(verb: str) -> Any:
     """The command of a verb, with its own options and help."""
     module = importlib.import_module(f"ahn.cli.{verb}")
     if hasattr(module, "app"):
+        module.app.rich_markup_mode = _markup()
         return typer.main.get_command(module.app)
-    single = typer.Typer(add_completion=False)
+    single = typer.Typer(add_completion=False, rich_markup_mode=_markup())
     single.command(verb)(module.command)
     return typer.main.get_command(single)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+def _markup() -> Literal["rich"] | None:
+    """Help without boxes on a terminal too narrow for them: they would cut the names of options."""
+    return "rich" if shutil.get_terminal_size().columns >= NARROW else None
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ahn {importlib.metadata.version('ahn')}")
+        raise typer.Exit
 
 
 @app.callback()
-def ahn() -> None:
+def ahn(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Artificial Hippocampus Networks: long context for open LLMs at constant cost."""
 
 
@@ -75,13 +101,45 @@ def main() -> None:
     # machine that has other work to do slows small models tenfold and more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(prog_name="ahn")
-    except AHNError as error:
+        _open_streams()
+        app.rich_markup_mode = _markup()
+        try:
+            app(prog_name="ahn")
+        finally:
+            sys.stdout.flush()  # a full disk shows here, and not after the exit code is chosen
+    except BrokenPipeError:  # who read the output has enough
+        _drop_output()
+        sys.exit(1)
+    except (AHNError, OSError) as error:
+        if isinstance(error, OSError):
+            _drop_output()
         print("ahn:", visible(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         _leave_threads(end.code)
         raise
+
+
+def _open_streams() -> None:
+    """Stand-ins for streams that the caller closed.
+
+    Raises:
+        AHNError: it is standard output: the results would be lost.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for as long as the program runs)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise AHNError("Standard output is closed.")
+
+
+def _drop_output() -> None:
+    """Forget output that cannot be written, which Python would try again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
 
 
 def _leave_threads(code: object) -> None:

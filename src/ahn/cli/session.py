@@ -7,6 +7,7 @@ between calls and shows the text while it is written.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -214,6 +215,8 @@ def open_session(
     """
     from ahn.checkpoint.loading import ModelSource
 
+    # What it says of texts beyond `max_position_embeddings` does not hold here; `warn_beyond_training` says what does.
+    logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
     if model is not None and adapter is None and _has_no_memory(model):
         return _without_memory(model, window, sinks, quantized, device, dtype)
     model, adapter, device = named_or_shipped(model, adapter, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -40,10 +41,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.temperature is not None and self.temperature < 0) or (
+        if (self.temperature is not None and not 0 <= self.temperature < math.inf) or (
             self.top_p is not None and not 0 < self.top_p <= 1
         ):
             raise AHNError(f"The temperature must be ≥ 0 and top-p in (0, 1], got {self.temperature} and {self.top_p}.")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise AHNError(f"The seed must fit into 64 bits, got {self.seed}.")
 
     def arguments(self, ends: Collection[int]) -> dict[str, Any]:
         """For `model.generate` with a cache: they go before its `generation_config`, all else in which stays."""
