@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import shlex
 from typing import Any
 
 
@@ -21,3 +22,35 @@ def named(thing: Any) -> str:
     """What something is, for a message."""
     kind = f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
     return f"the string {reprlib.repr(thing)}" if isinstance(thing, str) else kind
+
+
+def install_command(extra: str) -> str:
+    """A command that installs an extra of this package, for how the package was installed here.
+
+    From a checkout it names the checkout; otherwise the packages themselves, since no index need have this one.
+    """
+    import importlib.metadata  # every import of the package would wait for these
+    import json
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+
+    try:
+        own = importlib.metadata.distribution("ahn")
+    except importlib.metadata.PackageNotFoundError:  # the sources alone, on the path
+        return f"pip install -e '.[{extra}]' in a checkout of ahn"
+    source = json.loads(own.read_text("direct_url.json") or "{}")
+    if source.get("dir_info", {}).get("editable"):
+        checkout = url2pathname(urlparse(source["url"]).path)
+        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    return " ".join(["pip install", *map(shlex.quote, _requirements(own.requires or [], extra))])
+
+
+def _requirements(requires: list[str], extra: str) -> list[str]:
+    """What an extra asks for, with what other extras of this package ask for in its place."""
+    found: list[str] = []
+    for requirement in requires:
+        what, _, condition = (part.strip() for part in requirement.partition(";"))
+        if condition.replace('"', "'").endswith(f"extra == '{extra}'"):
+            inner = what.partition("[")[2].partition("]")[0].split(",") if what.startswith("ahn[") else []
+            found += [other for name in inner for other in _requirements(requires, name)] or [what]
+    return list(dict.fromkeys(found))

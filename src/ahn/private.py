@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, install_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -192,8 +192,8 @@ def overrides_trainer(cls: AnyTrainer) -> AnyTrainer:
     missing = [name for name in TRAINER if not any(name in vars(base) for base in cls.__mro__[1:])]
     if missing:
         raise AHNError(
-            f"This transformers has no Trainer.{missing[0]}, which training relies on; install a version that "
-            "pip install 'ahn[train]' takes."
+            f"This transformers has no Trainer.{missing[0]}, which training relies on; "
+            f"{install_command('train')} brings one that has."
         )
     return cls
 

@@ -16,6 +16,7 @@ import benchmark_files as files
 import pytest
 
 from ahn import tiny
+from ahn.errors import install_command
 from ahn.evaluation import lm_eval as ours
 from ahn.evaluation.tasks import lveval
 
@@ -33,7 +34,7 @@ def test_without_lm_eval_the_program_says_what_to_install(
     with pytest.raises(SystemExit) as stopped:
         ours.main()
     assert stopped.value.code == 1
-    assert "pip install 'ahn[lm-eval]'" in capsys.readouterr().err
+    assert install_command("lm-eval") in capsys.readouterr().err
 
 
 def test_every_task_of_lveval_is_described(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.errors import AHNError
+from ahn.errors import AHNError, install_command
 
 app = typer.Typer(add_completion=False)
 
@@ -36,7 +36,7 @@ def command(
         from ahn.training.arguments import parse
         from ahn.training.run import run
     except ImportError as error:
-        raise AHNError(f"ahn train needs more packages (no {error.name}): pip install 'ahn[train]'.") from error
+        raise AHNError(f"ahn train needs more packages (no {error.name}): {install_command('train')}.") from error
     with _messages():
         chosen = parse(words)
         results = run(chosen)

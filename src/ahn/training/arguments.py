@@ -22,7 +22,7 @@ import yaml
 from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, install_command
 from ahn.private import use_one_gpu
 from ahn.training.settings import Settings
 from ahn.training.sharding import TRUE, first_line, recomputes, shard
@@ -94,7 +94,7 @@ class Parser(HfArgumentParser):
         if "activation_checkpointing" not in {field.name for field in dataclasses.fields(TrainingArguments)}:
             raise AHNError(
                 f"Training needs transformers 5.23 or later, this is {transformers.__version__}: "
-                "pip install 'ahn[train]'."
+                f"{install_command('train')}."
             )
         super().__init__([Settings, TrainerArguments], allow_abbrev=False, add_help=False)
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ahn.errors import AHNError, install_command
 from ahn.evaluation.tasks import lveval
 
 
@@ -21,9 +22,8 @@ def main() -> None:
         from lm_eval import tasks
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        print(f"ahn-lm-eval: lm-eval is missing ({error}). Install it: pip install 'ahn[lm-eval]'", file=sys.stderr)
+        print(f"ahn-lm-eval: lm-eval is missing ({error}): {install_command('lm-eval')}", file=sys.stderr)
         sys.exit(1)
-    from ahn.errors import AHNError
     from ahn.evaluation.lm_eval import model  # noqa: F401  (registers itself)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Protocol
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, install_command
 
 JIEBA = "0.42.1"  # LV-Eval's requirements.txt
 
@@ -23,7 +23,7 @@ def _segmenter() -> Segmenter:
     try:
         import jieba
     except ImportError as error:
-        raise AHNError("Chinese scores need jieba: install it with pip install 'ahn[eval]'.") from error
+        raise AHNError(f"Chinese scores need jieba: {install_command('eval')}.") from error
     if jieba.__version__ != JIEBA:
         raise AHNError(
             f"Chinese scores are defined with jieba {JIEBA}, but {jieba.__version__} is installed: "
