@@ -33,6 +33,11 @@ MAX_JSON = 1 << 28
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.ahn\.partial", re.DOTALL)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with `~` and `~user` written out. Of a user that nobody knows it stays: there is no such file."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A name to write to; what is there when the block ends well becomes `file`, in one step.

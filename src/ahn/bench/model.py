@@ -14,6 +14,7 @@ from ahn.bench.shapes import SHAPES, configuration
 from ahn.checkpoint.hub import config_file, local_directory
 from ahn.checkpoint.loading import load_base
 from ahn.errors import AHNError
+from ahn.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     """
     if name in SHAPES:
         return BenchModel(name, build(configuration(name), device, dtype), True)
-    path = Path(shipped.resolve(name)).expanduser()
+    path = expanded(shipped.resolve(name))
     if not path.exists() and "/" not in name:
         raise AHNError(
             f"There is no shape, file or directory {name!r}; shapes are {', '.join((*SHAPES, *shipped.NAMES))}, and an "

@@ -16,7 +16,7 @@ from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, check_path
-from ahn.files import write_json, write_tensors
+from ahn.files import expanded, write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
 from ahn.model.saving import saved_config
 from ahn.wrappers import attached, unwrapped
@@ -38,7 +38,7 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
         AHNError: the model has no AHN or its memory no parameters, or `directory` holds another model.
     """
     check_path(directory)
-    path = Path(directory).expanduser()
+    path = expanded(directory)
     model = attached(model)
     parameters = adapter_parameters(model)
     settings = model.ahn_config

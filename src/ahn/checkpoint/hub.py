@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 
 from ahn.checkpoint.directory import CONFIG
 from ahn.errors import AHNError, check_path
+from ahn.files import expanded
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 IGNORED = ["*/*.safetensors", "consolidated*"]  # other formats of the same weights
@@ -26,7 +27,7 @@ def local_directory(name: str | os.PathLike[str], **hub: Any) -> Path:
         AHNError: neither exists, or the Hub cannot be reached.
     """
     check_path(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if path.exists():

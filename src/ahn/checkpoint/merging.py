@@ -13,7 +13,7 @@ from ahn.checkpoint.output import by_file, copy_other_files, write_weights
 from ahn.checkpoint.stream import Meter, Progress
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.errors import AHNError, check_path
-from ahn.files import staged, write_json
+from ahn.files import expanded, staged, write_json
 from ahn.model.saving import base_config, base_reference, with_ahn
 from ahn.shape import ModelShape
 
@@ -40,7 +40,7 @@ def merge(base: PathLike, adapter: PathLike, out: PathLike, progress: Progress |
             damaged, or `out` is taken.
     """
     check_path(out)
-    target = Path(out).expanduser()
+    target = expanded(out)
     base_files = Checkpoint.open(local_directory(base)).require("base")
     ahn_files = Checkpoint.open(local_directory(adapter)).require("adapter")
     shape = check_base(ahn_files, transformers_config(base_files.config, base_files.path), str(base))
@@ -76,7 +76,7 @@ def split(merged: PathLike, out: PathLike, progress: Progress | None = None) -> 
         AHNError: as `merge`.
     """
     check_path(out)
-    target = Path(out).expanduser()
+    target = expanded(out)
     whole = Checkpoint.open(local_directory(merged)).require("merged")
     shape = ModelShape.from_config(transformers_config(whole.config, whole.path))
     settings = read_settings(whole)

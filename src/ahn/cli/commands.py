@@ -14,6 +14,7 @@ from ahn.cli.generate import read, read_text
 from ahn.cli.session import sentence
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError
+from ahn.files import expanded
 
 if TYPE_CHECKING:
     from ahn.cli.session import Session
@@ -181,7 +182,7 @@ def _file(rest: str, usage: str) -> Path:
     """
     path = Path(_given(rest, usage))
     try:
-        path = path.expanduser()
+        path = expanded(path)
         path.lstat()
     except FileNotFoundError:
         pass

@@ -13,6 +13,7 @@ from ahn.cli import common
 from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError
+from ahn.files import expanded
 
 if TYPE_CHECKING:
     from ahn.cli.session import Session
@@ -153,7 +154,7 @@ def read_text(path: Path | None) -> str:
         AHNError: it cannot be read, or is not UTF-8.
     """
     try:
-        raw = sys.stdin.buffer.read() if path is None else path.expanduser().read_bytes()
+        raw = sys.stdin.buffer.read() if path is None else expanded(path).read_bytes()
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise AHNError(f"{path or 'Standard input'} is not UTF-8 text (byte {error.start}).") from error

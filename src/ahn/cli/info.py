@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ahn.cli import common
 from ahn.cli.common import AdapterOption, JsonOption, QuantizedOption, SinksOption, WindowOption
+from ahn.files import expanded
 
 if TYPE_CHECKING:
     from ahn.checkpoint.directory import Checkpoint
@@ -132,7 +133,7 @@ def _open(model: str) -> Checkpoint:
     from ahn.errors import AHNError
     from ahn.files import read_json
 
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         if (path / WEIGHTS).exists() or (path / INDEX).exists():
             return Checkpoint.open(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
 import os
 import shutil
 import sys
@@ -38,6 +39,8 @@ VERBS = {
 `app` if it has verbs of its own."""
 
 
+TEXTS = ("--prompt", "--system")
+"""Options whose value may be empty."""
 NARROW = 100
 """Columns that the boxes of help need to show every option with its whole name."""
 ABANDONED = "ahn-tokeniser"
@@ -53,7 +56,16 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, placeholder, rest = super().resolve_command(ctx, args)
+        _check_values(rest, ctx)
         return name, placeholder and load(str(name)), rest
+
+
+def _check_values(words: list[str], ctx: Any) -> None:
+    """Raises BadParameter for an option with an empty value, as an unset variable gives: it is not the default."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for option, value in itertools.pairwise(words):
+        if not value and option.startswith("--") and option not in TEXTS:
+            raise typer.BadParameter(f"{option} is empty", ctx=ctx)
 
 
 def load(verb: str) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ahn.errors import AHNError
+from ahn.files import expanded
 
 Field = Callable[[Any], Any]
 """Checks a value and returns it; a `ValueError` says what it must be."""
@@ -66,9 +67,9 @@ class DataLines:
     """
 
     def __init__(self, file: DataFile, directory: Path | None) -> None:
-        self.path = _download(file) if directory is None else directory.expanduser() / file.path
+        self.path = _download(file) if directory is None else expanded(directory) / file.path
         if directory is not None and file.member and not self.path.is_file():
-            unpacked = directory.expanduser() / file.member
+            unpacked = expanded(directory) / file.member
             if unpacked.is_file():
                 self.path, file = unpacked, dataclasses.replace(file, member=None, sha256=None)
         if not self.path.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 from ahn.errors import AHNError
 from ahn.evaluation import data
 from ahn.evaluation.data import DataFile, DataLines
+from ahn.files import expanded
 from ahn.tiny.corpus import held_out_text
 
 TITLES = ("short_book_title", "title")
@@ -38,7 +39,7 @@ def load(tokenizer: Any, source: Path | None = None, length: int | None = None, 
     Raises:
         AHNError: the file cannot be read or has no such book, or the text has fewer than `length` tokens, or than 2.
     """
-    name, text = _held_out() if source is None else _read(source.expanduser(), number)
+    name, text = _held_out() if source is None else _read(expanded(source), number)
     ids = tokenizer(text, verbose=False)["input_ids"][:length]
     if len(ids) < max(2, length or 0):
         raise AHNError(f"{name} has only {len(ids)} tokens: give a longer text, or a smaller --length.")

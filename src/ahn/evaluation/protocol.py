@@ -19,7 +19,7 @@ from ahn.errors import AHNError
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol_recipes import RECIPES, Protocol, Recipe
 from ahn.evaluation.protocol_sources import Source, SourceText, checked, json_object
-from ahn.files import write_text
+from ahn.files import expanded, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def load_protocol(
         raise AHNError(f"Unknown protocol {name!r}: choose one of {', '.join(RECIPES)}.")
     recipe = RECIPES[name]
     if protocol_dir is not None:
-        return _from_directory(Path(protocol_dir).expanduser(), name, recipe)
-    cached = (_default_cache() if cache_dir is None else Path(cache_dir).expanduser()) / f"{name}.json"
+        return _from_directory(expanded(protocol_dir), name, recipe)
+    cached = (_default_cache() if cache_dir is None else expanded(cache_dir)) / f"{name}.json"
     protocol = _from_cache(cached, recipe)
     if protocol is None:
         protocol = _build(recipe, lambda source: checked(source, protocol_sources.fetch(source.url), source.url))

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from ahn.errors import AHNError
+from ahn.files import expanded
 from ahn.tiny.corpus import held_out_text, train_documents
 
 BOOKS = {
@@ -51,7 +52,7 @@ def read_texts(name: str) -> list[Text]:
     Raises:
         AHNError: there is no such text, it cannot be fetched, or nothing in it can be read.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name in BOOKS and not path.exists():
         return _archive(_fetch(BOOKS[name]))
     if name == STDLIB and not path.exists():

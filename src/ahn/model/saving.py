@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME
 from ahn import memory
 from ahn.config import ARCHITECTURE, MODEL_TYPE, AHNConfig
 from ahn.errors import AHNError
-from ahn.files import write_json
+from ahn.files import expanded, write_json
 from ahn.memory.layer import added_parameters
 
 BLOCK = "ahn"
@@ -132,7 +132,7 @@ def base_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def base_reference(base: str | os.PathLike[str], directory: Path) -> str:
     """How a checkpoint in `directory` names its base: a Hub id as it is, a directory beside it by a relative path."""
-    path = Path(base).expanduser()
+    path = expanded(base)
     if not path.is_dir():
         return str(base)
     path, directory = path.resolve(), directory.resolve()

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ahn.errors import AHNError
+from ahn.files import expanded
 from ahn.smollm2 import hub, made
 from ahn.smollm2.hub import REPOSITORY
 
@@ -35,7 +36,7 @@ def path(gguf: str | os.PathLike[str] | None = None) -> Path:
     """
     named = gguf or os.environ.get(GGUF)
     if named:
-        return made.make(Path(named).expanduser())
+        return made.make(expanded(named))
     found = hub.cached() or made.directory()
     if found:
         return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.config import AHNConfig
-from ahn.files import write_text
+from ahn.files import expanded, write_text
 from ahn.measure import plots
 from ahn.training.arguments import Arguments
 from ahn.training.looks import SHARE
@@ -83,7 +83,7 @@ def write_card(
     """
     settings, trainer = arguments
     base = str(settings.model_name_or_path)
-    is_hub = "/" in base and not Path(base).expanduser().exists()
+    is_hub = "/" in base and not expanded(base).exists()
     fixed = {"fixed": f"lossless total {settings.sliding_window}", "linear": "lossless total a quarter of the samples"}
     text = CARD.format(
         base_tag=f"\nbase_model: {base}" if is_hub else "",

@@ -21,6 +21,7 @@ import fsspec
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
 from ahn.errors import AHNError
+from ahn.files import expanded
 from ahn.private import fingerprint
 from ahn.training.messages import printable
 
@@ -69,7 +70,7 @@ def _limited(rows: Rows, max_samples: int | None) -> Rows:
 
 
 def _load(name: str, streaming: bool) -> Rows:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name in STANDARD_LIBRARY:
         arguments = {"held_out": STANDARD_LIBRARY[name], "python": sys.version}  # the version is for the cache's key
         return _generated(_standard_library, arguments, streaming)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation.tasks.ruler.problem import Problem
+from ahn.files import expanded
 
 FILES = {"qa_1": "dev-v2.0.json", "qa_2": "hotpot_dev_distractor_v1.json"}
 """Task -> its file: SQuAD 2.0 and HotpotQA, as their authors publish them."""
@@ -65,7 +66,7 @@ def load(task: str, directory: Path | None) -> Corpus:
     """
     if directory is None:
         raise AHNError(f"ruler/{task} is made from {FILES[task]}: download it and name its directory with --data-dir.")
-    path = directory.expanduser() / FILES[task]
+    path = expanded(directory) / FILES[task]
     if not path.is_file():
         raise AHNError(f"{path} is missing: --data-dir must hold {FILES[task]} for ruler/{task}.")
     return _read(task, path)
