@@ -34,8 +34,15 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.ahn\.partial", re.DOTALL)
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with `~` and `~user` written out. Of a user that nobody knows it stays: there is no such file."""
-    return Path(os.path.expanduser(path))
+    """A path with `~` and `~user` written out.
+
+    Raises:
+        AHNError: the system knows no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise AHNError(f"{os.fspath(path)} cannot be found: there is no such user.") from error
 
 
 @contextlib.contextmanager
