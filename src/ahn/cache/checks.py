@@ -6,6 +6,7 @@ Everything here is a function of the description (JSON), of the tensors' dtypes 
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -188,6 +189,8 @@ def _tier(
 def _check_other_layer(tensors: dict[str, Stored], seen: int, held: int | None, batch: int, where: str) -> None:
     """A layer without a memory: the first size of its tensors is the batch, the third of its keys what it holds."""
     for name, stored in tensors.items():
+        if not re.fullmatch(r"keys|values|(conv|recurrent)_states\.\d{1,3}", name):
+            raise AHNError(f"{where} holds a tensor {name[:80]!r} that no layer without a memory has.")
         if not stored.shape or stored.shape[0] != batch:
             raise AHNError(f"{where}.{name} has shape {stored.shape}, the conversation has {batch} rows.")
     keys, values = tensors.get("keys"), tensors.get("values")

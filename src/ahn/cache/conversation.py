@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ahn.cache import file
+from ahn.cache import file, other
 from ahn.cache.layer import AHNLayer
 from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
@@ -186,6 +186,11 @@ class AHNCache(Cache):
         layer.prefetch()  # offloaded again by `finish`, once the forward no longer needs it
         return layer.update(key_states, value_states)
 
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, **kwargs: Any) -> Any:
+        if not self.offloading:  # a linear layer's states come back with its first update, as keys and values do
+            _move(self.layers[layer_idx], conv_states.device)
+        return super().update_conv_state(conv_states, layer_idx, **kwargs)
+
     def finish(self, layer: AHNLayer) -> None:
         """Called when a layer's forward is over."""
         layer.under_way = False
@@ -311,10 +316,7 @@ class AHNCache(Cache):
                 layer.load_tensors(own)
                 cache._batch = len(own["keys"])
             elif own:
-                layer.lazy_initialization(own["keys"], own["values"])
-                layer.keys, layer.values = own["keys"], own["values"]
-                if hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length = seen
+                other.load(layer, own, seen)
         cache.progress.seen = seen
         if padding := under("padding."):
             cache.progress.padding = Padding(**padding)
@@ -322,20 +324,14 @@ class AHNCache(Cache):
 
 
 def _tensors(layer: Any, index: int) -> dict[str, Tensor]:
-    if isinstance(layer, AHNLayer):
-        return layer.tensors()
-    if not layer.is_initialized:
-        return {}
-    if not hasattr(layer, "keys") or layer.keys is None:
-        raise AHNError(f"Layer {index} keeps a {type(layer).__name__}, which cannot be saved.")
-    return {"keys": layer.keys, "values": layer.values}
+    return layer.tensors() if isinstance(layer, AHNLayer) else other.tensors(layer, index)
 
 
 def _move(layer: Any, device: torch.device | str) -> None:
     if isinstance(layer, AHNLayer):
         layer.to(device)
-    elif layer.is_initialized:
-        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+    else:
+        other.move(layer, device)
 
 
 def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:

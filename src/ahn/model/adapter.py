@@ -8,7 +8,6 @@ wrapped so that long prompts are read in chunks and generation gets an `AHNCache
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 from typing import Any
 
@@ -28,6 +27,7 @@ from ahn.model import attention, chunks
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import rotates, rotation_of
+from ahn.model.support import attention_module, check_decoder, decoder_layers
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
 from ahn.wrappers import attached, unwrapped
@@ -56,7 +56,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
     shape, modules = ModelShape.from_config(model.config), attachable(model, config)
-    decoder, layers = _decoder_layers(model)
+    decoder, layers = decoder_layers(model)
     kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
@@ -83,8 +83,9 @@ def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module
     """
     shape = ModelShape.from_config(model.config)
     _check_head_dim(shape, config)
-    _, layers = _decoder_layers(model)
-    return {i: _attention_module(layers[i], shape) for i in shape.memory_layers(config.full_attention_layers)}
+    decoder, layers = decoder_layers(model)
+    check_decoder(decoder)
+    return {i: attention_module(layers[i], shape) for i in shape.memory_layers(config.full_attention_layers)}
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -103,7 +104,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for handle in adapter.handles:
         handle.remove()
     chunks.unwrap(model)
-    _, layers = _decoder_layers(model)
+    _, layers = decoder_layers(model)
     for layer in layers:
         for name in ("ahn", "ahn_router"):
             if hasattr(layer, name):
@@ -303,42 +304,3 @@ def _check_head_dim(shape: ModelShape, config: AHNConfig) -> None:
             f"A token with {config.key_bits} bits for keys and {config.value_bits} for values needs a head dimension "
             f"that is a multiple of {multiple}, this model's is {shape.head_dim}."
         )
-
-
-def _decoder_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = getattr(decoder, "layers", None)
-    if decoder is None or not isinstance(layers, nn.ModuleList):
-        raise AHNError(f"{type(model).__name__} has no decoder with a list of layers (model.get_decoder().layers).")
-    return decoder, layers
-
-
-def _attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
-    """The layer's attention, checked for everything that the hooks rely on."""
-    module = getattr(layer, "self_attn", None)
-    if module is None:
-        raise AHNError(f"{type(layer).__name__} has no self_attn; an AHN needs a decoder with standard attention.")
-    name = type(module).__name__
-    fused = getattr(module, "qkv_proj", None) is not None
-    needed = ("qkv_proj", "o_proj") if fused else ("q_proj", "k_proj", "v_proj", "o_proj")
-    missing = [part for part in needed if getattr(module, part, None) is None]
-    if missing:
-        raise AHNError(
-            f"{name} has no {', '.join(missing)}; latent attention and shared keys and values are not supported."
-        )
-    if module.o_proj.in_features != shape.heads * shape.head_dim:
-        raise AHNError(
-            f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
-        )
-    try:
-        source = inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        raise AHNError(
-            f"{name}.forward has no source to read, so it cannot be checked for what an AHN needs: define the class in "
-            "a file, not in a shell."
-        ) from None
-    if "get_interface" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:
-        raise AHNError(f"{name} does not call transformers' attention interface; an AHN cannot hook into it.")
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values()):
-        raise AHNError(f"{name}.forward takes no **kwargs, so the memory cannot receive its input.")
-    return module

@@ -95,7 +95,7 @@ def attention(
         ahn_layer.cache_layer.keep(tier_state, state)
         if ahn_layer.cache is not None:
             ahn_layer.cache.finish(ahn_layer.cache_layer)
-    return out, weights
+    return out.contiguous(), weights  # as transformers' own functions: some models take a view of it
 
 
 def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,116 @@
+"""Which base models can carry an AHN: everything that the hooks rely on, asked before anything is changed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ahn.errors import AHNError
+from ahn.shape import ModelShape
+
+_UNLIKE_ITSELF = ("BambaMixer",)
+"""Layers that go on with another result than that of the whole text in transformers itself, up to 5.24."""
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if decoder is None or not isinstance(layers, nn.ModuleList):
+        raise AHNError(f"{type(model).__name__} has no decoder with a list of layers (model.get_decoder().layers).")
+    return decoder, layers
+
+
+def attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
+    """The layer's attention, checked for everything that the hooks rely on."""
+    module = getattr(layer, "self_attn", None)
+    if module is None:
+        raise AHNError(f"{type(layer).__name__} has no self_attn; an AHN needs a decoder with standard attention.")
+    name = type(module).__name__
+    fused = getattr(module, "qkv_proj", None) is not None
+    needed = ("qkv_proj", "o_proj") if fused else ("q_proj", "k_proj", "v_proj", "o_proj")
+    missing = [part for part in needed if getattr(module, part, None) is None]
+    if missing:
+        raise AHNError(
+            f"{name} has no {', '.join(missing)}; latent attention and shared keys and values are not supported."
+        )
+    if module.o_proj.in_features != shape.heads * shape.head_dim:
+        raise AHNError(
+            f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
+        )
+    source = _source(type(module).forward, name)
+    if "get_interface" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:
+        raise AHNError(f"{name} does not call transformers' attention interface; an AHN cannot hook into it.")
+    if not _takes_keywords(type(module).forward):
+        raise AHNError(f"{name}.forward takes no **kwargs, so the memory cannot receive its input.")
+    _check_calls(type(module))
+    if not _hands_on_keywords(type(layer), "self_attn"):
+        raise AHNError(f"{type(layer).__name__}.forward gives its attention no **kwargs, which a memory needs.")
+    return module
+
+
+def check_decoder(decoder: nn.Module) -> None:
+    """Raises AHNError unless the decoder works with a cache and keyword arguments of others."""
+    kind = type(decoder)
+    if not _takes_keywords(kind.forward):
+        raise AHNError(f"{kind.__name__}.forward takes no **kwargs, so layers cannot be told what they see.")
+    for part in decoder.modules():
+        _check_continues(type(part))
+    file = sys.modules[kind.__module__]
+    caches = [x for x in vars(file).values() if isinstance(x, type) and issubclass(x, Cache)]
+    own = [x.__name__ for x in caches if x.__module__ == file.__name__]
+    if own:
+        raise AHNError(f"{kind.__name__} wants a cache of its own, {own[0]}, which has no place for a memory.")
+
+
+def _check_continues(kind: type[nn.Module]) -> None:
+    """A recurrent layer of the base must go on from its state when it is given several tokens: texts come in chunks."""
+    if kind.__module__.startswith("transformers.models") and "forward" in vars(kind):
+        source = inspect.getsource(kind)
+        if kind.__name__ in _UNLIKE_ITSELF or (".update_recurrent_state(" in source and "initial_state" not in source):
+            raise AHNError(
+                f"{kind.__name__} does not go on where the last chunk of a text ended, so long ones cannot be read."
+            )
+
+
+def _check_calls(kind: type[nn.Module]) -> None:
+    """One call of the attention function, with the mask as it came: what comes out is the attention of this layer."""
+    calls = [call for call in _calls(kind) if ast.unparse(call.func) == "attention_interface"]
+    if len(calls) > 1:
+        raise AHNError(f"{kind.__name__} attends {len(calls)} times per layer; an AHN needs one attention.")
+    for call in calls:
+        by_name = {keyword.arg: keyword.value for keyword in call.keywords}
+        mask = call.args[4] if len(call.args) > 4 else by_name.get("attention_mask")
+        if mask is None or ast.unparse(mask) != "attention_mask":
+            raise AHNError(f"{kind.__name__} makes an attention mask of its own, which says nothing of a window.")
+
+
+def _takes_keywords(function: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def _hands_on_keywords(kind: type[nn.Module], part: str) -> bool:
+    """Whether every call of `self.part` in a module's forward is given the caller's **kwargs."""
+    calls = [call for call in _calls(kind) if ast.unparse(call.func) == f"self.{part}"]
+    return all(any(keyword.arg is None for keyword in call.keywords) for call in calls)
+
+
+def _source(function: Any, name: str) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    except (OSError, TypeError):
+        raise AHNError(
+            f"{name}.forward has no source to read, so it cannot be checked for what an AHN needs: define the class in "
+            "a file, not in a shell."
+        ) from None
+
+
+def _calls(kind: type[nn.Module]) -> list[ast.Call]:
+    tree = ast.parse(_source(kind.forward, kind.__name__))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

@@ -1,0 +1,51 @@
+"""Every causal class of transformers: right, or refused by `attach` with a sentence. Nothing in between.
+
+What "right" means is in `support.architectures`: the base bit for bit within the window, whole = chunks = steps = no
+cache, a padded row is the row alone, conversations are copied and saved, gradients reach the memory, detach restores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+from support.architectures import TYPES, build, judge, row
+
+import ahn
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+REFUSED = {
+    "bamba": "BambaMixer does not go on where the last chunk",
+    "diffllama": "DiffLlamaAttention attends 2 times per layer",
+    "doge": "DogeAttention makes an attention mask of its own",
+    "jamba": "JambaMambaMixer does not go on where the last chunk",
+    "minimax": "MiniMaxModel wants a cache of its own, MiniMaxCache",
+    "stablelm": r"StableLmDecoderLayer.forward gives its attention no \*\*kwargs",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_is_changed(model_type: str) -> None:
+    model = build(model_type)
+    before = set(model.state_dict())
+    with pytest.raises(ahn.AHNError, match=REFUSED[model_type]):
+        ahn.attach(model, ahn.AHNConfig(window=9, sinks=2))
+    assert set(model.state_dict()) == before and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "granitemoehybrid", "qwen3_next"])
+def test_families_that_were_gained(model_type: str) -> None:
+    """Attention whose output is viewed; recurrent states, in conversations that are saved and moved."""
+    assert judge(model_type).kind == "right", judge(model_type).reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_architecture_is_right_or_refused_as_the_page_says(model_type: str) -> None:
+    verdict = judge(model_type)
+    assert verdict.kind != "wrong", verdict.reason
+    page = PAGE.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}" in page:
+        found = [line for line in page.splitlines() if line.startswith(f"| `{model_type}` |")]
+        assert found == [row(model_type, verdict)]

@@ -1,0 +1,228 @@
+"""Every causal class of transformers as a tiny model, and what becomes of it with an AHN."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from golden import relative_error
+from models import VOCABULARY, awaken, positions, tokens
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import ahn
+
+TOLERANCE = 1e-4  # float32 in another order of operations, through a few layers with sharp attention
+TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+"""Model types that transformers has a causal class for."""
+_LENGTH = 34
+_LIMIT = 20_000_000
+"""Parameters up to which a model is built."""
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32,
+    "intermediate_size": 48, "ffn_dim": 48, "d_ff": 48, "n_inner": 48, "shared_intermediate_size": 16,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+    "expert_intermediate_size": 16, "intermediate_size_mlp": 48, "moe_ffn_hidden_size": 16, "ffn_hidden_size": 48,
+    "num_hidden_layers": 2, "n_layer": 2, "num_layers": 2, "n_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "num_heads": 4, "n_heads": 4, "num_key_value_heads": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
+    "head_dim": 16, "attention_head_dim": 16, "global_head_dim": 16, "num_global_key_value_heads": 2,
+    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+    "max_position_embeddings": 4096, "initializer_range": 0.2, "init_std": 0.2,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "moe_top_k": 2,
+    "n_group": 1, "topk_group": 1, "num_expert_group": 1,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_d_state": 8,
+    "mamba_d_conv": 4, "mamba_expand": 2,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "state_size": 4,
+    "mamba_dt_rank": 4, "n_mamba_heads": 2, "attention_hidden_size": 64, "mamba_chunk_size": 8, "chunk_size": 8,
+    "sliding_window": 6, "attention_window_size": 6, "attention_chunk_size": 8192, "lru_width": 32, "block_size": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False,
+    "first_k_dense_replace": 1, "attn_layer_offset": 1, "attn_layer_period": 2, "rotary_dim": 8,
+    "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": 0.0,
+    "router_dim": 8, "compress_ratio": 2, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4096,
+}  # fmt: skip
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {},
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+_MIXED = ["sliding_attention", "full_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of one architecture: "right", "refused", "not built", or "wrong" with what was."""
+
+    kind: str
+    reason: str = ""
+
+
+def config_of(model_type: str) -> Any:
+    """A tiny configuration."""
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    text = default.get_text_config(decoder=True)
+    sizes = {name: size for name, size in _SIZES.items() if getattr(text, name, None) is not None}
+    sizes = {name: size for name, size in sizes.items() if not _is_computed(text, name)}
+    sizes |= {name: _SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    if "qk_rope_head_dim" in sizes and "head_dim" in sizes:
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]
+    types = getattr(text, "layer_types", None)
+    if types and not _is_computed(text, "layer_types"):
+        several = list(dict.fromkeys(types))
+        sizes |= {"layer_types": several if len(several) > 1 else several * 2}
+        sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    sizes |= _OF_TYPE.get(model_type, {})
+    if text is not default:
+        return kind(**{default_name(default, text): type(text)(**sizes).to_dict()})
+    return kind(**sizes)
+
+
+def _is_computed(config: Any, name: str) -> bool:
+    return isinstance(getattr(type(config), type(config).attribute_map.get(name, name), None), property)
+
+
+def default_name(default: Any, text: Any) -> str:
+    """Under which name a configuration holds its text part."""
+    return next(name for name, part in vars(default).items() if part is text)
+
+
+def build(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model: float32, CPU, evaluation mode."""
+    config = config_of(model_type)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+    if size > _LIMIT:
+        raise ValueError(f"{size} parameters")
+    torch.manual_seed(seed)
+    return kind(config).eval()
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: Tensor, pieces: list[int], cache: Any = None) -> Tensor:
+    """Logits of ids (B, L) read in pieces of so many tokens."""
+    logits, at = [], 0
+    for length in pieces:
+        output = model(ids[:, at : at + length], past_key_values=cache, use_cache=True)
+        cache, at = output.past_key_values, at + length
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+def judge(model_type: str) -> Verdict:
+    """What becomes of a tiny model of this type."""
+    try:
+        plain = build(model_type)
+        ids = tokens(2, _LENGTH)
+        expected = plain(ids).logits
+    except Exception as error:
+        return Verdict("not built", f"{type(error).__name__}: {error}".split("\n")[0][:150])
+    try:
+        model = ahn.attach(build(model_type), ahn.AHNConfig(window=60, sinks=4))
+    except ahn.AHNError as error:
+        return Verdict("refused", str(error))
+    try:
+        wrong = _compare(model, plain, ids, expected)
+    except Exception as error:
+        return Verdict("wrong", f"{type(error).__name__}: {error}".split("\n")[0])
+    return Verdict("wrong", wrong) if wrong else Verdict("right")
+
+
+def _compare(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor, expected: Tensor) -> str:
+    """What is wrong about a model with a wide window, which is then made narrow; empty if nothing is."""
+    awaken(model)
+    if not torch.equal(model(ids).logits, expected):
+        return "another result within the window"
+    if not torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits):
+        return "another result within the window, without a cache"
+    if not torch.equal(read(model, ids, [20, *[1] * 14]), read(plain, ids, [20, *[1] * 14])):
+        return "another result within the window, in steps"
+    ahn.set_window(model, 9, 2)
+    whole = read(model, ids, [_LENGTH])
+    if relative_error(whole, expected) < 0.003:
+        return "the window changes nothing"
+    cache = ahn.AHNCache.for_model(model)
+    pieces, steps = [7, 1, 5, 1, 1, 1, 6, 1, 1, 10], [20, *[1] * 14]
+    found: dict[str, Tensor] = {
+        "without a cache": model(ids, use_cache=False).logits,
+        "in steps": read(model, ids, steps),
+    }
+    try:
+        found["in pieces"] = read(model, ids, pieces, cache)
+    except ahn.AHNError:  # a refusal is right as well: the base cannot go on in pieces
+        read(model, ids, steps, cache := ahn.AHNCache.for_model(model))
+    model.ahn_config = model.ahn_config.replace(prefill_chunk_size=5)
+    found["in chunks"] = model(ids).logits
+    for how, logits in found.items():
+        if not relative_error(logits, whole) < TOLERANCE:
+            return f"another result {how}: {relative_error(logits, whole):.1e}"
+    return (
+        _padded(model, plain, ids) or _kept(model, cache, ids) or _learned(model, ids) or _detached(model, plain, ids)
+    )
+
+
+def _padded(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor) -> str:
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    errors = []
+    for each in (plain, model):
+        padded = each(ids, attention_mask=mask, position_ids=positions(mask)).logits[0, 6:]
+        errors.append(relative_error(padded, each(ids[:1, 6:]).logits[0]))
+    return (
+        f"a padded row is another: {errors[1]:.1e}, base {errors[0]:.1e}"
+        if errors[1] > max(TOLERANCE, 3 * errors[0])
+        else ""
+    )
+
+
+def _kept(model: PreTrainedModel, cache: ahn.AHNCache, ids: Tensor) -> str:
+    more = tokens(2, 3, seed=1)
+    copied = copy.deepcopy(cache)
+    with tempfile.TemporaryDirectory() as folder:
+        cache.to("cpu").save(Path(folder) / "cache")
+        loaded = ahn.AHNCache.load(Path(folder) / "cache", model)
+    expected = read(model, more, [1, 1, 1], cache)
+    for how, other in (("copied", copied), ("saved", loaded)):
+        if relative_error(read(model, more, [1, 1, 1], other), expected) > 1e-6:
+            return f"another result from a {how} conversation"
+    return ""
+
+
+def _learned(model: PreTrainedModel, ids: Tensor) -> str:
+    with torch.enable_grad():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    weights = {name: p for name, p in ahn.adapter_parameters(model).items() if name.endswith("fn.o_proj.weight")}
+    silent = [name for name, p in weights.items() if p.grad is None or not bool(p.grad.any())]
+    return f"no gradient reaches {silent[0]}" if silent or not weights else ""
+
+
+def _detached(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor) -> str:
+    with ahn.disabled(model):
+        if not torch.equal(model(ids).logits, plain(ids).logits):
+            return "another result with the AHN disabled"
+    ahn.detach(model)
+    if model.state_dict().keys() != plain.state_dict().keys() or not torch.equal(model(ids).logits, plain(ids).logits):
+        return "another model after detach"
+    return ""
+
+
+def row(model_type: str, verdict: Verdict) -> str:
+    """Of the table in docs/compatibility.md."""
+    reason = verdict.reason.replace("|", "/")
+    return f"| `{model_type}` | {verdict.kind} | {reason if verdict.kind == 'refused' else ''} |"
+
+
+if __name__ == "__main__":
+    print(*(row(name, judge(name)) for name in TYPES), sep="\n")
