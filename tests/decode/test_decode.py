@@ -396,7 +396,9 @@ def test_what_no_graph_can_do(why: str, graphs: Graphs, monkeypatch: pytest.Monk
     model = adapted("gemma3" if why == "gemma3" else "qwen3", **options)
     if why == "dynamic angles":  # they change with the length of the text
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-        model = awaken(ahn.attach(base(rope_parameters=rope), model.ahn_config))
+        model = awaken(
+            ahn.attach(base(rope_parameters=rope), model.ahn_config.replace(max_distance=0, keys_before_rope=False))
+        )
     if why == "several devices":
         model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     if why == "no step_rule":

@@ -35,12 +35,12 @@ def test_an_answer_is_right_when_every_token_is() -> None:
     ids = words(TEXT[:300])["input_ids"]
     told = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=None)[0, len(ids) :]
     steps: list[int] = []
-    assert book.answers(model, book.Question(ids, told.tolist()), steps.append)
+    assert book.answers(model, book.BookQuestion(ids, told.tolist()), steps.append)
     assert sum(steps) == len(ids) + 3
     for place in range(4):
         wrong = told.tolist()
         wrong[place] = (wrong[place] + 1) % len(words)
-        assert not book.answers(model, book.Question(ids, wrong), steps.append)
+        assert not book.answers(model, book.BookQuestion(ids, wrong), steps.append)
 
 
 def test_perplexity_and_cache_by_position() -> None:

@@ -32,7 +32,7 @@ COLOURS = ("#5b6470", "#e0a030", "#d1495b", "#2e86ab", "#6a994e", "#b07d4f")
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class BookQuestion:
     """Token ids of a chat up to the reply's first words, and the tokens that have to follow."""
 
     ids: list[int]
@@ -60,7 +60,7 @@ class BookResult:
 
 def make_questions(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int = 0
-) -> list[Question]:
+) -> list[BookQuestion]:
     """Chats about different pages of a text, each with one fact in it.
 
     Args:
@@ -81,12 +81,12 @@ def make_questions(
         shown += REPLY.format(key=key)
         whole = tokenizer(f"{shown} {value}", add_special_tokens=False, verbose=False)["input_ids"]
         ids = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
-        questions.append(Question(whole[: len(ids)], whole[len(ids) :]))
+        questions.append(BookQuestion(whole[: len(ids)], whole[len(ids) :]))
     return questions
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel, question: Question, advance: Callable[[int], Any]) -> bool:
+def answers(model: PreTrainedModel, question: BookQuestion, advance: Callable[[int], Any]) -> bool:
     """Whether every token of the answer is the most probable one, given those before it."""
     cache, ids = new_cache(model), [*question.ids, *question.answer]
     start, wanted, done = len(question.ids) - 1, len(question.answer), 0
@@ -102,7 +102,7 @@ def read_book(
     model: PreTrainedModel,
     methods: Sequence[Method],
     ids: Sequence[int],
-    questions: Sequence[Question],
+    questions: Sequence[BookQuestion],
     bin_size: int,
     advance: Callable[[str, int], Any] = lambda name, tokens: None,
 ) -> list[BookResult]:

@@ -156,7 +156,7 @@ class Windowed(Route):
 
 
 @dataclasses.dataclass
-class Spans(Route):
+class SpanRoute(Route):
     """Kernels that know when each key is seen, with gradients; see `ahn.attend.spans`."""
 
     view: Visibility
@@ -203,7 +203,7 @@ def choose(
     if plain and windowed.applies(view, query) and (tier_view is None or tier_view.banded):
         return Windowed(view)
     if plain and not cached and _spans_apply(view, query, kwargs):
-        return Spans(view)
+        return SpanRoute(view)
     if not (view.evicted or view.rolled or view.moved) and base_mask.covers(view):
         # Nothing has left the window: exactly the base model, with its own mask.
         return Masked(kernel, base_mask.resolve(kernel, query.device), boolean=False)
