@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ahn import private
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 
@@ -37,7 +38,7 @@ def checked(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNConfig) -
     if kind not in (None, "dynamic", "hybrid"):
         warnings.warn(
             f"cache_implementation={kind!r} is ignored: a model with an AHN keeps an ahn.AHNCache, whose size does not "
-            "grow. To keep it on the CPU, pass past_key_values=ahn.AHNCache.for_model(model, offloading=True).",
+            f"grow. To keep it on the CPU, pass {private.CACHE}=ahn.AHNCache.for_model(model, offloading=True).",
             stacklevel=4,
         )
     return kwargs if kind is None else kwargs | {"cache_implementation": None}
