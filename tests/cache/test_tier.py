@@ -137,8 +137,8 @@ AttentionMaskInterface.register("plain_quantized", lambda **kwargs: None)
 def plain(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of an adapted model without a memory, by the plain form."""
     PLAIN.update(config=model.ahn_config, theta=model.config.rope_parameters["rope_theta"])
+    own = model._ahn.kernel
     with ahn.disabled(model):
-        own = model.config._attn_implementation
         model.set_attn_implementation("plain_quantized")
         try:
             return model(ids, use_cache=False).logits
