@@ -143,6 +143,7 @@ def _take_terminal() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.slow  # seconds of a real terminal, whose timing a loaded machine upsets
 def test_at_a_terminal(tmp_path: Path, state: Path) -> None:
     """Ctrl-C stops a reply and what was said is kept, twice; a command's mistake is one line; Ctrl-D leaves."""
     saved = speaking.save(tmp_path, speaking.CHATML)

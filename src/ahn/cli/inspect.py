@@ -52,6 +52,7 @@ def command(
     """
     from ahn.cli.session import open_session
     from ahn.inspect import record, token_kinds
+    from ahn.measure.reading import chunk_size, in_chunks, new_cache
     from ahn.tiny.corpus import held_out_text
 
     name, content = _longest(held_out_text()) if text is None else (text.name, read_text(text))
@@ -61,7 +62,9 @@ def command(
         raise AHNError(f"{name} has {len(ids)} tokens, which all stay exact ({sinks} sinks + window {window}).")
     with record(session.model) as trace, common.progress() as bar:
         task = bar.add_task("reading", total=len(ids))
-        session.read(ids, lambda tokens: bar.advance(task, tokens))
+        cache, size = new_cache(session.model), chunk_size(session.model)  # a session keeps the last token for later
+        for read, _ in in_chunks(session.model, cache, ids, 0, len(ids), size):
+            bar.update(task, completed=read)
     kinds = trace.by_kind(token_kinds(session.tokenizer, ids))
     written = len(ids) - window - sinks
     memory = session.model.ahn_config.memory
