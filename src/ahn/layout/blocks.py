@@ -1,4 +1,4 @@
-"""Blocks of the tokens that leave the window: after each the tokens with the highest scores stay.
+"""TokenBlocks of the tokens that leave the window: after each the tokens with the highest scores stay.
 
 A row's first G tokens that leave the window are its block 0, the next G its block 1. When a block is full, M of the
 tokens kept before and of its own stay, those with the highest scores, per head and of equal scores the older. Until
@@ -20,7 +20,7 @@ from ahn.layout.visibility import Visibility
 NEVER = torch.iinfo(torch.int32).max
 
 
-class Seen(NamedTuple):
+class SeenTokens(NamedTuple):
     """Which new query sees which place, each (B, Hkv, n, M + G + m) bool."""
 
     exactly: Tensor
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
 
 @dataclasses.dataclass
-class Blocks:
+class TokenBlocks:
     """One forward's way through the blocks, in *places*: M + G slots first, then the m tokens that leave now.
 
     Args:
@@ -118,14 +118,14 @@ class Blocks:
             kept = torch.where(filled, stay, kept)
         return kept, forgotten
 
-    def visible(self, positions: Tensor, forgotten: Tensor) -> Seen:
+    def visible(self, positions: Tensor, forgotten: Tensor) -> SeenTokens:
         """Which query sees which place: what has left by then and is not forgotten."""
         left = (self.view.query_positions - self.view.window - self.view.sinks + 1)[:, None, :, None]
         number = torch.where(positions < 0, NEVER, positions - self.view.sinks)[:, :, None]
         block = torch.div(left, self.block, rounding_mode="floor")
         seen = (number < left) & (block < forgotten[:, :, None])
         filling = torch.div(number, self.block, rounding_mode="floor") == block
-        return Seen(seen & filling, seen & ~filling)
+        return SeenTokens(seen & filling, seen & ~filling)
 
     def after(self, x: Tensor, kept: Tensor, empty: int) -> Tensor:
         """What is in the slots after this forward of x (B, Hkv, M + G + m); `empty` where there is no token."""

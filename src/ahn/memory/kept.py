@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ahn.layout.blocks import Blocks
+from ahn.layout.blocks import TokenBlocks
 from ahn.ops.quantize import code_bytes, decode, encode, precise
 from ahn.shape import EXACT
 
@@ -48,7 +48,7 @@ class Kept:
         """The inverse of `tensors`."""
         return cls(state[f"{name}s"], state.get(f"{name}_scales"), state.get(f"{name}_offset"))
 
-    def joined(self, exact: Tensor, blocks: Blocks, unbiased: bool) -> Kept:
+    def joined(self, exact: Tensor, blocks: TokenBlocks, unbiased: bool) -> Kept:
         """With the tokens (B, Hkv, G + m, P) of the block that was filling and those that leave now.
 
         Args:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ahn.layout.blocks import Blocks, Seen
+from ahn.layout.blocks import SeenTokens, TokenBlocks
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys
 from ahn.memory.kept import Kept
 from ahn.shape import DEFAULT_SLOTS, EXACT
@@ -131,7 +131,7 @@ class RetainedTokens(Memory):
         if view.evicted == 0 and not state:
             return None
         state = state or self.empty_slots(left.key, view.window)
-        blocks = Blocks(view, left.key.shape[0], self.kept, self.block)
+        blocks = TokenBlocks(view, left.key.shape[0], self.kept, self.block)
         new = blocks.positions[:, None].expand(-1, left.key.shape[1], -1)
         scores, positions = (
             torch.cat([held, x.to(held.dtype)], dim=2)
@@ -155,7 +155,7 @@ class RetainedTokens(Memory):
         return self.bits != (EXACT, EXACT)
 
     def _tokens(
-        self, name: str, new: Tensor, blocks: Blocks, state: dict[str, Tensor], stay: Tensor
+        self, name: str, new: Tensor, blocks: TokenBlocks, state: dict[str, Tensor], stay: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Keys or values as queries see them, and as they are kept afterwards.
 
@@ -171,7 +171,7 @@ class RetainedTokens(Memory):
         later = all_kept.take(stay) if blocks.most else held
         return shown, later.tensors(name) | {f"block_{name}s": blocks.block_after(exact)}
 
-    def _seen_as(self, seen: Seen, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _seen_as(self, seen: SeenTokens, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Who sees which of `count` keys that `_tokens` gave, and their positions."""
         if not self._coded:
             return seen.exactly | seen.kept, positions
