@@ -78,7 +78,7 @@ def test_settings_survive_saving(name: str, router: bool) -> None:
 def test_bits_survive_saving_and_older_files_mean_two() -> None:
     """Adapters from before the options were measured with two bits of keys after RoPE, sinks where they stand."""
     settings = ahn.AHNConfig(quantized=5, key_bits=3, value_bits=4, keys_before_rope=False, max_distance=64)
-    config = format.with_ahn({}, settings, None)
+    config = saving.with_ahn({}, settings, None)
     assert format.read_settings(checkpoint(config)) == settings
     for name in ("key_bits", "value_bits", "keys_before_rope", "max_distance"):
         del config["ahn"][name]
