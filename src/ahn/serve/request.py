@@ -23,7 +23,7 @@ class SamplingOptions:
         logprobs: number of most probable tokens to report per written token; None reports nothing.
         prompt_logprobs: the same for the prompt's tokens.
         ignore_eos: go on to `max_tokens` whatever is written.
-        processors: of transformers' kind, (ids (1, n), scores (1, V)) -> scores, for this conversation alone: a grammar.
+        processors: of transformers' kind, (ids (1, n), scores (1, V)) -> scores; a grammar, for example.
     """
 
     max_tokens: int = 256
