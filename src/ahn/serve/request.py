@@ -105,3 +105,50 @@ class Delta:
     cached: int = 0
     finish: FinishReason | None = None
     error: str | None = None
+
+
+class EngineBusy(Exception):  # noqa: N818  (it is no fault)
+    """More is waiting than the engine takes.
+
+    Attributes:
+        retry_after: seconds after which there may be room again.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationInfo:
+    """One kept conversation.
+
+    Attributes:
+        name: under which it is kept, or None.
+        tokens: read and written so far.
+        parts: bytes of its state by part, as `AHNCache.bytes_by_part`.
+        where: the state is now.
+        used: when it was last used, in seconds since 1970.
+    """
+
+    name: str | None
+    tokens: int
+    parts: Mapping[str, int]
+    where: Literal["device", "memory", "disk"]
+    used: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What the engine does now, and what it did since it was started (`tokens_…`, `evicted`)."""
+
+    waiting: int = 0
+    running: int = 0
+    in_memory: int = 0
+    on_disk: int = 0
+    bytes_in_memory: int = 0
+    bytes_on_disk: int = 0
+    tokens_read: int = 0
+    tokens_cached: int = 0
+    tokens_written: int = 0
+    evicted: int = 0
