@@ -6,6 +6,7 @@ base model's `o_proj`. Exact attention runs on the base model's own kernel where
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ahn.cache import tier
+from ahn.cache.tier import Passed
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layout.evicted import Evicted, without_padding
 from ahn.layout.state import Tensors, TierState
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
+from ahn.memory.base import MemoryKeys
 from ahn.memory.query import memory_query
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.observer import Passage
-from ahn.model.route import AttentionCall, LazyMask, kernel_function
+from ahn.model.route import AttentionCall, LazyMask, Route, kernel_function
 from ahn.ops import scan
 from ahn.ops.rule import StepRead
 
@@ -50,7 +53,6 @@ def attention(
     Args:
         query: (B, Hq, n, P) of the new tokens.
         key, value: (B, Hkv, T, P) of every token that the cache still holds, new ones last.
-        attention_mask: a `LazyMask`.
 
     Returns:
         (B, n, Hq, P) and the attention weights where the base kernel gives them.
@@ -66,36 +68,32 @@ def attention(
     forward = ahn_forward.on(query.device)
     for observer in forward.observers:
         observer.attending(ahn_layer, call)
-    view, memory = forward.visibility, ahn_layer.ahn.fn
-    route, tier_view = forward.route(query, attention_mask, ahn_layer, kwargs), forward.tier(ahn_layer.rotates)
-    passed = None
-    evicted, tier_state, state = _evict(ahn_layer, view, key, value)
-    if tier_view is not None and view.evicted:
-        passed = tier.push(
-            tier_view,
-            tier_state,
-            evicted,
-            key,
-            value,
-            forward.config.tier_bits,
-            in_order=route.tier_in_order,
-            raw=route.tier_raw,
-        )
-        evicted, tier_state = without_padding(passed.evicted, memory.closed_gates, view.delayed), passed.state
-    state = state or memory.init_state(query.shape[0], query.device)
-    # Some models turn no keys in some of their layers.
-    moves = memory.moves_keys and ahn_layer.rotates
-    made = memory.extra_keys(evicted, view.delayed, state, forward.anchored if moves else None)
-    if made is not None:
-        state = made.state
-    out, weights = route.attend(call, passed, made)
-    if view.delayed.evicted and isinstance(memory, RecurrentMemory):
-        out, state = _remember(call, memory, forward, ahn_layer, evicted, state, out)
-    if ahn_layer.cache_layer is not None:
-        ahn_layer.cache_layer.keep(tier_state, state)
-        if ahn_layer.cache is not None:
-            ahn_layer.cache.finish(ahn_layer.cache_layer)
+    route = forward.route(query, attention_mask, ahn_layer, kwargs)
+    left = _evict(call, forward, ahn_layer, route)
+    out, weights = route.attend(call, left.passed, left.made)
+    if forward.visibility.delayed.evicted and isinstance(ahn_layer.ahn.fn, RecurrentMemory):
+        read, left.state = _write_and_read(call, forward, ahn_layer, left, out)
+        out = _add(out, read)
+    _keep(ahn_layer, left)
     return out.contiguous(), weights  # as transformers' own functions: some models take a view of it
+
+
+@dataclasses.dataclass
+class _Left:
+    """What has left exact attention in this forward, and what the layer keeps besides its window.
+
+    Attributes:
+        evicted: the tokens that the memory is to write; gates of padding are closed.
+        state: of the memory.
+        passed: what is seen of the tier, if there is one.
+        made: keys that the memory makes of the tokens that have left.
+    """
+
+    evicted: Evicted
+    tier: TierState | None
+    state: Tensors
+    passed: Passed | None
+    made: MemoryKeys | None
 
 
 def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +103,23 @@ def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tenso
     return run(call.module, call.query, call.key, call.value, own, **call.kwargs)
 
 
-def _evict(
+def _evict(call: AttentionCall, forward: ForwardContext, layer: LayerContext, route: Route) -> _Left:
+    """Take from the window what leaves it, through the tier, and let the memory make its keys of it."""
+    view, memory, tier_view = forward.visibility, layer.ahn.fn, forward.tier(layer.rotates)
+    evicted, tier_state, state = _from_window(layer, view, call.key, call.value)
+    passed = None
+    if tier_view is not None and view.evicted:
+        bits, ways = forward.config.tier_bits, (route.tier_in_order, route.tier_raw)
+        passed = tier.push(tier_view, tier_state, evicted, call.key, call.value, bits, *ways)
+        evicted, tier_state = without_padding(passed.evicted, memory.closed_gates, view.delayed), passed.state
+    state = state or memory.init_state(call.query.shape[0], call.query.device)
+    # Some models do not rotate the keys of some of their layers.
+    moves = memory.moves_keys and layer.rotates
+    made = memory.extra_keys(evicted, view.delayed, state, forward.anchored if moves else None)
+    return _Left(evicted, tier_state, state if made is None else made.state, passed, made)
+
+
+def _from_window(
     layer: LayerContext, view: Visibility, key: Tensor, value: Tensor
 ) -> tuple[Evicted, TierState | None, Tensors]:
     """The tokens that leave the window, and the layer's tier and memory before this forward."""
@@ -120,30 +134,44 @@ def _evict(
     return without_padding(evicted, layer.ahn.fn.closed_gates, view), state.tier, state.memory
 
 
-def _remember(
-    call: AttentionCall,
-    memory: RecurrentMemory,
-    forward: ForwardContext,
-    layer: LayerContext,
-    evicted: Evicted,
-    state: Tensors,
-    out: Tensor,
+def _write_and_read(
+    call: AttentionCall, forward: ForwardContext, layer: LayerContext, left: _Left, out: Tensor
 ) -> tuple[Tensor, Tensors]:
-    """Write what leaves, read, and add what was read to the exact attention `out` (B, n, Hq, P); the new state."""
-    view = forward.visibility.delayed
+    """Write the m tokens that leave and read with the last m queries, before the eyes of observers.
+
+    Args:
+        out: (B, n, Hq, P) exact attention.
+
+    Returns:
+        (B, Hq, m, P) and the memory's new state.
+    """
+    view, evicted = forward.visibility.delayed, left.evicted
     for observer in forward.observers:
         evicted = observer.writing(layer, evicted)
-    tail, before = view.length - view.evicted, state
-    read, state = _write_and_read(call.module, memory, layer, view, call.query, evicted, state)
+    read, state = _through_memory(call.module, layer, view, call.query, evicted, left.state)
     for observer in forward.observers:
-        read = observer.reading(Passage(call.module, layer, view, evicted, before, out[:, tail:], read))
-    added = out[:, tail:] + read.transpose(1, 2).to(out.dtype)
-    return (torch.cat([out[:, :tail], added], dim=1) if tail else added), state
+        exact = out[:, view.length - view.evicted :]
+        read = observer.reading(Passage(call.module, layer, view, evicted, left.state, exact, read))
+    return read, state
 
 
-def _write_and_read(
+def _add(out: Tensor, read: Tensor) -> Tensor:
+    """Exact attention (B, n, Hq, P) with what the last m queries read (B, Hq, m, P)."""
+    first = out.shape[1] - read.shape[2]
+    added = out[:, first:] + read.transpose(1, 2).to(out.dtype)
+    return torch.cat([out[:, :first], added], dim=1) if first else added
+
+
+def _keep(layer: LayerContext, left: _Left) -> None:
+    """Hand tier and memory to the conversation's cache, if there is one."""
+    if layer.cache_layer is not None:
+        layer.cache_layer.keep(left.tier, left.state)
+        if layer.cache is not None:
+            layer.cache.finish(layer.cache_layer)
+
+
+def _through_memory(
     module: nn.Module,
-    memory: RecurrentMemory,
     layer: LayerContext,
     view: Visibility,
     query: Tensor,
@@ -151,7 +179,8 @@ def _write_and_read(
     state: Tensors,
 ) -> tuple[Tensor, Tensors]:
     """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
-    x = layer.x[:, -view.evicted :]
+    memory, x = layer.ahn.fn, layer.x[:, -view.evicted :]
+    assert isinstance(memory, RecurrentMemory)
     query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
         query = memory_query(module, memory, layer.x, layer.rope, view.evicted)
