@@ -77,21 +77,27 @@ def uncompiled_call(module: nn.Module) -> Call:
     return module._call_impl
 
 
-@contextlib.contextmanager
-def hooks_by_place(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the block modules with the same hooks are the same to torch.compile, whose guards read a hook's handle.
+def children(module: nn.Module) -> dict[str, nn.Module]:
+    """A module's own modules by name, one that has two names under both; `named_children` gives one of them."""
+    return {name: child for name, child in module._modules.items() if child is not None}
 
-    Handles are numbers that no two hooks share; here each hook has its place among the module's own.
+
+def set_children(module: nn.Module, children: dict[str, nn.Module]) -> None:
+    """Give a shallow copy of a module other modules than the original's, which `setattr` would change as well."""
+    module.__dict__["_modules"] = dict.fromkeys(module._modules) | children
+
+
+def place_hooks(module: nn.Module, change: Call) -> None:
+    """Give a shallow copy of a module hooks of its own, each changed, with its place among them for a handle.
+
+    Handles are numbers that no two hooks share, and guards of torch.compile read them: modules with the same hooks
+    would not be the same to it.
     """
-    before = [(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs) for module in modules]
-    for module in modules:
-        module._forward_pre_hooks = OrderedDict(enumerate(module._forward_pre_hooks.values()))
-        module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(module._forward_pre_hooks, True)
-    try:
-        yield
-    finally:
-        for module, (hooks, with_kwargs) in zip(modules, before, strict=True):
-            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = hooks, with_kwargs
+    if module._forward_pre_hooks:
+        hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        module._forward_pre_hooks = OrderedDict(enumerate(map(change, hooks.values())))
+        kept = [place for place, handle in enumerate(hooks) if handle in with_kwargs]
+        module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(kept, True)
 
 
 def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Call:

@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, EVERYTHING, adapted, base, tokens
 from support.effort import examples
-from test_invariants import Turns, assert_rows_alone, assert_same_layers, padded, pieces, read, turns
+from support.turns import Turns, assert_rows_alone, assert_same_layers, padded, pieces, read, turns
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 

@@ -6,74 +6,25 @@ A CPU has no graphs: here each replay runs the step itself. The buffers, and who
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, converse, shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import RECURRENT, adapted, awaken, base, tokens
+from models import adapted, awaken, base, tokens
+from support.turns import assert_same_layers
 from talk import Talk
-from test_invariants import assert_same_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNCache, AHNError
 from ahn.decode import runner
-
-WINDOW, SINKS = 9, 3
-LOSSLESS = WINDOW + SINKS
-TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
-CAPTURED = (*RECURRENT, "window_only")
-
-
-@dataclasses.dataclass
-class Graphs:
-    """How many were recorded, and how often one was replayed."""
-
-    captures: int = 0
-    replays: int = 0
-
-
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    """Steps are captured on this machine too."""
-    count = Graphs()
-
-    def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        count.captures += 1
-        with torch.inference_mode():  # as to a graph, it is all one to it
-            for _ in range(2):
-                once()
-            logits = once()
-
-        def replay() -> None:
-            count.replays += 1
-            with torch.inference_mode():
-                logits.copy_(once())
-
-        return replay, logits
-
-    monkeypatch.setattr(runner, "capture", capture)
-    monkeypatch.setattr(runner, "on_gpu", lambda ids: True)
-    monkeypatch.setattr(runner, "supported", lambda head_dim: True)
-    return count
-
-
-@cache
-def shared(architecture: str = "qwen3", memory: str = "gated_deltanet", options: bool = False) -> PreTrainedModel:
-    return adapted(
-        architecture, memory=memory, router=options, q_proj=options, window=WINDOW, sinks=SINKS, prefill_chunk_size=8
-    )
-
 
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
@@ -159,82 +110,10 @@ def test_beam_search_reorders_the_buffers_of_one_graph(
 # -- what else may happen to a conversation ----------------------------------------------------------------------------
 
 
-def _reorder(talk: Talk) -> None:
-    order = list(range(len(talk.rows)))[::-1]
-    talk.cache.reorder_cache(torch.tensor(order))
-    talk.choose(order)
-
-
-def _select(talk: Talk) -> None:
-    chosen = [len(talk.rows) - 1, 0]
-    talk.cache.batch_select_indices(torch.tensor(chosen))
-    talk.choose(chosen)
-
-
-def _repeat(talk: Talk) -> None:
-    talk.cache.batch_repeat_interleave(2)
-    talk.choose([row for row in range(len(talk.rows)) for _ in range(2)])
-
-
-def _fork(talk: Talk) -> None:
-    """Go on with a copy, after the original has gone another way."""
-    original, talk.cache = talk.cache, copy.deepcopy(talk.cache)
-    with torch.no_grad():
-        talk.model(tokens(len(talk.rows), 1), past_key_values=original)
-
-
-def _save_and_load(talk: Talk) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        talk.cache.save(Path(folder) / "cache.safetensors")
-        talk.cache = AHNCache.load(Path(folder) / "cache.safetensors", talk.model)
-
-
-def _crop(talk: Talk) -> None:
-    if talk.cache.seen <= LOSSLESS and bool(talk.mask[:, -2:].all()):
-        talk.crop(2)
-
-
-def _in_inference_mode(talk: Talk) -> None:
-    with torch.inference_mode():
-        talk.steps(1)
-
-
-EVENTS: dict[str, Callable[[Talk], object]] = {
-    "steps": lambda talk: talk.steps(3),
-    "pause": lambda talk: talk.read([row % 2 for row in range(len(talk.rows))]),
-    "pause of others": lambda talk: talk.read([1 - row % 2 for row in range(len(talk.rows))]),
-    "turn": lambda talk: talk.read([5 + row for row in range(len(talk.rows))]),
-    "hidden states": lambda talk: talk.read([1] * len(talk.rows), output_hidden_states=True),
-    "loss": lambda talk: talk.read([1] * len(talk.rows), labels=torch.ones(len(talk.rows), 1, dtype=torch.long)),
-    "inference mode": _in_inference_mode,
-    "fork": _fork,
-    "save and load": _save_and_load,
-    "reorder": _reorder,
-    "select": _select,
-    "repeat": _repeat,
-    "crop": _crop,
-    "move": lambda talk: talk.cache.to("cpu"),
-    "weigh": lambda talk: talk.cache.nbytes(),
-    "look at padding": lambda talk: talk.cache.progress.padding,
-}
-
-
-def _converse(talk: Talk, lengths: Sequence[int], events: Sequence[str]) -> None:
-    talk.read(lengths)
-    talk.steps(2)
-    for event in events:
-        if len(talk.rows) < 5 or event != "repeat":
-            EVENTS[event](talk)
-        talk.steps(1)
-    talk.read([3] * len(talk.rows))
-    talk.steps(2)
-    talk.check(TOLERANCE)
-
-
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5)], ids=str)
 def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:
-    _converse(Talk(shared(options=True), len(lengths)), lengths, ["pause", event, event])
+    converse(Talk(shared(options=True), len(lengths)), lengths, ["pause", event, event])
 
 
 @pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
@@ -245,7 +124,7 @@ def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> No
 )
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_course_of_a_conversation(memory: str, lengths: list[int], events: list[str], explicit: bool) -> None:
-    _converse(Talk(shared(memory=memory), len(lengths), explicit=explicit), lengths, events)
+    converse(Talk(shared(memory=memory), len(lengths), explicit=explicit), lengths, events)
 
 
 def test_conversations_take_turns_on_one_model(graphs: Graphs) -> None:
@@ -283,7 +162,7 @@ def test_a_cache_after_reset_takes_another_batch(graphs: Graphs) -> None:
     other = Talk(shared(), 3, seed=1)
     other.cache = talk.cache
     talk.cache.reset()
-    _converse(other, [9, 14, 4], ["reorder", "steps"])
+    converse(other, [9, 14, 4], ["reorder", "steps"])
 
 
 def test_a_conversation_keeps_its_window() -> None:

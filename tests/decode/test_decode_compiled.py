@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
 from typing import Any
 
 import pytest
 import torch
+from captured import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, shared, traces
 from models import awaken, base
 from support.effort import slow
 from talk import Talk
-from test_decode import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, graphs, shared
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import ahn
-from ahn.decode import runner
-from ahn.decode.compiled import layers_compiled
-
-_ = graphs  # a fixture for every test here as well: steps are captured on this machine too
-
-
-def _traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
-    """What is changed on a model while it runs compiled; hooks by identity, since they must come back themselves."""
-    decoder = model.get_decoder()
-    ends = [(end._compiled_call_impl,) for end in (decoder.rotary_emb, decoder.norm)]
-    return ends + [
-        (
-            layer._compiled_call_impl, layer.self_attn.layer_idx, id(layer.self_attn._forward_pre_hooks),
-            list(layer.self_attn._forward_pre_hooks), id(layer.self_attn._forward_pre_hooks_with_kwargs),
-            dict(layer.self_attn._forward_pre_hooks_with_kwargs), layer.ahn.step_state,
-        )
-        for layer in decoder.layers
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.Graph]]:
-    """Captured steps run compiled, by a compiler that leaves our fusions as they are; the graphs that it was given."""
-    found: list[torch.fx.Graph] = []
-
-    def compile_graph(module: torch.fx.GraphModule, inputs: list[Tensor], options: Any) -> Callable[..., Any]:
-        found.append(module.graph)
-        return module.forward
-
-    def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        def replay() -> Tensor:
-            with layers_compiled(model):
-                assert all(layer._compiled_call_impl is not None for layer in model.get_decoder().layers)
-                return once()
-
-        logits = replay()
-        return lambda: logits.copy_(replay()), logits
-
-    monkeypatch.setattr(torch._inductor, "compile", compile_graph)
-    monkeypatch.setattr(runner, "capture", capture)
-    torch._dynamo.reset()
-    yield found
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -68,21 +23,24 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: li
     """For all layers, all conversations of a batch size, and all lengths; the rotary embedding and the norm as well."""
     config = ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, **options)
     model = awaken(ahn.attach(base(num_hidden_layers=4), config))
-    before = _traces(model)
+    before = traces(model)
     for length in (LOSSLESS - 1, 30):
         talk = Talk(model, 1)
         talk.read([length])
         talk.steps(3)
         talk.check(TOLERANCE)
-        assert len(compiled) == 3 and _traces(model) == before
+        assert len(compiled) == 3 and traces(model) == before
+    del talk
+    gc.collect()  # modules that earlier conversations were captured with
+    talk = Talk(model, 1)
+    talk.read([20])
+    talk.steps(2)
+    assert len(compiled) == 3 and traces(model) == before
     talk = Talk(model, 2)
     talk.read([20, 13])
     talk.steps(2)
     talk.check(TOLERANCE)
     assert len(compiled) == 6, "another batch size"
-    with pytest.raises(KeyError), layers_compiled(model):
-        raise KeyError
-    assert _traces(model) == before
 
 
 @pytest.mark.parametrize("options", [{"disable": True}, slow({"backend": "eager"})], ids=["not traced", "traced"])

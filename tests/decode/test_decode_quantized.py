@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, converse
 from codes import CAPTURED as TWO_BITS
 from codes import rounded_otherwise
 from models import adapted
+from support.turns import assert_same_layers
 from talk import Talk
-from test_decode import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, _converse, graphs
-from test_decode_compiled import compiled
-from test_invariants import assert_same_layers
 from transformers import PreTrainedModel
 
 from ahn import AHNCache
 from ahn.decode import runner
 
-_ = graphs, compiled  # fixtures for tests here as well: steps are captured on this machine too
 QUANTIZED = 7
 SEEN = LOSSLESS + QUANTIZED
 
@@ -87,7 +85,7 @@ def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5), (SEEN + 2, SEEN - 2, 3)], ids=str)
 def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:
-    _converse(Talk(shared("gated_deltanet"), len(lengths)), lengths, ["pause", event, event])
+    converse(Talk(shared("gated_deltanet"), len(lengths)), lengths, ["pause", event, event])
 
 
 def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:

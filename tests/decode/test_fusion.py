@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative_error
+from support.modeling import norm
 from torch import Tensor, nn
 
 import ahn.ops.step.product  # noqa: F401  (registers the operator)
@@ -35,12 +36,6 @@ def fused(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Products]:
     torch._dynamo.reset()
     with torch.no_grad():
         return torch.compile(function, backend=backend, dynamic=False)(*inputs), found
-
-
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As modeling files write it."""
-    wide = x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def vector() -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden import relative_error
-from test_fusion import norm
+from support.modeling import norm
 from torch import Tensor
 
 from ahn.decode.fusion import fuse

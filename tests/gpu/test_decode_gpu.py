@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -145,6 +146,35 @@ def test_nothing_compiles_after_the_first_conversation(monkeypatch: pytest.Monke
         talk.check(TOLERANCE)
     assert len(graphs) >= len(talks) and not any(graphs), graphs
     assert counters["stats"]["unique_graphs"] > 0, "nothing was ever compiled"
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["compiled before", "compiled now"])
+def test_other_threads_go_on_while_steps_are_captured(forgotten: bool) -> None:
+    """One reads and waits for the device, one captures too, each with a conversation of its own; nothing is given up."""
+    model, ids = made(), tokens(2, 90).cuda()
+    if forgotten:
+        torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+
+    def read() -> None:
+        with torch.no_grad():
+            for _ in range(60):
+                block = torch.empty(1 << 24, device="cuda")  # as whoever allocates anew
+                torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
+                del block
+                torch.cuda.synchronize()
+
+    def step(seed: int) -> None:
+        for i in range(4):
+            talk = _talk(model, seed=seed + i)
+            talk.steps(20)
+            assert talk.cache.captured is not None
+            talk.check(TOLERANCE)
+
+    with ThreadPoolExecutor(3) as pool:
+        for work in [pool.submit(read), pool.submit(step, 0), pool.submit(step, 10)]:
+            work.result()
 
 
 def test_memory_does_not_grow_with_steps() -> None:

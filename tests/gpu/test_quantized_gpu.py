@@ -10,8 +10,8 @@ import torch
 from codes import CAPTURED, rounded_otherwise
 from golden import relative_error
 from models import adapted, awaken, base, tokens
+from support.turns import read
 from talk import Talk
-from test_invariants import read
 from transformers import PreTrainedModel
 
 import ahn

@@ -1,9 +1,6 @@
-"""Parts of a model compiled for a while: a decoder layer for steps, its small modules for long prompts and training.
+"""Parts of a model compiled: a decoder layer for steps, a model's small modules for long prompts and training.
 
-One layer is compiled and all run with it: seconds instead of the minute that a whole model takes.
-
-Layers differ in numbers that torch.compile would compile again for (their index, the handles of their hooks) and that
-a step never uses. Inside `layers_compiled` they are made the same.
+For steps one layer is compiled and all run with it: seconds instead of the minute that a whole model takes.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ class CompiledParts:
     Attributes:
         calls: what runs in place of a module, or of a memory's method (module, name).
         blocks: `leaves_compiled` blocks that are open, in all threads. The first installs, the last one removes.
-        lock: held while either is changed, and while a step is captured.
+        lock: held while either is changed.
     """
 
     def __init__(self) -> None:
@@ -59,29 +56,28 @@ class CompiledParts:
 
 
 @contextlib.contextmanager
-def layers_compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the decoder's layers run compiled, with shared code, and what stands before and after them."""
-    decoder = model.get_decoder()
-    layers = list(decoder.layers)
+def layers_compiled(twin: PreTrainedModel) -> Iterator[None]:
+    """Let the decoder's layers of a twin run compiled, with shared code, and what stands before and after them.
+
+    To be called inside the block, where torch may compile as often as that takes.
+    """
+    decoder = twin.get_decoder()
     # Uncompiled, the angles of a token and the last norm are 17 kernels of a few numbers each.
     ends = [end for end in (getattr(decoder, "rotary_emb", None), getattr(decoder, "norm", None)) if end is not None]
-    attentions = [layer.self_attn for layer in layers]
-    before = [attention.layer_idx for attention in attentions]
-    for attention in attentions:
-        attention.layer_idx = 0
-    own = [
-        (part, private.compiled_call(part)) for part in (*layers, *ends)
-    ]  # whoever uses the model may compile as well
-    for part, _ in own:
+    for part in (*decoder.layers, *ends):
         part.compile(dynamic=False, backend=_lower)
-    try:
-        with private.hooks_by_place(attentions), private.compiled_variants(_VARIANTS):
-            yield
-    finally:
-        for part, call in own:
-            private.set_compiled_call(part, call)
-        for attention, index in zip(attentions, before, strict=True):
-            attention.layer_idx = index
+    with private.compiled_variants(_VARIANTS):
+        yield
+
+
+def as_found(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes without those that `leaves_compiled` put there."""
+    own = dict(vars(module))
+    if own.pop("ahn_rotation", None) is not None:
+        del own["forward"]
+    if isinstance(module, RecurrentMemory):
+        own = {name: x for name, x in own.items() if name not in _GATES}
+    return own
 
 
 def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from ahn.cache import tier
 from ahn.cache.conversation import AHNCache, new_columns
 from ahn.decode.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward
+from ahn.decode.twin import possible, states_lent, twin_of
 from ahn.layout.state import LayerState
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
 from ahn.ops.quantize import BITS
 from ahn.ops.step.reference import supported
 
+_capturing = threading.Lock()  # one at a time in a process: a recording begins by waiting for the whole device
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
@@ -72,7 +74,7 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     if cache.config.quantized and (cache.config.tier_bits != (BITS, BITS) or cache.config.keys_before_rope):
         return False  # the kernels know codes of two bits, of keys as they are after RoPE
     padding = cache.progress.padding
-    if padding is not None and bool(padding.ended.any()):
+    if (padding is not None and bool(padding.ended.any())) or not possible(model):
         return False
     memory = decoder.layers[0].ahn.fn
     if isinstance(memory, RecurrentMemory):
@@ -145,13 +147,15 @@ class Runner:
         step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
 
+        twin = twin_of(model)
+
         def once() -> Tensor:
-            with _states_lent(model, states):
-                logits: Tensor = type(model).forward(model, **inputs, use_cache=True, ahn_forward=step).logits
+            with states_lent(twin, states):
+                logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
             self.positions += self.active
             return logits
 
-        self.replay, self.logits = capture(model, once)
+        self.replay, self.logits = capture(twin, once)
 
     def fits(self, model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         """Still the same weights, the same buffers in the same order, and as many rows."""
@@ -204,13 +208,14 @@ def _a_weight(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture(twin: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Compile and record a step: how to repeat it, and where its logits will be.
 
-    Every row is inactive until the first replay, so compiling leaves the conversation as it is.
+    Every row is inactive until the first replay, so compiling leaves the conversation as it is. Other threads go on
+    meanwhile, with the same model or another; those that capture as well wait.
     """
     # Graphs and kernels belong to the current device, which need not be the model's.
-    with model._ahn.compiled.lock, layers_compiled(model), torch.cuda.device(_a_weight(model).device):
+    with _capturing, layers_compiled(twin), torch.cuda.device(_a_weight(twin).device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -218,18 +223,7 @@ def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callabl
                 once()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads ask of the device is no part of this graph, and no reason to give it up.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = once()
     return graph.replay, logits
-
-
-@contextlib.contextmanager
-def _states_lent(model: PreTrainedModel, states: dict[int, LayerState]) -> Iterator[None]:
-    layers = model.get_decoder().layers
-    for index, state in states.items():
-        layers[index].ahn.step_state = state
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.ahn.step_state = None

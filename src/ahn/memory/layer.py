@@ -16,7 +16,7 @@ class AHN(nn.Module):
         super().__init__()
         self.fn = fn
         self.step_state: LayerState | None = None
-        """Of the conversation whose decoding step is being captured."""
+        """Of the conversation, in a module that captured steps run with (`ahn.decode.twin`)."""
 
 
 class Router(nn.Module):
