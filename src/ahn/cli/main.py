@@ -26,6 +26,7 @@ VERBS = {
     "demo": "See a memory work: real text far beyond the window, on this machine.",
     "generate": "Continue a text of any length: a prompt, a file or standard input.",
     "chat": "Talk with a model; one cache over all turns, however long it gets.",
+    "serve": "Serve a model with OpenAI's API: many long conversations at once, and a page.",
     "train": "Distil a memory onto a model, on one machine or many.",
     "info": "Shapes, memory parameters, cache and FLOPs of any model; no weights needed.",
     "merge": "Put a base model and an adapter into one checkpoint.",

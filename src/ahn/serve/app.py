@@ -1,0 +1,45 @@
+"""The server's app: routes, errors and the gate before them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from ahn.serve import chat_api, completions_api, other_api, problems, responses_api
+from ahn.serve.gate import Gate
+from ahn.serve.service import Service
+
+STOP = 30.0
+"""Seconds that running replies have to end when the server stops."""
+
+
+def make_app(service: Service) -> FastAPI:
+    """The app for a service whose engine was started; when the app ends, engine and messages are closed."""
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.engine.close(STOP)
+        service.store.close()
+
+    # Their pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="ahn serve", version=_version(), lifespan=life, docs_url=None, redoc_url=None)
+    for part in (
+        chat_api.router(service),
+        completions_api.router(service),
+        responses_api.router(service),
+        other_api.router(service),
+        other_api.conversations(service),
+    ):
+        app.include_router(part)
+    problems.install(app)
+    app.add_middleware(Gate, settings=service.settings, metrics=service.metrics)
+    return app
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("ahn")

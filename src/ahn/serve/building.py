@@ -1,0 +1,113 @@
+"""From a model to a server that listens."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ahn.errors import AHNError, install_command
+from ahn.serve.request import SamplingOptions
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ahn.serve.engine import Engine
+    from ahn.serve.service import Service
+    from ahn.serve.settings import ServerSettings
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def check_installed() -> None:
+    """Raises AHNError if the extra is missing, with the command that installs it."""
+    if any(importlib.util.find_spec(package) is None for package in PACKAGES):
+        raise AHNError(f"ahn serve needs more packages: {install_command('serve')}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at this host."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this place, which listens only once a server takes it; before a model is loaded for nothing.
+
+    Raises:
+        AHNError: the place is taken, or is none of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        place = socket.socket(family, kind, protocol)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+    except (OSError, OverflowError) as error:
+        raise AHNError(f"Cannot serve at {host}, port {port}: {getattr(error, 'strerror', None) or error}.") from error
+    return place
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    settings: ServerSettings,
+    state_dir: Path | None = None,
+    max_age: float | None = None,
+) -> Service:
+    """What serves a model: its engine with texts, messages, metrics and grammars around it.
+
+    Raises:
+        AHNError: the messages in the state directory cannot be read.
+    """
+    from ahn.costs import cost
+    from ahn.evaluation.reader import end_tokens
+    from ahn.serve.messages import MessageStore
+    from ahn.serve.metrics import ServerMetrics
+    from ahn.serve.service import Service
+    from ahn.serve.texts import ChatText
+
+    grammars = None
+    if importlib.util.find_spec("llguidance") is not None:
+        from ahn.serve.grammar import Grammars
+
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        grammars = Grammars(tokenizer, vocabulary, end_tokens(model, tokenizer))
+
+    def full_bytes(tokens: int) -> int:
+        return cost(model.config, model.ahn_config, max(1, tokens), model.dtype).full.cache_bytes
+
+    return Service(
+        engine,
+        ChatText(tokenizer),
+        settings,
+        MessageStore(state_dir, age=max_age),
+        ServerMetrics(engine.stats),
+        grammars,
+        sampling_defaults(model),
+        full_bytes,
+    )
+
+
+def sampling_defaults(model: PreTrainedModel) -> SamplingOptions:
+    """How a model's settings say that tokens are drawn; OpenAI's defaults where they do not say that they are."""
+    settings = model.generation_config
+    if not settings.do_sample:
+        return SamplingOptions()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: getattr(settings, name, None) for name in names}
+    return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def serve_until_stopped(app: FastAPI, place: socket.socket, stop: float) -> None:
+    """Serve at a bound socket until SIGINT or SIGTERM; running replies then have `stop` seconds to end."""
+    import uvicorn
+
+    config = uvicorn.Config(app, timeout_graceful_shutdown=int(stop), ws="none", lifespan="on", server_header=False)
+    uvicorn.Server(config).run(sockets=[place])

@@ -1,0 +1,146 @@
+"""`/v1/completions`: texts or token ids, several at once, with their own probabilities if wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ahn.serve.chat_api import check_choices, sampling
+from ahn.serve.fields import CompletionFields
+from ahn.serve.problems import APIProblem
+from ahn.serve.replies import RunningReplies, Written
+from ahn.serve.request import Delta, GenerationRequest, TokenLogprobs
+from ahn.serve.service import Service, finite, identity, seeded, usage
+from ahn.serve.wire import DONE, EventStream, answer, comment, event, unless_gone
+
+DEFAULT = 16
+"""Tokens of a continuation where a request does not say it, as OpenAI has it."""
+
+
+def router(service: Service) -> APIRouter:
+    """The route, for a service."""
+    routes = APIRouter(tags=["completions"])
+
+    @routes.post("/v1/completions")
+    async def completions(fields: CompletionFields, request: Request) -> Response:
+        """Continue texts."""
+        service.check_model(fields.model)
+        completing = await Completing.begin(service, fields, request.state.owner)
+        if fields.stream:
+            return EventStream(completing.events(), completing.running.cancel)
+        return answer(await unless_gone(request, completing.whole()))
+
+    return routes
+
+
+@dataclasses.dataclass
+class Completing:
+    """One request and its continuations: `n` for every prompt."""
+
+    service: Service
+    fields: CompletionFields
+    prompts: list[list[int]]
+    running: RunningReplies
+    id: str = dataclasses.field(default_factory=lambda: identity("cmpl-"))
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    async def begin(cls, service: Service, fields: CompletionFields, owner: str) -> Completing:
+        """Check a request and hand it to the engine."""
+        new = service.new_tokens(fields.max_tokens, "max_tokens", DEFAULT)
+        given = _several(fields.prompt)
+        check_choices(service, fields.n * len(given))
+        prompts = await asyncio.to_thread(_tokenised, service, given)
+        for prompt in prompts:
+            service.check_prompt(prompt, new, "prompt")
+        options = sampling(service, fields, new, fields.logprobs)
+        if fields.echo and fields.logprobs is not None:
+            options = dataclasses.replace(options, prompt_logprobs=fields.logprobs)
+        requests = []
+        for number in range(len(prompts) * fields.n):
+            processors = await service.processors(fields.response_format, "response_format")
+            chosen = dataclasses.replace(seeded(options, number % fields.n), processors=processors)
+            keep = fields.store and options.prompt_logprobs is None  # a text that is measured is not gone on with
+            requests.append(GenerationRequest(prompts[number // fields.n], chosen, owner, keep=keep))
+        return cls(service, fields, prompts, service.start(requests))
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, when all is written."""
+        written = await self.running.all()
+        choices = [self._choice(n, self._echo(n) + reply.text, reply, 0) for n, reply in enumerate(written)]
+        return self._object(choices) | {"usage": self._usage()}
+
+    async def events(self) -> AsyncIterator[str]:
+        """The same as a stream."""
+        places = [0] * len(self.running.written)  # characters that were said of each
+        begun = [not self.fields.echo] * len(places)
+        options = self.fields.stream_options
+        try:
+            async for n, delta in self.running.deltas():
+                if not delta.tokens and not delta.text and delta.finish is None:
+                    yield comment(f"read {delta.read}/{len(self.prompts[n // self.fields.n])}")
+                    continue
+                before = "" if begun[n] else self._echo(n)
+                chunk = self._object([self._choice(n, before + delta.text, delta, places[n], not begun[n])])
+                begun[n] = True
+                places[n] += len(before + delta.text)
+                if options is not None and options.include_usage:
+                    chunk["usage"] = self._usage() if options.continuous_usage_stats else None
+                yield event(chunk)
+            if options is not None and options.include_usage:
+                yield event(self._object([]) | {"usage": self._usage()})
+        except APIProblem as problem:
+            yield event(problem.body)
+        yield DONE
+
+    def _echo(self, n: int) -> str:
+        return self.service.text.decode(self.prompts[n // self.fields.n], special=True) if self.fields.echo else ""
+
+    def _choice(self, n: int, text: str, what: Delta | Written, place: int, first: bool = True) -> dict[str, Any]:
+        logprobs = None
+        if self.fields.logprobs is not None:
+            echoed = self.running.written[n].prompt_logprobs if first and self.fields.echo else ()
+            logprobs = self._logprobs([*echoed, *what.logprobs], place)
+        return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": what.finish}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs], place: int) -> dict[str, Any]:
+        texts = [self.service.token(token.token) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(place)
+            place += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
+            "top_logprobs": [None if token.logprob is None else self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: TokenLogprobs) -> dict[str, float]:
+        best: dict[str, float] = {}
+        for number, logprob in token.top[: self.fields.logprobs]:
+            best.setdefault(self.service.token(number), finite(logprob))  # two tokens can look the same: the better one
+        best.setdefault(self.service.token(token.token), finite(token.logprob))
+        return best
+
+    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        base = {"id": self.id, "object": "text_completion", "created": self.created}
+        return base | {"model": self.service.settings.model, "choices": choices}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage([len(prompt) for prompt in self.prompts], self.running.written, self.fields.n)
+
+
+def _several(prompt: Any) -> list[str] | list[list[int]]:
+    """The prompts of a request, which may name a single one."""
+    one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+    return [prompt] if one else prompt
+
+
+def _tokenised(service: Service, given: list[str] | list[list[int]]) -> list[list[int]]:
+    return [service.text.ids(each, start=True) if isinstance(each, str) else list(each) for each in given]

@@ -1,0 +1,259 @@
+"""What clients may send: OpenAI's fields, as far as they mean something here. Any other is an error that names it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ahn.serve.settings import NAME, RESPONSE
+
+Finite = Field(allow_inf_nan=False)
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=128)]
+
+
+class Fields(BaseModel):
+    """An object of a request; null is as if a field were not there."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {name: given for name, given in value.items() if given is not None} if isinstance(value, dict) else value
+
+
+class TextPart(Fields):
+    """A piece of a message; pictures and sounds are not supported."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+def _joined(content: Any) -> Any:
+    return "" if content == [] else content
+
+
+Content = Annotated[str | list[TextPart], BeforeValidator(_joined)]
+
+
+def plain(content: str | list[TextPart]) -> str:
+    """A message's content as one text."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class ChatMessage(Fields):
+    """One turn; `developer` is the same as `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[str | None, Field(max_length=256)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_given_back(cls, value: Any) -> Any:
+        """Clients send replies back as they got them, with lists that are empty."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: given for name, given in value.items() if given is not None and (given != [] or name == "content")
+        }
+
+    def message(self) -> dict[str, str]:
+        """As chat templates take it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": plain(self.content)}
+
+
+class JSONSchema(Fields):
+    """A schema that the reply must follow."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(Fields):
+    """What form the reply must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """The schema, or None for any text."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.json_schema.schema_ if self.type == "json_schema" and self.json_schema else None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed for type json_schema, and for no other")
+        return self
+
+
+class StreamOptions(Fields):
+    """What a stream says besides the text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class SamplingFields(Fields):
+    """What chat and plain completions share; ranges are OpenAI's."""
+
+    model: Annotated[str | None, Field(max_length=1024)] = None
+    max_tokens: Annotated[int | None, Field(ge=0)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2), Finite] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1), Finite] = None
+    top_k: Annotated[int | None, Field(ge=-1, lt=1 << 31)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1), Finite] = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2), Finite] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2), Finite] = 0.0
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=10), Finite] = None
+    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
+    n: Annotated[int, Field(ge=1)] = 1
+    stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=32)] = []
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100), Finite]], Field(max_length=4096)] = {}
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    store: bool = True
+    user: str | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+
+    @model_validator(mode="after")
+    def _together(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for stream: true alone")
+        if wrong := [token for token in self.logit_bias if not re.fullmatch("[0-9]{1,9}", token)]:
+            raise ValueError(f"logit_bias: {ascii(wrong[0])[:50]} is no token id")
+        return self
+
+
+class ChatFields(SamplingFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    session_id: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> ChatFields:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.session_id is not None:
+            if self.n > 1:
+                raise ValueError("n must be 1 in a session: it goes on from one reply")
+            if self.session_id.startswith(RESPONSE):
+                raise ValueError(f"session_id must not begin with {RESPONSE}")
+        return self
+
+
+class CompletionFields(SamplingFields):
+    """`POST /v1/completions`; a prompt is a text or token ids, and there may be several."""
+
+    prompt: str | list[Id] | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[Id]], Field(min_length=1)]
+    echo: bool = False
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    best_of: Annotated[int | None, Field(ge=1)] = None
+    session_id: Name | None = None
+
+    @model_validator(mode="after")
+    def _best_is_all(self) -> CompletionFields:
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: only the value of n is supported")
+        if self.session_id is not None:
+            raise ValueError("session_id is for chat completions; a completion's prompt is found by its tokens")
+        return self
+
+
+class InputItem(ChatMessage):
+    """A message of the Responses API."""
+
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_as_given_back(cls, value: Any) -> Any:
+        """Parts of a reply come with empty lists of annotations and probabilities."""
+        if not isinstance(value, dict) or not isinstance(value.get("content"), list):
+            return value
+        parts = [
+            {k: v for k, v in part.items() if v not in (None, [])} if isinstance(part, dict) else part
+            for part in value["content"]
+        ]
+        return value | {"content": parts}
+
+
+class TextFormat(Fields):
+    """What form the reply must have, as the Responses API says it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """The schema, or None for any text."""
+        return {"type": "object"} if self.type == "json_object" else self.schema_
+
+
+class TextFields(Fields):
+    """The `text` field of the Responses API."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesFields(Fields):
+    """`POST /v1/responses`."""
+
+    model: Annotated[str | None, Field(max_length=1024)] = None
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: str | None = None
+    previous_response_id: Annotated[str | None, Field(max_length=128)] = None
+    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2), Finite] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1), Finite] = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
+    text: TextFields | None = None
+    stream: bool = False
+    store: bool = True
+    truncation: Literal["disabled"] = "disabled"
+    user: str | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+
+
+class TokenizeFields(Fields):
+    """`POST /tokenize`: a text or messages."""
+
+    model: Annotated[str | None, Field(max_length=1024)] = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeFields:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages")
+        return self
+
+
+class SessionFields(Fields):
+    """`POST /close_session`."""
+
+    session_id: Name

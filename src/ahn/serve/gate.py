@@ -1,0 +1,138 @@
+"""What every request passes first: its number, its key, and bounds of size and patience."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ahn.serve.metrics import ServerMetrics
+from ahn.serve.problems import APIProblem
+from ahn.serve.settings import ServerSettings
+
+OPEN = ("/", "/health", "/openapi.json")
+"""What needs no key: a page without content, whether the server lives, and what it can do."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+STALLED = "stalled"
+
+
+class Gate:
+    """Stands before the app.
+
+    Args:
+        app: what answers.
+        settings: keys and bounds.
+        metrics: where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        number = headers.get("x-request-id", "")
+        number = number if re.fullmatch(r"[\w.:-]{1,128}", number, re.ASCII) else f"req_{secrets.token_hex(12)}"
+        state = scope.setdefault("state", {})
+        state["request_id"], state["owner"] = number, ""
+        passage = Passage(self.settings, scope, receive, send, number)
+        try:
+            if problem := self._refused(scope, headers):
+                await problem.response()(scope, receive, passage.send)
+            else:
+                state["owner"] = self.settings.owner(_key(headers)) or ""
+                await self.app(scope, passage.receive, passage.send)
+        except TimeoutError as error:
+            if error.args != (STALLED,):
+                raise
+            # The client takes nothing: there is nobody to tell. Returning closes the connection.
+        finally:
+            route = scope.get("route")
+            self.metrics.requests.labels(getattr(route, "path", "none"), str(passage.status)).inc()
+
+    def _refused(self, scope: Scope, headers: Headers) -> APIProblem | None:
+        """Why a request may not pass; decided before anything of its body is read."""
+        if self.settings.local and _host(headers.get("host", "")) not in LOOPBACK:
+            return APIProblem(403, "This server answers only to names of this machine.", code="host_not_allowed")
+        if scope["path"] not in OPEN and self.settings.owner(_key(headers)) is None:
+            said = "A key is needed: Authorization: Bearer KEY."
+            return APIProblem(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or int(length[:18]) > allowed(self.settings, scope):
+            return _too_large(self.settings, scope)
+        return None
+
+
+class Passage:
+    """One request's way in and its answer's way out."""
+
+    def __init__(self, settings: ServerSettings, scope: Scope, receive: Receive, send: Send, number: str) -> None:
+        self._settings, self._scope, self._receive, self._send = settings, scope, receive, send
+        self._number, self._bytes, self._whole = number, 0, False
+        self.status = 499  # the client has gone before there was an answer
+
+    async def receive(self) -> Message:
+        """The next part of the body.
+
+        Raises:
+            APIProblem: it is too large, or does not come.
+        """
+        if self._whole:
+            return await self._receive()  # waits until the client goes
+        try:
+            message = await asyncio.wait_for(self._receive(), self._settings.stalled)
+        except TimeoutError as error:
+            raise APIProblem(408, "The request does not come.", headers={"Connection": "close"}) from error
+        if message["type"] == "http.request":
+            self._bytes += len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
+            if self._bytes > allowed(self._settings, self._scope):
+                raise _too_large(self._settings, self._scope)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """A part of the answer.
+
+        Raises:
+            TimeoutError: the client does not take it. What waits for it in memory is one such part and what the
+                connection buffers.
+        """
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self._number
+            headers["X-Content-Type-Options"] = "nosniff"
+        try:
+            await asyncio.wait_for(self._send(message), self._settings.stalled)
+        except TimeoutError as error:
+            raise TimeoutError(STALLED) from error
+
+
+def allowed(settings: ServerSettings, scope: Scope) -> int:
+    """Bytes that a request may have; a conversation that is imported may be larger than others."""
+    imported = scope["method"] == "PUT" and scope["path"].startswith("/conversations/")
+    return settings.state if imported else settings.body
+
+
+def _too_large(settings: ServerSettings, scope: Scope) -> APIProblem:
+    said = f"A request may have {allowed(settings, scope)} bytes here."
+    return APIProblem(413, said, headers={"Connection": "close"})
+
+
+def _key(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _host(header: str) -> str:
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,222 @@
+"""What is not about one reply: the models, the page, tokens, health, metrics, and the conversations that are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import secrets
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import FileResponse
+
+from ahn.errors import AHNError
+from ahn.serve.fields import SessionFields, TokenizeFields
+from ahn.serve.problems import APIProblem
+from ahn.serve.request import ConversationInfo
+from ahn.serve.service import Service
+from ahn.serve.sessions import turn_name
+from ahn.serve.settings import RESPONSE, is_session
+from ahn.serve.wire import answer
+
+PAGE = Path(__file__).with_name("page.html")
+STATE, MESSAGES = "state.safetensors", "messages.json"
+"""What an exported conversation holds."""
+MAX_MESSAGES = 1 << 28
+"""Bytes of the messages of a conversation that is imported."""
+
+
+def router(service: Service) -> APIRouter:
+    """The routes, for a service."""
+    routes = APIRouter(tags=["server"])
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        html = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
+        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+        return Response(html, headers=headers, media_type="text/html")
+
+    @routes.get("/health")
+    async def health() -> Response:
+        """200 while the engine works, 503 when it does not."""
+        if not service.engine.alive():
+            raise APIProblem(503, "The engine has stopped.")
+        return answer({"status": "ok"})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Counts and times, for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        """The model that is served."""
+        return answer({"object": "list", "data": [_model(service)]})
+
+    @routes.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        """The model that is served, by its name."""
+        service.check_model(model)
+        return answer(_model(service))
+
+    @routes.post("/tokenize")
+    async def tokenize(fields: TokenizeFields) -> Response:
+        """Token ids of a text, or of messages up to where a reply begins."""
+        service.check_model(fields.model)
+        if fields.messages is not None:
+            given = [message.message() for message in fields.messages]
+            ids = await asyncio.to_thread(service.text.prompt, given)
+        else:
+            ids = await asyncio.to_thread(service.text.ids, fields.prompt or "", fields.add_special_tokens)
+        return answer({"count": len(ids), "max_model_len": service.settings.prompt, "tokens": ids})
+
+    return routes
+
+
+def conversations(service: Service) -> APIRouter:
+    """Routes for the conversations that are kept: sessions by their name, responses by their id."""
+    routes = APIRouter(tags=["conversations"])
+
+    @routes.post("/close_session")
+    async def close_session(fields: SessionFields, request: Request) -> Response:
+        """Forget a session."""
+        await _close(service, request.state.owner, fields.session_id)
+        return answer({"session_id": fields.session_id, "closed": True})
+
+    @routes.get("/conversations")
+    async def listed(request: Request) -> Response:
+        """All that are kept under a name."""
+        kept = await asyncio.to_thread(service.engine.conversations, request.state.owner)
+        return answer({"object": "list", "data": [_shown(service, info) for info in kept if info.name is not None]})
+
+    @routes.get("/conversations/{name}")
+    async def one(name: str, request: Request) -> Response:
+        """What a conversation takes, and what it would take with full attention."""
+        kept = await asyncio.to_thread(service.engine.conversations, request.state.owner)
+        for info in kept:
+            if info.name == name:
+                return answer(_shown(service, info))
+        raise _unknown(name)
+
+    @routes.get("/conversations/{name}/state")
+    async def exported(name: str, request: Request) -> Response:
+        """A conversation as a file: its state and what was said."""
+        directory = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="ahn-export-")
+        try:
+            file = await asyncio.to_thread(_export, service, request.state.owner, name, Path(directory.name))
+        except BaseException as error:
+            directory.cleanup()
+            if isinstance(error, AHNError):
+                raise _unknown(name) from error
+            raise
+        return TemporaryFileResponse(file, directory, filename=f"{name}.ahn.zip", media_type="application/zip")
+
+    @routes.put("/conversations/{name}/state")
+    async def imported(name: str, request: Request) -> Response:
+        """Take a conversation in that was exported, by this server or one with the same model, as a session."""
+        if not is_session(name):
+            raise APIProblem(400, f"name: a session's name does not begin with {RESPONSE}.", "name", "invalid_value")
+        with tempfile.TemporaryDirectory(prefix="ahn-import-") as directory:
+            file = Path(directory) / "conversation.zip"
+            await _received(request.stream(), file)
+            await asyncio.to_thread(_import, service, request.state.owner, name, file)
+        return answer({"name": name, "imported": True})
+
+    return routes
+
+
+class TemporaryFileResponse(FileResponse):
+    """A file that is deleted when it was sent, or could not be."""
+
+    def __init__(self, file: Path, directory: tempfile.TemporaryDirectory[str], **options: Any) -> None:
+        super().__init__(file, **options)
+        self._directory = directory
+
+    async def __call__(self, *where: Any) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(*where)
+        finally:
+            await asyncio.to_thread(self._directory.cleanup)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    base = {"id": service.settings.model, "object": "model", "created": service.created, "owned_by": "ahn"}
+    return base | {"max_model_len": service.settings.prompt}
+
+
+def _unknown(name: str) -> APIProblem:
+    return APIProblem(404, f"There is no conversation {ascii(name)[:150]}.", "name", "conversation_not_found")
+
+
+def _shown(service: Service, info: ConversationInfo) -> dict[str, Any]:
+    whole = {"bytes": sum(info.parts.values()), "full_attention_bytes": service.full_bytes(info.tokens)}
+    return dataclasses.asdict(info) | whole
+
+
+async def _close(service: Service, owner: str, session: str) -> None:
+    known = await asyncio.to_thread(service.store.close_session, owner, session)
+    state = await asyncio.to_thread(service.engine.forget, owner, session)
+    if not known and not state:
+        said = f"There is no session {ascii(session)[:150]}."
+        raise APIProblem(404, said, "session_id", "session_not_found")
+
+
+def _export(service: Service, owner: str, name: str, directory: Path) -> Path:
+    """Both parts in one file; nothing is compressed: states are not worth it."""
+    service.engine.export(owner, name, directory / STATE)
+    turn = name if name.startswith(RESPONSE) else service.store.head(owner, name)
+    said = [] if turn is None else service.store.messages(owner, turn) or []
+    file = directory / "conversation.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.write(directory / STATE, STATE)
+        archive.writestr(MESSAGES, json.dumps(said))
+    return file
+
+
+async def _received(chunks: AsyncIterator[bytes], file: Path) -> None:
+    with file.open("wb") as out:
+        async for chunk in chunks:
+            await asyncio.to_thread(out.write, chunk)
+
+
+def _import(service: Service, owner: str, name: str, file: Path) -> None:
+    """Raises APIProblem for a file that is no exported conversation, AHNError for a state of another model."""
+    state = file.with_name(STATE)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.getinfo(MESSAGES).file_size > MAX_MESSAGES:
+                raise APIProblem(413, "The messages of this conversation are too long.")
+            if archive.getinfo(STATE).file_size > service.settings.state:
+                raise APIProblem(413, "The state of this conversation is too large.")
+            said = _checked(json.loads(archive.read(MESSAGES)))
+            with archive.open(STATE) as source, state.open("wb") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise APIProblem(400, "This is no conversation that a server of ahn exported.") from error
+    service.engine.load(owner, name, state)
+    if said:
+        service.store.add(owner, turn_name(), said, session=name)
+
+
+def _checked(said: Any) -> list[dict[str, str]]:
+    """Raises ValueError for what is no list of messages."""
+    for message in said if isinstance(said, list) else [None]:
+        if (
+            not isinstance(message, dict)
+            or not {"role", "content"} == set(message)
+            or not all(isinstance(value, str) for value in message.values())
+        ):
+            raise ValueError("no messages")
+    return said

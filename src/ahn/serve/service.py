@@ -1,0 +1,158 @@
+"""What all routes share: from fields to the engine's requests, and from what it writes to OpenAI's objects."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ahn.serve.fields import ResponseFormat, TextFormat
+from ahn.serve.metrics import ServerMetrics
+from ahn.serve.problems import APIProblem
+from ahn.serve.replies import RunningReplies, Written
+from ahn.serve.request import GenerationRequest, SamplingOptions, TokenLogprobs
+from ahn.serve.settings import ServerSettings
+from ahn.serve.texts import ChatText
+
+if TYPE_CHECKING:
+    from ahn.serve.engine import Engine
+    from ahn.serve.grammar import Grammars
+    from ahn.serve.messages import MessageStore
+    from ahn.serve.reply import Reply
+
+NEVER = -9999.0
+"""Logarithm of a probability of 0, which JSON cannot say."""
+
+
+@dataclasses.dataclass
+class Service:
+    """An engine and what is around it.
+
+    Attributes:
+        defaults: how tokens are chosen where a request does not say it.
+        grammars: None where replies cannot be made to follow a schema.
+        full_bytes: what a conversation of so many tokens would take with full attention.
+        created: when the server was started, in seconds since 1970.
+    """
+
+    engine: Engine
+    text: ChatText
+    settings: ServerSettings
+    store: MessageStore
+    metrics: ServerMetrics
+    grammars: Grammars | None = None
+    defaults: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    full_bytes: Callable[[int], int] = lambda tokens: 0
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Raises APIProblem for a model that is not served here."""
+        if name is not None and name != self.settings.model:
+            said = f"The model {ascii(name)[:100]} does not exist here; there is {self.settings.model!r}."
+            raise APIProblem(404, said, "model", "model_not_found")
+
+    def new_tokens(self, wanted: int | None, field: str, default: int | None = None) -> int:
+        """Tokens to write at most.
+
+        Raises:
+            APIProblem: more are wanted than this server writes.
+        """
+        limit = self.settings.new_tokens
+        if wanted is not None and wanted > limit:
+            raise APIProblem(400, f"{field}: this server writes at most {limit} tokens.", field, "invalid_value")
+        return min(limit, default or limit) if wanted is None else wanted
+
+    def check_prompt(self, prompt: Sequence[int], new: int, field: str) -> None:
+        """Raises APIProblem for a conversation that is empty or longer than allowed."""
+        if not prompt:
+            raise APIProblem(400, f"{field}: there is nothing to read.", field, "invalid_value")
+        if len(prompt) + new > self.settings.prompt:
+            said = (
+                f"{field}: {len(prompt)} tokens and {new} to write are more than this server's {self.settings.prompt}."
+            )
+            raise APIProblem(400, said, field, "context_length_exceeded")
+
+    async def processors(self, form: ResponseFormat | TextFormat | None, field: str) -> tuple[Any, ...]:
+        """What keeps a reply to the form that is asked for; for one reply.
+
+        Raises:
+            APIProblem: this server cannot do that.
+        """
+        schema = form.schema_of_reply() if form is not None else None
+        if schema is None:
+            return ()
+        if self.grammars is None:
+            raise APIProblem(
+                400, f"{field}: needs the package llguidance on the server.", field, "unsupported_parameter"
+            )
+        return (await asyncio.to_thread(self.grammars.of_schema, schema),)
+
+    def start(self, requests: Iterable[GenerationRequest]) -> RunningReplies:
+        """Hand requests to the engine, all or none.
+
+        Raises:
+            EngineBusy, AHNError: as the engine's `submit`.
+        """
+        replies: list[Reply] = []
+        try:
+            for request in requests:
+                replies.append(self.engine.submit(request))
+        except BaseException:
+            for reply in replies:
+                reply.cancel()
+            raise
+        watches = [self.metrics.watch() for _ in replies]
+        return RunningReplies(replies, watches, self.settings.seconds, self.engine.alive)
+
+    def token(self, token: int) -> str:
+        """What a token looks like alone."""
+        return self.text.decode([token], special=True)
+
+    def spread(self, token: TokenLogprobs, top: int) -> dict[str, Any]:
+        """One token's probability as chat completions say it."""
+
+        def one(number: int, logprob: float | None) -> dict[str, Any]:
+            text = self.token(number)
+            return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+        best = [one(*pair) for pair in token.top[:top]]
+        return one(token.token, token.logprob) | {"top_logprobs": best}
+
+
+def finite(logprob: float | None) -> float:
+    """A logarithm as JSON can say it."""
+    return NEVER if logprob is None or logprob < NEVER else float(logprob)
+
+
+def seeded(options: SamplingOptions, n: int) -> SamplingOptions:
+    """The options of the n-th of several replies to one prompt: each draws in its own way."""
+    return options if options.seed is None or not n else dataclasses.replace(options, seed=_wrapped(options.seed + n))
+
+
+def _wrapped(seed: int) -> int:
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def usage(prompts: Sequence[int], written: Sequence[Written], each: int = 1) -> dict[str, Any]:
+    """Counts of tokens; every prompt counts once, however many replies it has.
+
+    Args:
+        prompts: tokens of each.
+        written: `each` replies for every prompt.
+    """
+    new = sum(len(reply.tokens) for reply in written)
+    cached = sum(min(reply.cached for reply in written[n * each : (n + 1) * each]) for n in range(len(prompts)))
+    return {
+        "prompt_tokens": sum(prompts),
+        "completion_tokens": new,
+        "total_tokens": sum(prompts) + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def identity(prefix: str) -> str:
+    """A new name that nobody can guess."""
+    return f"{prefix}{secrets.token_hex(16)}"

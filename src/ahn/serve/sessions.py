@@ -1,0 +1,86 @@
+"""What a request adds to a conversation that the server knows."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ahn.serve.problems import APIProblem
+from ahn.serve.service import Service, identity
+
+if TYPE_CHECKING:
+    from ahn.cache.conversation import Message
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A turn that is about to be answered.
+
+    Attributes:
+        owner: whose it is.
+        messages: the whole conversation, up to where the reply begins.
+        new: those of them that were not known before.
+        parent: the turn that this one goes on from.
+        session: whose next turn it is.
+    """
+
+    owner: str
+    messages: list[Message]
+    new: list[Message]
+    parent: str | None = None
+    session: str | None = None
+
+    async def keep(self, service: Service, reply: str, turn: str, shown: dict[str, Any] | None = None) -> None:
+        """Write it down with its reply, before the client is told that it is finished.
+
+        Raises:
+            APIProblem: that cannot be done.
+        """
+        said = [*self.new, {"role": "assistant", "content": reply}]
+        try:
+            await asyncio.to_thread(service.store.add, self.owner, turn, said, self.parent, shown, self.session)
+        except ValueError as error:  # the disk is full
+            raise APIProblem(507, str(error), code="storage_failed") from error
+
+
+async def session_turn(service: Service, owner: str, session: str | None, given: list[Message]) -> Turn:
+    """The turn that a chat request asks for.
+
+    In a session a request may hold the new messages alone. It may as well hold the whole conversation, as clients do
+    that know of no sessions: then it begins with what is known, or it has replies in it, and takes its place.
+    """
+    head = None if session is None else await asyncio.to_thread(service.store.head, owner, session)
+    known = None if head is None else await asyncio.to_thread(service.store.messages, owner, head)
+    if known is None:
+        return Turn(owner, given, given, None, session)
+    if given[: len(known)] == known and len(given) > len(known):
+        return Turn(owner, given, given[len(known) :], head, session)
+    if any(message["role"] == "assistant" for message in given):
+        return Turn(owner, given, given, None, session)
+    if given[0]["role"] == "system" and given[0] == known[0] and len(given) > 1:
+        given = given[1:]  # some clients send it each time
+    return Turn(owner, known + given, given, head, session)
+
+
+async def response_turn(
+    service: Service, owner: str, previous: str | None, instructions: str | None, given: list[Message]
+) -> Turn:
+    """The turn that a request of the Responses API asks for; instructions hold for this turn alone, as there.
+
+    Raises:
+        APIProblem: the response that it goes on from is not known.
+    """
+    known: list[Message] | None = []
+    if previous is not None:
+        known = await asyncio.to_thread(service.store.messages, owner, previous)
+        if known is None:
+            said = f"There is no response {ascii(previous)[:150]}."
+            raise APIProblem(404, said, "previous_response_id", "previous_response_not_found")
+    before = [] if instructions is None else [{"role": "system", "content": instructions}]
+    return Turn(owner, [*before, *(known or []), *given], given, previous)
+
+
+def turn_name() -> str:
+    """For a turn of a session."""
+    return identity("turn_")

@@ -1,0 +1,76 @@
+"""Server-sent events, JSON, and noticing that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ahn.serve.problems import APIProblem
+
+Result = TypeVar("Result")
+DONE = "data: [DONE]\n\n"
+
+
+def dumped(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def answer(value: Any, status: int = 200) -> Response:
+    """A JSON response."""
+    return Response(dumped(value), status, media_type="application/json")
+
+
+def event(value: Any, name: str | None = None) -> str:
+    """One server-sent event."""
+    return (f"event: {name}\n" if name else "") + f"data: {dumped(value)}\n\n"
+
+
+def comment(text: str) -> str:
+    """What clients skip: it keeps a connection open while nothing is written yet."""
+    return f": {text}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Events until there are no more or the client has gone; `end` is called in either case."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], object]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of some work, which is given up when the client has gone.
+
+    Raises:
+        APIProblem: it has; nobody reads this.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise APIProblem(408, "The client has gone.")
+        return working.result()
+    finally:
+        gone.cancel()
+        working.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,264 @@
+"""Routes in this process, with an engine that repeats the prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+HI = [{"role": "user", "content": "Hello there, how are you?"}]
+
+
+def events(response: Any) -> list[Any]:
+    """The data of a stream's events; a last `[DONE]` is left out."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    data = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(each) for each in data if each != "[DONE]"]
+
+
+def test_a_reply(served: Any) -> None:
+    response = served.post("/v1/chat/completions", messages=HI, max_tokens=3)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    prompt = served.engine.replies[0].request.prompt
+    assert served.service.text.decode(prompt) == "Hello there, how are you?"
+    assert body["choices"][0]["message"]["content"] == served.service.text.decode(prompt[:3])
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["total_tokens"] == len(prompt) + 3
+
+
+def test_a_stream_says_what_the_whole_says(served: Any) -> None:
+    whole = served.post("/v1/chat/completions", messages=HI, max_tokens=5).json()
+    response = served.post(
+        "/v1/chat/completions", messages=HI, max_tokens=5, stream=True, stream_options={"include_usage": True}
+    )
+    assert response.text.endswith("data: [DONE]\n\n")
+    chunks = events(response)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+
+def test_completions_of_several_prompts_echo_with_probabilities(served: Any) -> None:
+    ids = [served.service.text.ids(text) for text in ("One two three", "Four")]
+    body = served.post(
+        "/v1/completions", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
+    ).json()
+    for choice, prompt in zip(body["choices"], ids, strict=True):
+        assert len(choice["logprobs"]["token_logprobs"]) == len(prompt) + 1
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert choice["text"] == "".join(choice["logprobs"]["tokens"])
+        assert choice["logprobs"]["text_offset"][-1] == len("".join(choice["logprobs"]["tokens"][:-1]))
+    assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+def test_a_session_needs_only_what_is_new(served: Any) -> None:
+    first = served.chat("My name is Ada.", session_id="s").json()
+    said = first["choices"][0]["message"]["content"]
+    served.chat("Who am I?", session_id="s")
+    served.post("/v1/chat/completions", messages=[*HI, {"role": "assistant", "content": "x"}, *HI], session_id="s")
+    prompts = [served.service.text.decode(reply.request.prompt) for reply in served.engine.replies]
+    assert prompts[1] == f"My name is Ada.{said}\nWho am I?"
+    assert prompts[2] == "Hello there, how are you?x\nHello there, how are you?"
+    assert served.post("/close_session", session_id="s").json()["closed"]
+    served.chat("Who am I?", session_id="s")
+    assert served.service.text.decode(served.engine.replies[-1].request.prompt) == "Who am I?"
+
+
+def test_the_whole_conversation_in_a_session_is_not_added_to_it(served: Any) -> None:
+    said = served.chat("One.", session_id="s").json()["choices"][0]["message"]["content"]
+    whole = [
+        {"role": "user", "content": "One."},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "Two."},
+    ]
+    served.post("/v1/chat/completions", messages=whole, session_id="s")
+    assert served.service.text.decode(served.engine.replies[-1].request.prompt) == f"One.{said}\nTwo."
+
+
+def test_responses_go_on_from_each_other_and_can_be_forked_and_deleted(served: Any) -> None:
+    first = served.post("/v1/responses", input="One.", max_output_tokens=3).json()
+    said = first["output"][0]["content"][0]["text"]
+    for question in ("Two?", "Three?"):
+        served.post("/v1/responses", input=question, previous_response_id=first["id"], max_output_tokens=3)
+        prompt = served.service.text.decode(served.engine.replies[-1].request.prompt)
+        assert prompt == f"One.{said}\n{question}"
+    assert served.client.get(f"/v1/responses/{first['id']}").json() == first
+    assert served.client.delete(f"/v1/responses/{first['id']}").json()["deleted"]
+    assert served.client.get(f"/v1/responses/{first['id']}").status_code == 404
+    gone = served.post("/v1/responses", input="Four?", previous_response_id=first["id"])
+    assert gone.status_code == 404 and gone.json()["error"]["param"] == "previous_response_id"
+
+
+def test_events_of_a_response(served: Any) -> None:
+    got = events(served.post("/v1/responses", input="One two three", max_output_tokens=3, stream=True))
+    assert [event["sequence_number"] for event in got] == list(range(len(got)))
+    assert got[0]["type"] == "response.created" and got[-1]["type"] == "response.incomplete"
+    text = "".join(event["delta"] for event in got if event["type"] == "response.output_text.delta")
+    assert text == got[-1]["response"]["output"][0]["content"][0]["text"]
+    assert served.client.get(f"/v1/responses/{got[0]['response']['id']}").json() == got[-1]["response"]
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"tools": [{}]}, "tools"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"max_tokens": 1 << 30}, "max_tokens"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"n": 1000}, "n"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_what_is_wrong_is_named(served: Any, fields: dict[str, Any], param: str) -> None:
+    response = served.post("/v1/chat/completions", **({"messages": HI} | fields))
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param, error
+    assert set(error) == {"message", "type", "param", "code"} and param.split("[")[0] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "method, path, body, status",
+    [
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"\xff\xfe", 400),
+        ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        ("POST", "/v1/chat/completions", b'{"\\ud800": 1, "messages": []}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a", "temperature": NaN}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a", "seed": ' + b"9" * 6000 + b"}", 400),
+        ("GET", "/v1/chat/completions", b"", 405),
+        ("GET", "/nothing", b"", 404),
+        ("POST", "/tokenize", b"x" * 2000, 413),
+    ],
+)
+def test_every_error_has_one_form(serve: Callable[..., Any], method: str, path: str, body: bytes, status: int) -> None:
+    served = serve(body=1000) if status == 413 else serve()
+    response = served.client.request(method, path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"].startswith("req_")
+
+
+def test_a_body_without_a_length_is_bounded_too(serve: Callable[..., Any]) -> None:
+    response = serve(body=1000).client.post("/tokenize", content=iter([b"x" * 600] * 3))
+    assert response.status_code == 413, response.text
+
+
+def test_keys(serve: Callable[..., Any]) -> None:
+    served = serve(keys=("first", "second"))
+    for key in (None, "third", "firs"):
+        assert served.post("/v1/chat/completions", key, messages=HI).status_code == 401
+    said = served.post("/v1/responses", "first", input="Secret.", max_output_tokens=2).json()
+    path = f"/v1/responses/{said['id']}"
+    assert served.client.get(path, headers={"Authorization": "Bearer first"}).status_code == 200
+    assert served.client.get(path, headers={"Authorization": "Bearer second"}).status_code == 404
+    assert served.post("/v1/responses", "second", input="x", previous_response_id=said["id"]).status_code == 404
+    assert served.client.get("/conversations", headers={"Authorization": "Bearer second"}).json()["data"] == []
+    assert served.client.get("/health").status_code == 200
+    assert served.client.get("/metrics").status_code == 401
+
+
+def test_busy_says_when_to_come_again(served: Any) -> None:
+    served.engine.busy = True
+    response = served.chat("x")
+    assert response.status_code == 429 and response.headers["retry-after"] == "3"
+    assert response.json()["error"]["code"] == "server_busy"
+
+
+def test_health_says_when_the_engine_is_dead(served: Any) -> None:
+    assert served.client.get("/health").status_code == 200
+    served.engine.dead = True
+    assert served.client.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_in_a_reply_is_told(served: Any, stream: bool) -> None:
+    served.engine.error = "The model gave no number."
+    response = served.chat("x", stream=stream)
+    told = events(response)[-1] if stream else response.json()
+    assert response.status_code == (200 if stream else 500)
+    assert told["error"]["message"] == "The model gave no number."
+
+
+def test_a_request_that_takes_too_long_ends_where_it_is(serve: Callable[..., Any]) -> None:
+    served = serve(pause=0.02, seconds=0.3)
+    body = served.chat("Hello", max_tokens=1000).json()
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert 0 < body["usage"]["completion_tokens"] < 1000
+    assert served.engine.replies[0].cancelled
+
+
+def test_a_prompt_may_be_too_long(serve: Callable[..., Any]) -> None:
+    response = serve(prompt=10).chat("one two three four five six seven eight nine ten eleven")
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_other_hosts_are_refused_where_nothing_else_protects(serve: Callable[..., Any]) -> None:
+    served = serve()
+    assert served.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert serve(local=False).client.get("/v1/models", headers={"host": "a.example"}).status_code == 200
+
+
+def test_metrics_count(served: Any) -> None:
+    served.chat("x")
+    text = served.client.get("/metrics").text
+    assert 'ahn_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
+    assert "ahn_time_to_first_token_seconds_count 1.0" in text
+    assert "ahn_time_per_output_token_seconds_count 3.0" in text
+    assert "ahn_tokens_read_total 3.0" in text and "ahn_running 1.0" in text
+
+
+def test_models_and_tokens(served: Any) -> None:
+    assert [model["id"] for model in served.client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert served.client.get("/v1/models/other").status_code == 404
+    assert served.chat("x", model="other").json()["error"]["code"] == "model_not_found"
+    body = served.post("/tokenize", prompt="Hello there").json()
+    assert served.service.text.decode(body["tokens"]) == "Hello there" and body["count"] == len(body["tokens"])
+    assert served.post("/tokenize", messages=HI).json()["count"] > 0
+
+
+def test_a_conversation_can_be_taken_elsewhere(serve: Callable[..., Any]) -> None:
+    here, there = serve(), serve()
+    said = here.chat("Remember 42.", session_id="s").json()["choices"][0]["message"]["content"]
+    file = here.client.get("/conversations/s/state")
+    assert file.status_code == 200, file.text
+    assert there.client.put("/conversations/moved/state", content=file.content).json() == {
+        "name": "moved",
+        "imported": True,
+    }
+    there.chat("What?", session_id="moved")
+    prompt = there.service.text.decode(there.engine.replies[-1].request.prompt)
+    assert prompt == f"Remember 42.{said}\nWhat?"
+    assert there.client.put("/conversations/moved/state", content=b"no zip").status_code == 400
+    assert here.client.get("/conversations/unknown/state").status_code == 404
+    assert here.client.get("/conversations/s").json()["bytes"] == 8
+
+
+def test_a_page_without_outside_requests(served: Any) -> None:
+    response = served.client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "http" not in policy
+    assert "NONCE" not in response.text
+
+
+def test_n_replies_draw_in_their_own_ways(served: Any) -> None:
+    body = served.chat("x", n=3, seed=5).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [reply.request.options.seed for reply in served.engine.replies] == [5, 6, 7]
+
+
+def test_options_reach_the_engine(served: Any) -> None:
+    served.chat("x", temperature=0, top_k=-1, top_p=0.5, stop="a", logit_bias={"7": 3}, ignore_eos=True, store=False)
+    request = served.engine.replies[0].request
+    options = request.options
+    assert (options.temperature, options.top_k, options.top_p, options.stop) == (0, 0, 0.5, ("a",))
+    assert options.logit_bias == {7: 3.0} and options.ignore_eos and not request.keep
