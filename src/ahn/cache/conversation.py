@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from ahn.cache import file, other
 from ahn.cache.layer import AHNLayer
+from ahn.cache.origin import origin
 from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -284,6 +285,14 @@ class AHNCache(Cache):
         model = None if self._model is None else self._model()
         if model is None:
             raise AHNError("The model of this cache is gone; save a cache while its model is in memory.")
+        file.write(path, *self.content(), origin(model))
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save` writes of the conversation itself: tensors by name, and a description as JSON types.
+
+        Raises:
+            AHNError: the cache is empty, or a layer of it is of a kind that cannot be written.
+        """
         if self.seen == 0:
             raise AHNError("This cache has read nothing yet; there is nothing to save.")
         tensors: dict[str, Tensor] = {}
@@ -294,7 +303,7 @@ class AHNCache(Cache):
         description: dict[str, Any] = {"config": dataclasses.asdict(self.config), "seen": self.seen}
         if self.messages:
             description["messages"] = self.messages
-        file.write(path, tensors, description, model)
+        return tensors, description
 
     @staticmethod
     def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
@@ -303,24 +312,29 @@ class AHNCache(Cache):
         Raises:
             AHNError: the file is missing, damaged or not a cache, or it was made with another base, adapter or memory.
         """
-        cache = AHNCache.for_model(model)
-        tensors, cache.config, seen, cache.messages = file.read(path, model)
+        return load_conversation(path, model, origin(model))
 
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-        for index, layer in enumerate(cache.layers):
-            own = under(f"layers.{index}.")
-            if isinstance(layer, AHNLayer):
-                layer.config = cache.config
-                layer.load_tensors(own)
-                cache._batch = len(own["keys"])
-            elif own:
-                other.load(layer, own, seen)
-        cache.progress.seen = seen
-        if padding := under("padding."):
-            cache.progress.padding = Padding(**padding)
-        return cache
+def load_conversation(path: str | Path, model: PreTrainedModel, of: dict[str, Any]) -> AHNCache:
+    """`AHNCache.load` where the model's `ahn.cache.origin.origin` is known: it takes a look at every tensor of it."""
+    cache = AHNCache.for_model(model)
+    tensors, cache.config, seen, cache.messages = file.read(path, model, of)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+    for index, layer in enumerate(cache.layers):
+        own = under(f"layers.{index}.")
+        if isinstance(layer, AHNLayer):
+            layer.config = cache.config
+            layer.load_tensors(own)
+            cache._batch = len(own["keys"])
+        elif own:
+            other.load(layer, own, seen)
+    cache.progress.seen = seen
+    if padding := under("padding."):
+        cache.progress.padding = Padding(**padding)
+    return cache
 
 
 def _tensors(layer: Any, index: int) -> dict[str, Tensor]:

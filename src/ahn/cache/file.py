@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ahn.cache.checks import Stored, check_layout, check_messages, check_values, read_config
-from ahn.cache.origin import check_origin, first_fingerprint, origin
+from ahn.cache.origin import check_origin, first_fingerprint
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.files import json_object, write_tensors
@@ -31,15 +31,18 @@ FIRST_FORMAT = "ahn-cache-1"
 """Without a checksum, and with a fingerprint of 64 rows of the embedding instead of an origin."""
 
 
-def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any], model: PreTrainedModel) -> None:
-    """Write a conversation with a model to `path`, whole or not at all.
+def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any], of: dict[str, Any]) -> None:
+    """Write a conversation to `path`, whole or not at all.
+
+    Args:
+        of: the `origin` of its model.
 
     Raises:
         AHNError: it cannot be written; a file that was there is unchanged.
     """
     path = Path(path)
     on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    whole = {"format": FORMAT, **description, "origin": origin(model)}
+    whole = {"format": FORMAT, **description, "origin": of}
     whole["checksum"] = checksum(on_cpu, whole)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +51,14 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
     write_tensors(path, on_cpu, {"ahn": json.dumps(whole)})
 
 
-def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], AHNConfig, int, list[dict[str, str]]]:
+def read(
+    path: str | Path, model: PreTrainedModel, of: dict[str, Any]
+) -> tuple[dict[str, Tensor], AHNConfig, int, list[dict[str, str]]]:
     """The tensors, on the model's device, the settings, the tokens read, and the messages that were kept with them, as
     `write` wrote them for this model.
+
+    Args:
+        of: the model's `origin`.
 
     Raises:
         AHNError: the file is missing, damaged or not a conversation, or it was made with another base or adapter.
@@ -62,8 +70,8 @@ def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], A
         raise AHNError(f"{path} is not a file.")
     try:
         with safe_open(path, framework="pt") as file:
-            description = json_object((file.metadata() or {}).get("ahn", "{}"), f"The description in {path}")
-            config, seen = _check(description, _stored(file), model, path)
+            description = _description(file, path)
+            config, seen = _check(description, _stored(file), model, path, of)
             # Copies have their own aligned memory: kernels round differently where it is not aligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError) as error:
@@ -72,6 +80,26 @@ def read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], A
         raise AHNError(f"{path} is damaged: its checksum is another than that of its content.")
     check_values(tensors, seen, str(path))
     return {name: x.to(model.device) for name, x in tensors.items()}, config, seen, description.get("messages", [])
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a file says of itself, without its tensors; not to be trusted.
+
+    Raises:
+        AHNError: it cannot be read, or is not a conversation.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = _description(file, path)
+    except (SafetensorError, OSError) as error:
+        raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
+    if description.get("format") not in (FORMAT, FIRST_FORMAT):
+        raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
+    return description
+
+
+def _description(file: Any, path: Path) -> dict[str, Any]:
+    return json_object((file.metadata() or {}).get("ahn", "{}"), f"The description in {path}")
 
 
 def checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
@@ -90,14 +118,14 @@ def _stored(file: Any) -> dict[str, Stored]:
 
 
 def _check(
-    description: dict[str, Any], found: dict[str, Stored], model: PreTrainedModel, path: Path
+    description: dict[str, Any], found: dict[str, Stored], model: PreTrainedModel, path: Path, here: dict[str, Any]
 ) -> tuple[AHNConfig, int]:
     kind = description.get("format")
     if kind not in (FORMAT, FIRST_FORMAT):
         raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
     if kind == FORMAT:
         saved = description.get("origin")
-        check_origin(saved if isinstance(saved, dict) else {}, model, path)
+        check_origin(saved if isinstance(saved, dict) else {}, here, path)
     elif description.get("fingerprint") != first_fingerprint(model):
         raise AHNError(f"{path} was written with another base model or adapter; its memory means nothing to this one.")
     config, seen = read_config(description, model.ahn_config, str(path))

@@ -143,12 +143,13 @@ class AHNLayer(CacheLayerMixin):
         self.own_memory()
         assert self.state is not None
         state, own = self.state, torch.arange(S, device=self.window.keys.device)[None]
-        if state.sinks is None:
-            state.sinks = state.window.keys[:, :, :S].clone()
+        here = state.window.keys[:, :, :S]
+        # Of a row whose sinks are at their own positions the window knows best: it may have read more of them since.
+        state.sinks = _where(self.progress.anchor, 0, here, here if state.sinks is None else state.sinks)
         # A tensor made of numbers would wait for all that a GPU has to do.
         by = anchor[0] if len(anchor) == 1 else torch.tensor(anchor, device=own.device)[:, None]
-        moved = own + by
-        state.window.keys[:, :, :S] = rotation.turn(rotation.undo(state.sinks, own), moved)
+        moved = rotation.turn(rotation.undo(state.sinks, own), own + by)
+        state.window.keys[:, :, :S] = _where(anchor, 0, state.sinks, moved)
 
     def enter_slots(self, lengths: Tensor) -> None:
         """Lay the window out in fixed slots; lengths (B or 1,) real tokens of each row before now."""
@@ -257,6 +258,14 @@ class AHNLayer(CacheLayerMixin):
                 f"Cannot crop a cache after {seen} tokens: {seen - lossless} of them left "
                 "the window into the memory, which cannot be undone. Keep a copy (copy.deepcopy(cache)) to go back to."
             )
+
+
+def _where(numbers: tuple[int, ...], number: int, x: Tensor, y: Tensor) -> Tensor:
+    """x (B, H, S, P) in the rows that have this number, y in the others; the numbers are of each row or of all."""
+    equal = [one == number for one in numbers]
+    if all(equal) or not any(equal):
+        return x.clone() if equal[0] else y
+    return torch.where(torch.tensor(equal, device=x.device)[:, None, None, None], x, y)
 
 
 def _take(x: Tensor, slot: Tensor) -> Tensor:

@@ -41,13 +41,12 @@ def origin(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_origin(saved: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
-    """Compare what `origin` said when a file was written with this model.
+def check_origin(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
+    """Compare what `origin` said when a file was written with what it says of the model here.
 
     Raises:
         AHNError: they differ; the message says in what.
     """
-    here = origin(model)
     if saved.get("dtype") != here["dtype"]:
         dtype = reprlib.repr(saved.get("dtype"))
         raise AHNError(f"{path} was written with the model in {dtype}, this one is in {here['dtype']!r}.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.errors import AHNError
@@ -30,16 +32,10 @@ def tensors(layer: Any, index: int) -> dict[str, Tensor]:
 def load(layer: Any, named: dict[str, Tensor], seen: int) -> None:
     """The inverse of `tensors`, for a layer that has read nothing yet."""
     for name, x in named.items():
-        kind, _, number = name.partition(".")
-        if kind == "conv_states":
-            layer.update_conv_state(x, state_idx=int(number))
-        elif kind == "recurrent_states":
-            layer.update_recurrent_state(x, state_idx=int(number))
+        if name.partition(".")[0] in _STATES:
+            _set_state(layer, name, x)
     if "keys" in named:
-        layer.lazy_initialization(named["keys"], named["values"])
-        layer.keys, layer.values = named["keys"], named["values"]
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = seen
+        _set_keys(layer, named["keys"], named["values"], seen)
 
 
 def move(layer: Any, device: torch.device | str) -> None:
@@ -50,6 +46,44 @@ def move(layer: Any, device: torch.device | str) -> None:
         states[int(number)] = states[int(number)].to(device)
     if getattr(layer, "is_initialized", False):
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+
+def join(layer: Any, rows: Sequence[Any], seen: int) -> None:
+    """Make an empty layer of the rows of several, with zeros before the shorter ones, as after `seen` columns."""
+    for name, x in _states(rows[0]).items():
+        _set_state(layer, name, torch.cat([x, *(_states(row)[name] for row in rows[1:])]))
+    if getattr(rows[0], "is_initialized", False) and getattr(rows[0], "keys", None) is not None:
+        width = min(seen, layer.sliding_window - 1) if getattr(layer, "is_sliding", False) else seen
+        keys, values = (torch.cat([_wide(getattr(row, kind), width) for row in rows]) for kind in ("keys", "values"))
+        _set_keys(layer, keys, values, seen)
+
+
+def take(source: Any, layer: Any, row: int, length: int) -> None:
+    """Make an empty layer of one row of another, of which `length` tokens are real."""
+    for name, x in _states(source).items():
+        _set_state(layer, name, x[row : row + 1].clone())
+    if getattr(source, "is_initialized", False) and getattr(source, "keys", None) is not None:
+        held = max(0, source.keys.shape[2] - length)
+        keys, values = (x[row : row + 1, :, held:].clone() for x in (source.keys, source.values))
+        _set_keys(layer, keys, values, length)
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    """The last columns of keys or values (B, H, T, P), so many, with zeros before them where there are fewer."""
+    return F.pad(x, (0, 0, width - x.shape[2], 0))  # negative: cut off
+
+
+def _set_state(layer: Any, name: str, x: Tensor) -> None:
+    kind, _, number = name.partition(".")
+    update = layer.update_conv_state if kind == "conv_states" else layer.update_recurrent_state
+    update(x, state_idx=int(number))
+
+
+def _set_keys(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = seen
 
 
 def _states(layer: Any) -> dict[str, Tensor]:

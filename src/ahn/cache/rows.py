@@ -1,0 +1,216 @@
+"""Rows of caches: conversations that were read apart go on in one batch, and apart again.
+
+A batch lies in fixed slots, so that rows of any length stand side by side. The shorter ones have leading padding; so
+that none of them is at the edge of its first window in columns, there is always more of it than window and sinks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ahn.cache import other, tier
+from ahn.cache.conversation import AHNCache
+from ahn.cache.layer import AHNLayer
+from ahn.errors import AHNError
+from ahn.layout.slots import Slots
+from ahn.layout.state import LayerState, Tensors
+from ahn.layout.visibility import Padding
+from ahn.memory.base import Memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINKS = "sinks"
+"""Among the parts of a state: `LayerState.sinks`, which a file does not tell from the window."""
+
+
+def join(caches: Sequence[AHNCache]) -> AHNCache:
+    """One cache with the rows of all of them, in order; they stay as they are, but for how they lie.
+
+    The next step needs `position_ids`: as many for each row as it has read (`lengths`). Where some layers have no
+    memory, it needs an `attention_mask` too (`mask`).
+
+    Raises:
+        AHNError: a cache has read nothing, or they were made with different models or settings.
+    """
+    model = _model_of(caches)
+    lengths = torch.cat([_lengths(cache) for cache in caches])
+    seen = max(int(lengths.max()), caches[0].config.lossless + 1)
+    joined = _like(caches[0], model)
+    needs_sinks = {i for cache in caches for i, layer in cache.memory_layers.items() if _state(layer).sinks is not None}
+    for index, layer in enumerate(joined.layers):
+        rows = [cache.layers[index] for cache in caches]
+        if isinstance(layer, AHNLayer):
+            parts = [
+                _parts_in_slots(cache, index, _memory(model, index), index in needs_sinks) for cache in caches
+            ]
+            layer.state = _from_parts({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+        else:
+            other.join(layer, rows, seen)
+    joined._batch = len(lengths)
+    anchors = [anchor for cache in caches for anchor in _anchors(cache)]
+    _set_progress(joined, seen, lengths, anchors)
+    return joined
+
+
+def take(batch: AHNCache, row: int) -> AHNCache:
+    """A copy of one row as a conversation of its own, as if it had always been alone."""
+    model, length, anchor = _model_of([batch]), lengths(batch)[row], _anchors(batch)[row]
+    alone = _like(batch, model)
+    for index, layer in enumerate(alone.layers):
+        if not isinstance(layer, AHNLayer):
+            other.take(batch.layers[index], layer, row, length)
+            continue
+        parts = _parts(_state(_laid_in_slots(batch, index)))
+        state = _from_parts({name: x[row : row + 1].clone() for name, x in parts.items()})
+        layer.state = _alone(state, batch, length, anchor, _memory(model, index))
+        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+    alone._batch = 1
+    alone.progress.seen, alone.progress.anchor = length, (anchor,)
+    return alone
+
+
+def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
+    """Write a conversation over one row of a batch, in place: captured steps know the batch's tensors.
+
+    Raises:
+        AHNError: as `join`; or a layer of the batch has no memory, and its size depends on what was read.
+    """
+    model = _model_of([batch, alone])
+    if len(batch.memory_layers) != len(batch.layers):
+        raise AHNError("Rows of a batch can be replaced only where every layer has a memory.")
+    for index, layer in batch.memory_layers.items():
+        state = _state(_laid_in_slots(batch, index))
+        source = _parts_in_slots(alone, index, _memory(model, index), True)
+        if state.sinks is None and _state(alone.memory_layers[index]).sinks is not None:
+            state.sinks = state.window.keys[:, :, : batch.config.sinks].clone()
+        for name, x in _parts(state).items():
+            x[row : row + 1].copy_(source[name])
+    read, anchors = _lengths(batch), list(_anchors(batch))
+    read[row], anchors[row] = _lengths(alone)[0].to(read.device), _anchors(alone)[0]
+    _set_progress(batch, max(batch.seen, int(read.max())), read, anchors)
+
+
+def lengths(batch: AHNCache) -> list[int]:
+    """Real tokens that each row has read."""
+    return [int(length) for length in _lengths(batch).tolist()]
+
+
+def mask(batch: AHNCache) -> Tensor | None:
+    """(B, columns + 1) the attention mask of a step in which every row reads a token; None where none is needed."""
+    if len(batch.memory_layers) == len(batch.layers):
+        return None
+    read = _lengths(batch)
+    columns = torch.arange(batch.seen + 1, device=read.device)
+    return (columns >= batch.seen - read[:, None]).long()
+
+
+def _model_of(caches: Sequence[AHNCache]) -> PreTrainedModel:
+    """The one model of all caches."""
+    models = [None if cache._model is None else cache._model() for cache in caches]
+    first = models[0]
+    if first is None or any(model is not first for model in models):
+        raise AHNError("Conversations of different models, or of one that is gone, cannot be in one batch.")
+    if any(cache.config != caches[0].config for cache in caches):
+        raise AHNError("Conversations with different windows, sinks or memories cannot be in one batch.")
+    if any(cache.seen == 0 for cache in caches):
+        raise AHNError("A conversation that has read nothing cannot be in a batch.")
+    return first
+
+
+def _like(cache: AHNCache, model: PreTrainedModel) -> AHNCache:
+    """An empty cache with the same settings."""
+    new = AHNCache.for_model(model)
+    new.config = cache.config
+    for layer in new.memory_layers.values():
+        layer.config = cache.config
+    return new
+
+
+def _lengths(cache: AHNCache) -> Tensor:
+    """(B,) real tokens of each row, where the first layer is."""
+    keys = next(iter(cache.memory_layers.values())).keys
+    read = cache.progress.row_lengths()
+    return read.to(keys.device).expand(len(keys)) if len(read) != len(keys) or read.device != keys.device else read
+
+
+def _anchors(cache: AHNCache) -> tuple[int, ...]:
+    """Of each row; see `Progress.anchor`."""
+    rows = len(next(iter(cache.memory_layers.values())).keys)
+    return cache.progress.anchor if len(cache.progress.anchor) == rows else cache.progress.anchor * rows
+
+
+def _set_progress(cache: AHNCache, seen: int, read: Tensor, anchors: Sequence[int]) -> None:
+    leading, progress = seen - read, cache.progress
+    none = torch.zeros_like(leading)
+    progress.seen, progress.lengths = seen, read
+    progress.padding = Padding(leading, none.bool(), none) if bool(leading.any()) else None
+    progress.anchor = tuple(anchors) if len(set(anchors)) > 1 else (anchors[0],)
+
+
+def _memory(model: PreTrainedModel, index: int) -> Memory:
+    memory: Memory = model.get_decoder().layers[index].ahn.fn
+    return memory
+
+
+def _state(layer: AHNLayer) -> LayerState:
+    assert layer.state is not None
+    return layer.state
+
+
+def _laid_in_slots(batch: AHNCache, index: int) -> AHNLayer:
+    """A layer of a batch; a step in which a tier begins has left the batch in columns."""
+    layer = batch.memory_layers[index]
+    layer.enter_slots(_lengths(batch))
+    return layer
+
+
+def _parts(state: LayerState) -> Tensors:
+    """All tensors by name as they lie, the sinks that are kept beside the window on their own."""
+    named = dataclasses.replace(state, sinks=None).tensors()
+    return named if state.sinks is None else named | {SINKS: state.sinks}
+
+
+def _from_parts(named: Tensors) -> LayerState:
+    """The inverse of `_parts` for tokens in slots."""
+    state = LayerState.from_tensors({name: x for name, x in named.items() if name != SINKS})
+    state.window.in_slots, state.sinks = True, named.get(SINKS)
+    return state
+
+
+def _parts_in_slots(cache: AHNCache, index: int, memory: Memory, with_sinks: bool) -> Tensors:
+    """Of a layer, with what a longer row of the batch has and this one does not have yet."""
+    config, state = cache.config, _state(cache.memory_layers[index])
+    window = state.window
+    if not window.in_slots:
+        slots, read = Slots(config.window, config.sinks), _lengths(cache)
+        window = window.map(lambda x: slots.from_columns(x, cache.seen, read.to(x.device)))
+    low_bit, held = state.tier, state.memory
+    if config.quantized and low_bit is None:
+        low_bit = tier.empty(config.quantized, window, config.tier_bits)
+    if not held:
+        keys = window.keys
+        held = memory.init_state(len(keys), keys.device)
+        held = held | memory.empty_slots(keys, config.window + config.quantized)
+    sinks = state.sinks
+    if with_sinks and sinks is None:
+        sinks = window.keys[:, :, : config.sinks]
+    return _parts(LayerState(window, low_bit, held, sinks))
+
+
+def _alone(state: LayerState, batch: AHNCache, length: int, anchor: int, memory: Memory) -> LayerState:
+    """A row's state in columns, without what it has only for its neighbours' sake."""
+    config, keys = batch.config, state.window.keys
+    slots, read = Slots(config.window, config.sinks), torch.tensor([length], device=keys.device)
+    window = state.window.map(lambda x: slots.to_columns(x, length, read).contiguous())
+    window.in_slots = False
+    low_bit = state.tier if length > config.lossless else None
+    written = length > config.lossless + config.quantized
+    held = state.memory if written else memory.init_state(1, keys.device)
+    return LayerState(window, low_bit, held, state.sinks if anchor else None)

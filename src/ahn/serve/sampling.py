@@ -1,0 +1,197 @@
+"""The next token of each row of a batch, on the device where the logits are.
+
+A row's choice depends on its own logits, options and random numbers alone. Its random numbers come from a generator of
+its own, one for each token, so that neighbours that come and go change nothing. The cuts are those of transformers'
+processors, in their order: temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ahn.serve.request import SamplingOptions, TokenLogprobs
+
+
+@dataclasses.dataclass
+class Chosen:
+    """What was chosen for one row.
+
+    Attributes:
+        token: its id; -1 where there was an error.
+        logprobs: of the token, if they were asked for.
+        error: a sentence, where logits are not numbers or a processor failed.
+    """
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
+class Chooser:
+    """Options of one row, with what they have to remember.
+
+    Args:
+        ids: of prompt and reply so far; the list grows with the reply.
+        prompt: how many of them are the prompt's.
+    """
+
+    def __init__(self, options: SamplingOptions, ids: list[int], prompt: int, device: torch.device) -> None:
+        self.options, self.ids, self.prompt, self.device = options, ids, prompt, device
+        self._random = random.Random(options.seed)  # None: from the system
+        self._present: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._noted = 0
+        self._bias = None
+        if options.logit_bias:
+            places = torch.tensor(list(options.logit_bias), device=device)
+            self._bias = places, torch.tensor(list(options.logit_bias.values()), device=device, dtype=torch.float32)
+
+    def draw(self) -> float:
+        """A random number in [0, 1), one for each token."""
+        return self._random.random()
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether `changed` does anything."""
+        o = self.options
+        penalties = o.repetition_penalty != 1 or o.presence_penalty or o.frequency_penalty
+        return bool(penalties or self._bias is not None or o.processors)
+
+    def changed(self, scores: Tensor) -> Tensor:
+        """Scores (V,) after biases, penalties and the request's own processors."""
+        if self._bias is not None:
+            scores = scores.index_add(0, *self._bias)
+        scores = self._penalised(scores)
+        for processor in self.options.processors:
+            ids = torch.tensor([self.ids], device=self.device)
+            scores = processor(ids, scores[None])[0]
+        return scores
+
+    def _penalised(self, scores: Tensor) -> Tensor:
+        o = self.options
+        if o.repetition_penalty == 1 and not o.presence_penalty and not o.frequency_penalty:
+            return scores
+        present, counts = self._seen(len(scores))
+        if o.repetition_penalty != 1:
+            weaker = torch.where(scores < 0, scores * o.repetition_penalty, scores / o.repetition_penalty)
+            scores = torch.where(present, weaker, scores)
+        return scores - o.frequency_penalty * counts - o.presence_penalty * (counts > 0)
+
+    def _seen(self, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """(V,) which tokens prompt and reply hold, and how often each is in the reply."""
+        if self._present is None or self._counts is None:
+            self._present = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+            self._counts = torch.zeros(vocabulary, device=self.device)
+        new = torch.tensor(self.ids[self._noted :], dtype=torch.long, device=self.device)
+        self._present[new] = True
+        reply = new[max(0, self.prompt - self._noted) :]
+        self._counts.index_add_(0, reply, torch.ones(len(reply), device=self.device))
+        self._noted = len(self.ids)
+        return self._present, self._counts
+
+
+def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Chosen]:
+    """The next token of each row.
+
+    Args:
+        logits: (B, V) of any floating type.
+    """
+    scores = logits.float()
+    broken = ~scores.isfinite().all(-1)
+    reported = _report(scores, rows)
+    scores, failed = _changed(scores, rows)
+    tokens = scores.argmax(-1)
+    drawing = [i for i, row in enumerate(rows) if row.options.temperature > 0]
+    if drawing:
+        options = [rows[i].options for i in drawing]
+        # Rows that failed are drawn from as well, so that none has to be left out of the batch.
+        kept = cut(scores[drawing].nan_to_num(0.0, 0.0, float("-inf")), options)
+        tokens[drawing] = _drawn(kept, [rows[i].draw() for i in drawing])
+    nothing = scores.amax(-1) == float("-inf")
+    chosen = []
+    for i, (token, bad, none) in enumerate(zip(tokens.tolist(), broken.tolist(), nothing.tolist(), strict=True)):
+        error = "The model's scores are not numbers." if bad else failed.get(i)
+        error = error or ("No token is allowed here." if none else None)
+        chosen.append(Chosen(-1, error=error) if error else Chosen(token))
+    for i, (logprobs, k) in reported.items():
+        if chosen[i].error is None:
+            chosen[i].logprobs = logprobs_of(logprobs, chosen[i].token, k)
+    return chosen
+
+
+def _report(scores: Tensor, rows: Sequence[Chooser]) -> dict[int, tuple[Tensor, int]]:
+    """Log-probabilities (V,) of the rows that want some, and how many."""
+    wanted = {i: row.options.logprobs for i, row in enumerate(rows) if row.options.logprobs is not None}
+    if not wanted:
+        return {}
+    logprobs = scores[list(wanted)].log_softmax(-1)
+    return {i: (own, k) for own, (i, k) in zip(logprobs, wanted.items(), strict=True)}
+
+
+def logprobs_of(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
+    """What is reported of a token, of log-probabilities (V,)."""
+    top, places = logprobs.topk(min(count, len(logprobs)))
+    best = tuple(zip(places.tolist(), top.tolist(), strict=True))
+    return TokenLogprobs(token, float(logprobs[token]), best)
+
+
+def _changed(scores: Tensor, rows: Sequence[Chooser]) -> tuple[Tensor, dict[int, str]]:
+    """Scores after what each row does to its own, and of which rows that failed."""
+    changing = [i for i, row in enumerate(rows) if row.changes_scores]
+    if not changing:
+        return scores, {}
+    scores, failed = scores.clone(), {}
+    for i in changing:
+        try:
+            scores[i] = rows[i].changed(scores[i])
+        except Exception as error:  # a processor is the request's own
+            failed[i] = f"A processor of this request failed: {error}"
+    return scores, failed
+
+
+def cut(scores: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
+    """Scores (b, V) divided by the temperatures, -inf for what is cut off."""
+
+    def column(number: Callable[[SamplingOptions], float], of: Sequence[int]) -> Tensor:
+        numbers = [number(options[i]) for i in of]
+        return torch.tensor(numbers, device=scores.device, dtype=scores.dtype)[:, None]
+
+    scores = scores / column(lambda o: o.temperature, range(len(options)))
+    vocabulary = scores.shape[-1]
+    if rows := [i for i, o in enumerate(options) if 0 < o.top_k < vocabulary]:
+        counts = column(lambda o: o.top_k, rows).long()
+        best = scores[rows].topk(int(counts.max())).values
+        scores[rows] = _without(scores[rows], scores[rows] < best.gather(1, counts - 1))
+    if rows := [i for i, o in enumerate(options) if o.top_p < 1]:
+        scores[rows] = _top_p(scores[rows], column(lambda o: o.top_p, rows))
+    if rows := [i for i, o in enumerate(options) if o.min_p > 0]:
+        share = scores[rows].softmax(-1)
+        least = column(lambda o: o.min_p, rows) * share.amax(-1, keepdim=True)
+        scores[rows] = _without(scores[rows], share < least)
+    return scores
+
+
+def _top_p(scores: Tensor, p: Tensor) -> Tensor:
+    """The fewest most probable tokens that have at least the share p (b, 1), one at least."""
+    ordered, places = scores.sort(descending=False)
+    gone = ordered.softmax(-1).cumsum(-1) <= 1 - p
+    gone[:, -1] = False
+    return _without(scores, gone.scatter(1, places, gone))
+
+
+def _without(scores: Tensor, gone: Tensor) -> Tensor:
+    return scores.masked_fill(gone, float("-inf"))
+
+
+def _drawn(scores: Tensor, draws: Sequence[float]) -> Tensor:
+    """(b,) a token for each row of scores (b, V) by a number in [0, 1)."""
+    # In float64 a token's share of [0, 1) is its probability, however many there are.
+    reached = scores.softmax(-1).double().cumsum(-1)
+    wanted = torch.tensor(draws, device=scores.device, dtype=torch.float64)[:, None] * reached[:, -1:]
+    last = torch.where(scores > float("-inf"), torch.arange(scores.shape[-1], device=scores.device), 0).amax(-1)
+    return torch.searchsorted(reached, wanted, right=True)[:, 0].minimum(last)
