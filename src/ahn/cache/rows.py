@@ -46,9 +46,7 @@ def join(caches: Sequence[AHNCache]) -> AHNCache:
     for index, layer in enumerate(joined.layers):
         rows = [cache.layers[index] for cache in caches]
         if isinstance(layer, AHNLayer):
-            parts = [
-                _parts_in_slots(cache, index, _memory(model, index), index in needs_sinks) for cache in caches
-            ]
+            parts = [_parts_in_slots(cache, index, _memory(model, index), index in needs_sinks) for cache in caches]
             layer.state = _from_parts({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
         else:
@@ -76,6 +74,24 @@ def take(batch: AHNCache, row: int) -> AHNCache:
     return alone
 
 
+def reserve(like: AHNCache, rows: int) -> AHNCache:
+    """A batch of rows that hold zeros and have read nothing, for `put`.
+
+    Raises:
+        AHNError: as `put`.
+    """
+    batch = join([like])
+    _check_every_layer_has_memory(batch)
+    for layer in batch.memory_layers.values():
+        state = _state(layer)
+        if like.config.reach and layer.rotates:
+            state.sinks = state.window.keys[:, :, : like.config.sinks]
+        layer.state = _from_parts({name: x.new_zeros(rows, *x.shape[1:]) for name, x in _parts(state).items()})
+    batch._batch = rows
+    set_read(batch, [0] * rows, [0] * rows)
+    return batch
+
+
 def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
     """Write a conversation over one row of a batch, in place: captured steps know the batch's tensors.
 
@@ -83,18 +99,81 @@ def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
         AHNError: as `join`; or a layer of the batch has no memory, and its size depends on what was read.
     """
     model = _model_of([batch, alone])
-    if len(batch.memory_layers) != len(batch.layers):
-        raise AHNError("Rows of a batch can be replaced only where every layer has a memory.")
-    for index, layer in batch.memory_layers.items():
+    _check_every_layer_has_memory(batch)
+    for index in batch.memory_layers:
         state = _state(_laid_in_slots(batch, index))
         source = _parts_in_slots(alone, index, _memory(model, index), True)
         if state.sinks is None and _state(alone.memory_layers[index]).sinks is not None:
             state.sinks = state.window.keys[:, :, : batch.config.sinks].clone()
         for name, x in _parts(state).items():
             x[row : row + 1].copy_(source[name])
-    read, anchors = _lengths(batch), list(_anchors(batch))
-    read[row], anchors[row] = _lengths(alone)[0].to(read.device), _anchors(alone)[0]
-    _set_progress(batch, max(batch.seen, int(read.max())), read, anchors)
+    read, anchors = lengths(batch), list(_anchors(batch))
+    read[row], anchors[row] = alone.seen, _anchors(alone)[0]
+    set_read(batch, read, anchors)
+
+
+def move(batch: AHNCache, source: int, target: int) -> None:
+    """Write one row of a batch over another, in place."""
+    for index in batch.memory_layers:
+        for x in _parts(_state(_laid_in_slots(batch, index))).values():
+            x[target].copy_(x[source])
+    read, anchors = lengths(batch), list(_anchors(batch))
+    read[target], anchors[target] = read[source], anchors[source]
+    set_read(batch, read, anchors)
+
+
+def prefix(batch: AHNCache, rows: int) -> AHNCache:
+    """A batch of the first rows of another that `reserve` made: its tensors are views of the other's."""
+    first = _like(batch, _model_of([batch]))
+    for index, layer in first.memory_layers.items():
+        layer.state = _from_parts({name: x[:rows] for name, x in _parts(_state(batch.memory_layers[index])).items()})
+        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+    first._batch = rows
+    set_read(first, lengths(batch)[:rows], _anchors(batch)[:rows])
+    return first
+
+
+def settle(batch: AHNCache, first: AHNCache) -> None:
+    """Bring into a batch what its `prefix` has become in steps, which put new tensors in the place of some views."""
+    for index, layer in batch.memory_layers.items():
+        whole, own = _parts(_state(layer)), _parts(_state(_laid_in_slots(first, index)))
+        for name, x in own.items():
+            if x.data_ptr() != whole[name].data_ptr():
+                whole[name][: len(x)].copy_(x)
+    rows = row_count(first)
+    read, anchors = lengths(batch), list(_anchors(batch))
+    read[:rows], anchors[:rows] = lengths(first), _anchors(first)
+    set_read(batch, read, anchors)
+
+
+def refresh(batch: AHNCache, first: AHNCache) -> None:
+    """Give a `prefix` of a batch its views again, where steps have put other tensors in their place.
+
+    The others stay the very tensors that a captured step knows.
+    """
+    count = row_count(first)
+    for index, layer in first.memory_layers.items():
+        whole, own = _parts(_state(batch.memory_layers[index])), _parts(_state(_laid_in_slots(first, index)))
+        same = {name for name, x in whole.items() if name in own and own[name].data_ptr() == x.data_ptr()}
+        layer.state = _from_parts({name: own[name] if name in same else x[:count] for name, x in whole.items()})
+    first.progress.anchor = _anchors(batch)[:count]
+
+
+def row_count(batch: AHNCache) -> int:
+    """B."""
+    return len(next(iter(batch.memory_layers.values())).keys)
+
+
+def set_read(batch: AHNCache, read: Sequence[int], anchors: Sequence[int] | None = None) -> None:
+    """Say how many real tokens each row has read, and how far its sinks are moved along (as they are, by default)."""
+    device = next(iter(batch.memory_layers.values())).keys.device
+    seen = max(*read, batch.config.lossless + 1)
+    _set_progress(batch, seen, torch.tensor(read, device=device), _anchors(batch) if anchors is None else anchors)
+
+
+def _check_every_layer_has_memory(batch: AHNCache) -> None:
+    if len(batch.memory_layers) != len(batch.layers):
+        raise AHNError("Rows of a batch can be replaced only where every layer has a memory.")
 
 
 def lengths(batch: AHNCache) -> list[int]:
@@ -142,8 +221,8 @@ def _lengths(cache: AHNCache) -> Tensor:
 
 def _anchors(cache: AHNCache) -> tuple[int, ...]:
     """Of each row; see `Progress.anchor`."""
-    rows = len(next(iter(cache.memory_layers.values())).keys)
-    return cache.progress.anchor if len(cache.progress.anchor) == rows else cache.progress.anchor * rows
+    anchor, rows = cache.progress.anchor, row_count(cache)
+    return anchor if len(anchor) == rows else anchor * rows
 
 
 def _set_progress(cache: AHNCache, seen: int, read: Tensor, anchors: Sequence[int]) -> None:

@@ -13,15 +13,14 @@ BLOCK = 64
 
 
 class Prefixes:
-    """The beginnings of one owner's prompt.
+    """The beginnings of one prompt.
 
     Attributes:
         ids: (L,) the prompt's token ids.
     """
 
-    def __init__(self, owner: str, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int]) -> None:
         self.ids = np.asarray(ids, dtype="<u4")
-        self._seed = owner.encode() + b"\0"
         self._known: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -31,7 +30,7 @@ class Prefixes:
         """Of the beginnings of these lengths, as far as the prompt is as long."""
         wanted = sorted({length for length in lengths if 0 < length <= len(self.ids)})
         if any(length not in self._known for length in wanted):
-            hasher, done = hashlib.blake2b(self._seed, digest_size=16), 0
+            hasher, done = hashlib.blake2b(digest_size=16), 0
             for length in wanted:
                 hasher.update(self.ids[done:length].tobytes())
                 self._known[length], done = hasher.copy().hexdigest(), length
@@ -46,9 +45,7 @@ class Prefixes:
         return self.digests(range(BLOCK, len(self.ids) + 1, BLOCK))
 
     def shared(self, other: Prefixes) -> int:
-        """Number of tokens that both begin with; none with another owner's."""
-        if self._seed != other._seed:
-            return 0
+        """Number of tokens that both begin with."""
         n = min(len(self), len(other))
         differ = np.flatnonzero(self.ids[:n] != other.ids[:n])
         return int(differ[0]) if len(differ) else n
@@ -63,16 +60,17 @@ class SeenBlocks:
 
     def __init__(self, limit: int = 1 << 18) -> None:
         self.limit = limit
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._seen: OrderedDict[tuple[str, str], None] = OrderedDict()
 
-    def add(self, prompt: Prefixes) -> int:
-        """Remember a prompt; returns how many of its tokens, in whole blocks, an earlier one began with."""
+    def add(self, owner: str, prompt: Prefixes) -> int:
+        """Remember a prompt; returns how many of its tokens, in whole blocks, began one of the same owner before."""
         shared, alike = 0, True
         for length, digest in prompt.blocks().items():
-            alike = alike and digest in self._seen
+            block = owner, digest
+            alike = alike and block in self._seen
             shared = length if alike else shared
-            self._seen[digest] = None
-            self._seen.move_to_end(digest)
+            self._seen[block] = None
+            self._seen.move_to_end(block)
         while len(self._seen) > self.limit:
             self._seen.popitem(last=False)
         return shared

@@ -31,16 +31,28 @@ class TextStream:
         self.ids = list(before[-CONTEXT:])
         self._context, self._decoded = 0, len(self.ids)
         self._held = self.text = ""
+        self._ends: list[int] = []
         self.stopped = False
 
     def add(self, token: int) -> str:
         """What can be shown once this token is written."""
         self.ids.append(token)
+        self._ends.append(len(self.text) + len(self._held))
         new = self._new_text()
         if not new or (new.endswith("\ufffd") and len(self.ids) - self._decoded < LONGEST_CHARACTER):
             return ""
         self._context, self._decoded = max(0, self._decoded - CONTEXT), len(self.ids)
+        self._ends[-1] += len(new)
         return self._show(new, last=False)
+
+    def whole_tokens(self) -> int:
+        """How many of the reply's tokens hold nothing of the stop text that was found."""
+        shown = len(self.text)
+        return (
+            next((n for n, end in enumerate(self._ends) if end > shown), len(self._ends))
+            if self.stopped
+            else len(self._ends)
+        )
 
     def end(self) -> str:
         """What was held back, once nothing follows."""

@@ -1,0 +1,145 @@
+"""The conversations that are being written: one step of all of them at a time, joining and leaving between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ahn import decode, private
+from ahn.cache import rows
+from ahn.cache.conversation import AHNCache
+
+
+class Batch:
+    """Rows of a cache that is made anew when one joins or leaves.
+
+    A row that leaves is replaced by the last one.
+
+    Attributes:
+        read: tokens that each row has read.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.read: list[int] = []
+        self._cache: AHNCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def add(self, alone: AHNCache) -> None:
+        """A conversation becomes the last row; nothing has changed if this fails."""
+        self._cache = rows.join([alone] if self._cache is None else [self._cache, alone])
+        self.read.append(alone.seen)
+
+    def take(self, row: int) -> AHNCache:
+        """A copy of one row as a conversation of its own."""
+        assert self._cache is not None
+        return rows.take(self._cache, row)
+
+    def drop(self, row: int) -> None:
+        """A row leaves."""
+        self.read[row] = self.read[-1]
+        self.read.pop()
+        if self._cache is not None and self.read:
+            left = [len(self.read) if n == row else n for n in range(len(self.read))]
+            self._cache.batch_select_indices(torch.tensor(left))
+        else:
+            self._cache = None
+
+    def clear(self) -> None:
+        """All rows are gone."""
+        self.read, self._cache = [], None
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Every row reads a token; logits (rows, V) of the next ones."""
+        assert self._cache is not None
+        logits = self._forward(self._cache, tokens, self.read)
+        self.read = [read + 1 for read in self.read]
+        return logits
+
+    def _forward(self, cache: AHNCache, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+        ids, positions = (torch.tensor(x, device=self.model.device)[:, None] for x in (tokens, places))
+        options = {"position_ids": positions, "use_cache": True, private.CACHE: cache}
+        if (mask := rows.mask(cache)) is not None:
+            options["attention_mask"] = mask.to(ids.device)
+        logits: Tensor = self.model(input_ids=ids, **options).logits[:, -1]
+        return logits
+
+
+class FixedBatch(Batch):
+    """Rows in places that never move, for captured steps: one graph for each of a few numbers of rows.
+
+    Rows beyond those in use read token 0 and change nothing but themselves.
+
+    Args:
+        capacity: rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        super().__init__(model)
+        self.sizes = [*(1 << n for n in range((capacity - 1).bit_length())), capacity]
+        self._views: dict[int, AHNCache] = {}
+        self._view: AHNCache | None = None
+        """Whose tensors are ahead of the whole batch's."""
+
+    def add(self, alone: AHNCache) -> None:
+        if self._cache is None:
+            self._cache = rows.reserve(alone, self.sizes[-1])
+        self._settle()
+        rows.put(self._cache, len(self.read), alone)
+        self.read.append(alone.seen)
+
+    def take(self, row: int) -> AHNCache:
+        self._settle()
+        return super().take(row)
+
+    def drop(self, row: int) -> None:
+        self._settle()
+        assert self._cache is not None
+        last = len(self.read) - 1
+        if row != last:
+            rows.move(self._cache, last, row)
+        self.read[row] = self.read[last]
+        self.read.pop()
+
+    def clear(self) -> None:
+        super().clear()
+        self._views, self._view = {}, None
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        if self._view is None:
+            self._view = self._of_size(next(size for size in self.sizes if size >= len(self.read)))
+        spare = rows.row_count(self._view) - len(self.read)
+        logits = self._forward(self._view, [*tokens, *[0] * spare], [*self.read, *[0] * spare])
+        self.read = [read + 1 for read in self.read]
+        return logits[: len(self.read)]
+
+    def _of_size(self, size: int) -> AHNCache:
+        """The first rows of the batch, as they are now."""
+        assert self._cache is not None
+        if size not in self._views:
+            self._views[size] = rows.prefix(self._cache, size)
+        view = self._views[size]
+        rows.refresh(self._cache, view)
+        rows.set_read(view, [*self.read, *[0] * (size - len(self.read))])
+        return view
+
+    def _settle(self) -> None:
+        if self._view is not None and self._cache is not None:
+            rows.settle(self._cache, self._view)
+            self._view = None
+
+
+def make_batch(model: PreTrainedModel, capacity: int, like: AHNCache) -> Batch:
+    """The batch that suits a model.
+
+    Args:
+        like: a conversation that has read something.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    captured = decode.runs(model, {"input_ids": ids, private.CACHE: rows.join([like])})
+    return FixedBatch(model, capacity) if captured else Batch(model)

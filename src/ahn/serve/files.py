@@ -1,0 +1,174 @@
+"""Kept states on disk: one file each, as `AHNCache.save` writes it, with a note of whose it is and how it is found.
+
+The files are the index: it is made anew from them at every start, so that nothing can contradict them. Several engines
+with the same model may share a folder. A folder holds states of one model and one configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ahn.cache import file
+from ahn.cache.conversation import AHNCache, load_conversation
+from ahn.cache.origin import origin
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ENDING = ".safetensors"
+NOTE = "kept"
+"""The description's entry that this module writes."""
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """How a state is found.
+
+    Attributes:
+        owner: whose it is.
+        length: tokens that it has read, in the prompts that it is found for.
+        digest: of these tokens; see `ahn.serve.prefixes`.
+        name: of the conversation that ends with it.
+        part_of: the name of the conversation in which it was made; it is forgotten together with it.
+        parts: bytes by part, as `AHNCache.bytes_by_part`.
+    """
+
+    owner: str
+    length: int
+    digest: str
+    name: str | None
+    part_of: str | None
+    parts: dict[str, int]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from others."""
+        return self.owner, self.digest
+
+    @classmethod
+    def read(cls, content: Any) -> Note:
+        """From JSON types that are not to be trusted.
+
+        Raises:
+            AHNError: it is not what `dataclasses.asdict` gives.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or content.keys() != names:
+            raise AHNError("it does not say whose it is")
+        note = cls(**content)
+        texts = [note.owner, note.digest, *(x for x in (note.name, note.part_of) if x is not None)]
+        sizes = [note.length, *(note.parts.values() if isinstance(note.parts, dict) else [None])]
+        if not all(isinstance(x, str) for x in texts) or not all(type(x) is int and x >= 0 for x in sizes):
+            raise AHNError("what it says of itself makes no sense")
+        return note
+
+
+class StateFiles:
+    """The files of one model's states.
+
+    Args:
+        directory: made where it is missing; a folder for this model and its settings is made inside.
+
+    Raises:
+        AHNError: it cannot be made.
+    """
+
+    def __init__(self, model: PreTrainedModel, directory: Path) -> None:
+        self.model, self.origin = model, origin(model)
+        identity = json.dumps([self.origin, dataclasses.asdict(model.ahn_config)], sort_keys=True, default=list)
+        self.directory = directory / f"states-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        self._scanned = -1
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AHNError(f"{self.directory} cannot be made: {error.strerror or error}.") from error
+
+    def path(self, note: Note) -> Path:
+        """Where a state is, or would be."""
+        owner = hashlib.sha256(note.owner.encode()).hexdigest()[:8]
+        return self.directory / f"{owner}-{note.digest}{ENDING}"
+
+    def write(self, cache: AHNCache, note: Note) -> Path:
+        """Write a state, whole or not at all.
+
+        Raises:
+            AHNError: it cannot be written, for example because the disk is full.
+        """
+        write(cache, note, path := self.path(note), self.origin)
+        return path
+
+    def load(self, path: Path) -> AHNCache:
+        """Read a state.
+
+        Raises:
+            AHNError: the file is gone, damaged, or of another model.
+        """
+        return load_conversation(path, self.model, self.origin)
+
+    def changed(self) -> bool:
+        """Whether files came or went since the latest `notes`, as far as the folder's time says."""
+        try:
+            return self.directory.stat().st_mtime_ns != self._scanned
+        except OSError:
+            return False
+
+    def paths(self) -> set[Path]:
+        """Of all states now."""
+        try:
+            self._scanned = self.directory.stat().st_mtime_ns
+            return {
+                path for path in self.directory.iterdir() if path.suffix == ENDING and not path.name.startswith(".")
+            }
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self.directory, error)
+            return set()
+
+    def notes(self, known: set[Path]) -> Iterator[tuple[Path, Note]]:
+        """Of the states that are not known yet. A file that is damaged is set aside, with a warning."""
+        for path in sorted(self.paths() - known):
+            try:
+                yield path, Note.read(file.describe(path).get(NOTE))
+            except AHNError as error:
+                self.set_aside(path, error)
+
+    def set_aside(self, path: Path, reason: Exception) -> None:
+        """Give a file another ending, so that nobody falls over it again."""
+        if path.exists():
+            log.warning("A kept conversation cannot be used and is set aside as %s.damaged: %s", path, reason)
+            try:
+                path.replace(path.with_name(path.name + ".damaged"))
+            except OSError as error:
+                log.warning("%s cannot be renamed: %s", path, error)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file; one that is gone is as good."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be deleted: %s", path, error)
+
+    def touch(self, path: Path) -> None:
+        """Note that a state was used now."""
+        try:
+            os.utime(path)
+        except OSError:
+            log.debug("%s cannot be touched", path)
+
+
+def write(cache: AHNCache, note: Note, path: Path, of: dict[str, Any]) -> None:
+    """Write a state with its note; `of` is the `origin` of its model.
+
+    Raises:
+        AHNError: it cannot be written.
+    """
+    tensors, description = cache.content()
+    file.write(path, tensors, description | {NOTE: dataclasses.asdict(note)}, of)

@@ -1,0 +1,145 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+import torch
+
+from ahn.cache.conversation import AHNCache
+from ahn.errors import AHNError
+from ahn.serve.prefixes import Prefixes
+from ahn.serve.reply import Reply
+from ahn.serve.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
+from ahn.serve.sampling import Chooser, Chosen
+from ahn.serve.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(eq=False)
+class Reading:
+    """Tokens that are read, in chunks, into a cache of one row.
+
+    Attributes:
+        tokens: what is read, and all that is before it.
+        target: up to where it is read.
+        read: how far it is; the cache has read so many.
+        cuts: where a copy is kept on the way.
+    """
+
+    owner: str
+    tokens: Prefixes
+    target: int
+    cache: AHNCache | None = None
+    read: int = 0
+    cuts: set[int] = dataclasses.field(default_factory=set)
+
+    def next_stop(self, chunk: int) -> int:
+        """Up to where the next chunk goes."""
+        ahead = [cut for cut in self.cuts if cut > self.read]
+        return min([self.read + chunk, self.target, *ahead])
+
+
+class Job(Reading):
+    """A request from its arrival to its last delta.
+
+    Attributes:
+        ids: of prompt and reply; all but the last are read, once the prompt is.
+        cached: tokens of the prompt that a kept state had read.
+        waits_for: another that is reading what this one begins with, and up to where.
+        loading: the state that it goes on from, on its way from the disk.
+        faults: how often it had to begin again.
+        kept: digests of what was kept of it so far.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        reply: Reply,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        prompt = Prefixes(request.prompt)
+        super().__init__(request.owner, prompt, len(prompt) - 1)
+        self.request, self.reply, self.ends = request, reply, frozenset(ends)
+        self.ids: list[int] = prompt.ids.tolist()
+        self.prompt_length = len(self.ids)
+        self.chooser = Chooser(request.options, self.ids, self.prompt_length, device)
+        self.text = TextStream(tokenizer, self.ids[-16:], request.options.stop)
+        self.cached = 0
+        self.waits_for: tuple[Job, int] | None = None
+        self.loading: Future[AHNCache] | None = None
+        self.faults = 0
+        self.kept: list[str] = []
+        self.arrived = time.monotonic()
+        self.finish: FinishReason | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.written = 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the prompt has to be read anew, so that its logits come by."""
+        return self.request.options.prompt_logprobs is not None and not self.written
+
+    @property
+    def reply_ids(self) -> list[int]:
+        """What was written, without an end token that ended it."""
+        ids = self.ids[self.prompt_length :]
+        return ids[:-1] if self.finish == "stop" and not self.text.stopped and ids and ids[-1] in self.ends else ids
+
+    def begin_again(self) -> None:
+        """Read prompt and reply once more, after a fault that was not this request's own."""
+        self.faults += 1
+        self.tokens = Prefixes(self.ids)
+        self.target, self.read, self.cache = len(self.ids) - 1, 0, None
+        self.waits_for = self.loading = None
+        self.cuts = set()
+
+    def progress(self) -> Delta:
+        """How much of the prompt is read."""
+        return Delta(read=min(self.read, self.prompt_length), cached=self.cached)
+
+    def take(self, chosen: Chosen) -> Delta:
+        """The next token is written; the delta that says so. `finish` is set if it was the last."""
+        options = self.request.options
+        self.ids.append(chosen.token)
+        self.written += 1
+        text = ""
+        if chosen.token in self.ends and not options.ignore_eos:
+            self.finish = "stop"
+        else:
+            text = self.text.add(chosen.token)
+            if self.text.stopped:
+                self.finish = "stop"
+            elif self.written >= options.max_tokens:
+                self.finish = "length"
+        if self.finish:
+            text += self.text.end()
+        logprobs = () if chosen.logprobs is None else (chosen.logprobs,)
+        return self._delta(text, (chosen.token,), logprobs)
+
+    def last(self, finish: FinishReason, error: str | None = None) -> Delta:
+        """A last delta without a token."""
+        self.finish = finish
+        return dataclasses.replace(self._delta("", (), ()), error=error)
+
+    def _delta(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> Delta:
+        prompt, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        read = min(self.read, self.prompt_length) if not tokens else self.prompt_length
+        return Delta(text, tokens, logprobs, prompt, read, self.cached, self.finish)
+
+
+def said(error: Exception) -> str:
+    """An error for a client."""
+    if isinstance(error, AHNError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The server has not enough memory for this request."
+    return f"The model failed on this request ({type(error).__name__})."

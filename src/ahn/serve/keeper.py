@@ -1,0 +1,147 @@
+"""What is kept of a request that is finished: found out, written and only then said to be finished.
+
+This runs beside the engine's thread: a template is rendered, files are written, and others' steps do not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ahn.cache.conversation import AHNCache
+from ahn.errors import AHNError
+from ahn.serve.files import Note
+from ahn.serve.jobs import Job, Reading
+from ahn.serve.prefixes import Prefixes
+from ahn.serve.request import Delta
+from ahn.serve.store import KeptState, StateStore
+
+REREAD = 1024
+"""Tokens, besides a few times those of the reply, that are read again so that a reply is found as it will be sent."""
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(eq=False)
+class Rest(Reading):
+    """What is left to read of a finished conversation before it is kept."""
+
+    job: Job | None = None
+    delta: Delta | None = None
+
+
+class Keeper:
+    """Keeps states for an engine.
+
+    Args:
+        read: hands tokens that are left to read to the engine's thread, which calls `read_to_end` afterwards.
+        done: called after a request's last delta.
+    """
+
+    def __init__(self, store: StateStore, read: Callable[[Rest], None], done: Callable[[Job], None]) -> None:
+        self.store, self._read, self._done = store, read, done
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="ahn-keep")
+
+    def finish(self, job: Job, cache: AHNCache | None, delta: Delta) -> None:
+        """A request is finished; its last delta comes when what is to be kept of it is safe.
+
+        Args:
+            cache: has read all but the last of `job.ids`; None to keep nothing.
+        """
+        if cache is None or not cache.seen or not job.request.keep:
+            self._over(job, delta)
+        else:
+            self._pool.submit(self._guarded, self._close, job, cache, delta)
+
+    def read_to_end(self, rest: Rest, failed: bool = False) -> None:
+        """What was left is read."""
+        assert rest.job is not None and rest.delta is not None
+        if failed or rest.cache is None:
+            self._over(rest.job, rest.delta)
+        else:
+            self._pool.submit(self._guarded, self._keep, rest.job, rest.cache, rest.delta, rest.tokens)
+
+    def snapshot(self, tokens: Prefixes, owner: str, length: int, cache: AHNCache, part_of: str | None) -> None:
+        """Keep what a prompt begins with."""
+        self.store.add(note_of(tokens, owner, length, cache, None, part_of), cache)
+        self.trim()
+
+    def trim(self) -> None:
+        """Make room, when there is time."""
+        self._pool.submit(self.store.trim)
+
+    def open(self, state: KeptState) -> Future[AHNCache]:
+        """A copy of a state to go on with: at once from memory, later from disk."""
+        if state.cache is None:
+            return self._pool.submit(self.store.open, state)
+        there: Future[AHNCache] = Future()
+        try:
+            there.set_result(self.store.open(state))
+        except AHNError as error:
+            there.set_exception(error)
+        return there
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._pool.shutdown(wait=True)
+
+    def _guarded(self, work: Callable[..., None], job: Job, cache: AHNCache, delta: Delta, *rest: Prefixes) -> None:
+        try:
+            work(job, cache, delta, *rest)
+        except Exception:
+            log.exception("A conversation could not be kept")
+            self._over(job, delta)
+
+    def _over(self, job: Job, delta: Delta) -> None:
+        job.reply.put(delta)
+        self._done(job)
+
+    def _close(self, job: Job, cache: AHNCache, delta: Delta) -> None:
+        """Find out which tokens the kept state should have read, and have it read them."""
+        own, wanted = job.ids[: job.read], self._wanted(job)
+        if wanted == own:
+            self._keep(job, cache, delta, Prefixes(own))
+            return
+        tokens = Prefixes(wanted)
+        if wanted[: len(own)] == own:
+            rest = Rest(job.owner, tokens, len(wanted), cache, len(own), job=job, delta=delta)
+        else:
+            before = self.store.find(job.owner, tokens, len(wanted))
+            start = None if before is None else self.store.open(before)
+            read = 0 if before is None else before.note.length
+            rest = Rest(job.owner, tokens, len(wanted), start, read, job=job, delta=delta)
+        if rest.target - rest.read > 4 * job.written + REREAD:  # what it began with is no longer kept
+            self._keep(job, cache, delta, Prefixes(own))
+            return
+        if rest.read == rest.target and rest.cache is not None:
+            self._keep(job, rest.cache, delta, tokens)
+        else:
+            self._read(rest)
+
+    def _wanted(self, job: Job) -> list[int]:
+        """With which tokens a later prompt will begin that goes on from this reply."""
+        prompt, reply = job.ids[: job.prompt_length], job.reply_ids
+        if job.request.known_as is not None and job.written:
+            try:
+                if wanted := [int(token) for token in job.request.known_as(reply)]:
+                    return wanted
+            except Exception:
+                log.warning("How a reply will be known could not be found out; it is read again", exc_info=True)
+        own = job.ids[: job.read]
+        return prompt + reply[: job.text.whole_tokens()] if job.text.stopped else own
+
+    def _keep(self, job: Job, cache: AHNCache, delta: Delta, tokens: Prefixes) -> None:
+        name = job.request.name
+        state = self.store.add(note_of(tokens, job.owner, len(tokens), cache, name, name), cache)
+        try:
+            self.store.write(state)
+        except AHNError as error:
+            log.warning("A conversation stays in memory alone: %s", error)
+        self._over(job, delta)
+        self.store.trim()
+
+
+def note_of(tokens: Prefixes, owner: str, length: int, cache: AHNCache, name: str | None, part_of: str | None) -> Note:
+    """The note of a state that has read the first of some tokens."""
+    return Note(owner, *tokens.key(length), name, part_of, cache.bytes_by_part())

@@ -1,0 +1,363 @@
+"""States of conversations between two requests: found again by what they have read, in memory and on disk.
+
+A state in the store never changes: whoever goes on from it works on a copy, so any number of requests can.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ahn.cache import file
+from ahn.cache.conversation import AHNCache
+from ahn.cache.origin import origin
+from ahn.errors import AHNError
+from ahn.serve.files import NOTE, Note, StateFiles, write
+from ahn.serve.prefixes import Prefixes
+from ahn.serve.request import ConversationInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(eq=False)
+class KeptState:
+    """One state.
+
+    Attributes:
+        note: how it is found.
+        cache: None where it is on disk alone.
+        file: None where it is in memory alone.
+        used: seconds since the epoch.
+    """
+
+    note: Note
+    cache: AHNCache | None
+    file: Path | None
+    used: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.note.parts.values())
+
+
+class StateStore:
+    """All states of one model.
+
+    Args:
+        directory: None keeps states in memory alone.
+        memory: bytes of states in memory. Beyond it the least recently used go to disk, or are forgotten.
+        device: bytes of these on the model's device, where that is not the CPU.
+        disk: bytes of files; None for no limit.
+        max_age: seconds after its last use when a state is forgotten; None for never.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        directory: Path | None,
+        memory: int,
+        device: int = 0,
+        disk: int | None = None,
+        max_age: float | None = None,
+    ) -> None:
+        self.model, self.memory, self.device, self.disk, self.max_age = model, memory, device, disk, max_age
+        self.files = None if directory is None else StateFiles(model, directory)
+        self.evicted = 0
+        self._lock = threading.RLock()
+        self._states: dict[tuple[str, str], KeptState] = {}
+        self._lengths: dict[str, Counter[int]] = {}
+        self._named: dict[tuple[str, str], KeptState] = {}
+        self._scan()
+
+    # -- finding ---------------------------------------------------------------------------------------------------
+
+    def find(self, owner: str, prompt: Prefixes, limit: int) -> KeptState | None:
+        """The state that has read most of what a prompt begins with, at most `limit` tokens of it."""
+        self._scan()
+        with self._lock:
+            lengths = [length for length in self._lengths.get(owner, ()) if length <= limit]
+            digests = prompt.digests(lengths)
+            for length in sorted(digests, reverse=True):
+                if (state := self._states.get((owner, digests[length]))) is not None:
+                    self._use(state)
+                    return state
+        return None
+
+    def has(self, owner: str, digest: str) -> bool:
+        """Whether there is a state."""
+        with self._lock:
+            return (owner, digest) in self._states
+
+    def discard(self, owner: str, digest: str) -> None:
+        """Forget a state, if it is there."""
+        with self._lock:
+            state = self._states.get((owner, digest))
+        if state is not None:
+            self._forget(state)
+
+    def named(self, owner: str, name: str) -> KeptState | None:
+        """The last state of a conversation with a name."""
+        self._scan()
+        with self._lock:
+            return self._named.get((owner, name))
+
+    def open(self, state: KeptState) -> AHNCache:
+        """A copy to go on with, from memory or disk.
+
+        Raises:
+            AHNError: the file is gone or damaged; the state is then forgotten.
+        """
+        cache, path = state.cache, state.file
+        if cache is not None:
+            return copy.deepcopy(cache)
+        if self.files is None or path is None:
+            raise AHNError("This conversation was forgotten a moment ago.")
+        try:
+            loaded = self.files.load(path)
+        except AHNError as error:
+            self.files.set_aside(path, error)
+            self._forget(state)
+            raise
+        with self._lock:
+            if state.file is not None:  # not forgotten meanwhile
+                state.cache = copy.deepcopy(loaded)
+        self.trim()
+        return loaded
+
+    # -- keeping ---------------------------------------------------------------------------------------------------
+
+    def add(self, note: Note, cache: AHNCache) -> KeptState:
+        """Keep a state in memory; it must not be changed any more."""
+        with self._lock:
+            state = self._states.get(note.key)
+            if state is None:
+                state = self._insert(KeptState(note, cache, None, time.time()))
+            else:  # the same tokens were read before
+                name, part_of = note.name or state.note.name, note.part_of or state.note.part_of
+                if (name, part_of) != (state.note.name, state.note.part_of):
+                    state.note, state.file = dataclasses.replace(state.note, name=name, part_of=part_of), None
+                state.cache = state.cache or cache
+                self._use(state)
+            if state.note.name is not None:
+                self._named[state.note.owner, state.note.name] = state
+            return state
+
+    def write(self, state: KeptState) -> None:
+        """Bring a state to disk, if there is a folder for it.
+
+        Raises:
+            AHNError: it cannot be written; it stays in memory.
+        """
+        cache = state.cache
+        if self.files is None or state.file is not None or cache is None:
+            return
+        path = self.files.write(cache, state.note)
+        with self._lock:
+            state.file = path
+            forgotten = self._states.get(state.note.key) is not state
+        if forgotten:
+            self.files.remove(path)
+        self.trim_disk()
+
+    def trim(self) -> None:
+        """Make room in memory: the least recently used states go, to disk first. It may take its time."""
+        for state in self._in_excess():
+            try:
+                self.write(state)
+            except AHNError as error:
+                log.warning("A conversation could not be kept: %s", error)
+            with self._lock:
+                state.cache = None
+                if state.file is None:
+                    self._remove(state)
+                self.evicted += 1
+        self._leave_device()
+
+    def _in_excess(self) -> list[KeptState]:
+        with self._lock:
+            held = sorted((s for s in self._states.values() if s.cache is not None), key=lambda s: s.used)
+            excess, found = sum(s.nbytes for s in held) - self.memory, []
+            for state in held[:-1]:  # the latest is about to be used
+                if excess > 0:
+                    found.append(state)
+                    excess -= state.nbytes
+            return found
+
+    def _leave_device(self) -> None:
+        """Bring the least recently used states of those on the model's device to the CPU."""
+        if self.model.device.type == "cpu":
+            return
+        with self._lock:
+            held = sorted((s for s in self._states.values() if _place(s) == "device"), key=lambda s: s.used)
+        excess = sum(s.nbytes for s in held) - self.device
+        for state in held:
+            cache = state.cache
+            if excess > 0 and cache is not None:
+                cache.to("cpu")
+                excess -= state.nbytes
+
+    def trim_disk(self) -> None:
+        """Delete the least recently used files beyond the limit."""
+        if self.disk is None or self.files is None:
+            return
+        with self._lock:
+            held = sorted((s for s in self._states.values() if s.file is not None), key=lambda s: s.used)
+            excess = sum(s.nbytes for s in held) - self.disk
+            for state in held[:-1]:
+                if excess > 0 and state.file is not None:
+                    self.files.remove(state.file)
+                    state.file, excess = None, excess - state.nbytes
+                    if state.cache is None:
+                        self._remove(state)
+                        self.evicted += 1
+
+    def expire(self) -> None:
+        """Forget what was not used for too long."""
+        if self.max_age is not None:
+            oldest = time.time() - self.max_age
+            with self._lock:
+                old = [state for state in self._states.values() if state.used < oldest]
+            for state in old:
+                self._forget(state)
+
+    def forget(self, owner: str, name: str) -> bool:
+        """Forget a conversation with all states that were made in it."""
+        with self._lock:
+            key = owner, name
+            there = key in self._named
+            own = [s for s in self._states.values() if s.note.owner == owner and name in (s.note.name, s.note.part_of)]
+        for state in own:
+            self._forget(state)
+        return there
+
+    def save_all(self) -> None:
+        """Bring every state to disk that is in memory alone, the latest first."""
+        with self._lock:
+            states = sorted(self._states.values(), key=lambda state: -state.used)
+        for state in states:
+            try:
+                self.write(state)
+            except AHNError as error:
+                log.warning("A conversation could not be kept: %s", error)
+                return
+
+    # -- files of a user's -----------------------------------------------------------------------------------------
+
+    def export(self, owner: str, name: str, path: Path) -> None:
+        """Write a conversation to a file that `take_in` takes.
+
+        Raises:
+            AHNError: there is none of this name, or it cannot be written.
+        """
+        state = self.named(owner, name)
+        if state is None:
+            raise AHNError(f"There is no conversation {name!r}.")
+        write(self.open(state), state.note, path, origin(self.model))
+
+    def take_in(self, owner: str, name: str, path: Path) -> None:
+        """Take up a conversation that `export` wrote, of whatever owner and name.
+
+        Raises:
+            AHNError: the file is missing, damaged, of another model or other settings, or `export` did not write it.
+        """
+        cache = AHNCache.load(path, self.model)
+        note = Note.read(file.describe(path).get(NOTE))
+        if cache.config != self.model.ahn_config or cache.progress.padding is not None:
+            raise AHNError(f"{path} was written with other settings of the memory; start the server with those.")
+        self.write(self.add(dataclasses.replace(note, owner=owner, name=name, part_of=name), cache))
+        self.trim()
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    def conversations(self, owner: str) -> list[ConversationInfo]:
+        """What is kept for an owner, the latest first."""
+        self._scan()
+        with self._lock:
+            own = [state for state in self._states.values() if state.note.owner == owner]
+            infos = [ConversationInfo(s.note.name, s.note.length, s.note.parts, _place(s), s.used) for s in own]
+        return sorted(infos, key=lambda info: -info.used)
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """States in memory, their bytes, states on disk, their bytes."""
+        with self._lock:
+            memory = [state.nbytes for state in self._states.values() if state.cache is not None]
+            disk = [state.nbytes for state in self._states.values() if state.file is not None]
+        return len(memory), sum(memory), len(disk), sum(disk)
+
+    # -- the index -------------------------------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        """Take up files that others have written, and those of an earlier run."""
+        if self.files is None or not self.files.changed():
+            return
+        with self._lock:
+            known = {state.file for state in self._states.values() if state.file is not None}
+            for path, note in self.files.notes(known):
+                self._take_up(path, note)
+            there = self.files.paths()
+            for state in list(self._states.values()):
+                if state.file is not None and state.file not in there:
+                    state.file = None
+                    if state.cache is None:
+                        self._remove(state)
+
+    def _take_up(self, path: Path, note: Note) -> None:
+        try:
+            used = path.stat().st_mtime
+        except OSError:
+            return
+        state = self._states.get(note.key)
+        if state is None:
+            state = self._insert(KeptState(note, None, path, used))
+        elif state.cache is None:
+            state.file = path
+        before = None if note.name is None else self._named.get((note.owner, note.name))
+        if note.name is not None and (before is None or before.used <= used):
+            self._named[note.owner, note.name] = state
+
+    def _insert(self, state: KeptState) -> KeptState:
+        self._states[state.note.key] = state
+        self._lengths.setdefault(state.note.owner, Counter())[state.note.length] += 1
+        return state
+
+    def _remove(self, state: KeptState) -> None:
+        if self._states.get(state.note.key) is not state:
+            return
+        del self._states[state.note.key]
+        lengths = self._lengths[state.note.owner]
+        lengths[state.note.length] -= 1
+        if not lengths[state.note.length]:
+            del lengths[state.note.length]
+        if not lengths:
+            del self._lengths[state.note.owner]
+        name = state.note.name
+        if name is not None and self._named.get((state.note.owner, name)) is state:
+            del self._named[state.note.owner, name]
+
+    def _forget(self, state: KeptState) -> None:
+        with self._lock:
+            self._remove(state)
+            path, state.file, state.cache = state.file, None, None
+        if path is not None and self.files is not None:
+            self.files.remove(path)
+
+    def _use(self, state: KeptState) -> None:
+        state.used = time.time()
+        if state.file is not None and self.files is not None:
+            self.files.touch(state.file)
+
+
+def _place(state: KeptState) -> Literal["device", "memory", "disk"]:
+    if state.cache is None:
+        return "disk"
+    keys = next(iter(state.cache.memory_layers.values())).keys
+    return "memory" if keys.device.type == "cpu" else "device"

@@ -1,0 +1,79 @@
+"""Batches whose rows join and leave between steps: every row gives what it gives alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from golden import relative_error
+from models import EVERYTHING, adapted, tokens
+from transformers import PreTrainedModel
+
+from ahn import AHNCache
+from ahn.serve.batch import Batch, FixedBatch, make_batch
+
+WINDOW, SINKS, REACH = 9, 2, 16
+TOLERANCE = 1e-4
+"""float32 in another order of operations, as in tests/cache/test_rows.py."""
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, length: int, seed: int) -> AHNCache:
+    cache = AHNCache.for_model(model)
+    model(tokens(1, length, seed=seed), past_key_values=cache)
+    return cache
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, batch: Batch, capacity: int, turns: int) -> None:
+    draw, alone = random.Random(0), list[AHNCache]()
+    for turn in range(turns):
+        if len(alone) < capacity:
+            new = read(model, draw.randint(1, 40), seed=turn)
+            batch.add(new)
+            alone.append(copy.deepcopy(new))
+        for _ in range(draw.randint(1, 4)):
+            ids = [draw.randint(2, 60) for _ in alone]
+            together = batch.step(ids)
+            for row, (cache, token) in enumerate(zip(alone, ids, strict=True)):
+                own = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                assert relative_error(together[row], own) < TOLERANCE, (turn, row)
+        assert batch.read == [cache.seen for cache in alone]
+        if draw.random() < 0.5:
+            row = draw.randrange(len(alone))
+            taken = batch.take(row)
+            assert taken.seen == alone[row].seen
+            alone[row] = alone[-1]
+            alone.pop()
+            batch.drop(row)
+    batch.clear()
+    assert len(batch) == 0
+
+
+@pytest.mark.parametrize("quantized", [0, 6])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("memory", ["gated_deltanet", "retained", pytest.param("ct_max", marks=pytest.mark.slow)])
+def test_rows_come_and_go(memory: str, fixed: bool, quantized: int) -> None:
+    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=quantized, max_distance=REACH)
+    run(model, FixedBatch(model, 5) if fixed else Batch(model), capacity=5, turns=9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", EVERYTHING)
+def test_rows_come_and_go_for_long(memory: str) -> None:
+    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=6, max_distance=REACH)
+    for batch in (FixedBatch(model, 6), Batch(model)):
+        run(model, batch, capacity=6, turns=40)
+
+
+def test_sizes_are_few() -> None:
+    model = adapted()
+    assert FixedBatch(model, 100).sizes == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert FixedBatch(model, 1).sizes == [1] and FixedBatch(model, 8).sizes == [1, 2, 4, 8]
+
+
+def test_a_cpu_steps_without_capture() -> None:
+    model = adapted(window=WINDOW, sinks=SINKS)
+    assert type(make_batch(model, 4, read(model, 3, 0))) is Batch
