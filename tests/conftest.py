@@ -18,6 +18,11 @@ def pytest_configure(config: pytest.Config) -> None:
     effort.everything = "not slow" not in config.option.markexpr
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    effort.mark_what_is_left_out(items)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

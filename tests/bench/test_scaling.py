@@ -30,6 +30,7 @@ def measured(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_replicas(tmp_path: Path) -> None:
     lines = measured(tmp_path)
     alone, together = (line for line in lines if "run" in line)
@@ -39,6 +40,7 @@ def test_replicas(tmp_path: Path) -> None:
     assert lines[-1]["fell_by"] > 0
 
 
+@pytest.mark.slow
 def test_shares(tmp_path: Path) -> None:
     (found,) = (line for line in measured(tmp_path, "--sharded") if "run" in line)
     assert found["fell_by"] > 0

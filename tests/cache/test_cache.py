@@ -64,6 +64,7 @@ def test_greedy_is_what_whole_forwards_choose(memory: str) -> None:
     assert torch.equal(found, ids)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_beam_search_is_what_it_is_without_a_cache(memory: str, length: int) -> None:
@@ -99,6 +100,7 @@ def test_sampled_sequences_share_a_prompt() -> None:
     assert relative_error(torch.stack(out.logits, dim=1), logits) < TOLERANCE
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_padded_batch_generates_what_its_rows_do(architecture: str) -> None:
     model = student(architecture, prefill_chunk_size=4)
@@ -111,6 +113,7 @@ def test_a_padded_batch_generates_what_its_rows_do(architecture: str) -> None:
     assert torch.equal(together[1:, 9:], model.generate(ids[1:, 9:], **options))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("window", [WINDOW, 200])
 def test_a_second_turn_through_generate(architecture: str, window: int) -> None:
@@ -191,6 +194,7 @@ def test_conversations_take_turns_on_one_model() -> None:
     assert all(torch.equal(torch.cat(found[i], dim=1), alone[i]) for i in range(3))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_copy_is_a_fork(memory: str, length: int) -> None:
@@ -210,6 +214,7 @@ CHANGES: dict[str, tuple[Callable[[AHNCache], object], list[int]]] = {
 }
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("change", CHANGES)
@@ -308,6 +313,7 @@ def test_crop_past_an_eviction_raises_and_changes_nothing(architecture: str) -> 
 # -- save and load -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_saved_conversation_goes_on_bit_for_bit(memory: str, length: int, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def model() -> PreTrainedModel:
     return adapted(window=WINDOW, sinks=SINKS)
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("first", [False, True], ids=["signed", "first format"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_field_is_checked_against_the_tensors(
@@ -159,6 +160,7 @@ def test_values_that_become_positions(model: PreTrainedModel, tmp_path: Path) ->
         AHNCache.load(rewrite(path, tensor(groups, lambda x: x.index_fill(1, torch.tensor([0]), -(2**40)))), pooled)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("memory", ahn.memory.recurrent() + ahn.memory.baselines())
 @pytest.mark.parametrize("length", [1, 5, 30])
 @pytest.mark.parametrize("quantized", [0, 8])

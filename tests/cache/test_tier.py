@@ -260,6 +260,7 @@ def test_bands_read_later_chunks(form: tuple[int, int, bool], quantized: int, mo
 # -- however it is cut and padded --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("memory", "form"),
     [*((memory, BEFORE) for memory in MEMORIES), ("gated_deltanet", AFTER), ("ct_avg", (3, 3, True))],
@@ -291,6 +292,7 @@ def test_whole_is_chunks_is_steps(
     assert_same_layers(own_chunks, whole)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("memory", "form"), [*((memory, BEFORE) for memory in MEMORIES), ("gated_deltanet", AFTER)])
 @given(turns=turns(), quantized=st.integers(1, 12))
 @example(turns=Turns(window=3, sinks=1, chunks=[[25, 14], [1, 1], [9, 2], [1, 1], [1, 1]]), quantized=12)
@@ -346,6 +348,7 @@ def test_codes_that_lose_nothing_are_a_wider_window(
             assert relative_error(state.memory["state"], layer.state.memory["state"]) < TOLERANCE
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(architecture: str) -> None:
     model = with_tier(shared(architecture=architecture), 9, 2, 7)

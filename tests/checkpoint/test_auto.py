@@ -74,6 +74,7 @@ def test_as_trainers_look_it_up(merged: Path, wanted: torch.Tensor) -> None:
     assert torch.equal(logits(getattr(transformers, name).from_pretrained(merged)), wanted)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "first", ["import ahn", "import transformers", "from transformers import AutoModelForCausalLM"]
 )
@@ -91,6 +92,7 @@ def test_without_ahn_it_is_an_error(merged: Path) -> None:
     assert done.returncode and "model type `ahn`" in done.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("saved_by", ["save_pretrained", "save_adapter", "shards", "without parameters"])
 def test_what_a_model_saves_is_never_a_plain_model(base: Path, tmp_path: Path, saved_by: str) -> None:
     model = attached(base, memory="window_only") if saved_by == "without parameters" else attached(base, router=True)
@@ -167,6 +169,7 @@ def test_peft(base: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "lora")
 
 
+@pytest.mark.slow
 def test_pushing_sends_what_loads(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import PreTrainedModel
 
@@ -215,6 +218,7 @@ def test_importing_ahn_stays_light() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
 def test_a_pickled_model_loads_in_a_new_process(base: Path, tmp_path: Path, way: str, merged: Path) -> None:
     import pickle

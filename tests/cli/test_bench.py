@@ -53,6 +53,7 @@ def test_everything_side_by_side(ahn_cli: Any, small: Path, tmp_path: Path) -> N
     assert "share" in result.out
 
 
+@pytest.mark.slow
 def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for method in ("window", "deltanet"):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import speaking
 
 from ahn import tiny
@@ -44,6 +45,7 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
         assert text in " ".join(shown.out.split())
 
 
+@pytest.mark.slow
 def test_the_model_that_ships_is_read_with_every_memory_that_ships(ahn_cli: Any, tmp_path: Path) -> None:
     done = ahn_cli("demo", "--length", 512, "--documents", 1, "--out", tmp_path / "out", "--json")
     assert done.code == 0, done.err
@@ -52,6 +54,7 @@ def test_the_model_that_ships_is_read_with_every_memory_that_ships(ahn_cli: Any,
     assert found == [FULL, WINDOW_ONLY, BEST, *others, "two bits", f"two bits + {BEST}"]
 
 
+@pytest.mark.slow
 def test_the_verb_with_quantized_tokens(ahn_cli: Any, tmp_path: Path) -> None:
     saved = speaking.save(tmp_path / "model")
     options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH, "--documents", 1, "--out", tmp_path / "out")
@@ -81,6 +84,7 @@ def test_the_verb_with_quantized_tokens(ahn_cli: Any, tmp_path: Path) -> None:
     assert some[4]["loss"] != more[4]["loss"] and some[5]["loss"] != more[5]["loss"]
 
 
+@pytest.mark.slow
 def test_the_verb_on_a_text_of_ones_own(ahn_cli: Any, tmp_path: Path) -> None:
     saved = speaking.save(tmp_path / "model")
     text = tmp_path / "own.txt"

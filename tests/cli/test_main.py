@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import shellingham
 
 from ahn.cli import main as main_function
 from ahn.errors import AHNError
@@ -59,8 +60,9 @@ def test_short_help_and_version(ahn_cli: Any) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(ahn_cli: Any, shell: str) -> None:
-    assert "_AHN_COMPLETE" in ahn_cli("--show-completion", shell).out
+def test_completion(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    monkeypatch.setattr(shellingham, "detect_shell", lambda *_: (shell, f"/bin/{shell}"))
+    assert "_AHN_COMPLETE" in ahn_cli("--show-completion").out
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])

@@ -149,6 +149,7 @@ def test_ctrl_c_stops_the_writing_and_the_conversation_goes_on() -> None:
     assert not session.interrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_gets_through_while_a_long_text_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer itself lets no signal through: half a minute for five megabytes."""
     session = speaking.session()

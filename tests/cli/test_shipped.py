@@ -72,6 +72,7 @@ def verbs(adapter: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("verb", ["generate", "info", "inspect", "eval", "bench", "merge"])
 def test_every_verb_takes_the_name(
     verb: str, stand_in: speaking.Speaking, ahn_cli: Callable[..., Any], tmp_path: Path

@@ -15,6 +15,7 @@ from talk import Talk
 import ahn
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("memory", "options"),
     [("gated_deltanet", {"router": True}), ("deltanet", {"q_proj": True})],

@@ -88,6 +88,7 @@ DOWNLOADED = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("spec", "profile", "names"), DOWNLOADED, ids=[f"{s}-{p}" for s, p, _ in DOWNLOADED])
 def test_downloaded_benchmarks(
     spec: str,
@@ -106,6 +107,7 @@ def test_downloaded_benchmarks(
             assert row["prompt_tokens"] <= LIMIT + 8, name
 
 
+@pytest.mark.sample(1)
 def test_ruler(evaluated: methods.Evaluated, tmp_path: Path) -> None:
     lengths = dict.fromkeys((name for name in RULER if not name.startswith("qa_")), 384) | {"vt": 1024, "cwe": 768}
     found = [
@@ -117,6 +119,7 @@ def test_ruler(evaluated: methods.Evaluated, tmp_path: Path) -> None:
         assert all(row["prompt_tokens"] > 48 + 16 for row in run([task], evaluated, tmp_path)[task.name])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["number", "fact"])
 def test_needles(kind: str, evaluated: methods.Evaluated, tmp_path: Path) -> None:
     options = {"lengths": (256, 384), "depths": (0.0, 50.0, 100.0), "samples": 1}
@@ -127,6 +130,7 @@ def test_needles(kind: str, evaluated: methods.Evaluated, tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.sample(1)
 def test_perplexity(evaluated: methods.Evaluated, tmp_path: Path) -> None:
     document = documents.load(evaluated.tokenizer, length=300)
     figures = perplexity.run(evaluated, document, tmp_path, bucket=100)

@@ -25,6 +25,7 @@ def adapted(**changes: int) -> ahn.model.adapter.PreTrainedModel:
     return models.awaken(ahn.attach(models.base(**changes), config))
 
 
+@pytest.mark.slow
 def test_a_gradient_is_what_the_loss_changes_by() -> None:
     """Each norm against finite differences along every axis of the embedding."""
     model = adapted().double()

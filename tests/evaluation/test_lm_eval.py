@@ -85,6 +85,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
+@pytest.mark.sample(2)
 @needs_lm_eval
 @pytest.mark.parametrize("method", ["ahn", "window", "full", "ct-avg"])
 def test_short_tasks_have_exactly_the_base_models_scores(method: str, tiny: tuple[str, str], tmp_path: Path) -> None:
@@ -207,6 +208,7 @@ def check_built_in(task: Any) -> None:
     assert responses(task, "ahn", method="ahn", window=2048, sinks=16, **shipped) == (texts, figures)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_the_harness_own_ruler(monkeypatch: pytest.MonkeyPatch) -> None:
     # When it is imported it sorts millions of pairs of words. One will do for a needle.
@@ -215,6 +217,7 @@ def test_the_harness_own_ruler(monkeypatch: pytest.MonkeyPatch) -> None:
     check_built_in(built_in("ruler", "niah_single_1", pretrained=str(tiny.path()), max_seq_lengths=[320]))
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_the_harness_own_longbench(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets

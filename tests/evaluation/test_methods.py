@@ -49,6 +49,7 @@ def test_full_attention_is_the_base_model(tiny: tuple[str, str]) -> None:
     assert methods.load("full", tiny[1], device="cpu").settings == base.settings
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("method", ["window", "ct-max", "ct-avg"])
 @pytest.mark.parametrize(("window", "sinks"), [(None, None), (40, 4), (2, 0), (7, 0)])
 def test_baselines_keep_as_many_keys(method: str, window: int | None, sinks: int | None, tiny: tuple[str, str]) -> None:

@@ -42,6 +42,7 @@ def outcome(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in every}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_any_number_of_workers_gives_the_same(
     count: int, found: list[Task], evaluated: methods.Evaluated, tmp_path: Path
@@ -80,6 +81,7 @@ def test_every_group_has_one_worker(found: list[Task]) -> None:
     assert shares == [{0, 1, 6}, {2, 3}, {4, 5}]
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_launcher(
     found: list[Task], evaluated: methods.Evaluated, tiny: tuple[str, str], protocol_dir: Path, tmp_path: Path
 ) -> None:

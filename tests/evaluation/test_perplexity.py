@@ -26,6 +26,7 @@ def forward_losses(model: torch.nn.Module) -> torch.Tensor:
     return F.cross_entropy(logits[:-1], torch.tensor(IDS[1:]), reduction="none")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("bucket", "chunk"), [(64, 64), (75, 7), (1000, 33)])
 @pytest.mark.parametrize("memory", [None, "gated_deltanet", "window_only", "ct_max"])
 def test_losses_are_those_of_one_forward(memory: str | None, bucket: int, chunk: int) -> None:
@@ -39,6 +40,7 @@ def test_losses_are_those_of_one_forward(memory: str | None, bucket: int, chunk:
         assert one.loss == pytest.approx(float(losses[max(0, one.start - 1) : one.stop - 1].mean()))
 
 
+@pytest.mark.slow
 def test_the_cache_stops_growing_with_the_window() -> None:
     full = [one.cache_bytes for one in perplexity.measure(models.base(), IDS, 50)[1]]
     assert full == [full[0], 2 * full[0], 3 * full[0]]

@@ -169,6 +169,7 @@ def test_settings_tell_configurations_apart() -> None:
     assert len(set(settings)) == 4
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["ahn", "window", "full"])
 def test_a_run_from_end_to_end(method: str, tiny: tuple[str, str], tmp_path: Path) -> None:
     evaluated = methods.load(method, *tiny, device="cpu")

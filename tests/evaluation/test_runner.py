@@ -90,6 +90,7 @@ PROMPTS = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("texts", PROMPTS.values(), ids=PROMPTS.keys())
 def test_shared_reading_equals_separate_runs(evaluated: methods.Evaluated, texts: list[str]) -> None:
     prompts = ids(*texts)
@@ -259,6 +260,7 @@ def test_the_folder_tells_everything_that_can_change_a_score(memory: methods.Eva
     assert described["about"]["model"].endswith("tiny-base")
 
 
+@pytest.mark.slow
 def test_two_configurations_never_share_a_folder(tiny: tuple[str, str]) -> None:
     """Every change that can move a score gives another digest."""
 

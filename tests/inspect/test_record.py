@@ -65,6 +65,7 @@ def of_heads(kv: AHNCache, layer: int, writers: int) -> Tensor:
     return kv.layers[layer].state.memory["state"].reshape(2, writers, -1).repeat_interleave(4 // writers, 1)
 
 
+@pytest.mark.sample(2)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", RECURRENT)
 def test_writes_are_what_happens_to_the_state(memory: str) -> None:
@@ -94,6 +95,7 @@ def test_writes_are_what_happens_to_the_state(memory: str) -> None:
             assert relative_error(writes.state_norm[:, :, n], after.norm(dim=2)) < TOLERANCE
 
 
+@pytest.mark.sample(4)
 @torch.no_grad()
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "router and q_proj"])
 @pytest.mark.parametrize("memory", RECURRENT)

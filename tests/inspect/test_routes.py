@@ -61,6 +61,7 @@ def test_a_query_is_compared_with_the_key_of_its_own_fact(monkeypatch: pytest.Mo
     torch.testing.assert_close(row["states used"], torch.tensor([float(count)]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = run("routed_deltanet", tmp_path, monkeypatch)["layers"]
     assert list(layers) == [str(layer) for layer in range(8)]
@@ -73,6 +74,7 @@ def test_shares_are_those_of_the_memory(tmp_path: Path, monkeypatch: pytest.Monk
             assert all(1 / 8 <= share <= 1 for share in row[f"largest share, {name}"])
 
 
+@pytest.mark.slow
 def test_one_state_leaves_nothing_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AHNError, match="deltanet has one state a head"):
         run("deltanet", tmp_path, monkeypatch)

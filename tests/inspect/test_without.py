@@ -17,6 +17,7 @@ def made(memory: str, **options: bool) -> PreTrainedModel:
     return adapted(memory=memory, window=WINDOW, sinks=SINKS, prefill_chunk_size=24, **options)
 
 
+@pytest.mark.sample(3)
 @torch.no_grad()
 @pytest.mark.parametrize("off", ["both", "write", "read"])
 @pytest.mark.parametrize("memory", RECURRENT)
@@ -35,6 +36,7 @@ def test_without_everything_is_sinks_and_window(memory: str, off: str) -> None:
     assert torch.equal(written, plain.generate(ids, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.sample(2)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", RECURRENT)
 def test_heads_that_do_not_write(memory: str) -> None:
@@ -62,6 +64,7 @@ def test_what_was_written_before_stays_untouched() -> None:
     assert torch.equal(after[:, 3], before[:, 3]) and not torch.equal(after[:, :3], before[:, :3])
 
 
+@pytest.mark.sample(2)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", RECURRENT)
 def test_heads_that_are_not_read(memory: str) -> None:
@@ -76,6 +79,7 @@ def test_heads_that_are_not_read(memory: str) -> None:
         assert torch.equal(layer.state.memory["state"], same.state.memory["state"])
 
 
+@pytest.mark.sample(2)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", RECURRENT)
 def test_tokens_that_are_kept_out(memory: str) -> None:

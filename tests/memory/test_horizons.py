@@ -38,6 +38,7 @@ def test_layers_that_keep_full_attention_have_nothing_to_start() -> None:
     assert not hasattr(model.get_decoder().layers[0], "ahn")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("flags", "ends"),
     [

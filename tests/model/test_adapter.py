@@ -135,6 +135,7 @@ def test_new_parameters_are_float32_beside_a_half_precision_base() -> None:
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.sample(4)
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_new_adapter_is_sinks_and_window(architecture: str) -> None:
@@ -313,6 +314,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

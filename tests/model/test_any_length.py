@@ -77,6 +77,7 @@ def test_published_placing_is_another() -> None:
     assert not torch.allclose(bounded[:, TRAINED:], published[:, TRAINED:], atol=1e-2)
 
 
+@pytest.mark.sample(3)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", ["deltanet", "window_only", "retained"])
 @pytest.mark.parametrize("sizes", [(LENGTH,), (70, 1, 1, 60, 68), (63, *[1] * 137)], ids=["whole", "pieces", "steps"])
@@ -90,6 +91,7 @@ def test_whole_is_pieces_is_steps(memory: str, sizes: tuple[int, ...]) -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", ["deltanet", "retained"])
 def test_a_padded_row_is_the_row_alone(memory: str) -> None:
@@ -122,6 +124,7 @@ def test_a_saved_conversation_goes_on_the_same(memory: str, tmp_path) -> None:
     assert torch.allclose(model(ids[:, 150:], past_key_values=loaded).logits, expected, atol=1e-4)
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", ["deltanet", "retained"])
 def test_rows_are_reordered_with_their_sinks(memory: str) -> None:
@@ -217,6 +220,7 @@ def test_older_adapters_keep_the_published_placing(tmp_path) -> None:
     assert ahn.load_adapter(base(2), tmp_path).ahn_config.max_distance == 0
 
 
+@pytest.mark.sample(2)
 @torch.no_grad()
 @pytest.mark.parametrize("rope", ROPE)
 def test_anchors_that_move_within_a_forward(rope: str) -> None:

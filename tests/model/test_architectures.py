@@ -34,6 +34,7 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(model_type: str)
     assert set(model.state_dict()) == before and "forward" not in vars(model)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("model_type", ["afmoe", "granitemoehybrid", "qwen3_next"])
 def test_families_that_were_gained(model_type: str) -> None:
     """Attention whose output is viewed; recurrent states, in conversations that are saved and moved."""

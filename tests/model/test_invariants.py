@@ -43,6 +43,7 @@ def with_window(model: PreTrainedModel, window: int, sinks: int, chunk: int = 10
 # -- 1. the whole prompt, chunks of any sizes, one token at a time ----------------------------------------------------
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @given(window=st.integers(1, 12), sinks=st.integers(0, 5), pieces=pieces, chunk=st.integers(1, 9))
 @settings(max_examples=examples(3, 6), deadline=None)
@@ -63,6 +64,7 @@ def test_whole_is_chunks_is_steps(memory: str, window: int, sinks: int, pieces: 
     assert_same_layers(own_chunks, whole)
 
 
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_whole_is_chunks_is_steps_in_every_architecture(architecture: str, memory: str) -> None:
@@ -92,6 +94,7 @@ def test_far_tokens_matter() -> None:
 # -- 2. nothing has left the window: the base model, bit for bit -------------------------------------------------------
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("length", [1, 11, 30])
 @torch.no_grad()
@@ -115,6 +118,7 @@ def test_below_the_window_it_is_the_base_model(architecture: str, length: int) -
     assert not torch.equal(a.logits, b.logits)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_below_the_window_a_padded_batch_is_the_base_models(architecture: str) -> None:
@@ -130,6 +134,7 @@ def test_below_the_window_a_padded_batch_is_the_base_models(architecture: str) -
     assert torch.equal(a.logits, b.logits)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_below_the_window_generation_is_the_base_models(architecture: str) -> None:
@@ -156,6 +161,7 @@ def test_both_kernels_of_a_model(kernel: str) -> None:
 # -- 3. a left-padded batch is its rows alone --------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @given(turns=turns())
 @settings(max_examples=examples(5, 10), deadline=None)
@@ -183,6 +189,7 @@ def test_retained_tokens_in_codes(quantized: int) -> None:
     assert_rows_alone(model, Turns(9, 2, [[60, 31], [1, 1], [9, 2], [1, 1], [1, 1]]))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_a_padded_prompt_in_every_architecture(architecture: str) -> None:
@@ -197,6 +204,7 @@ def test_a_padded_prompt_in_every_architecture(architecture: str) -> None:
             assert relative_error(logits[row, mask[row].bool()], expected[0]) < TOLERANCE
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("architecture", STANDARD)
 @pytest.mark.parametrize("window", [9, 100])
 @pytest.mark.parametrize("explicit", [True, False])
@@ -274,6 +282,7 @@ class PeakBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("memory", "quantized"), [("gated_deltanet", 0), ("gated_deltanet", 100), ("ct_avg", 0)])
 def test_peak_memory_does_not_grow_with_the_prompt(memory: str, quantized: int) -> None:
     config = ahn.AHNConfig(memory=memory, window=64, sinks=16, prefill_chunk_size=1024, quantized=quantized)
@@ -320,6 +329,7 @@ def _traces(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_attach_then_detach_leaves_no_trace(architecture: str) -> None:

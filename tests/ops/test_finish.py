@@ -63,6 +63,7 @@ def check(name: str, given: dict[str, Tensor], tolerance: float, **changes: floa
     assert max(errors.values()) < tolerance, errors
 
 
+@pytest.mark.sample(10)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(

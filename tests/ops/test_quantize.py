@@ -87,6 +87,7 @@ def error_on_a_sphere(bits: int, size: int) -> float:
     return float(((x - level).square() * weight).sum() / weight.sum())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 1024])
 @pytest.mark.parametrize("bits", BITS)
 def test_errors_are_those_of_the_best_levels(bits: int, head_dim: int) -> None:

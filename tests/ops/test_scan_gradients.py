@@ -30,6 +30,7 @@ def bound(arguments: dict[str, Tensor | None]) -> float:
     return BACKWARD * FLOAT32 + SUMS * largest
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_gradients(name: str, tokens: int, heads: int, kv_heads: int, P: int) ->
     assert max(errors.values()) < bound(arguments), errors
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize(("kv_heads", "groups", "states"), [slow(2, 3, 4), (2, 2, 2), slow(2, 1, 2), (1, 5, 2)])
 def test_gradients_of_what_several_states_share(kv_heads: int, groups: int, states: int) -> None:
@@ -50,6 +52,7 @@ def test_gradients_of_what_several_states_share(kv_heads: int, groups: int, stat
     assert max(errors.values()) < bound(arguments), errors
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize(
     ("name", "gates"),
@@ -71,6 +74,7 @@ def test_gates_at_their_ends(name: str, gates: str) -> None:
     assert max(errors.values()) < bound(arguments), errors
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_the_last_state_alone(name: str) -> None:
@@ -79,6 +83,7 @@ def test_gradients_of_the_last_state_alone(name: str) -> None:
     assert max(errors.values()) < bound(arguments), errors
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("triton")
 @pytest.mark.skipif(not INTERPRETED, reason="kernels take no float32 on a GPU; tests/gpu has the same in bfloat16")
 @pytest.mark.parametrize(

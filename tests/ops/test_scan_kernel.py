@@ -17,6 +17,7 @@ BFLOAT16 = 8 * 2**-8
 FLOAT16 = 8 * 2**-11
 
 
+@pytest.mark.sample(5)
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(

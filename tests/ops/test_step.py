@@ -105,6 +105,7 @@ def compare(inputs, state, rest, processors=8):
         assert relative_error(own.nan_to_num(), x.nan_to_num()) < FLOAT32, name
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", RULES)
 @given(data=st.data())
@@ -122,6 +123,7 @@ def test_kernels_are_the_plain_step(name, data):
     compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, router, turn, activation, states=states))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", ["gated_deltanet", "deltanet", "window_only"])
 @given(data=st.data())

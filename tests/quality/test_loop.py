@@ -28,6 +28,7 @@ def adapter(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", ahn.memory.recurrent())
 def test_thirty_steps_lower_the_divergence(memory: str) -> None:
     model = student(trained=False, memory=memory)

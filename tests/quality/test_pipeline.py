@@ -47,6 +47,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_everything_is_measured_once(study: Path) -> None:
     recipe = smoke(STUDY)
     rows = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
@@ -111,6 +112,7 @@ def test_what_is_done_is_not_done_again(study: Path, monkeypatch: pytest.MonkeyP
     assert not list(study.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_stops_no_other_and_is_named(
     study: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_perfect_model_recalls_everything(probes: Probes, tokenizer) -> None:
     assert all(hits == asked > 0 for hits, asked in counts.values())
 
 
+@pytest.mark.slow
 def test_losses_of_a_reading_are_the_models_own(probes: Probes, model) -> None:
     bench = Bench(model, probes)
     task = Task(Run("full"), None)
@@ -103,6 +104,7 @@ def test_losses_of_a_reading_are_the_models_own(probes: Probes, model) -> None:
     assert row["recall_beyond"][0] == row["recall_beyond"][1] > 0
 
 
+@pytest.mark.slow
 def test_a_window_loses_what_only_full_attention_sees(probes: Probes, model) -> None:
     bench = Bench(model, probes)
     with method(model, Path(), Task(Run("window_only"), None), 128, 16, 512) as reading, torch.no_grad():
@@ -116,6 +118,7 @@ def test_a_window_loses_what_only_full_attention_sees(probes: Probes, model) -> 
     assert not hasattr(model, "ahn_config")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("quantized", [0, 150])
 def test_sequences_read_together_are_those_read_alone(model, quantized: int) -> None:
     """Of different lengths, in any order, more than fit into one batch and not a multiple of it.
@@ -140,6 +143,7 @@ def test_sequences_read_together_are_those_read_alone(model, quantized: int) -> 
             torch.testing.assert_close(found[number], hidden(ids[None])[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", ["window_only", "ct_max", "gated_deltanet"])
 def test_budgets_are_equal(model, memory: str) -> None:
     config = fit_window(ahn.AHNConfig(memory=memory, window=112, sinks=16), 128)

@@ -72,6 +72,7 @@ def _loss_and_recall(model: PreTrainedModel, text: FactText) -> tuple[float, flo
     return losses[kept[1:]].mean().item(), recalled.item()
 
 
+@pytest.mark.slow
 def test_full_attention_uses_what_a_window_has_lost(model: PreTrainedModel, text: FactText) -> None:
     """Measured on all held-out text: about 0.3 nats a token and all facts; asked for here: a third of it."""
     ahn.attach(model, ahn.AHNConfig(window=WINDOW, sinks=SINKS))  # untrained: sinks + window
@@ -84,6 +85,7 @@ def test_full_attention_uses_what_a_window_has_lost(model: PreTrainedModel, text
     assert windowed_recall < 0.2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("memory", "share"), [("gated_deltanet", 0.8), ("deltanet", 0.8), ("mamba2", 0.5), ("routed_deltanet", 0.9)]
 )

@@ -56,6 +56,7 @@ def alone(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     return output
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(sharded: bool, alone: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Rows are 50 to 128 tokens long, and totals up to 64 are drawn: some micro-batches have few positions or none."""

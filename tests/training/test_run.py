@@ -198,6 +198,7 @@ def test_not_a_number_stops_before_harm(train: Any, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(before[2][name], p) for name, p in students[0].memory().items())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", ["DeltaNet", "Mamba2"])
 def test_other_memories_and_options(memory: str, train: Any, tmp_path: Path, tiny_model: Path) -> None:
     train(
@@ -208,6 +209,7 @@ def test_other_memories_and_options(memory: str, train: Any, tmp_path: Path, tin
     assert (config.router, config.q_proj, config.full_attention_layers) == (True, True, (1,))
 
 
+@pytest.mark.slow
 def test_streamed_data_trains(train: Any, tmp_path: Path) -> None:
     train(streaming=True, max_steps=4)
     whole = load_file(tmp_path / "out" / "model.safetensors")
@@ -324,6 +326,7 @@ def test_settings_that_do_not_fit_the_base(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_data_it_began_with(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -357,6 +360,7 @@ def test_another_tokenizer_is_not_gone_on_with(tiny_model: Path, tiny_data: Path
         run(parse(flags(base, tiny_data, tmp_path / "out", resume_from_checkpoint=True)))
 
 
+@pytest.mark.slow
 def test_changed_settings_are_said(train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(max_steps=2)
     with caplog.at_level(logging.WARNING):
@@ -364,6 +368,7 @@ def test_changed_settings_are_said(train: Any, tmp_path: Path, caplog: pytest.Lo
     assert "max_steps: 2 → 4" in caplog.text and "weight_decay: 0.1 → 0.3" in caplog.text
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("left", ["null", "nothing"])
 def test_runs_of_an_older_default_go_on(
     left: str, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture

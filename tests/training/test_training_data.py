@@ -70,6 +70,7 @@ def texts_of(samples: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode(list(sample["input_ids"])) for sample in samples]
 
 
+@pytest.mark.slow
 def test_sources_of_different_kinds(load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each has its own columns; what is held out comes from all of them."""
     lines = write_rows(tmp_path / "a.jsonl", LONG)

@@ -83,6 +83,7 @@ def uninterrupted(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPat
     return contents(output)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("break_it", "good"),
     [
@@ -107,6 +108,7 @@ def test_killed_and_resumed(
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_resumes_in_float32(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """`load_adapter` would round the memory to the base's precision."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -156,6 +158,7 @@ def test_where_a_run_starts(tiny_model: Path, data: Path, tmp_path: Path) -> Non
     assert not checkpoints.numbered(output), "an old run's later checkpoints must not be resumed from"
 
 
+@pytest.mark.slow
 def test_another_memory_is_not_resumed(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     output = finished(tiny_model, data, tmp_path)
     model = ahn.attach(_base(tiny_model), ahn.AHNConfig(memory="mamba2"))
@@ -169,6 +172,7 @@ def _base(path: Path):  # type: ignore[no-untyped-def]
     return AutoModelForCausalLM.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     assert train(tiny_model, data, tmp_path, save_total_limit=2) == 0
     assert [path.name for path in checkpoints.numbered(tmp_path)] == ["checkpoint-8", "checkpoint-6"]
