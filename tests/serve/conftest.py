@@ -1,8 +1,10 @@
-"""A served model: with an engine that only repeats, inside this process."""
+"""A served model: with an engine that only repeats, or the shipped one with its own."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +12,14 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+import uvicorn
 from serve_fake import FakeEngine
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ahn import tiny
 from ahn.serve.app import make_app
+from ahn.serve.building import bound, build
 from ahn.serve.messages import MessageStore
 from ahn.serve.metrics import ServerMetrics
 from ahn.serve.service import Service
@@ -70,3 +74,60 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., Served]]
 def served(serve: Callable[..., Served]) -> Served:
     """A server with everything as it is."""
     return serve()
+
+
+class LiveServer:
+    """An app behind a real port, for real clients.
+
+    Args:
+        service: what is served; its engine was started.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        place = bound("127.0.0.1", 0)
+        self.port: int = place.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(make_app(service), ws="none", log_level="error", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Stop, and wait until it has."""
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture
+def live_fake(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., tuple[LiveServer, FakeEngine]]]:
+    """A port in front of an engine that repeats."""
+    servers = []
+
+    def start(pause: float = 0.0, **settings: Any) -> tuple[LiveServer, FakeEngine]:
+        text = ChatText(tokenizer)
+        engine = FakeEngine(text, pause)
+        metrics = ServerMetrics(engine.stats)
+        servers.append(LiveServer(Service(engine, text, ServerSettings(**settings), MessageStore(None), metrics)))
+        return servers[-1], engine
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def live(tokenizer: PreTrainedTokenizerBase) -> Iterator[LiveServer]:
+    """The shipped model behind a port."""
+    from ahn.serve.engine import Engine
+
+    from ahn.cli.session import open_session
+
+    session = open_session(None, None)
+    engine = Engine(session.model, session.tokenizer, conversations=4, queue=64)
+    engine.start()
+    server = LiveServer(build(session.model, session.tokenizer, engine, ServerSettings()))
+    yield server
+    server.stop()

@@ -1,0 +1,128 @@
+"""Clients that go, stall, or send nonsense: none of them hurts the server or another client."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support import effort
+
+BODY = {"messages": [{"role": "user", "content": "x " * 200}], "max_tokens": 16000, "stream": True}
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/close_session")
+
+
+def opened(server: Any, body: dict[str, Any]) -> socket.socket:
+    """A connection that has sent a request and read nothing."""
+    raw = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    connection.sendall(head("/v1/chat/completions", len(raw)) + raw)
+    return connection
+
+
+def head(path: str, length: int) -> bytes:
+    lines = (f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def wait(done: Callable[[], Any], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_ends_its_reply(live_fake: Callable[..., Any], stream: bool) -> None:
+    server, engine = live_fake(pause=0.01)
+    connection = opened(server, BODY | {"stream": stream})
+    wait(lambda: engine.replies and engine.replies[0].given > 3)
+    connection.close()
+    wait(lambda: engine.replies[0].cancelled)
+    given = engine.replies[0].given
+    assert given < 1000
+
+
+def test_a_client_that_reads_nothing_is_left(live_fake: Callable[..., Any]) -> None:
+    """What waits for it is bounded by the connection's buffers, not by the length of its reply."""
+    server, engine = live_fake(stalled=0.5)
+    connection = opened(server, BODY | {"n": 8, "logprobs": True, "top_logprobs": 1})
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wait(lambda: engine.replies and engine.replies[0].cancelled, 30)
+    written = sum(reply.given for reply in engine.replies)
+    assert written < 8 * 16000
+    connection.close()
+
+
+def test_a_client_that_sends_no_body_is_told(live_fake: Callable[..., Any]) -> None:
+    server, _ = live_fake(stalled=0.2)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(head("/tokenize", 100) + b"{")
+    said = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert said.startswith(b"HTTP/1.1 408") and b'"error"' in said
+
+
+def test_malformed_requests(serve: Callable[..., Any]) -> None:
+    """Requests cut, with bytes changed, fields renamed, values swapped: errors of 4xx in one form, or an answer."""
+    served = serve(body=1 << 20, new_tokens=8, seconds=5)
+    draw = random.Random(0)
+    for number in range(effort.examples(300, 10_000)):
+        path, body = draw.choice(PATHS), nonsense(draw)
+        headers = {"content-type": draw.choice(["application/json"] * 6 + ["text/plain", "", "multipart/form-data"])}
+        response = served.client.request(draw.choice(["POST"] * 9 + ["PUT"]), path, content=body, headers=headers)
+        assert response.status_code < 500, (number, path, body, response.text)
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}, response.text
+    assert served.client.get("/health").status_code == 200
+
+
+VALUES = (None, True, -1, 0, 1e308, 10**30, "", "x", "\ud800", "\0", "ü", [], [[]], {}, {"a": 1}, [None], [-1], ["x"])
+NAMES = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "stop",
+    "logit_bias",
+    "n",
+    "seed",
+    "stream_options",
+    "session_id",
+    "model",
+    "response_format",
+    "metadata",
+    "messages",
+    "prompt",
+    "input",
+    "text",
+    "previous_response_id",
+    "unknown",
+]
+
+
+def nonsense(draw: random.Random) -> bytes:
+    """A request that is nearly right."""
+    body: dict[str, Any] = {"max_tokens": 2}
+    body |= draw.choice(
+        [
+            {"messages": [{"role": "user", "content": "hello"}]},
+            {"prompt": "hello", "logprobs": 1, "echo": True},
+            {"prompt": [[1, 2, 3]], "n": 2},
+            {"input": "hello", "max_output_tokens": 2},
+            {"session_id": "s"},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "stop": ["a"], "seed": 1},
+        ]
+    )
+    for _ in range(draw.randrange(3)):
+        body[draw.choice(NAMES)] = draw.choice(VALUES)
+    raw = json.dumps(body).encode()
+    way = draw.randrange(4)
+    if way == 0:
+        return raw[: draw.randrange(len(raw))]
+    if way == 1:
+        place = draw.randrange(len(raw))
+        return raw[:place] + bytes(draw.randrange(256) for _ in range(draw.randrange(1, 4))) + raw[place + 1 :]
+    return raw
