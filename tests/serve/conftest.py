@@ -121,9 +121,8 @@ def live_fake(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., tupl
 @pytest.fixture(scope="session")
 def live(tokenizer: PreTrainedTokenizerBase) -> Iterator[LiveServer]:
     """The shipped model behind a port."""
-    from ahn.serve.engine import Engine
-
     from ahn.cli.session import open_session
+    from ahn.serve.engine import Engine
 
     session = open_session(None, None)
     engine = Engine(session.model, session.tokenizer, conversations=4, queue=64)
