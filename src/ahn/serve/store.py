@@ -231,6 +231,7 @@ class StateStore:
 
     def forget(self, owner: str, name: str) -> bool:
         """Forget a conversation with all states that were made in it."""
+        self._scan()
         with self._lock:
             key = owner, name
             there = key in self._named
@@ -305,10 +306,9 @@ class StateStore:
                 self._take_up(path, note)
             there = self.files.paths()
             for state in list(self._states.values()):
-                if state.file is not None and state.file not in there:
-                    state.file = None
-                    if state.cache is None:
-                        self._remove(state)
+                if state.file is not None and state.file not in there:  # another engine has forgotten it
+                    state.file = state.cache = None
+                    self._remove(state)
 
     def _take_up(self, path: Path, note: Note) -> None:
         try:
