@@ -141,7 +141,7 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
       `4·L·D·P·(Hq+Hkv) + 2·P·Hq·W² + 2·(L-W)·(2·W·P·Hq + states + matrices)`,
 
     with one multiplication and one addition for every number of the state and every weight of the memory's matrices
-    (gate projections, `o_proj`, `q_proj`) a token. For Gated DeltaNet that is the paper's `P²·Hq + 3·D·Hq + P²·Hq`.
+    (gate projections, `o_proj`, `q_proj`) per token. For Gated DeltaNet that is the paper's `P²·Hq + 3·D·Hq + P²·Hq`.
     The baselines have no matrices; slots that attention sees besides the window count as keys and values (all of them
     from the first evicted token on). Pooled ones are held in float32 (the one that is being filled is left out),
     retained tokens in the model's dtype, with a score and a position.

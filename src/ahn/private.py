@@ -167,7 +167,7 @@ def attention_kernel(config: PreTrainedConfig) -> str:
 def set_attention_kernel(config: PreTrainedConfig, kernel: str) -> None:
     """The setter that `set_attn_implementation` ends in, without its reading of source files.
 
-    Training sets it twice a step.
+    Training sets it twice per step.
     """
     config._attn_implementation = kernel
 

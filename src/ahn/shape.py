@@ -31,7 +31,7 @@ def trained_length(config: Any) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, an entry a layer in `layer_types`.
+    """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, `layer_types` per layer.
 
     `layer_types[i]` is "full_attention" for a layer that sees the whole context; only those can get a memory.
     """

@@ -32,7 +32,7 @@ from ahn.layout.evicted import Evicted
 from ahn.layout.state import TierRing, TierState
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
-from ahn.ops.quantize import LEVELS, decode, encode, rotate, turned
+from ahn.ops.quantize import LEVELS, decode, decode_rotated, encode, rotate
 from ahn.training.distillation import distillation_loss
 
 TOLERANCE = 1e-4  # memories compute in float32
@@ -230,7 +230,7 @@ def test_a_single_query_sees_what_the_codes_decode_to(head_dim: int) -> None:
     state = TierState(*(TierRing(*x, at) for x, at in zip(encoded, offsets, strict=True)))
     unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
     view = Visibility(3, 2, 30, 1, torch.device("cpu"), quantized=21)
-    raw = tier.Seen(*(turned(*x, torch.float32) for x in encoded))
+    raw = tier.Seen(*(decode_rotated(*x, torch.float32) for x in encoded))
     passed = tier.Passed(raw, None, state, unread, TierView(view), raw=True)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, torch.cat([exact[0], keys], 2), torch.cat([exact[1], values], 2), scale=0.3, enable_gqa=True
@@ -332,7 +332,7 @@ def test_codes_that_lose_nothing_are_a_wider_window(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ahn.cache.tier.encode", lambda x, unbiased, bits: (x, x[..., 0]))
         patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype, bits: codes)
-        patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype, bits: rotate(codes))
+        patch.setattr("ahn.cache.tier.decode_rotated", lambda codes, scale, dtype, bits: rotate(codes))
         patch.setattr(Near, "tier_reach", 0)
         model = with_tier(shared(memory), turns.window, turns.sinks, quantized, form=form)
         narrow = ahn.AHNCache.for_model(model)

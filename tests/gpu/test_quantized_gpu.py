@@ -22,7 +22,7 @@ from ahn.layout.evicted import Evicted
 from ahn.layout.state import TierRing, TierState
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
-from ahn.ops.quantize import decode, encode, rotate, turned
+from ahn.ops.quantize import decode, decode_rotated, encode, rotate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -60,7 +60,7 @@ def test_a_single_query_sees_what_the_codes_decode_to() -> None:
     state = TierState(*(TierRing(*x, at) for x, at in zip(encoded, offsets, strict=True)))
     unread = Evicted(keys[:, :, :0], values[:, :, :0], {})
     view = Visibility(64, 4, 400, 1, torch.device("cuda"), quantized=300)
-    raw = tier.Seen(*(turned(*x, torch.bfloat16) for x in encoded))
+    raw = tier.Seen(*(decode_rotated(*x, torch.bfloat16) for x in encoded))
     passed = tier.Passed(raw, None, state, unread, TierView(view), raw=True)
     key, value = (torch.cat([a.float(), b], 2) for a, b in zip(exact, (keys, values), strict=True))
     expected = torch.nn.functional.scaled_dot_product_attention(query.float(), key, value, scale=0.125, enable_gqa=True)
@@ -77,7 +77,7 @@ def test_codes_that_lose_nothing_are_a_wider_window(memory: str, monkeypatch: py
             patch.setattr(runner, "on_gpu", lambda ids: False)  # what is replaced here is the ordinary step's
             patch.setattr("ahn.cache.tier.encode", lambda x, unbiased, bits: (x, x[..., 0]))
             patch.setattr("ahn.cache.tier.decode", lambda codes, scale, dtype, bits: codes)
-            patch.setattr("ahn.cache.tier.turned", lambda codes, scale, dtype, bits: rotate(codes))
+            patch.setattr("ahn.cache.tier.decode_rotated", lambda codes, scale, dtype, bits: rotate(codes))
             found = read(model, ids, [5, 20, 1, 1, 30, *[1] * 13], ahn.AHNCache.for_model(model))
         ahn.set_window(model, 21, 2, quantized=0)
         expected = read(model, ids, [70], ahn.AHNCache.for_model(model))

@@ -22,7 +22,7 @@ def merge(parts: list[Part]) -> Tensor:
 def plain(parts: list[Part]) -> Tensor:
     """`merge` in plain torch."""
     n = parts[0].out.shape[2]
-    ordered = [(part.out.flip(2), part.score.flip(2)) if part.turned else (part.out, part.score) for part in parts]
+    ordered = [(part.out.flip(2), part.score.flip(2)) if part.reversed else (part.out, part.score) for part in parts]
     outs = torch.stack([F.pad(out.float(), (0, 0, 0, n - out.shape[2])) for out, _ in ordered])
     scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for _, score in ordered])
     merged = (outs * scores.softmax(0).unsqueeze(-1)).sum(0).to(parts[0].out.dtype)

@@ -29,26 +29,26 @@ def _rows(x, i, count, step, p, P, TURNED: tl.constexpr):
 def _merge(
     out, a, b, c, score_a, score_b, score_c, n, count_b, count_c, heads,
     ab, ah, an, bb, bh, bn, cb, ch, cn, sab, sah, sbb, sbh, scb, sch,
-    TURNED_A: tl.constexpr, TURNED_B: tl.constexpr, TURNED_C: tl.constexpr, THREE: tl.constexpr,
+    REVERSED_A: tl.constexpr, REVERSED_B: tl.constexpr, REVERSED_C: tl.constexpr, THREE: tl.constexpr,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.arange(0, WIDTH)
-    sa = _scores(score_a + row * sab + head * sah, i, n, TURNED_A)
-    sb = _scores(score_b + row * sbb + head * sbh, i, count_b, TURNED_B)
+    sa = _scores(score_a + row * sab + head * sah, i, n, REVERSED_A)
+    sb = _scores(score_b + row * sbb + head * sbh, i, count_b, REVERSED_B)
     sa = tl.where(i < n, sa, 0.0)
     highest = tl.maximum(sa, sb)
     if THREE:
-        sc = _scores(score_c + row * scb + head * sch, i, count_c, TURNED_C)
+        sc = _scores(score_c + row * scb + head * sch, i, count_c, REVERSED_C)
         highest = tl.maximum(highest, sc)
     ea, eb = tl.exp(sa - highest), tl.exp(sb - highest)
-    x = _rows(a + row * ab + head * ah, i, n, an, p, P, TURNED_A) * ea[:, None]
-    x += _rows(b + row * bb + head * bh, i, count_b, bn, p, P, TURNED_B) * eb[:, None]
+    x = _rows(a + row * ab + head * ah, i, n, an, p, P, REVERSED_A) * ea[:, None]
+    x += _rows(b + row * bb + head * bh, i, count_b, bn, p, P, REVERSED_B) * eb[:, None]
     total = ea + eb
     if THREE:
         ec = tl.exp(sc - highest)
-        x += _rows(c + row * cb + head * ch, i, count_c, cn, p, P, TURNED_C) * ec[:, None]
+        x += _rows(c + row * cb + head * ch, i, count_c, cn, p, P, REVERSED_C) * ec[:, None]
         total += ec
     to = ((row * n + i)[:, None] * heads + head) * P + p[None, :]
     tl.store(out + to, x / total[:, None], mask=(i < n)[:, None] & (p < P)[None, :])
@@ -63,7 +63,7 @@ def merge(parts: list[Part]) -> Tensor:
         out, a.out, b.out, c.out, a.score, b.score, c.score, n, b.out.shape[2], c.out.shape[2], H,
         *a.out.stride()[:3], *b.out.stride()[:3], *c.out.stride()[:3],
         *a.score.stride()[:2], *b.score.stride()[:2], *c.score.stride()[:2],
-        TURNED_A=a.turned, TURNED_B=b.turned, TURNED_C=c.turned, THREE=len(parts) == 3,
+        REVERSED_A=a.reversed, REVERSED_B=b.reversed, REVERSED_C=c.reversed, THREE=len(parts) == 3,
         P=P, WIDTH=triton.next_power_of_2(P), BLOCK=ROWS,
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -14,9 +14,9 @@ class Part:
     Attributes:
         out: (B, H, m, P).
         score: (B, H, m) float32, log-sum-exp of the scores.
-        turned: the queries are in reverse order.
+        reversed: the queries are in reverse order.
     """
 
     out: Tensor
     score: Tensor
-    turned: bool = False
+    reversed: bool = False

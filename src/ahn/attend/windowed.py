@@ -2,7 +2,7 @@
 
 Of n new queries after a full window, query i sees the sinks, window keys that are at least i + 1 columns in, and the
 new keys up to its own. That is a rectangle of S + W - n keys that every query sees whole and two triangles: n × n of
-the new keys (causal), n - 1 × n - 1 of the window's oldest ones (causal once queries and keys are turned round). Three
+the new keys (causal), n - 1 × n - 1 of the window's oldest ones (causal once queries and keys are reversed). Three
 calls of the fastest dense kernel, joined by their log-sum-exps, waste nothing on masks and compile nothing. Every size
 is a multiple of the kernel's tile where window, sinks and n are.
 
@@ -118,7 +118,7 @@ def _joined(parts: list[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
     n = parts[0].score.shape[2]
-    ordered = [part.score.flip(2) if part.turned else part.score for part in parts]
+    ordered = [part.score.flip(2) if part.reversed else part.score for part in parts]
     scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for score in ordered])
     return Part(merge(parts), scores.logsumexp(0))
 
@@ -155,9 +155,9 @@ def _oldest(query: Tensor, keys: Tensor, values: Tensor, first: int, scaling: fl
     m = query.shape[2]
     shifted, backwards = _reversed(m, query.device)
     columns = slice(first, first + m)
-    turned = [take(query, shifted), take(keys[:, :, columns], backwards), take(values[:, :, columns], backwards)]
-    part = _part(turned[0], turned[1], turned[2], True, scaling)
-    return Part(part.out[:, :, : m - 1], part.score[:, :, : m - 1], turned=True)
+    flipped = [take(query, shifted), take(keys[:, :, columns], backwards), take(values[:, :, columns], backwards)]
+    part = _part(flipped[0], flipped[1], flipped[2], True, scaling)
+    return Part(part.out[:, :, : m - 1], part.score[:, :, : m - 1], reversed=True)
 
 
 @lru_cache(maxsize=4)
@@ -184,7 +184,7 @@ def kernel(query: Tensor) -> Kernel:
 
 
 def kernel_of_one(query: Tensor) -> Kernel:
-    """The same for a single query a row: cuDNN wants more than one."""
+    """The same for a single query per row: cuDNN wants more than one."""
     return private.flash_attention if query.is_cuda else private.attention_of_cpu
 
 

@@ -88,7 +88,7 @@ def steps(stand: Stand, cache: Cache, batch: int) -> dict[str, Any]:
 
 
 def through_generate(stand: Stand, cache: Cache, context: int, batch: int) -> dict[str, Any]:
-    """Seconds a token of `model.generate`: the difference of a long and a short call, so that its start drops out."""
+    """Seconds per token of `model.generate`: the difference of a long and a short call, so that its start drops out."""
     ids = fill.random_tokens(stand.model, batch, 1)
     long = stand.settings.new_tokens
     short = max(1, long // 4)

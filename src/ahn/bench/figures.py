@@ -32,7 +32,7 @@ LENGTH_PANELS: tuple[Panel, ...] = (
     ("memory", "Peak memory (GB)", "peak_bytes", 1e-9),
 )
 BATCH_PANELS: tuple[Panel, ...] = (
-    ("throughput", "Tokens a second, all conversations", "tokens_per_second", 1.0),
+    ("throughput", "Tokens per second, all conversations", "tokens_per_second", 1.0),
     ("throughput", "Peak memory (GB)", "peak_bytes", 1e-9),
 )
 

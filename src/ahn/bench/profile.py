@@ -65,7 +65,7 @@ def summed(ran: list[tuple[str, float, float]]) -> list[Kernel]:
 
 
 def table(times: list[Kernel], seconds: float) -> str:
-    """One kernel a line, with its share of the time that the work takes without a profiler."""
+    """One kernel per line, with its share of the time that the work takes without a profiler."""
     busy = sum(kernel["adds_ms"] for kernel in times)
     lines = [
         f"{1e3 * seconds:.2f} ms measured without the profiler, {busy:.2f} ms in kernels",

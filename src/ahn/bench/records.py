@@ -1,4 +1,4 @@
-"""Rows on disk: one JSON object a line, written the moment it is measured."""
+"""Rows on disk: one JSON object per line, written the moment it is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens a second of many conversations that decode together, and the memory that they take."""
+"""Tokens per second of many conversations that decode together, and the memory that they take."""
 
 from __future__ import annotations
 

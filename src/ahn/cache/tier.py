@@ -30,7 +30,7 @@ from ahn.layout.evicted import Evicted
 from ahn.layout.slots import gather
 from ahn.layout.state import TierRing, TierState, WindowState
 from ahn.layout.tier import TierView
-from ahn.ops.quantize import code_bytes, decode, encode, precise, rotate, turned
+from ahn.ops.quantize import code_bytes, decode, decode_rotated, encode, precise, rotate
 
 
 @dataclasses.dataclass
@@ -123,7 +123,7 @@ def _seen(
 ) -> tuple[Seen, Seen | None]:
     """What queries see of tokens at these positions: near, and far."""
     if raw:
-        return Seen(*(turned(x.codes, x.scales, dtype, x.bits) for x in (shown.keys, shown.values))), None
+        return Seen(*(decode_rotated(x.codes, x.scales, dtype, x.bits) for x in (shown.keys, shown.values))), None
     key, value = _decoded(shown.keys, dtype), _decoded(shown.values, dtype).to(dtype)
     if not view.any_far:
         near = Seen(_turned(view, key, positions).to(dtype), value, None if in_order else view.visible)
@@ -162,7 +162,7 @@ def _taken(positions: Tensor, places: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, passed: Passed, scaling: float) -> Tensor:
-    """A single query a row over all keys that are held exactly and all of the tier, which `push` gave raw if it could.
+    """A single query per row over all keys held exactly and all of the tier, which `push` gave raw if it could.
 
     The Hadamard rotation is orthogonal: turning the query by it, and in the end the result, is as good as turning every
     key and value. What the keys' offset adds to a score is the same for all of them. Keys before RoPE are turned each

@@ -76,7 +76,7 @@ def command(
         ),
     ] = None,
     length: Annotated[
-        int | None, typer.Option("--length", min=2, help=f"Tokens a document (default: {LONGER} times sinks + window).")
+        int | None, typer.Option("--length", min=2, help=f"Tokens per document (default: {LONGER} · (sinks + window)).")
     ] = None,
     documents: Annotated[int, typer.Option("--documents", min=1, help="Documents to read.")] = DOCUMENTS,
     out: Annotated[Path, typer.Option("--out", help="Directory for results.json and figure.png.")] = Path("ahn-demo"),

@@ -20,7 +20,7 @@ LENGTH = 14_336
 """Tokens of the book: as far beyond the trained length as two CPU cores read in minutes, and sinks are seen to fail."""
 BIN = 1024
 SHOWN = 2048
-"""Tokens a column of the table."""
+"""Tokens per column of the table."""
 QUESTIONS, PAGES = 4, 1024
 BOOK = "moby-dick"
 

@@ -74,7 +74,7 @@ def _summary(results: dict[str, Any], output: str) -> None:
     table = Table(box=None, padding=(0, 2))
     scored = "eval_recall" in after
     columns = SCORED if scored else DISTILLED
-    table.add_column("held-out data, nats a token", justify="left")
+    table.add_column("held-out data, nats per token", justify="left")
     for name in columns.values():
         table.add_column(name, justify="right")
     for name, found in (("untrained" if scored else "sinks + window", before), ("with the memory", after)):

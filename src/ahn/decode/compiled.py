@@ -23,7 +23,7 @@ from ahn.decode.fusion import fuse
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
 
-# One result a batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
+# One result per batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
 _GATES = ("write_gates", "read_gate")
 _ROTATION = "apply_rotary_pos_emb"  # as modeling files call it
@@ -199,7 +199,7 @@ def _rotation(rope: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for tensors of any size, once a process."""
+    """The function compiled for tensors of any size, once per process."""
     return torch.compile(function, dynamic=True)
 
 

@@ -83,7 +83,7 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
 
 
 def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
-    """One token a row by replaying the conversation's graph, which the first call captures."""
+    """One token per row by replaying the conversation's graph, which the first call captures."""
     cache: AHNCache = kwargs[private.CACHE]
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     new = new_columns(mask, cache.seen, 1)
@@ -179,7 +179,7 @@ class Runner:
             state.memory = own
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None, real: Tensor | None) -> Tensor:
-        """Logits (B, 1, V) of one token a row; rows that are not `real` (B,) change nothing."""
+        """Logits (B, 1, V) of one token per row; rows that are not `real` (B,) change nothing."""
         self.ids.copy_(ids)
         self.position_ids.copy_((self.positions + self.offset)[:, None] if position_ids is None else position_ids)
         if real is not None:

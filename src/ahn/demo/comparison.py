@@ -26,7 +26,7 @@ class Result:
     """One method over all documents.
 
     Attributes:
-        loss: nats a token of the real text beyond the window; `perplexity` is its exponential.
+        loss: nats per token of the real text beyond the window; `perplexity` is its exponential.
         gap_won_back: 0 is sinks + window, 1 is full attention; None when those two do not differ.
         facts_recalled, facts_asked: facts stated beyond the window; `facts_interval` is the share's 95 % interval.
         cache_bytes: at the end of a document.

@@ -11,7 +11,7 @@ from ahn.errors import AHNError
 from ahn.tiny.facts import Fact, FactText, FactWriter
 
 FACTS = 32
-"""Facts a document, at most; a quarter of a document's tokens is the other limit."""
+"""Facts per document, at most; a quarter of a document's tokens is the other limit."""
 SEED = 1
 
 
@@ -36,7 +36,7 @@ def make_documents(
         tokenizer: of the model that will read them.
         texts: names and texts, taken from their beginnings; a text is cut into as many pieces as are needed.
         count: documents wanted; there may be fewer, if the texts are short.
-        length: tokens a document, facts included.
+        length: tokens per document, facts included.
         lossless: sinks + window. Facts are asked for at least this many tokens after they were stated.
 
     Returns:

@@ -36,7 +36,7 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
         cache.plot(tokens, [size / 2**20 for size in sizes], **style)
         if result.name == FULL or result.name == comparison.best_memory.name:
             _end_value(cache, tokens[-1], sizes[-1] / 2**20, colour)
-    text.set_title("Loss above full attention (nats a token, lower is better)", fontsize=10, loc="left")
+    text.set_title("Loss above full attention (nats per token, lower is better)", fontsize=10, loc="left")
     cache.set_title("Cache (MiB)", fontsize=10, loc="left")
     cache.set_ylim(bottom=0)
     for axis in (text, cache):

@@ -1,7 +1,7 @@
 """A result folder: what one task gave with one configuration. It explains itself, and a killed run goes on in it.
 
 config.json               everything that can change a score, with its digest, and where things came from
-predictions.jsonl         a line a sample, without contexts; `predictions.N.jsonl` of each process until all are done
+predictions.jsonl         a line per sample, without contexts; `predictions.N.jsonl` of each process until all are done
 result.json               the task's figures; no times, so that it is the same however often the run was interrupted
 timing.N.jsonl            seconds and tokens of each sample
 """

@@ -27,7 +27,7 @@ def record(model: PreTrainedModel) -> Iterator[Trace]:
     """Inside the block what the model's memories write and read is recorded; the outputs do not change.
 
     One conversation a trace: a forward without cache, or forwards and `generate` that go on with one cache. The trace
-    holds 6 float32 numbers a head, layer and evicted token, on the CPU, and 3 a layer more; the work is done in
+    holds 6 float32 numbers per head, layer and evicted token, on the CPU, and 3 per layer more; the work is done in
     pieces, so that nothing else grows with the text. Rows are those of the batch at the time (beam search moves them).
 
     While a recording is open, steps on a GPU take the ordinary path instead of captured graphs: equal to rounding.

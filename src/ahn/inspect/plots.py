@@ -21,7 +21,7 @@ BINS = 200
 
 
 def strength_figure(trace: Trace, title: str, row: int = 0) -> Figure:
-    """Write strength over time, one line of the picture a head, layers from top to bottom."""
+    """Write strength over time, one line of the picture per head, layers from top to bottom."""
     writes = trace.something()
     real, edges = _time(trace, row)
     rows = torch.cat([_binned(w.strength[row][:, real], len(edges) - 1) for w in writes.values()])
@@ -34,13 +34,13 @@ def strength_figure(trace: Trace, title: str, row: int = 0) -> Figure:
     axis.set_yticks([heads * (n + 0.5) for n in range(len(writes))], [str(layer) for layer in writes])
     for n in range(1, len(writes)):
         axis.axhline(heads * n, color="white", linewidth=0.8)
-    axis.set_ylabel("layer (a line a head)")
+    axis.set_ylabel("layer (a line per head)")
     axis.set_xlabel("position of the written token")
     return figure
 
 
 def state_figure(trace: Trace, title: str, row: int = 0) -> Figure:
-    """Norm of the state over time, the mean over heads, one line a layer."""
+    """Norm of the state over time, the mean over heads, one line per layer."""
     import matplotlib
 
     figure, (axis,) = new_figure(1, title)

@@ -84,7 +84,7 @@ def by_published_name(published: str) -> type[Memory]:
 
 
 def slot_count(name: str, window: int, slots: int = DEFAULT_SLOTS) -> int:
-    """Keys a layer that attention sees besides sinks and window with the memory called `name`.
+    """Keys per layer that attention sees besides sinks and window with the memory called `name`.
 
     Args:
         window: tokens before one reaches the memory: quantized ones count.

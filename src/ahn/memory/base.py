@@ -23,7 +23,7 @@ INIT_STD = 0.02
 
 
 class HeadLinear(nn.Module):
-    """One (P, P) matrix a head: `y[h] = x[h] @ weight[h]`, x (B, H, N, P)."""
+    """One (P, P) matrix per head: `y[h] = x[h] @ weight[h]`, x (B, H, N, P)."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Memory(nn.Module):
         return {}
 
     def slot_count(self, window: int) -> int:
-        """Number of keys a layer that attention sees besides sinks and `window`, to which quantized tokens belong."""
+        """Number of keys per layer that attention sees besides sinks and `window`, to which quantized tokens belong."""
         return 0
 
     def slot_bytes(self, window: int, width: int) -> int:
@@ -135,13 +135,13 @@ class Memory(nn.Module):
 
 
 class RecurrentMemory(Memory, ABC):
-    """A memory with recurrent states, R a head that writes. Its read is added to what exact attention gives."""
+    """A memory with recurrent states, R per head that writes. Its read is added to what exact attention gives."""
 
     states: ClassVar[int] = 1
     """R, a power of two. Where there are several, `routes` says how keys and queries choose, and nothing decays."""
 
     g_proj: nn.Linear
-    """Output gate, one number a head, from the reading token's x."""
+    """Output gate, one number per head, from the reading token's x."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class RecurrentMemory(Memory, ABC):
         """Before training: let each head forget with this e-fold, (H,) tokens. Nothing where nothing is forgotten."""
 
     def init_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """One float32 zero matrix a state: (B, Hw · R, P_key, P_value)."""
+        """One float32 zero matrix per state: (B, Hw · R, P_key, P_value)."""
         shape = batch, self.write_heads * self.states, self.head_dim, self.head_dim
         return {"state": torch.zeros(shape, device=device)}
 
@@ -244,7 +244,7 @@ class RecurrentMemory(Memory, ABC):
 
 
 def head_gate(projection: nn.Linear, x: Tensor) -> Tensor:
-    """One number a head and token: x (B, N, D) to (B, H, N), computed in the projection's own precision."""
+    """One number per head and token: x (B, N, D) to (B, H, N), computed in the projection's own precision."""
     weight = projection.weight
     # Without gradients both have one type, and under autocast a product is in half precision anyway.
     mixed = torch.is_grad_enabled() and x.dtype == torch.bfloat16 and weight.dtype == torch.float32

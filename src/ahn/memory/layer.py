@@ -20,7 +20,7 @@ class AHN(nn.Module):
 
 
 class Router(nn.Module):
-    """Weight of the memory's read, growing with what was written: `sigmoid(alpha · log(r) + beta)`, one pair a head."""
+    """Weight of the memory's read, which grows with what was written: `sigmoid(alpha · log(r) + beta)` per head."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Routed DeltaNet: several delta-rule states a key head, among which keys and queries choose by their direction."""
+"""Routed DeltaNet: several delta-rule states per key head, among which keys and queries choose by their direction."""
 
 from __future__ import annotations
 

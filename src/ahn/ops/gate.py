@@ -13,7 +13,7 @@ ACTIVATIONS = ("none", "sigmoid", "softplus")
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """One number a head and token, `f(logits + shift)`; with a rate, `-exp(log_rate) · f(logits + shift)`.
+    """One number per head and token, `f(logits + shift)`; with a rate, `-exp(log_rate) · f(logits + shift)`.
 
     Attributes:
         logits: (B, H, ...) in any precision.

@@ -82,10 +82,10 @@ def encode(x: Tensor, unbiased: bool, bits: int = BITS) -> tuple[Tensor, Tensor]
 
 def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -> Tensor:
     """The vectors (..., P) that `encode` left of its input: float32, or float64 for a `dtype` of that precision."""
-    return rotate(turned(codes, scale, precise(dtype), bits))
+    return rotate(decode_rotated(codes, scale, precise(dtype), bits))
 
 
-def turned(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -> Tensor:
+def decode_rotated(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -> Tensor:
     """What `decode` gives before it is rotated back, (..., P) of this type."""
     groups = codes.unflatten(-1, (-1, per_group(bits) * bits // 8))
     if groups.shape[-1] == 1:  # all that a byte can say is known

@@ -1,11 +1,11 @@
-"""Several states a key head: where keys write and queries read is decided by what they point at, not by the time.
+"""Several states per key head: where keys write and queries read is decided by what they point at, not by the time.
 
 A key k goes through a map of its head, k' = k + k M, and shares itself out among the head's R states by
 s(k') = softmax(τ k̂' A): state r takes the write gate times s_r(k'). All query heads of a key head read its states, each
 with a map N and directions B of its own: the sum of s_r(q') times what state r gives. With B = A at first, a query
 looks where keys like it went.
 
-Shapes: H query heads, Hkv key heads, P head dim, R states a key head; of states the head is the slower index.
+Shapes: H query heads, Hkv key heads, P head dim, R states per key head; of states the head is the slower index.
 """
 
 from __future__ import annotations

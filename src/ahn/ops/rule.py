@@ -40,7 +40,7 @@ class StepRead:
         weight: (B, Hq) float32 the router's weight of the read, or None.
         norm: (P,) or (Hq · P,) weight of the norm.
         o_proj: (Hq, P, P).
-        routes: how keys and queries choose among several states a key head, or None where each query head has its own.
+        routes: how keys and queries choose among several states per key head; None where each query head has one.
     """
 
     query: Tensor

@@ -93,7 +93,7 @@ class FactWriter:
         self.keys = {word: ids[0] for word in KEYS if len(ids := encode(f" {word}")) == 1}
         self.values = {word: ids[0] for word in VALUES if len(ids := encode(f" {word}")) == 1}
         if min(len(self.keys), len(self.values)) < 2:
-            raise AHNError("This tokenizer splits almost all words of ahn.tiny.facts; the facts need one token a word.")
+            raise AHNError("This tokenizer splits almost all words of ahn.tiny.facts; facts need one token per word.")
         self._statement, self._question = slots(STATEMENT), slots(QUESTION)
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._ends_line = [text.endswith("\n") for text in texts]

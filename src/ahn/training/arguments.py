@@ -158,7 +158,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict) or any(not isinstance(name, str) for name in content):
-        raise AHNError(f"{path} must hold names and values, such as 'dataset: chatqa2', one a line.")
+        raise AHNError(f"{path} must hold names and values, such as 'dataset: chatqa2', one per line.")
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 

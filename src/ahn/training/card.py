@@ -52,7 +52,7 @@ share of the tokens looked at most ({share:.0%}) that the highest scores find.
 EVALUATION = """
 ## Held-out data
 
-Window {eval_window:,} + {eval_sinks:,} sinks, {eval_positions:,} positions beyond it, nats a token. The gap is what
+Window {eval_window:,} + {eval_sinks:,} sinks, {eval_positions:,} positions beyond it, nats per token. The gap is what
 the student's cross entropy loses against full attention.
 
 | | KL to full attention | cross entropy | full attention | gap |
@@ -78,7 +78,7 @@ def write_card(
         arguments, config: of the run.
         parameters: of the memory.
         steps: optimiser steps done.
-        rows: samples a step.
+        rows: samples per step.
         before, after: held-out metrics of sinks + window and of the trained memory.
     """
     settings, trainer = arguments
@@ -129,8 +129,8 @@ def _evaluation(before: dict[str, float] | None, after: dict[str, float] | None)
 
 
 DISTILLATION_CURVES = (
-    ({"kl": plots.AHN}, "KL to full attention (nats a token)"),
-    ({"ce": plots.AHN, "teacher_ce": plots.FULL}, "Cross entropy (nats a token)"),
+    ({"kl": plots.AHN}, "KL to full attention (nats per token)"),
+    ({"ce": plots.AHN, "teacher_ce": plots.FULL}, "Cross entropy (nats per token)"),
 )
 SCORE_CURVES = (
     ({"loss": plots.AHN}, "Cross entropy of scores (nats)"),

@@ -39,9 +39,9 @@ class Distillation(NamedTuple):
     loss: Tensor
     """What is minimised."""
     kl: Tensor
-    """KL(teacher ‖ student), nats a position."""
+    """KL(teacher ‖ student), nats per position."""
     ce: Tensor
-    """Next-token cross entropy of the student, nats a token."""
+    """Next-token cross entropy of the student, nats per token."""
     teacher_ce: Tensor
     """The same of the teacher; `ce - teacher_ce` is the gap that the memory shall close."""
     valid: int

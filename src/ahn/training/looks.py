@@ -36,7 +36,7 @@ class Looks(NamedTuple):
     """
 
     loss: Tensor
-    """Binary cross entropy of the scores, nats a token and key head, mean over layers."""
+    """Binary cross entropy of the scores, nats per token and key head, mean over layers."""
     recall: Tensor
     """Share of the tokens that are looked at most that the highest scores find; `SHARE` is chance."""
     valid: int

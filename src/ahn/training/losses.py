@@ -246,7 +246,7 @@ def attention_loss(
     """Mean squared error between the layers' attention outputs, averaged over positions, features and layers.
 
     Args:
-        student, teacher: one attention output (B, L, D) a layer.
+        student, teacher: one attention output (B, L, D) per layer.
         positions: (B, L) boolean, the positions that count.
         use_normalized_l2: scale each output to unit L2 norm over its features first.
         count: positions to average over, if not the number of these; see `hidden_losses`.

@@ -45,7 +45,7 @@ class StepMeter:
         self._sums = parts if self._sums is None else self._sums + parts
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """Means since the last call over steps and ranks; every rank must call. Nats a token, tokens/s, GiB."""
+        """Means since the last call over steps and ranks; every rank must call. Nats per token, tokens/s, GiB."""
         if self._sums is None:
             return {}
         means = (accelerator.reduce(self._sums, "sum") / self._steps).tolist()

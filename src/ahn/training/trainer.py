@@ -1,6 +1,6 @@
 """`DistillationTrainer`: Hugging Face's Trainer where a step is self-distillation and a checkpoint is a memory.
 
-What differs from the Trainer: window and sinks are drawn once a step, the same for every micro-batch and rank; losses
+What differs from the Trainer: window and sinks are drawn once per step, the same for every micro-batch and rank; losses
 are sums over the positions that count, divided by their number in the whole step; batches stay on the CPU until the
 model reads them; checkpoints are those of `ahn.training.checkpoints`.
 """

@@ -1,6 +1,6 @@
 """RoPE of queries and keys, and the norms of their heads before it, become a part of `ahn.ops.step`.
 
-A base model rotates before it calls an attention function. Left to a kernel of its own, that costs a launch a layer,
+A base model rotates before it calls an attention function. Left to a kernel of its own, that costs a launch per layer,
 and one that cannot begin before its predecessor has ended (see `ahn.ops.step.dependent_launch`).
 """
 

@@ -31,7 +31,7 @@ Group = Sequence[tuple[Row, StoredResult]]
 
 
 def heat_maps(title: str, group: Group) -> Figure:
-    """Scores by depth and length, one map a row; the line is where a needle leaves the window."""
+    """Scores by depth and length, one map per row; the line is where a needle leaves the window."""
     from matplotlib.figure import Figure
 
     lengths = sorted({cell["length"] for _, result in group for cell in result.figures["grid"]})

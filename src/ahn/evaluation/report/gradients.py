@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS, FEWEST_COLUMNS = 110, 70
-"""Characters a line of the figure has at most, and is wide at least."""
+"""Characters per line of the figure: at most, and at least."""
 MOST_LINES, LINES_AFTER = 48, 6
 """Lines of the figure, and how many of them show what follows the memory's part of the text."""
 FONT_SIZE, ADVANCE = 7.5, 0.602

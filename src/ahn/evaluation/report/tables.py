@@ -46,7 +46,7 @@ class Table:
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
     def as_csv(self) -> str:
-        """A line a row, with the headings first."""
+        """A line per row, with the headings first."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.headings, *self.rows])
         return text.getvalue()

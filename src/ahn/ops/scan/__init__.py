@@ -71,7 +71,7 @@ def write_and_read(
     from ahn.ops.scan import finish_kernel, gradients, kernel
 
     if read.routes is not None and decay is not None:
-        raise AHNError("A memory with several states a head has no decay in these kernels; leave out its `step_rule`.")
+        raise AHNError("A memory with several states per head has no decay in these kernels; give it no `step_rule`.")
     dtype = _kernel_dtype(key)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.cuda.device(query.device):

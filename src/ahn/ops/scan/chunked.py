@@ -1,4 +1,4 @@
-"""The recurrences in chunks: matrix products inside a chunk, one state update a chunk. Pure torch, any device.
+"""The recurrences in chunks: matrix products inside a chunk, one state update per chunk. Pure torch, any device.
 
 Inside a chunk of C tokens with cumulative log decay G, token i sees token j ≤ i through `D_ij = exp(G_i - G_j)`. For
 the delta rule the updates u solve the unit lower triangular system `(I + A) u = β (v - exp(G) Sᵀ k)` with
@@ -83,7 +83,7 @@ def delta_rule(
     from_v, from_k = inverse @ (v * beta.unsqueeze(-1)), inverse @ (k_beta * G.exp().unsqueeze(-1))
     total = G[..., -1:, None]
     k_out = (k * (total - G.unsqueeze(-1)).exp()).mT
-    # A chunk takes its state S to `forget S + learn`: one product a chunk is all that has to wait for the one before.
+    # A chunk takes its state S to `forget S + learn`: one product per chunk is all that has to wait for the one before.
     forget = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) * total.exp() - k_out @ from_k
     learn = k_out @ from_v
     before = []

@@ -1,4 +1,4 @@
-"""Finish the raw reads of a scan, with gradients: norm and gate in one kernel each way, then a projection a head.
+"""Finish the raw reads of a scan, with gradients: norm and gate in one kernel each way, then a projection per head.
 
 What autograd would keep of norm and gate, five tensors in float32, is computed again from the raw read.
 """

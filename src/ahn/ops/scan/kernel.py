@@ -29,7 +29,7 @@ STATE_COLUMNS = 32
 # of the second product by a register that it never set, and the state is wrong.
 LOOPS = {"do_not_specialize": ("chunks",)}
 STATES = {"num_warps": 4, "num_stages": 2}
-# A program waits for one product after the other: with 168 registers a thread, three of them share a multiprocessor.
+# A program waits for one product after the other: with 168 registers per thread, three of them share a multiprocessor.
 SOLVE = READS = {"num_warps": 4} | ({"maxnreg": 168} if torch.version.cuda else {})
 READS_OF_SEVERAL = {"num_warps": 8}  # Of several states; four warps of a head of 128 spill registers.
 
@@ -121,7 +121,7 @@ def _solve(
     values = value + b * vb + h // VALUE_GROUPS * vh + t[:, None] * vt + p[None, :]
     v = tl.load(values, mask=real[:, None], other=0.0)
     tl.store(from_v + to, tl.dot(M, (v.to(tl.float32) * beta[:, None]).to(dtype), input_precision=PRECISION))
-    # Loaded again: held all the while, keys would leave registers for one program a multiprocessor.
+    # Loaded again: held all the while, keys would leave registers for one program per multiprocessor.
     k = unit_rows(tl.load(keys, mask=real[:, None], other=0.0), l2_eps)
     tl.store(from_k + to, tl.dot(M, (k * entering[:, None]).to(dtype), input_precision=PRECISION))
 
@@ -197,7 +197,7 @@ def _reads(
         at = (b * HEADS + first + r) * tl.num_programs(0) + tl.program_id(0)
         S = tl.load(states + at * P * P + p[:, None] * P + p[None, :])
         o = tl.dot(shared_out(q, share, row, t, r, tokens, STATES), S, o, input_precision=PRECISION)
-        if DECAY:  # then there is one state a head
+        if DECAY:  # then there is one state per head
             G = tl.cumsum(tl.load(decay + row * tokens + t, mask=real, other=0.0), 0)
             local *= tl.exp(tl.where(seen, G[:, None] - G[None, :], 0.0))
             o *= tl.exp(G)[:, None]

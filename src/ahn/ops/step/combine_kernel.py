@@ -11,12 +11,12 @@ from ahn.ops.step.head_kernel import finished_gate, finished_head, hadamard, slo
 
 @triton.jit
 def combine_and_keep(
-    partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out,
+    partial, score, tier_partial, tier_score, value_offset, read, gamma, weight, norm, o_proj, out,
     key, value, new_write, write_shift, write_log_rate, new_decay, decay_shift, decay_log_rate,
     key_norm, cos, sin, key_eps, stride_turn,
     keys, values, write, decay, positions, active, slots, sinks, norm_eps,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+    SPLITS: tl.constexpr, TIER_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
     COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, READERS: tl.constexpr,
     ROUTER: tl.constexpr, ACROSS: tl.constexpr, WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
@@ -26,9 +26,9 @@ def combine_and_keep(
     b, h = row // HEADS, row % HEADS
     if part < P // COLUMNS:
         _combine(
-            partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
+            partial, score, tier_partial, tier_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
             row, b, h, part,
-            SPLITS, CODE_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
+            SPLITS, TIER_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
         )  # fmt: skip
     else:  # a program of its own, so that nobody's result is late for it
         position, real = tl.load(positions + b), tl.load(active + b) != 0
@@ -57,9 +57,9 @@ def combine_and_keep(
 
 @triton.jit
 def _combine(
-    partial, score, code_partial, code_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
+    partial, score, tier_partial, tier_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
     row, b, h, part,
-    SPLITS: tl.constexpr, CODE_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+    SPLITS: tl.constexpr, TIER_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
     COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr,
     ACROSS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -79,15 +79,15 @@ def _combine(
             o += tl.load(read + (row * STATES + r) * P + p)
         gate = tl.load(gamma + row).to(tl.float32)
     highest = tl.max(scores, 0)
-    if CODE_SPLITS > 0:
-        coded = tl.load(code_score + row * CODE_SPLITS + tl.arange(0, CODE_SPLITS))
-        highest = tl.maximum(highest, tl.max(coded, 0))
+    if TIER_SPLITS > 0:
+        tier_scores = tl.load(tier_score + row * TIER_SPLITS + tl.arange(0, TIER_SPLITS))
+        highest = tl.maximum(highest, tl.max(tier_scores, 0))
     e = tl.exp(scores - highest)
     y, total = tl.sum(parts * e[:, None], 0), tl.sum(e, 0)
-    if CODE_SPLITS > 0:
-        size = tl.sum(tl.exp(coded - highest), 0)
-        turned = _sum_of_parts(code_partial, code_score, highest, row, CODE_SPLITS, P)
-        y += tl.sum(turned[:, None] * hadamard(p[:, None], c[None, :]), 0) / tl.sqrt(P * 1.0)
+    if TIER_SPLITS > 0:
+        size = tl.sum(tl.exp(tier_scores - highest), 0)
+        rotated = _sum_of_parts(tier_partial, tier_score, highest, row, TIER_SPLITS, P)
+        y += tl.sum(rotated[:, None] * hadamard(p[:, None], c[None, :]), 0) / tl.sqrt(P * 1.0)
         y += size * tl.load(value_offset + (row // GROUPS) * P + c)
         total += size
     y /= total

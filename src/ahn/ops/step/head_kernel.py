@@ -1,4 +1,4 @@
-"""What the kernels of a step have in common: where a token lies, finished heads and gates, turned vectors."""
+"""What the kernels of a step have in common: where a token lies, finished heads and gates, rotated vectors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def hadamard(rows, columns):
 
 
 @triton.jit
-def turn(x, P: tl.constexpr):
+def rotate(x, P: tl.constexpr):
     """x (P,) float32, rotated."""
     p = tl.arange(0, P)
     return tl.sum(x[:, None] * hadamard(p[:, None], p[None, :]), 0) / tl.sqrt(P * 1.0)

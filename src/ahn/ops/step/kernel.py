@@ -28,7 +28,7 @@ TILE_BYTES = 16384  # keys that a program looks at together; several tiles must 
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
 LINE_BYTES = 128
 REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
-CODE_BLOCK = 64  # tokens of the tier that a program looks at together
+TIER_BLOCK = 64  # tokens of the tier that a program looks at together
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -36,7 +36,7 @@ def schedule(rows: int, slots: int, block: int, processors: int) -> tuple[int, i
     """Parts of the slots, a power of two, so that rows = B · Hkv keep all multiprocessors busy; tiles under way.
 
     All parts are combined by one program, hence the bounds: 256 parts of two tiles are faster where there are few
-    rows (3.21 against 3.30 ms a step of Qwen2.5-3B on an H100), and not measured for more of them.
+    rows (3.21 against 3.30 ms per step of Qwen2.5-3B on an H100), and not measured for more of them.
     """
     most, stages = (256, 2) if rows <= 2 else (128, 3)
     wanted = max(1, PROGRAMS_A_PROCESSOR * processors // rows)
@@ -255,18 +255,18 @@ def step(
     if read is not None:
         read_query, gamma = read.query.contiguous(), read.gamma.contiguous()
         weight, norm, o_proj = read.weight, read.norm, read.o_proj
-    capacity, code_splits = 0, 0
+    capacity, tier_splits = 0, 0
     gone: tuple[Tensor | None, ...] = (None, None, None, None)
-    code_parts: tuple[Tensor | None, ...] = (None, None, None)
+    tier_parts: tuple[Tensor | None, ...] = (None, None, None)
     if tier is not None:
         capacity = tier.keys.codes.shape[2]
-        code_splits = schedule(B * HKV, capacity, CODE_BLOCK, processors)[0]
-        coded = tier_kernel.push_and_attend(
-            query, positions, active, window, tier, rule, code_splits, CODE_BLOCK, sinks, scaling,
+        tier_splits = schedule(B * HKV, capacity, TIER_BLOCK, processors)[0]
+        tier_step = tier_kernel.push_and_attend(
+            query, positions, active, window, tier, rule, tier_splits, TIER_BLOCK, sinks, scaling,
             (query_norm, cos, sin, query_eps, stride_turn), launch,
         )  # fmt: skip
-        gone = (coded.key, coded.value, coded.write, coded.decay)
-        code_parts = (coded.partial, coded.score, tier.values.offset)
+        gone = (tier_step.key, tier_step.value, tier_step.write, tier_step.decay)
+        tier_parts = (tier_step.partial, tier_step.score, tier.values.offset)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if read is not None and rule is not None and read.routes is not None:
         found = route(
@@ -287,11 +287,11 @@ def step(
         **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
     combine_and_keep[B * HEADS, P // columns + 1](
-        partial, score, *code_parts, raw, gamma, weight, norm, o_proj, out,
+        partial, score, *tier_parts, raw, gamma, weight, norm, o_proj, out,
         key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
         window.keys, window.values, write_ring, decay_ring, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
-        SPLITS=splits, CODE_SPLITS=code_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
+        SPLITS=splits, TIER_SPLITS=tier_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
         ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, READERS=readers,
         ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
         WRITE_ACTIVATION=write.activation if write else "none",

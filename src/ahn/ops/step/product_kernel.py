@@ -35,13 +35,13 @@ def tile(K: int, silu: bool) -> Tile:
     if silu:  # two sums at once leave no registers for a loop: whole rows as long as they fit
         features = min(8192, whole)
         return Tile(min(4, 8192 // features), features, 8, None)
-    # With 64 registers a thread a multiprocessor holds four programs.
+    # With 64 registers per thread a multiprocessor holds four programs.
     return Tile(4, whole, 4, None) if whole <= 2048 else Tile(4, 1024, 8, 64)
 
 
 @triton.jit
 def _weights(matrix, real, inside):
-    """Rows by features. Read once a step, they are the first to leave the L2 cache again: others keep their place."""
+    """Rows by features. Read once per step, they are the first to leave the L2 cache again: others keep their place."""
     return tl.load(matrix, mask=real[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
 
 

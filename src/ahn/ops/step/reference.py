@@ -63,7 +63,7 @@ def step(
     read: StepRead | None,
     rotation: StepRotation | None = None,
 ) -> Tensor:
-    """One token a row. A row that is not `active` changes nothing; its output means nothing.
+    """One token per row. A row that is not `active` changes nothing; its output means nothing.
 
     Args:
         query: (B, Hq, P); key, value: (B, Hkv, P) of the new token.
@@ -82,11 +82,11 @@ def step(
     """
     memory_query = None if read is None else read.query
     if rotation is not None:
-        turn = rotation.cos, rotation.sin
+        angles = rotation.cos, rotation.sin
         if memory_query is not None:
-            memory_query = _rotated(memory_query, *turn, rotation.query_norm, rotation.query_eps)
-        query = _rotated(query, *turn, rotation.query_norm, rotation.query_eps)
-        key = _rotated(key, *turn, rotation.key_norm, rotation.key_eps)
+            memory_query = _rotated(memory_query, *angles, rotation.query_norm, rotation.query_eps)
+        query = _rotated(query, *angles, rotation.query_norm, rotation.query_eps)
+        key = _rotated(key, *angles, rotation.key_norm, rotation.key_eps)
     window, tier = state.window, state.tier
     T = window.keys.shape[2]
     slot = torch.where(positions < T, positions, sinks + (positions - sinks) % (T - sinks))

@@ -1,4 +1,4 @@
-"""`ahn.ops.routes` in a decoding step: a kernel that maps one query and one leaving key a head, and shares them out."""
+"""`ahn.ops.routes` in a decoding step: a kernel maps one query and one leaving key per head, and shares them out."""
 
 from __future__ import annotations
 

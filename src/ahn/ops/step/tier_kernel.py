@@ -1,9 +1,9 @@
 """The part that the tier has in a step: two kernels before those of `ahn.ops.step.kernel`.
 
-The first turns queries and, of each key head, puts the token that leaves the window into the tier and decodes
+The first rotates queries and, of each key head, puts the token that leaves the window into the tier and decodes
 the one that leaves the tier, which then lies where the state's programs look for it. The second attends to the ring, in
-parts that the step's last kernel joins with those of the window. Codes are levels that were rotated: a turned query
-meets them as they are, scales go into scores and weights, and what comes of the values is turned back once, after the
+parts that the step's last kernel joins with those of the window. Codes are levels that were rotated: a rotated query
+meets them as they are, scales go into scores and weights, and what comes of the values is rotated back once, after the
 parts are joined.
 """
 
@@ -21,7 +21,7 @@ from ahn.layout.state import TierState, WindowState
 from ahn.ops.quantize import EDGES, LEVELS
 from ahn.ops.rule import StepRule
 from ahn.ops.step.dependent_launch import announce, wait
-from ahn.ops.step.head_kernel import finished_head, slot_of, turn
+from ahn.ops.step.head_kernel import finished_head, rotate, slot_of
 from ahn.ops.step.reference import gates_of
 
 _INNER, _OUTER = tl.constexpr(LEVELS[2][2]), tl.constexpr(LEVELS[2][3])
@@ -30,7 +30,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @dataclasses.dataclass
-class Coded:
+class TierStep:
     """What the kernels of one step tell each other, all written in every step; C > 0 tokens of the tier in N parts.
 
     Attributes:
@@ -52,7 +52,7 @@ class Coded:
     score: Tensor
 
     @classmethod
-    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, parts: int) -> Coded:
+    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, parts: int) -> TierStep:
         """For queries (B, Hq, P)."""
         B, heads, P = query.shape
         rows = (B, window.keys.shape[1], P)
@@ -76,9 +76,9 @@ def _level(code):
 
 
 @triton.jit
-def _turn_and_push(
-    query, keys, values, write, decay, codes, code_values, key_scales, value_scales, key_offset, value_offset,
-    code_write, code_decay, turned, turned_offset, gone_key, gone_value, gone_write, gone_decay, positions, active,
+def _rotate_and_push(
+    query, keys, values, write, decay, key_codes, value_codes, key_scales, value_scales, key_offset, value_offset,
+    tier_write, tier_decay, rotated, rotated_offset, gone_key, gone_value, gone_write, gone_decay, positions, active,
     query_norm, cos, sin, query_eps, stride_turn, slots, sinks, capacity,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WRITERS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
@@ -101,25 +101,25 @@ def _turn_and_push(
             sin += b * stride_turn
         q = finished_head(query + (first + part) * P, p < P, query_norm, query_eps, cos, sin, P)
         q = q.to(keys.dtype.element_ty).to(tl.float32)  # as it meets the window's keys
-        tl.store(turned + (first + part) * P + p, turn(q, P))
+        tl.store(rotated + (first + part) * P + p, rotate(q, P))
     elif part == GROUPS:
         keys += b.to(tl.int64) * stride_kb + head * stride_kh
         _push(
-            keys, stride_kt, slots, sinks, slot, begins, leaves, codes + place * (P // 4), key_scales + place,
-            key_offset + at * P, gone_key + at * P, turned_offset + at * P, P, BLOCK_N, True,
+            keys, stride_kt, slots, sinks, slot, begins, leaves, key_codes + place * (P // 4), key_scales + place,
+            key_offset + at * P, gone_key + at * P, rotated_offset + at * P, P, BLOCK_N, True,
         )  # fmt: skip
         if leaves:
             g = tl.arange(0, ROWS)
             h, mine = (at * WRITERS + g).to(tl.int64), g < WRITERS
             waiting, new = h * capacity + (position - slots) % capacity, h * slots + slot
             if write is not None:
-                _pass_on(write + new, code_write + waiting, gone_write + h, mine)
+                _pass_on(write + new, tier_write + waiting, gone_write + h, mine)
             if decay is not None:
-                _pass_on(decay + new, code_decay + waiting, gone_decay + h, mine)
+                _pass_on(decay + new, tier_decay + waiting, gone_decay + h, mine)
     else:
         values += b.to(tl.int64) * stride_vb + head * stride_vh
         _push(
-            values, stride_vt, slots, sinks, slot, begins, leaves, code_values + place * (P // 4), value_scales + place,
+            values, stride_vt, slots, sinks, slot, begins, leaves, value_codes + place * (P // 4), value_scales + place,
             value_offset + at * P, gone_value + at * P, None, P, BLOCK_N, False,
         )  # fmt: skip
 
@@ -135,12 +135,12 @@ def _pass_on(new, waiting, gone, mine):
 
 @triton.jit
 def _push(
-    window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone, turned,
+    window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone, rotated,
     P: tl.constexpr, BLOCK_N: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
     """The key or value that leaves the window into its codes, what these were to `gone`; pointers of one head.
 
-    `scale` and `codes` are those of the token's place; `turned` is where the rotated offset goes, or None.
+    `scale` and `codes` are those of the token's place; `rotated` is where the rotated offset goes, or None.
     """
     p = tl.arange(0, P)
     mean = tl.load(offset + p)
@@ -151,12 +151,12 @@ def _push(
             x = tl.load(window + t[:, None] * stride + p[None, :], mask=t[:, None] < slots, other=0.0)
             total += tl.sum(x.to(tl.float32), 0)
         mean = total / (slots - sinks)
-    if turned is not None:
-        tl.store(turned + p, turn(mean, P))
+    if rotated is not None:
+        tl.store(rotated + p, rotate(mean, P))
     if leaves:
         old = (tl.load(codes + p // 4).to(tl.int32) >> 2 * (p % 4)) & 3
-        decoded = turn(_level(old) * tl.load(scale).to(tl.float32), P) + mean
-        y = turn(tl.load(window + slot * stride + p).to(tl.float32) - mean, P)
+        decoded = rotate(_level(old) * tl.load(scale).to(tl.float32), P) + mean
+        y = rotate(tl.load(window + slot * stride + p).to(tl.float32) - mean, P)
         size = tl.sum(y * y)
         z = y / tl.maximum(tl.sqrt(size / P), _TINY)
         code = (z > -_EDGE).to(tl.int32) + (z > 0.0).to(tl.int32) + (z > _EDGE).to(tl.int32)
@@ -173,7 +173,7 @@ def _push(
 
 @triton.jit
 def _attend_codes(
-    turned, turned_offset, keys, values, key_scales, value_scales, positions, partial, score,
+    rotated, rotated_offset, keys, values, key_scales, value_scales, positions, partial, score,
     slots, capacity, scaling, per_split, window,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -195,8 +195,8 @@ def _attend_codes(
     held = tl.load(positions + b) - slots + 1
     end = tl.minimum(tl.minimum(begin + per_split, capacity), tl.minimum(held, capacity).to(tl.int32))
     wait(PDL)
-    query = tl.load(turned + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
-    shared = tl.sum(query * tl.load(turned_offset + at * P + p)[None, :], 1) * scaling
+    query = tl.load(rotated + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
+    shared = tl.sum(query * tl.load(rotated_offset + at * P + p)[None, :], 1) * scaling
     q = query.to(window.dtype.element_ty)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -257,7 +257,7 @@ def push_and_attend(
     scaling: float,
     rotation: tuple[Any, ...],
     launch: dict[str, Any],
-) -> Coded:
+) -> TierStep:
     """Put what leaves the window into the tier and attend to the tier.
 
     Args:
@@ -266,7 +266,7 @@ def push_and_attend(
         rotation: the queries' norm, cos, sin, the norm's eps, and how far apart rows of cos are.
         launch: see `ahn.ops.step.dependent_launch.options`.
     """
-    coded = Coded.empty(query, window, rule, parts)
+    step = TierStep.empty(query, window, rule, parts)
     keys, values = tier.keys, tier.values
     B, heads, P = query.shape
     HKV, slots = window.keys.shape[1:3]
@@ -274,18 +274,18 @@ def push_and_attend(
     rows = max(16, triton.next_power_of_2(groups))
     write, decay = gates_of(window.gates, rule)
     writers = 0 if write is None else write.shape[1] // HKV
-    _turn_and_push[groups + 2, B * HKV](
+    _rotate_and_push[groups + 2, B * HKV](
         query, window.keys, window.values, write, decay, keys.codes, values.codes,
         keys.scales, values.scales, keys.offset, values.offset, *gates_of(tier.gates, rule),
-        coded.query, coded.key_offset, coded.key, coded.value, coded.write, coded.decay, positions, active,
+        step.query, step.key_offset, step.key, step.value, step.write, step.decay, positions, active,
         *rotation, slots, sinks, capacity, *window.keys.stride()[:3], *window.values.stride()[:3],
         HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=block, num_warps=8, **launch,
     )  # fmt: skip
     _attend_codes[parts, B * HKV](
-        coded.query, coded.key_offset, keys.codes.view(torch.int32), values.codes.view(torch.int32),
-        keys.scales, values.scales, positions, coded.partial, coded.score,
+        step.query, step.key_offset, keys.codes.view(torch.int32), values.codes.view(torch.int32),
+        keys.scales, values.scales, positions, step.partial, step.score,
         slots, capacity, scaling, triton.cdiv(triton.cdiv(capacity, parts), block) * block, window.keys,
         SPLITS=parts, HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=block,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, **launch,
     )  # fmt: skip
-    return coded
+    return step

@@ -41,7 +41,7 @@ class Needles:
         hay: sentences of noise, an essay's sentences, or needles with other keys.
         key, value: what they are.
         keys: needles with different keys, of which `queries` are asked for.
-        values: needles a key.
+        values: needles per key.
     """
 
     hay: Literal["noise", "essay", "needles"]
