@@ -23,7 +23,7 @@ from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
-from ahn.model import attention, chunks
+from ahn.model import attention, chunks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import rotates, rotation_of
@@ -182,6 +182,11 @@ class DecoderHook:
         if tokens is None:
             return None  # the base model says what is wrong
         cache = kwargs.get(private.CACHE)
+        if packing.documents(kwargs, chunks.wants_cache(self.model, kwargs)):
+            raise AHNError(
+                "Rows that hold several documents (position_ids that begin anew) are read by the forward of a causal "
+                "language model; this is another's, or its decoder's. Pad the documents instead."
+            )
         if not self.model.ahn_config.max_distance:
             _warn_beyond(adapter, tokens.shape[1] + (cache.seen if isinstance(cache, AHNCache) else 0))
         if cache is None and chunks.wants_cache(self.model, kwargs):

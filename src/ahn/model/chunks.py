@@ -19,7 +19,7 @@ from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, near_reach
-from ahn.model import generation
+from ahn.model import generation, packing
 from ahn.model.saving import save
 
 
@@ -73,6 +73,11 @@ def wants_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     return bool(model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache)
 
 
+def gives_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model's output has logits per token: others (classes of a text, a bare decoder) read a text at once."""
+    return "logits_to_keep" in _positional(type(model).forward)
+
+
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(type(model).generate, args, kwargs)
     config = kwargs.get("generation_config") or model.generation_config
@@ -98,6 +103,10 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(base, args, kwargs)
     if decode.runs(model, kwargs):
         return decode.forward(model, kwargs)
+    if model._ahn.enabled and gives_tokens(model):
+        rows = packing.documents(kwargs, wants_cache(model, kwargs))
+        if rows:
+            return packing.read(model, kwargs, rows)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
         return base(model, **kwargs)
@@ -125,6 +134,8 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
+    if not gives_tokens(model):
+        return []
     if tokens is None or not model._ahn.enabled or torch.is_grad_enabled() or kwargs.get("labels") is not None:
         return []
     if any(decode.asked(model, kwargs, name) for name in decode.MORE_OUTPUTS):
