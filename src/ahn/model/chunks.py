@@ -104,9 +104,9 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if decode.runs(model, kwargs):
         return decode.forward(model, kwargs)
     if model._ahn.enabled and gives_tokens(model):
-        rows = packing.documents(kwargs, wants_cache(model, kwargs))
-        if rows:
-            return packing.read(model, kwargs, rows)
+        several = packing.documents(kwargs, wants_cache(model, kwargs))
+        if several:
+            return packing.read(model, kwargs, several)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
         return base(model, **kwargs)
