@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -11,8 +12,10 @@ from ahn.serve import chat_api, completions_api, other_api, problems, responses_
 from ahn.serve.gate import Gate
 from ahn.serve.service import Service
 
-STOP = 30.0
-"""Seconds that running replies have to end when the server stops."""
+STOP = 20.0
+"""Seconds that running replies have to end when the server stops; then they are cut off."""
+CLOSE = 5.0
+"""Seconds that the engine then has for what it is in the middle of."""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -21,7 +24,7 @@ def make_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.engine.close(STOP)
+        await asyncio.to_thread(service.engine.close, CLOSE)  # replies that were cut off end meanwhile
         service.store.close()
 
     # Their pages of documentation load scripts from elsewhere.

@@ -49,6 +49,8 @@ class Gate:
             else:
                 state["owner"] = self.settings.owner(_key(headers)) or ""
                 await self.app(scope, passage.receive, passage.send)
+        except asyncio.CancelledError:
+            pass  # the server stops; the connection is closed
         except TimeoutError as error:
             if error.args != (STALLED,):
                 raise

@@ -96,17 +96,16 @@ def conversations(service: Service) -> APIRouter:
     @routes.get("/conversations")
     async def listed(request: Request) -> Response:
         """All that are kept under a name."""
-        kept = await asyncio.to_thread(service.engine.conversations, request.state.owner)
-        return answer({"object": "list", "data": [_shown(service, info) for info in kept if info.name is not None]})
+        kept = await asyncio.to_thread(_newest, service, request.state.owner)
+        return answer({"object": "list", "data": [_shown(service, info) for info in kept.values()]})
 
     @routes.get("/conversations/{name}")
     async def one(name: str, request: Request) -> Response:
         """What a conversation takes, and what it would take with full attention."""
-        kept = await asyncio.to_thread(service.engine.conversations, request.state.owner)
-        for info in kept:
-            if info.name == name:
-                return answer(_shown(service, info))
-        raise _unknown(name)
+        kept = await asyncio.to_thread(_newest, service, request.state.owner)
+        if name not in kept:
+            raise _unknown(name)
+        return answer(_shown(service, kept[name]))
 
     @routes.get("/conversations/{name}/state")
     async def exported(name: str, request: Request) -> Response:
@@ -157,6 +156,12 @@ def _model(service: Service) -> dict[str, Any]:
 
 def _unknown(name: str) -> APIProblem:
     return APIProblem(404, f"There is no conversation {ascii(name)[:150]}.", "name", "conversation_not_found")
+
+
+def _newest(service: Service, owner: str) -> dict[str, ConversationInfo]:
+    """By name, the newest state of each: older ones are kept as long as there is room, to be forked."""
+    kept = sorted(service.engine.conversations(owner), key=lambda info: info.used)
+    return {info.name: info for info in kept if info.name is not None}
 
 
 def _shown(service: Service, info: ConversationInfo) -> dict[str, Any]:
