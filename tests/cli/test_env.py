@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,3 +38,20 @@ def test_text_names_absent_packages(ahn_cli: Any, monkeypatch: Any) -> None:
     lines = [line.split() for line in ahn_cli("env").out.splitlines()]
     assert ["triton", "not", "installed"] in lines
     assert ["torch", "1.2.3"] in lines
+
+
+def test_it_says_how_it_was_installed_and_no_secrets(ahn_cli: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = ahn_cli("env", "--json")
+    found = json.loads(result.out)
+    assert "hf_secret" not in result.out and found["variables"]["OMP_NUM_THREADS"] == "1"
+    assert str(Path.home()) not in found["installed"] and found["installed"]
+    assert found["packages"]["accelerate"] == importlib.metadata.version("accelerate")
+    assert found["memory_gib"] > 0
+
+    def missing(package: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    assert json.loads(ahn_cli("env", "--json").out)["installed"] == "sources on the path"

@@ -117,7 +117,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     parser = Parser()
     given = _from_flags(arguments[1:] if file else arguments)
-    values = ({} if file is None else read_yaml(Path(file))) | given
+    values = ({} if file is None else read_yaml(_configuration(Path(file)))) | given
     _check_names(values, parser.names)
     _drop_compatible(values)
     return build(parser, _translate(values))
@@ -141,6 +141,16 @@ def build(parser: Parser, values: dict[str, Any]) -> Arguments:
         settings.notes.append(f"memory_horizons changes nothing for {settings.ahn_implementation}, which never forgets")
     _check_trainer(settings, trainer)
     return Arguments(settings, trainer)
+
+
+def _configuration(path: Path) -> Path:
+    """A file as it is, else the one of that name that ships (`configs/debug.yaml`), from any folder."""
+    package = Path(__file__).parents[1]
+    if not path.exists() and path.parent == Path("configs"):
+        for folder in (package, package.parents[1]):  # as it is installed, as it lies in a checkout
+            if (folder / path).is_file():
+                return folder / path
+    return path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
