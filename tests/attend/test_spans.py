@@ -93,6 +93,29 @@ def test_kernels_with_a_window(n: int, T: int) -> None:
 
 
 @pytest.mark.usefixtures("triton", "_poisoned")
+@pytest.mark.parametrize(("held", "n", "width"), [(0, 40, 9), (50, 33, 41)])
+def test_parts_say_their_sum(held: int, n: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A band, of which nobody sees the first columns, and the kernels' part of it with its log-sum-exp."""
+    case = made(2, 2, 2, n, held + n, 16, n, (False, False)).to(DEVICE)
+    columns = spans.Columns.of_band(held, n, width, case.query.device)
+    columns.until[..., : held + 5] = 0
+    i, j = torch.arange(n)[:, None] + held, torch.arange(held + n)
+    expected = ((j <= i) & (j > i - width) & (j >= held + 5)).to(DEVICE)
+    assert torch.equal(spans.visible(columns.until, n)[0, 0], expected)
+    wanted = spans.part(case.query, case.key, case.value, columns, case.scaling)
+    grouped = case.query.unflatten(1, (2, 2)) @ case.key.mT[:, :, None] * case.scaling
+    score = grouped.masked_fill(~expected, -torch.inf).logsumexp(-1).flatten(1, 2)
+    torch.testing.assert_close(wanted.score, score, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(spans, "supported", lambda query: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for _ in range(2):  # the second time with the lists of the first
+        found = spans.part(case.query, case.key, case.value, columns, case.scaling)
+        torch.testing.assert_close(found.out, wanted.out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.score, wanted.score, rtol=1e-5, atol=1e-5)
+    assert (found.score[:, :, :5] == -torch.inf).all() and len(columns._lists) == 1
+
+
+@pytest.mark.usefixtures("triton", "_poisoned")
 @pytest.mark.parametrize("attend", ["plain", "kernels"])
 def test_who_sees_nothing_reads_zero(attend: str) -> None:
     case = made(1, 1, 2, 50, 60, 16, 0, (False, False))

@@ -8,7 +8,7 @@ from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahn.attend import merge, windowed
+from ahn.attend import masked, merge, windowed
 from ahn.layout.visibility import Visibility
 
 # Float32: sums of up to a hundred terms in another order.
@@ -31,8 +31,26 @@ def test_bands_are_the_mask(data: st.DataObject) -> None:
         query, keys, values, view.mask, scale=0.3, enable_gqa=True
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windowed, "kernel", lambda _: windowed.plain)
+        patch.setattr(windowed, "kernel", lambda query: windowed.plain)
         found = windowed.attend(query, keys, values, view, 0.3)
+    assert relative_error(found, expected) < FLOAT32
+
+
+def test_parts_of_other_keys_are_joined_to_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of nine queries, and two more sets of keys, one of which the first queries do not see."""
+    view = Visibility(10, 2, 30, 40, torch.device("cpu"))
+    query = torch.randn(2, 4, 40, 8)
+    keys, values = (torch.randn(2, 2, view.cached + 40, 8) for _ in range(2))
+    others = [torch.randn(2, 2, 7, 8) for _ in range(4)]
+    masks = [torch.rand(1, 2, 40, 7) < 0.5, torch.rand(2, 2, 40, 7) < 0.5]
+    masks[1][:, :, :20] = False
+    monkeypatch.setattr(masked, "QUERIES", 16)
+    parts = [masked.part(query, *pair, seen, 0.3) for pair, seen in zip((others[:2], others[2:]), masks, strict=True)]
+    found = windowed.attend(query, keys, values, view, 0.3, [], parts)
+    mask = torch.cat([x.expand(2, 2, -1, -1) for x in (view.mask, *masks)], 3).repeat_interleave(2, 1)
+    both = (keys, *others[::2]), (values, *others[1::2])
+    every = (torch.cat(x, 2).repeat_interleave(2, 1) for x in both)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *every, mask, scale=0.3)
     assert relative_error(found, expected) < FLOAT32
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import ahn
 from ahn import ops
 from ahn.attend import windowed
+from ahn.model import route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -60,6 +61,7 @@ def test_bands_are_as_near_to_float32_as_a_mask(turns: str, chunk: int, monkeypa
             return attend(*args)
 
         with monkeypatch.context() as patch:
+            patch.setattr(route, "SHORT", 0)
             patch.setattr(model, "ahn_config", model.ahn_config.replace(prefill_chunk_size=chunk))
             patch.setattr(windowed, "attend", counted)
             if not banded:
@@ -71,6 +73,30 @@ def test_bands_are_as_near_to_float32_as_a_mask(turns: str, chunk: int, monkeypa
     assert used[True] > 0 and used[False] == 0
     # Parts of a window are rounded to bfloat16 before they are joined: one rounding more, of a dozen a layer.
     assert errors[0] < 1.5 * errors[1], errors
+
+
+@pytest.mark.parametrize("memory", ["window_only", "retained"])
+@pytest.mark.parametrize("quantized", [0, 200])
+@pytest.mark.parametrize("turns", TURNS)
+def test_a_short_window_is_as_near_to_float32_as_a_mask(
+    turns: str, quantized: int, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = base(hidden_size=256, head_dim=64, initializer_range=0.08).bfloat16()
+    config = ahn.AHNConfig(memory, WINDOW, SINKS, prefill_chunk_size=400, quantized=quantized, slots=64)
+    model = awaken(ahn.attach(plain, config))
+    reference, errors = copy.deepcopy(model).float(), []
+    model = model.cuda()
+    for short in (10**9, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(route, "SHORT", short)
+            if not short:
+                patch.setattr(windowed, "applies", lambda view, query: False)
+            talk = Talk(model, 2)
+            for length in TURNS[turns]:
+                talk.read([length, length])
+        errors.append(talk.error(reference))
+    # Codes and scores that are rounded to the other side make single tokens differ.
+    assert errors[0] < 2 * errors[1] + 2e-2, errors
 
 
 @torch.no_grad()

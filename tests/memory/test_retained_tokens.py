@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import oracle
 import pytest
 import torch
@@ -23,13 +25,35 @@ def fresh(slots: int = SLOTS, bits: tuple[int, int] = (16, 16)) -> RetainedToken
     return RetainedTokens(D, H, P, HKV, slots=slots, bits=bits)
 
 
-def shown(fn: RetainedTokens, view: Visibility, key: Tensor, score: Tensor) -> MemoryKeys:
+@dataclasses.dataclass
+class Shown:
+    """What all queries of a forward see: keys and values (B, Hkv, C, P), visible (B, Hkv, n, C)."""
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    state: dict[str, Tensor]
+
+
+def together(made: MemoryKeys) -> Shown:
+    """The pieces side by side; their queries are all of the forward's, in order."""
+    assert [x.first for x in made.pieces] == [0, *(x.last for x in made.pieces[:-1])]
+    length, visible = made.pieces[-1].last, []
+    for x in made.pieces:
+        grown = torch.zeros(*x.key.shape[:2], length, x.key.shape[2], dtype=torch.bool)
+        grown[:, :, x.first : x.last] = x.visible
+        visible.append(grown)
+    key, value = (torch.cat([getattr(x, name) for x in made.pieces], 2) for name in ("key", "value"))
+    return Shown(key, value, torch.cat(visible, 3), made.state)
+
+
+def shown(fn: RetainedTokens, view: Visibility, key: Tensor, score: Tensor) -> Shown:
     """What the queries of a forward over the whole text see; a value is its key."""
     parts = [view.evicted_slots(x) for x in (key, key, score)]
     left = without_padding(Evicted(*parts[:2], {"score": parts[2]}), fn.closed_gates, view)
     made = fn.extra_keys(left, view, {})
     assert made is not None
-    return made
+    return together(made)
 
 
 def numbered(batch: int, length: int) -> Tensor:
@@ -37,7 +61,7 @@ def numbered(batch: int, length: int) -> Tensor:
     return torch.arange(length).float()[None, None, :, None].expand(batch, HKV, -1, P)
 
 
-def seen(made: MemoryKeys, row: int, head: int, query: int) -> list[int]:
+def seen(made: Shown, row: int, head: int, query: int) -> list[int]:
     return sorted(made.key[row, head, made.visible[row, head, query], 0].int().tolist())
 
 
@@ -65,7 +89,11 @@ def test_of_equal_scores_the_older_stay(slots: int) -> None:
     assert seen(made, 0, 1, length - 1)[: fn.kept] == list(range(sinks, sinks + fn.kept))
 
 
-def test_each_head_keeps_its_own() -> None:
+@pytest.mark.parametrize("counted", [1, 3, 64])
+def test_each_head_keeps_its_own(counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks are looked at together, and in pieces of nine queries."""
+    monkeypatch.setattr("ahn.layout.blocks.COUNTED", counted)
+    monkeypatch.setattr("ahn.layout.blocks.QUERIES", 9)
     window, sinks, length = 5, 2, 80
     fn, view = fresh(), Visibility(window, sinks, 0, length, CPU)
     score = torch.randn(1, HKV, length).bfloat16().float()
@@ -127,6 +155,7 @@ def test_in_pieces_or_at_once(bits: tuple[int, int], pieces: list[int]) -> None:
     left = Evicted(*(x[:, :, sinks : length - window] for x in (key, value)), {"score": score[:, :, sinks:-window]})
     whole = fn.extra_keys(left, Visibility(window, sinks, 0, length, CPU), {})
     assert whole is not None
+    all_at_once = together(whole)
     state, seen = {}, 0
     for piece in pieces:
         view = Visibility(window, sinks, seen, piece, CPU)
@@ -136,8 +165,8 @@ def test_in_pieces_or_at_once(bits: tuple[int, int], pieces: list[int]) -> None:
         seen += piece
         if made is not None:
             state = made.state
-            own, all_at_once = made.visible[0, 1, -1], whole.visible[0, 1, seen - 1]
-            assert torch.equal(made.key[0, 1, own], whole.key[0, 1, all_at_once])
+            own, expected = together(made), all_at_once.visible[0, 1, seen - 1]
+            assert torch.equal(own.key[0, 1, own.visible[0, 1, -1]], all_at_once.key[0, 1, expected])
     assert state.keys() == whole.state.keys()
     assert all(torch.equal(state[name], x) for name, x in whole.state.items())
 

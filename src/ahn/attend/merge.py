@@ -8,9 +8,19 @@ from torch import Tensor
 
 from ahn.attend.parts import Part
 
+AT_ONCE = 3
+"""Parts that the kernel joins."""
+
 
 def merge(parts: list[Part]) -> Tensor:
-    """Attention over all keys of two or three parts, the first of all queries: (B, H, n, P), laid out (B, n, H, P)."""
+    """Attention over all keys of some parts, the first of all queries: (B, H, n, P).
+
+    That of several parts is laid out as (B, n, H, P).
+    """
+    if len(parts) == 1:
+        return parts[0].out
+    if len(parts) > AT_ONCE:
+        return merge([joined(parts[:AT_ONCE]), *parts[AT_ONCE:]])
     if parts[0].out.is_cuda:
         from ahn.attend import merge_kernel
 
@@ -27,3 +37,13 @@ def plain(parts: list[Part]) -> Tensor:
     scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for _, score in ordered])
     merged = (outs * scores.softmax(0).unsqueeze(-1)).sum(0).to(parts[0].out.dtype)
     return merged.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def joined(parts: list[Part]) -> Part:
+    """Several parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    n = parts[0].score.shape[2]
+    ordered = [part.score.flip(2) if part.reversed else part.score for part in parts]
+    scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for score in ordered])
+    return Part(merge(parts), scores.logsumexp(0))

@@ -20,3 +20,7 @@ class Part:
     out: Tensor
     score: Tensor
     reversed: bool = False
+
+    def queries(self, start: int, stop: int) -> Part:
+        """Of some of the queries, where they are in order."""
+        return Part(self.out[:, :, start:stop], self.score[:, :, start:stop])

@@ -8,14 +8,21 @@ Shapes: B rows, Hq query heads, Hkv key/value heads, n queries, T keys, P head d
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ahn.attend.parts import Part
 from ahn.errors import AHNError
 from ahn.ops import has_triton
+
+if TYPE_CHECKING:
+    from ahn.attend.spans_blocks import Blocks, Tiles
 
 
 def supported(query: Tensor) -> bool:
@@ -57,6 +64,49 @@ def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: fl
     return plain(query, key, value, until, scaling)
 
 
+@dataclasses.dataclass
+class Columns:
+    """When each column is seen, with what the kernels make of it once for all layers of a forward.
+
+    Attributes:
+        until: (B or 1, Hkv or 1, T) int32, as `attend` takes it.
+        queries: n.
+    """
+
+    until: Tensor
+    queries: int
+
+    @classmethod
+    def of_band(cls, held: int, queries: int, width: int, device: torch.device) -> Columns:
+        """Of tokens in the order of the text, `held` before the first query's own: each query sees the last `width`."""
+        own = torch.arange(-held, queries, device=device, dtype=torch.int32)
+        return cls((own + width)[None, None], queries)
+
+    def lists(self, tile: Tiles) -> Blocks:
+        """Which blocks see each other."""
+        from ahn.attend.spans_blocks import blocks
+
+        if tile not in self._lists:
+            self._lists[tile] = blocks(self.until, self.queries, tile, by_key=False)
+        return self._lists[tile]
+
+    @cached_property
+    def _lists(self) -> dict[Tiles, Blocks]:
+        return {}
+
+
+def part(query: Tensor, key: Tensor, value: Tensor, columns: Columns, scaling: float) -> Part:
+    """`attend` without gradients, with the log-sum-exp of the scores; minus infinity for who sees nothing."""
+    _check(query, key, value, columns.until, scaling)
+    if not supported(query):
+        return plain_part(query, key, value, columns.until, scaling)
+    from ahn.attend import spans_kernel
+
+    with torch.cuda.device(query.device):
+        out, score = spans_kernel.forward(query, key, value, columns.until, scaling, columns)
+    return Part(out, torch.where(score == torch.inf, -torch.inf, score * math.log(2)))
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> None:
     B, Hq, n, P = query.shape
     Hkv, T = key.shape[1:3]
@@ -87,14 +137,20 @@ def visible(until: Tensor, n: int) -> Tensor:
 
 def plain(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
     """`attend` with the scores written out, in float32 at least."""
+    return plain_part(query, key, value, until, scaling).out
+
+
+def plain_part(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Part:
+    """`part` with the scores written out, in float32 at least; with gradients."""
     n, Hkv = query.shape[2], key.shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(exact).unflatten(1, (Hkv, -1))
     scores = grouped @ key.to(exact).mT[:, :, None] * scaling
     seen = visible(until, n)[:, :, None]
     weights = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1).masked_fill(~seen, 0)
-    out = weights @ value.to(exact)[:, :, None]
-    return out.flatten(1, 2).to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    out = (weights @ value.to(exact)[:, :, None]).flatten(1, 2).to(query.dtype)
+    score = scores.masked_fill(~seen, -torch.inf).logsumexp(-1).flatten(1, 2).float()
+    return Part(out.transpose(1, 2).contiguous().transpose(1, 2), score)
 
 
 class Spans(torch.autograd.Function):

@@ -9,7 +9,7 @@ query's sum of them.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.attend.spans_blocks import Blocks, Tiles, blocks, tiles
+
+if TYPE_CHECKING:
+    from ahn.attend.spans import Columns
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Arguments that change with the lengths of a batch: new values must not make Triton compile again.
@@ -142,11 +145,17 @@ def sizes(query: Tensor, key: Tensor, tile: Tiles) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """See `ahn.attend.spans.attend`: (B, Hq, n, P), and (B, Hq, n) the `score` that the backward pass needs."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float, columns: Columns | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `ahn.attend.spans.attend`: (B, Hq, n, P), and (B, Hq, n) the `score` that the backward pass needs.
+
+    Args:
+        columns: of `until`, where other layers use them as well.
+    """
     B, HEADS, n, P = query.shape
     tile = tiles("forward", query)
-    lists = blocks(until, n, tile, by_key=False)
+    lists = blocks(until, n, tile, by_key=False) if columns is None else columns.lists(tile)
     spans, span_strides = span_arguments(key, until, lists)
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     out = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)

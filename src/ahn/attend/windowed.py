@@ -18,17 +18,17 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ahn import private
-from ahn.attend.merge import merge
+from ahn.attend.merge import joined, merge
 from ahn.attend.parts import Part
 from ahn.layout.copies import join, take
 from ahn.layout.visibility import Visibility
 from ahn.ops import has_triton
 
 BLOCK = 8192  # queries at once; more would make the triangles larger than they need to be
+WHOLE = 1024  # queries of which a multiple is worth cuDNN's plan: it makes one for each new shape, 20 to 70 ms
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 
@@ -86,14 +86,21 @@ class Band:
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, view: Visibility, scaling: float, tier: Sequence[Band] = ()
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    view: Visibility,
+    scaling: float,
+    tier: Sequence[Band] = (),
+    more: Sequence[Part] = (),
 ) -> Tensor:
     """Attention of n new queries that follow `view.seen` tokens.
 
     Args:
         query: (B, Hq, n, P); keys, values: (B, Hkv, cached + n, P) in columns.
         view: without padding; either nothing leaves the window, or it is full before the first query.
-        tier: at most two, of quantized tokens.
+        tier: of quantized tokens.
+        more: attention of all queries over other keys.
 
     Returns:
         (B, Hq, n, P).
@@ -102,25 +109,17 @@ def attend(
     if not view.evicted:
         old = (keys[:, :, :cached], values[:, :, :cached])
         new = (keys[:, :, cached:], values[:, :, cached:])
-        return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling)])
+        return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling), *more])
     size = min(BLOCK, view.window - 1, *(band.width - 1 for band in tier))
+    size -= size % WHOLE if size > WHOLE else 0
     edges = {edge for band in tier for edge in band.edges() if 0 < edge < n}
     blocks = []
     for start, stop in itertools.pairwise(sorted({*range(0, n, size), n} | edges)):
         exact = _parts(query[:, :, start:stop], keys, values, view.sinks + start, view.sinks, view.window, scaling)
         coarse = [parts for band in tier if (parts := band.parts(start, stop, scaling))]
-        blocks.append(merge([_joined(parts) for parts in [exact, *coarse]] if coarse else exact))
+        coarse += [[part.queries(start, stop)] for part in more]
+        blocks.append(merge([joined(parts) for parts in [exact, *coarse]] if coarse else exact))
     return blocks[0] if len(blocks) == 1 else join(blocks)
-
-
-def _joined(parts: list[Part]) -> Part:
-    """Several parts as one."""
-    if len(parts) == 1:
-        return parts[0]
-    n = parts[0].score.shape[2]
-    ordered = [part.score.flip(2) if part.reversed else part.score for part in parts]
-    scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for score in ordered])
-    return Part(merge(parts), scores.logsumexp(0))
 
 
 def _parts(
@@ -176,11 +175,15 @@ def _part(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: floa
 
 
 def kernel(query: Tensor) -> Kernel:
-    """The dense attention that also says its log-sum-exp: torch's on a CPU, cuDNN's, else FlashAttention-2."""
+    """The dense attention that also says its log-sum-exp: torch's on a CPU, cuDNN's, else FlashAttention-2.
+
+    cuDNN makes a plan for every new shape, which takes longer than a chunk of a small model: it gets sizes that come
+    again, those of whole chunks.
+    """
     if not query.is_cuda:
         return private.attention_of_cpu
     has_cudnn = torch.version.cuda and torch.backends.cudnn.is_available()
-    return private.attention_of_cudnn if has_cudnn else private.flash_attention
+    return private.attention_of_cudnn if has_cudnn and query.shape[2] % WHOLE == 0 else private.flash_attention
 
 
 def kernel_of_one(query: Tensor) -> Kernel:

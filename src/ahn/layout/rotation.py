@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,7 +114,13 @@ class Anchored:
             moves = [position - view.seen for position in anchor_moves(view.seen, view.total - 1, reach)]
         return cls(view.rotation, found, tuple(itertools.pairwise([0, *moves, view.length])))
 
-    def turn(self, keys: Tensor, positions: Tensor, query: int) -> Tensor:
-        """Keys (B, Hkv, T, P) from before RoPE, of tokens at positions (B, Hkv, T), to where this query sees them."""
-        anchor = self.anchors[:, query, None, None]
-        return self.rotation.turn(keys, positions.maximum(anchor))
+    def turn(self, keys: Tensor, positions: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """Keys from before RoPE to where some of the queries see them.
+
+        Args:
+            keys: (B, Hkv, T, P) of tokens at positions (B, Hkv, T).
+            parts: a query, and how many of the keys are seen as it sees them, of one part of the keys after the other.
+        """
+        queries, counts = zip(*parts, strict=True)
+        seen = [self.anchors[:, query, None].expand(-1, count) for query, count in zip(queries, counts, strict=True)]
+        return self.rotation.turn(keys, positions.maximum(torch.cat(seen, dim=1)[:, None]))

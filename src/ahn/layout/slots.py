@@ -46,9 +46,8 @@ class Slots:
         if seen > self.sinks + self.window:
             column = torch.where(slots < self.sinks, slots, column - (seen - self.window) + self.sinks)
         found = gather(x, column.clamp(0, x.shape[2] - 1)).contiguous()
-        if bool(held.all()):
-            return found
-        return found.masked_fill(~held[:, None].reshape(held.shape[0], 1, -1, *[1] * (x.dim() - 3)), 0)
+        # In place, whether there are empty slots or not: a GPU is not asked.
+        return found.masked_fill_(~held[:, None].reshape(held.shape[0], 1, -1, *[1] * (x.dim() - 3)), 0)
 
     def to_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
         """The inverse of `from_columns`; columns of padding hold whatever is there."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,11 @@ class Visibility:
 
     @cached_property
     def _elsewhere(self) -> dict[torch.device, Visibility]:
+        return {}
+
+    @cached_property
+    def shared(self) -> dict[Any, Any]:
+        """What others work out from this view once for all layers, by keys of theirs."""
         return {}
 
     @property

@@ -34,18 +34,32 @@ class HeadLinear(nn.Module):
 
 
 @dataclasses.dataclass
+class SeenKeys:
+    """Keys that some queries of a forward see besides sinks and window.
+
+    Attributes:
+        first, last: of the queries, and one beyond.
+        key, value: (B, Hkv, C, P).
+        visible: (B or 1, 1 or Hkv, last - first, C) bool, which of the queries sees which of them.
+    """
+
+    first: int
+    last: int
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+
+
+@dataclasses.dataclass
 class MemoryKeys:
     """Keys that exact attention sees besides sinks and window, made by a memory of what left.
 
     Attributes:
-        key, value: (B, Hkv, C, P).
-        visible: (B or 1, 1 or Hkv, n, C) bool, which new query sees which of them.
+        pieces: all new queries, in order.
         state: of the memory after the last write.
     """
 
-    key: Tensor
-    value: Tensor
-    visible: Tensor
+    pieces: list[SeenKeys]
     state: dict[str, Tensor]
 
 

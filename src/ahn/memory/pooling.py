@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ahn.memory.base import Memory, MemoryKeys
+from ahn.memory.base import Memory, MemoryKeys, SeenKeys
 
 if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted
@@ -59,12 +59,9 @@ class PooledMemory(Memory, ABC):
         kept = self._last(groups, capacity + 1)
         state = {"keys": _take(keys, kept), "values": _take(values, kept), "groups": groups.gather(1, kept)}
         shown = groups[:, None, :, None] >= 0  # pools of no token hold ±inf
-        return MemoryKeys(
-            self.finish(keys, RATE).masked_fill(~shown, 0).to(left.key.dtype),
-            self.finish(values, RATE).masked_fill(~shown, 0).to(left.value.dtype),
-            visible[:, None],
-            state,
-        )
+        key = self.finish(keys, RATE).masked_fill(~shown, 0).to(left.key.dtype)
+        value = self.finish(values, RATE).masked_fill(~shown, 0).to(left.value.dtype)
+        return MemoryKeys([SeenKeys(0, view.length, key, value, visible[:, None])], state)
 
     def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
         count = self.slot_count(window) + 1

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ahn.layout.blocks import SeenTokens, TokenBlocks
-from ahn.memory.base import INIT_STD, Memory, MemoryKeys
+from ahn.layout.blocks import Fates, Piece, TokenBlocks
+from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
 from ahn.shape import DEFAULT_SLOTS, EXACT
 
@@ -131,24 +131,21 @@ class RetainedTokens(Memory):
         if view.evicted == 0 and not state:
             return None
         state = state or self.empty_slots(left.key, view.window)
-        blocks = TokenBlocks(view, left.key.shape[0], self.kept, self.block)
+        blocks = TokenBlocks.of(view, left.key.shape[0], self.kept, self.block)
         new = blocks.positions[:, None].expand(-1, left.key.shape[1], -1)
         scores, positions = (
             torch.cat([held, x.to(held.dtype)], dim=2)
             for held, x in ((state["scores"], left.gates["score"]), (state["positions"], new))
         )
         with torch.no_grad():
-            stay, forgotten = blocks.choose(scores, positions)
-            seen = blocks.visible(positions, forgotten)
+            fates = blocks.fates(scores, positions)
+            stay = blocks.staying(fates, blocks.most)
         after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
         key = left.key if anchored is None else anchored.rotation.undo(left.key, new.clamp_min(0))
         keys, later_keys = self._tokens("key", key, blocks, state, stay)
         values, later_values = self._tokens("value", left.value, blocks, state, stay)
-        visible, positions = self._seen_as(seen, positions, keys.shape[2])
-        shown = keys, values, visible
-        if anchored is not None:
-            shown = _placed(*shown, positions.clamp_min(0), anchored)
-        return MemoryKeys(*shown, after | later_keys | later_values)
+        pieces = self._seen(blocks, fates, keys, values, anchored)
+        return MemoryKeys(pieces, after | later_keys | later_values)
 
     @property
     def _coded(self) -> bool:
@@ -157,10 +154,10 @@ class RetainedTokens(Memory):
     def _tokens(
         self, name: str, new: Tensor, blocks: TokenBlocks, state: dict[str, Tensor], stay: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keys or values as queries see them, and as they are kept afterwards.
+        """Keys or values in all places, and as they are kept afterwards.
 
         Where tokens are coded, those of a block are seen exactly, and later, if they are kept, from their codes: both
-        stand side by side, (B, Hkv, M [+ G + m] + G + m, P), and `_seen_as` says who sees which.
+        stand side by side, (B, Hkv, M [+ G + m] + G + m, P), the codes first.
         """
         held = Kept.of(state, name)
         exact = torch.cat([state[f"block_{name}s"], new], dim=2)
@@ -171,27 +168,37 @@ class RetainedTokens(Memory):
         later = all_kept.take(stay) if blocks.most else held
         return shown, later.tensors(name) | {f"block_{name}s": blocks.block_after(exact)}
 
-    def _seen_as(self, seen: SeenTokens, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Who sees which of `count` keys that `_tokens` gave, and their positions."""
-        if not self._coded:
-            return seen.exactly | seen.kept, positions
-        coded = count - (positions.shape[2] - self.kept)
-        visible = torch.cat([seen.kept[..., :coded], seen.exactly[..., self.kept :]], dim=3)
-        return visible, torch.cat([positions[:, :, :coded], positions[:, :, self.kept :]], dim=2)
+    def _seen(
+        self, blocks: TokenBlocks, fates: Fates, keys: Tensor, values: Tensor, anchored: Anchored | None
+    ) -> list[SeenKeys]:
+        """What each piece of the queries sees, of keys and values that `_tokens` gave."""
+        pieces = blocks.pieces(((0, blocks.view.length),) if anchored is None else anchored.spans)
+        exact = keys.shape[2] - fates.positions.shape[2]  # how far exact tokens are behind their codes
+        chosen = [self._places(blocks, fates, piece, exact) for piece in pieces]
+        sizes, places = [x.shape[2] for x in chosen], torch.cat(chosen, dim=2)
+        at = torch.where(places < blocks.slots + blocks.view.evicted, places, places - exact) if exact else places
+        positions = fates.positions.gather(2, at)
+        index = places[..., None].expand(*places.shape, keys.shape[-1])
+        keys, values = keys.gather(2, index), values.gather(2, index)
+        if anchored is not None:
+            parts = [(piece.first, size) for piece, size in zip(pieces, sizes, strict=True)]
+            keys = anchored.turn(keys, positions.clamp_min(0), parts)
+        forgotten = fates.forgotten.gather(2, at)
+        split = zip(pieces, *(x.split(sizes, dim=2) for x in (keys, values, positions, forgotten)), strict=True)
+        return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate)) for p, k, v, *fate in split]
 
+    def _places(self, blocks: TokenBlocks, fates: Fates, piece: Piece, exact: int) -> Tensor:
+        """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see."""
+        stayed = blocks.staying(fates, piece.full)
+        own = [piece.places[: piece.coded], piece.places + exact] if self._coded else [piece.places]
+        return torch.cat([stayed, *(x.expand(*stayed.shape[:2], -1) for x in own)], dim=2)
 
-def _placed(
-    keys: Tensor, values: Tensor, visible: Tensor, positions: Tensor, anchored: Anchored
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys turned to where the queries see them, once per place of an anchor, their values, and who sees them."""
-    if len(anchored.spans) == 1:
-        return anchored.turn(keys, positions, 0), values, visible
-    parts = []
-    for first, last in anchored.spans:
-        own = torch.zeros_like(visible)
-        own[:, :, first:last] = visible[:, :, first:last]
-        seen = own.flatten(0, 2).any(0).nonzero()[:, 0]
-        turned = anchored.turn(keys[:, :, seen], positions[:, :, seen], first)
-        parts.append((turned, values[:, :, seen], own[:, :, :, seen]))
-    placed, held, shown = zip(*parts, strict=True)
-    return torch.cat(placed, 2), torch.cat(held, 2), torch.cat(shown, 3)
+    def _visible(self, piece: Piece, positions: Tensor, forgotten: Tensor) -> Tensor:
+        """Which of the piece's queries sees which of `_places`."""
+        M, coded = self.kept, piece.coded
+        heads = *forgotten.shape[:2], -1, -1
+        kept = piece.kept(positions[:, :, :M], forgotten[:, :, :M])
+        after, filling = piece.after(forgotten[:, :, M : M + coded]), piece.filling.expand(heads)
+        if self._coded:
+            return torch.cat([kept, after, filling], dim=3)
+        return torch.cat([kept, after | filling[..., :coded], filling[..., coded:]], dim=3)

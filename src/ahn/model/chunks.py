@@ -153,16 +153,21 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     cuts = {*range(0, full, size), *range(full, length, size), length}
     mask = kwargs.get("attention_mask")
     if config.reach and model._ahn.rotation is not None:
-        for reach in _reaches(config):
+        for reach in _reaches(config, mask):
             if seen + length > reach:
                 cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, reach)}
     return list(itertools.pairwise(sorted(cuts | _gaps(mask, length))))
 
 
-def _reaches(config: AHNConfig) -> list[int]:
-    """From how far sinks are seen, and the tokens of a memory that moves its keys."""
-    near = near_reach(config.reach, config.lossless + config.quantized)
-    return [config.reach, near] if memory.get(config.memory).moves_keys else [config.reach]
+def _reaches(config: AHNConfig, attention_mask: Any) -> list[int]:
+    """From how far is seen what has one place in a chunk: sinks, and in padded rows the tokens that a memory moves.
+
+    Without padding such a memory gives every piece of a chunk keys of its own.
+    """
+    padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and not bool(attention_mask.all())
+    if not (padded and memory.get(config.memory).moves_keys):
+        return [config.reach]
+    return [config.reach, near_reach(config.reach, config.lossless + config.quantized)]
 
 
 def _anchor_moves(attention_mask: Any, seen: int, total: int, reach: int) -> set[int]:

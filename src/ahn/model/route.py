@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -18,17 +19,21 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn.attend import spans, windowed
+from ahn.attend import masked, spans, windowed
+from ahn.attend.merge import merge
+from ahn.attend.parts import Part
 from ahn.cache import tier
 from ahn.cache.tier import Passed, Seen
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
-from ahn.memory.base import MemoryKeys
+from ahn.memory.base import MemoryKeys, SeenKeys
 
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
 _DENSE_MASK_KERNELS = ("sdpa", "eager")
 QUERIES = 1024
 """At once where every head has a mask of its own."""
+SHORT = 4096
+"""A window of fewer tokens is."""
 
 
 class LazyMask:
@@ -109,9 +114,8 @@ class Masked(Route):
 
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
         key, value, mask = call.key, call.value, self.mask
-        for more in (None if passed is None else passed.near, made):
-            if more is not None:
-                key, value, mask = _with_more_keys(key, value, mask, more)
+        if passed is not None:
+            key, value, mask = _with_more_keys(key, value, mask, passed.near)
         if passed is not None and passed.far is not None:
             # One softmax over keys that meet the query in two ways: each has numbers of its own to meet.
             P, far = call.query.shape[-1], passed.far
@@ -119,6 +123,21 @@ class Masked(Route):
             call = dataclasses.replace(call, query=query, kwargs=call.kwargs | {"scaling": call.scaling})
             more = Seen(F.pad(far.key, (P, 0)), far.value, far.visible)
             key, value, mask = _with_more_keys(F.pad(key, (0, P)), value, mask, more)
+        if made is None:
+            return self._run(call, key, value, mask)
+        return _together([self._piece(call, key, value, mask, more) for more in made.pieces])
+
+    def _piece(
+        self, call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor | None, more: SeenKeys
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some of the queries, which see more keys."""
+        some = slice(more.first, more.last)
+        call = dataclasses.replace(call, query=call.query[:, :, some])
+        own = F.pad(more.key, (0, key.shape[-1] - more.key.shape[-1]))
+        mask = None if mask is None else mask[:, :, some]
+        return self._run(call, *_with_more_keys(key, value, mask, Seen(own, more.value, more.visible)))
+
+    def _run(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         if self.boolean and mask is not None and mask.shape[1] > 1:
             return self._per_head(call, key, value, mask)
         if self.boolean:
@@ -132,8 +151,7 @@ class Masked(Route):
         for query, part in zip(call.query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True):
             own = _as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
             results.append(run(call.module, query, key, value, own, **call.kwargs))
-        outputs, weights = zip(*results, strict=True)
-        return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
+        return _together(results)
 
 
 @dataclasses.dataclass
@@ -144,15 +162,44 @@ class Windowed(Route):
     tier_in_order: ClassVar[bool] = True
 
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
-        bands = []
-        if passed is not None:
-            bands.append(windowed.Band(call.query, passed.near.key, passed.near.value, passed.view.near))
-            if passed.far is not None:
-                width = passed.view.capacity - passed.view.near
-                query = passed.far_query(call.query)
-                bands.append(windowed.Band(query, passed.far.key, passed.far.value, width))
-        out = windowed.attend(call.query, call.key, call.value, self.view, call.scaling, bands)
+        tier, more = _bands(call, passed), _parts_of_memory(call, made)
+        out = windowed.attend(call.query, call.key, call.value, self.view, call.scaling, tier, more)
         return out.transpose(1, 2), None
+
+
+@dataclasses.dataclass
+class Spanned(Route):
+    """One kernel for each of window and tier, which knows when each key is seen; see `ahn.attend.spans`.
+
+    Where the window is short `Windowed` would start dozens of small kernels a layer, each for little work.
+    """
+
+    view: Visibility
+    tier_in_order: ClassVar[bool] = True
+
+    def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
+        parts = [spans.part(call.query, call.key, call.value, self._window, call.scaling)]
+        parts += [self._band(band, call.scaling) for band in _bands(call, passed)]
+        return merge([*parts, *_parts_of_memory(call, made)]).transpose(1, 2), None
+
+    @cached_property
+    def _window(self) -> spans.Columns:
+        return spans.Columns(self.view.until, self.view.length)
+
+    def _band(self, band: windowed.Band, scaling: float) -> Part:
+        missing, key, value = -band.held, band.key, band.value
+        if missing > 0:  # columns that nobody sees: there are as many as queries at least
+            key, value = (F.pad(x, (0, 0, missing, 0)) for x in (key, value))
+        kind = key.shape[2], missing, band.width
+        if kind not in self._columns:
+            columns = spans.Columns.of_band(max(band.held, 0), self.view.length, band.width, key.device)
+            columns.until[..., : max(missing, 0)].zero_()
+            self._columns[kind] = columns
+        return spans.part(band.query, key, value, self._columns[kind], scaling)
+
+    @cached_property
+    def _columns(self) -> dict[tuple[int, int, int], spans.Columns]:
+        return {}
 
 
 @dataclasses.dataclass
@@ -199,9 +246,12 @@ def choose(
         memory_keys: the memory has keys that exact attention sees.
     """
     # "eager" is asked for where its weights are wanted.
-    plain = kernel != "eager" and not own_scores(kwargs) and not memory_keys
-    if plain and windowed.applies(view, query) and (tier_view is None or tier_view.banded):
+    parts = kernel != "eager" and not own_scores(kwargs)
+    if parts and cached and _short(view, query):
+        return Spanned(view)
+    if parts and windowed.applies(view, query) and (tier_view is None or tier_view.banded):
         return Windowed(view)
+    plain = parts and not memory_keys
     if plain and not cached and _spans_apply(view, query, kwargs):
         return SpanRoute(view)
     if not (view.evicted or view.rolled or view.moved) and base_mask.covers(view):
@@ -212,6 +262,37 @@ def choose(
     if single and tier_view is not None and tier_view.full and windowed.supported(query):
         return WholeTier()
     return Masked(dense_mask_kernel(kernel, kwargs), mask, boolean=True)
+
+
+def _short(view: Visibility, query: Tensor) -> bool:
+    """Whether this is a chunk after others, or over the window's edge, for which `Spanned` is right and the faster way.
+
+    It is where dense kernels would have little to do, or know no float32.
+    """
+    inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
+    fits = inference and view.length > 1 and not (view.padded or view.moved) and spans.supported(query)
+    return fits and view.seen + view.evicted > 0 and (view.window < SHORT or not windowed.supported(query))
+
+
+def _bands(call: AttentionCall, passed: Passed | None) -> list[windowed.Band]:
+    """The tier as queries see it that are in the order of the text."""
+    if passed is None:
+        return []
+    bands = [windowed.Band(call.query, passed.near.key, passed.near.value, passed.view.near)]
+    if passed.far is not None:
+        width = passed.view.capacity - passed.view.near
+        bands.append(windowed.Band(passed.far_query(call.query), passed.far.key, passed.far.value, width))
+    return bands
+
+
+def _parts_of_memory(call: AttentionCall, made: MemoryKeys | None) -> list[Part]:
+    """Attention over the keys that a memory has made."""
+    if made is None:
+        return []
+    parts = [
+        masked.part(call.query[:, :, x.first : x.last], x.key, x.value, x.visible, call.scaling) for x in made.pieces
+    ]
+    return [parts[0] if len(parts) == 1 else masked.joined(parts)]
 
 
 def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -238,8 +319,16 @@ def own_scores(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
 
 
+def _together(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Of queries that follow each other: outputs (B, n, H, P), and weights (B, H, n, T) where all have as many keys."""
+    outputs, weights = zip(*results, strict=True)
+    known = [x for x in weights if x is not None]
+    same = len(known) == len(weights) and len({x.shape[-1] for x in known}) == 1
+    return torch.cat(outputs, dim=1), torch.cat(known, dim=2) if same else None
+
+
 def _with_more_keys(
-    key: Tensor, value: Tensor, mask: Tensor | None, more: Seen | MemoryKeys
+    key: Tensor, value: Tensor, mask: Tensor | None, more: Seen
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values with more before them, and the mask (B or 1, 1 or Hkv, n, T) of all; None where all are seen."""
     known = more.visible if mask is None else mask

@@ -1,0 +1,31 @@
+"""Attention with a mask over few keys: against torch's, and what it says of queries that see nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import relative_error
+
+from ahn.attend import masked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3)], ids=str)
+@torch.no_grad()
+def test_it_is_torchs_attention(dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked, "QUERIES", 5)
+    query = torch.randn(2, 6, 13, 8, dtype=dtype)
+    key, value = (torch.randn(2, 3, 11, 8, dtype=dtype) for _ in range(2))
+    visible = torch.rand(*shape, 13, 11) < 0.4
+    visible[:, :, 3] = False
+    found = masked.part(query, key, value, visible, 0.7)
+    exact = [x.double().repeat_interleave(2, 1) for x in (key, value)]
+    seen = visible.expand(2, 3, -1, -1).repeat_interleave(2, 1)
+    scores = (query.double() @ exact[0].mT * 0.7).masked_fill(~seen, -torch.inf)
+    some = seen.any(-1)
+    out = scores.softmax(-1).nan_to_num() @ exact[1]
+    unit = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 2e-7
+    assert relative_error(found.out[some].double(), out[some]) < 8 * unit
+    assert relative_error(found.score[some].double(), scores.logsumexp(-1)[some]) < 8 * unit
+    assert found.score.dtype == torch.float32 and (found.score[~some] < -1e29).all()
+    assert torch.isfinite(found.out).all()
