@@ -7,13 +7,22 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoints import as_published, attached, edit_config, logits, publish
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    pipeline,
+)
 
 import ahn
 from ahn import tiny
@@ -126,7 +135,7 @@ def test_saving_twice_and_detaching(base: Path, tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(from_pretrained(tmp_path / "again")), logits(model))
     config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert Path(config["base_model_name_or_path"]) == base and config["ahn"]["model_type"] == "qwen2"
+    assert Path(config["base_model_name_or_path"]) == base and config["ahn"]["base_model_type"] == "qwen2"
     ahn.detach(again).save_pretrained(tmp_path / "again")
     plain = json.loads((tmp_path / "again" / "config.json").read_text())
     assert plain["model_type"] == "qwen2" and not hasattr(
@@ -163,6 +172,11 @@ def test_peft(base: Path, tmp_path: Path) -> None:
     wanted = logits(wrapped)
     wrapped.merge_and_unload().save_pretrained(tmp_path / "whole")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), wanted, atol=1e-5)
+    with pytest.warns(UserWarning, match="holds the PEFT adapter alone. The AHN is saved by ahn.save_adapter"):
+        peft.get_peft_model(attached(base), lora).save_pretrained(tmp_path / "alone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        peft.get_peft_model(ahn.detach(attached(base)), lora).save_pretrained(tmp_path / "plain")
     model = attached(base)
     model.add_adapter(lora)
     with pytest.warns(UserWarning, match="ahn.save_adapter"):
@@ -193,8 +207,9 @@ def test_folders_under_the_base_type_load_their_memory(
     kind: str, base: Path, adapter: Path, merged: Path, copy_of: Callable[[Path], Path]
 ) -> None:
     if kind == "old adapter":
-        path = edit_config(copy_of(adapter), lambda c: c.update(c["ahn"], base_model_name_or_path=str(base)))
-        edit_config(path, lambda c: [c["ahn"].pop(name) for name in ("model_type", "architectures")])
+        path = edit_config(copy_of(adapter), lambda c: c.update(base_model_name_or_path=str(base)))
+        for name in ("model_type", "architectures"):
+            edit_config(path, lambda c, name=name: c.update({name: c["ahn"].pop(f"base_{name}")}))
     elif kind == "adapter":
         path = publish(copy_of(adapter), use_ahn_router=True, _name_or_path=str(base))
     else:
@@ -205,6 +220,42 @@ def test_folders_under_the_base_type_load_their_memory(
     assert model.ahn_config.router and torch.equal(logits(model), wanted)
     config = AutoConfig.from_pretrained(path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path, config=config)), wanted)
+
+
+@pytest.mark.parametrize("kind", ["merged", "published", "adapter", "saved"])
+def test_classes_of_base_models_refuse_a_memory(
+    kind: str, base: Path, adapter: Path, merged: Path, tmp_path: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    path = adapter if kind == "adapter" else merged
+    if kind == "published":
+        path = as_published(copy_of(merged))
+    elif kind == "saved":
+        attached(base).save_pretrained(path := tmp_path / "saved")
+    for load in (Qwen2ForCausalLM.from_pretrained, Qwen2Model.from_pretrained, Qwen2Config.from_pretrained):
+        with pytest.raises(ahn.AHNError, match=r"has an AHN, which classes of qwen2 models would leave out"):
+            load(path)
+    assert type(Qwen2ForCausalLM.from_pretrained(base)) is Qwen2ForCausalLM, "other checkpoints load as ever"
+
+
+def test_without_ahn_classes_of_base_models_say_what_they_leave(merged: Path) -> None:
+    """They take the base's own sizes, warn of the type, and list the weights that they do not know."""
+    done = run(
+        "import sys; from transformers import Qwen2ForCausalLM as A; m = A.from_pretrained(sys.argv[1])\n"
+        "assert m.config.hidden_size == 32", merged,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "type `ahn` to instantiate a model of type `qwen2`" in done.stderr and "UNEXPECTED" in done.stderr
+
+
+def test_configurations_from_before_name_the_base_without_a_prefix(
+    merged: Path, wanted: torch.Tensor, copy_of: Callable[[Path], Path]
+) -> None:
+    path = copy_of(merged)
+    for name in ("model_type", "architectures"):
+        edit_config(path, lambda c, name=name: c["ahn"].update({name: c["ahn"].pop(f"base_{name}")}))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path)), wanted)
+    with pytest.raises(ahn.AHNError, match="would leave out"):
+        Qwen2ForCausalLM.from_pretrained(path)
 
 
 def test_an_adapter_without_its_base_says_so(adapter: Path, copy_of: Callable[[Path], Path]) -> None:

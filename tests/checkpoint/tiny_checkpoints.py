@@ -87,7 +87,7 @@ def publish(path: Path, **changes: Any) -> Path:
     """Rewrite the configuration of an adapter or merged directory as the published trainer writes it."""
 
     def rewrite(config: dict[str, Any]) -> None:
-        config |= {name: config["ahn"][name] for name in ("model_type", "architectures") if name in config["ahn"]}
+        config |= {name: config["ahn"][f"base_{name}"] for name in ("model_type", "architectures")}
         for name in ("ahn", "base_model_name_or_path", "layer_types", "use_ahn_router", "use_q_proj", "fa_layer_ids"):
             config.pop(name, None)
         config["torch_dtype"] = config.pop("dtype")

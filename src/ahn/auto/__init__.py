@@ -2,7 +2,8 @@
 
 `ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto.classes`
 are registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there
-already, else by a finder that lets Python find and run such a module as always, and registers afterwards.
+already, else by a finder that lets Python find and run such a module as always, and registers afterwards. From then on
+classes of base models refuse such checkpoints, and PEFT says that it saves no memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PACKAGE = "transformers.models.auto."
 def register_with_transformers() -> None:
     """Register now what can be, the rest when its module is imported. Harmless when repeated."""
     waiting = {f"{PACKAGE}configuration_auto": _register_config, f"{PACKAGE}modeling_auto": _register_model}
+    waiting["peft.peft_model"] = _register_peft
     for name, register in list(waiting.items()):
         if name in sys.modules:
             register()
@@ -53,12 +55,14 @@ def _run(exec_module: Callable[[ModuleType], None], register: Callable[[], None]
 
 
 def _register_config() -> None:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-    from ahn.auto.classes import AHNModelConfig, knowing_memories
+    from ahn.auto.classes import AHNModelConfig, knowing_memories, refusing_memories
 
     CONFIG_MAPPING.register(MODEL_TYPE, AHNModelConfig, exist_ok=True)
     AutoConfig.from_pretrained = classmethod(knowing_memories(AutoConfig.from_pretrained.__func__))
+    PreTrainedConfig.from_dict = classmethod(refusing_memories(PreTrainedConfig.from_dict.__func__))
 
 
 def _register_model() -> None:
@@ -69,3 +73,11 @@ def _register_model() -> None:
 
     AutoModelForCausalLM.register(AHNModelConfig, AHNForCausalLM, exist_ok=True)
     setattr(transformers, ARCHITECTURE, AHNForCausalLM)  # where trainers look up what a config.json calls it
+
+
+def _register_peft() -> None:
+    from peft.peft_model import PeftModel
+
+    from ahn.auto.classes import saying_what_is_left_out
+
+    PeftModel.save_pretrained = saying_what_is_left_out(PeftModel.save_pretrained)

@@ -30,7 +30,10 @@ from ahn.memory.layer import added_parameters
 BLOCK = "ahn"
 BASE_NAME = "base_model_name_or_path"
 TYPED = ("model_type", "architectures")
-"""What a checkpoint says of itself; its block keeps the base model's."""
+"""What a checkpoint says of itself; its block keeps the base model's as `base_…`.
+
+Without the prefix a configuration class of transformers would take the block for its own, and default sizes with it.
+"""
 STRUCTURE = ("_ahn_implementation", "use_ahn_router", "use_q_proj", "fa_layer_ids")
 # Left-overs of the published trainer. `loss_type` must go: transformers would look its value up among its own losses.
 TRAINING = (
@@ -57,10 +60,15 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
     with _own_configuration(model) as written:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if not written and getattr(model, "_hf_peft_config_loaded", False):
-        warnings.warn(
-            f"{save_directory} holds the PEFT adapter alone. The AHN is saved by ahn.save_adapter(model, directory).",
-            stacklevel=3,
-        )
+        warn_of_peft(save_directory)
+
+
+def warn_of_peft(directory: str | os.PathLike[str]) -> None:
+    """Say that what PEFT saved lacks the memory."""
+    warnings.warn(
+        f"{directory} holds the PEFT adapter alone. The AHN is saved by ahn.save_adapter(model, directory).",
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager
@@ -105,7 +113,8 @@ def with_ahn(base_config: dict[str, Any], settings: AHNConfig, base_name: str | 
         "use_ahn_router": settings.router,
         "use_q_proj": settings.q_proj,
         "fa_layer_ids": list(settings.full_attention_layers),
-        BLOCK: dataclasses.asdict(settings) | {name: base_config[name] for name in TYPED if name in base_config},
+        BLOCK: dataclasses.asdict(settings)
+        | {f"base_{name}": base_config[name] for name in TYPED if name in base_config},
         BASE_NAME: base_name,
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
@@ -117,7 +126,7 @@ def base_config(config: dict[str, Any]) -> dict[str, Any]:
     block = config.get(BLOCK)
     if config.get("model_type") == MODEL_TYPE and isinstance(block, dict):
         config = {name: value for name, value in config.items() if name not in TYPED}
-        config |= {name: block[name] for name in TYPED if name in block}
+        config |= {name: block[key] for name in TYPED for key in (name, f"base_{name}") if key in block}
     dropped = {BLOCK, BASE_NAME, *STRUCTURE, *TRAINING}
     kept = {name: value for name, value in config.items() if name not in dropped}
     if "_ahn_implementation" in config and BLOCK not in config:
