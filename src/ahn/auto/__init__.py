@@ -80,4 +80,4 @@ def _register_peft() -> None:
 
     from ahn.auto.classes import saying_what_is_left_out
 
-    PeftModel.save_pretrained = saying_what_is_left_out(PeftModel.save_pretrained)
+    setattr(PeftModel, "save_pretrained", saying_what_is_left_out(PeftModel.save_pretrained))  # noqa: B010  (for mypy)
