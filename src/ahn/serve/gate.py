@@ -89,7 +89,8 @@ class Passage:
         if self._whole:
             return await self._receive()  # waits until the client goes
         try:
-            message = await asyncio.wait_for(self._receive(), self._settings.stalled)
+            async with asyncio.timeout(self._settings.stalled):
+                message = await self._receive()
         except TimeoutError as error:
             raise APIProblem(408, "The request does not come.", headers={"Connection": "close"}) from error
         if message["type"] == "http.request":
@@ -112,7 +113,8 @@ class Passage:
             headers["X-Request-Id"] = self._number
             headers["X-Content-Type-Options"] = "nosniff"
         try:
-            await asyncio.wait_for(self._send(message), self._settings.stalled)
+            async with asyncio.timeout(self._settings.stalled):
+                await self._send(message)
         except TimeoutError as error:
             raise TimeoutError(STALLED) from error
 

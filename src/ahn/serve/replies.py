@@ -57,7 +57,9 @@ class RunningReplies:
         self, replies: Sequence[Reply], watches: Sequence[ReplyWatch], seconds: float, alive: Callable[[], bool]
     ) -> None:
         self._replies, self._watches, self._alive = replies, watches, alive
-        self._seconds = seconds
+        self._ends, self._late = time.monotonic() + seconds, False
+        self._waiting: dict[int, Delta] = {}
+        self._news = asyncio.Event()
         self.written = [Written() for _ in replies]
 
     def cancel(self) -> None:
@@ -82,43 +84,89 @@ class RunningReplies:
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """What becomes known, with the number of its reply; an empty delta now and then where nothing does.
 
+        What comes faster than it is taken comes together: a slow client costs fewer events, not more memory.
+
         Raises:
             APIProblem: a reply failed, or nothing was written when the time was up, or the engine died.
         """
-        ends = time.monotonic() + self._seconds
-        sources = [aiter(reply) for reply in self._replies]
-        waiting = {asyncio.ensure_future(anext(source)): n for n, source in enumerate(sources)}
-        late = False
+        pumps = [asyncio.create_task(self._pump(n, reply)) for n, reply in enumerate(self._replies)]
         try:
-            while waiting:
-                left = ends - time.monotonic()
-                if left <= 0:
-                    if late or not self._alive():
-                        raise APIProblem(503, "The engine does not answer.")
-                    self.cancel()
-                    late, ends, left = True, time.monotonic() + LAST, LAST
-                done, _ = await asyncio.wait(waiting, timeout=min(left, IDLE), return_when=asyncio.FIRST_COMPLETED)
-                if not done:
+            left = len(pumps)
+            while left:
+                patience = self._patience()
+                if not self._waiting and not await self._news_within(patience):
                     if not self._alive():
                         raise APIProblem(503, "The engine has stopped.")
                     yield 0, Delta()
-                for task in done:
-                    n = waiting.pop(task)
-                    delta = self._took(n, task.result(), late)
-                    yield n, delta
-                    if delta.finish is None:
-                        waiting[asyncio.ensure_future(anext(sources[n]))] = n
+                    continue
+                n = next(iter(self._waiting))
+                delta = self._took(n, self._waiting.pop(n))
+                left -= delta.finish is not None
+                yield n, delta
         finally:
-            for task in waiting:
-                task.cancel()
+            for pump in pumps:
+                pump.cancel()
 
-    def _took(self, n: int, delta: Delta, late: bool) -> Delta:
-        self._watches[n].saw(delta)
-        if delta.finish == "cancelled" and late and (self.written[n].tokens or delta.tokens):
+    async def _pump(self, n: int, reply: Reply) -> None:
+        """Take in what one reply brings, as it comes."""
+        try:
+            async for delta in reply:
+                self._watches[n].saw(delta)
+                self._put(n, delta)
+        except Exception as error:
+            self._put(n, Delta(finish="error", error="The reply failed."))
+            raise error
+
+    def _put(self, n: int, delta: Delta) -> None:
+        before = self._waiting.get(n)
+        self._waiting[n] = delta if before is None else joined(before, delta)
+        self._news.set()
+
+    async def _news_within(self, seconds: float) -> bool:
+        self._news.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _patience(self) -> float:
+        """Seconds to wait for news. When the time is up, all that runs is told to end, and has a little more.
+
+        Raises:
+            APIProblem: it had that.
+        """
+        left = self._ends - time.monotonic()
+        if left <= 0:
+            if self._late:
+                raise APIProblem(503, "The engine does not answer.")
+            self.cancel()
+            self._late, left = True, LAST
+            self._ends = time.monotonic() + left
+        return min(left, IDLE)
+
+    def _took(self, n: int, delta: Delta) -> Delta:
+        if delta.finish == "cancelled" and self._late and (self.written[n].tokens or delta.tokens):
             delta = dataclasses.replace(delta, finish="length")  # what could be written in the time
         self.written[n].add(delta)
         if delta.finish == "error":
             raise APIProblem(500, delta.error or "The reply failed.")
         if delta.finish == "cancelled":
-            raise APIProblem(503, "The time for this request was up before its reply began." if late else "Cancelled.")
+            late = "The time for this request was up before its reply began."
+            raise APIProblem(503, late if self._late else "The reply was ended by the server.")
         return delta
+
+
+def joined(first: Delta, then: Delta) -> Delta:
+    """Two deltas of one reply as one."""
+    return Delta(
+        first.text + then.text,
+        first.tokens + then.tokens,
+        first.logprobs + then.logprobs,
+        first.prompt_logprobs or then.prompt_logprobs,
+        max(first.read, then.read),
+        max(first.cached, then.cached),
+        then.finish,
+        then.error,
+    )

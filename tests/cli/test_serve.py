@@ -1,0 +1,119 @@
+"""`ahn serve` as a program: what it refuses before a model is loaded, and what outlives it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ahn.errors import install_command
+
+installed = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="the extra serve is not installed")
+
+
+def test_without_the_extra_it_says_what_to_install(
+    ahn_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else found(name))
+    run = ahn_cli("serve")
+    assert run.code == 1 and install_command("serve") in run.err and run.err.count("\n") == 1
+
+
+@installed
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org", "192.168.0.1"])
+def test_another_host_needs_a_key(ahn_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.delenv("AHN_API_KEY", raising=False)
+    run = ahn_cli("serve", "--host", host)
+    assert run.code == 1 and "AHN_API_KEY" in run.err
+
+
+@installed
+def test_what_cannot_be_served_is_said_before_a_model_is_loaded(
+    ahn_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ahn.cli.session.open_session", lambda *_: pytest.fail("a model was loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        run = ahn_cli("serve", "--port", taken.getsockname()[1])
+    assert run.code == 1 and "in use" in run.err
+    (tmp_path / "file").write_text("")
+    assert "kept in" in ahn_cli("serve", "--state-dir", tmp_path / "file").err
+    assert "key" in ahn_cli("serve", "--api-key", "two words").err
+    assert ahn_cli("serve", "--port", 70000).code == 2
+    assert "--max-age" in ahn_cli("serve", "--max-age", 0).err
+
+
+class Program:
+    """`ahn serve` in a process of its own."""
+
+    def __init__(self, state: Path) -> None:
+        words = ["serve", "--port", "0", "--state-dir", str(state)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from ahn.cli import main; main()", *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"(http://127\.0\.0\.1:\d+)", line):
+                self.url = found[1]
+            if "startup complete" in line:
+                return
+        pytest.fail("the server did not start")
+
+    def say(self, text: str) -> tuple[str, int, int]:
+        """A turn of a session: the reply, the prompt's tokens, and how many of them had been read before."""
+        import httpx
+
+        body = {"messages": [{"role": "user", "content": text}], "session_id": "s", "max_tokens": 4, "temperature": 0}
+        said = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60).json()
+        usage = said["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return said["choices"][0]["message"]["content"], usage["prompt_tokens"], cached
+
+    def end(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        self.process.stderr.read()  # type: ignore[union-attr]
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Program]]:
+    programs: list[Program] = []
+
+    def run() -> Program:
+        programs.append(Program(tmp_path))
+        return programs[-1]
+
+    yield run
+    for program in programs:
+        program.process.kill()
+        program.process.wait()
+
+
+@installed
+@pytest.mark.slow
+def test_conversations_outlive_the_program_however_it_ends(start: Callable[[], Program]) -> None:
+    first = start()
+    _, prompt, _ = first.say("The cello is red. " * 50)
+    first.end(signal.SIGKILL)
+    second = start()
+    _, longer, cached = second.say("And then?")
+    assert longer > prompt and cached >= prompt - 1  # the turn before the crash is there, and need not be read again
+    assert second.end(signal.SIGINT) == 0
+    third = start()
+    _, longest, cached = third.say("And now?")
+    assert longest > longer and cached >= longer - 1
+    assert third.end(signal.SIGTERM) in (0, -signal.SIGTERM)
