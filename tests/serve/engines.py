@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from models import VOCABULARY, adapted
+from models import FEW, VOCABULARY, awaken, base
 from transformers import PreTrainedModel
 
+import ahn
 from ahn.serve.engine import Engine
 from ahn.serve.reply import Reply
 from ahn.serve.request import Delta, GenerationRequest, SamplingOptions, TokenLogprobs
@@ -33,8 +34,11 @@ def text(ids: Iterable[int]) -> str:
     return Letters().decode(list(ids))
 
 
-def model(**config: Any) -> PreTrainedModel:
-    return adapted(**{"window": WINDOW, "sinks": SINKS, "memory": "gated_deltanet"} | config)
+def model(seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Of one layer: what several layers do together is tested without an engine."""
+    own = {"window": WINDOW, "sinks": SINKS, "memory": "gated_deltanet"} | config
+    few = FEW | ({"key_bits": 4, "value_bits": 2} if config.get("quantized") else {})
+    return awaken(ahn.attach(base(seed=seed, num_hidden_layers=1), ahn.AHNConfig(**few | own)))
 
 
 @contextlib.contextmanager
@@ -93,5 +97,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 @torch.no_grad()
 def alone(of: PreTrainedModel, ids: Sequence[int], count: int) -> list[int]:
     """What the model writes on its own, greedily."""
-    output = of.generate(torch.tensor([list(ids)]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    whole = torch.tensor([list(ids)])  # the padding token's id may be among them
+    options = {"attention_mask": torch.ones_like(whole), "max_new_tokens": count, "do_sample": False}
+    output = of.generate(whole, eos_token_id=None, **options)
     return [int(token) for token in output[0, len(ids) :]]

@@ -32,7 +32,7 @@ def later(ids: Sequence[int], reply: Sequence[int], more: int = 5) -> list[int]:
 def test_turn_after_turn_reads_what_is_new_alone() -> None:
     with engine(OF) as running:
         ids, read = prompt(50), 49
-        for turn in range(4):
+        for turn in range(3):
             before = running.stats().tokens_read
             got = ask(running, ids, 4)
             assert got.tokens == alone(OF, ids, 4)
@@ -102,7 +102,7 @@ def test_owners_see_their_own_alone() -> None:
         assert not running.forget("b", "mine") and running.forget("a", "mine") and not running.forget("a", "mine")
         assert running.conversations("a") == []
         assert ask(running, prompt(60), 4, owner="a").cached == 0
-        both = [running.submit(request(prompt(500), 3, owner=owner)) for owner in "xy"]
+        both = [running.submit(request(prompt(100), 3, owner=owner)) for owner in "xy"]
         assert [whole(reply).cached for reply in both] == [0, 0]
 
 
@@ -118,14 +118,14 @@ def test_memory_is_bounded_and_the_latest_stay() -> None:
         one = ask(running, prompt(60), 4).finish and running.conversations("")[0]
     assert one
     size = sum(one.parts.values())
-    with engine(OF, state_bytes=5 * size) as running:
-        for seed in range(8):
+    with engine(OF, state_bytes=4 * size) as running:
+        for seed in range(6):
             ask(running, prompt(60, seed=seed), 4)
         until = time.monotonic() + 5
-        while running.stats().bytes_in_memory > 5 * size and time.monotonic() < until:
+        while running.stats().bytes_in_memory > 4 * size and time.monotonic() < until:
             time.sleep(0.01)
-        assert running.stats().bytes_in_memory <= 5 * size and running.stats().evicted > 0
-        assert ask(running, prompt(60, seed=7), 1).cached == 59 and ask(running, prompt(60, seed=0), 1).cached == 0
+        assert running.stats().bytes_in_memory <= 4 * size and running.stats().evicted > 0
+        assert ask(running, prompt(60, seed=5), 1).cached == 59 and ask(running, prompt(60, seed=0), 1).cached == 0
 
 
 def test_what_was_not_used_for_long_is_forgotten() -> None:

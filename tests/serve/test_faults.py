@@ -120,7 +120,7 @@ def test_memory_that_runs_out_waits_for_others() -> None:
 
     hungry = [POISON, *prompts(1)[0]]
     with engine(OF) as running, Spoiled(OF, spoil):
-        other = running.submit(request(prompts(1)[0], 300))
+        other = running.submit(request(prompts(1)[0], 60))
         got = ask(running, hungry, 5)
         assert whole(other).finish == "length"
     assert failures == 2 and got.tokens == alone(OF, hungry, 5)

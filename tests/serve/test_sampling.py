@@ -87,7 +87,7 @@ def test_temperature_zero_takes_the_best() -> None:
 def test_draws_follow_the_probabilities() -> None:
     scores, row = logits(1), chooser(temperature=1.0, top_k=5, seed=0)
     share = cut(scores, [row.options])[0].softmax(-1)
-    draws = 4000
+    draws = 1500
     found = Counter(choose(scores, [row])[0].token for _ in range(draws))
     assert set(found) <= set(share.nonzero()[:, 0].tolist())
     for token, p in enumerate(share.tolist()):

@@ -20,10 +20,12 @@ class Batch:
 
     Attributes:
         read: tokens that each row has read.
+        sizes: numbers of rows that are prepared once each.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.sizes: list[int] = [1]
         self.read: list[int] = []
         self._cache: AHNCache | None = None
 
@@ -50,8 +52,12 @@ class Batch:
         else:
             self._cache = None
 
+    def empty(self) -> None:
+        """All rows leave."""
+        self.clear()
+
     def clear(self) -> None:
-        """All rows are gone."""
+        """All rows are gone, and what they were in: after a step that failed."""
         self.read, self._cache = [], None
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -105,6 +111,10 @@ class FixedBatch(Batch):
             rows.move(self._cache, last, row)
         self.read[row] = self.read[last]
         self.read.pop()
+
+    def empty(self) -> None:
+        self._settle()
+        self.read = []
 
     def clear(self) -> None:
         super().clear()

@@ -142,8 +142,8 @@ class Engine:
             on_disk=on_disk,
             bytes_in_memory=bytes_in_memory,
             bytes_on_disk=bytes_on_disk,
-            tokens_read=s.tokens_read,
-            tokens_cached=s.tokens_cached,
+            tokens_read=s.prompts.tokens_read,
+            tokens_cached=s.prompts.tokens_cached,
             tokens_written=s.tokens_written,
             evicted=self.store.evicted,
         )
@@ -166,6 +166,10 @@ class Engine:
 
     def _run(self) -> None:
         faults = 0
+        try:
+            self.scheduler.warm_up()
+        except Exception:
+            log.exception("The engine could not be warmed up")
         while not self._stop:
             try:
                 self.scheduler.turn()

@@ -106,20 +106,22 @@ class Job(Reading):
         """How much of the prompt is read."""
         return Delta(read=min(self.read, self.prompt_length), cached=self.cached)
 
-    def take(self, chosen: Chosen) -> Delta:
-        """The next token is written; the delta that says so. `finish` is set if it was the last."""
+    def take(self, token: int) -> None:
+        """The next token is written; `finish` is set if that is enough to see that it was the last."""
         options = self.request.options
-        self.ids.append(chosen.token)
+        self.ids.append(token)
         self.written += 1
-        text = ""
-        if chosen.token in self.ends and not options.ignore_eos:
+        if token in self.ends and not options.ignore_eos:
             self.finish = "stop"
-        else:
-            text = self.text.add(chosen.token)
-            if self.text.stopped:
-                self.finish = "stop"
-            elif self.written >= options.max_tokens:
-                self.finish = "length"
+        elif self.written >= options.max_tokens:
+            self.finish = "length"
+
+    def delta(self, chosen: Chosen) -> Delta:
+        """What the last token that was taken brings; `finish` is set if it ends a stop text."""
+        ended = self.finish == "stop"  # with an end token, which is no text
+        text = "" if ended else self.text.add(chosen.token)
+        if self.text.stopped:
+            self.finish = "stop"
         if self.finish:
             text += self.text.end()
         logprobs = () if chosen.logprobs is None else (chosen.logprobs,)

@@ -7,35 +7,27 @@ batch with its last token still to be read: the step that reads it gives the rep
 from __future__ import annotations
 
 import collections
-import copy
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ahn import private
 from ahn.cache.conversation import AHNCache
-from ahn.errors import AHNError
-from ahn.measure.reading import CPU_CHUNK
 from ahn.serve.batch import Batch, make_batch
 from ahn.serve.jobs import Job, Reading, said
 from ahn.serve.keeper import Keeper, Rest
 from ahn.serve.prefixes import SeenBlocks
-from ahn.serve.request import Delta, FinishReason, TokenLogprobs
-from ahn.serve.sampling import choose, logprobs_of
-from ahn.serve.store import KeptState, StateStore
+from ahn.serve.prompts import WORTH, PromptReader
+from ahn.serve.request import Delta, FinishReason
+from ahn.serve.sampling import Chosen, choose
+from ahn.serve.store import StateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORTH = 32
-"""Tokens from which on a state is kept rather than read anew, and a prompt waits for another that begins as it does."""
-GPU_CHUNK = 2048
-"""Tokens that a GPU reads in about the time of a step of many conversations."""
 ATTEMPTS = 2
 """How often a request begins again after a fault that may not be its own: a step that failed, memory that ran out."""
 log = logging.getLogger(__name__)
@@ -49,16 +41,13 @@ class Scheduler:
         chunk: tokens that are read between two steps.
 
     Attributes:
-        tokens_read, tokens_cached, tokens_written: since the start.
+        tokens_written: since the start.
         finished: requests by how they finished.
         seconds: from a request's arrival to its end, on average of late.
     """
 
     def __init__(self, model: PreTrainedModel, store: StateStore, conversations: int, chunk: int | None) -> None:
         self.model, self.store, self.conversations = model, store, conversations
-        on_cpu = model.device.type == "cpu"
-        self.chunk = chunk or min(model.ahn_config.prefill_chunk_size, CPU_CHUNK if on_cpu else GPU_CHUNK)
-        self._empty = AHNCache.for_model(model)
         self._changed = threading.Condition()
         self._inbox: collections.deque[Reading] = collections.deque()
         self.waiting: list[Job] = []
@@ -67,10 +56,13 @@ class Scheduler:
         self.batch: Batch | None = None
         self.closing: set[Job] = set()
         self.keeper = Keeper(store, self.put, self._closed)
+        self.prompts = PromptReader(model, store, self.keeper, chunk)
         self._seen = SeenBlocks()
         self._turns, self.seconds = 0, 1.0
+        self._deferring = model.device.type != "cpu"
+        self._undelivered: collections.deque[tuple[Job, Chosen]] = collections.deque()
         self._expired = time.monotonic()
-        self.tokens_read = self.tokens_cached = self.tokens_written = 0
+        self.tokens_written = 0
         self.finished: collections.Counter[str] = collections.Counter()
 
     # -- called from other threads ---------------------------------------------------------------------------------
@@ -102,6 +94,19 @@ class Scheduler:
     def idle(self) -> bool:
         """There is nothing to do, nor will be unless a request comes."""
         return not (self._inbox or self.waiting or self.reading or self.running or self.closing)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Capture the steps that a GPU repeats, so that no request waits for it."""
+        if self.model.device.type == "cpu":
+            return
+        cache = self.prompts.read_tokens([0, 0])
+        self.batch = make_batch(self.model, self.conversations, cache)
+        for size in self.batch.sizes:
+            while len(self.batch) < size:
+                self.batch.add(cache)
+            self.batch.step([0] * size)
+        self.batch.empty()
 
     # -- one turn --------------------------------------------------------------------------------------------------
 
@@ -152,7 +157,7 @@ class Scheduler:
             if not self._must_wait(job):
                 self.reading.append(job)
                 self.waiting.remove(job)
-                self._guarded(job, self._begin)
+                self._guarded(job, self.prompts.begin)
 
     def _must_wait(self, job: Job) -> bool:
         """Whether another is about to read what this one begins with."""
@@ -176,39 +181,9 @@ class Scheduler:
         job.waits_for = other, cut
         return True
 
-    def _begin(self, job: Job) -> None:
-        """Find what is known of a prompt."""
-        known = None if job.fresh else self.store.find(job.owner, job.tokens, job.target)
-        self._go_on_from(job, known)
-        if job.target - job.read >= WORTH:
-            job.cuts.add(job.target)
-
-    def _go_on_from(self, job: Job, known: KeptState | None) -> None:
-        job.read = 0 if known is None else known.note.length
-        if not job.written:
-            self.tokens_cached += job.read - job.cached
-            job.cached = job.read
-        if known is None:
-            job.cache = copy.deepcopy(self._empty)
-        else:
-            job.loading = self.keeper.open(known)
-
-    def _ready(self) -> list[Reading]:
-        """Those that have something to read; states that were on their way have arrived."""
-        for job in self.reading:
-            if isinstance(job, Job) and job.loading is not None and job.loading.done():
-                loading, job.loading = job.loading, None
-                error = loading.exception()
-                if error is None:
-                    job.cache = loading.result()
-                else:
-                    log.warning("A prompt is read anew: %s", error)
-                    self._go_on_from(job, None)
-        return [job for job in self.reading if job.read < job.target and not getattr(job, "loading", None)]
-
     def _read(self) -> bool:
-        """Read one chunk: by turns of the prompt of which least is left, and of the one that came first."""
-        ready = self._ready()
+        """Read one chunk: by turns of the prompt that came first, and of the one of which least is left."""
+        ready = self.prompts.ready(self.reading)
         if ready:
             self._turns += 1
             shortest = min(ready, key=lambda job: job.target - job.read)
@@ -216,48 +191,10 @@ class Scheduler:
         return bool(ready)
 
     def _read_chunk(self, job: Reading) -> None:
-        if job.cache is None:
-            job.cache = copy.deepcopy(self._empty)
-        stop, first = job.next_stop(self.chunk), job.read
-        all_logits = isinstance(job, Job) and job.fresh
-        logits = self._forward(job.cache, job.tokens.ids[first:stop].tolist(), 0 if all_logits else 1)
-        job.read = stop
-        if isinstance(job, Job):
-            self.tokens_read += 0 if job.written else stop - first
-            if all_logits:
-                self._note_logprobs(job, logits, first)
-            if not job.written:
-                job.reply.put(job.progress())
-        if stop in job.cuts:
-            job.cuts.discard(stop)
-            self._snapshot(job, stop)
+        self.prompts.read_chunk(job)
         if isinstance(job, Rest) and job.read == job.target:
             self.reading.remove(job)
             self.keeper.read_to_end(job)
-
-    def _forward(self, cache: AHNCache, ids: list[int], keep: int) -> Tensor:
-        tokens = torch.tensor([ids], device=self.model.device)
-        logits: Tensor = self.model(
-            input_ids=tokens, use_cache=True, logits_to_keep=keep, **{private.CACHE: cache}
-        ).logits[0]
-        return logits
-
-    def _snapshot(self, job: Reading, length: int) -> None:
-        digest = job.tokens.key(length)[1]
-        if isinstance(job, Job) and job.request.keep and not self.store.has(job.owner, digest):
-            assert job.cache is not None
-            job.kept.append(digest)
-            self.keeper.snapshot(job.tokens, job.owner, length, copy.deepcopy(job.cache), job.request.name)
-
-    def _note_logprobs(self, job: Job, logits: Tensor, first: int) -> None:
-        count = job.request.options.prompt_logprobs or 0
-        if not first:
-            job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
-        logprobs = logits.float().log_softmax(-1)
-        if not bool(logprobs.isfinite().all()):
-            raise AHNError("The model's scores are not numbers.")
-        following = job.ids[first + 1 : first + 1 + len(logits)]
-        job.prompt_logprobs += [logprobs_of(own, token, count) for own, token in zip(logprobs, following, strict=True)]
 
     # -- replies ---------------------------------------------------------------------------------------------------
 
@@ -271,14 +208,11 @@ class Scheduler:
         if not job.request.options.max_tokens:
             self._end(job, "length", keep=True)
             return
-        if job.cache is None or not job.cache.seen:  # a prompt of a single token: there is nothing yet to join with
-            job.cache = copy.deepcopy(self._empty)
-            logits = self._forward(job.cache, job.ids[:1], 1)
-            job.read = 1
-            if job.fresh:
-                job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
-            if not self._advance([job], logits):
+        if not job.read:  # a prompt of a single token: there is nothing yet to join with
+            self._advance([job], choose(self.prompts.read_single(job), [job.chooser]))
+            if job.finish is not None:
                 return
+        assert job.cache is not None
         if self.batch is None:
             self.batch = make_batch(self.model, self.conversations, job.cache)
         if self.model.device.type != "cpu":
@@ -295,27 +229,38 @@ class Scheduler:
         assert self.batch is not None
         try:
             logits = self.batch.step([job.ids[-1] for job in self.running])
+            self._deliver()
+            chosen = choose(logits, [job.chooser for job in self.running])
         except Exception as error:
             self._begin_again(error)
             return True
         for job in self.running:
             job.read += 1
-        self._advance(list(self.running), logits)
+        self._advance(list(self.running), chosen)
         return True
 
-    def _advance(self, jobs: list[Job], logits: Tensor) -> bool:
-        """Choose the next token of each; whether the first of them goes on."""
-        for job, chosen in zip(jobs, choose(logits, [job.chooser for job in jobs]), strict=True):
-            if chosen.error is not None:
-                self._fail(job, chosen.error)
+    def _advance(self, jobs: Sequence[Job], chosen: Sequence[Chosen]) -> None:
+        """Each has its next token."""
+        for job, one in zip(jobs, chosen, strict=True):
+            if one.error is not None:
+                self._fail(job, one.error)
                 continue
-            delta = job.take(chosen)
+            job.take(one.token)
             self.tokens_written += 1
-            if delta.finish is None:
+            if self._deferring and job.finish is None and not job.request.options.stop:
+                self._undelivered.append((job, one))
+                continue
+            delta = job.delta(one)
+            if job.finish is None:
                 job.reply.put(delta)
             else:
-                self._end(job, delta.finish, keep=True, delta=delta)
-        return jobs[0].finish is None
+                self._end(job, job.finish, keep=True, delta=delta)
+
+    def _deliver(self) -> None:
+        """Make text of tokens that were left for the time in which a GPU takes the next step."""
+        while self._undelivered:
+            job, chosen = self._undelivered.popleft()
+            job.reply.put(job.delta(chosen))
 
     # -- ends ------------------------------------------------------------------------------------------------------
 
@@ -323,13 +268,14 @@ class Scheduler:
         self, job: Job, finish: FinishReason, keep: bool = False, delta: Delta | None = None, error: str | None = None
     ) -> None:
         """A request is over, wherever it is."""
+        self._deliver()
         self.closing.add(job)
         cache = job.cache
         if job in self.running:
             row = self.running.index(job)
             assert self.batch is not None
             if keep and job.request.keep:
-                cache = self.batch.take(row)
+                cache = self._taken(row)
             self.batch.drop(row)
             self.running[row] = self.running[-1]
             self.running.pop()
@@ -339,6 +285,16 @@ class Scheduler:
         delta = job.last(finish, error) if delta is None else delta
         job.cache = None
         self.keeper.finish(job, cache if keep else None, delta)
+
+    def _taken(self, row: int) -> AHNCache | None:
+        """A copy of a reply's row; None if there is no memory for it, and nothing can be kept."""
+        assert self.batch is not None
+        try:
+            return self.batch.take(row)
+        except torch.OutOfMemoryError:
+            log.warning("There is no memory to keep a conversation; it will be read again")
+            self._make_room()
+            return None
 
     def _fail(self, job: Job, error: str) -> None:
         for digest in job.kept:  # what was read may be the reason
@@ -372,11 +328,17 @@ class Scheduler:
             self.reading.remove(job)
         job.begin_again()
         self.waiting.insert(0, job)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """On a GPU, for those that run."""
+        self.store.leave_device(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _begin_again(self, error: Exception) -> None:
         """A step failed, for all rows: their states cannot be told from ones that are torn."""
+        self._deliver()
         log.error("A step failed; %d replies begin again from what is kept", len(self.running), exc_info=error)
         jobs, self.running = self.running, []
         assert self.batch is not None

@@ -5,14 +5,18 @@ A state in the store never changes: whoever goes on from it works on a copy, so 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache
@@ -160,7 +164,8 @@ class StateStore:
         cache = state.cache
         if self.files is None or state.file is not None or cache is None:
             return
-        path = self.files.write(cache, state.note)
+        with beside(self.model.device):
+            path = self.files.write(cache, state.note)
         with self._lock:
             state.file = path
             forgotten = self._states.get(state.note.key) is not state
@@ -180,7 +185,7 @@ class StateStore:
                 if state.file is None:
                     self._remove(state)
                 self.evicted += 1
-        self._leave_device()
+        self.leave_device(self.device)
 
     def _in_excess(self) -> list[KeptState]:
         with self._lock:
@@ -192,17 +197,18 @@ class StateStore:
                     excess -= state.nbytes
             return found
 
-    def _leave_device(self) -> None:
-        """Bring the least recently used states of those on the model's device to the CPU."""
+    def leave_device(self, limit: int) -> None:
+        """Of the states on a GPU bring the least recently used to the CPU, down to so many bytes."""
         if self.model.device.type == "cpu":
             return
         with self._lock:
             held = sorted((s for s in self._states.values() if _place(s) == "device"), key=lambda s: s.used)
-        excess = sum(s.nbytes for s in held) - self.device
+        excess = sum(s.nbytes for s in held) - limit
         for state in held:
             cache = state.cache
             if excess > 0 and cache is not None:
-                cache.to("cpu")
+                with beside(self.model.device):
+                    cache.to("cpu")
                 excess -= state.nbytes
 
     def trim_disk(self) -> None:
@@ -354,6 +360,18 @@ class StateStore:
         state.used = time.time()
         if state.file is not None and self.files is not None:
             self.files.touch(state.file)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Copies from a GPU to the CPU beside its other work, as soon as what it was given before is done."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _place(state: KeptState) -> Literal["device", "memory", "disk"]:

@@ -1,0 +1,133 @@
+"""How prompts are read: what is known of them is found, and the rest is read in chunks, each prompt alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ahn import private
+from ahn.cache.conversation import AHNCache
+from ahn.errors import AHNError
+from ahn.measure.reading import CPU_CHUNK
+from ahn.serve.jobs import Job, Reading
+from ahn.serve.keeper import Keeper
+from ahn.serve.prefixes import Prefixes
+from ahn.serve.request import TokenLogprobs
+from ahn.serve.sampling import logprobs_of
+from ahn.serve.store import KeptState, StateStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WORTH = 32
+"""Tokens from which on a state is kept rather than read anew, and a prompt waits for another that begins as it does."""
+GPU_CHUNK = 2048
+"""Tokens that a GPU reads in about the time of a step of many conversations."""
+log = logging.getLogger(__name__)
+
+
+class PromptReader:
+    """Reads for the engine's thread.
+
+    Args:
+        chunk: tokens that are read at once; None takes what suits the device.
+
+    Attributes:
+        tokens_read, tokens_cached: of prompts, since the start: read, and found to have been read before.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: StateStore, keeper: Keeper, chunk: int | None) -> None:
+        self.model, self.store, self.keeper = model, store, keeper
+        on_cpu = model.device.type == "cpu"
+        self.chunk = chunk or min(model.ahn_config.prefill_chunk_size, CPU_CHUNK if on_cpu else GPU_CHUNK)
+        self.tokens_read = self.tokens_cached = 0
+        self._empty = AHNCache.for_model(model)  # with the settings of now, whatever the model's will be
+
+    def begin(self, job: Job) -> None:
+        """Find what is known of a prompt."""
+        known = None if job.fresh else self.store.find(job.owner, job.tokens, job.target)
+        self._go_on_from(job, known)
+        if job.target - job.read >= WORTH:
+            job.cuts.add(job.target)
+
+    def _go_on_from(self, job: Job, known: KeptState | None) -> None:
+        job.read = 0 if known is None else known.note.length
+        if not job.written:
+            self.tokens_cached += job.read - job.cached
+            job.cached = job.read
+        if known is not None:
+            job.loading = self.keeper.open(known)
+
+    def ready(self, readings: Sequence[Reading]) -> list[Reading]:
+        """Those that have something to read; states that were on their way have arrived."""
+        for job in readings:
+            if isinstance(job, Job) and job.loading is not None and job.loading.done():
+                loading, job.loading = job.loading, None
+                error = loading.exception()
+                if error is None:
+                    job.cache = loading.result()
+                else:
+                    log.warning("A prompt is read anew: %s", error)
+                    self._go_on_from(job, None)
+        return [job for job in readings if job.read < job.target and not getattr(job, "loading", None)]
+
+    def read_chunk(self, job: Reading) -> None:
+        """Read the next tokens, and keep a copy where one is wanted."""
+        stop, first = job.next_stop(self.chunk), job.read
+        all_logits = isinstance(job, Job) and job.fresh
+        logits = self._forward(job, stop, 0 if all_logits else 1)
+        if isinstance(job, Job):
+            if all_logits:
+                _note_logprobs(job, logits, first)
+            if not job.written:
+                self.tokens_read += stop - first
+                job.reply.put(job.progress())
+        if stop in job.cuts:
+            job.cuts.discard(stop)
+            self._snapshot(job, stop)
+
+    def read_single(self, job: Job) -> Tensor:
+        """Read a prompt's only token; logits (1, V) of the next one."""
+        if job.fresh:
+            job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
+        return self._forward(job, 1, 1)
+
+    def read_tokens(self, ids: Sequence[int]) -> AHNCache:
+        """A conversation of these tokens."""
+        reading = Reading("", Prefixes(ids), len(ids))
+        self._forward(reading, len(ids), 1)
+        assert reading.cache is not None
+        return reading.cache
+
+    def _forward(self, job: Reading, stop: int, keep: int) -> Tensor:
+        """Logits (n, V) of the last `keep` tokens up to `stop`, of all for 0."""
+        if job.cache is None:
+            job.cache = copy.deepcopy(self._empty)
+        tokens = torch.tensor([job.tokens.ids[job.read : stop].tolist()], device=self.model.device)
+        options = {"use_cache": True, "logits_to_keep": keep, private.CACHE: job.cache}
+        logits: Tensor = self.model(input_ids=tokens, **options).logits[0]
+        job.read = stop
+        return logits
+
+    def _snapshot(self, job: Reading, length: int) -> None:
+        digest = job.tokens.key(length)[1]
+        if isinstance(job, Job) and job.request.keep and not self.store.has(job.owner, digest):
+            assert job.cache is not None
+            job.kept.append(digest)
+            self.keeper.snapshot(job.tokens, job.owner, length, copy.deepcopy(job.cache), job.request.name)
+
+
+def _note_logprobs(job: Job, logits: Tensor, first: int) -> None:
+    count = job.request.options.prompt_logprobs or 0
+    if not first:
+        job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
+    logprobs = logits.float().log_softmax(-1)
+    if not bool(logprobs.isfinite().all()):
+        raise AHNError("The model's scores are not numbers.")
+    following = job.ids[first + 1 : first + 1 + len(logits)]
+    job.prompt_logprobs += [logprobs_of(own, token, count) for own, token in zip(logprobs, following, strict=True)]

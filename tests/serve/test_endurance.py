@@ -1,0 +1,99 @@
+"""Killed at any moment, and thousands of conversations: nothing finished is lost, nothing grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Whole, alone, ask, engine, model, prompt
+
+from ahn.serve.engine import Engine
+
+HERE = Path(__file__).parent
+
+
+def finished_until_killed(folder: Path, seed: int, seconds: float) -> list[Any]:
+    """Run `killed.py`, kill it after so long; the turns that it said were finished."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
+    command = [sys.executable, str(HERE / "killed.py"), str(folder), str(seed)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert process.stdout is not None
+    process.stdout.readline()  # it is ready
+    threading.Timer(seconds, process.kill).start()
+    lines = process.stdout.read().splitlines()
+    process.wait()
+    turns = []
+    for line in lines:
+        try:
+            turns.append(json.loads(line))
+        except json.JSONDecodeError:  # killed while it said so
+            assert line is lines[-1]
+    return turns
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_every_finished_turn_is_there(tmp_path: Path) -> None:
+    draw, of = random.Random(0), model()
+    latest: dict[int, tuple[list[int], list[int]]] = {}
+    for seed in range(20):
+        for number, _, ids, reply in finished_until_killed(tmp_path, seed, draw.uniform(0.05, 1.5)):
+            latest[number] = ids, reply
+    assert len(latest) > 20
+    with engine(of, state_dir=tmp_path) as running:
+        assert not list(tmp_path.glob("states-*/*.damaged"))
+        for ids, reply in latest.values():
+            more = [*ids, *reply, *prompt(3, seed=7)]
+            got = ask(running, more, 3)
+            assert got.cached == len(ids) + len(reply) - 1 and got.tokens == alone(of, more, 3)
+        names = {info.name for info in running.conversations("")}
+        assert {f"talk-{number}" for number in latest} <= names
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def talk(running: Engine, number: int) -> list[Whole]:
+    """A conversation of three turns, some on a document that others ask about too."""
+    ids = prompt(1000, seed=number if number % 3 else number % 10)
+    ids, turns = [*ids, *prompt(5, seed=number)], []
+    for turn in range(3):
+        turns.append(ask(running, ids, 8, name=str(number), temperature=number % 2, seed=number))
+        ids = [*ids, *turns[-1].tokens, *prompt(20, seed=turn)]
+    return turns
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_thousands_of_conversations_take_no_more_memory(tmp_path: Path) -> None:
+    limit, files = 4 << 20, 8 << 20
+    with engine(
+        model(), conversations=8, chunk=256, state_dir=tmp_path, state_bytes=limit, disk_bytes=files
+    ) as running:
+        with ThreadPoolExecutor(16) as clients:
+            sizes = []
+            for part in range(10):
+                for turns in clients.map(lambda n: talk(running, n), range(part * 200, (part + 1) * 200)):
+                    assert [turn.finish for turn in turns] == ["length"] * 3
+                    assert all(turn.cached > 0 for turn in turns[1:])
+                sizes.append(resident())
+        until = time.monotonic() + 10
+        while running.stats().bytes_in_memory > limit and time.monotonic() < until:
+            time.sleep(0.05)
+        stats = running.stats()
+        assert stats.bytes_in_memory <= limit and stats.bytes_on_disk <= files
+        assert stats.waiting == stats.running == 0 and stats.tokens_written == 2000 * 3 * 8
+    # What Python and torch keep for themselves is taken by then.
+    assert sizes[-1] - sizes[2] < 32 << 20, [size >> 20 for size in sizes]
