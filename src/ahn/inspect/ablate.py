@@ -36,7 +36,8 @@ def without(
 
     Args:
         model: with a recurrent memory.
-        layers, heads: indices; None takes all. Every named layer loses the same heads.
+        layers: indices; None takes all. Every named layer loses the same heads.
+        heads: indices; None takes all.
         write: False keeps what leaves the window during the block out of these heads' states (the gates of a token
             are closed, so the state does not decay either). Query heads that share states lose them together.
         read: False adds nothing from these heads' states. A norm over all heads (Mamba2) still counts them.

@@ -241,7 +241,8 @@ class RecurrentMemory(Memory, ABC):
 
         Args:
             q: (B, H, m, P), after RoPE.
-            k, v: (B, Hw, m, P), keys after RoPE, both repeated where Hw = H.
+            k: (B, Hw, m, P), after RoPE, repeated where Hw = H.
+            v: (B, Hw, m, P), repeated in the same way.
             gates: of the written tokens, from `write_gates`.
             state: before the first write.
 

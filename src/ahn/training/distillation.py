@@ -68,7 +68,8 @@ def distillation_loss(
         batch: token ids (B, L), or a mapping with `input_ids` and, each (B, L) and optional, `attention_mask`
             (0 is padding) and `labels` (-100 is not to be learned; all tokens if absent). Best left on the CPU: which
             positions count is then known without waiting for the model's device.
-        window, sinks: of the student, in tokens.
+        window: of the student, in tokens.
+        sinks: likewise.
         loss: "kl", "ce", "distill" or a sum of them.
         use_normalized_l2: for "distill", compare directions of attention outputs rather than the outputs.
         chunk: positions whose logits exist at once.
