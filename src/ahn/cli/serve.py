@@ -58,6 +58,9 @@ def command(
     state_mib: Annotated[
         int, typer.Option("--state-mib", min=1, help="MiB of memory for conversations that are not in use.")
     ] = 2048,
+    device_mib: Annotated[
+        int, typer.Option("--device-mib", min=0, help="MiB of these that may stay on the GPU, to go on at once.")
+    ] = 0,
     disk_mib: Annotated[
         int | None, typer.Option("--disk-mib", min=1, help="MiB of conversations in --state-dir (default: no limit).")
     ] = None,
@@ -116,6 +119,7 @@ def command(
         conversations=conversations,
         state_dir=directory,
         state_bytes=state_mib * MIB,
+        device_bytes=device_mib * MIB,
         disk_bytes=None if disk_mib is None else disk_mib * MIB,
         max_age=seconds,
         queue=queue,
