@@ -210,6 +210,15 @@ HOOKED_FORWARD = "_old_forward"
 """Where accelerate keeps the forward that its hook wraps: what is put there runs inside the hook."""
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module with a weight computes: accelerate may keep the weight elsewhere, and put a stand-in here."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))
+    devices = [device for one in hooks if (device := getattr(one, "execution_device", None)) is not None]
+    weight: Tensor = module.weight
+    return torch.device(devices[0]) if devices and weight.is_meta else weight.device
+
+
 def set_forward(model: PreTrainedModel, forward: Call) -> None:
     """Put a forward before the model's own, inside accelerate's hook if the model has one."""
     setattr(model, HOOKED_FORWARD if HOOKED_FORWARD in vars(model) else "forward", forward)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from golden import relative_error
-from models import adapted, base, tokens
+from models import adapted, awaken, base, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -112,6 +112,41 @@ def test_every_function_works_through_a_wrapper(wrap: Any, tmp_path: Any) -> Non
     ahn.detach(wrapped)
     assert ahn.attach(wrapped, ahn.AHNConfig(window=13, sinks=3)) is wrapped
     assert model.ahn_config.window == 13
+
+
+ATTENTION, EVERYTHING_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING_LINEAR], ids=["q, k, v, o", "all linear"])
+@pytest.mark.parametrize("order", ["memory first", "LoRA first"])
+def test_lora_is_on_the_base_alone_in_both_orders(targets: Any, order: str, tmp_path: Any) -> None:
+    """The memory keeps its own gradients, is saved and loaded, and survives the merging of LoRA."""
+    config, ids = ahn.AHNConfig(window=13, sinks=3), tokens(1, 60)
+    lora = {"target_modules": targets, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    if order == "memory first":
+        wrapped = _lora(adapted(window=13, sinks=3), **lora)
+    else:
+        wrapped = awaken(ahn.attach(_lora(base(), **lora), config))
+    names = [name for name, _ in wrapped.named_parameters()]
+    assert any(".q_proj.lora_A." in name for name in names) and any(".o_proj.lora_A." in name for name in names)
+    assert not any("lora" in name for name in ahn.adapter_parameters(wrapped))
+    wrapped(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None for name, p in wrapped.named_parameters() if "lora_" in name)
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+        ahn.save_adapter(wrapped, tmp_path / "adapter")
+        ahn.load_adapter(wrapped, tmp_path / "adapter")
+        assert torch.equal(wrapped(ids).logits, expected)
+        assert relative_error(wrapped.merge_and_unload()(ids).logits, expected) < TOLERANCE
+
+
+def test_a_memory_that_peft_has_adapted_is_not_saved_as_one(tmp_path: Any) -> None:
+    wrapped = _lora(
+        adapted(window=13, sinks=3), target_modules=EVERYTHING_LINEAR, exclude_modules=None, task_type="CAUSAL_LM"
+    )
+    with pytest.raises(AHNError, match=r"PEFT has adapted the memory itself .* exclude_modules"):
+        ahn.save_adapter(wrapped, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_wrapper_without_an_ahn_is_refused() -> None:

@@ -44,6 +44,11 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     settings = model.ahn_config
     if not parameters:
         raise AHNError(f"The memory {settings.memory!r} has no parameters: attach() recreates it without a file.")
+    if adapted := [name for name in parameters if ".lora_" in name or ".base_layer." in name]:
+        raise AHNError(
+            f"PEFT has adapted the memory itself ({adapted[0]}), which has no file of its own for that: give PEFT "
+            r"exclude_modules=r'.*\.ahn\..*', which leaves the memory alone."
+        )
     occupied = (path / INDEX).exists() or (path / WEIGHTS).exists()
     if occupied and Checkpoint.open(path).kind != "adapter":
         raise AHNError(f"{path} holds the weights of another model: choose another directory.")

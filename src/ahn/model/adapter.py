@@ -181,6 +181,11 @@ class DecoderHook:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             return None  # the base model says what is wrong
+        if self._offloaded():
+            raise AHNError(
+                "The memory's weights were offloaded with the model's, where it does not find them: offload the model "
+                "first, then attach the AHN (ahn.attach or ahn.load_adapter)."
+            )
         cache = kwargs.get(private.CACHE)
         if packing.documents(kwargs, chunks.wants_cache(self.model, kwargs)):
             raise AHNError(
@@ -200,6 +205,11 @@ class DecoderHook:
         config = self.model.ahn_config if cache is None else cache.config
         kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, observers)
         return (), kwargs
+
+    def _offloaded(self) -> bool:
+        """accelerate has replaced weights of the memory by stand-ins: its hooks are on modules that nobody calls."""
+        memories = [layer.ahn for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
+        return any(x.is_meta for memory in memories[:: max(1, len(memories) - 1)] for x in memory.parameters())
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
         batch, length = tokens.shape[:2]
@@ -291,7 +301,7 @@ def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
 
 
 def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNConfig) -> tuple[AHN, Router | None]:
-    device = module.o_proj.weight.device
+    device = private.execution_device(module.o_proj)
     with torch.device(device):
         fn = memory.make(config, shape)
         layer.ahn = ahn = AHN(fn.float())
