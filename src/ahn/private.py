@@ -215,7 +215,7 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))
     devices = [device for one in hooks if (device := getattr(one, "execution_device", None)) is not None]
-    weight: Tensor = module.weight
+    weight = next(module.parameters())
     return torch.device(devices[0]) if devices and weight.is_meta else weight.device
 
 
