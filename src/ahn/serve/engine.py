@@ -47,7 +47,7 @@ class Engine:
         max_age: seconds after its last use when a conversation is forgotten; None for never.
         queue: requests that may wait.
         max_prompt: tokens of the longest prompt.
-        chunk: tokens that are read between two steps of the others; None takes what suits the device.
+        chunk: tokens of a prompt that are read at once while nobody writes; None takes what suits the device.
 
     Raises:
         AHNError: the model has no AHN, or `state_dir` cannot be made.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
+from ahn.measure.clock import synchronize
 from ahn.measure.reading import CPU_CHUNK
 from ahn.serve.jobs import Job, Reading
 from ahn.serve.keeper import Keeper
+from ahn.serve.pace import Pace
 from ahn.serve.prefixes import Prefixes
 from ahn.serve.request import TokenLogprobs
 from ahn.serve.sampling import logprobs_of
@@ -26,8 +29,10 @@ if TYPE_CHECKING:
 
 WORTH = 32
 """Tokens from which on a state is kept rather than read anew, and a prompt waits for another that begins as it does."""
-GPU_CHUNK = 2048
-"""Tokens that a GPU reads in about the time of a step of many conversations."""
+GPU_CHUNK = 8192
+"""Tokens that a GPU reads at once while nobody writes."""
+SMALLEST = {"cpu": 32, "cuda": 512}
+"""Tokens of a chunk between two steps: fewer take no less time."""
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +40,7 @@ class PromptReader:
     """Reads for the engine's thread.
 
     Args:
-        chunk: tokens that are read at once; None takes what suits the device.
+        chunk: tokens that are read at once while nobody writes; None takes what suits the device.
 
     Attributes:
         tokens_read, tokens_cached: of prompts, since the start: read, and found to have been read before.
@@ -44,7 +49,8 @@ class PromptReader:
     def __init__(self, model: PreTrainedModel, store: StateStore, keeper: Keeper, chunk: int | None) -> None:
         self.model, self.store, self.keeper = model, store, keeper
         on_cpu = model.device.type == "cpu"
-        self.chunk = chunk or min(model.ahn_config.prefill_chunk_size, CPU_CHUNK if on_cpu else GPU_CHUNK)
+        largest = chunk or min(model.ahn_config.prefill_chunk_size, CPU_CHUNK if on_cpu else GPU_CHUNK)
+        self.pace = Pace(largest, SMALLEST.get(model.device.type, 512))
         self.tokens_read = self.tokens_cached = 0
         self._empty = AHNCache.for_model(model)  # with the settings of now, whatever the model's will be
 
@@ -76,11 +82,19 @@ class PromptReader:
                     self._go_on_from(job, None)
         return [job for job in readings if job.read < job.target and not getattr(job, "loading", None)]
 
-    def read_chunk(self, job: Reading) -> None:
-        """Read the next tokens, and keep a copy where one is wanted."""
-        stop, first = job.next_stop(self.chunk), job.read
+    def read_chunk(self, job: Reading, writing: bool) -> None:
+        """Read the next tokens, and keep a copy where one is wanted.
+
+        Args:
+            writing: replies wait for it.
+        """
+        stop, first = job.next_stop(self.pace.chunk(writing)), job.read
         all_logits = isinstance(job, Job) and job.fresh
+        start = time.perf_counter()
         logits = self._forward(job, stop, 0 if all_logits else 1)
+        if writing:
+            synchronize(self.model.device)  # nothing is lost: a captured step is begun at once
+            self.pace.read(stop - first, time.perf_counter() - start)
         if isinstance(job, Job):
             if all_logits:
                 _note_logprobs(job, logits, first)

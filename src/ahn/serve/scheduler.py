@@ -38,7 +38,7 @@ class Scheduler:
 
     Args:
         conversations: rows: requests that are read or written at once.
-        chunk: tokens that are read between two steps.
+        chunk: tokens of a prompt that are read at once while nobody writes.
 
     Attributes:
         tokens_written: since the start.
@@ -191,7 +191,7 @@ class Scheduler:
         return bool(ready)
 
     def _read_chunk(self, job: Reading) -> None:
-        self.prompts.read_chunk(job)
+        self.prompts.read_chunk(job, writing=bool(self.running))
         if isinstance(job, Rest) and job.read == job.target:
             self.reading.remove(job)
             self.keeper.read_to_end(job)
@@ -227,10 +227,12 @@ class Scheduler:
         if not self.running:
             return False
         assert self.batch is not None
+        start = time.perf_counter()
         try:
             logits = self.batch.step([job.ids[-1] for job in self.running])
             self._deliver()
             chosen = choose(logits, [job.chooser for job in self.running])
+            self.prompts.pace.stepped(time.perf_counter() - start)
         except Exception as error:
             self._begin_again(error)
             return True
