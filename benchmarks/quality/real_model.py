@@ -1,172 +1,270 @@
-"""What remains of a long text on a pretrained instruct model: losses of prose and code, facts asked through the chat.
+"""What remains of a long text on a pretrained instruct model: one study, in calls of a few minutes each.
 
-    python benchmarks/quality/make_chats.py --out one.jsonl --split evaluation --kinds number --most 1 --near 700
-    python benchmarks/quality/real_model.py --chats one.jsonl --text prose=moby-dick --text code=FOLDER --out DIR
+    python benchmarks/quality/real_model.py --out runs/smollm2 --seconds 520        # again, until nothing is left
+    python benchmarks/quality/real_model.py --out runs/smollm2 --only chats         # needs no GPU
 
-Each row is a way to read (full attention, sinks + window, tier, memories) with the bytes of its cache, the loss beyond
-the exact tokens, the share of the gap between sinks + window and full attention that it wins back, and the share of
-facts whose every token is the likeliest, with its 95 % interval. Rows are appended to rows.jsonl as they are measured.
+Stages, in this order: `chats` writes conversations to learn from and to be asked; `scores` trains the scores of
+retained tokens; `rows` reads texts and asks facts within the trained length, in every way of `real/ways.py`; `far` asks
+them beyond it; `book` gives the loss of a whole book by position. What is done is a line in rows.jsonl and is not done
+again; nothing is begun that would probably not end within `--seconds`. The table is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
+import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import make_chats
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+import train_scores
+from real import reading
+from real.ways import FULL, WINDOW, Shape, Ways
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import ahn
 from ahn import shipped
 from ahn.cli.env import environment
 from ahn.measure.intervals import wilson
 from ahn.measure.method import Method
-from ahn.measure.reading import bytes_of_cache, new_cache
-from ahn.measure.texts import read_texts
+
+STAGES = ("chats", "scores", "rows", "far", "book")
+NEEDED = ("chats", "scores")
+"""Without which the others cannot do."""
+WIDTH = 8192
+"""Tokens of one number of a book's losses."""
+Result = dict[str, Any]
 
 
-def pieces(tokenizer: Any, text: str, length: int, count: int) -> list[Tensor]:
-    """So many pieces (length,) of a text, evenly spaced."""
-    joined = "\n\n".join(part.text.strip() for part in read_texts(text))
-    ids = torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
-    starts = torch.linspace(0, len(ids) - length, count).long().tolist()
-    return [ids[start : start + length] for start in starts]
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing to do, of which a line is kept."""
+
+    stage: str
+    name: str
+    run: Callable[[], Result]
 
 
-def asked(tokenizer: Any, chat: dict[str, Any]) -> tuple[Tensor, list[slice]]:
-    """A chat's tokens (L,), and where each of its answers stands among them."""
-    text = tokenizer.apply_chat_template(chat["messages"], tokenize=False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans, at = [], 0
-    for message, item in zip(chat["messages"][1::2], chat["asked"], strict=True):
-        at = text.index(message["content"], at)
-        first = at + message["content"].rindex(item["answer"])
-        last = first + len(item["answer"])
-        inside = [n for n, (begin, end) in enumerate(encoded["offset_mapping"]) if begin < last and end > first]
-        spans.append(slice(inside[0], inside[-1] + 1))
-        at += len(message["content"])
-    return torch.tensor(encoded["input_ids"]), spans
+class Study:
+    """All that is to be done for some options."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.path = shipped.resolve(options.model)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        (self.out / "chats").mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).to(self.device).eval()
+
+    @cached_property
+    def ways(self) -> Ways:
+        o = self.options
+        return Ways(Shape(o.window, o.sinks, o.length, self.scores), self.model)
+
+    @property
+    def scores(self) -> Path:
+        return self.options.adapter or self.out / "scores"
+
+    @property
+    def rows(self) -> list[Result]:
+        file = self.out / "rows.jsonl"
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+    def items(self) -> Iterator[Item]:
+        """In order of importance; what a later one needs comes before it."""
+        if "chats" in self.options.only:
+            yield from self._chats()
+        if "scores" in self.options.only and not self.options.adapter:
+            yield Item("scores", "scores of retained tokens", self._learn)
+        for stage, ways, run in (
+            ("rows", Ways.within, self._row), ("far", Ways.beyond, self._far), ("book", Ways.book, self._book)
+        ):  # fmt: skip
+            if stage in self.options.only:
+                for method in ways(self.ways):
+                    yield Item(stage, method.name, lambda method=method, run=run: self._read(method, run))
+
+    # -- chats ----------------------------------------------------------------------------------------------------
+
+    def _chats(self) -> Iterator[Item]:
+        o = self.options
+        evaluation = ["--split", "evaluation", "--texts", o.texts]
+        one = ["--kinds", "number", "--most", "1", "--near", str(o.length // 8)]
+        several = ["--kinds", "number,word,change", "--most", "8", "--near", str(o.lossless + 200)]
+        far = ["--kinds", "number", "--most", "1", "--near", str(o.far_length - o.far_length // 8)]
+        plans = {
+            "train": ["--texts", o.texts, "--count", str(o.train_chats), "--length", str(o.length)],
+            "one": [*evaluation, *one, "--count", str(o.chats), "--length", str(o.length)],
+            "several": [*evaluation, *several, "--count", str(o.chats), "--length", str(o.length)],
+            "far": [*evaluation, *far, "--count", str(o.far_chats), "--length", str(o.far_length)],
+        }
+        for name, plan in plans.items():
+            yield Item("chats", name, lambda name=name, plan=plan: self._write(name, plan))
+
+    def _write(self, name: str, plan: list[str]) -> Result:
+        make_chats.main(["--out", str(self._file(name)), "--model", self.path, *plan])
+        return {"plan": plan}
+
+    def _file(self, name: str) -> Path:
+        return self.out / "chats" / f"{name}.jsonl"
+
+    # -- scores ---------------------------------------------------------------------------------------------------
+
+    def _learn(self) -> Result:
+        o = self.options
+        return train_scores.trained(
+            self.path, self._file("train"), self.out / "scores", o.train_chats, o.window, o.sinks, o.steps
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _read(self, method: Method, run: Callable[[Method], Result]) -> Result:
+        config = method.config
+        said = {} if config is None else {"config": dataclasses.asdict(config)}
+        with method.on(self.model):
+            return said | run(method)
+
+    def _row(self, method: Method) -> Result:
+        o, row = self.options, {}
+        for kind, ids in self._texts.items():
+            each, row["cache_bytes"] = reading.text_losses(self.model, ids, o.lossless, o.batch)
+            row |= {f"{kind}_loss": sum(each) / len(each), f"{kind}_losses": [round(x, 5) for x in each]}
+        for name in ("one", "several"):
+            row |= self._found(name, o.chats)
+        return row | {"length": o.length}
+
+    def _found(self, name: str, most: int) -> Result:
+        right, size = reading.recalled(self.model, reading.read_chats(self.tokenizer, self._file(name), most))
+        return {f"{name}_right": sum(right), f"{name}_asked": len(right), f"{name}_found": right, "cache_bytes": size}
+
+    def _far(self, method: Method) -> Result:
+        return self._found("far", self.options.far_chats) | {"length": self.options.far_length}
+
+    def _book(self, method: Method) -> Result:
+        ids = self._book_ids[: self.options.book_tokens]
+        afresh = method.config is None
+        each, size = reading.by_position(self.model, ids, min(WIDTH, len(ids)), afresh)
+        return {"book_losses": each, "width": WIDTH, "afresh": afresh, "length": len(ids), "cache_bytes": size}
+
+    @cached_property
+    def _book_ids(self) -> torch.Tensor:
+        return reading.tokens_of(self.tokenizer, self.options.book)
+
+    @cached_property
+    def _texts(self) -> dict[str, torch.Tensor]:
+        o = self.options
+        code = reading.tokens_of(self.tokenizer, o.code)
+        return {name: reading.pieces(x, o.length, o.count) for name, x in (("prose", self._book_ids), ("code", code))}
 
 
-@torch.no_grad()
-def logits_before(model: PreTrainedModel, ids: Tensor, wanted: Tensor, cache: Any) -> Tensor:
-    """Logits (len(wanted), V) of the tokens at these places, from the tokens before each."""
-    output = model(ids[None].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=wanted - 1)
-    return output.logits[0].float()
+def run(study: Study, seconds: float) -> bool:
+    """Do what is not done and fits; whether nothing is left, and nothing failed."""
+    began, longest, whole = time.perf_counter(), {}, True
+    done = {(row["stage"], row["name"]) for row in study.rows if "error" not in row}
+    for item in study.items():
+        if (item.stage, item.name) in done:
+            continue
+        spent = time.perf_counter() - began
+        if spent + longest.get(item.stage, 0.0) > seconds:
+            print(f"No time for {item.stage}: {item.name}; call again.", flush=True)
+            return False
+        row: Result = {"stage": item.stage, "name": item.name}
+        try:
+            row |= item.run()
+        except Exception as error:  # the others are worth their time
+            traceback.print_exc()
+            row["error"], whole = f"{type(error).__name__}: {error}".partition("\n")[0], False
+        row["seconds"] = round(time.perf_counter() - began - spent, 1)
+        longest[item.stage] = max(longest.get(item.stage, 0.0), row["seconds"])
+        with (study.out / "rows.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row | {"model": study.options.model, **environment()}) + "\n")
+        print(f"{item.stage:7s} {item.name:40s} {row['seconds']:7.1f} s  {row.get('error', '')}", flush=True)
+        if "error" in row and item.stage in NEEDED:
+            return False
+    return whole
 
 
-def read(model: PreTrainedModel, texts: dict[str, list[Tensor]], exact: int) -> Iterator[tuple[str, float, int]]:
-    """Of each kind of text its mean loss beyond the exact tokens, and the bytes of the last cache."""
-    for kind, parts in texts.items():
-        total = 0.0
-        for ids in parts:
-            cache = new_cache(model)
-            wanted = torch.arange(exact + 1, len(ids))
-            logits = logits_before(model, ids, wanted, cache)
-            total += F.cross_entropy(logits, ids[wanted].to(logits.device)).item()
-        yield kind, total / len(parts), bytes_of_cache(cache)
+def table(rows: list[Result]) -> str:
+    """What there is to see of the rows, the latest of each name."""
+    latest = {(row["stage"], row["name"]): row for row in rows if "error" not in row}
+    full, window = (latest.get(("rows", name)) for name in (FULL, WINDOW))
+    lines = []
+    for (stage, name), row in latest.items():
+        parts = [f"{stage:7s}", f"{name:40s}", f"{row.get('cache_bytes', 0) / 2**20:7.1f} MiB"]
+        for kind in ("prose", "code"):
+            if f"{kind}_loss" in row:
+                parts.append(f"{kind} {row[f'{kind}_loss']:.3f}{_won(row, full, window, f'{kind}_loss')}")
+        parts += [_share(row, kind) for kind in ("one", "several", "far") if f"{kind}_asked" in row]
+        if "book_losses" in row:
+            parts.append("loss by position " + " ".join(f"{x:.2f}" for x in row["book_losses"]))
+        if "recall" in row:
+            parts.append(f"{row['steps']} steps, recall {row['recall']:.3f}")
+        lines.append("  ".join((*parts, f"{row['seconds']} s")))
+    return "\n".join(lines)
 
 
-def recalled(model: PreTrainedModel, chats: list[tuple[Tensor, list[slice]]]) -> list[bool]:
-    """Of each answer in the chats, whether every token of it is the likeliest."""
-    found = []
-    for ids, spans in chats:
-        places = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        best = logits_before(model, ids, places, new_cache(model)).argmax(-1).cpu()
-        right = best == ids[places]
-        found += [bool(part.all()) for part in right.split([span.stop - span.start for span in spans])]
-    return found
+def _won(row: Result, full: Result | None, window: Result | None, name: str) -> str:
+    if not (full and window) or full[name] == window[name]:
+        return ""
+    return f" ({100 * (window[name] - row[name]) / (window[name] - full[name]):.0f} %)"
 
 
-def methods(options: argparse.Namespace) -> Iterator[Method]:
-    """The rows: full attention, sinks + window, tiers of several bits, adapters, and tier before an adapter."""
-    fields = {"window": options.window, "sinks": options.sinks}
-    yield Method("full attention")
-    yield Method("sinks + window", ahn.AHNConfig("window_only", **fields))
-    for described in options.tier:
-        capacity, *bits = (int(part) for part in described.split("/"))
-        more = dict(zip(("key_bits", "value_bits"), bits, strict=False))
-        config = ahn.AHNConfig("window_only", **fields, quantized=capacity, **more)
-        yield Method(f"tier {described}", config)
-    for path in options.adapter:
-        settings = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["ahn"]
-        known = {name: settings[name] for name in ("memory", "slots", "key_bits", "value_bits") if name in settings}
-        yield Method(Path(path).name, ahn.AHNConfig(**known, **fields), path)
+def _share(row: Result, kind: str) -> str:
+    right, total = row[f"{kind}_right"], row[f"{kind}_asked"]
+    low, high = wilson(right, total)
+    return f"{kind} {100 * right / total:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def main() -> None:
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    networkx = importlib.util.find_spec("networkx")  # torch needs it; no training of ours reads it
+    code = str(Path(networkx.origin).parent) if networkx and networkx.origin else "stdlib"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--chats", action="append", default=[], help="file of make_chats.py, of the evaluation's split")
-    parser.add_argument("--text", action="append", default=[], help="KIND=TEXT, a text as make_chats.py knows them")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--seconds", type=float, default=520, help="begin nothing that would end later")
+    parser.add_argument("--only", default=",".join(STAGES), help="stages; commas between")
     parser.add_argument("--window", type=int, default=480)
     parser.add_argument("--sinks", type=int, default=32)
-    parser.add_argument("--length", type=int, default=8192, help="tokens of each text")
-    parser.add_argument("--count", type=int, default=8, help="texts of each kind")
-    parser.add_argument("--tier", action="append", default=[], help="TOKENS or TOKENS/KEY_BITS/VALUE_BITS")
-    parser.add_argument("--adapter", action="append", default=[], help="directory of an adapter")
-    parser.add_argument(
-        "--skip-full", action="store_true", help="leave full attention out, for texts beyond its length"
-    )
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = shipped.resolve(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    base = base.to(device).eval()
-    texts = {}
-    for given in options.text:
-        kind, _, name = given.partition("=")
-        texts[kind] = pieces(tokenizer, name, options.length, options.count)
-    chats = {}
-    for file in map(Path, options.chats):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        chats[file.stem] = [asked(tokenizer, json.loads(line)) for line in lines]
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for method in methods(options):
-        if method.config is None and options.skip_full:
-            continue
-        began = time.perf_counter()
-        row: dict[str, Any] = {"method": method.name, "window": options.window, "sinks": options.sinks}
-        with method.on(base):
-            for kind, loss, size in read(base, texts, options.window + options.sinks):
-                row |= {f"{kind}_loss": loss, "cache_bytes": size}
-            for kind, group in chats.items():
-                right = recalled(base, group)
-                row |= {f"{kind}_right": sum(right), f"{kind}_asked": len(right)}
-        row |= {"seconds": round(time.perf_counter() - began, 1), "length": options.length, **environment()}
-        rows.append(row)
-        with (options.out / "rows.jsonl").open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-        print(line_of(row, rows, list(texts), list(chats)), flush=True)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a text or chat within the trained length")
+    parser.add_argument("--count", type=int, default=32, help="texts of each kind")
+    parser.add_argument("--batch", type=int, default=8, help="texts read at once")
+    parser.add_argument("--chats", type=int, default=100, help="of each task")
+    parser.add_argument("--far-length", type=int, default=65536)
+    parser.add_argument("--far-chats", type=int, default=40)
+    parser.add_argument("--train-chats", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1000, help="of the training of scores")
+    parser.add_argument("--texts", default="sotu,stdlib", help="of the chats; as make_chats.py")
+    parser.add_argument("--book", default="moby-dick", help="prose, and the book that is read whole")
+    parser.add_argument("--book-tokens", type=int, default=300_000, help="at most")
+    parser.add_argument("--code", default=code, help="a folder of sources")
+    parser.add_argument("--adapter", type=Path, help="scores of retained tokens that are there already")
+    options = parser.parse_args(arguments)
+    options.only = options.only.split(",")
+    if wrong := set(options.only) - set(STAGES):
+        parser.error(f"there is no stage {', '.join(wrong)}; there are {', '.join(STAGES)}")
+    options.lossless = options.window + options.sinks
+    return options
 
 
-def line_of(row: dict[str, Any], rows: list[dict[str, Any]], texts: list[str], chats: list[str]) -> str:
-    """One row of the table that is printed."""
-    parts = [f"{row['method']:28s}", f"{row.get('cache_bytes', 0) / 2**20:7.1f} MiB"]
-    full, window = (
-        next((r for r in rows if r["method"] == name), None) for name in ("full attention", "sinks + window")
-    )
-    for kind in texts:
-        loss = row[f"{kind}_loss"]
-        parts.append(f"{kind} {loss:.3f}")
-        if full and window:
-            gap = window[f"{kind}_loss"] - full[f"{kind}_loss"]
-            parts.append(f"({100 * (window[f'{kind}_loss'] - loss) / gap:5.1f} %)")
-    for kind in chats:
-        low, high = wilson(row[f"{kind}_right"], row[f"{kind}_asked"])
-        share = row[f"{kind}_right"] / row[f"{kind}_asked"]
-        parts.append(f"{kind} {100 * share:5.1f} % [{100 * low:.0f}, {100 * high:.0f}]")
-    return "  ".join((*parts, f"{row['seconds']} s"))
+def main(arguments: list[str] | None = None) -> int:
+    study = Study(parsed(arguments))
+    whole = run(study, study.options.seconds)
+    print(table(study.rows))
+    return 0 if whole else 3
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

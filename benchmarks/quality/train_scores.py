@@ -15,6 +15,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,34 @@ def learn(
     return recall.item()
 
 
+def trained(
+    path: str, chats: Path, out: Path, count: int | None, window: int, sinks: int, steps: int,
+    batch: int = 8192, lr: float = 3e-3, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the scores of a model for the first chats of a file, write the adapter, and say what was done."""
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    model = ahn.attach(base.to(device).eval(), ahn.AHNConfig("retained", window, sinks))
+    began = time.perf_counter()
+    with chats.open(encoding="utf-8") as lines:
+        rows = [json.loads(line)["messages"] for line in itertools.islice(lines, count)]
+    shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
+    encoded = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+    inputs, targets = gathered(model, [torch.tensor(ids) for ids in encoded], window, sinks)
+    read = time.perf_counter() - began
+    print(f"{len(rows)} chats read, {len(inputs[0]):,} tokens, {read:.1f} s", flush=True)
+    recall = learn(model, inputs, targets, steps, batch, lr)
+    learned = time.perf_counter() - began - read
+    print(f"recall of the most looked-at {looks.SHARE:.0%}: {recall:.3f}; {learned:.1f} s")
+    ahn.save_adapter(model.to(torch.bfloat16), out)
+    return {
+        "chats": len(rows), "tokens": len(inputs[0]), "read_seconds": round(read, 1), "recall": recall,
+        "steps": steps, "batch": batch, "lr": lr, "seed": seed, "learn_seconds": round(learned, 1),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -92,24 +121,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = shipped.resolve(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    model = ahn.attach(base.to(device).eval(), ahn.AHNConfig("retained", options.window, options.sinks))
-    chats = []
-    with options.chats.open(encoding="utf-8") as lines:
-        for line in itertools.islice(lines, options.count):
-            text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
-            chats.append(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-    began = time.perf_counter()
-    inputs, targets = gathered(model, chats, options.window, options.sinks)
-    print(f"{len(chats)} chats read, {len(inputs[0]):,} tokens, {time.perf_counter() - began:.1f} s", flush=True)
-    recall = learn(model, inputs, targets, options.steps, options.batch, options.lr)
-    print(f"recall of the most looked-at {looks.SHARE:.0%}: {recall:.3f}; {time.perf_counter() - began:.1f} s")
-    ahn.save_adapter(model.to(torch.bfloat16), options.out)
+    options = vars(parser.parse_args())
+    path = shipped.resolve(options.pop("model"))
+    print(json.dumps(trained(path, **options)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""The ways to read that a study compares, on one base model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ahn
+from ahn.measure.method import Method
+
+FULL, WINDOW = "full attention", "sinks + window"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What all ways share.
+
+    Attributes:
+        window, sinks: tokens kept exactly.
+        length: tokens of a text.
+        scores: directory of the adapter with the scores of retained tokens; None leaves its ways out.
+    """
+
+    window: int
+    sinks: int
+    length: int
+    scores: Path | None
+
+    @property
+    def lossless(self) -> int:
+        return self.window + self.sinks
+
+    @property
+    def rest(self) -> int:
+        """Tokens of a text that are not exact."""
+        return self.length - self.lossless
+
+
+def weights_of(model: PreTrainedModel, directory: Path) -> Mapping[str, Tensor]:
+    """The parameters of an adapter by name; they fit every number of slots and bits."""
+    ahn.load_adapter(model, directory)
+    found = {name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()}
+    ahn.detach(model)
+    return found
+
+
+class Ways:
+    """Makes the ways of a shape for one model."""
+
+    def __init__(self, shape: Shape, model: PreTrainedModel) -> None:
+        self.shape, self.model = shape, model
+        self._weights: Mapping[str, Tensor] | None = None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor] | None:
+        if self._weights is None and self.shape.scores is not None and self.shape.scores.is_dir():
+            self._weights = weights_of(self.model, self.shape.scores)
+        return self._weights
+
+    def tier(self, tokens: int, bits: tuple[int, int], reach: int = 0) -> Method:
+        """The tier alone, seen at its own distances up to `reach`; 0 leaves that to the configuration."""
+        # The tier's reach is a quarter of max_distance; up to there sinks stay where they are.
+        far = {"max_distance": 4 * reach} if reach else {}
+        name = f"tier {tokens} {bits[0]}/{bits[1]}" + (f", reach {reach}" if reach else "")
+        config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1], **far)
+        return Method(name, config)
+
+    def retained(self, slots: int, bits: tuple[int, int], tier: int = 0) -> Iterator[Method]:
+        """Retained tokens, alone or behind a tier, if their scores are there."""
+        if self.weights is None:
+            return
+        kept = "exact" if bits == (16, 16) else f"{bits[0]}/{bits[1]}"
+        name = f"retained {slots} {kept}" + (f" behind a tier of {tier}" if tier else "")
+        config = self.config("retained", slots=slots, key_bits=bits[0], value_bits=bits[1], quantized=tier)
+        yield Method(name, config, self.weights)
+
+    def config(self, memory: str, window: int | None = None, **fields: int) -> ahn.AHNConfig:
+        return ahn.AHNConfig(memory, window or self.shape.window, self.shape.sinks, **fields)
+
+    def within(self) -> Iterator[Method]:
+        """For texts within the trained length."""
+        rest, most = self.shape.rest, getattr(self.model.config, "max_position_embeddings", 0)
+        yield Method(FULL)
+        yield Method(WINDOW, self.config("window_only"))
+        yield self.tier(rest, (4, 2))
+        yield from self.retained(4096, (4, 2))
+        yield from self.retained(2048, (4, 2), tier=2048)
+        yield self.tier(rest, (4, 2), most // 2)
+        yield from self.retained(1024, (16, 16))
+        yield self.tier(rest, (3, 2))
+        yield Method("window of as many bytes", self.config("window_only", self.shape.window + 1024))
+        yield self.tier(rest, (3, 2), most // 2)
+
+    def beyond(self) -> Iterator[Method]:
+        """For facts asked beyond the trained length."""
+        yield from self.retained(4096, (4, 2))
+        yield from self.retained(2048, (4, 2), tier=2048)
+        yield Method(WINDOW, self.config("window_only"))
+        yield self.tier(self.shape.rest, (4, 2))
+        yield from self.retained(4096, (4, 2), tier=self.shape.rest)
+
+    def book(self) -> Iterator[Method]:
+        """For a whole book; full attention begins afresh again and again."""
+        yield Method(FULL)
+        yield Method(WINDOW, self.config("window_only"))
+        yield self.tier(self.shape.rest, (4, 2))
+        yield from self.retained(4096, (4, 2))

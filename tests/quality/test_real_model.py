@@ -1,0 +1,141 @@
+"""The study of a pretrained model: what it reads and counts, what it does again, and in which ways."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speaking
+import torch
+from models import adapted, base, tokens
+from transformers import PreTrainedTokenizerBase
+
+import ahn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
+
+import real_model
+from real import reading
+from real.ways import FULL, WINDOW, Shape, Ways
+
+CHAT: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "The number of the canyon fern is 214989. What is it?"},
+        {"role": "assistant", "content": "It is 214989."},
+        {"role": "user", "content": "And again?"},
+        {"role": "assistant", "content": "It is 214989, as I said: 214989."},
+    ],
+    "asked": [{"answer": "214989"}, {"answer": "214989"}],
+}
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerBase:
+    return speaking.tokenizer(speaking.CHATML)
+
+
+def test_answers_are_found_in_a_chat(words: PreTrainedTokenizerBase) -> None:
+    ids, answers = reading.asked(words, CHAT)
+    assert [words.decode(ids[part]).strip() for part in answers] == ["214989", "214989"]
+    told = words.decode(ids[: answers[1].start])
+    assert told.endswith("as I said: ") and answers[0].start < answers[1].start
+
+
+@torch.no_grad()
+def test_losses_of_texts_are_the_models_own() -> None:
+    model, ids = base(), tokens(3, 60)
+    found, size = reading.text_losses(model, ids, exact=20, batch=2)
+    logits = model(ids).logits
+    expected = [torch.nn.functional.cross_entropy(x[20:-1], y[21:]).item() for x, y in zip(logits, ids, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-5) and size > 0
+    remembering = adapted(window=6, sinks=2)
+    one, smaller = reading.text_losses(remembering, ids[:1], exact=20, batch=1)
+    assert one == pytest.approx(reading.text_losses(remembering, ids, exact=20, batch=3)[0][:1], rel=1e-4)
+    assert smaller < size
+
+
+@torch.no_grad()
+def test_a_book_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "AFRESH", 25)
+    model, ids = base(), tokens(1, 70)[0]
+    whole, _ = reading.by_position(model, ids, 30, afresh=False)
+    logits = model(ids[None]).logits[0]
+    every = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    assert whole == pytest.approx([x.mean().item() for x in every.split(30)], rel=1e-5)
+    pieces, _ = reading.by_position(model, ids, 30, afresh=True)
+    assert len(pieces) == 3 and pieces[0] == pytest.approx(
+        torch.cat([every[:24], _after(model, ids)[:5]]).mean().item()
+    )
+
+
+def _after(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Losses of the second 25 tokens, read by themselves."""
+    part = ids[25:50]
+    return torch.nn.functional.cross_entropy(model(part[None]).logits[0, :-1], part[1:], reduction="none")
+
+
+@torch.no_grad()
+def test_an_answer_is_recalled_where_every_token_is_likeliest() -> None:
+    model, ids = base(), tokens(1, 40)[0]
+    likely = model(ids[None]).logits[0].argmax(-1)
+    ids[30], ids[20] = likely[29], likely[19]  # in this order: what follows hangs on what stands before
+    likely = model(ids[None]).logits[0].argmax(-1)
+    ids[30] = likely[29]
+    answers = [slice(20, 21), slice(30, 31), slice(30, 32)]
+    ids[31] = (model(ids[None]).logits[0, 30].argmax(-1) + 1) % model.config.vocab_size
+    assert reading.recalled(model, [reading.Asked(ids, answers)])[0] == [True, True, False]
+
+
+def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
+    model = ahn.attach(base(), ahn.AHNConfig("retained", 24, 8))
+    ahn.save_adapter(model, tmp_path / "scores")
+    model = base()
+    model.config.max_position_embeddings = 4096
+    ways = Ways(Shape(24, 8, 300, tmp_path / "scores"), model)
+    for some in (ways.within, ways.beyond, ways.book):
+        found = list(some())
+        assert len({way.name for way in found}) == len(found) and any("retained" in way.name for way in found)
+        assert all(way.config is None or way.config.lossless in (32, 32 + 1024) for way in found)
+    reaches = {way.name: way.config.tier_reach for way in ways.within() if way.config and "reach" in way.name}
+    assert set(reaches.values()) == {2048}
+    without = Ways(Shape(24, 8, 300, tmp_path / "none"), model)
+    assert not [way for way in without.within() if "retained" in way.name]
+    (kept,) = ways.retained(64, (4, 2), tier=16)
+    with kept.on(model), torch.no_grad():
+        assert torch.isfinite(model(tokens(1, 200)).logits).all()
+
+
+class Study(real_model.Study):
+    """One with nothing to read."""
+
+    def items(self) -> Any:
+        for name in (FULL, WINDOW, "broken", "last"):
+            yield real_model.Item("rows", name, lambda name=name: self.one(name))
+
+    def one(self, name: str) -> dict[str, Any]:
+        if name == "broken":
+            raise ValueError("no\nsuch thing")
+        return {"prose_loss": {FULL: 3.0, WINDOW: 4.0}.get(name, 3.25), "one_right": 3, "one_asked": 4}
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = Study(real_model.parsed(["--out", str(tmp_path), "--model", "tiny", "--code", "stdlib"]))
+    assert not real_model.run(study, 100)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == [FULL, WINDOW, "broken", "last"]
+    assert rows[2]["error"] == "ValueError: no" and "packages" in rows[0]
+    assert not real_model.run(study, 100)
+    assert [row["name"] for row in study.rows[4:]] == ["broken"]
+    shown = real_model.table(study.rows)
+    assert "prose 3.250 (75 %)" in shown and "one 75 % [30, 95]" in shown and "broken" not in shown
+    (tmp_path / "rows.jsonl").unlink()
+    assert not real_model.run(study, -1) and not study.rows
+    assert "call again" in capsys.readouterr().out
+
+
+def test_stages_are_known(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        real_model.parsed(["--out", str(tmp_path), "--only", "riddles"])
