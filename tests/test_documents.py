@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.documents import LANGUAGES, blocks, commands, run, runs, unknown_options
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "tests", "docs", "benchmarks", "configs", "examples", ".github")
@@ -64,12 +64,59 @@ def test_cited_sections_of_the_specification_exist() -> None:
 
 @documents
 def test_python_in_documents_compiles_and_imports_what_is_there(document: Path) -> None:
-    for block in re.findall(r"^( *)```python\n(.*?)^\1```", document.read_text(encoding="utf-8"), flags=re.M | re.S):
-        code = textwrap.dedent(block[1])
-        compile(code, str(document), "exec")
-        for module, names in re.findall(r"^from (ahn[\w.]*) import ([\w, ]+)$", code, flags=re.M):
+    for block in blocks(document):
+        if block.language != "python":
+            continue
+        compile(block.code, str(document), "exec")
+        for module, names in re.findall(r"^from (ahn[\w.]*) import ([\w, ]+)$", block.code, flags=re.M):
             found = importlib.import_module(module)
             assert not [name for name in re.split(r",\s*", names) if not hasattr(found, name)], module
+        for name in re.findall(r"\bahn\.(\w+)\(", block.code):
+            assert hasattr(importlib.import_module("ahn"), name), name
+
+
+@documents
+def test_blocks_say_what_they_are(document: Path) -> None:
+    assert not [block.line for block in blocks(document) if block.language not in LANGUAGES]
+    fences = re.findall(r"^ *```", document.read_text(encoding="utf-8"), flags=re.M)
+    fenced = [block for block in blocks(document) if "setup" not in _line(document, block.line)]
+    assert len(fences) == 2 * len(fenced), "a block that is not found is not run"
+
+
+def _line(document: Path, number: int) -> str:
+    return document.read_text(encoding="utf-8").splitlines()[number - 1]
+
+
+@documents
+def test_commands_in_documents_have_their_options(document: Path) -> None:
+    lines = [words for block in blocks(document) if block.language == "bash" for words in commands(block.code)]
+    assert not [unknown for words in lines if (unknown := unknown_options(words))]
+
+
+def test_the_check_of_options_finds_mistakes() -> None:
+    assert commands("FLAG=1 ahn chat --a b \\\n --c | x ahn  # ahn") == [["chat", "--a", "b", "--c"]]
+    assert unknown_options(["chat", "--window=5", "--widnow", "5"]) == ["--widnow"]
+    assert unknown_options(["eval", "perplexity", "--length", "9", "--lenght"]) == ["--lenght"]
+    assert unknown_options(["train", "a.yaml", "--output_dir", "x", "--max-steps", "1", "--stesp"]) == ["--stesp"]
+    assert unknown_options(["tarin"]) == ["tarin"]
+
+
+def test_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    assert len(runs(ROOT / "README.md")) >= 1
+    ended = run(ROOT / "README.md", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "daisy" in ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document",
+    [path for path in DOCUMENTS if path.name != "CHANGELOG.md" and path != ROOT / "README.md" and runs(path)],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_blocks_run_in_order(document: Path, tmp_path: Path) -> None:
+    ended = run(document, tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def _public_docstrings() -> Iterator[tuple[str, str]]:
