@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -23,7 +24,12 @@ REACH = 16
 TOLERANCE = 1e-4
 """float32, where products of batches of another size are summed in another order, through two layers with sharp
 attention and some tens of steps; see tests/cache/test_cache.py."""
-EDGES = [1, SINKS, LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, LOSSLESS + QUANTIZED, LOSSLESS + QUANTIZED + 1, 40]
+OFTEN = {("gated_deltanet", 0), ("gated_deltanet", QUANTIZED), ("retained", QUANTIZED), ("ct_max", 0)}
+KINDS = [
+    kind if kind in OFTEN else pytest.param(*kind, marks=pytest.mark.slow)
+    for kind in itertools.product(EVERYTHING, (0, QUANTIZED))
+]
+EDGES = [1, LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, LOSSLESS + QUANTIZED, LOSSLESS + QUANTIZED + 1, 40]
 
 
 def student(memory: str, quantized: int, architecture: str = "qwen3", **config: Any) -> PreTrainedModel:
@@ -70,8 +76,7 @@ class Rows:
         self.alone = [self.alone[row] for row in order]
 
 
-@pytest.mark.parametrize("quantized", [0, QUANTIZED])
-@pytest.mark.parametrize("memory", EVERYTHING)
+@pytest.mark.parametrize(("memory", "quantized"), KINDS)
 def test_rows_of_any_length_step_together(memory: str, quantized: int) -> None:
     rows = Rows(student(memory, quantized), [1, LOSSLESS - 1, LOSSLESS + QUANTIZED, 40])
     rows.steps(3)
@@ -99,7 +104,7 @@ def test_layers_with_full_attention_go_along() -> None:
     rows.steps(9)
 
 
-@pytest.mark.parametrize("quantized", [0, QUANTIZED])
+@pytest.mark.parametrize("quantized", [pytest.param(0, marks=pytest.mark.slow), QUANTIZED])
 def test_a_row_is_what_it_was(quantized: int) -> None:
     """Bit for bit: a row in slots and one in columns hold the same numbers."""
     for memory in ("gated_deltanet", "retained", "ct_max"):
@@ -115,7 +120,7 @@ def test_a_row_is_what_it_was(quantized: int) -> None:
                 assert all(torch.equal(named[name], x) for name, x in wanted.items())
 
 
-@pytest.mark.parametrize("quantized", [0, QUANTIZED])
+@pytest.mark.parametrize("quantized", [pytest.param(0, marks=pytest.mark.slow), QUANTIZED])
 def test_a_row_is_replaced_in_place(quantized: int) -> None:
     for memory in ("gated_deltanet", "retained"):
         rows = Rows(student(memory, quantized), [30, 4])

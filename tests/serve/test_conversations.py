@@ -21,6 +21,11 @@ from ahn.serve.engine import Engine
 OF = model(quantized=6)
 
 
+def seldom(*values: str) -> list[Any]:
+    """Parameters of slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def later(ids: Sequence[int], reply: Sequence[int], more: int = 5) -> list[int]:
     """The next turn of a conversation."""
     return [*ids, *reply, *prompt(more, seed=len(ids) + len(reply))]
@@ -162,7 +167,7 @@ def test_a_reply_is_known_as_it_will_be_sent(end: int | None) -> None:
     assert got.cached == 50 + len(said) and got.tokens == alone(OF, ids, 4)[: len(got.tokens)]
 
 
-@pytest.mark.parametrize("change", ["shorter", "other", "longer", "prompt"])
+@pytest.mark.parametrize("change", ["shorter", "other", *seldom("longer", "prompt")])
 def test_other_tokens_than_were_written_are_read_again(change: str) -> None:
     def known(reply: Sequence[int]) -> list[int]:
         end = {"shorter": [*reply[:-3]], "other": [4, *reply[2:]], "longer": [*reply, 8, 9], "prompt": []}[change]
@@ -249,7 +254,7 @@ def test_two_engines_share_a_folder(tmp_path: Path) -> None:
         assert other.store.named("", "talk") is None
 
 
-@pytest.mark.parametrize("fault", ["torn", "flipped", "empty", "nonsense", "other"])
+@pytest.mark.parametrize("fault", ["torn", "flipped", "other", *seldom("empty", "nonsense")])
 def test_a_damaged_file_is_set_aside(tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
     with engine(OF, state_dir=tmp_path) as running:
         got = ask(running, prompt(60), 4)

@@ -19,6 +19,7 @@ from ahn.serve.batch import FixedBatch
 from ahn.serve.engine import Engine, EngineBusy
 from ahn.serve.reply import Reply
 from ahn.serve.request import Delta
+from ahn.serve.scheduler import Scheduler
 
 OFTEN, SLOW = ("gated_deltanet", "retained"), pytest.mark.slow
 LENGTHS = [1, 2, 5, 11, 12, 30, 45]
@@ -44,7 +45,7 @@ def test_many_at_once_write_what_each_writes_alone(memory: str) -> None:
         assert one.tokens == alone(of, prompt(n, seed=n), 5 + n % 7), n
 
 
-@pytest.mark.parametrize("architecture", ["gemma3", "llama"])
+@pytest.mark.parametrize("architecture", ["gemma3", pytest.param("llama", marks=pytest.mark.slow)])
 def test_layers_without_a_memory_go_along(architecture: str) -> None:
     of = adapted(architecture, window=WINDOW, sinks=SINKS)
     with engine(of, conversations=2) as running:
@@ -302,6 +303,18 @@ def test_the_engine_does_not_wait_for_readers() -> None:
         assert ask(running, prompt(7), 5).finish == "length"
         time.sleep(0.1)
         assert len(whole(slow).tokens) == 40
+
+
+def test_an_engine_that_has_no_room_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Scheduler) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Scheduler, "warm_up", full)
+    running = Engine(_SHARED, Letters(), conversations=3)  # type: ignore[arg-type]
+    with pytest.raises(AHNError, match="3 conversations"):
+        running.start()
+    assert not running.alive()
+    running.close()
 
 
 def test_statistics() -> None:

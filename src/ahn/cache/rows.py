@@ -6,6 +6,7 @@ that none of them is at the edge of its first window in columns, there is always
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -174,6 +175,22 @@ def set_read(batch: AHNCache, read: Sequence[int], anchors: Sequence[int] | None
 def _check_every_layer_has_memory(batch: AHNCache) -> None:
     if len(batch.memory_layers) != len(batch.layers):
         raise AHNError("Rows of a batch can be replaced only where every layer has a memory.")
+
+
+def copied(cache: AHNCache, device: torch.device) -> AHNCache:
+    """A copy of a conversation of one row on a device, without going through a copy where it is now."""
+    new = _like(cache, _model_of([cache]))
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, AHNLayer):
+            own: AHNLayer = new.layers[index]
+            own.state = _state(layer).map(lambda x: x.to(device, copy=True))
+            own.dtype, own.device = own.keys.dtype, own.keys.device
+        else:
+            new.layers[index] = copy.deepcopy(layer)
+            other.move(new.layers[index], device)
+    new._batch, new.messages = 1, list(cache.messages)
+    new.progress.seen, new.progress.anchor = cache.seen, cache.progress.anchor
+    return new
 
 
 def lengths(batch: AHNCache) -> list[int]:

@@ -10,10 +10,12 @@ import logging
 import math
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
@@ -76,11 +78,17 @@ class Engine:
         self.store = StateStore(self.model, directory, state_bytes, device_bytes, disk_bytes, max_age)
         self.scheduler = Scheduler(self.model, self.store, conversations, chunk)
         self._thread = threading.Thread(target=self._run, name="ahn-engine", daemon=True)
+        self._ready: Future[None] = Future()
         self._closing = self._stop = self._dead = False
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work.
+
+        Raises:
+            AHNError: a GPU has no memory for so many conversations.
+        """
         self._thread.start()
+        self._ready.result()
 
     def alive(self) -> bool:
         """Whether requests are worked on."""
@@ -166,10 +174,8 @@ class Engine:
 
     def _run(self) -> None:
         faults = 0
-        try:
-            self.scheduler.warm_up()
-        except Exception:
-            log.exception("The engine could not be warmed up")
+        if not self._warm():
+            return
         while not self._stop:
             try:
                 self.scheduler.turn()
@@ -182,6 +188,19 @@ class Engine:
                     self._dead = True
                     break
         self.scheduler.end_all("cancelled")
+
+    def _warm(self) -> bool:
+        try:
+            self.scheduler.warm_up()
+        except torch.OutOfMemoryError:
+            rows = self.scheduler.conversations
+            self._ready.set_exception(AHNError(f"There is no memory for {rows} conversations at once; ask for fewer."))
+            return False
+        except Exception as error:
+            self._ready.set_exception(error)
+            return False
+        self._ready.set_result(None)
+        return True
 
     def _check(self, request: GenerationRequest) -> None:
         length = len(request.prompt)

@@ -16,7 +16,7 @@ from ahn.serve.files import Note
 from ahn.serve.jobs import Job, Reading
 from ahn.serve.prefixes import Prefixes
 from ahn.serve.request import Delta
-from ahn.serve.store import KeptState, StateStore
+from ahn.serve.store import KeptState, StateStore, place
 
 REREAD = 1024
 """Tokens, besides a few times those of the reply, that are read again so that a reply is found as it will be sent."""
@@ -72,8 +72,8 @@ class Keeper:
         self._pool.submit(self.store.trim)
 
     def open(self, state: KeptState) -> Future[AHNCache]:
-        """A copy of a state to go on with: at once from memory, later from disk."""
-        if state.cache is None:
+        """A copy of a state to go on with: at once where the model is, later from elsewhere."""
+        if state.cache is None or (place(state) == "memory" and self.store.model.device.type != "cpu"):
             return self._pool.submit(self.store.open, state)
         there: Future[AHNCache] = Future()
         try:

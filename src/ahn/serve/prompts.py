@@ -33,6 +33,8 @@ GPU_CHUNK = 8192
 """Tokens that a GPU reads at once while nobody writes."""
 SMALLEST = {"cpu": 32, "cuda": 512}
 """Tokens of a chunk between two steps: fewer take no less time."""
+SCORES = 256
+"""Tokens whose scores of the whole vocabulary are worked with at once."""
 log = logging.getLogger(__name__)
 
 
@@ -140,8 +142,9 @@ def _note_logprobs(job: Job, logits: Tensor, first: int) -> None:
     count = job.request.options.prompt_logprobs or 0
     if not first:
         job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
-    logprobs = logits.float().log_softmax(-1)
-    if not bool(logprobs.isfinite().all()):
-        raise AHNError("The model's scores are not numbers.")
-    following = job.ids[first + 1 : first + 1 + len(logits)]
-    job.prompt_logprobs += [logprobs_of(own, token, count) for own, token in zip(logprobs, following, strict=True)]
+    for start in range(0, len(logits), SCORES):
+        scores = logits[start : start + SCORES].float()
+        if not bool(scores.isfinite().all()):
+            raise AHNError("The model's scores are not numbers.")
+        following = job.ids[first + start + 1 : first + start + 1 + len(scores)]
+        job.prompt_logprobs += logprobs_of(scores, following, [count] * len(scores))

@@ -101,9 +101,8 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Chosen]:
     Args:
         logits: (B, V) of any floating type.
     """
-    scores = logits.float()
+    scores = reported = logits.float()
     broken = ~scores.isfinite().all(-1)
-    reported = _report(scores, rows)
     scores, failed = _changed(scores, rows)
     tokens = scores.argmax(-1)
     drawing = [i for i, row in enumerate(rows) if row.options.temperature > 0]
@@ -113,31 +112,35 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Chosen]:
         kept = cut(scores[drawing].nan_to_num(0.0, 0.0, float("-inf")), options)
         tokens[drawing] = _drawn(kept, [rows[i].draw() for i in drawing])
     nothing = scores.amax(-1) == float("-inf")
+    found = torch.stack([tokens, broken.long(), nothing.long()], dim=1).tolist()  # the device is waited for once
     chosen = []
-    for i, (token, bad, none) in enumerate(zip(tokens.tolist(), broken.tolist(), nothing.tolist(), strict=True)):
+    for i, (token, bad, none) in enumerate(found):
         error = "The model's scores are not numbers." if bad else failed.get(i)
         error = error or ("No token is allowed here." if none else None)
         chosen.append(Chosen(-1, error=error) if error else Chosen(token))
-    for i, (logprobs, k) in reported.items():
-        if chosen[i].error is None:
-            chosen[i].logprobs = logprobs_of(logprobs, chosen[i].token, k)
+    wanted = [i for i, row in enumerate(rows) if row.options.logprobs is not None and chosen[i].error is None]
+    if wanted:
+        counts = [rows[i].options.logprobs or 0 for i in wanted]
+        for i, one in zip(
+            wanted, logprobs_of(reported[wanted], [chosen[i].token for i in wanted], counts), strict=True
+        ):
+            chosen[i].logprobs = one
     return chosen
 
 
-def _report(scores: Tensor, rows: Sequence[Chooser]) -> dict[int, tuple[Tensor, int]]:
-    """Log-probabilities (V,) of the rows that want some, and how many."""
-    wanted = {i: row.options.logprobs for i, row in enumerate(rows) if row.options.logprobs is not None}
-    if not wanted:
-        return {}
-    logprobs = scores[list(wanted)].log_softmax(-1)
-    return {i: (own, k) for own, (i, k) in zip(logprobs, wanted.items(), strict=True)}
+def logprobs_of(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """How probable tokens are.
 
-
-def logprobs_of(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """What is reported of a token, of log-probabilities (V,)."""
-    top, places = logprobs.topk(min(count, len(logprobs)))
-    best = tuple(zip(places.tolist(), top.tolist(), strict=True))
-    return TokenLogprobs(token, float(logprobs[token]), best)
+    Args:
+        scores: (n, V) float32, one row for each token.
+        counts: how many of the most probable tokens to report beside each.
+    """
+    logprobs = scores.log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    top, places = (x.tolist() for x in logprobs.topk(max(counts)))
+    best = [tuple(zip(*pair, strict=True)) for pair in zip(places, top, strict=True)]
+    rows = zip(tokens, own, best, counts, strict=True)
+    return [TokenLogprobs(token, logprob, ranked[:count]) for token, logprob, ranked, count in rows]
 
 
 def _changed(scores: Tensor, rows: Sequence[Chooser]) -> tuple[Tensor, dict[int, str]]:

@@ -215,8 +215,6 @@ class Scheduler:
         assert job.cache is not None
         if self.batch is None:
             self.batch = make_batch(self.model, self.conversations, job.cache)
-        if self.model.device.type != "cpu":
-            job.cache.to(self.model.device)
         self.batch.add(job.cache)
         job.cache = None
         self.running.append(job)

@@ -6,7 +6,6 @@ A state in the store never changes: whoever goes on from it works on a copy, so 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import threading
@@ -21,6 +20,7 @@ import torch
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache
 from ahn.cache.origin import origin
+from ahn.cache.rows import copied
 from ahn.errors import AHNError
 from ahn.serve.files import NOTE, Note, StateFiles, write
 from ahn.serve.prefixes import Prefixes
@@ -122,7 +122,7 @@ class StateStore:
         """
         cache, path = state.cache, state.file
         if cache is not None:
-            return copy.deepcopy(cache)
+            return copied(cache, self.model.device)
         if self.files is None or path is None:
             raise AHNError("This conversation was forgotten a moment ago.")
         try:
@@ -133,7 +133,7 @@ class StateStore:
             raise
         with self._lock:
             if state.file is not None:  # not forgotten meanwhile
-                state.cache = copy.deepcopy(loaded)
+                state.cache = copied(loaded, self.model.device)
         self.trim()
         return loaded
 
@@ -202,7 +202,7 @@ class StateStore:
         if self.model.device.type == "cpu":
             return
         with self._lock:
-            held = sorted((s for s in self._states.values() if _place(s) == "device"), key=lambda s: s.used)
+            held = sorted((s for s in self._states.values() if place(s) == "device"), key=lambda s: s.used)
         excess = sum(s.nbytes for s in held) - limit
         for state in held:
             cache = state.cache
@@ -290,7 +290,7 @@ class StateStore:
         self._scan()
         with self._lock:
             own = [state for state in self._states.values() if state.note.owner == owner]
-            infos = [ConversationInfo(s.note.name, s.note.length, s.note.parts, _place(s), s.used) for s in own]
+            infos = [ConversationInfo(s.note.name, s.note.length, s.note.parts, place(s), s.used) for s in own]
         return sorted(infos, key=lambda info: -info.used)
 
     def sizes(self) -> tuple[int, int, int, int]:
@@ -374,7 +374,7 @@ def beside(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _place(state: KeptState) -> Literal["device", "memory", "disk"]:
+def place(state: KeptState) -> Literal["device", "memory", "disk"]:
     if state.cache is None:
         return "disk"
     keys = next(iter(state.cache.memory_layers.values())).keys
