@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,10 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(
     assert "key" in ahn_cli("serve", "--api-key", "two words").err
     assert ahn_cli("serve", "--port", 70000).code == 2
     assert "--max-age" in ahn_cli("serve", "--max-age", 0).err
+
+
+KILLS = 4
+"""Times that the server is killed under load; AHN_KILLS sets another number."""
 
 
 class Program:
@@ -117,3 +124,55 @@ def test_conversations_outlive_the_program_however_it_ends(start: Callable[[], P
     _, longest, cached = third.say("And now?")
     assert longest > longer and cached >= longer - 1
     assert third.end(signal.SIGTERM) in (0, -signal.SIGTERM)
+
+
+class Talker:
+    """A client whose responses go on from each other; it remembers what it was told is finished."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.last = number, None
+        self.finished: dict[str, str] = {}
+
+    def talk(self, url: str) -> None:
+        """Turn after turn, until the server is gone."""
+        import httpx
+
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while True:
+                body = {"input": f"Turn {len(self.finished)} of client {self.number}. ", "max_output_tokens": 3}
+                try:
+                    said = client.post("/v1/responses", json=body | {"previous_response_id": self.last})
+                except httpx.HTTPError:
+                    return
+                assert said.status_code == 200, said.text
+                self.last = said.json()["id"]
+                self.finished[self.last] = said.json()["output"][0]["content"][0]["text"]
+
+    def check(self, url: str) -> None:
+        """All that was finished is there, whole."""
+        import httpx
+
+        for name, text in self.finished.items():
+            said = httpx.get(f"{url}/v1/responses/{name}", timeout=60)
+            assert said.status_code == 200 and said.json()["output"][0]["content"][0]["text"] == text
+
+
+@installed
+@pytest.mark.slow
+def test_no_finished_turn_is_lost_when_the_server_is_killed(start: Callable[[], Program]) -> None:
+    draw, talkers = random.Random(0), [Talker(number) for number in range(4)]
+    for _ in range(int(os.environ.get("AHN_KILLS", KILLS))):
+        program = start()
+        for talker in talkers:
+            talker.check(program.url)
+        threads = [threading.Thread(target=talker.talk, args=(program.url,)) for talker in talkers]
+        for thread in threads:
+            thread.start()
+        time.sleep(draw.uniform(0.5, 4))
+        program.end(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    program = start()
+    for talker in talkers:
+        talker.check(program.url)
+    assert sum(len(talker.finished) for talker in talkers) > KILLS

@@ -78,6 +78,26 @@ def test_openai_completions_and_models(client: Any) -> None:
     assert [choice.text for choice in again.choices] == [choice.text for choice in body.choices]
 
 
+def test_a_conversation_is_moved_with_its_state(client: Any, live: Any) -> None:
+    import httpx
+
+    first = client.responses.create(
+        model="tiny", input="A lamp in the cellar. " * 20, max_output_tokens=4, temperature=0
+    )
+    kept = httpx.get(f"{live.url}/conversations/{first.id}").json()
+    assert 0 < kept["bytes"] < kept["full_attention_bytes"] * 10 and kept["tokens"] >= first.usage.total_tokens - 1
+    file = httpx.get(f"{live.url}/conversations/{first.id}/state").content
+    assert httpx.put(f"{live.url}/conversations/moved/state", content=file).status_code == 200
+    client.responses.delete(first.id)
+    body = GREEDY | {"messages": [{"role": "user", "content": "And?"}], "extra_body": {"session_id": "moved"}}
+    usage = client.chat.completions.create(**body).usage
+    assert usage.prompt_tokens > first.usage.total_tokens
+    assert usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+    damaged = file[: len(file) // 2] + bytes([file[len(file) // 2] ^ 1]) + file[len(file) // 2 + 1 :]
+    refused = httpx.put(f"{live.url}/conversations/other/state", content=damaged)
+    assert refused.status_code == 400 and "error" in refused.json()
+
+
 def test_openai_knows_the_errors(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="tools") as error:
         client.chat.completions.create(**GREEDY, tools=[{"type": "function", "function": {"name": "f"}}])

@@ -72,8 +72,11 @@ class Completing:
     async def whole(self) -> dict[str, Any]:
         """The response, when all is written."""
         written = await self.running.all()
-        choices = [self._choice(n, self._echo(n) + reply.text, reply, 0) for n, reply in enumerate(written)]
+        choices = await asyncio.to_thread(self._choices, written)  # probabilities of long prompts take a while
         return self._object(choices) | {"usage": self._usage()}
+
+    def _choices(self, written: Sequence[Written]) -> list[dict[str, Any]]:
+        return [self._choice(n, self._echo(n) + reply.text, reply, 0) for n, reply in enumerate(written)]
 
     async def events(self) -> AsyncIterator[str]:
         """The same as a stream."""

@@ -47,6 +47,7 @@ class Service:
     defaults: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     full_bytes: Callable[[int], int] = lambda tokens: 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    _tokens: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def check_model(self, name: str | None) -> None:
         """Raises APIProblem for a model that is not served here."""
@@ -108,8 +109,11 @@ class Service:
         return RunningReplies(replies, watches, self.settings.seconds, self.engine.alive)
 
     def token(self, token: int) -> str:
-        """What a token looks like alone."""
-        return self.text.decode([token], special=True)
+        """What a token looks like alone; remembered, as the probabilities of a long prompt name the same ones often."""
+        text = self._tokens.get(token)
+        if text is None:
+            text = self._tokens[token] = self.text.decode([token], special=True)
+        return text
 
     def spread(self, token: TokenLogprobs, top: int) -> dict[str, Any]:
         """One token's probability as chat completions say it."""
