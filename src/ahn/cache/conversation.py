@@ -40,6 +40,7 @@ class AHNCache(Cache):
     Attributes:
         config: window, sinks and memory it was made with. They stay with the conversation, whatever the model's are.
         progress: how much was read.
+        rows: sequences of the batch; None before the first forward, which decides.
         captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
         messages: what was said, for whoever keeps it here; it goes into the file with the rest and is never read by the
             model.
@@ -54,7 +55,7 @@ class AHNCache(Cache):
             layer.progress = self.progress
         self.captured: Any = None
         self._view: Visibility | None = None  # of the latest forward
-        self._batch: int | None = None
+        self.rows: int | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
 
     @classmethod
@@ -77,7 +78,7 @@ class AHNCache(Cache):
             module = model.get_decoder().layers[index].self_attn
             layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
         cache = cls(config, layers, offloading)
-        cache._batch = batch_size
+        cache.rows = batch_size
         cache._model = weakref.ref(model)  # `save` names the model; a copy of the cache must not copy the model
         return cache
 
@@ -85,6 +86,11 @@ class AHNCache(Cache):
     def memory_layers(self) -> dict[int, AHNLayer]:
         """The layers with a memory, by index."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, AHNLayer)}
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model it was made for, None if that is gone."""
+        return None if self._model is None else self._model()
 
     @property
     def seen(self) -> int:
@@ -137,15 +143,15 @@ class AHNCache(Cache):
             config.reach,
             rotation,
         )
-        self._batch, self._view = batch, view
+        self.rows, self._view = batch, view
         for layer in self.memory_layers.values():
             layer.visibility = view
         return view
 
     def check_batch(self, batch: int) -> None:
         """Raises AHNError if this cache holds another number of rows."""
-        if self._batch is not None and batch != self._batch:
-            raise AHNError(f"This cache holds {self._batch} sequences, the input has {batch}.")
+        if self.rows is not None and batch != self.rows:
+            raise AHNError(f"This cache holds {self.rows} sequences, the input has {batch}.")
 
     # -- captured steps (ahn.decode) -------------------------------------------------------------------------------
 
@@ -214,7 +220,7 @@ class AHNCache(Cache):
     def _map_rows(self, change: Any) -> None:
         self.progress.map_rows(change)
         keys = next(iter(self.memory_layers.values())).keys
-        self._batch = None if keys is None else len(keys)
+        self.rows = None if keys is None else len(keys)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -237,7 +243,7 @@ class AHNCache(Cache):
                 layer.is_initialized = False
         self.progress.clear()
         self.messages = []
-        self._batch = None
+        self.rows = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
@@ -282,7 +288,7 @@ class AHNCache(Cache):
         Raises:
             AHNError: the cache is empty, its model is gone, or a layer of it is of a kind that cannot be written.
         """
-        model = None if self._model is None else self._model()
+        model = self.model
         if model is None:
             raise AHNError("The model of this cache is gone; save a cache while its model is in memory.")
         file.write(path, *self.content(), origin(model))
@@ -312,6 +318,7 @@ class AHNCache(Cache):
         Raises:
             AHNError: the file is missing, damaged or not a cache, or it was made with another base, adapter or memory.
         """
+        model = attached(model)
         return load_conversation(path, model, origin(model))
 
 
@@ -328,7 +335,7 @@ def load_conversation(path: str | Path, model: PreTrainedModel, of: dict[str, An
         if isinstance(layer, AHNLayer):
             layer.config = cache.config
             layer.load_tensors(own)
-            cache._batch = len(own["keys"])
+            cache.rows = len(own["keys"])
         elif own:
             other.load(layer, own, seen)
     cache.progress.seen = seen

@@ -52,7 +52,7 @@ def join(caches: Sequence[AHNCache]) -> AHNCache:
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
         else:
             other.join(layer, rows, seen)
-    joined._batch = len(lengths)
+    joined.rows = len(lengths)
     anchors = [anchor for cache in caches for anchor in _anchors(cache)]
     _set_progress(joined, seen, lengths, anchors)
     return joined
@@ -70,7 +70,7 @@ def take(batch: AHNCache, row: int) -> AHNCache:
         state = _from_parts({name: x[row : row + 1].clone() for name, x in parts.items()})
         layer.state = _alone(state, batch, length, anchor, _memory(model, index))
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-    alone._batch = 1
+    alone.rows = 1
     alone.progress.seen, alone.progress.anchor = length, (anchor,)
     return alone
 
@@ -88,7 +88,7 @@ def reserve(like: AHNCache, rows: int) -> AHNCache:
         if like.config.reach and layer.rotates:
             state.sinks = state.window.keys[:, :, : like.config.sinks]
         layer.state = _from_parts({name: x.new_zeros(rows, *x.shape[1:]) for name, x in _parts(state).items()})
-    batch._batch = rows
+    batch.rows = rows
     set_read(batch, [0] * rows, [0] * rows)
     return batch
 
@@ -129,7 +129,7 @@ def prefix(batch: AHNCache, rows: int) -> AHNCache:
     for index, layer in first.memory_layers.items():
         layer.state = _from_parts({name: x[:rows] for name, x in _parts(_state(batch.memory_layers[index])).items()})
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-    first._batch = rows
+    first.rows = rows
     set_read(first, lengths(batch)[:rows], _anchors(batch)[:rows])
     return first
 
@@ -209,7 +209,7 @@ def mask(batch: AHNCache) -> Tensor | None:
 
 def _model_of(caches: Sequence[AHNCache]) -> PreTrainedModel:
     """The one model of all caches."""
-    models = [None if cache._model is None else cache._model() for cache in caches]
+    models = [cache.model for cache in caches]
     first = models[0]
     if first is None or any(model is not first for model in models):
         raise AHNError("Conversations of different models, or of one that is gone, cannot be in one batch.")
