@@ -35,8 +35,8 @@ def joined(parts: list[Part]) -> Part:
 def _part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
     B, Hkv, C, P = key.shape
     n = query.shape[2]
-    scores = _scores((query * scaling).reshape(B * Hkv, -1, P), key.reshape(B * Hkv, C, P)).view(B, Hkv, -1, n, C)
-    scores = scores.masked_fill_(~visible.unsqueeze(2), UNSEEN)
+    scores = _scores(query.reshape(B * Hkv, -1, P), key.reshape(B * Hkv, C, P)).view(B, Hkv, -1, n, C)
+    scores = scores.mul_(scaling).masked_fill_(~visible.unsqueeze(2), UNSEEN)
     highest = scores.logsumexp(-1, keepdim=True)
     weights = scores.sub_(highest).exp_().to(value.dtype).view(B * Hkv, -1, C)
     out = (weights @ value.reshape(B * Hkv, C, P)).view(B, -1, n, P)

@@ -93,18 +93,19 @@ def run(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="First samples of each task only.")] = None,
     out: OutOption = Path("results"),
     haystack: Annotated[
-        Path | None, typer.Option("--haystack", help="Text to hide things in, for ruler and needle.")
+        Path | None, typer.Option("--haystack", help="Text to hide things in, for ruler, recall and needle.")
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option("--length", min=1, help="Tokens of a prompt of ruler or needle; repeatable.")
+        list[int] | None,
+        typer.Option("--length", min=1, help="Tokens of a prompt of generated tasks; repeatable."),
     ] = None,
     depth: Annotated[
         list[float] | None, typer.Option("--depth", min=0, max=100, help="Depth of a needle in percent; repeatable.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Samples for each length and depth of ruler or needle.")
+        int | None, typer.Option("--samples", min=1, help="Samples for each length and depth of generated tasks.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of ruler and needle.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of generated tasks.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_report"]
 
-BENCHMARKS_BY_LENGTH = ("lveval", "ruler")
+BENCHMARKS_BY_LENGTH = ("lveval", "ruler", "recall")
 
 
 def write_report(folders: Iterable[Path], out: Path) -> None:

@@ -16,7 +16,7 @@ from ahn.evaluation.results import digest
 
 NAMES = {"full": "full attention", "window": "sinks + window", "ct-max": "CT-Max", "ct-avg": "CT-Avg"}
 """What methods without an adapter are called."""
-BENCHMARKS = ("lveval", "infinitebench", "longbench", "ruler")
+BENCHMARKS = ("lveval", "infinitebench", "longbench", "ruler", "recall")
 """Whose tasks have a mean."""
 VARIANT = ("profile", "limit", "max_new_tokens", "truncation", "task_settings")
 """Settings of the task, not of the model: results are compared where these are equal."""

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "longbench": "ahn.evaluation.tasks.longbench",
     "ruler": "ahn.evaluation.tasks.ruler",
     "needle": "ahn.evaluation.tasks.needle",
+    "recall": "ahn.evaluation.tasks.recall",
 }
 """First part of a task's name -> module."""
 

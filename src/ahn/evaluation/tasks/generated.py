@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+import dataclasses
+import functools
+import random
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from ahn.errors import AHNError
 from ahn.evaluation.prompt import render
-from ahn.evaluation.task import Options
+from ahn.evaluation.task import Options, Sample, Task
+from ahn.evaluation.tasks.haystack import Haystack
 from ahn.tiny.facts import KEYS, VALUES
 
 Made = TypeVar("Made")
@@ -18,6 +24,49 @@ WORDS = tuple(f"{first}-{second}" for first in KEYS for second in VALUES)
 UNBOUNDED = 1 << 40
 CLOSE = 0.98
 """A prompt is long enough when it has this share of the tokens that it may have."""
+
+
+ANY_LENGTH = re.compile(r"[1-9]\d*k?")
+"""What can be asked for: any number of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A message to the model, how its answer begins, and what must occur in it.
+
+    Attributes:
+        choices: of which the first that is named is the answer, where there are such.
+    """
+
+    message: str
+    prefix: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+
+def lengths_of(
+    parts: Sequence[str], options: Options, levels: Sequence[str], name: str
+) -> tuple[list[str], Sequence[int]]:
+    """The parts of a task's name without its length, and the lengths that are meant, in tokens.
+
+    Those in the name, else those of the options, else the benchmark's.
+
+    Raises:
+        AHNError: there is more than a task and a length.
+    """
+    rest = list(parts)
+    named = [rest.pop()] if rest and ANY_LENGTH.fullmatch(rest[-1]) else []
+    if len(rest) > 1:
+        raise AHNError(f"{name} has no length {rest[1]!r}; choose one of {', '.join(levels)}, or a number of tokens.")
+    return rest, [_tokens(level) for level in named] or options.lengths or [_tokens(level) for level in levels]
+
+
+def _tokens(level: str) -> int:
+    return 1024 * int(level[:-1]) if level.endswith("k") else int(level)
+
+
+def _level(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 class Prompter:
@@ -117,3 +166,84 @@ class Fit:
                 raise AHNError(f"{self._name}: no sample of this length can be made. Give a greater --length.")
             size -= max(1, size // 100)
         return size
+
+
+class GeneratedTask(Task):
+    """One task of a generated benchmark at one length.
+
+    Args:
+        task: its name in the benchmark.
+        length: tokens of prompt and answer together.
+        new_tokens: of the answer.
+    """
+
+    chat_template = False  # see `Prompter`
+    benchmark: ClassVar[str]
+    generator: ClassVar[int]
+    """Results of different generators must not be compared."""
+    default_samples: ClassVar[int]
+
+    def __init__(self, task: str, length: int, options: Options, new_tokens: int) -> None:
+        self.task, self.length, self.options = task, length, options
+        self.name, self.profile = f"{self.benchmark}/{task}/{_level(length)}", options.profile
+        self.max_new_tokens = new_tokens
+        self._count = options.samples or self.default_samples
+        self._prompter = Prompter(options, self.name)
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """The name of how it scores."""
+
+    @property
+    def text(self) -> Haystack | None:
+        """What it is made with."""
+        return None
+
+    @property
+    def most(self) -> int:
+        """The largest size that `make` knows."""
+        return UNBOUNDED
+
+    @abstractmethod
+    def make(self, number: int, rng: random.Random, size: int) -> Problem:
+        """The sample of that number, with so much haystack."""
+
+    def extra(self, problem: Problem) -> dict[str, Any]:
+        """What of a problem the score needs besides the answers."""
+        return {}
+
+    def samples(self) -> Iterator[Sample]:
+        for number in range(self._count):
+            problem = self._fit(number, functools.partial(self._problem, number))
+            yield Sample(
+                id=str(number),
+                context=f"{number}",
+                prompt=self._prompt(problem),
+                answers=problem.answers,
+                extra={"length": self.length} | self.extra(problem),
+            )
+
+    def settings(self) -> dict[str, Any]:
+        found = {
+            "generator": self.generator,
+            "length": self.length,
+            "samples": self._count,
+            "seed": self.options.seed,
+            "metric": self.metric,
+            "haystack": self.text.settings() if self.text else None,
+        }
+        return found | self._prompter.settings()
+
+    @functools.cached_property
+    def _fit(self) -> Fit:
+        limit = self.length - self.max_new_tokens
+        return Fit(limit, self._prompt, self._prompter.count, self.name, self.most)
+
+    def _problem(self, number: int, size: int) -> Problem:
+        # Seeded with a text: the same on every Python, and no two tasks or lengths share their chance.
+        rng = random.Random(f"{self.generator} {self.options.seed} {self.task} {self.length} {number}")
+        return self.make(number, rng, size)
+
+    def _prompt(self, problem: Problem) -> str:
+        return self._prompter.wrap(problem.message, problem.prefix)

@@ -6,7 +6,8 @@ import itertools
 import random
 import string
 
-from ahn.evaluation.tasks.ruler.problem import NOISE, Problem
+from ahn.evaluation.tasks.generated import Problem
+from ahn.evaluation.tasks.ruler.noise import NOISE
 
 HOPS = 4
 EXAMPLE_LINES = 15

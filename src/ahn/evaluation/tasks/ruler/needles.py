@@ -10,9 +10,9 @@ import uuid
 from typing import Literal
 
 from ahn.evaluation.tasks import haystack
-from ahn.evaluation.tasks.generated import WORDS
+from ahn.evaluation.tasks.generated import WORDS, Problem
 from ahn.evaluation.tasks.haystack import Haystack
-from ahn.evaluation.tasks.ruler.problem import NOISE, Problem
+from ahn.evaluation.tasks.ruler.noise import NOISE
 
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 ONE = (

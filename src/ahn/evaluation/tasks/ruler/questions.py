@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.errors import AHNError
-from ahn.evaluation.tasks.ruler.problem import Problem
+from ahn.evaluation.tasks.generated import Problem
 from ahn.files import expanded
 
 FILES = {"qa_1": "dev-v2.0.json", "qa_2": "hotpot_dev_distractor_v1.json"}

@@ -8,8 +8,7 @@ import random
 import string
 from collections.abc import Callable
 
-from ahn.evaluation.tasks.generated import WORDS
-from ahn.evaluation.tasks.ruler.problem import Problem
+from ahn.evaluation.tasks.generated import WORDS, Problem
 from ahn.tiny.facts import KEYS, VALUES
 
 LISTED = (*KEYS, *VALUES, *random.Random(0).sample(WORDS, len(WORDS)))
