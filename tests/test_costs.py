@@ -81,7 +81,7 @@ def test_formula_of_the_paper_for_one_layer() -> None:
     assert result.ahn.model_flops - result.ahn.mixer_flops == outside
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", memory.names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("quantized", "bits"), [(0, 2), (20, 2), (20, 3), (20, 4)])

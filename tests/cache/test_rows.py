@@ -76,6 +76,7 @@ class Rows:
         self.alone = [self.alone[row] for row in order]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("memory", "quantized"), KINDS)
 def test_rows_of_any_length_step_together(memory: str, quantized: int) -> None:
     rows = Rows(student(memory, quantized), [1, LOSSLESS - 1, LOSSLESS + QUANTIZED, 40])
@@ -87,6 +88,7 @@ def test_rows_of_any_length_step_together(memory: str, quantized: int) -> None:
     rows.steps(5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt_oss"])
 def test_layers_without_a_memory_go_along(architecture: str) -> None:
     rows = Rows(student("gated_deltanet", 0, architecture, max_distance=0), [3, 14, 30])
@@ -104,6 +106,7 @@ def test_layers_with_full_attention_go_along() -> None:
     rows.steps(9)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("quantized", [pytest.param(0, marks=pytest.mark.slow), QUANTIZED])
 def test_a_row_is_what_it_was(quantized: int) -> None:
     """Bit for bit: a row in slots and one in columns hold the same numbers."""
@@ -120,6 +123,7 @@ def test_a_row_is_what_it_was(quantized: int) -> None:
                 assert all(torch.equal(named[name], x) for name, x in wanted.items())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("quantized", [pytest.param(0, marks=pytest.mark.slow), QUANTIZED])
 def test_a_row_is_replaced_in_place(quantized: int) -> None:
     for memory in ("gated_deltanet", "retained"):

@@ -269,7 +269,7 @@ def test_importing_ahn_stays_light() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
 def test_a_pickled_model_loads_in_a_new_process(base: Path, tmp_path: Path, way: str, merged: Path) -> None:
     import pickle

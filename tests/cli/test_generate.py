@@ -148,6 +148,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert ahn_cli("generate", "--model", plain.adapter).code == 2
 
 
+@pytest.mark.slow
 def test_as_a_program_in_a_pipe(plain: speaking.Speaking) -> None:
     command = [
         sys.executable,

@@ -136,6 +136,7 @@ def test_a_damaged_adapter_is_named(ahn_cli: Any, tiny: tuple[Path, Path]) -> No
     assert "lacks 1 of" in result.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_figure_appears_whole_or_not_at_all(ahn_cli: Any, published: Path) -> None:
     figure = published.with_name("cost.png")
     assert ahn_cli("info", published, "--length", 1000, "--plot", figure).code == 0

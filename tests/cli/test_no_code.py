@@ -44,7 +44,7 @@ def hostile(tmp_path: Path) -> Path:
     return model
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_runs_code_of_a_model(verb: str, hostile: Path, tmp_path: Path) -> None:
     place = {"MODEL": hostile, "OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt"}

@@ -89,6 +89,7 @@ def test_two_threads_capture_at_once(graphs: Graphs, held: Held) -> None:
     assert graphs == Graphs(captures=2, replays=18)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", ["bound", "partial", "closure"])
 def test_forwards_that_somebody_put_on_a_layer(way: str, graphs: Graphs) -> None:
     """As accelerate's hooks do. One that does not say which module it belongs to would run the model's own layer."""

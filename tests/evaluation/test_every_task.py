@@ -88,7 +88,7 @@ DOWNLOADED = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("spec", "profile", "names"), DOWNLOADED, ids=[f"{s}-{p}" for s, p, _ in DOWNLOADED])
 def test_downloaded_benchmarks(
     spec: str,
@@ -130,7 +130,7 @@ def test_needles(kind: str, evaluated: methods.Evaluated, tmp_path: Path) -> Non
     ]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 def test_perplexity(evaluated: methods.Evaluated, tmp_path: Path) -> None:
     document = documents.load(evaluated.tokenizer, length=300)
     figures = perplexity.run(evaluated, document, tmp_path, bucket=100)

@@ -85,7 +85,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @needs_lm_eval
 @pytest.mark.parametrize("method", ["ahn", "window", "full", "ct-avg"])
 def test_short_tasks_have_exactly_the_base_models_scores(method: str, tiny: tuple[str, str], tmp_path: Path) -> None:
@@ -95,6 +95,7 @@ def test_short_tasks_have_exactly_the_base_models_scores(method: str, tiny: tupl
     assert len(expected) == 6
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_long_prompts_are_remembered_or_not(tiny: tuple[str, str], tmp_path: Path) -> None:
     base, adapter = tiny

@@ -104,7 +104,7 @@ def test_hidden_between_units() -> None:
     assert needle.hide(["N"], [], [50]) == ["N"]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ahn", "window", "full"])
 def test_the_shipped_model_finds_what_its_memory_keeps(method: str, tmp_path: Path) -> None:
     adapter = str(tiny.adapter_path("deltanet"))

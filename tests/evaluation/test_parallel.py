@@ -42,7 +42,7 @@ def outcome(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in every}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_any_number_of_workers_gives_the_same(
     count: int, found: list[Task], evaluated: methods.Evaluated, tmp_path: Path

@@ -26,7 +26,7 @@ def forward_losses(model: torch.nn.Module) -> torch.Tensor:
     return F.cross_entropy(logits[:-1], torch.tensor(IDS[1:]), reduction="none")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("bucket", "chunk"), [(64, 64), (75, 7), (1000, 33)])
 @pytest.mark.parametrize("memory", [None, "gated_deltanet", "window_only", "ct_max"])
 def test_losses_are_those_of_one_forward(memory: str | None, bucket: int, chunk: int) -> None:
@@ -66,6 +66,7 @@ def evaluated(method: str) -> Evaluated:
     return Evaluated(model, None, method, methods.describe(model, method) | {"model": "random"}, {"model": "here"})
 
 
+@pytest.mark.slow
 def test_a_result_folder(tmp_path: Path) -> None:
     document = documents.LongDocument("book", "abc", IDS)
     used = {method: evaluated(method) for method in ("ahn", "window", "full")}

@@ -74,6 +74,7 @@ runner.run(found, evaluated, Path(out), watcher=Killer())
 """
 
 
+@pytest.mark.slow
 def test_kill_and_the_same_command_again(
     task: Task,
     evaluated: methods.Evaluated,

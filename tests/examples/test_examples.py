@@ -32,6 +32,7 @@ def test_attach_and_generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "after 400 tokens it goes on" in printed
 
 
+@pytest.mark.slow
 def test_read_and_save(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run(monkeypatch, "read_and_save.py", "--length", 2048, "--file", tmp_path / "book.safetensors")
     printed = capsys.readouterr().out
@@ -39,6 +40,7 @@ def test_read_and_save(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "'\\n# recall: farm' -> ' daisy" in printed
 
 
+@pytest.mark.slow
 def test_distil(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("--steps", 2, "--length", 96, "--batch", 1, "--out", tmp_path / "memory")
     run(monkeypatch, "distil.py", *arguments)

@@ -15,7 +15,7 @@ import inspect_positions
 OPTIONS = ("--window", "96", "--sinks", "8", "--length", "1024", "--documents", "2")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["deltanet", "routed_deltanet"])
 def test_only_what_sees_positions_notices_where_a_text_begins(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -65,7 +65,7 @@ def of_heads(kv: AHNCache, layer: int, writers: int) -> Tensor:
     return kv.layers[layer].state.memory["state"].reshape(2, writers, -1).repeat_interleave(4 // writers, 1)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize("memory", RECURRENT)
 def test_writes_are_what_happens_to_the_state(memory: str) -> None:

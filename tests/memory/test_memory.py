@@ -89,6 +89,7 @@ def test_equations(name: str, length: int, seed: int) -> None:
     assert relative_error(state["state"], expected_state) < FLOAT32
 
 
+@pytest.mark.sample(2)
 @equations
 def test_gradients_are_float64_finite_differences(name: str) -> None:
     """Of every parameter and every input: the package's float32 gradients against central differences of the oracle."""

@@ -52,7 +52,7 @@ def test_gradients_of_what_several_states_share(kv_heads: int, groups: int, stat
     assert max(errors.values()) < bound(arguments), errors
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize(
     ("name", "gates"),

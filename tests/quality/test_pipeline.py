@@ -102,6 +102,7 @@ def test_rows_with_quantized_tokens_take_the_bytes_that_they_should(study: Path)
     assert checked >= 4
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in study.rglob("*") if path.is_file() and "figures" not in path.parts]
     made = {path: path.stat().st_mtime_ns for path in files if path.name not in ("results.jsonl", "report.md")}

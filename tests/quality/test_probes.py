@@ -118,7 +118,7 @@ def test_a_window_loses_what_only_full_attention_sees(probes: Probes, model) -> 
     assert not hasattr(model, "ahn_config")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [0, 150])
 def test_sequences_read_together_are_those_read_alone(model, quantized: int) -> None:
     """Of different lengths, in any order, more than fit into one batch and not a multiple of it.

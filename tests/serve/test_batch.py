@@ -55,6 +55,7 @@ def run(model: PreTrainedModel, batch: Batch, capacity: int, turns: int) -> None
     assert len(batch) == 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("quantized", [pytest.param(0, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("memory", ["gated_deltanet", "retained", pytest.param("ct_max", marks=pytest.mark.slow)])

@@ -62,6 +62,7 @@ def test_this_python() -> None:
     assert min(len(text) for _, text in texts) > 35_000
 
 
+@pytest.mark.slow
 def test_no_held_out_module_is_trained_on() -> None:
     documents = train_documents()
     everything = "\n".join(text for _, text in documents)

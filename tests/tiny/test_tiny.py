@@ -85,7 +85,7 @@ def test_full_attention_uses_what_a_window_has_lost(model: PreTrainedModel, text
     assert windowed_recall < 0.2
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "share"), [("gated_deltanet", 0.8), ("deltanet", 0.8), ("mamba2", 0.5), ("routed_deltanet", 0.9)]
 )

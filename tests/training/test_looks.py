@@ -181,6 +181,7 @@ def test_a_finished_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> No
         assert torch.isfinite(model(tokens(1, 300)).logits).all()
 
 
+@pytest.mark.slow
 def test_resumed_bits_are_the_same(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     def train(output: Path, **more: Any) -> None:
         given = {"ahn_implementation": "RetainedTokens", "slots": 40, **more}

@@ -118,6 +118,7 @@ def counting(part: MicroBatch) -> int:
     return int((lengths - part.window - part.sinks).clamp_min(0).sum())
 
 
+@pytest.mark.slow
 def test_every_micro_batch_sees_the_steps_window(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And counts what the whole step counts, also after a resume; a batch is longer than its window."""
     parts: list[MicroBatch] = []
@@ -155,6 +156,7 @@ def test_micro_batches_begin_where_their_step_does(train: Any, monkeypatch: pyte
     assert min(starts) >= 0 and max(starts) < 4000
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_one_batch(train: Any, tmp_path: Path) -> None:
     """Rows of different lengths, so a mean of micro-batches' means would be another number."""
     weights = []
@@ -198,7 +200,7 @@ def test_not_a_number_stops_before_harm(train: Any, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(before[2][name], p) for name, p in students[0].memory().items())
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["DeltaNet", "Mamba2"])
 def test_other_memories_and_options(memory: str, train: Any, tmp_path: Path, tiny_model: Path) -> None:
     train(
@@ -218,6 +220,7 @@ def test_streamed_data_trains(train: Any, tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], x) for name, x in load_file(tmp_path / "out" / "model.safetensors").items())
 
 
+@pytest.mark.slow
 def test_the_whole_model_if_asked(train: Any, tmp_path: Path) -> None:
     train(save_ahn_only=False, max_steps=2)
     merged = ahn.from_pretrained(tmp_path / "out" / "merged")
@@ -350,6 +353,7 @@ def test_a_run_goes_on_with_the_data_it_began_with(
     assert "going on as asked" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_not_gone_on_with(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     run(parse(flags(base, tiny_data, tmp_path / "out", max_steps=2)))
@@ -368,7 +372,7 @@ def test_changed_settings_are_said(train: Any, tmp_path: Path, caplog: pytest.Lo
     assert "max_steps: 2 → 4" in caplog.text and "weight_decay: 0.1 → 0.3" in caplog.text
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["null", "nothing"])
 def test_runs_of_an_older_default_go_on(
     left: str, train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -389,6 +393,7 @@ def test_runs_of_an_older_default_go_on(
     assert later["settings"]["memory_horizons"] == "published"
 
 
+@pytest.mark.slow
 def test_the_published_script_trains(tiny_model: Path, tmp_path: Path) -> None:
     """Its flags as they are, with a small model and data of its form in the places of the large ones."""
     chat = [{"role": "user", "content": words(200, 0)}, {"role": "assistant", "content": words(200, 1)}]

@@ -196,6 +196,7 @@ def test_rounds_of_a_stream_have_their_own_order(load: Any, tmp_path: Path) -> N
     assert {tuple(map(int, row["input_ids"])) for row in zip_first(loader, 12)} == set(rounds[0])
 
 
+@pytest.mark.slow
 def test_standard_library_by_name(load: Any) -> None:
     data = load("stdlib", eval_dataset="stdlib-held-out", max_samples=2, max_eval_samples=5)
     assert len(data.train) > 0 and len(data.held_out) == 5

@@ -145,6 +145,7 @@ def point(tiny_model: Path, data: Path, output: Path, **more: object) -> Path | 
     return starting_point(*parse(flags(tiny_model, data, output, **more)))
 
 
+@pytest.mark.slow
 def test_where_a_run_starts(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     assert point(tiny_model, data, tmp_path) is None
     assert point(tiny_model, data, tmp_path, resume_from_checkpoint=True) is None, "a first try of a restarted job"
