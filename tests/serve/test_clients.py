@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import shutil
 import subprocess
@@ -11,7 +12,16 @@ from typing import Any
 
 import pytest
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+import openai
+from starlette.testclient import TestClient
+
+from ahn.serve.app import make_app
+from ahn.serve.building import build
+from ahn.serve.engine import Engine
+from ahn.serve.settings import ServerSettings
 
 MESSAGES = [{"role": "user", "content": "The keeper of the lighthouse"}]
 GREEDY = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 8}
@@ -138,6 +148,33 @@ def test_twenty_clients_at_once(client: Any, live: Any) -> None:
         replies = list(pool.map(ask, texts))
     assert replies[::7] == [alone(live, text, 3) for text in texts[::7]]
     assert len(replies) == 20 and all(replies)
+
+
+def test_turns_in_a_template_are_found_again(live: Any) -> None:
+    """However a reply was drawn or stopped, the next turn reads what is new; several replies read once."""
+    tokenizer = copy.deepcopy(live.service.text.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    engine = Engine(live.service.engine.model, tokenizer, conversations=4)
+    engine.start()
+    app = make_app(build(live.service.engine.model, tokenizer, engine, ServerSettings()))
+    messages = [{"role": "user", "content": "The red lamp. " * 40}]
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+
+        def ask(**fields: Any) -> Any:
+            return client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 6} | fields).json()
+
+        reply = ask(n=3, seed=1)
+        prompt = reply["usage"]["prompt_tokens"]
+        assert engine.stats().tokens_read < prompt  # once, but for the last token, of which all begin
+        for turn, fields in enumerate([{"seed": 2}, {"stop": ["e", "a"], "temperature": 0}, {"temperature": 0}]):
+            before = client.post("/tokenize", json={"messages": messages}).json()["count"]
+            messages.append(reply["choices"][0]["message"])
+            messages.append({"role": "user", "content": f"Turn {turn}"})
+            reply = ask(**fields)
+            assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] >= before - 1
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
