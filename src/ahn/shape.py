@@ -52,15 +52,16 @@ class ModelShape:
             AHNError: a size is missing, or heads cannot share key/value heads evenly.
         """
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        sizes = _of_full_layers(text)
         needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-        missing = [name for name in needed if not isinstance(getattr(text, name, None), int)]
+        missing = [name for name in needed if not isinstance(getattr(sizes, name, None), int)]
         if missing:
             raise AHNError(
                 f"The configuration {type(text).__name__} has no {', '.join(missing)}; an AHN needs a decoder with "
                 "standard attention."
             )
-        heads = text.num_attention_heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        heads = sizes.num_attention_heads
+        kv_heads = getattr(sizes, "num_key_value_heads", None) or heads
         if heads % kv_heads:
             raise AHNError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly.")
         types = getattr(text, "layer_types", None)
@@ -71,8 +72,8 @@ class ModelShape:
             hidden_size=text.hidden_size,
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            head_dim=getattr(sizes, "head_dim", None) or text.hidden_size // heads,
+            intermediate_size=getattr(sizes, "intermediate_size", None) or 4 * text.hidden_size,
             vocab_size=text.vocab_size,
             layer_types=tuple(types),
         )
@@ -102,3 +103,11 @@ class ModelShape:
                 f"{', '.join(sorted(set(self.layer_types)))} or is listed in full_attention_layers."
             )
         return chosen
+
+
+def _of_full_layers(text: Any) -> Any:
+    """A configuration with the sizes of the layers that can get a memory: in some models layers differ."""
+    if not getattr(text, "is_heterogeneous", False):
+        return text
+    types = text.layer_types
+    return text.per_layer_config[types.index("full_attention") if "full_attention" in types else 0]

@@ -12,7 +12,7 @@ import torch
 from golden import relative_error
 from models import VOCABULARY, awaken, positions, tokens
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import ahn
@@ -49,12 +49,33 @@ _SIZES: dict[str, Any] = {
     "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": 0.0,
     "router_dim": 8, "compress_ratio": 2, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4096,
 }  # fmt: skip
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "jamba": {},
+    "cohere_compass_text": {
+        "rope_parameters": {name: _ROPE["rope_parameters"] for name in ("full_attention", "sliding_attention")}
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"]},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": _ROPE | {"head_dim": 16},
+    "hunyuan_v1_moe": _ROPE | {"head_dim": 16},
+    "jamba": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "marian": {"decoder_vocab_size": VOCABULARY},
+    "ministral": _ROPE | {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"is_decoder": True},
+    "rwkv": {"attention_hidden_size": 32},
+    "whisper": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
+"""What a type needs besides `_SIZES`; of one with several parts, the text's."""
 _MIXED = ["sliding_attention", "full_attention"]
 
 
@@ -70,30 +91,40 @@ def config_of(model_type: str) -> Any:
     """A tiny configuration."""
     kind = CONFIG_MAPPING[model_type]
     default = kind()
+    parts = {name: part for name, part in vars(default).items() if isinstance(part, PreTrainedConfig)}
     text = default.get_text_config(decoder=True)
-    sizes = {name: size for name, size in _SIZES.items() if getattr(text, name, None) is not None}
-    sizes = {name: size for name, size in sizes.items() if not _is_computed(text, name)}
+    if not parts or not any(part is text for part in parts.values()):
+        return kind(**_sizes(default))
+    return kind(**{name: type(part)(**_sizes(part)).to_dict() for name, part in parts.items()})
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """Small values of what a configuration has."""
+    sizes = {name: size for name, size in _SIZES.items() if _has(config, name) and not _is_computed(config, name)}
     sizes |= {name: _SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if "qk_rope_head_dim" in sizes and "head_dim" in sizes:
         sizes["head_dim"] = sizes["qk_rope_head_dim"]
-    types = getattr(text, "layer_types", None)
-    if types and not _is_computed(text, "layer_types"):
+    if "kv_lora_rank" in sizes and "num_key_value_heads" in sizes:  # latent attention has a key for every query head
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if getattr(config, "is_encoder_decoder", False):  # its decoder alone
+        sizes |= {"is_encoder_decoder": False, "is_decoder": True}
+    types = getattr(config, "layer_types", None)
+    if types and not _is_computed(config, "layer_types"):
         several = list(dict.fromkeys(types))
         sizes |= {"layer_types": several if len(several) > 1 else several * 2}
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
-    sizes |= _OF_TYPE.get(model_type, {})
-    if text is not default:
-        return kind(**{default_name(default, text): type(text)(**sizes).to_dict()})
-    return kind(**sizes)
+    return sizes | _OF_TYPE.get(config.model_type, {})
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return getattr(config, name, None) is not None
+    except Exception:  # an attribute that may vary between layers has no one value
+        return True
 
 
 def _is_computed(config: Any, name: str) -> bool:
     return isinstance(getattr(type(config), type(config).attribute_map.get(name, name), None), property)
-
-
-def default_name(default: Any, text: Any) -> str:
-    """Under which name a configuration holds its text part."""
-    return next(name for name, part in vars(default).items() if part is text)
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
@@ -101,6 +132,8 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     config = config_of(model_type)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
+    if isinstance(config.get_text_config(decoder=True), kind.config_class):  # as the Auto classes do
+        config = config.get_text_config(decoder=True)
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
     if size > _LIMIT:
@@ -133,6 +166,8 @@ def judge(model_type: str) -> Verdict:
         model = ahn.attach(build(model_type), ahn.AHNConfig(window=60, sinks=4))
     except ahn.AHNError as error:
         return Verdict("refused", str(error))
+    except Exception as error:
+        return Verdict("wrong", f"attach: {type(error).__name__}: {error}".split("\n")[0])
     try:
         wrong = _compare(model, plain, ids, expected)
     except Exception as error:

@@ -27,7 +27,7 @@ from ahn.model import attention, chunks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import rotates, rotation_of
-from ahn.model.support import attention_module, check_decoder, decoder_layers
+from ahn.model.support import attention_module, check_around, check_decoder, decoder_layers
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
 from ahn.wrappers import attached, unwrapped
@@ -85,6 +85,7 @@ def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module
     _check_head_dim(shape, config)
     decoder, layers = decoder_layers(model)
     check_decoder(decoder)
+    check_around(model, decoder)
     return {i: attention_module(layers[i], shape) for i in shape.memory_layers(config.full_attention_layers)}
 
 
@@ -296,7 +297,10 @@ def _take_over_kernel(model: PreTrainedModel) -> None:
 
 
 def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
-    for config in {id(c): c for c in (model.config, model.get_decoder().config)}.values():
+    decoder = model.get_decoder().config
+    # What holds several parts would hand it on to all of them: a vision tower has an attention of its own.
+    parts = any(part is decoder for part in vars(model.config).values())
+    for config in {id(c): c for c in (decoder if parts else model.config, decoder)}.values():
         private.set_attention_kernel(config, kernel)
 
 

@@ -22,6 +22,12 @@ from ahn.layout.anchors import anchor_moves, near_reach
 from ahn.model import generation, packing
 from ahn.model.saving import save
 
+_OF_TOKENS = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits_to_keep", "token_type_ids",
+    "mm_token_type_ids", "cache_position", *private.CACHE_NAMES,
+}  # fmt: skip
+"""Arguments that can be cut into chunks, or that every chunk can have."""
+
 
 class Wrapped:
     """A method of one model with ours in front of it. A class, so that the model can be copied and pickled with it."""
@@ -134,7 +140,7 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    if not gives_tokens(model):
+    if not gives_tokens(model) or _not_tokens_alone(model, kwargs):
         return []
     if tokens is None or not model._ahn.enabled or torch.is_grad_enabled() or kwargs.get("labels") is not None:
         return []
@@ -157,6 +163,12 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
             if seen + length > reach:
                 cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, reach)}
     return list(itertools.pairwise(sorted(cuts | _gaps(mask, length))))
+
+
+def _not_tokens_alone(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt has images or the like, or positions follow from what the model noted of an earlier one."""
+    others = (x for name, x in kwargs.items() if name not in _OF_TOKENS)
+    return hasattr(model.base_model, "rope_deltas") or any(isinstance(x, Tensor | dict | list) for x in others)
 
 
 def _reaches(config: AHNConfig, attention_mask: Any) -> list[int]:
@@ -205,6 +217,9 @@ def _slice(kwargs: dict[str, Any], start: int, stop: int, seen: int) -> dict[str
     part = dict(kwargs)
     for name in ("input_ids", "inputs_embeds"):
         if part.get(name) is not None:
+            part[name] = part[name][:, start:stop]
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if part.get(name) is not None and part[name].shape[-1] > stop - start:
             part[name] = part[name][:, start:stop]
     if part.get("position_ids") is not None:
         part["position_ids"] = part["position_ids"][..., start:stop]

@@ -69,6 +69,19 @@ def check_decoder(decoder: nn.Module) -> None:
         raise AHNError(f"{kind.__name__} wants a cache of its own, {own[0]}, which has no place for a memory.")
 
 
+def check_around(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Raises AHNError if what is around the decoder decides for it who sees whom, as some models with images do."""
+    inside = next(name for name, part in model.named_modules() if part is decoder)
+    while inside:
+        inside = inside.rpartition(".")[0]
+        kind = type(model.get_submodule(inside))
+        if "_mask_mapping" in _source(kind.forward, kind.__name__):
+            raise AHNError(
+                f"{kind.__name__} makes attention masks of its own, which say nothing of a window. The text model "
+                "inside can have a memory."
+            )
+
+
 def _check_continues(kind: type[nn.Module]) -> None:
     """A recurrent layer of the base must go on from its state when it is given several tokens: texts come in chunks."""
     if kind.__module__.startswith("transformers.models") and "forward" in vars(kind):
