@@ -43,6 +43,11 @@ def write_report(folders: Iterable[Path], out: Path) -> None:
         _Report(comparison, out).write()
     except OSError as error:
         raise AHNError(f"The report cannot be written to {out}: {error}.") from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise AHNError(
+            "These results do not hold what a report shows; they are damaged, or of another version "
+            f"({type(error).__name__}: {str(error)[:200]})."
+        ) from error
 
 
 class _Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -217,9 +218,31 @@ def _load(path: Path) -> StoredResult:
     try:
         figures = json.loads((path / "result.json").read_text(encoding="utf-8"))
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return StoredResult(path, {"task": figures["task"], **figures}, config["settings"], config.get("about") or {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        result = StoredResult(path, {"task": figures["task"], **figures}, config["settings"], config.get("about") or {})
+        _check(result)
+        return result
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AHNError(f"{path} is no result folder, or is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _check(result: StoredResult) -> None:
+    """Raises ValueError unless everything that all reports rely on is there and of its kind."""
+    settings, figures = result.settings, result.figures
+    if not isinstance(settings, dict) or not isinstance(result.about, dict):
+        raise ValueError("settings and about must hold names and values")
+    texts = {"task": figures["task"], "method": settings["method"], "profile": settings["profile"]}
+    texts |= {name: settings[name] for name in ("model", "memory") if settings.get(name) is not None}
+    wrong = [name for name, x in texts.items() if not isinstance(x, str)]
+    counts = {"samples": figures.get("samples")}
+    counts |= {name: settings.get(name) for name in ("window", "sinks", "quantized", "limit", "key_bits", "value_bits")}
+    wrong += [name for name, x in counts.items() if x is not None and not (type(x) is int and 0 <= x < 2**40)]
+    score = figures.get("score", 0)
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        wrong.append("score")
+    if not isinstance(settings["task_settings"], dict):
+        wrong.append("task_settings")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} cannot be what it says")
 
 
 def _order(group: list[StoredResult]) -> tuple[Any, ...]:
