@@ -55,6 +55,11 @@ class ModelShape:
         sizes = _of_full_layers(text)
         needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
         missing = [name for name in needed if not isinstance(getattr(sizes, name, None), int)]
+        for name in set(needed).difference(missing):
+            if not 0 < getattr(sizes, name) < 2**31:
+                raise AHNError(
+                    f"The configuration {type(text).__name__} cannot have {name} {getattr(sizes, name):.3g}."
+                )
         if missing:
             raise AHNError(
                 f"The configuration {type(text).__name__} has no {', '.join(missing)}; an AHN needs a decoder with "

@@ -109,7 +109,7 @@ def transformers_config(config: dict[str, Any], path: Path) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(config)
     except Exception as error:  # transformers validates with many exception types
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise AHNError(f"{path / CONFIG} is not a valid {model_type} configuration: {reason}") from error
 
 

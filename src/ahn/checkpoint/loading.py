@@ -188,7 +188,7 @@ def load_base(path: Path, **kwargs: Any) -> PreTrainedModel:
     with _without_load_report():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise unreadable(path, error) from error
     absent = sorted(info["missing_keys"])
     if absent:
