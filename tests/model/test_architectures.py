@@ -37,7 +37,7 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(model_type: str)
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("model_type", ["afmoe", "gemma4_text", "granitemoehybrid", "qwen3_next"])
 def test_families_that_were_gained(model_type: str) -> None:
-    """Attention whose output is viewed; layers of different sizes; recurrent states, in conversations that are saved and moved."""
+    """Attention whose output is viewed, layers of different sizes, and recurrent states that are saved and moved."""
     assert judge(model_type).kind == "right", judge(model_type).reason
 
 
