@@ -88,6 +88,11 @@ def test_rows_of_any_length_step_together(memory: str, quantized: int) -> None:
     rows.steps(5)
 
 
+def test_sinks_that_are_read_after_those_of_others_were_moved_stay() -> None:
+    rows = Rows(student("gated_deltanet", 0), [1, 40])
+    rows.steps(12)  # sinks of the longer row are moved along every four steps
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt_oss"])
 def test_layers_without_a_memory_go_along(architecture: str) -> None:
