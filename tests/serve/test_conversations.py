@@ -346,3 +346,17 @@ def test_the_note_is_not_trusted(tmp_path: Path) -> None:
             files.Note.read(bad)
     with pytest.raises(AHNError):
         files.Note.read(good | {"more": 1})
+
+
+def test_what_another_engine_uses_is_not_old(tmp_path: Path) -> None:
+    with engine(OF, state_dir=tmp_path) as running:
+        got = ask(running, prompt(60), 4)
+    state = state_files(tmp_path)[0]
+    long_ago = time.time() - 1000
+    for path in state_files(tmp_path):
+        os.utime(path, (long_ago, long_ago))
+    with engine(OF, state_dir=tmp_path, max_age=500) as running:
+        os.utime(state)  # another engine's doing
+        time.sleep(1.5)
+        assert state_files(tmp_path) == [state]
+        assert ask(running, later(prompt(60), got.tokens), 2).cached > 0

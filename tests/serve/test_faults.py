@@ -14,6 +14,7 @@ from engines import Letters, alone, ask, engine, model, prompt, request, whole
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ahn.serve.batch import Batch
 from ahn.serve.engine import Engine, EngineBusy
 from ahn.serve.scheduler import Scheduler
 
@@ -133,6 +134,23 @@ def test_memory_that_is_never_enough_is_an_error() -> None:
     with engine(OF) as running, Spoiled(OF, spoil):
         got = ask(running, prompts(1)[0], 5)
     assert got.finish == "error" and got.error == "The server has not enough memory for this request."
+
+
+@pytest.mark.parametrize("place", ["add", "take"])
+def test_memory_that_runs_out_where_rows_come_and_go(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    right, failures = getattr(Batch, place), 0
+
+    def full(self: Batch, *rest: Any) -> Any:
+        nonlocal failures
+        if len(self) > 1 and failures < 2:
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, *rest)
+
+    monkeypatch.setattr(Batch, place, full)
+    with engine(OF) as running:
+        got = [whole(reply) for reply in [running.submit(request(ids, 9)) for ids in prompts(4)]]
+    assert failures == 2 and [one.tokens for one in got] == [alone(OF, ids, 9) for ids in prompts(4)]
 
 
 def test_a_processor_that_fails() -> None:

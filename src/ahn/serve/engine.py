@@ -157,7 +157,7 @@ class Engine:
         )
 
     def close(self, timeout: float = 30.0) -> None:
-        """Take no new requests, finish those there are within `timeout` seconds, cancel the rest, save everything."""
+        """Take no new requests, finish those there are within `timeout` seconds, cancel the rest, save what is kept."""
         self._closing = True
         until = time.monotonic() + timeout
         while self.alive() and not self.scheduler.idle and time.monotonic() < until:
@@ -168,7 +168,7 @@ class Engine:
             self._thread.join()
         self.scheduler.keeper.close()
         self.scheduler.end_all("cancelled")
-        self.store.save_all()
+        self.store.save_all(timeout)
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 

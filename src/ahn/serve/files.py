@@ -6,6 +6,7 @@ with the same model may share a folder. A folder holds states of one model and o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache, load_conversation
@@ -172,3 +175,15 @@ def write(cache: AHNCache, note: Note, path: Path, of: dict[str, Any]) -> None:
     """
     tensors, description = cache.content()
     file.write(path, tensors, description | {NOTE: dataclasses.asdict(note)}, of)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Copies from a GPU to the CPU beside its other work, as soon as what it was given before is done."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield

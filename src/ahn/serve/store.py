@@ -11,24 +11,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-import torch
 
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache
 from ahn.cache.origin import origin
 from ahn.cache.rows import copied
 from ahn.errors import AHNError
-from ahn.serve.files import NOTE, Note, StateFiles, write
+from ahn.serve.files import NOTE, Note, StateFiles, beside, write
 from ahn.serve.prefixes import Prefixes
 from ahn.serve.request import ConversationInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NEAR = 256
+"""Tokens, left to read, for which it is not worth to look whether another engine has written a better state."""
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +85,12 @@ class StateStore:
 
     def find(self, owner: str, prompt: Prefixes, limit: int) -> KeptState | None:
         """The state that has read most of what a prompt begins with, at most `limit` tokens of it."""
-        self._scan()
+        state = self._find(owner, prompt, limit)
+        if (state is None or state.note.length < limit - NEAR) and self._scan():
+            state = self._find(owner, prompt, limit)
+        return state
+
+    def _find(self, owner: str, prompt: Prefixes, limit: int) -> KeptState | None:
         with self._lock:
             lengths = [length for length in self._lengths.get(owner, ()) if length <= limit]
             digests = prompt.digests(lengths)
@@ -216,9 +220,9 @@ class StateStore:
         if self.disk is None or self.files is None:
             return
         with self._lock:
-            held = sorted((s for s in self._states.values() if s.file is not None), key=lambda s: s.used)
-            excess = sum(s.nbytes for s in held) - self.disk
-            for state in held[:-1]:
+            held = [state for state in self._states.values() if state.file is not None]
+            excess = sum(state.nbytes for state in held) - self.disk
+            for state in sorted(held, key=_last_used)[:-1] if excess > 0 else []:
                 if excess > 0 and state.file is not None:
                     self.files.remove(state.file)
                     state.file, excess = None, excess - state.nbytes
@@ -227,13 +231,15 @@ class StateStore:
                         self.evicted += 1
 
     def expire(self) -> None:
-        """Forget what was not used for too long."""
+        """Forget what was not used for too long, or what another engine has forgotten."""
+        self._scan()
         if self.max_age is not None:
             oldest = time.time() - self.max_age
             with self._lock:
                 old = [state for state in self._states.values() if state.used < oldest]
             for state in old:
-                self._forget(state)
+                if _last_used(state) < oldest:
+                    self._forget(state)
 
     def forget(self, owner: str, name: str) -> bool:
         """Forget a conversation with all states that were made in it."""
@@ -246,11 +252,14 @@ class StateStore:
             self._forget(state)
         return there
 
-    def save_all(self) -> None:
-        """Bring every state to disk that is in memory alone, the latest first."""
+    def save_all(self, seconds: float) -> None:
+        """Bring states to disk that are in memory alone, the latest first, as many as there is time for."""
+        until = time.monotonic() + seconds
         with self._lock:
             states = sorted(self._states.values(), key=lambda state: -state.used)
         for state in states:
+            if time.monotonic() > until:
+                return
             try:
                 self.write(state)
             except AHNError as error:
@@ -302,10 +311,10 @@ class StateStore:
 
     # -- the index -------------------------------------------------------------------------------------------------
 
-    def _scan(self) -> None:
-        """Take up files that others have written, and those of an earlier run."""
+    def _scan(self) -> bool:
+        """Take up files that others have written, and those of an earlier run; whether any file came or went."""
         if self.files is None or not self.files.changed():
-            return
+            return False
         with self._lock:
             known = {state.file for state in self._states.values() if state.file is not None}
             for path, note in self.files.notes(known):
@@ -315,6 +324,7 @@ class StateStore:
                 if state.file is not None and state.file not in there:  # another engine has forgotten it
                     state.file = state.cache = None
                     self._remove(state)
+        return True
 
     def _take_up(self, path: Path, note: Note) -> None:
         try:
@@ -362,16 +372,12 @@ class StateStore:
             self.files.touch(state.file)
 
 
-@contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """Copies from a GPU to the CPU beside its other work, as soon as what it was given before is done."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
-        yield
+def _last_used(state: KeptState) -> float:
+    """When a state was last used, by this engine or by another with the same folder."""
+    if state.file is not None:
+        with contextlib.suppress(OSError):
+            state.used = max(state.used, state.file.stat().st_mtime)
+    return state.used
 
 
 def place(state: KeptState) -> Literal["device", "memory", "disk"]:
