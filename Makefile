@@ -83,7 +83,7 @@ $(VENV)/installed-smollm2: pyproject.toml constraints.txt | $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed
-	$(INSTALL) --editable '.[docs]'
+	$(INSTALL) --editable '.[docs,serve,train]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed

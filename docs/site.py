@@ -83,7 +83,10 @@ def _help(verb: str) -> str:
         mock.patch.dict(os.environ, settings),
         mock.patch.object(sys, "argv", ["ahn", verb, "--help"]),
         contextlib.redirect_stdout(printed),
-        contextlib.suppress(SystemExit),
     ):
-        main()
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"ahn {verb} --help ended with {end.code}") from end
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
