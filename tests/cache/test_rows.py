@@ -34,7 +34,9 @@ EDGES = [1, LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, LOSSLESS + QUANTIZED, LOSSLESS
 
 def student(memory: str, quantized: int, architecture: str = "qwen3", **config: Any) -> PreTrainedModel:
     own = {"window": WINDOW, "sinks": SINKS, "quantized": quantized, "max_distance": REACH}
-    return adapted(architecture, memory=memory, **own | config)
+    model = adapted(architecture, memory=memory, **own | config)
+    # In a code of few bits a number that rounds to the other side would move by far more than float32 rounds.
+    return model.double() if quantized else model
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from ahn.serve.batch import Batch, FixedBatch, make_batch
 
 WINDOW, SINKS, REACH = 9, 2, 16
 TOLERANCE = 1e-4
-"""float32 in another order of operations, as in tests/cache/test_rows.py."""
+"""Of memories in float32, in another order of operations, as in tests/cache/test_rows.py. The models are float64: in a
+code of few bits a number that rounds to the other side would move by far more."""
 
 
 @torch.no_grad()
@@ -60,14 +61,14 @@ def run(model: PreTrainedModel, batch: Batch, capacity: int, turns: int) -> None
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("memory", ["gated_deltanet", "retained", pytest.param("ct_max", marks=pytest.mark.slow)])
 def test_rows_come_and_go(memory: str, fixed: bool, quantized: int) -> None:
-    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=quantized, max_distance=REACH)
+    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=quantized, max_distance=REACH).double()
     run(model, FixedBatch(model, 5) if fixed else Batch(model), capacity=5, turns=6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", EVERYTHING)
 def test_rows_come_and_go_for_long(memory: str) -> None:
-    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=6, max_distance=REACH)
+    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=6, max_distance=REACH).double()
     for batch in (FixedBatch(model, 6), Batch(model)):
         run(model, batch, capacity=6, turns=40)
 

@@ -188,7 +188,7 @@ def copied(cache: AHNCache, device: torch.device) -> AHNCache:
         else:
             new.layers[index] = copy.deepcopy(layer)
             other.move(new.layers[index], device)
-    new._batch, new.messages = 1, list(cache.messages)
+    new.rows, new.messages = 1, list(cache.messages)
     new.progress.seen, new.progress.anchor = cache.seen, cache.progress.anchor
     return new
 

@@ -20,7 +20,7 @@ import torch
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
 from ahn.files import expanded
-from ahn.serve.jobs import Job
+from ahn.serve.jobs import RequestJob
 from ahn.serve.reply import Reply
 from ahn.serve.request import ConversationInfo, EngineBusy, EngineStats, GenerationRequest, SamplingOptions
 from ahn.serve.scheduler import Scheduler
@@ -108,7 +108,7 @@ class Engine:
             rounds = math.ceil(waiting / self.scheduler.conversations)
             raise EngineBusy(f"{waiting} requests are waiting already.", max(1.0, rounds * self.scheduler.seconds))
         reply = Reply()
-        job = Job(request, reply, self.tokenizer, self.ends, self.model.device)
+        job = RequestJob(request, reply, self.tokenizer, self.ends, self.model.device)
         reply.on_cancel = self.scheduler.wake
         self.scheduler.put(job)
         if self._dead:  # it died meanwhile

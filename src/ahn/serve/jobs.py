@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(eq=False)
-class Reading:
+class PromptReading:
     """Tokens that are read, in chunks, into a cache of one row.
 
     Attributes:
@@ -46,7 +46,7 @@ class Reading:
         return min([self.read + chunk, self.target, *ahead])
 
 
-class Job(Reading):
+class RequestJob(PromptReading):
     """A request from its arrival to its last delta.
 
     Attributes:
@@ -74,7 +74,7 @@ class Job(Reading):
         self.chooser = Chooser(request.options, self.ids, self.prompt_length, device)
         self.text = TextStream(tokenizer, self.ids[-16:], request.options.stop)
         self.cached = 0
-        self.waits_for: tuple[Job, int] | None = None
+        self.waits_for: tuple[RequestJob, int] | None = None
         self.loading: Future[AHNCache] | None = None
         self.faults = 0
         self.kept: list[str] = []

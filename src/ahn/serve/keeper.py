@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 from ahn.serve.files import Note
-from ahn.serve.jobs import Job, Reading
+from ahn.serve.jobs import PromptReading, RequestJob
 from ahn.serve.prefixes import Prefixes
 from ahn.serve.request import Delta
 from ahn.serve.store import KeptState, StateStore, place
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)
-class Rest(Reading):
+class Rest(PromptReading):
     """What is left to read of a finished conversation before it is kept."""
 
-    job: Job | None = None
+    job: RequestJob | None = None
     delta: Delta | None = None
 
 
@@ -39,11 +39,11 @@ class Keeper:
         done: called after a request's last delta.
     """
 
-    def __init__(self, store: StateStore, read: Callable[[Rest], None], done: Callable[[Job], None]) -> None:
+    def __init__(self, store: StateStore, read: Callable[[Rest], None], done: Callable[[RequestJob], None]) -> None:
         self.store, self._read, self._done = store, read, done
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="ahn-keep")
 
-    def finish(self, job: Job, cache: AHNCache | None, delta: Delta) -> None:
+    def finish(self, job: RequestJob, cache: AHNCache | None, delta: Delta) -> None:
         """A request is finished; its last delta comes when what is to be kept of it is safe.
 
         Args:
@@ -86,18 +86,20 @@ class Keeper:
         """Wait until everything is written."""
         self._pool.shutdown(wait=True)
 
-    def _guarded(self, work: Callable[..., None], job: Job, cache: AHNCache, delta: Delta, *rest: Prefixes) -> None:
+    def _guarded(
+        self, work: Callable[..., None], job: RequestJob, cache: AHNCache, delta: Delta, *rest: Prefixes
+    ) -> None:
         try:
             work(job, cache, delta, *rest)
         except Exception:
             log.exception("A conversation could not be kept")
             self._over(job, delta)
 
-    def _over(self, job: Job, delta: Delta) -> None:
+    def _over(self, job: RequestJob, delta: Delta) -> None:
         job.reply.put(delta)
         self._done(job)
 
-    def _close(self, job: Job, cache: AHNCache, delta: Delta) -> None:
+    def _close(self, job: RequestJob, cache: AHNCache, delta: Delta) -> None:
         """Find out which tokens the kept state should have read, and have it read them."""
         own, wanted = job.ids[: job.read], self._wanted(job)
         if wanted == own:
@@ -119,7 +121,7 @@ class Keeper:
         else:
             self._read(rest)
 
-    def _wanted(self, job: Job) -> list[int]:
+    def _wanted(self, job: RequestJob) -> list[int]:
         """With which tokens a later prompt will begin that goes on from this reply."""
         prompt, reply = job.ids[: job.prompt_length], job.reply_ids
         if job.request.known_as is not None and job.written:
@@ -131,7 +133,7 @@ class Keeper:
         own = job.ids[: job.read]
         return prompt + reply[: job.text.whole_tokens()] if job.text.stopped else own
 
-    def _keep(self, job: Job, cache: AHNCache, delta: Delta, tokens: Prefixes) -> None:
+    def _keep(self, job: RequestJob, cache: AHNCache, delta: Delta, tokens: Prefixes) -> None:
         name = job.request.name
         state = self.store.add(note_of(tokens, job.owner, len(tokens), cache, name, name), cache)
         try:

@@ -16,7 +16,7 @@ from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 from ahn.measure.clock import synchronize
 from ahn.measure.reading import CPU_CHUNK
-from ahn.serve.jobs import Job, Reading
+from ahn.serve.jobs import PromptReading, RequestJob
 from ahn.serve.keeper import Keeper
 from ahn.serve.pace import Pace
 from ahn.serve.prefixes import Prefixes
@@ -56,14 +56,14 @@ class PromptReader:
         self.tokens_read = self.tokens_cached = 0
         self._empty = AHNCache.for_model(model)  # with the settings of now, whatever the model's will be
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: RequestJob) -> None:
         """Find what is known of a prompt."""
         known = None if job.fresh else self.store.find(job.owner, job.tokens, job.target)
         self._go_on_from(job, known)
         if job.target - job.read >= WORTH:
             job.cuts.add(job.target)
 
-    def _go_on_from(self, job: Job, known: KeptState | None) -> None:
+    def _go_on_from(self, job: RequestJob, known: KeptState | None) -> None:
         job.read = 0 if known is None else known.note.length
         if not job.written:
             self.tokens_cached += job.read - job.cached
@@ -71,10 +71,10 @@ class PromptReader:
         if known is not None:
             job.loading = self.keeper.open(known)
 
-    def ready(self, readings: Sequence[Reading]) -> list[Reading]:
+    def ready(self, readings: Sequence[PromptReading]) -> list[PromptReading]:
         """Those that have something to read; states that were on their way have arrived."""
         for job in readings:
-            if isinstance(job, Job) and job.loading is not None and job.loading.done():
+            if isinstance(job, RequestJob) and job.loading is not None and job.loading.done():
                 loading, job.loading = job.loading, None
                 error = loading.exception()
                 if error is None:
@@ -84,20 +84,20 @@ class PromptReader:
                     self._go_on_from(job, None)
         return [job for job in readings if job.read < job.target and not getattr(job, "loading", None)]
 
-    def read_chunk(self, job: Reading, writing: bool) -> None:
+    def read_chunk(self, job: PromptReading, writing: bool) -> None:
         """Read the next tokens, and keep a copy where one is wanted.
 
         Args:
             writing: replies wait for it.
         """
         stop, first = job.next_stop(self.pace.chunk(writing)), job.read
-        all_logits = isinstance(job, Job) and job.fresh
+        all_logits = isinstance(job, RequestJob) and job.fresh
         start = time.perf_counter()
         logits = self._forward(job, stop, 0 if all_logits else 1)
         if writing:
             synchronize(self.model.device)  # nothing is lost: a captured step is begun at once
             self.pace.read(stop - first, time.perf_counter() - start)
-        if isinstance(job, Job):
+        if isinstance(job, RequestJob):
             if all_logits:
                 _note_logprobs(job, logits, first)
             if not job.written:
@@ -107,7 +107,7 @@ class PromptReader:
             job.cuts.discard(stop)
             self._snapshot(job, stop)
 
-    def read_single(self, job: Job) -> Tensor:
+    def read_single(self, job: RequestJob) -> Tensor:
         """Read a prompt's only token; logits (1, V) of the next one."""
         if job.fresh:
             job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
@@ -115,12 +115,12 @@ class PromptReader:
 
     def read_tokens(self, ids: Sequence[int]) -> AHNCache:
         """A conversation of these tokens."""
-        reading = Reading("", Prefixes(ids), len(ids))
+        reading = PromptReading("", Prefixes(ids), len(ids))
         self._forward(reading, len(ids), 1)
         assert reading.cache is not None
         return reading.cache
 
-    def _forward(self, job: Reading, stop: int, keep: int) -> Tensor:
+    def _forward(self, job: PromptReading, stop: int, keep: int) -> Tensor:
         """Logits (n, V) of the last `keep` tokens up to `stop`, of all for 0."""
         if job.cache is None:
             job.cache = copy.deepcopy(self._empty)
@@ -130,15 +130,15 @@ class PromptReader:
         job.read = stop
         return logits
 
-    def _snapshot(self, job: Reading, length: int) -> None:
+    def _snapshot(self, job: PromptReading, length: int) -> None:
         digest = job.tokens.key(length)[1]
-        if isinstance(job, Job) and job.request.keep and not self.store.has(job.owner, digest):
+        if isinstance(job, RequestJob) and job.request.keep and not self.store.has(job.owner, digest):
             assert job.cache is not None
             job.kept.append(digest)
             self.keeper.snapshot(job.tokens, job.owner, length, copy.deepcopy(job.cache), job.request.name)
 
 
-def _note_logprobs(job: Job, logits: Tensor, first: int) -> None:
+def _note_logprobs(job: RequestJob, logits: Tensor, first: int) -> None:
     count = job.request.options.prompt_logprobs or 0
     if not first:
         job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))

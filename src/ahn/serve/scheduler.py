@@ -17,7 +17,7 @@ import torch
 
 from ahn.cache.conversation import AHNCache
 from ahn.serve.batch import Batch, make_batch
-from ahn.serve.jobs import Job, Reading, said
+from ahn.serve.jobs import PromptReading, RequestJob, said
 from ahn.serve.keeper import Keeper, Rest
 from ahn.serve.prefixes import SeenBlocks
 from ahn.serve.prompts import WORTH, PromptReader
@@ -49,25 +49,25 @@ class Scheduler:
     def __init__(self, model: PreTrainedModel, store: StateStore, conversations: int, chunk: int | None) -> None:
         self.model, self.store, self.conversations = model, store, conversations
         self._changed = threading.Condition()
-        self._inbox: collections.deque[Reading] = collections.deque()
-        self.waiting: list[Job] = []
-        self.reading: list[Reading] = []
-        self.running: list[Job] = []
+        self._inbox: collections.deque[PromptReading] = collections.deque()
+        self.waiting: list[RequestJob] = []
+        self.reading: list[PromptReading] = []
+        self.running: list[RequestJob] = []
         self.batch: Batch | None = None
-        self.closing: set[Job] = set()
+        self.closing: set[RequestJob] = set()
         self.keeper = Keeper(store, self.put, self._closed)
         self.prompts = PromptReader(model, store, self.keeper, chunk)
         self._seen = SeenBlocks()
         self._turns, self.seconds = 0, 1.0
         self._deferring = model.device.type != "cpu"
-        self._undelivered: collections.deque[tuple[Job, Chosen]] = collections.deque()
+        self._undelivered: collections.deque[tuple[RequestJob, Chosen]] = collections.deque()
         self._expired = time.monotonic()
         self.tokens_written = 0
         self.finished: collections.Counter[str] = collections.Counter()
 
     # -- called from other threads ---------------------------------------------------------------------------------
 
-    def put(self, reading: Reading) -> None:
+    def put(self, reading: PromptReading) -> None:
         """New work."""
         with self._changed:
             self._inbox.append(reading)
@@ -78,7 +78,7 @@ class Scheduler:
         with self._changed:
             self._changed.notify_all()
 
-    def _closed(self, job: Job) -> None:
+    def _closed(self, job: RequestJob) -> None:
         assert job.finish is not None
         self.finished[job.finish] += 1
         self.seconds += 0.1 * (time.monotonic() - job.arrived - self.seconds)
@@ -128,7 +128,7 @@ class Scheduler:
     def _collect(self) -> None:
         while self._inbox:
             new = self._inbox[0]
-            if isinstance(new, Job):
+            if isinstance(new, RequestJob):
                 if shared := self._seen.add(new.owner, new.tokens):
                     new.cuts.add(min(shared, new.target))
                 self.waiting.append(new)
@@ -138,7 +138,7 @@ class Scheduler:
 
     def _drop_cancelled(self) -> None:
         everyone = [*self.running, *self.waiting, *self.reading]
-        for job in [job for job in everyone if isinstance(job, Job) and job.reply.cancelled]:
+        for job in [job for job in everyone if isinstance(job, RequestJob) and job.reply.cancelled]:
             self._end(job, "cancelled")
 
     def _expire(self) -> None:
@@ -151,7 +151,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Give rows to those that wait, in the order of their arrival."""
         for job in list(self.waiting):
-            rows = len(self.running) + sum(isinstance(reading, Job) for reading in self.reading)
+            rows = len(self.running) + sum(isinstance(reading, RequestJob) for reading in self.reading)
             if rows >= self.conversations or len(self.closing) > 4 * self.conversations:
                 return
             if not self._must_wait(job):
@@ -159,7 +159,7 @@ class Scheduler:
                 self.waiting.remove(job)
                 self._guarded(job, self.prompts.begin)
 
-    def _must_wait(self, job: Job) -> bool:
+    def _must_wait(self, job: RequestJob) -> bool:
         """Whether another is about to read what this one begins with."""
         if job.waits_for is not None:
             other, cut = job.waits_for
@@ -168,7 +168,7 @@ class Scheduler:
             job.waits_for = None
         if job.fresh or not job.request.keep:
             return False
-        others = [o for o in self.reading if isinstance(o, Job) and o.request.keep and o.owner == job.owner]
+        others = [o for o in self.reading if isinstance(o, RequestJob) and o.request.keep and o.owner == job.owner]
         shared = [(min(job.tokens.shared(other.tokens), job.target, other.target), other) for other in others]
         shared = [(cut, other) for cut, other in shared if cut >= WORTH and other.read < cut]
         if not shared:
@@ -190,7 +190,7 @@ class Scheduler:
             self._guarded(ready[0] if self._turns % 2 else shortest, self._read_chunk)
         return bool(ready)
 
-    def _read_chunk(self, job: Reading) -> None:
+    def _read_chunk(self, job: PromptReading) -> None:
         self.prompts.read_chunk(job, writing=bool(self.running))
         if isinstance(job, Rest) and job.read == job.target:
             self.reading.remove(job)
@@ -200,11 +200,11 @@ class Scheduler:
 
     def _join(self) -> None:
         """Those whose prompt is read go on with a reply."""
-        for job in [job for job in self.reading if isinstance(job, Job)]:
+        for job in [job for job in self.reading if isinstance(job, RequestJob)]:
             if job.read == job.target and job.loading is None:
                 self._guarded(job, self._start)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: RequestJob) -> None:
         if not job.request.options.max_tokens:
             self._end(job, "length", keep=True)
             return
@@ -239,7 +239,7 @@ class Scheduler:
         self._advance(list(self.running), chosen)
         return True
 
-    def _advance(self, jobs: Sequence[Job], chosen: Sequence[Chosen]) -> None:
+    def _advance(self, jobs: Sequence[RequestJob], chosen: Sequence[Chosen]) -> None:
         """Each has its next token."""
         for job, one in zip(jobs, chosen, strict=True):
             if one.error is not None:
@@ -265,7 +265,12 @@ class Scheduler:
     # -- ends ------------------------------------------------------------------------------------------------------
 
     def _end(
-        self, job: Job, finish: FinishReason, keep: bool = False, delta: Delta | None = None, error: str | None = None
+        self,
+        job: RequestJob,
+        finish: FinishReason,
+        keep: bool = False,
+        delta: Delta | None = None,
+        error: str | None = None,
     ) -> None:
         """A request is over, wherever it is."""
         self._deliver()
@@ -296,12 +301,12 @@ class Scheduler:
             self._make_room()
             return None
 
-    def _fail(self, job: Job, error: str) -> None:
+    def _fail(self, job: RequestJob, error: str) -> None:
         for digest in job.kept:  # what was read may be the reason
             self.store.discard(job.owner, digest)
         self._end(job, "error", error=error)
 
-    def _guarded(self, job: Reading, work: Callable[[Any], None]) -> None:
+    def _guarded(self, job: PromptReading, work: Callable[[Any], None]) -> None:
         """What goes wrong with one request is that one's alone."""
         try:
             work(job)
@@ -311,7 +316,7 @@ class Scheduler:
                 self.reading.remove(job)
                 self.keeper.read_to_end(job, failed=True)
                 return
-            assert isinstance(job, Job)
+            assert isinstance(job, RequestJob)
             if (
                 isinstance(error, torch.OutOfMemoryError)
                 and job.faults < ATTEMPTS
@@ -323,7 +328,7 @@ class Scheduler:
             log.exception("A request failed")
             self._fail(job, said(error))
 
-    def _put_back(self, job: Job) -> None:
+    def _put_back(self, job: RequestJob) -> None:
         if job in self.reading:
             self.reading.remove(job)
         job.begin_again()
@@ -353,7 +358,7 @@ class Scheduler:
         """The thread ends: nobody waits for ever."""
         self._collect()
         for reading in [*self.running, *self.waiting, *self.reading]:
-            if isinstance(reading, Job):
+            if isinstance(reading, RequestJob):
                 self._end(reading, finish, error=error)
             elif isinstance(reading, Rest):
                 self.reading.remove(reading)
