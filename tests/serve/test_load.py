@@ -1,0 +1,49 @@
+"""A load generator that people use, where it is installed: locust."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+FILE = """
+import json
+
+from locust import FastHttpUser, task
+
+
+class Talker(FastHttpUser):
+    turn = 0
+
+    @task
+    def chat(self):
+        self.turn += 1
+        body = {"messages": [{"role": "user", "content": f"Turn {self.turn}"}], "max_tokens": 4, "stream": True}
+        body |= {"session_id": f"talker-{id(self)}", "stream_options": {"include_usage": True}}
+        with self.client.post("/v1/chat/completions", json=body, catch_response=True) as response:
+            data = [line[6:] for line in (response.text or "").splitlines() if line.startswith("data: ")]
+            if not data or data[-1] != "[DONE]" or json.loads(data[-2])["usage"]["completion_tokens"] != 4:
+                response.failure(f"{response.status_code}: {response.text}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("locust") is None, reason="locust is not installed")
+def test_locust_finds_no_failure(live: Any, tmp_path: Path) -> None:
+    (tmp_path / "locustfile.py").write_text(FILE)
+    words = ["--headless", "--users", "8", "--spawn-rate", "8", "--run-time", "10s", "--stop-timeout", "30"]
+    subprocess.run(
+        ["locust", *words, "--host", live.url, "--csv", "found", "--only-summary"],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
+    with (tmp_path / "found_stats.csv").open() as file:
+        total = list(csv.DictReader(file))[-1]
+    assert int(total["Request Count"]) > 8 and total["Failure Count"] == "0"
