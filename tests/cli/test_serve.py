@@ -126,6 +126,17 @@ def test_conversations_outlive_the_program_however_it_ends(start: Callable[[], P
     assert third.end(signal.SIGTERM) in (0, -signal.SIGTERM)
 
 
+@installed
+@pytest.mark.slow
+def test_another_server_goes_on_when_one_is_killed(start: Callable[[], Program]) -> None:
+    one, other = start(), start()
+    one.say("The cello is red. " * 50)
+    _, before, _ = one.say("And then?")
+    one.end(signal.SIGKILL)
+    _, prompt, cached = other.say("And now?")
+    assert prompt > before and cached >= before - 1
+
+
 class Talker:
     """A client whose responses go on from each other; it remembers what it was told is finished."""
 

@@ -68,6 +68,16 @@ def test_the_least_recently_used_conversations_go_first() -> None:
     assert store.messages("o", "d") is not None and store._bytes <= 550
 
 
+def test_servers_share_what_was_said_and_its_bounds(tmp_path: Path) -> None:
+    one, other = MessageStore(tmp_path, limit=500), MessageStore(tmp_path, limit=500)
+    one.add("o", "a", said("1"), session="s")
+    other.add("o", "b", said("2"), "a", session="s")
+    assert one.head("o", "s") == "b" and one.messages("o", "b") == said("1", "2")
+    for number in range(8):
+        (one, other)[number % 2].add("o", f"c{number}", said("x" * 100))
+    assert other._sum() <= 500 and other.messages("o", "c7") is not None and one.messages("o", "b") is None
+
+
 def test_old_conversations_go() -> None:
     store = MessageStore(None, age=0.05)
     store.add("o", "a", said("1"))

@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS sessions (
 
 
 class MessageStore:
-    """Turns of conversations, each with the one it goes on from.
+    """Turns of conversations, each with the one it goes on from. Several servers may share a directory.
 
     Args:
         directory: where the file is; None keeps all in memory.
@@ -49,7 +49,7 @@ class MessageStore:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(TABLES)
-            self._bytes = self._one("SELECT COALESCE(SUM(bytes), 0) FROM turns")[0]
+            self._version, self._bytes = self._one("PRAGMA data_version"), self._sum()
         except sqlite3.Error as error:
             raise AHNError(f"{path} cannot be used: {error}. Move it away to start with no conversations.") from error
 
@@ -139,6 +139,8 @@ class MessageStore:
             before = self._bytes
             try:
                 self._db.execute("BEGIN IMMEDIATE")
+                if (version := self._one("PRAGMA data_version")) != self._version:  # another server has written
+                    self._version, self._bytes = version, self._sum()
                 yield
                 self._db.execute("COMMIT")
             except BaseException as error:
@@ -180,6 +182,10 @@ class MessageStore:
         oldest = "SELECT owner, root, used FROM turns WHERE root != ? ORDER BY used LIMIT 1"
         while (found := self._one(oldest, keep)) is not None and (self._bytes > self.limit or found[2] < old):
             self._drop(*found[:2])
+
+    def _sum(self) -> int:
+        total: int = self._one("SELECT COALESCE(SUM(bytes), 0) FROM turns")[0]
+        return total
 
     def _one(self, query: str, *values: Any) -> Any:
         return self._db.execute(query, values).fetchone()
