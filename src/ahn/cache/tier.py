@@ -70,7 +70,7 @@ class Passed:
     def far_query(self, query: Tensor) -> Tensor:
         """Queries (B, Hq, n, P) turned to where they see keys before RoPE at the distance `reach`."""
         assert self.view.rotation is not None
-        return self.view.rotation.away(query, self.view.view.query_positions, self.view.reach)
+        return self.view.rotation.away(query, self.view.view.query_positions, self.view.far, self.view.known)
 
 
 @torch.no_grad()
@@ -105,11 +105,11 @@ def push(
     both = new.over_tokens(lambda x, old: view.before(old, x), *before) if view.held else new
     after = new.over_tokens(lambda x, old=None: view.put(old, x), *before)
     gone = both.over_tokens(lambda x: gather(x, view.sources))
-    shown, positions = after if view.steps else both, view.positions
+    shown = after if view.steps else both
     raw = raw and view.rotation is None
     if in_order and not raw:  # raw ones are all seen alike
-        shown, positions = shown.over_tokens(lambda x: gather(x, view.in_order)), _taken(positions, view.in_order)
-    near, far = _seen(view, shown, positions, dtype, in_order, raw)
+        shown = shown.over_tokens(lambda x: gather(x, view.in_order))
+    near, far = _seen(view, shown, dtype, in_order, raw)
     left = Evicted(
         _turned(view, _decoded(gone.keys, dtype), view.gone).to(dtype),
         _decoded(gone.values, dtype).to(dtype),
@@ -118,22 +118,21 @@ def push(
     return Passed(near, far, after, left, view, raw)
 
 
-def _seen(
-    view: TierView, shown: TierState, positions: Tensor, dtype: torch.dtype, in_order: bool, raw: bool
-) -> tuple[Seen, Seen | None]:
-    """What queries see of tokens at these positions: near, and far."""
+def _seen(view: TierView, shown: TierState, dtype: torch.dtype, in_order: bool, raw: bool) -> tuple[Seen, Seen | None]:
+    """What queries see of these tokens: near, and far."""
     if raw:
         return Seen(*(decode_rotated(x.codes, x.scales, dtype, x.bits) for x in (shown.keys, shown.values))), None
     key, value = _decoded(shown.keys, dtype), _decoded(shown.values, dtype).to(dtype)
-    if not view.any_far:
-        near = Seen(_turned(view, key, positions).to(dtype), value, None if in_order else view.visible)
-        return near, None
-    if not in_order:
-        near = Seen(_turned(view, key, positions).to(dtype), value, view.visible)
+    if not (view.any_far and in_order):
+        turned = _turned(view, key, view.positions_near(in_order, 0))
+        near = Seen(turned.to(dtype), value, None if in_order else view.visible)
+        if not view.any_far:
+            return near, None
         return near, Seen(key.to(dtype), value, view.visible_far)
     last = key.shape[2] - view.near  # so many are far for the last query
     first = last if view.steps else max(0, last - view.view.length)  # one more than are far for the first
-    near = Seen(_turned(view, key[:, :, first:], positions[:, first:]).to(dtype), value[:, :, first:])
+    turned = _turned(view, key[:, :, first:], view.positions_near(in_order, first))
+    near = Seen(turned.to(dtype), value[:, :, first:])
     return near, Seen(key[:, :, :last].to(dtype), value[:, :, :last])
 
 
@@ -149,16 +148,12 @@ def _decoded(ring: TierRing, dtype: torch.dtype) -> Tensor:
 
 def _undone(view: TierView, key: Tensor, positions: Tensor) -> Tensor:
     """Keys as they are encoded: from where they stand to before RoPE, or as they are."""
-    return key if view.rotation is None else view.rotation.undo(key.to(precise(key.dtype)), positions)
+    return key if view.rotation is None else view.rotation.undo(key.to(precise(key.dtype)), positions, view.known)
 
 
 def _turned(view: TierView, key: Tensor, positions: Tensor) -> Tensor:
     """The inverse of `_undone`."""
-    return key if view.rotation is None else view.rotation.turn(key, positions)
-
-
-def _taken(positions: Tensor, places: Tensor) -> Tensor:
-    return positions.index_select(1, places[0])
+    return key if view.rotation is None else view.rotation.turn(key, positions, view.known)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, passed: Passed, scaling: float) -> Tensor:
@@ -221,8 +216,7 @@ def nbytes(capacity: int, kv_heads: int, head_dim: int, bits: tuple[int, int]) -
 
 def _key_offset(view: TierView, state: TierState | None, keys: Tensor) -> Tensor:
     """`_offset` of keys as they are encoded."""
-    first = torch.arange(view.view.sinks, view.view.sinks + view.view.window, device=keys.device)[None]
-    return _offset(view, None if state is None else state.keys, keys, lambda x: _undone(view, x, first))
+    return _offset(view, None if state is None else state.keys, keys, lambda x: _undone(view, x, view.first_positions))
 
 
 def _offset(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
 
 if TYPE_CHECKING:
     from ahn.layout.visibility import Visibility
+
+
+Known: TypeAlias = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+"""Positions that have been asked for, with their cosines and sines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,35 +40,51 @@ class Rotation:
     apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     scale: float = 1.0
 
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, H, T, P) from before RoPE to these positions, (B or 1, T) or (B or 1, H, T)."""
-        return self._turned(x, positions, back=False)
+    def turn(self, x: Tensor, positions: Tensor, known: Known | None = None) -> Tensor:
+        """x (B, H, T, P) from before RoPE to these positions, (B or 1, T) or (B or 1, H, T).
 
-    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        Args:
+            known: angles of positions that come again, layer after layer, in the very same tensor.
+        """
+        return self._turned(x, positions, known, back=False)
+
+    def undo(self, x: Tensor, positions: Tensor, known: Known | None = None) -> Tensor:
         """x (B, H, T, P) at these positions, (B or 1, T) or (B or 1, H, T), to before RoPE; the inverse of `turn`."""
-        return self._turned(x, positions, back=True)
+        return self._turned(x, positions, known, back=True)
 
-    def away(self, query: Tensor, positions: Tensor, distance: int) -> Tensor:
-        """Queries (B, H, n, P) at these positions, (B or 1, n), to where they see keys before RoPE at a distance."""
-        there = torch.full((1, 1), distance, device=query.device)
+    def away(self, query: Tensor, positions: Tensor, distance: Tensor, known: Known | None = None) -> Tensor:
+        """Queries (B, H, n, P) at these positions, (B or 1, n), to where they see keys before RoPE at a distance.
+
+        Args:
+            distance: (1, 1).
+        """
         precise = torch.promote_types(query.dtype, torch.float32)
-        turned = self.turn(self.undo(query.to(precise), positions), there.expand(1, query.shape[2]))
-        if self.scale != 1:  # keys have it from their turn to position 0
-            turned = self.turn(turned, torch.zeros_like(there).expand(1, query.shape[2]))
-        return turned.to(query.dtype)
+        turned = self.turn(self.undo(query.to(precise), positions, known), distance, known)
+        # Keys have the scale from their turn to position 0.
+        return (turned if self.scale == 1 else turned * self.scale).to(query.dtype)
 
-    def _turned(self, x: Tensor, positions: Tensor, back: bool) -> Tensor:
+    def _turned(self, x: Tensor, positions: Tensor, known: Known | None, back: bool) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)  # turned more than once, rounded once
         y = x.to(precise)
         if positions.dim() == 3:  # each head has its own
             y = y.flatten(0, 1).unsqueeze(1)
             positions = positions.expand(x.shape[0], x.shape[1], -1).flatten(0, 1)
-        # A model may lie on several devices, and its rotary embedding on the first.
-        cos, sin = (part.to(y.device) for part in self.angles(y, positions))
+            known = None
+        cos, sin = self._angles(y, positions, known)
         if back:
-            cos, sin = cos / self.scale**2, -sin / self.scale**2
-        turned, _ = self.apply(y, y, cos, sin)
+            cos, sin = (cos, -sin) if self.scale == 1 else (cos / self.scale**2, -sin / self.scale**2)
+        turned, _ = self.apply(y, y[:, :1], cos, sin)  # it turns two things, and of the other something small
         return turned.view(x.shape).to(x.dtype)
+
+    def _angles(self, y: Tensor, positions: Tensor, known: Known | None) -> tuple[Tensor, Tensor]:
+        key = id(positions), y.dtype
+        if known is None or key not in known:
+            # A model may lie on several devices, and its rotary embedding on the first.
+            cos, sin = (part.to(y.device) for part in self.angles(y, positions))
+            if known is None:
+                return cos, sin
+            known[key] = positions, cos, sin  # with the positions, or another tensor might get their id
+        return known[key][1:]
 
 
 def anchors(positions: Tensor, reach: int) -> Tensor:

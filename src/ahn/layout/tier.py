@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ahn.layout.rotation import Rotation
+from ahn.layout.rotation import Known, Rotation
 from ahn.layout.visibility import Visibility
 
 
@@ -130,7 +130,7 @@ class TierView:
         """The same of the tokens that are seen at the distance `reach`."""
         return self._visible(self.near, self.capacity)
 
-    @property
+    @cached_property
     def gone(self) -> Tensor:
         """(B or 1, m') positions of the tokens that leave the tier, those of padding included."""
         later = self.view.delayed
@@ -162,6 +162,32 @@ class TierView:
             newest += 1
         ring = torch.arange(max(view.sinks, newest - self.capacity), newest, device=view.device)
         return torch.cat([self._slots(ring)] if self.steps else [self._slots(ring), self.capacity + new])[None]
+
+    def positions_near(self, in_order: bool, first: int) -> Tensor:
+        """(B or 1, ·) of `positions`, in the order of the text if wanted, those from `first` on."""
+        if (in_order, first) not in self._near:
+            positions = self.positions.index_select(1, self.in_order[0]) if in_order else self.positions
+            self._near[in_order, first] = positions[:, first:]
+        return self._near[in_order, first]
+
+    @cached_property
+    def _near(self) -> dict[tuple[bool, int], Tensor]:
+        return {}
+
+    @cached_property
+    def far(self) -> Tensor:
+        """(1, 1) `reach`."""
+        return torch.full((1, 1), self.reach, device=self.view.device)
+
+    @cached_property
+    def known(self) -> Known:
+        """Angles of positions, for all layers."""
+        return {}
+
+    @cached_property
+    def first_positions(self) -> Tensor:
+        """(1, W) positions of the first window."""
+        return torch.arange(self.view.sinks, self.view.sinks + self.view.window, device=self.view.device)[None]
 
     @cached_property
     def first_window(self) -> tuple[Tensor, Tensor | None] | None:
