@@ -87,13 +87,7 @@ def distillation_loss(
     valid = int(positions.sum())
     if not (count or valid):
         raise nothing_counts(window + sinks, ids.shape[1])
-    device = model.get_input_embeddings().weight.device
-    inputs = {"input_ids": to_device(ids, device)}
-    if mask is not None:
-        inputs["attention_mask"] = to_device(mask, device)
-    if start:
-        inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
-
+    inputs = model_inputs(model, ids, mask, start)
     set_window(model, window, sinks)
     compare = "distill" in terms
     with disabled(model), torch.no_grad(), _attention_outputs(model, compare) as teacher_outputs:
@@ -130,6 +124,17 @@ def check_head(model: PreTrainedModel) -> None:
 def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The last hidden states (B, L, D), normalised as the head takes them."""
     return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+
+def model_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, start: int) -> dict[str, Tensor]:
+    """What `unpack` gave as a model takes it, on its device, with the first token of each row at position `start`."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": to_device(ids, device)}
+    if mask is not None:
+        inputs["attention_mask"] = to_device(mask, device)
+    if start:
+        inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
+    return inputs
 
 
 def unpack(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:

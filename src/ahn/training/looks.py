@@ -21,7 +21,7 @@ from ahn.model.attached import observed
 from ahn.model.context import LayerContext
 from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall, own_scores
-from ahn.training.distillation import Batch, unpack
+from ahn.training.distillation import Batch, model_inputs, unpack
 from ahn.training.losses import ATTENTION, IGNORED, nothing_counts, to_device
 
 SHARE = 0.12
@@ -63,12 +63,7 @@ def looks_loss(
     valid = int(counted.sum())
     if not (count or valid):
         raise nothing_counts(window + sinks, ids.shape[1])
-    device = model.get_input_embeddings().weight.device
-    inputs = {"input_ids": to_device(ids, device)}
-    if mask is not None:
-        inputs["attention_mask"] = to_device(mask, device)
-    if start:
-        inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
+    inputs = model_inputs(model, ids, mask, start)
     watch = _Watch(window, inputs.get("attention_mask"))
     set_window(model, ids.shape[1], 0)  # nothing leaves it: the base model's own full attention
     try:
@@ -76,6 +71,7 @@ def looks_loss(
             model.get_decoder()(**inputs, use_cache=False)
     finally:
         set_window(model, window, sinks)
+    device = inputs["input_ids"].device
     counted = to_device(counted, device)
     # Here and not while the model runs: activation checkpointing would run it again for the scores' gradient.
     losses = [_of_layer(*seen, counted.to(seen[2].device)) for seen in watch.seen]
