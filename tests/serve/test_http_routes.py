@@ -262,3 +262,12 @@ def test_options_reach_the_engine(served: Any) -> None:
     options = request.options
     assert (options.temperature, options.top_k, options.top_p, options.stop) == (0, 0, 0.5, ("a",))
     assert options.logit_bias == {7: 3.0} and options.ignore_eos and not request.keep
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_a_page_elsewhere_cannot_ask(served: Any, kind: str) -> None:
+    """A browser sends these kinds to any host without asking first; JSON it does not."""
+    body = json.dumps({"messages": HI, "max_tokens": 1}).encode()
+    response = served.client.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+    assert response.status_code == 400 and not served.engine.replies
+    assert "access-control-allow-origin" not in response.headers

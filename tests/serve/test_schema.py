@@ -21,7 +21,7 @@ def test_no_failures(served: Any) -> None:
         strategy = st.one_of([operation.as_strategy(generation_mode=mode) for mode in modes])
 
         @settings(
-            max_examples=effort.examples(3, 300),
+            max_examples=effort.examples(2, 300),
             deadline=None,
             derandomize=True,
             database=None,
