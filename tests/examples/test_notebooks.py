@@ -12,6 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {
+    "benchmark_and_report": {"CONTEXT": "'256'", "LENGTH, SAMPLES": "300, 1"},
+    "distil_a_memory": {"STEPS, BATCH, LENGTH": "2, 1, 96"},
     "look_into_a_memory": {"LENGTH": "320"},
     "read_a_book": {"LENGTH": "1200"},
 }
