@@ -97,7 +97,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 @torch.no_grad()
 def alone(of: PreTrainedModel, ids: Sequence[int], count: int) -> list[int]:
     """What the model writes on its own, greedily."""
-    whole = torch.tensor([list(ids)])  # the padding token's id may be among them
+    whole = torch.tensor([list(ids)], device=of.device)  # the padding token's id may be among them
     options = {"attention_mask": torch.ones_like(whole), "max_new_tokens": count, "do_sample": False}
     output = of.generate(whole, eos_token_id=None, **options)
     return [int(token) for token in output[0, len(ids) :]]

@@ -23,7 +23,7 @@ code of few bits a number that rounds to the other side would move by far more."
 @torch.no_grad()
 def read(model: PreTrainedModel, length: int, seed: int) -> AHNCache:
     cache = AHNCache.for_model(model)
-    model(tokens(1, length, seed=seed), past_key_values=cache)
+    model(tokens(1, length, seed=seed).to(model.device), past_key_values=cache)
     return cache
 
 
@@ -39,7 +39,7 @@ def run(model: PreTrainedModel, batch: Batch, capacity: int, turns: int) -> None
             ids = [draw.randint(2, 60) for _ in alone]
             together = batch.step(ids)
             for row, (cache, token) in enumerate(zip(alone, ids, strict=True)):
-                own = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                own = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[0, -1]
                 assert relative_error(together[row], own) < TOLERANCE, (turn, row)
         assert batch.read == [cache.seen for cache in alone]
         if draw.random() < 0.5:
@@ -51,7 +51,12 @@ def run(model: PreTrainedModel, batch: Batch, capacity: int, turns: int) -> None
             batch.drop(row)
     batch.empty()
     batch.add(new)
-    assert relative_error(batch.step([5])[0], model(torch.tensor([[5]]), past_key_values=new).logits[0, -1]) < TOLERANCE
+    assert (
+        relative_error(
+            batch.step([5])[0], model(torch.tensor([[5]], device=model.device), past_key_values=new).logits[0, -1]
+        )
+        < TOLERANCE
+    )
     batch.clear()
     assert len(batch) == 0
 
