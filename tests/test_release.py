@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,10 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import tomllib
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -21,16 +25,21 @@ ROOT = Path(__file__).parents[1]
 NEEDS_GIT = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs a clone and git")
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment, without what leads to this checkout."""
+    known = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return known | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
 def run(*command: object, folder: Path, given: str = "", **environment: str) -> str:
     """What a command prints, in an environment that does not know this checkout."""
-    known = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     ended = subprocess.run(
         [str(word) for word in command],
         cwd=folder,
         input=given,
         capture_output=True,
         text=True,
-        env=known | {"HF_HUB_OFFLINE": "1"} | environment,
+        env=elsewhere() | environment,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -173,6 +182,31 @@ def _works_outside_the_checkout(wheel: Path, folder: Path) -> None:
     assert (folder / "demo/figure.png").stat().st_size > 0
     said = run(ahn, "chat", "--max-new-tokens", 4, folder=folder, given="def add(a, b):\n")
     assert said.strip()
+    _serves(ahn, folder)
     steps = ("--max_steps", 1, "--cutoff_len", 130, "--max_eval_samples", 2)
     assert "with the memory" in run(ahn, "train", "configs/debug.yaml", "--output_dir", "out", *steps, folder=folder)
     assert (folder / "out/model.safetensors").exists()
+
+
+def _serves(ahn: Path, folder: Path) -> None:
+    command = [str(ahn), "serve", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=folder, env=elsewhere(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            assert server.stdout
+            address = next(found[0] for line in server.stdout if (found := re.findall(r"http://[\w.:]+", line)))
+            asked = json.dumps({"prompt": "def add(", "max_tokens": 2}).encode()
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/v1/completions", asked, headers)
+            for _ in range(60):  # the address is printed a little before it answers
+                try:
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        assert json.load(answer)["choices"][0]["text"]
+                    break
+                except urllib.error.URLError:
+                    time.sleep(1)
+            else:
+                raise AssertionError("the server does not answer")
+        finally:
+            server.terminate()
