@@ -210,7 +210,8 @@ class DecoderHook:
     def _offloaded(self) -> bool:
         """accelerate has replaced weights of the memory by stand-ins: its hooks are on modules that nobody calls."""
         memories = [layer.ahn for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
-        return any(x.is_meta for memory in memories[:: max(1, len(memories) - 1)] for x in memory.parameters())
+        first_and_last = memories[:: max(1, len(memories) - 1)]
+        return any(x.device.type == "meta" for memory in first_and_last for x in memory.parameters())
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
         batch, length = tokens.shape[:2]
