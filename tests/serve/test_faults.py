@@ -149,8 +149,8 @@ def test_memory_that_runs_out_where_rows_come_and_go(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Batch, place, full)
     with engine(OF) as running:
-        got = [whole(reply) for reply in [running.submit(request(ids, 9)) for ids in prompts(4)]]
-    assert failures == 2 and [one.tokens for one in got] == [alone(OF, ids, 9) for ids in prompts(4)]
+        got = [whole(reply) for reply in [running.submit(request(ids, 20)) for ids in prompts(4)]]
+    assert failures and [one.tokens for one in got] == [alone(OF, ids, 20) for ids in prompts(4)]
 
 
 def test_a_processor_that_fails() -> None:

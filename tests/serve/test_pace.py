@@ -31,3 +31,16 @@ def test_while_nobody_writes_chunks_are_large() -> None:
 
 def test_a_chunk_may_be_smaller_than_any_that_is_worth_it() -> None:
     assert Pace(16, 512).chunk(True) == 16
+
+
+def test_steps_come_before_the_next_chunk_where_a_chunk_takes_long() -> None:
+    pace, chunks = Pace(512, 32), 0
+    for _ in range(100):
+        if pace.may_read(writing=True):
+            pace.read(32, 0.1)
+            chunks += 1
+        pace.stepped(0.01)
+    # A chunk and the steps before the next, of which each counts half as much again, take the same time.
+    assert 10 <= chunks <= 16
+    pace.read(32, 0.1)
+    assert pace.may_read(writing=False) and not pace.may_read(writing=True)

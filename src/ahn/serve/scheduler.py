@@ -184,7 +184,7 @@ class Scheduler:
     def _read(self) -> bool:
         """Read one chunk: by turns of the prompt that came first, and of the one of which least is left."""
         ready = self.prompts.ready(self.reading)
-        if ready:
+        if ready and self.prompts.pace.may_read(writing=bool(self.running)):
             self._turns += 1
             shortest = min(ready, key=lambda job: job.target - job.read)
             self._guarded(ready[0] if self._turns % 2 else shortest, self._read_chunk)

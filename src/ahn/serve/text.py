@@ -48,11 +48,8 @@ class TextStream:
     def whole_tokens(self) -> int:
         """How many of the reply's tokens hold nothing of the stop text that was found."""
         shown = len(self.text)
-        return (
-            next((n for n, end in enumerate(self._ends) if end > shown), len(self._ends))
-            if self.stopped
-            else len(self._ends)
-        )
+        beyond = (n for n, end in enumerate(self._ends) if end > shown and self.stopped)
+        return next(beyond, len(self._ends))
 
     def end(self) -> str:
         """What was held back, once nothing follows."""
