@@ -36,9 +36,9 @@ from ahn.bench.model import load
 from ahn.bench.records import code, hardware
 from ahn.cli.env import environment
 from ahn.measure.clock import synchronize
-from ahn.serve.batch import make_batch
-from ahn.serve.engine import Engine
-from ahn.serve.reply import Reply
+from ahn.serve.engine.batch import make_batch
+from ahn.serve.engine.engine import Engine
+from ahn.serve.engine.reply import Reply
 from ahn.serve.request import GenerationRequest, SamplingOptions
 
 GIB = 1 << 30

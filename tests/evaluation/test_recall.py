@@ -18,9 +18,11 @@ CHANCE = {"rounds": 0.0, "counts": 0.35, "story_1": 0.35, "story_2": 0.35, "chan
 """Of the most frequent answer, of a hundred samples: one of six choices, or counts that are near."""
 
 
-def task(name: str, length: int = 800, samples: int = 3, template: bool = False, **options: object) -> recall.Recall:
+def task(
+    name: str, length: int = 800, samples: int = 3, template: bool = False, **options: object
+) -> recall.RecallTask:
     found = tasks(f"recall/{name}", tokenizer=WordTokenizer(template), lengths=(length,), samples=samples, **options)
-    assert isinstance(found[0], recall.Recall) and len(found) == 1
+    assert isinstance(found[0], recall.RecallTask) and len(found) == 1
     return found[0]
 
 

@@ -9,7 +9,7 @@ from models import adapted
 from test_batch import run
 
 from ahn import ops
-from ahn.serve.batch import FixedBatch
+from ahn.serve.engine.batch import FixedBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

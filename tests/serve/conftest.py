@@ -18,13 +18,13 @@ from starlette.testclient import TestClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ahn import tiny
-from ahn.serve.app import make_app
-from ahn.serve.building import bound, build
-from ahn.serve.messages import MessageStore
-from ahn.serve.metrics import ServerMetrics
-from ahn.serve.service import Service
-from ahn.serve.settings import ServerSettings
-from ahn.serve.texts import ChatText
+from ahn.serve.api.app import make_app
+from ahn.serve.api.building import bound, build
+from ahn.serve.api.messages import MessageStore
+from ahn.serve.api.metrics import ServerMetrics
+from ahn.serve.api.service import Service
+from ahn.serve.api.settings import ServerSettings
+from ahn.serve.api.texts import ChatText
 
 
 @dataclasses.dataclass
@@ -122,7 +122,7 @@ def live_fake(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., tupl
 def live(tokenizer: PreTrainedTokenizerBase) -> Iterator[LiveServer]:
     """The shipped model behind a port."""
     from ahn.cli.session import open_session
-    from ahn.serve.engine import Engine
+    from ahn.serve.engine.engine import Engine
 
     session = open_session(None, None)
     engine = Engine(session.model, session.tokenizer, conversations=4, queue=64)

@@ -12,8 +12,8 @@ from models import FEW, VOCABULARY, awaken, base
 from transformers import PreTrainedModel
 
 import ahn
-from ahn.serve.engine import Engine
-from ahn.serve.reply import Reply
+from ahn.serve.engine.engine import Engine
+from ahn.serve.engine.reply import Reply
 from ahn.serve.request import Delta, GenerationRequest, SamplingOptions, TokenLogprobs
 
 WINDOW, SINKS = 9, 2

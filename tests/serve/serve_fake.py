@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from ahn.errors import AHNError
+from ahn.serve.api.texts import ChatText
 from ahn.serve.request import ConversationInfo, Delta, EngineBusy, EngineStats, GenerationRequest, TokenLogprobs
-from ahn.serve.texts import ChatText
 
 
 class FakeReply:

@@ -12,7 +12,7 @@ from models import EVERYTHING, adapted, tokens
 from transformers import PreTrainedModel
 
 from ahn import AHNCache
-from ahn.serve.batch import Batch, FixedBatch, make_batch
+from ahn.serve.engine.batch import Batch, FixedBatch, make_batch
 
 WINDOW, SINKS, REACH = 9, 2, 16
 TOLERANCE = 1e-4

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("fastapi")
 
 from ahn.errors import AHNError
-from ahn.serve import texts
-from ahn.serve.texts import ChatText
+from ahn.serve.api import texts
+from ahn.serve.api.texts import ChatText
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

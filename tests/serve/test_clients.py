@@ -18,10 +18,10 @@ pytest.importorskip("fastapi")
 import openai
 from starlette.testclient import TestClient
 
-from ahn.serve.app import make_app
-from ahn.serve.building import build
-from ahn.serve.engine import Engine
-from ahn.serve.settings import ServerSettings
+from ahn.serve.api.app import make_app
+from ahn.serve.api.building import build
+from ahn.serve.api.settings import ServerSettings
+from ahn.serve.engine.engine import Engine
 
 MESSAGES = [{"role": "user", "content": "The keeper of the lighthouse"}]
 GREEDY = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 8}

@@ -15,8 +15,8 @@ from engines import Letters, alone, ask, engine, model, prompt, request, whole
 from test_engine import Ending
 
 from ahn import AHNCache, AHNError
-from ahn.serve import files
-from ahn.serve.engine import Engine
+from ahn.serve.engine import files
+from ahn.serve.engine.engine import Engine
 
 OF = model(quantized=6)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from engines import Whole, alone, ask, engine, model, prompt
 
-from ahn.serve.engine import Engine
+from ahn.serve.engine.engine import Engine
 
 HERE = Path(__file__).parent
 

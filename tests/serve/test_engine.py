@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNError
-from ahn.serve.batch import FixedBatch
-from ahn.serve.engine import Engine, EngineBusy
-from ahn.serve.reply import Reply
+from ahn.serve.engine.batch import FixedBatch
+from ahn.serve.engine.engine import Engine, EngineBusy
+from ahn.serve.engine.reply import Reply
+from ahn.serve.engine.scheduler import Scheduler
 from ahn.serve.request import Delta
-from ahn.serve.scheduler import Scheduler
 
 OFTEN, SLOW = ("gated_deltanet", "retained"), pytest.mark.slow
 LENGTHS = [1, 2, 5, 11, 12, 30, 45]
@@ -57,7 +57,7 @@ def test_layers_without_a_memory_go_along(architecture: str) -> None:
 def test_rows_in_fixed_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's captured steps run over, without capture."""
     of = model(quantized=6, max_distance=16)
-    monkeypatch.setattr("ahn.serve.scheduler.make_batch", lambda of, rows, like: FixedBatch(of, rows))
+    monkeypatch.setattr("ahn.serve.engine.scheduler.make_batch", lambda of, rows, like: FixedBatch(of, rows))
     with engine(of, conversations=3) as running:
         replies = [running.submit(request(prompt(n, seed=n), 5 + n % 7)) for n in LENGTHS]
         got = [whole(reply).tokens for reply in replies]

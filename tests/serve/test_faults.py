@@ -14,9 +14,9 @@ from engines import Letters, alone, ask, engine, model, prompt, request, whole
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ahn.serve.batch import Batch
-from ahn.serve.engine import Engine, EngineBusy
-from ahn.serve.scheduler import Scheduler
+from ahn.serve.engine.batch import Batch
+from ahn.serve.engine.engine import Engine, EngineBusy
+from ahn.serve.engine.scheduler import Scheduler
 
 OF = model()
 POISON = 60

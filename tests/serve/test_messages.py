@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from ahn.errors import AHNError
-from ahn.serve.messages import FILE, MessageStore
+from ahn.serve.api.messages import FILE, MessageStore
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -103,7 +103,7 @@ def test_a_damaged_file_is_one_error(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_every_turn_that_it_finished(tmp_path: Path) -> None:
     writer = (
-        "import sys, pathlib; from ahn.serve.messages import MessageStore\n"
+        "import sys, pathlib; from ahn.serve.api.messages import MessageStore\n"
         "store = MessageStore(pathlib.Path(sys.argv[1])); parent = None\n"
         "for n in range(10**6):\n"
         "    store.add('o', f't{n}', [{'role': 'user', 'content': str(n) * 100}], parent, session='s')\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ahn.serve.pace import Pace
+from ahn.serve.engine.pace import Pace
 
 
 @pytest.mark.parametrize("step", [0.001, 0.01, 0.05, 10.0])

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from ahn.serve.other_api import PAGE
+from ahn.serve.api.operations import PAGE
 
 HTML = PAGE.read_text(encoding="utf-8")
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ahn.serve.prefixes import BLOCK, Prefixes, SeenBlocks
+from ahn.serve.engine.prefixes import BLOCK, Prefixes, SeenBlocks
 
 
 def test_digests_are_of_the_beginning() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
+from ahn.serve.engine.sampling import Chooser, choose, cut
 from ahn.serve.request import SamplingOptions
-from ahn.serve.sampling import Chooser, choose, cut
 
 VOCABULARY = 50
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ahn import tiny
 from ahn.checkpoint.loading import load_tokenizer
-from ahn.serve.text import TextStream
+from ahn.serve.engine.text import TextStream
 
 
 @pytest.fixture(scope="module")

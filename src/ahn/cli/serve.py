@@ -17,7 +17,7 @@ from ahn.files import expanded
 if TYPE_CHECKING:
     import socket
 
-    from ahn.serve.settings import ServerSettings
+    from ahn.serve.api.settings import ServerSettings
 
 KEYS = "AHN_API_KEY"
 """Environment variable with keys, parted by spaces: on a command line every user of the machine could read them."""
@@ -84,10 +84,10 @@ def command(
       ahn serve --model BASE --adapter AHN --state-dir ~/conversations
       AHN_API_KEY=... ahn serve --model MERGED --host 0.0.0.0
     """
-    from ahn.serve.building import bound, check_installed, is_loopback
+    from ahn.serve.api.building import bound, check_installed, is_loopback
 
     check_installed()
-    from ahn.serve.settings import ServerSettings
+    from ahn.serve.api.settings import ServerSettings
 
     keys = _keys(api_key)
     if not is_loopback(host) and not keys:
@@ -108,9 +108,9 @@ def command(
     seconds = None if max_age is None else max_age * 3600
 
     from ahn.cli.session import open_session
-    from ahn.serve.app import STOP, make_app
-    from ahn.serve.building import build, serve_until_stopped
-    from ahn.serve.engine import Engine
+    from ahn.serve.api.app import STOP, make_app
+    from ahn.serve.api.building import build, serve_until_stopped
+    from ahn.serve.engine.engine import Engine
 
     session = open_session(model, adapter, window, sinks, quantized, device, dtype)
     engine = Engine(

@@ -168,7 +168,7 @@ class TokenBlocks:
         there = (self.filled < full) & (fates.forgotten > full)
         return there.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, : self.kept]
 
-    def pieces(self, spans: Sequence[tuple[int, int]]) -> list[Piece]:
+    def pieces(self, spans: Sequence[tuple[int, int]]) -> list[TextPiece]:
         """All queries: those of each span (first, beyond the last) in one or several pieces."""
         key = tuple(spans)
         if key not in self._pieces:
@@ -176,17 +176,17 @@ class TokenBlocks:
         return self._pieces[key]
 
     @cached_property
-    def _pieces(self) -> dict[tuple[tuple[int, int], ...], list[Piece]]:
+    def _pieces(self) -> dict[tuple[tuple[int, int], ...], list[TextPiece]]:
         return {}
 
-    def _within(self, first: int, last: int) -> list[Piece]:
+    def _within(self, first: int, last: int) -> list[TextPiece]:
         view = self.view
         if view.padded:  # every row has numbers of its own: all places
             every = torch.arange(self.kept, self.slots + view.evicted, device=view.device)
-            return [Piece(self, first, last, 0, every, len(every) if self.most else 0)]
+            return [TextPiece(self, first, last, 0, every, len(every) if self.most else 0)]
         return [self._piece(at, min(at + QUERIES, last)) for at in range(first, last, QUERIES)]
 
-    def _piece(self, first: int, last: int) -> Piece:
+    def _piece(self, first: int, last: int) -> TextPiece:
         """Without padding: numbers are known here, and no GPU is waited for."""
         view = self.view
         before, begun = max(0, view.seen - view.lossless), self._full(view.seen)
@@ -195,7 +195,7 @@ class TokenBlocks:
         coded = max(0, self._full(view.seen + last) * self.block - start)
         numbers = torch.arange(start, max(start, stop), device=view.device)
         held, new = self.kept + numbers % self.block, self.slots + numbers - before
-        return Piece(self, first, last, full - begun, torch.where(numbers < before, held, new), coded)
+        return TextPiece(self, first, last, full - begun, torch.where(numbers < before, held, new), coded)
 
     def after(self, x: Tensor, kept: Tensor, empty: int) -> Tensor:
         """What is in the slots after this forward of x (B, Hkv, M + G + m); `empty` where there is no token."""
@@ -227,7 +227,7 @@ class TokenBlocks:
 
 
 @dataclasses.dataclass
-class Piece:
+class TextPiece:
     """Some queries of a forward, and what they may see besides the M tokens that stayed before the first.
 
     Attributes:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ahn.layout.blocks import Fates, Piece, TokenBlocks
+from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
 from ahn.shape import DEFAULT_SLOTS, EXACT
@@ -187,13 +187,13 @@ class RetainedTokens(Memory):
         split = zip(pieces, *(x.split(sizes, dim=2) for x in (keys, values, positions, forgotten)), strict=True)
         return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate)) for p, k, v, *fate in split]
 
-    def _places(self, blocks: TokenBlocks, fates: Fates, piece: Piece, exact: int) -> Tensor:
+    def _places(self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, exact: int) -> Tensor:
         """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see."""
         stayed = blocks.staying(fates, piece.full)
         own = [piece.places[: piece.coded], piece.places + exact] if self._coded else [piece.places]
         return torch.cat([stayed, *(x.expand(*stayed.shape[:2], -1) for x in own)], dim=2)
 
-    def _visible(self, piece: Piece, positions: Tensor, forgotten: Tensor) -> Tensor:
+    def _visible(self, piece: TextPiece, positions: Tensor, forgotten: Tensor) -> Tensor:
         """Which of the piece's queries sees which of `_places`."""
         M, coded = self.kept, piece.coded
         heads = *forgotten.shape[:2], -1, -1

@@ -170,13 +170,13 @@ def names() -> list[str]:
     return [f"recall/{task}/{level}" for task in TASKS for level in LEVELS]
 
 
-def tasks(parts: Sequence[str], options: Options) -> list[Recall]:
+def tasks(parts: Sequence[str], options: Options) -> list[RecallTask]:
     """All, those of a task, those of a length ("recall/8k"), or one; lengths as for RULER."""
     rest, lengths = lengths_of(parts, options, LEVELS, "recall")
-    return [Recall(task, length, options) for task in pick(rest, tuple(TASKS), "recall") for length in lengths]
+    return [RecallTask(task, length, options) for task in pick(rest, tuple(TASKS), "recall") for length in lengths]
 
 
-class Recall(GeneratedTask):
+class RecallTask(GeneratedTask):
     """One task at one length.
 
     Args:

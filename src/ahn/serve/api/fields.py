@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ahn.serve.settings import NAME, RESPONSE
+from ahn.serve.api.settings import NAME, RESPONSE
 
 Finite = Field(allow_inf_nan=False)
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -15,7 +15,7 @@ Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=128)]
 
 
-class Fields(BaseModel):
+class KnownFields(BaseModel):
     """An object of a request; null is as if a field were not there."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
@@ -26,7 +26,7 @@ class Fields(BaseModel):
         return {name: given for name, given in value.items() if given is not None} if isinstance(value, dict) else value
 
 
-class TextPart(Fields):
+class TextPart(KnownFields):
     """A piece of a message; pictures and sounds are not supported."""
 
     type: Literal["text", "input_text", "output_text"]
@@ -45,7 +45,7 @@ def plain(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-class ChatMessage(Fields):
+class ChatMessage(KnownFields):
     """One turn; `developer` is the same as `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -67,7 +67,7 @@ class ChatMessage(Fields):
         return {"role": "system" if self.role == "developer" else self.role, "content": plain(self.content)}
 
 
-class JSONSchema(Fields):
+class JSONSchema(KnownFields):
     """A schema that the reply must follow."""
 
     name: str | None = None
@@ -76,7 +76,7 @@ class JSONSchema(Fields):
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class ResponseFormat(Fields):
+class ResponseFormat(KnownFields):
     """What form the reply must have."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -95,7 +95,7 @@ class ResponseFormat(Fields):
         return self
 
 
-class StreamOptions(Fields):
+class StreamOptions(KnownFields):
     """What a stream says besides the text."""
 
     include_usage: bool = False
@@ -106,7 +106,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class SamplingFields(Fields):
+class SamplingFields(KnownFields):
     """What chat and plain completions share; ranges are OpenAI's."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
@@ -198,7 +198,7 @@ class InputItem(ChatMessage):
         return value | {"content": parts}
 
 
-class TextFormat(Fields):
+class TextFormat(KnownFields):
     """What form the reply must have, as the Responses API says it."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -212,13 +212,13 @@ class TextFormat(Fields):
         return {"type": "object"} if self.type == "json_object" else self.schema_
 
 
-class TextFields(Fields):
+class TextFields(KnownFields):
     """The `text` field of the Responses API."""
 
     format: TextFormat | None = None
 
 
-class ResponsesFields(Fields):
+class ResponsesFields(KnownFields):
     """`POST /v1/responses`."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
@@ -238,7 +238,7 @@ class ResponsesFields(Fields):
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
 
 
-class TokenizeFields(Fields):
+class TokenizeFields(KnownFields):
     """`POST /tokenize`: a text or messages."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
@@ -253,7 +253,7 @@ class TokenizeFields(Fields):
         return self
 
 
-class SessionFields(Fields):
+class SessionFields(KnownFields):
     """`POST /close_session`."""
 
     session_id: Name

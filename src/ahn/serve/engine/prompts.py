@@ -16,13 +16,13 @@ from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 from ahn.measure.clock import synchronize
 from ahn.measure.reading import CPU_CHUNK
-from ahn.serve.jobs import PromptReading, RequestJob
-from ahn.serve.keeper import Keeper
-from ahn.serve.pace import Pace
-from ahn.serve.prefixes import Prefixes
+from ahn.serve.engine.jobs import PromptReading, RequestJob
+from ahn.serve.engine.keeper import Keeper
+from ahn.serve.engine.pace import Pace
+from ahn.serve.engine.prefixes import Prefixes
+from ahn.serve.engine.sampling import logprobs_of
+from ahn.serve.engine.store import KeptState, StateStore
 from ahn.serve.request import TokenLogprobs
-from ahn.serve.sampling import logprobs_of
-from ahn.serve.store import KeptState, StateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ahn.serve.metrics import ServerMetrics
-from ahn.serve.problems import APIProblem
-from ahn.serve.settings import ServerSettings
+from ahn.serve.api.metrics import ServerMetrics
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.settings import ServerSettings
 
 OPEN = ("/", "/health", "/openapi.json")
 """What needs no key: a page without content, whether the server lives, and what it can do."""
@@ -20,7 +20,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 STALLED = "stalled"
 
 
-class Gate:
+class RequestGate:
     """Stands before the app.
 
     Args:
@@ -42,7 +42,7 @@ class Gate:
         number = number if re.fullmatch(r"[\w.:-]{1,128}", number, re.ASCII) else f"req_{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["request_id"], state["owner"] = number, ""
-        passage = Passage(self.settings, scope, receive, send, number)
+        passage = PassingRequest(self.settings, scope, receive, send, number)
         try:
             if problem := self._refused(scope, headers):
                 await problem.response()(scope, receive, passage.send)
@@ -72,7 +72,7 @@ class Gate:
         return None
 
 
-class Passage:
+class PassingRequest:
     """One request's way in and its answer's way out."""
 
     def __init__(self, settings: ServerSettings, scope: Scope, receive: Receive, send: Send, number: str) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ahn.serve.chat_api import check_choices, sampling
-from ahn.serve.fields import CompletionFields
-from ahn.serve.problems import APIProblem
-from ahn.serve.replies import RunningReplies, Written
+from ahn.serve.api.chat import check_choices, sampling
+from ahn.serve.api.fields import CompletionFields
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.replies import RunningReplies, WrittenReply
+from ahn.serve.api.service import Service, finite, identity, seeded, usage
+from ahn.serve.api.wire import DONE, EventStream, answer, comment, event, unless_gone
 from ahn.serve.request import Delta, GenerationRequest, TokenLogprobs
-from ahn.serve.service import Service, finite, identity, seeded, usage
-from ahn.serve.wire import DONE, EventStream, answer, comment, event, unless_gone
 
 DEFAULT = 16
 """Tokens of a continuation where a request does not say it, as OpenAI has it."""
@@ -75,7 +75,7 @@ class Completing:
         choices = await asyncio.to_thread(self._choices, written)  # probabilities of long prompts take a while
         return self._object(choices) | {"usage": self._usage()}
 
-    def _choices(self, written: Sequence[Written]) -> list[dict[str, Any]]:
+    def _choices(self, written: Sequence[WrittenReply]) -> list[dict[str, Any]]:
         return [self._choice(n, self._echo(n) + reply.text, reply, 0) for n, reply in enumerate(written)]
 
     async def events(self) -> AsyncIterator[str]:
@@ -104,7 +104,7 @@ class Completing:
     def _echo(self, n: int) -> str:
         return self.service.text.decode(self.prompts[n // self.fields.n], special=True) if self.fields.echo else ""
 
-    def _choice(self, n: int, text: str, what: Delta | Written, place: int, first: bool = True) -> dict[str, Any]:
+    def _choice(self, n: int, text: str, what: Delta | WrittenReply, place: int, first: bool = True) -> dict[str, Any]:
         logprobs = None
         if self.fields.logprobs is not None:
             echoed = self.running.written[n].prompt_logprobs if first and self.fields.echo else ()

@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
-from ahn.serve.files import Note
-from ahn.serve.jobs import PromptReading, RequestJob
-from ahn.serve.prefixes import Prefixes
+from ahn.serve.engine.files import Note
+from ahn.serve.engine.jobs import PromptReading, RequestJob
+from ahn.serve.engine.prefixes import Prefixes
+from ahn.serve.engine.store import KeptState, StateStore, place
 from ahn.serve.request import Delta
-from ahn.serve.store import KeptState, StateStore, place
 
 REREAD = 1024
 """Tokens, besides a few times those of the reply, that are read again so that a reply is found as it will be sent."""

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ahn.cache.conversation import AHNCache
-from ahn.serve.batch import Batch, make_batch
-from ahn.serve.jobs import PromptReading, RequestJob, said
-from ahn.serve.keeper import Keeper, Rest
-from ahn.serve.prefixes import SeenBlocks
-from ahn.serve.prompts import WORTH, PromptReader
+from ahn.serve.engine.batch import Batch, make_batch
+from ahn.serve.engine.jobs import PromptReading, RequestJob, said
+from ahn.serve.engine.keeper import Keeper, Rest
+from ahn.serve.engine.prefixes import SeenBlocks
+from ahn.serve.engine.prompts import WORTH, PromptReader
+from ahn.serve.engine.sampling import Chosen, choose
+from ahn.serve.engine.store import StateStore
 from ahn.serve.request import Delta, FinishReason
-from ahn.serve.sampling import Chosen, choose
-from ahn.serve.store import StateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,8 @@ from ahn.cache.conversation import AHNCache
 from ahn.cache.origin import origin
 from ahn.cache.rows import copied
 from ahn.errors import AHNError
-from ahn.serve.files import NOTE, Note, StateFiles, beside, write
-from ahn.serve.prefixes import Prefixes
+from ahn.serve.engine.files import NOTE, Note, StateFiles, beside, write
+from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.request import ConversationInfo
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from ahn.serve import chat_api, completions_api, other_api, problems, responses_api
-from ahn.serve.gate import Gate
-from ahn.serve.service import Service
+from ahn.serve.api import chat, completions, operations, problems, responses
+from ahn.serve.api.gate import RequestGate
+from ahn.serve.api.service import Service
 
 STOP = 20.0
 """Seconds that running replies have to end when the server stops; then they are cut off."""
@@ -30,15 +30,15 @@ def make_app(service: Service) -> FastAPI:
     # Their pages of documentation load scripts from elsewhere.
     app = FastAPI(title="ahn serve", version=_version(), lifespan=life, docs_url=None, redoc_url=None)
     for part in (
-        chat_api.router(service),
-        completions_api.router(service),
-        responses_api.router(service),
-        other_api.router(service),
-        other_api.conversations(service),
+        chat.router(service),
+        completions.router(service),
+        responses.router(service),
+        operations.router(service),
+        operations.conversations(service),
     ):
         app.include_router(part)
     problems.install(app)
-    app.add_middleware(Gate, settings=service.settings, metrics=service.metrics)
+    app.add_middleware(RequestGate, settings=service.settings, metrics=service.metrics)
     return app
 
 

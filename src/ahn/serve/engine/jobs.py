@@ -12,11 +12,11 @@ import torch
 
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
-from ahn.serve.prefixes import Prefixes
-from ahn.serve.reply import Reply
+from ahn.serve.engine.prefixes import Prefixes
+from ahn.serve.engine.reply import Reply
+from ahn.serve.engine.sampling import Chooser, Chosen
+from ahn.serve.engine.text import TextStream
 from ahn.serve.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
-from ahn.serve.sampling import Chooser, Chosen
-from ahn.serve.text import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ahn.serve.problems import APIProblem
-from ahn.serve.service import Service, identity
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.service import Service, identity
 
 if TYPE_CHECKING:
     from ahn.cache.conversation import Message

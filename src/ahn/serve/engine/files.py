@@ -39,7 +39,7 @@ class Note:
     Attributes:
         owner: whose it is.
         length: tokens that it has read, in the prompts that it is found for.
-        digest: of these tokens; see `ahn.serve.prefixes`.
+        digest: of these tokens; see `ahn.serve.engine.prefixes`.
         name: of the conversation that ends with it.
         part_of: the name of the conversation in which it was made; it is forgotten together with it.
         parts: bytes by part, as `AHNCache.bytes_by_part`.

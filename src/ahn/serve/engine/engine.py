@@ -20,11 +20,11 @@ import torch
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
 from ahn.files import expanded
-from ahn.serve.jobs import RequestJob
-from ahn.serve.reply import Reply
+from ahn.serve.engine.jobs import RequestJob
+from ahn.serve.engine.reply import Reply
+from ahn.serve.engine.scheduler import Scheduler
+from ahn.serve.engine.store import StateStore
 from ahn.serve.request import ConversationInfo, EngineBusy, EngineStats, GenerationRequest, SamplingOptions
-from ahn.serve.scheduler import Scheduler
-from ahn.serve.store import StateStore
 from ahn.wrappers import attached
 
 if TYPE_CHECKING:

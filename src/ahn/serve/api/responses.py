@@ -11,15 +11,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ahn.serve.chat_api import DEFAULT
-from ahn.serve.fields import InputItem, ResponsesFields
-from ahn.serve.problems import APIProblem
-from ahn.serve.replies import RunningReplies, Written
+from ahn.serve.api.chat import DEFAULT
+from ahn.serve.api.fields import InputItem, ResponsesFields
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.replies import RunningReplies, WrittenReply
+from ahn.serve.api.service import Service, identity, usage
+from ahn.serve.api.sessions import Turn, response_turn
+from ahn.serve.api.settings import RESPONSE
+from ahn.serve.api.wire import EventStream, answer, comment, event, unless_gone
 from ahn.serve.request import Delta, GenerationRequest, SamplingOptions
-from ahn.serve.service import Service, identity, usage
-from ahn.serve.sessions import Turn, response_turn
-from ahn.serve.settings import RESPONSE
-from ahn.serve.wire import EventStream, answer, comment, event, unless_gone
 
 
 def router(service: Service) -> APIRouter:
@@ -91,7 +91,7 @@ class Responding:
         return cls(service, fields, turn, prompt, name, running)
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenReply:
         """The reply so far."""
         return self.running.written[0]
 
@@ -141,10 +141,10 @@ class Responding:
     def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": content}
 
-    def _part(self, what: Delta | Written) -> dict[str, Any]:
+    def _part(self, what: Delta | WrittenReply) -> dict[str, Any]:
         return {"type": "output_text", "text": what.text, "annotations": [], "logprobs": self._logprobs(what)}
 
-    def _logprobs(self, what: Delta | Written) -> list[dict[str, Any]]:
+    def _logprobs(self, what: Delta | WrittenReply) -> list[dict[str, Any]]:
         return [self.service.spread(token, self.fields.top_logprobs) for token in what.logprobs]
 
     def _object(self, status: str) -> dict[str, Any]:

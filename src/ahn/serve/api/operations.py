@@ -16,13 +16,13 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse
 
 from ahn.errors import AHNError
-from ahn.serve.fields import SessionFields, TokenizeFields
-from ahn.serve.problems import APIProblem
+from ahn.serve.api.fields import SessionFields, TokenizeFields
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.service import Service
+from ahn.serve.api.sessions import turn_name
+from ahn.serve.api.settings import RESPONSE, is_session
+from ahn.serve.api.wire import answer
 from ahn.serve.request import ConversationInfo
-from ahn.serve.service import Service
-from ahn.serve.sessions import turn_name
-from ahn.serve.settings import RESPONSE, is_session
-from ahn.serve.wire import answer
 
 PAGE = Path(__file__).with_name("page.html")
 STATE, MESSAGES = "state.safetensors", "messages.json"

@@ -10,13 +10,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ahn.serve.fields import ChatFields, SamplingFields
-from ahn.serve.problems import APIProblem
-from ahn.serve.replies import RunningReplies, Written
+from ahn.serve.api.fields import ChatFields, SamplingFields
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.replies import RunningReplies, WrittenReply
+from ahn.serve.api.service import Service, identity, seeded, usage
+from ahn.serve.api.sessions import Turn, session_turn, turn_name
+from ahn.serve.api.wire import DONE, EventStream, answer, comment, event, unless_gone
 from ahn.serve.request import Delta, GenerationRequest, SamplingOptions
-from ahn.serve.service import Service, identity, seeded, usage
-from ahn.serve.sessions import Turn, session_turn, turn_name
-from ahn.serve.wire import DONE, EventStream, answer, comment, event, unless_gone
 
 DEFAULT = 1024
 """Tokens of a reply where a request does not say it."""
@@ -137,11 +137,11 @@ class Chatting:
             chunk["usage"] = self._usage() if options.continuous_usage_stats else None
         return event(chunk)
 
-    def _choice(self, n: int, reply: Written) -> dict[str, Any]:
+    def _choice(self, n: int, reply: WrittenReply) -> dict[str, Any]:
         message = {"role": "assistant", "content": reply.text, "refusal": None}
         return {"index": n, "message": message, "logprobs": self._logprobs(reply), "finish_reason": reply.finish}
 
-    def _logprobs(self, what: Delta | Written) -> dict[str, Any] | None:
+    def _logprobs(self, what: Delta | WrittenReply) -> dict[str, Any] | None:
         if not self.fields.logprobs or (isinstance(what, Delta) and not what.logprobs):
             return None
         return {"content": [self.service.spread(token, self.fields.top_logprobs) for token in what.logprobs]}

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ahn.serve.problems import APIProblem
+from ahn.serve.api.problems import APIProblem
 
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"

@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ahn.serve.fields import ResponseFormat, TextFormat
-from ahn.serve.metrics import ServerMetrics
-from ahn.serve.problems import APIProblem
-from ahn.serve.replies import RunningReplies, Written
+from ahn.serve.api.fields import ResponseFormat, TextFormat
+from ahn.serve.api.metrics import ServerMetrics
+from ahn.serve.api.problems import APIProblem
+from ahn.serve.api.replies import RunningReplies, WrittenReply
+from ahn.serve.api.settings import ServerSettings
+from ahn.serve.api.texts import ChatText
 from ahn.serve.request import GenerationRequest, SamplingOptions, TokenLogprobs
-from ahn.serve.settings import ServerSettings
-from ahn.serve.texts import ChatText
 
 if TYPE_CHECKING:
-    from ahn.serve.engine import Engine
-    from ahn.serve.grammar import Grammars
-    from ahn.serve.messages import MessageStore
-    from ahn.serve.reply import Reply
+    from ahn.serve.api.grammar import Grammars
+    from ahn.serve.api.messages import MessageStore
+    from ahn.serve.engine.engine import Engine
+    from ahn.serve.engine.reply import Reply
 
 NEVER = -9999.0
 """Logarithm of a probability of 0, which JSON cannot say."""
@@ -140,7 +140,7 @@ def _wrapped(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def usage(prompts: Sequence[int], written: Sequence[Written], each: int = 1) -> dict[str, Any]:
+def usage(prompts: Sequence[int], written: Sequence[WrittenReply], each: int = 1) -> dict[str, Any]:
     """Counts of tokens; every prompt counts once, however many replies it has.
 
     Args:

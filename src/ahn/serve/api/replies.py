@@ -8,12 +8,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ahn.serve.metrics import ReplyWatch
-from ahn.serve.problems import APIProblem
+from ahn.serve.api.metrics import ReplyWatch
+from ahn.serve.api.problems import APIProblem
 from ahn.serve.request import Delta, FinishReason, TokenLogprobs
 
 if TYPE_CHECKING:
-    from ahn.serve.reply import Reply
+    from ahn.serve.engine.reply import Reply
 
 IDLE = 10.0
 """Seconds without anything new after which a stream says that it is still there."""
@@ -22,7 +22,7 @@ LAST = 30.0
 
 
 @dataclasses.dataclass
-class Written:
+class WrittenReply:
     """What is known of one reply."""
 
     text: str = ""
@@ -60,7 +60,7 @@ class RunningReplies:
         self._ends, self._late = time.monotonic() + seconds, False
         self._waiting: dict[int, Delta] = {}
         self._news = asyncio.Event()
-        self.written = [Written() for _ in replies]
+        self.written = [WrittenReply() for _ in replies]
 
     def cancel(self) -> None:
         """End all that still run."""
@@ -68,7 +68,7 @@ class RunningReplies:
             if written.finish is None:
                 reply.cancel()
 
-    async def all(self) -> list[Written]:
+    async def all(self) -> list[WrittenReply]:
         """All replies, when all have ended.
 
         Raises:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ahn.serve.engine import Engine
-    from ahn.serve.service import Service
-    from ahn.serve.settings import ServerSettings
+    from ahn.serve.api.service import Service
+    from ahn.serve.api.settings import ServerSettings
+    from ahn.serve.engine.engine import Engine
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -68,14 +68,14 @@ def build(
     """
     from ahn.costs import cost
     from ahn.evaluation.reader import end_tokens
-    from ahn.serve.messages import MessageStore
-    from ahn.serve.metrics import ServerMetrics
-    from ahn.serve.service import Service
-    from ahn.serve.texts import ChatText
+    from ahn.serve.api.messages import MessageStore
+    from ahn.serve.api.metrics import ServerMetrics
+    from ahn.serve.api.service import Service
+    from ahn.serve.api.texts import ChatText
 
     grammars = None
     if importlib.util.find_spec("llguidance") is not None:
-        from ahn.serve.grammar import Grammars
+        from ahn.serve.api.grammar import Grammars
 
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         grammars = Grammars(tokenizer, vocabulary, end_tokens(model, tokenizer))
