@@ -139,7 +139,7 @@ def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
         assert torch.equal(alone, once[name])
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton")
 @pytest.mark.skipif(not INTERPRETED, reason="tests/gpu has this for a GPU")
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_everything_is_measured_once(study: Path) -> None:
         assert f"figures/{name}.png" in page and (study / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_rows_with_quantized_tokens_take_the_bytes_that_they_should(study: Path) -> None:
     recipe = smoke(STUDY)
     rows = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
@@ -130,6 +131,7 @@ def test_a_row_that_fails_stops_no_other_and_is_named(
     assert "mamba2: mamba2 is not trained yet" in output and "deltanet: " in errors
 
 
+@pytest.mark.slow
 def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> None:
     results = Results(smoke(STUDY), study)
     pairs = results.pairs()
@@ -147,6 +149,7 @@ def test_ablations_are_compared_with_the_recipes_own_training(study: Path) -> No
     assert window.won_back()[0] == 0 and full.won_back()[0] == 1
 
 
+@pytest.mark.slow
 def test_held_out_packages_are_not_trained_on(packages: Path, study: Path) -> None:
     held_out = json.loads((study / "prepare.json").read_text())["held_out_tokens"]
     assert {"argparse", "difflib"} < set(held_out)
