@@ -25,17 +25,18 @@ def test_the_verb(memory: bool, ahn_cli: Any, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(smollm2, "path", lambda: saved.base)
     monkeypatch.setattr(smollm2, "_ADAPTERS", tmp_path / "shipped")
     monkeypatch.setattr(demo_book, "PAGES", 256)
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ("demo", "--model", "smollm2", "--text", tmp_path / "text.txt", "--length", 2048, "--window", 12)
+    (tmp_path / "a[b].txt").write_text(TEXT)
+    arguments = ("demo", "--model", "smollm2", "--text", tmp_path / "a[b].txt", "--length", 2048, "--window", 12)
+    arguments += ("--quantized", 64 if memory else 0)
     done = ahn_cli(*arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     shown = " ".join(done.out.split())
-    assert "reads 2,048 tokens of text.txt; it was trained on 512" in shown
+    assert "SmolLM2-135M-Instruct reads 2,048 tokens of a[b].txt; it was trained on 512" in shown
     assert ("No memory is shipped" in shown) != memory
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [entry["name"] for entry in result["results"]]
-    assert names == [FULL, WINDOW_ONLY, *(["gated_deltanet"] if memory else [])]
-    assert (result["window"], result["trained_positions"]) == (12, 512)
+    assert names == [FULL, WINDOW_ONLY, *(["64 at 4/2 bits", "gated_deltanet"] if memory else [])]
+    assert (result["window"], result["quantized"], result["trained_positions"]) == (12, 64 if memory else 0, 512)
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     short = ahn_cli(*arguments[:5], "--length", 10**6)
     assert short.code == 1 and "is needed" in short.err

@@ -72,7 +72,7 @@ def command(
             "--quantized",
             min=0,
             help="Tokens before the window that two more rows see at a few bits per number "
-            f"(default: {QUANTIZED_WINDOWS:g} windows; 0: no such rows).",
+            f"(default: {QUANTIZED_WINDOWS:g} windows; smollm2: 7680, one row; 0: no such rows).",
         ),
     ] = None,
     length: Annotated[
@@ -112,7 +112,8 @@ def command(
 
     if model is not None and shipped.known(model) is smollm2:
         reach, book = (window or demo_book.WINDOW, sinks), None if text is None else str(text)
-        demo_book.read_a_book(adapter or [], book, reach, length, out, device, dtype, as_json)
+        tier = demo_book.QUANTIZED if quantized is None else quantized
+        demo_book.read_a_book(adapter or [], book, reach, tier, length, out, device, dtype, as_json)
         return
     if model is not None:
         model = TINY if shipped.known(model) else model

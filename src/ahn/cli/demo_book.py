@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from ahn.cli import common
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from ahn.demo.book import BookResult
 
 WINDOW, SINKS = 480, 32
+QUANTIZED = 7680
+"""Tokens of the tier: with sinks and window as many as the model was trained on."""
 LENGTH = 14_336
 """Tokens of the book: as far beyond the trained length as two CPU cores read in minutes, and sinks are seen to fail."""
 BIN = 1024
@@ -29,6 +30,7 @@ def read_a_book(
     adapters: list[str],
     text: str | None,
     reach: tuple[int, int],
+    quantized: int,
     length: int | None,
     out: Path,
     device: str | None,
@@ -36,6 +38,11 @@ def read_a_book(
     as_json: bool,
 ) -> None:
     """Read, ask, print a table, write results.json and figure.png.
+
+    Args:
+        adapters: directories or names of memories; none takes those that ship.
+        reach: window and sinks.
+        quantized: tokens before the window that one more row sees at a few bits; 0 for no such row.
 
     Raises:
         AHNError: the model or the text cannot be had, or the text is too short.
@@ -58,19 +65,24 @@ def read_a_book(
     if len(ids) < max(length, QUESTIONS * PAGES):
         raise AHNError(f"{name} has {len(ids):,} tokens; a text of {max(length, QUESTIONS * PAGES):,} is needed.")
     window, sinks = reach
-    methods = [Method(FULL), Method(WINDOW_ONLY, AHNConfig(memory="window_only", window=window, sinks=sinks))]
+    plain = AHNConfig(memory="window_only", window=window, sinks=sinks)
+    methods = [Method(FULL), Method(WINDOW_ONLY, plain)]
+    if quantized:
+        tier = plain.replace(quantized=quantized)
+        methods.append(Method(f"{quantized:,} at {tier.tier_label}", tier))
     for adapter in adapters or smollm2.adapters():
         methods.append(_memory(str(shipped.resolve_adapter("smollm2", adapter)), window, sinks))
     questions = make_questions(tokenizer, book, QUESTIONS, PAGES)
     trained = model.config.max_position_embeddings
     if not as_json:
-        common.out.print(_introduction(name, length, trained, window, sinks, bool(methods[2:])))
+        memories = any(method.trainable for method in methods)
+        common.out.print(_introduction(name, length, trained, window, sinks, memories))
     total = length + sum(len(question.ids) + len(question.answer) - 1 for question in questions)
     with common.progress() as bar:
         tasks = {method.name: bar.add_task(method.name, total=total) for method in methods}
         results = read_book(model, methods, ids[:length], questions, BIN, lambda n, t: bar.advance(tasks[n], t))
-    data: dict[str, Any] = {"model": "smollm2", "text": name, "window": window, "sinks": sinks, "bin": BIN}
-    data |= {"length": length, "trained_positions": trained, "pages": PAGES}
+    data: dict[str, Any] = {"model": "smollm2", "text": name, "window": window, "sinks": sinks, "quantized": quantized}
+    data |= {"bin": BIN, "length": length, "trained_positions": trained, "pages": PAGES}
     data["results"] = [dataclasses.asdict(result) for result in results]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -82,7 +94,7 @@ def read_a_book(
         common.print_json(data)
         return
     common.out.print(_table(results))
-    common.out.print(f"\nWrote {escape(str(out))}/figure.png and results.json.")
+    common.out.print(f"\nWrote {out}/figure.png and results.json.")
 
 
 def _book(text: str | None) -> tuple[str, str]:
@@ -112,7 +124,7 @@ def _introduction(name: str, length: int, trained: int, window: int, sinks: int,
     from ahn.demo.book import DEPTH
 
     told = (
-        f"\n[bold]SmolLM2-135M-Instruct[/] reads {length:,} tokens of {escape(name)}; it was trained on {trained:,}. "
+        f"\nSmolLM2-135M-Instruct reads {length:,} tokens of {name}; it was trained on {trained:,}. "
         f"Sinks + window see {sinks} + {window} tokens exactly. Afterwards it is asked in {QUESTIONS} chats for a "
         f"number that stands about {round((1 - DEPTH) * PAGES):,} tokens before the question.\n"
     )
