@@ -11,3 +11,15 @@ def test_progress_stays_off_standard_output(capsys: pytest.CaptureFixture[str]) 
     with common.progress() as bar:
         bar.advance(bar.add_task("reading", total=2))
     assert capsys.readouterr() == ("", "")  # nor an empty line in a log
+
+
+def test_without_a_terminal_long_work_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "PATIENCE", 0.0)
+    with common.progress() as bar:
+        task = bar.add_task("reading [it]", total=2000)
+        bar.advance(task, 1500)
+        monkeypatch.setattr(common, "PATIENCE", 1e9)
+        bar.update(task, completed=1600)
+    assert capsys.readouterr() == ("", "reading [it]: 1,500 of 2,000\n")

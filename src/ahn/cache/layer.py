@@ -30,7 +30,6 @@ class AHNLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = False
 
     def __init__(self, config: AHNConfig, progress: Progress | None = None, rotates: bool = True) -> None:
         # Not the base class's own: there, keys and values are attributes.
@@ -42,6 +41,16 @@ class AHNLayer(CacheLayerMixin):
         self.visibility: Visibility | None = None
         self.under_way = False
         self._replaced: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` will do: while nothing has left the window. transformers' generate asks after the prompt.
+
+        Guesses that would cross the window are refused before (`ahn.model.generation`). On Apple's GPUs transformers
+        takes the answer to hold for the whole text, and would crop where it no longer can.
+        """
+        on_mps = self.state is not None and self.window.keys.device.type == "mps"
+        return self.progress.seen <= self.config.lossless and not on_mps
 
     @property
     def is_initialized(self) -> bool:

@@ -6,11 +6,20 @@ Results go to standard output, so that they can be piped; everything else goes t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ahn.cli.terminal import SafeConsole
@@ -18,6 +27,8 @@ from ahn.config import DTYPES
 
 out = SafeConsole()
 err = SafeConsole(stderr=True)
+PATIENCE = 30.0
+"""Seconds between two lines about long work where there is no terminal for a bar."""
 
 AdapterOption = Annotated[
     str | None,
@@ -71,9 +82,36 @@ def print_pairs(rows: Iterable[tuple[str, str]], to: SafeConsole = out) -> None:
     to.print(table)
 
 
+class ProgressLines(Progress):
+    """A display that, where there is no terminal, is a line of what moved last, every `PATIENCE` seconds."""
+
+    _told = 0.0
+
+    def __enter__(self) -> ProgressLines:
+        self._told = time.monotonic()
+        super().__enter__()
+        return self
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        if not self.disable or time.monotonic() - self._told < PATIENCE:
+            return
+        self._told = time.monotonic()
+        task = next(task for task in self.tasks if task.id == task_id)
+        total = "" if task.total is None else f" of {task.total:,.0f}"
+        self.console.print(f"{task.description}: {task.completed:,.0f}{total}")
+
+
 def progress() -> Progress:
     """A progress display on standard error, for `with progress() as bar: bar.add_task(text, total=n)`."""
-    return Progress(
+    return ProgressLines(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
