@@ -695,3 +695,17 @@ def test_chunks_below_the_window_are_the_base_models(architecture: str) -> None:
     for part in ids.split(7, dim=1):
         expected = plain(part, past_key_values=theirs).logits
         assert torch.equal(model(part, past_key_values=ours).logits, expected)
+
+
+@torch.no_grad()
+def test_it_can_be_cropped_while_nothing_has_left_the_window() -> None:
+    """transformers 5.24 asks before it lets an assistant guess; whether it is told the truth, `crop` says."""
+    model, ids = student(), tokens(1, LOSSLESS + 1)
+    cache = AHNCache.for_model(model)
+    model(ids[:, :LOSSLESS], past_key_values=cache)
+    assert cache.is_croppable
+    copy.deepcopy(cache).crop(-2)
+    model(ids[:, LOSSLESS:], past_key_values=cache)
+    assert not cache.is_croppable
+    with pytest.raises(AHNError, match="Cannot crop"):
+        cache.crop(-2)

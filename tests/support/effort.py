@@ -24,22 +24,24 @@ def mark_what_is_left_out(items: list[pytest.Item]) -> None:
     """Mark as slow all but n cases of each test that has the marker `sample(n)`: those that share most with the others.
 
     Which ones stay does not change from run to run, and among them is each value of each parameter, if n is enough.
+    Cases that are slow by themselves are not among the n.
     """
     for cases in _cases_by_test(items).values():
-        for case in set(cases) - set(_spread(cases, cases[0].get_closest_marker("sample").args[0])):
+        for case in set(cases) - set(spread(cases, cases[0].get_closest_marker("sample").args[0])):
             case.add_marker(pytest.mark.slow)
 
 
 def _cases_by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Function]]:
-    """The cases of each test that has the marker `sample`."""
+    """The cases of each test that has the marker `sample`, but for those that are slow."""
     found: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("sample"):
+        sampled = isinstance(item, pytest.Function) and item.get_closest_marker("sample")
+        if sampled and not item.get_closest_marker("slow"):
             found.setdefault(f"{item.path}::{item.originalname}", []).append(item)
     return found
 
 
-def _spread(cases: list[pytest.Function], n: int) -> list[pytest.Function]:
+def spread(cases: list[pytest.Function], n: int) -> list[pytest.Function]:
     """n cases, each the first of those with the most values of parameters that were not seen yet, or least often."""
     chosen: list[pytest.Function] = []
     times: Counter[tuple[str, str]] = Counter()
