@@ -4,9 +4,10 @@
     python benchmarks/quality/real_model.py --out runs/smollm2 --only chats         # needs no GPU
 
 Stages, in this order: `chats` writes conversations to learn from and to be asked; `scores` trains the scores of
-retained tokens; `rows` reads texts and asks facts within the trained length, in every way of `real/ways.py`; `far` asks
-them beyond it; `book` gives the loss of a whole book by position. What is done is a line in rows.jsonl and is not done
-again; nothing is begun that would probably not end within `--seconds`. The table is printed last.
+retained tokens; `memories` distils recurrent memories; `rows` reads texts and asks facts within the trained length, in
+every way of `real/ways.py`; `far` asks them beyond it; `book` gives the loss of a whole book by position. What is done
+is a line in rows.jsonl and is not done again; nothing is begun that would probably not end within `--seconds`. The
+table is printed last.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import make_chats
 import torch
 import train_scores
-from real import reading
+from real import reading, training
 from real.ways import FULL, WINDOW, Shape, Ways
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -35,7 +36,7 @@ from ahn.cli.env import environment
 from ahn.measure.intervals import wilson
 from ahn.measure.method import Method
 
-STAGES = ("chats", "scores", "rows", "far", "book")
+STAGES = ("chats", "scores", "memories", "rows", "far", "book")
 NEEDED = ("chats", "scores")
 """Without which the others cannot do."""
 WIDTH = 8192
@@ -73,7 +74,7 @@ class Study:
     @cached_property
     def ways(self) -> Ways:
         o = self.options
-        return Ways(Shape(o.window, o.sinks, o.length, self.scores), self.model)
+        return Ways(Shape(o.window, o.sinks, o.length, self.scores, self._adapters), self.model)
 
     @property
     def scores(self) -> Path:
@@ -90,6 +91,9 @@ class Study:
             yield from self._chats()
         if "scores" in self.options.only and not self.options.adapter:
             yield Item("scores", "scores of retained tokens", self._learn)
+        if "memories" in self.options.only:
+            for name in self._adapters:
+                yield Item("memories", name, lambda name=name: self._distil(name))
         for stage, ways, run in (
             ("rows", Ways.within, self._row), ("far", Ways.beyond, self._far), ("book", Ways.book, self._book)
         ):  # fmt: skip
@@ -128,6 +132,21 @@ class Study:
         return train_scores.trained(
             self.path, self._file("train"), self.out / "scores", o.train_chats, o.window, o.sinks, o.steps
         )
+
+    # -- memories -------------------------------------------------------------------------------------------------
+
+    @property
+    def _adapters(self) -> dict[str, Path]:
+        """Where each recurrent memory is, or will be."""
+        return {name: self.out / "memories" / name for name in self.options.memories.split(",") if name}
+
+    def _distil(self, name: str) -> Result:
+        o = self.options
+        texts = [reading.tokens_of(self.tokenizer, text) for text in o.texts.split(",")]
+        chats = reading.read_chats(self.tokenizer, self._file("train"), o.train_chats)
+        source = training.batches(texts, chats, o.length, o.batch, o.memory_steps, seed=0)
+        config = self.ways.config(name)
+        return training.trained(self.model, config, source, o.memory_steps, o.memory_lr, self._adapters[name])
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -246,6 +265,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--far-chats", type=int, default=40)
     parser.add_argument("--train-chats", type=int, default=128)
     parser.add_argument("--steps", type=int, default=1000, help="of the training of scores")
+    parser.add_argument("--memories", default="deltanet,gated_deltanet,mamba2,routed_deltanet", help="commas between")
+    parser.add_argument("--memory-steps", type=int, default=200, help="of their training, of --batch texts each")
+    parser.add_argument("--memory-lr", type=float, default=2e-3)
     parser.add_argument("--texts", default="sotu,stdlib", help="of the chats; as make_chats.py")
     parser.add_argument("--book", default="moby-dick", help="prose, and the book that is read whole")
     parser.add_argument("--book-tokens", type=int, default=300_000, help="at most")

@@ -18,7 +18,7 @@ import ahn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import real_model
-from real import reading
+from real import reading, training
 from real.ways import FULL, WINDOW, Shape, Ways
 
 CHAT: dict[str, Any] = {
@@ -106,6 +106,34 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
     (kept,) = ways.retained(64, (4, 2), tier=16)
     with kept.on(model), torch.no_grad():
         assert torch.isfinite(model(tokens(1, 200)).logits).all()
+
+
+def test_chats_teach_their_replies_and_texts_everything() -> None:
+    texts, asked = [torch.arange(100, 200)], [reading.Asked(torch.arange(40), [slice(30, 33)])]
+    longer = [reading.Asked(torch.arange(60), [slice(10, 12), slice(50, 54)])]
+    plain, chat = training.batches(texts, asked, length=50, rows=2, steps=2, seed=3)
+    assert isinstance(plain, torch.Tensor) and plain.shape == (2, 50) and (plain.diff() == 1).all()
+    assert isinstance(chat, dict) and chat["input_ids"].shape == (2, 50)
+    assert (chat["input_ids"][:, :40] == torch.arange(40)).all() and (chat["input_ids"][:, 40:] >= 100).all()
+    learned = chat["labels"] != training.IGNORED
+    assert (chat["labels"][learned].reshape(2, 3) == torch.arange(30, 33)).all()
+    _, cut = training.batches(texts, longer, length=50, rows=1, steps=2, seed=3)
+    assert (cut["input_ids"][0] == torch.arange(10, 60)).all() and (cut["labels"][0] >= 0).sum() == 6
+
+
+def test_a_memory_is_distilled_and_read(tmp_path: Path) -> None:
+    model = base()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    source = training.batches([tokens(1, 400)[0]], [reading.Asked(tokens(1, 90)[0], [slice(80, 84)])], 100, 2, 12, 0)
+    about = training.trained(model, ahn.AHNConfig("deltanet", 24, 8), source, 12, 1e-2, tmp_path / "deltanet")
+    assert about["texts_kl"] > 0 and about["chats_kl"] > 0
+    assert all((x == before[name]).all() for name, x in model.state_dict().items())
+    missing = tmp_path / "mamba2"
+    ways = Ways(Shape(24, 8, 300, None, {"deltanet": tmp_path / "deltanet", "mamba2": missing}), model)
+    (way,) = ways.recurrent()
+    with way.on(model):
+        read = [x for name, x in ahn.adapter_parameters(model).items() if name.endswith("o_proj.weight")]
+        assert all(x.abs().max() > 0 for x in read)
 
 
 class Study(real_model.Study):

@@ -23,12 +23,14 @@ class Shape:
         window, sinks: tokens kept exactly.
         length: tokens of a text.
         scores: directory of the adapter with the scores of retained tokens; None leaves its ways out.
+        memories: directories of the adapters of recurrent memories; those that are not there are left out.
     """
 
     window: int
     sinks: int
     length: int
     scores: Path | None
+    memories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def lossless(self) -> int:
@@ -78,6 +80,12 @@ class Ways:
         config = self.config("retained", slots=slots, key_bits=bits[0], value_bits=bits[1], quantized=tier)
         yield Method(name, config, self.weights)
 
+    def recurrent(self) -> Iterator[Method]:
+        """Recurrent memories that were trained."""
+        for name, directory in self.shape.memories.items():
+            if directory.is_dir():
+                yield Method(name, self.config(name), weights_of(self.model, directory))
+
     def config(self, memory: str, window: int | None = None, **fields: int) -> ahn.AHNConfig:
         return ahn.AHNConfig(memory, window or self.shape.window, self.shape.sinks, **fields)
 
@@ -94,6 +102,7 @@ class Ways:
         yield self.tier(rest, (3, 2))
         yield Method("window of as many bytes", self.config("window_only", self.shape.window + 1024))
         yield self.tier(rest, (3, 2), most // 2)
+        yield from self.recurrent()
 
     def beyond(self) -> Iterator[Method]:
         """For facts asked beyond the trained length."""
