@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from safetensors.torch import load_file
-from tiny_run import flags, in_other_processes
+from support.processes import in_other_processes
+from tiny_run import flags
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

@@ -11,7 +11,8 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import flags, in_other_processes
+from support.processes import in_other_processes
+from tiny_run import flags
 from tiny_student import freeze_base, student, tokens
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import flags, in_other_processes, words, write_rows
+from support.processes import in_other_processes
+from tiny_run import flags, words, write_rows
 
 import ahn
 from ahn.training import checkpoints

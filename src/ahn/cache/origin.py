@@ -33,6 +33,7 @@ def origin(model: PreTrainedModel) -> dict[str, Any]:
         into (it lies on disk, or is packed in a way that has no elements); `adapter`: a digest of all its weights;
         `dtype`: the model's; `tokenizer`: a digest of its vocabulary, None if the model's folder holds none.
     """
+    model._ahn.share.check_whole("A conversation's file", "save and load it with a model without tp_plan")
     return {
         "base": {name: _digest_of_sample(x) for name, x in _base_tensors(model)},
         "adapter": _adapter_digest(model),

@@ -41,6 +41,7 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     path = expanded(directory)
     model = attached(model)
     parameters = adapter_parameters(model)
+    model._ahn.share.check_whole("Saving an adapter", "save it from a model that was loaded without tp_plan")
     settings = model.ahn_config
     if not parameters:
         raise AHNError(f"The memory {settings.memory!r} has no parameters: attach() recreates it without a file.")
@@ -128,5 +129,6 @@ def attach_checked(model: PreTrainedModel, checkpoint: Checkpoint, settings: AHN
     attach(model, settings)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            parameter.data = weights[short_name(name)].to(parameter.device, dtype)
+            own = model._ahn.share.of_parameter(weights[short_name(name)], parameter.shape)
+            parameter.data = own.to(parameter.device, dtype)
     return model

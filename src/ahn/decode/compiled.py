@@ -91,8 +91,8 @@ def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[No
 
 
 def on_several_devices(model: PreTrainedModel) -> bool:
-    """accelerate moves tensors between this model's layers (`device_map`): neither compiled nor captured."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    """accelerate moves tensors between this model's layers (`device_map`), or processes share them: not compiled."""
+    return model._ahn.share.parallel or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 @contextlib.contextmanager

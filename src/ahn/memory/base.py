@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ahn.ops.gate import Gate
 from ahn.shape import DEFAULT_SLOTS, EXACT
+from ahn.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted
@@ -92,6 +93,12 @@ class Memory(nn.Module):
     """Its keys are seen where the base knows them, and no farther away: it wants to know who sees what from where."""
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
+    heads_apart: ClassVar[bool] = False
+    """A process may hold some heads of it (tensor parallelism): they come first in each parameter that has heads, and
+    no head needs to know of another but by `share`."""
+
+    share: Share = WHOLE
+    """Which heads these are of the whole memory's."""
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class DeltaNet(RecurrentMemory):
 
     name = "deltanet"
     published_name = "DeltaNet"
+    heads_apart = True
     closed_gates = {"beta": 0.0}  # noqa: RUF012  (a constant of the class)
 
     def build(self) -> None:

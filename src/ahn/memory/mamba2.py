@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ahn import ops
-from ahn.memory.base import RecurrentMemory, head_gate, rms_norm
+from ahn.memory.base import RecurrentMemory, head_gate
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRule
 
@@ -24,6 +24,7 @@ class Mamba2(RecurrentMemory):
 
     name = "mamba2"
     published_name = "Mamba2"
+    heads_apart = True
     closed_gates = {"step": 0.0, "decay": 0.0}  # noqa: RUF012  (a constant of the class)
 
     def build(self) -> None:
@@ -57,7 +58,9 @@ class Mamba2(RecurrentMemory):
         o, new = ops.decay_rule(q_hat, k_hat, v, gates["decay"], state["state"])
         return o, {"state": new}
 
-    def step_rule(self) -> StepRule:
+    def step_rule(self) -> StepRule | None:
+        if self.share.parallel:
+            return None  # its norm goes over all heads: no kernel waits for other processes
         # F.normalize divides by max(norm, 1e-12).
         return StepRule("step", "decay", False, 1e-24, 1.0, NORM_EPS, across_heads=True)
 
@@ -70,5 +73,6 @@ class Mamba2(RecurrentMemory):
         B, H, N, P = o.shape
         # One norm over all heads together: (B, H, N, P) to (B, N, H·P) and back.
         merged = (o * F.silu(gamma)).transpose(1, 2).reshape(B, N, H * P)
-        merged = rms_norm(merged, self.norm.weight, NORM_EPS)
+        scale = torch.rsqrt(self.share.mean(merged.square().mean(-1, keepdim=True)) + NORM_EPS)
+        merged = merged * scale * self.norm.weight.float()
         return self.o_proj(merged.view(B, N, H, P).transpose(1, 2))

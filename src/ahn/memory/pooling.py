@@ -31,6 +31,7 @@ class PooledMemory(Memory, ABC):
     incomplete), and `groups` (B, C + 1) their numbers, -1 for none.
     """
 
+    heads_apart = True
     reduction: ClassVar[str]
     empty: ClassVar[float]
 

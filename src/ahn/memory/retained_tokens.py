@@ -62,6 +62,7 @@ class RetainedTokens(Memory):
     published_name = "RetainedTokens"
     closed_gates = {"score": float("-inf")}  # noqa: RUF012  (a constant of the class)
     moves_keys = True
+    heads_apart = True
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from ahn.model.positions import rotates, rotation_of
 from ahn.model.support import attention_module, check_around, check_decoder, decoder_layers
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
+from ahn.share import Share
 from ahn.wrappers import attached, unwrapped
 
 
@@ -56,16 +57,23 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     if getattr(model, "_ahn", None) is not None:
         raise AHNError("This model already has an AHN; call ahn.detach(model) first.")
     shape, modules = ModelShape.from_config(model.config), attachable(model, config)
+    first = next(iter(modules.values()))
+    share = Share.of(model, first, shape)
+    if share.parallel and not memory.get(config.memory).heads_apart:
+        raise AHNError(
+            f"The memory {config.memory!r} does not say that its heads can be held by several processes "
+            "(`heads_apart`): load the model without tensor parallelism, or choose another memory."
+        )
     decoder, layers = decoder_layers(model)
     kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
         raise AHNError("This model's attention is already 'ahn' without an adapter; load the base model afresh.")
-    rotation = rotation_of(model, next(iter(modules.values())))
+    rotation = rotation_of(model, first)
     trained = trained_length(model.config)
     config = _for_rotation(_bounded(config, rotation, trained), rotation)
-    adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained)
+    adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained, share=share)
     for index, module in modules.items():
-        hook = AttentionHook(*_add_memory(layers[index], module, shape, config), index)
+        hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
     model._ahn = adapter
@@ -221,6 +229,11 @@ class DecoderHook:
                 "ahn.AHNCache.for_model(model)."
             )
         config: AHNConfig = self.model.ahn_config if cache is None else cache.config
+        if self.model._ahn.share.parallel and torch.is_grad_enabled():
+            raise AHNError(
+                "A memory whose heads lie in several processes (tensor parallelism) is for inference: read under "
+                "torch.no_grad(), and train with FSDP (--fsdp true)."
+            )
         if config.quantized and torch.is_grad_enabled():
             raise AHNError(
                 f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
@@ -305,15 +318,29 @@ def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
         private.set_attention_kernel(config, kernel)
 
 
-def _add_memory(layer: nn.Module, module: Any, shape: ModelShape, config: AHNConfig) -> tuple[AHN, Router | None]:
+def _add_memory(
+    layer: nn.Module, module: Any, shape: ModelShape, share: Share, config: AHNConfig
+) -> tuple[AHN, Router | None]:
     device = private.execution_device(module.o_proj)
     with torch.device(device):
-        fn = memory.make(config, shape)
-        layer.ahn = ahn = AHN(fn.float())
+        whole = memory.make(config, shape).float()
+        fn = _own_heads(whole, config, shape, share) if share.parallel else whole
+        layer.ahn = ahn = AHN(fn)
         router = None
         if config.router and isinstance(fn, memory.RecurrentMemory):
-            layer.ahn_router = router = Router(shape.heads)
+            layer.ahn_router = router = Router(fn.heads)
     return ahn, router
+
+
+def _own_heads(whole: memory.Memory, config: AHNConfig, shape: ModelShape, share: Share) -> memory.Memory:
+    """The memory of this process's heads, as they are in the whole one: so its numbers are drawn alike everywhere."""
+    with torch.device("meta"):
+        fn = memory.make(config, share.of_shape(shape))
+    fn.share = share
+    sizes = {name: x.shape for name, x in fn.named_parameters()}
+    parts = {name: share.of_parameter(x, sizes[name]).clone() for name, x in whole.named_parameters()}
+    fn.load_state_dict(parts, assign=True)
+    return fn
 
 
 def _check_head_dim(shape: ModelShape, config: AHNConfig) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ahn.decode.compiled import CompiledParts
 from ahn.layout.rotation import Rotation
 from ahn.model.observer import Observer
+from ahn.share import WHOLE, Share
 from ahn.wrappers import attached
 
 
@@ -30,6 +31,8 @@ class Adapter:
     """How the base turns keys by their positions; None where that cannot be repeated."""
     trained: int | None = None
     """Positions that the base was trained on; None if it does not say, or once it was said that a text is longer."""
+    share: Share = WHOLE
+    """Which of the model's heads this process holds."""
     compiled: CompiledParts = dataclasses.field(default_factory=CompiledParts)
 
     @property
@@ -67,6 +70,7 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 def observed(model: PreTrainedModel, observer: Observer, first: bool) -> Iterator[None]:
     """Inside the block `observer` is asked about every forward of this thread, before all others or after them."""
     entry = attached(model)._ahn, observer
+    entry[0].share.check_whole("Looking into a memory", "load the model without tp_plan for it")
     before = _observers.get()
     _observers.set((entry, *before) if first else (*before, entry))
     try:

@@ -54,6 +54,7 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
     Raises:
         AHNError: a state dict was given that lacks parameters of the AHN.
     """
+    model._ahn.share.check_whole("Saving a model with its memory", "merge base and adapter with ahn merge")
     given = args[1] if len(args) > 1 else kwargs.get("state_dict")
     if given is not None and (absent := [name for name in added_parameters(model) if name not in given]):
         raise AHNError(f"The state dict to save lacks {len(absent)} tensors of the AHN, the first is {absent[0]}.")
