@@ -18,6 +18,8 @@ MIN_DISTANCE = 16
 MODEL_TYPE = "ahn"
 """The model type of a merged checkpoint in its `config.json`, so that nobody loads it without its memory."""
 ARCHITECTURE = "AHNForCausalLM"
+SAVED_BLOCK, PUBLISHED_NAME = "ahn", "_ahn_implementation"
+"""By which of its fields a `config.json` is one of a model with a memory: ours has both, a published one the second."""
 BITS = (2, 3, 4)
 """Per number of a token's keys or values in codes."""
 BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False}

@@ -24,12 +24,22 @@ def named(thing: Any) -> str:
     return f"the string {reprlib.repr(thing)}" if isinstance(thing, str) else kind
 
 
+def installed_version(package: str) -> str | None:
+    """None if the package is not installed, as ahn itself may not be: its sources can be on the path."""
+    import importlib.metadata  # every import of the package would wait for it
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def install_command(extra: str) -> str:
     """A command that installs an extra of this package, for how the package was installed here.
 
     From a checkout it names the checkout; otherwise the packages themselves, since no index need have this one.
     """
-    import importlib.metadata  # every import of the package would wait for these
+    import importlib.metadata
     import json
     from urllib.parse import urlparse
     from urllib.request import url2pathname

@@ -3,6 +3,10 @@
 Nothing promises that they stay, so no other module names one (a test looks for it), pyproject.toml bounds the versions
 from above, and `make test-versions` tries the oldest and the newest: torch 2.11 to 2.13, transformers 5.17 to 5.24
 (training from 5.23), accelerate 1.15, datasets 5. Whoever raises a bound reads this file beside the new source.
+
+Nothing of theirs is replaced for a whole process. Beside what is here, `ahn.auto` uses what they offer: a registered
+model type, torch's hook on the registration of modules, and one name that is added (not replaced) in `transformers`,
+where trainers look up the class that a `config.json` names.
 """
 
 from __future__ import annotations

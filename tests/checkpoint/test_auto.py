@@ -205,39 +205,41 @@ def test_pushing_sends_what_loads(base: Path, tmp_path: Path, monkeypatch: pytes
     assert [config["model_type"] for config in sent] == ["ahn"]
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged", "old adapter"])
-def test_folders_under_the_base_type_load_their_memory(
-    kind: str, base: Path, adapter: Path, merged: Path, copy_of: Callable[[Path], Path]
-) -> None:
-    if kind == "old adapter":
-        path = edit_config(copy_of(adapter), lambda c: c.update(base_model_name_or_path=str(base)))
-        for name in ("model_type", "architectures"):
-            edit_config(path, lambda c, name=name: c.update({name: c["ahn"].pop(f"base_{name}")}))
-    elif kind == "adapter":
-        path = publish(copy_of(adapter), use_ahn_router=True, _name_or_path=str(base))
-    else:
-        path = as_published(copy_of(merged))
-    assert json.loads((path / "config.json").read_text())["model_type"] == "qwen2"
-    wanted = logits(from_pretrained(path))
-    model = AutoModelForCausalLM.from_pretrained(path)
-    assert model.ahn_config.router and torch.equal(logits(model), wanted)
-    config = AutoConfig.from_pretrained(path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path, config=config)), wanted)
-
-
-@pytest.mark.parametrize("kind", ["merged", "published", "adapter", "saved"])
+@pytest.mark.parametrize("kind", ["merged", "published", "published adapter", "adapter", "old adapter", "saved"])
 def test_classes_of_base_models_refuse_a_memory(
     kind: str, base: Path, adapter: Path, merged: Path, tmp_path: Path, copy_of: Callable[[Path], Path]
 ) -> None:
     path = adapter if kind == "adapter" else merged
     if kind == "published":
         path = as_published(copy_of(merged))
+    elif kind == "published adapter":
+        path = publish(copy_of(adapter), use_ahn_router=True, _name_or_path=str(base))
     elif kind == "saved":
         attached(base).save_pretrained(path := tmp_path / "saved")
-    for load in (Qwen2ForCausalLM.from_pretrained, Qwen2Model.from_pretrained, Qwen2Config.from_pretrained):
-        with pytest.raises(ahn.AHNError, match=r"has an AHN, which classes of qwen2 models would leave out"):
-            load(path)
+    elif kind == "old adapter":
+        path = edit_config(copy_of(adapter), lambda c: c.update(base_model_name_or_path=str(base)))
+        for name in ("model_type", "architectures"):
+            edit_config(path, lambda c, name=name: c.update({name: c["ahn"].pop(f"base_{name}")}))
+    loads = [Qwen2ForCausalLM, Qwen2Model]
+    if json.loads((path / "config.json").read_text())["model_type"] == "qwen2":
+        loads.append(AutoModelForCausalLM)
+        assert from_pretrained(path).ahn_config.router
+    for load in loads:
+        with pytest.raises(ahn.AHNError, match=r"has an AHN, which Qwen2\w+ would leave out"):
+            load.from_pretrained(path)
+    with pytest.raises(ahn.AHNError, match="would leave out"):
+        Qwen2ForCausalLM(Qwen2Config.from_pretrained(path))
     assert type(Qwen2ForCausalLM.from_pretrained(base)) is Qwen2ForCausalLM, "other checkpoints load as ever"
+
+
+def test_nothing_of_others_is_replaced() -> None:
+    done = run(
+        "import peft, transformers\nfrom transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig\n"
+        "owners = [peft.PeftModel, PreTrainedConfig, transformers.PreTrainedModel, AutoConfig, AutoModelForCausalLM]\n"
+        "before = [dict(vars(owner)) for owner in owners]\nimport ahn\n"
+        "print([key for owner, was in zip(owners, before) for key in was if vars(owner)[key] is not was[key]])"
+    )
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_without_ahn_classes_of_base_models_say_what_they_leave(merged: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import speaking
+import transformers
 
 from ahn import smollm2
 from ahn.cli import demo_book
@@ -37,6 +38,7 @@ def test_the_verb(memory: bool, ahn_cli: Any, tmp_path: Path, monkeypatch: pytes
     names = [entry["name"] for entry in result["results"]]
     assert names == [FULL, WINDOW_ONLY, *(["64 at 4/2 bits", "gated_deltanet"] if memory else [])]
     assert (result["window"], result["quantized"], result["trained_positions"]) == (12, 64 if memory else 0, 512)
+    assert result["versions"]["transformers"] == transformers.__version__
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     short = ahn_cli(*arguments[:5], "--length", 10**6)
     assert short.code == 1 and "is needed" in short.err

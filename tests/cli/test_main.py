@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import threading
@@ -57,6 +58,14 @@ def test_short_help_and_version(ahn_cli: Any) -> None:
     assert ahn_cli("-h").out == ahn_cli("--help").out
     assert ahn_cli("eval", "-h").code == ahn_cli("eval", "run", "-h").code == ahn_cli("env", "-h").code == 0
     assert ahn_cli("--version").out.startswith("ahn ")
+
+
+def test_version_of_sources_that_are_not_installed(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert ahn_cli("--version").out == "ahn unknown\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -31,6 +31,28 @@ def folder(path: Path, settings: dict[str, Any], figures: dict[str, Any], lines:
     return path
 
 
+BUCKET = {"loss": 1.0, "cache_bytes": 2**20, "seconds": 1.0, "peak_bytes": None}
+LINES = {
+    "positions.jsonl": [BUCKET | {"start": n, "stop": n + 100} for n in range(0, 400, 100)],
+    "cost.jsonl": [{"length": 1 << n, "flops": 10**n, "cache_bytes": 2**n} for n in (10, 11, 12)],
+    "gradients.jsonl": [{"token": " $x$ ", "norm": 0.5, "region": "remembered"}] * 3,
+}
+
+
+def others(path: Path) -> Path:
+    """A document's losses and its gradients, in one folder of results each."""
+    for task, more in {
+        "perplexity": {"document": "a", "tokens": 400, "loss": 1.0, "cache_bytes": 4, "peak_bytes": None}
+        | {"tokens_per_second": 1.5},
+        "gradients": {},
+    }.items():
+        settings = SETTINGS | {"task": task, "task_settings": {"loss": "kl"}}
+        made = folder(path / task, settings, {"task": task, **more}, [])
+        for name, rows in LINES.items():
+            (made / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def results(path: Path) -> list[Path]:
     """One scored task and one grid of needles."""
     plain = {"task": "longbench/qmsum", "samples": 4, "score": 20.5}
@@ -69,6 +91,61 @@ def test_mutated_results(name: str, tmp_path: Path) -> None:
             error.add_note(f"seed {seed}: {file.read_bytes()[:300]!r}")
             raise
     assert sum(outcomes.values()) == MUTATIONS and min(outcomes.values()), outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [f"perplexity/{name}" for name in ("config.json", "result.json", *LINES)] + ["gradients/gradients.jsonl"]
+)
+def test_mutated_documents(name: str, tmp_path: Path) -> None:
+    for seed in range(MUTATIONS // 10):
+        file = others(tmp_path / "in") / name
+        lines = file.read_text().splitlines()
+        value = json.loads(lines[0])
+        mutated_json(value, seed)
+        file.write_text("\n".join([json.dumps(value), *lines[1:]]) + "\n")
+        try:
+            write_report([tmp_path / "in"], tmp_path / "out")
+        except AHNError as error:
+            assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("perplexity/result.json", '"loss": 1.0', '"loss": 1e308'),
+        ("perplexity/result.json", '"tokens": 400', '"tokens": "many"'),
+        ("perplexity/positions.jsonl", '"loss": 1.0', '"loss": NaN'),
+        ("perplexity/cost.jsonl", '"length": 1024', '"length": 0'),
+        ("gradients/gradients.jsonl", '"norm": 0.5', '"norm": null'),
+        ("gradients/gradients.jsonl", "remembered", r"\ud800"),
+        ("gradients/config.json", '"kl"', "[]"),
+    ],
+)
+def test_what_a_report_cannot_show_is_named(name: str, old: str, new: str, tmp_path: Path) -> None:
+    file = others(tmp_path / "in") / name
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(AHNError, match=name.partition("/")[0]):
+        write_report([tmp_path / "in"], tmp_path / "out")
+
+
+def test_a_fault_of_our_own_is_not_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("ours")
+
+    others(tmp_path / "in")
+    monkeypatch.setattr("ahn.evaluation.report.tables.perplexities", broken)
+    with pytest.raises(TypeError, match="ours"):
+        write_report([tmp_path / "in"], tmp_path / "out")
+
+
+def test_dollar_signs_in_a_name_are_no_formula(tmp_path: Path) -> None:
+    _, needle = results(tmp_path / "in")
+    config = (needle / "config.json").read_text()
+    (needle / "config.json").write_text(config.replace('"gated_deltanet"', r'"$\\frac{$"'))
+    write_report([tmp_path / "in"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("where", ["memory", "model", "method", "task", "profile", "adapter"])

@@ -81,7 +81,7 @@ def test_means_are_over_the_same_tasks(tmp_path: Path) -> None:
         result(tmp_path, FULL, "longbench/qmsum", score, profile=profile)
         result(tmp_path, FULL, "longbench/musique", score + 1, profile=profile)
     for kind in ("number", "fact"):
-        result(tmp_path, FULL, f"needle/{kind}", 50.0, grid=[])
+        result(tmp_path, FULL, f"needle/{kind}", 50.0, grid=[{"length": 512, "depth": 0.0, "score": 50.0}])
     columns = {column.label: column.scores for column in collect([tmp_path]).columns}
     assert columns["mean of lveval/16k"] == {"full attention": 30.0}  # the other row lacks a task
     assert columns["mean of longbench (official)"] == {"full attention": 1.5}

@@ -3,7 +3,7 @@
 `ahn --help` must not wait for transformers, and whoever never uses it need not. So the classes in `ahn.auto.classes`
 are registered when transformers' own Auto modules are imported, by whoever wants them: at once if they are there
 already, else by a finder that lets Python find and run such a module as always, and registers afterwards. From then on
-classes of base models refuse such checkpoints, and PEFT says that it saves no memory.
+classes of base models refuse such checkpoints.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from ahn.config import ARCHITECTURE, MODEL_TYPE
+from ahn.config import ARCHITECTURE, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK
+from ahn.errors import AHNError
 
 PACKAGE = "transformers.models.auto."
 
 
 def register_with_transformers() -> None:
     """Register now what can be, the rest when its module is imported. Harmless when repeated."""
-    waiting = {f"{PACKAGE}configuration_auto": _register_config, f"{PACKAGE}modeling_auto": _register_model}
-    waiting["peft.peft_model"] = _register_peft
+    waiting = {
+        "transformers.modeling_utils": _register_refusal,
+        f"{PACKAGE}configuration_auto": _register_config,
+        f"{PACKAGE}modeling_auto": _register_model,
+    }
     for name, register in list(waiting.items()):
         if name in sys.modules:
             register()
@@ -54,15 +58,33 @@ def _run(exec_module: Callable[[ModuleType], None], register: Callable[[], None]
     register()
 
 
-def _register_config() -> None:
-    from transformers.configuration_utils import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+def _register_refusal() -> None:
+    from torch.nn.modules.module import register_module_module_registration_hook
 
-    from ahn.auto.classes import AHNModelConfig, knowing_memories, refusing_memories
+    register_module_module_registration_hook(_refuse_memories)
+
+
+def _refuse_memories(module: Any, name: str, part: Any) -> None:
+    """Before a part of a module is set: raise AHNError if a base model's class is made of a checkpoint with an AHN.
+
+    So it was with `Qwen2ForCausalLM.from_pretrained(merged)`: the memory's weights were at most listed as unexpected.
+    """
+    fields = getattr(vars(module).get("config"), "__dict__", {})
+    # Blocks once had the base's type, and transformers takes what has it for the configuration that it looks for.
+    block = {"memory", "sinks"} <= fields.keys()
+    if block or fields.get(PUBLISHED_NAME) is not None or "memory" in (fields.get(SAVED_BLOCK) or ()):
+        raise AHNError(
+            f"This checkpoint has an AHN, which {type(module).__name__} would leave out. Load it with "
+            "ahn.from_pretrained."
+        )
+
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from ahn.auto.classes import AHNModelConfig
 
     CONFIG_MAPPING.register(MODEL_TYPE, AHNModelConfig, exist_ok=True)
-    AutoConfig.from_pretrained = classmethod(knowing_memories(AutoConfig.from_pretrained.__func__))
-    PreTrainedConfig.from_dict = classmethod(refusing_memories(PreTrainedConfig.from_dict.__func__))
 
 
 def _register_model() -> None:
@@ -73,11 +95,3 @@ def _register_model() -> None:
 
     AutoModelForCausalLM.register(AHNModelConfig, AHNForCausalLM, exist_ok=True)
     setattr(transformers, ARCHITECTURE, AHNForCausalLM)  # where trainers look up what a config.json calls it
-
-
-def _register_peft() -> None:
-    from peft.peft_model import PeftModel
-
-    from ahn.auto.classes import saying_what_is_left_out
-
-    setattr(PeftModel, "save_pretrained", saying_what_is_left_out(PeftModel.save_pretrained))  # noqa: B010  (for mypy)

@@ -16,9 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ahn import memory
 from ahn.checkpoint.directory import CONFIG, Checkpoint
-from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, MODEL_TYPE, AHNConfig
+from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
 from ahn.errors import AHNError
-from ahn.model.saving import BLOCK, base_config
+from ahn.model.saving import base_config
 from ahn.shape import ModelShape
 
 logger = logging.getLogger("ahn")
@@ -44,7 +44,7 @@ def read_settings(
         AHNError: the configuration names no memory, an unknown one, or values out of range.
     """
     config, file = checkpoint.config, checkpoint.path / CONFIG
-    settings = _own_settings(config[BLOCK], file) if BLOCK in config else _published_settings(config, file)
+    settings = _own_settings(config[SAVED_BLOCK], file) if SAVED_BLOCK in config else _published_settings(config, file)
     given = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
     return settings.replace(**{name: value for name, value in given.items() if value is not None})
 
@@ -60,7 +60,7 @@ def report_window(checkpoint: Checkpoint, settings: AHNConfig, given: bool) -> N
         settings: what is used.
         given: whether the caller chose both window and sinks.
     """
-    published = BLOCK not in checkpoint.config
+    published = SAVED_BLOCK not in checkpoint.config
     leftover = checkpoint.config.get("sliding_window") if published else None
     origin = "as given" if given else "default where not given" if published else "as saved where not given"
     message = f"{checkpoint.path}: window {settings.window}, sinks {settings.sinks} ({origin})"
@@ -72,14 +72,14 @@ def report_window(checkpoint: Checkpoint, settings: AHNConfig, given: bool) -> N
 def _own_settings(block: Any, file: Path) -> AHNConfig:
     known = {field.name for field in dataclasses.fields(AHNConfig)}
     if not isinstance(block, dict) or "memory" not in block:
-        raise AHNError(f"{file}: the block {BLOCK!r} names no memory.")
+        raise AHNError(f"{file}: the block {SAVED_BLOCK!r} names no memory.")
     return AHNConfig.saved({name: value for name, value in block.items() if name in known})
 
 
 def _published_settings(config: dict[str, Any], file: Path) -> AHNConfig:
-    name = config.get("_ahn_implementation")
+    name = config.get(PUBLISHED_NAME)
     if not isinstance(name, str):
-        raise AHNError(f"{file} names no memory: it has neither a block {BLOCK!r} nor '_ahn_implementation'.")
+        raise AHNError(f"{file} names no memory: it has neither a block {SAVED_BLOCK!r} nor {PUBLISHED_NAME!r}.")
     return AHNConfig(
         memory=memory.by_published_name(name).name,
         window=DEFAULT_WINDOW,

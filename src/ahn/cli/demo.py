@@ -13,7 +13,6 @@ from rich.table import Table
 from ahn.cli import common
 from ahn.cli.common import DeviceOption, DtypeOption, JsonOption
 from ahn.cli.generate import ModelOption, read_text
-from ahn.errors import AHNError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,6 +108,7 @@ def command(
     from ahn import shipped, smollm2
     from ahn.cli import demo_book
     from ahn.demo import compare
+    from ahn.demo.figure import comparison_figure
 
     if model is not None and shipped.known(model) is smollm2:
         reach, book = (window or demo_book.WINDOW, sinks), None if text is None else str(text)
@@ -135,7 +135,8 @@ def command(
     continuation = _write_on(subject, comparison, show=not as_json)
     data = {"model": subject.name, **comparison.as_data(), "no_facts": subject.no_facts, "continuation": continuation}
     data["seconds"] = round(time.perf_counter() - start, 1)
-    _write_files(data, comparison, f"{subject.name} reads {'the standard library' if text is None else text.name}", out)
+    title = f"{subject.name} reads {'the standard library' if text is None else text.name}"
+    demo_book.write_files(out, data, comparison_figure(comparison, title))
     if as_json:
         common.print_json(data)
     else:
@@ -274,16 +275,3 @@ def _explain(subject: DemoSubject, fact: Any, guesses: dict[str, int]) -> None:
         f"{fact.distance:,} tokens earlier, far out of the window's sight, the text says “{line}”. "
         f"Sinks + window alone would answer “{lost}”."
     )
-
-
-def _write_files(data: dict[str, Any], comparison: Comparison, title: str, out: Path) -> None:
-    from ahn.demo.figure import comparison_figure
-    from ahn.files import write_json
-    from ahn.measure import plots
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
-    write_json(out / "results.json", data)
-    plots.save(comparison_figure(comparison, title), out / "figure.png")

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.errors import AHNError
+from ahn.errors import AHNError, installed_version
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ahn.demo.book import BookResult
 
 WINDOW, SINKS = 480, 32
@@ -52,8 +54,6 @@ def read_a_book(
     from ahn.config import AHNConfig
     from ahn.demo.book import book_figure, make_questions, read_book
     from ahn.demo.methods import FULL, WINDOW_ONLY
-    from ahn.files import write_json
-    from ahn.measure import plots
     from ahn.measure.method import Method
 
     length = (length or LENGTH) // BIN * BIN
@@ -84,17 +84,30 @@ def read_a_book(
     data: dict[str, Any] = {"model": "smollm2", "text": name, "window": window, "sinks": sinks, "quantized": quantized}
     data |= {"bin": BIN, "length": length, "trained_positions": trained, "pages": PAGES}
     data["results"] = [dataclasses.asdict(result) for result in results]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
-    write_json(out / "results.json", data)
-    plots.save(book_figure(results, BIN, trained, f"SmolLM2-135M-Instruct reads {name}"), out / "figure.png")
+    write_files(out, data, book_figure(results, BIN, trained, f"SmolLM2-135M-Instruct reads {name}"))
     if as_json:
         common.print_json(data)
         return
     common.out.print(_table(results))
     common.out.print(f"\nWrote {out}/figure.png and results.json.")
+
+
+def write_files(out: Path, data: dict[str, Any], figure: Figure) -> None:
+    """Write results.json, with versions, which the data get here, and figure.png.
+
+    Raises:
+        AHNError: they cannot be written.
+    """
+    from ahn.files import write_json
+    from ahn.measure import plots
+
+    data["versions"] = {name: installed_version(name) for name in ("ahn", "torch", "transformers", "tokenizers")}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
+    write_json(out / "results.json", data)
+    plots.save(figure, out / "figure.png")
 
 
 def _book(text: str | None) -> tuple[str, str]:

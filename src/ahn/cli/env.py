@@ -12,6 +12,7 @@ from typing import Any
 
 from ahn.cli import common
 from ahn.cli.common import JsonOption
+from ahn.errors import installed_version
 
 PACKAGES = ("ahn", "torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "numpy", "triton")
 OPTIONAL = ("accelerate", "datasets", "peft", "lm-eval", "jieba", "gguf", "fastapi", "uvicorn", "llguidance")
@@ -36,7 +37,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
-        "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        "packages": {name: installed_version(name) for name in (*PACKAGES, *OPTIONAL)},
         "installed": _installation(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -49,13 +50,6 @@ def environment() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _installation() -> str:

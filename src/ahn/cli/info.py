@@ -90,10 +90,9 @@ def look_at(
     from ahn.checkpoint.directory import Checkpoint
     from ahn.checkpoint.hub import local_directory
     from ahn.checkpoint.validate import check_tensors
-    from ahn.config import AHNConfig
+    from ahn.config import PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
     from ahn.costs import empty_model
     from ahn.model.adapter import attachable
-    from ahn.model.saving import BLOCK
     from ahn.shape import ModelShape
 
     adapter = adapter and shipped.resolve_adapter(model, adapter)
@@ -106,7 +105,7 @@ def look_at(
         settings = Checkpoint.open(local_directory(adapter))
         checkpoint_format.check_base(settings, hf_config, model)
         found.append(settings)
-    if adapter is not None or {BLOCK, "_ahn_implementation"} & settings.config.keys():
+    if adapter is not None or {SAVED_BLOCK, PUBLISHED_NAME} & settings.config.keys():
         config = checkpoint_format.read_settings(settings)
         if settings.ahn_tensors:
             check_tensors(settings, shape, config)

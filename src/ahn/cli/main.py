@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import itertools
 import os
 import shutil
@@ -20,7 +19,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from ahn.cli.terminal import visible
-from ahn.errors import AHNError
+from ahn.errors import AHNError, installed_version
 
 VERBS = {
     "demo": "See a memory work: real text far beyond the window, on this machine.",
@@ -95,7 +94,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ahn {importlib.metadata.version('ahn')}")
+        typer.echo(f"ahn {installed_version('ahn') or 'unknown'}")
         raise typer.Exit
 
 

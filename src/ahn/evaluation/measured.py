@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ahn.errors import installed_version
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated
 from ahn.evaluation.results import ResultFolder
@@ -31,7 +31,7 @@ def open_folder(
     """
     text = {"document": document.name, "sha256": document.sha256, "tokens": len(document.ids)}
     everything = {"task": task, "profile": "official", **evaluated.settings, "task_settings": text | dict(settings)}
-    everything["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    everything["versions"] = {name: installed_version(name) for name in PACKAGES}
     folder = ResultFolder(out, everything, evaluated.about)
     folder.open()
     return folder

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, installed_version
 from ahn.evaluation.methods import Evaluated
 from ahn.evaluation.prompt import encode
 from ahn.evaluation.reader import Generation, Reader
@@ -108,7 +107,7 @@ def describe(task: Task, evaluated: Evaluated, limit: int | None) -> tuple[dict[
     settings["chat_template"] = task.chat_template and bool(evaluated.tokenizer.chat_template)
     settings["generation"] = dataclasses.asdict(generation) | {"ends": list(generation.ends), "greedy": True}
     settings["task_settings"] = task.settings()
-    settings["versions"] = {name: _version(name) for name in PACKAGES}
+    settings["versions"] = {name: installed_version(name) for name in PACKAGES}
     return settings, evaluated.about
 
 
@@ -190,10 +189,3 @@ def _finish(jobs: list[Job], results: dict[str, dict[str, Any]]) -> None:
             ordered = [rows[index] for index in sorted(rows)]
             results[job.task.name] = job.folder.finish(ordered, job.task.summary(ordered))
             jobs.remove(job)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -27,6 +27,7 @@ from ahn.model import attention, chunks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import rotates, rotation_of
+from ahn.model.saving import warn_of_peft
 from ahn.model.support import attention_module, check_around, check_decoder, decoder_layers
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
@@ -76,6 +77,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
+    adapter.handles.append(model.register_state_dict_pre_hook(warn_of_peft))
     model._ahn = adapter
     model.ahn_config = config
     chunks.wrap(model)

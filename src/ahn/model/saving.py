@@ -22,19 +22,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME
 
 from ahn import memory
-from ahn.config import ARCHITECTURE, MODEL_TYPE, AHNConfig
+from ahn.config import ARCHITECTURE, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
 from ahn.errors import AHNError
 from ahn.files import expanded, write_json
 from ahn.memory.layer import added_parameters
 
-BLOCK = "ahn"
 BASE_NAME = "base_model_name_or_path"
 TYPED = ("model_type", "architectures")
 """What a checkpoint says of itself; its block keeps the base model's as `base_…`.
 
 Without the prefix a configuration class of transformers would take the block for its own, and default sizes with it.
 """
-STRUCTURE = ("_ahn_implementation", "use_ahn_router", "use_q_proj", "fa_layer_ids")
+STRUCTURE = (PUBLISHED_NAME, "use_ahn_router", "use_q_proj", "fa_layer_ids")
 # Left-overs of the published trainer. `loss_type` must go: transformers would look its value up among its own losses.
 TRAINING = (
     "_layer_implementation",
@@ -61,15 +60,24 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
     with _own_configuration(model) as written:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if not written and getattr(model, "_hf_peft_config_loaded", False):
-        warn_of_peft(save_directory)
+        warn_of_peft(model, PEFT)
 
 
-def warn_of_peft(directory: str | os.PathLike[str]) -> None:
-    """Say that what PEFT saved lacks the memory."""
-    warnings.warn(
-        f"{directory} holds the PEFT adapter alone. The AHN is saved by ahn.save_adapter(model, directory).",
-        stacklevel=3,
-    )
+PEFT = "base_model."
+"""Where a PEFT model keeps the model inside."""
+
+
+def warn_of_peft(model: PreTrainedModel, prefix: str, keep_vars: bool = False) -> None:
+    """Before a model's state dict is made, under this prefix: say that what PEFT saves of it lacks the memory.
+
+    The memory's parameters are in the state dict, but PEFT's `save_pretrained` makes one and takes its own out of it.
+    """
+    if PEFT in prefix:
+        warnings.warn(
+            "What PEFT saves of this model holds the PEFT adapter alone. The AHN is saved by "
+            "ahn.save_adapter(model, directory).",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager
@@ -110,11 +118,11 @@ def saved_config(model: PreTrainedModel, directory: Path, settings: AHNConfig | 
 def with_ahn(base_config: dict[str, Any], settings: AHNConfig, base_name: str | None) -> dict[str, Any]:
     """The base model's configuration as it is saved beside AHN weights."""
     return base_config | {
-        "_ahn_implementation": memory.get(settings.memory).published_name,
+        PUBLISHED_NAME: memory.get(settings.memory).published_name,
         "use_ahn_router": settings.router,
         "use_q_proj": settings.q_proj,
         "fa_layer_ids": list(settings.full_attention_layers),
-        BLOCK: dataclasses.asdict(settings)
+        SAVED_BLOCK: dataclasses.asdict(settings)
         | {f"base_{name}": base_config[name] for name in TYPED if name in base_config},
         BASE_NAME: base_name,
         "model_type": MODEL_TYPE,
@@ -124,13 +132,13 @@ def with_ahn(base_config: dict[str, Any], settings: AHNConfig, base_name: str | 
 
 def base_config(config: dict[str, Any]) -> dict[str, Any]:
     """The base model's own configuration: without settings of an AHN and what the published trainer left behind."""
-    block = config.get(BLOCK)
+    block = config.get(SAVED_BLOCK)
     if config.get("model_type") == MODEL_TYPE and isinstance(block, dict):
         config = {name: value for name, value in config.items() if name not in TYPED}
         config |= {name: block[key] for name in TYPED for key in (name, f"base_{name}") if key in block}
-    dropped = {BLOCK, BASE_NAME, *STRUCTURE, *TRAINING}
+    dropped = {SAVED_BLOCK, BASE_NAME, *STRUCTURE, *TRAINING}
     kept = {name: value for name, value in config.items() if name not in dropped}
-    if "_ahn_implementation" in config and BLOCK not in config:
+    if PUBLISHED_NAME in config and SAVED_BLOCK not in config:
         # Published: its window and its modeling file are the trainer's, the base model has neither.
         kept = {name: value for name, value in kept.items() if name not in ("auto_map", "layer_types")}
         kept |= {"use_sliding_window": False, "sliding_window": None}

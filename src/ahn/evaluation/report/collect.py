@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -13,6 +11,7 @@ from typing import Any
 
 from ahn.config import BEFORE
 from ahn.errors import AHNError
+from ahn.evaluation.report import fields
 from ahn.evaluation.results import digest
 
 NAMES = {"full": "full attention", "window": "sinks + window", "ct-max": "CT-Max", "ct-avg": "CT-Avg"}
@@ -69,15 +68,18 @@ class StoredResult:
         return digest({name: self.settings.get(name) for name in MODEL} | tier)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a file of the folder.
+        """The rows of a file of the folder, one of `fields.LINES`.
 
         Raises:
             AHNError: it is missing or damaged.
         """
         try:
             text = (self.path / name).read_text(encoding="utf-8")
-            return [json.loads(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
-        except (OSError, ValueError) as error:
+            rows = [fields.parsed(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
+            for row in rows:
+                fields.check(row, fields.LINES[name])
+            return rows
+        except (OSError, ValueError, RecursionError) as error:
             raise AHNError(f"{self.path / name} cannot be read: {error}.") from error
 
 
@@ -216,33 +218,12 @@ def collect(folders: Iterable[Path]) -> ResultTable:
 
 def _load(path: Path) -> StoredResult:
     try:
-        figures = json.loads((path / "result.json").read_text(encoding="utf-8"))
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        result = StoredResult(path, {"task": figures["task"], **figures}, config["settings"], config.get("about") or {})
-        _check(result)
-        return result
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AHNError(f"{path} is no result folder, or is damaged: {type(error).__name__}: {error}.") from error
-
-
-def _check(result: StoredResult) -> None:
-    """Raises ValueError unless everything that all reports rely on is there and of its kind."""
-    settings, figures = result.settings, result.figures
-    if not isinstance(settings, dict) or not isinstance(result.about, dict):
-        raise ValueError("settings and about must hold names and values")
-    texts = {"task": figures["task"], "method": settings["method"], "profile": settings["profile"]}
-    texts |= {name: settings[name] for name in ("model", "memory") if settings.get(name) is not None}
-    wrong = [name for name, x in texts.items() if not isinstance(x, str)]
-    counts = {"samples": figures.get("samples")}
-    counts |= {name: settings.get(name) for name in ("window", "sinks", "quantized", "limit", "key_bits", "value_bits")}
-    wrong += [name for name, x in counts.items() if x is not None and not (type(x) is int and 0 <= x < 2**40)]
-    score = figures.get("score", 0)
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        wrong.append("score")
-    if not isinstance(settings["task_settings"], dict):
-        wrong.append("task_settings")
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} cannot be what it says")
+        figures = fields.parsed((path / "result.json").read_text(encoding="utf-8"))
+        config = fields.parsed((path / "config.json").read_text(encoding="utf-8"))
+        fields.check_result(figures, config)
+        return StoredResult(path, figures, config["settings"], config.get("about") or {})
+    except (OSError, ValueError, RecursionError) as error:
+        raise AHNError(f"{path} is no result folder, or is damaged: {error}.") from error
 
 
 def _order(group: list[StoredResult]) -> tuple[Any, ...]:
@@ -296,7 +277,7 @@ def _adapter(one: StoredResult) -> str | None:
 
 def _in_order(label: str) -> list[tuple[int, str]]:
     """Numbers in a label by their size: 8k before 16k."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", label)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", label)]
 
 
 def _group(label: str) -> str:

@@ -94,7 +94,7 @@ def by_length(benchmark: str, comparison: ResultTable) -> Figure | None:
     """Mean score of a benchmark's tasks by the length in their names; None with fewer than two lengths."""
     levels: dict[int, list[Column]] = {}
     for column in comparison.columns:
-        found = re.fullmatch(rf"{benchmark}/[^/]+/(\d+k?)", column.label)
+        found = re.fullmatch(rf"{benchmark}/[^/]+/(\d{{1,9}}k?)", column.label)
         if found:
             levels.setdefault(_length(found[1]), []).append(column)
     if len(levels) < 2:
