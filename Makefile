@@ -28,8 +28,9 @@ test: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict
 
-# And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels.
-test-all: $(VENV)/installed-dev
+# And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels; replicas of `ahn serve`,
+# for which Ray is installed.
+test-all: $(VENV)/installed-dev $(VENV)/installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --numprocesses auto --maxprocesses 8
 
 # What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
@@ -84,6 +85,10 @@ $(VENV)/installed-smollm2: pyproject.toml constraints.txt | $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed
 	$(INSTALL) --editable '.[docs,serve,train]'
+	@touch $@
+
+$(VENV)/installed-ray: pyproject.toml constraints.txt | $(VENV)/installed
+	$(INSTALL) --editable '.[ray]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import re
@@ -57,6 +58,14 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(
     assert "--max-age" in ahn_cli("serve", "--max-age", 0).err
 
 
+@installed
+def test_replicas_need_ray(ahn_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else found(name))
+    run = ahn_cli("serve", "--replicas", 2)
+    assert run.code == 1 and install_command("ray") in run.err and run.err.count("\n") == 1
+
+
 KILLS = 4
 """Times that the server is killed under load; AHN_KILLS sets another number."""
 
@@ -64,8 +73,8 @@ KILLS = 4
 class Program:
     """`ahn serve` in a process of its own."""
 
-    def __init__(self, state: Path) -> None:
-        words = ["serve", "--port", "0", "--state-dir", str(state)]
+    def __init__(self, state: Path, *words: str) -> None:
+        words = ("serve", "--port", "0", "--state-dir", str(state), *words)
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from ahn.cli import main; main()", *words],
             stderr=subprocess.PIPE,
@@ -80,11 +89,12 @@ class Program:
                 return
         pytest.fail("the server did not start")
 
-    def say(self, text: str) -> tuple[str, int, int]:
+    def say(self, text: str, session: str = "s") -> tuple[str, int, int]:
         """A turn of a session: the reply, the prompt's tokens, and how many of them had been read before."""
         import httpx
 
-        body = {"messages": [{"role": "user", "content": text}], "session_id": "s", "max_tokens": 4, "temperature": 0}
+        message = {"role": "user", "content": text}
+        body = {"messages": [message], "session_id": session, "max_tokens": 4, "temperature": 0}
         said = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60).json()
         usage = said["usage"]
         cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -97,11 +107,11 @@ class Program:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Program]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
-    def run() -> Program:
-        programs.append(Program(tmp_path))
+    def run(*words: str) -> Program:
+        programs.append(Program(tmp_path, *words))
         return programs[-1]
 
     yield run
@@ -135,6 +145,59 @@ def test_another_server_goes_on_when_one_is_killed(start: Callable[[], Program])
     one.end(signal.SIGKILL)
     _, prompt, cached = other.say("And now?")
     assert prompt > before and cached >= before - 1
+
+
+def by_replica(url: str, metric: str) -> dict[str, float]:
+    """A metric of each replica."""
+    import httpx
+
+    page = httpx.get(f"{url}/metrics", timeout=60).text
+    found = re.findall(rf'^{metric}{{[^}}]*replica="([^"]+)"[^}}]*}} (\S+)$', page, flags=re.M)
+    return {replica: float(number) for replica, number in found}
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
+def test_a_conversation_goes_on_when_its_replica_is_killed(start: Callable[..., Program], tmp_path: Path) -> None:
+    """`make test-all` installs Ray; with it this takes a minute."""
+    import httpx
+
+    program = start("--replicas", "2")
+    where: dict[str, set[str]] = {}
+    said: dict[tuple[str, int], str] = {}
+    for turn in range(3):
+        for session in "abcdefgh":
+            before = by_replica(program.url, "ahn_tokens_written_total")
+            said[session, turn] = program.say(f"Turn {turn} of {session}. " * 20, session)[0]
+            after = by_replica(program.url, "ahn_tokens_written_total")
+            where.setdefault(session, set()).update(name for name in after if after[name] > before[name])
+    assert all(len(replicas) == 1 for replicas in where.values()), where
+    assert len(set.union(*where.values())) == 2, where
+
+    _, prompt, _ = program.say("One more.", "a")
+    message = {"role": "user", "content": "And now?"}
+    long = {"messages": [message], "session_id": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{program.url}/v1/chat/completions", json=long, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        host, process = max(by_replica(program.url, "ahn_running").items(), key=lambda pair: pair[1])[0].split(":")
+        assert {f"{host}:{process}"} == where["a"]
+        os.kill(int(process), signal.SIGKILL)
+        data = [line for line in lines if line.startswith("data: ")]
+    assert json.loads(data[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
+    last, longer, cached = program.say("And now?", "a")
+    assert longer > prompt and cached >= prompt - 1  # from the disk: what the other replica wrote
+    until = time.monotonic() + 60
+    while httpx.get(f"{program.url}/health", timeout=60).json()["replicas"] < 2 and time.monotonic() < until:
+        time.sleep(0.5)
+    assert len(by_replica(program.url, "ahn_running")) == 2  # Ray has started another
+    assert program.end(signal.SIGINT) == 0
+    alone = start("--state-dir", str(tmp_path / "alone"))  # the same turns, one engine
+    for turn in range(3):
+        assert alone.say(f"Turn {turn} of a. " * 20, "a")[0] == said["a", turn]
+    alone.say("One more.", "a")
+    assert alone.say("And now?", "a")[0] == last
 
 
 class Talker:

@@ -127,6 +127,6 @@ def live(tokenizer: PreTrainedTokenizerBase) -> Iterator[LiveServer]:
     session = open_session(None, None)
     engine = Engine(session.model, session.tokenizer, conversations=4, queue=64)
     engine.start()
-    server = LiveServer(build(session.model, session.tokenizer, engine, ServerSettings()))
+    server = LiveServer(build(session.model, session.tokenizer, engine, ServerSettings(), MessageStore(None)))
     yield server
     server.stop()

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from ahn.serve.api.app import make_app
 from ahn.serve.api.building import build
+from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.settings import ServerSettings
 from ahn.serve.engine.engine import Engine
 
@@ -159,7 +160,7 @@ def test_turns_in_a_template_are_found_again(live: Any) -> None:
     )
     engine = Engine(live.service.engine.model, tokenizer, conversations=4)
     engine.start()
-    app = make_app(build(live.service.engine.model, tokenizer, engine, ServerSettings()))
+    app = make_app(build(live.service.engine.model, tokenizer, engine, ServerSettings(), MessageStore(None)))
     messages = [{"role": "user", "content": "The red lamp. " * 40}]
     with TestClient(app, base_url="http://127.0.0.1") as client:
 

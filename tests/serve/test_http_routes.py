@@ -176,8 +176,9 @@ def test_busy_says_when_to_come_again(served: Any) -> None:
 
 def test_health_says_when_the_engine_is_dead(served: Any) -> None:
     assert served.client.get("/health").status_code == 200
+    assert served.client.head("/health").status_code == 200
     served.engine.dead = True
-    assert served.client.get("/health").status_code == 503
+    assert served.client.get("/health").status_code == served.client.head("/health").status_code == 503
 
 
 @pytest.mark.parametrize("stream", [False, True])

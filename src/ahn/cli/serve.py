@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,8 @@ from ahn.files import expanded
 if TYPE_CHECKING:
     import socket
 
+    from ahn.serve.api.messages import MessageStore
+    from ahn.serve.api.service import Service
     from ahn.serve.api.settings import ServerSettings
 
 KEYS = "AHN_API_KEY"
@@ -65,6 +68,7 @@ def command(
         int | None, typer.Option("--disk-mib", min=1, help="MiB of conversations in --state-dir (default: no limit).")
     ] = None,
     max_age: AgeOption = None,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Models that share the work (Ray Serve).")] = 1,
     queue: QueueOption = 256,
     max_prompt: Annotated[int, typer.Option("--max-prompt", min=1, help="Tokens of a conversation at most.")] = 1 << 20,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of a reply at most.")] = 16384,
@@ -86,7 +90,7 @@ def command(
     """
     from ahn.serve.api.building import bound, check_installed, is_loopback
 
-    check_installed()
+    check_installed(replicas)
     from ahn.serve.api.settings import ServerSettings
 
     keys = _keys(api_key)
@@ -107,31 +111,59 @@ def command(
     place = bound(host, port)
     seconds = None if max_age is None else max_age * 3600
 
-    from ahn.cli.session import open_session
     from ahn.serve.api.app import STOP, make_app
-    from ahn.serve.api.building import build, serve_until_stopped
-    from ahn.serve.engine.engine import Engine
+    from ahn.serve.api.building import serve_until_stopped
+    from ahn.serve.api.messages import MessageStore
 
-    session = open_session(model, adapter, window, sinks, quantized, device, dtype)
-    engine = Engine(
-        session.model,
-        session.tokenizer,
-        conversations=conversations,
-        state_dir=directory,
-        state_bytes=state_mib * MIB,
-        device_bytes=device_mib * MIB,
-        disk_bytes=None if disk_mib is None else disk_mib * MIB,
-        max_age=seconds,
-        queue=queue,
-        max_prompt=max_prompt,
-    )
-    service = build(session.model, session.tokenizer, engine, settings, directory, seconds)
-    engine.start()
+    bounds = {
+        "conversations": conversations,
+        "state_dir": directory,
+        "state_bytes": state_mib * MIB,
+        "device_bytes": device_mib * MIB,
+        "disk_bytes": None if disk_mib is None else disk_mib * MIB,
+        "max_age": seconds,
+        "queue": queue,
+        "max_prompt": max_prompt,
+    }
+    source = (model, adapter, window, sinks, quantized, device, dtype)
+    start = functools.partial(start_service, source, bounds, settings)
+    if replicas == 1:
+        app = make_app(start(MessageStore(directory, age=seconds)))
+    else:
+        from ahn.checkpoint.loading import pick_device
+        from ahn.cli.session import named_or_shipped
+        from ahn.serve.replicas.cluster import replicated
+
+        runs_on = named_or_shipped(model, adapter, device)[2] or pick_device(None).type
+        app = replicated(start, settings, replicas, runs_on.startswith("cuda"), directory, seconds)
     _tell(settings, place)
     try:
-        serve_until_stopped(make_app(service), place, STOP)
+        serve_until_stopped(app, place, STOP)
     except KeyboardInterrupt:  # uvicorn has stopped already and says again what it was told
         common.err.print("Stopped.")
+
+
+def start_service(
+    source: tuple[Any, ...], bounds: dict[str, Any], settings: ServerSettings, store: MessageStore
+) -> Service:
+    """A service whose engine works.
+
+    Args:
+        source: arguments of `open_session`.
+        bounds: options of `Engine`.
+
+    Raises:
+        AHNError: the model cannot be loaded, or has no place.
+    """
+    from ahn.cli.session import open_session
+    from ahn.serve.api.building import build
+    from ahn.serve.engine.engine import Engine
+
+    session = open_session(*source)
+    engine = Engine(session.model, session.tokenizer, **bounds)
+    service = build(session.model, session.tokenizer, engine, settings, store)
+    engine.start()
+    return service
 
 
 def served_name(model: str | None, adapter: str | None) -> str:

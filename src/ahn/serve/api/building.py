@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ahn.errors import AHNError, install_command
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ahn.serve.api.messages import MessageStore
     from ahn.serve.api.service import Service
     from ahn.serve.api.settings import ServerSettings
     from ahn.serve.engine.engine import Engine
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
-def check_installed() -> None:
-    """Raises AHNError if the extra is missing, with the command that installs it."""
+def check_installed(replicas: int) -> None:
+    """Raises AHNError if an extra is missing, with the command that installs it."""
     if any(importlib.util.find_spec(package) is None for package in PACKAGES):
         raise AHNError(f"ahn serve needs more packages: {install_command('serve')}")
+    if replicas > 1 and importlib.util.find_spec("ray") is None:
+        raise AHNError(f"--replicas needs Ray: {install_command('ray')}")
 
 
 def is_loopback(host: str) -> bool:
@@ -58,17 +60,11 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     engine: Engine,
     settings: ServerSettings,
-    state_dir: Path | None = None,
-    max_age: float | None = None,
+    store: MessageStore,
 ) -> Service:
-    """What serves a model: its engine with texts, messages, metrics and grammars around it.
-
-    Raises:
-        AHNError: the messages in the state directory cannot be read.
-    """
+    """What serves a model: its engine with texts, messages, metrics and grammars around it."""
     from ahn.costs import cost
     from ahn.evaluation.reader import end_tokens
-    from ahn.serve.api.messages import MessageStore
     from ahn.serve.api.metrics import ServerMetrics
     from ahn.serve.api.service import Service
     from ahn.serve.api.texts import ChatText
@@ -87,7 +83,7 @@ def build(
         engine,
         ChatText(tokenizer),
         settings,
-        MessageStore(state_dir, age=max_age),
+        store,
         ServerMetrics(engine.stats),
         grammars,
         sampling_defaults(model),

@@ -15,7 +15,7 @@ from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.service import Service, identity, seeded, usage
 from ahn.serve.api.sessions import Turn, session_turn, turn_name
-from ahn.serve.api.wire import DONE, EventStream, answer, comment, event, unless_gone
+from ahn.serve.api.wire import DONE, answer, comment, event, event_stream, unless_gone
 from ahn.serve.request import Delta, GenerationRequest, SamplingOptions
 
 DEFAULT = 1024
@@ -32,7 +32,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(fields.model)
         chat = await Chatting.begin(service, fields, request.state.owner)
         if fields.stream:
-            return EventStream(chat.events(), chat.running.cancel)
+            return event_stream(chat.events(), chat.running.cancel)
         return answer(await unless_gone(request, chat.whole()))
 
     return routes

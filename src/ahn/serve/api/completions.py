@@ -15,7 +15,7 @@ from ahn.serve.api.fields import CompletionFields
 from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.service import Service, finite, identity, seeded, usage
-from ahn.serve.api.wire import DONE, EventStream, answer, comment, event, unless_gone
+from ahn.serve.api.wire import DONE, answer, comment, event, event_stream, unless_gone
 from ahn.serve.request import Delta, GenerationRequest, TokenLogprobs
 
 DEFAULT = 16
@@ -32,7 +32,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(fields.model)
         completing = await Completing.begin(service, fields, request.state.owner)
         if fields.stream:
-            return EventStream(completing.events(), completing.running.cancel)
+            return event_stream(completing.events(), completing.running.cancel)
         return answer(await unless_gone(request, completing.whole()))
 
     return routes

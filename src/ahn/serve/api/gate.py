@@ -26,10 +26,10 @@ class RequestGate:
     Args:
         app: what answers.
         settings: keys and bounds.
-        metrics: where requests are counted.
+        metrics: where requests are counted, if they are.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics | None = None) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,6 +42,7 @@ class RequestGate:
         number = number if re.fullmatch(r"[\w.:-]{1,128}", number, re.ASCII) else f"req_{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["request_id"], state["owner"] = number, ""
+        state.setdefault("route", secrets.token_hex(8))
         passage = PassingRequest(self.settings, scope, receive, send, number)
         try:
             if problem := self._refused(scope, headers):
@@ -56,8 +57,9 @@ class RequestGate:
                 raise
             # The client takes nothing: there is nobody to tell. Returning closes the connection.
         finally:
-            route = scope.get("route")
-            self.metrics.requests.labels(getattr(route, "path", "none"), str(passage.status)).inc()
+            if self.metrics is not None:
+                route = scope.get("route")
+                self.metrics.requests.labels(getattr(route, "path", "none"), str(passage.status)).inc()
 
     def _refused(self, scope: Scope, headers: Headers) -> APIProblem | None:
         """Why a request may not pass; decided before anything of its body is read."""

@@ -46,6 +46,7 @@ def router(service: Service) -> APIRouter:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
         return Response(html, headers=headers, media_type="text/html")
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> Response:
         """200 while the engine works, 503 when it does not."""

@@ -18,7 +18,7 @@ from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.service import Service, identity, usage
 from ahn.serve.api.sessions import Turn, response_turn
 from ahn.serve.api.settings import RESPONSE
-from ahn.serve.api.wire import EventStream, answer, comment, event, unless_gone
+from ahn.serve.api.wire import answer, comment, event, event_stream, unless_gone
 from ahn.serve.request import Delta, GenerationRequest, SamplingOptions
 
 
@@ -30,9 +30,9 @@ def router(service: Service) -> APIRouter:
     async def create_response(fields: ResponsesFields, request: Request) -> Response:
         """Answer, going on from an earlier response or from nothing."""
         service.check_model(fields.model)
-        responding = await Responding.begin(service, fields, request.state.owner)
+        responding = await Responding.begin(service, fields, request.state.owner, request.state.route)
         if fields.stream:
-            return EventStream(responding.events(), responding.running.cancel)
+            return event_stream(responding.events(), responding.running.cancel)
         return answer(await unless_gone(request, responding.whole()))
 
     @routes.get("/{response_id}")
@@ -73,8 +73,12 @@ class Responding:
     item: str = dataclasses.field(default_factory=lambda: identity("msg_"))
 
     @classmethod
-    async def begin(cls, service: Service, fields: ResponsesFields, owner: str) -> Responding:
-        """Check a request and hand it to the engine."""
+    async def begin(cls, service: Service, fields: ResponsesFields, owner: str, route: str) -> Responding:
+        """Check a request and hand it to the engine.
+
+        Args:
+            route: with which the response's id begins: of several replicas, the conversation's has it from there.
+        """
         new = service.new_tokens(fields.max_output_tokens, "max_output_tokens", DEFAULT)
         turn = await response_turn(service, owner, fields.previous_response_id, fields.instructions, _messages(fields))
         prompt = await asyncio.to_thread(service.text.prompt, turn.messages)
@@ -85,7 +89,7 @@ class Responding:
             max_tokens=new,
             processors=await service.processors(form, "text.format"),
         )
-        name, known = identity(RESPONSE), service.text.known_as(turn.messages, prompt, ())
+        name, known = identity(RESPONSE + route), service.text.known_as(turn.messages, prompt, ())
         kept = name if fields.store else None
         running = service.start([GenerationRequest(prompt, options, owner, kept, fields.store, known)])
         return cls(service, fields, turn, prompt, name, running)

@@ -37,12 +37,11 @@ def comment(text: str) -> str:
     return f": {text}\n\n"
 
 
-class EventStream(StreamingResponse):
-    """Events until there are no more or the client has gone; `end` is called in either case."""
+class StreamedResponse(StreamingResponse):
+    """Parts until there are no more or the client has gone; `end` is called in either case."""
 
-    def __init__(self, events: AsyncIterator[str], end: Callable[[], object]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+    def __init__(self, parts: AsyncIterator[Any], end: Callable[[], object], **options: Any) -> None:
+        super().__init__(parts, **options)
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,6 +50,12 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._end()
+
+
+def event_stream(events: AsyncIterator[str], end: Callable[[], object]) -> Response:
+    """Server-sent events as a response; `end` is called when there are no more or the client has gone."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamedResponse(events, end, headers=headers, media_type="text/event-stream")
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
