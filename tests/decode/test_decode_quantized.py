@@ -15,6 +15,7 @@ import torch
 from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, converse
 from codes import CAPTURED as TWO_BITS
 from codes import rounded_otherwise
+from golden import relative_error
 from models import adapted
 from support.turns import assert_same_layers
 from talk import Talk
@@ -147,13 +148,39 @@ def test_codes_are_excused_by_a_rounding_alone(fault: str) -> None:
             rounded_otherwise(talk, other)
 
 
-@pytest.mark.parametrize("form", [{}, {"key_bits": 3}, {"value_bits": 4}, {"keys_before_rope": True}])
-def test_other_forms_take_ordinary_steps(form: dict[str, Any], graphs: Graphs) -> None:
-    """The kernels know two bits of keys after RoPE: anything else would be read as something that it is not."""
-    options = TWO_BITS | form if form else {}
-    model = adapted(window=WINDOW, sinks=SINKS, quantized=QUANTIZED, prefill_chunk_size=8, **options).double()
-    talk = Talk(model, 2)
-    talk.read([5, 5])
-    talk.steps(2 * SEEN)
-    talk.check(TOLERANCE)
-    assert graphs == Graphs(captures=0, replays=0)
+FORMS: dict[str, dict[str, Any]] = {
+    "default": {"max_distance": 0},
+    "bounded": {"max_distance": 40},  # reach 24: of the seven tokens of the tier the query sees three at their distance
+    "3/2 bits": {"key_bits": 3, "max_distance": 60},
+    "4/4 bits": {"value_bits": 4, "max_distance": 60},
+    "2/2 bits": {"key_bits": 2},
+    "4/2 bits after RoPE": {"keys_before_rope": False},
+}
+
+
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms(form: str, memory: str, architecture: str, graphs: Graphs) -> None:
+    """Other bits, keys before RoPE, and distances that are bounded: in a padded batch, far beyond what is known."""
+    sizes: dict[str, Any] = {"window": WINDOW, "sinks": SINKS, "quantized": QUANTIZED, "prefill_chunk_size": 8}
+    model = adapted(architecture, memory=memory, **sizes, **FORMS[form]).double()
+    talk, other = Talk(model, 2), Talk(model, 2)
+    for one in (talk, other):
+        one.read([5, 3])
+    talk.steps(5 * SEEN)
+    assert graphs == Graphs(captures=1, replays=5 * SEEN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "on_gpu", lambda ids: False)
+        other.steps(5 * SEEN)
+    for found, expected in zip(talk._logits, other._logits, strict=True):
+        assert relative_error(torch.cat(found), torch.cat(expected)) < TOLERANCE
+    assert_same_layers(talk.cache, other.cache)
+    state, expected = (one.cache.memory_layers[1].state for one in (talk, other))
+    assert torch.equal(state.tier.keys.codes, expected.tier.keys.codes)
+    talk.read([3, 3])
+    talk.steps(2)
+    other.read([3, 3])
+    other.steps(2)
+    assert relative_error(talk._logits[0][-1], other._logits[0][-1]) < TOLERANCE

@@ -12,18 +12,24 @@ from hypothesis import strategies as st
 from support.effort import examples, slow
 from support.kernels import INTERPRETED, RULES, on_device
 
+from ahn.layout.rotation import Rotation
 from ahn.layout.state import LayerState, TierRing, TierState, WindowState
 from ahn.ops.gate import ACTIVATIONS, Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead
 from ahn.ops.step.reference import StepRotation, step
+from ahn.ops.step.turn import TierTurn
 
 TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries and keys come
 # Float32 with full-precision products: sums of up to a few hundred terms, in another order.
 FLOAT32 = 1e-5
+SCALE = 1.25  # of angles, as YaRN has it
 
 
-def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="none", activation="none", C=0, states=1):
+def made(
+    rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="none", activation="none", C=0, states=1,
+    bits=(2, 2), reach=None,
+):  # fmt: skip
     """Arguments of `step`; slots that no token has taken yet are NaN."""
     r = torch.Generator().manual_seed(seed)
     H, T = HKV * groups, S + W
@@ -44,7 +50,7 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
         # Logits as wide as softplus needs to be put to the test; a small rate, so that no state grows.
         write_gate = Gate(8 * normal(B, writers), activation, normal(writers))
         decay_gate = Gate(8 * normal(B, H), activation, None, normal(H) - 3)
-    tier = made_tier(r, rule, B, HKV, writers, P, C, positions - T) if C else None
+    tier = made_tier(r, rule, B, HKV, writers, P, C, positions - T, bits) if C else None
     layer, read = LayerState(WindowState(keys, values, in_slots=True), tier), None
     if rule is not None:
         layer.window.gates, layer.memory = named_gates(rule, write, decay), {"state": state}
@@ -61,17 +67,32 @@ def made(rule, B, HKV, groups, P, S, W, positions, seed, router=False, turn="non
         norms = (normal(P), normal(P), 1e-6, 1e-5) if turn == "after norms" else ()
         rotation = StepRotation(angle.cos(), angle.sin(), *norms)
     inputs = (normal(B, H, P), normal(B, HKV, P), normal(B, HKV, P), *gates, positions, active)
-    return inputs, layer, (S, P**-0.5, rule, read, rotation)
+    return inputs, layer, (S, P**-0.5, rule, read, rotation, made_turn(B, P, S, W, C, reach, positions))
+
+
+def made_turn(B, P, S, W, C, reach, positions):
+    """Keys before RoPE, seen up to the distance `reach` (0: at any), or after it (None)."""
+    if reach is None:
+        return None
+    rotation = Rotation(lambda x, at: angles(at, P), lambda q, k, cos, sin: (q, k), SCALE)
+    turn = TierTurn.of(rotation, torch.zeros(1), B, W, S, C, reach)
+    turn.update(rotation, positions, W, C)
+    return turn
+
+
+def angles(positions, P):
+    angle = (positions[..., None] * 100 ** (-torch.arange(P // 2) / (P // 2))).repeat(1, 1, 2)
+    return SCALE * angle.cos(), SCALE * angle.sin()
 
 
 def named_gates(rule, write, decay):
     return {name: x for name, x in ((rule.write, write), (rule.decay, decay)) if name}
 
 
-def made_tier(r, rule, B, HKV, H, P, C, count):
+def made_tier(r, rule, B, HKV, H, P, C, count, bits):
     """A tier that has taken in `count` (B,) tokens."""
     empty = torch.arange(C) >= count[:, None]
-    codes = [torch.randint(256, (B, HKV, C, P // 4), dtype=torch.uint8, generator=r) for _ in range(2)]
+    codes = [torch.randint(256, (B, HKV, C, P * n // 8), dtype=torch.uint8, generator=r) for n in bits]
     scales = [torch.rand(B, HKV, C, generator=r).masked_fill(empty[:, None], torch.nan).bfloat16() for _ in range(2)]
     if INTERPRETED:  # the interpreter cuts numbers off where a GPU rounds them to bfloat16; see `compare`
         scales = [x.float() for x in scales]
@@ -138,6 +159,24 @@ def test_kernels_are_the_plain_step_with_a_tier(name, data):
     seed, turn = data.draw(st.integers(0, 99)), data.draw(st.sampled_from(TURNS))
     states = data.draw(st.sampled_from([1, 4])) if name == "deltanet" else 1
     compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C, states=states))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("bits", [(4, 2), (3, 2), (4, 4), (2, 2)], ids=str)
+@pytest.mark.parametrize("reach", ["none", 0, 90, 160])
+@given(data=st.data())
+@settings(max_examples=examples(2, 8) if INTERPRETED else 5, deadline=None, derandomize=True)
+def test_kernels_know_every_form_of_the_tier(bits, reach, data):
+    """Keys after RoPE or before it, seen from any distance or up to one that cuts through the tier."""
+    S, W, C = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 80)), data.draw(st.integers(1, 200))
+    B, HKV, groups = (data.draw(st.integers(1, n)) for n in (2, 2, 5))
+    near = [st.integers(max(0, edge - 1), edge + 1) for edge in (S + W, S + W + C)]
+    positions = [data.draw(near[0] | near[1] | st.integers(0, 3 * (S + W + C))) for _ in range(B)]
+    name, turn = data.draw(st.sampled_from(["gated_deltanet", "window_only"])), data.draw(st.sampled_from(TURNS))
+    seed, P = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([32, 64]))
+    reach = None if reach == "none" else reach
+    compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C, bits=bits, reach=reach))
 
 
 @pytest.mark.usefixtures("triton", "poisoned")

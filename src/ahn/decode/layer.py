@@ -12,6 +12,7 @@ from ahn.memory.query import memory_query
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead
 from ahn.ops.step.operator import layer_step
+from ahn.ops.step.turn import TierTurn
 
 if TYPE_CHECKING:
     from ahn.model.context import LayerContext
@@ -26,12 +27,14 @@ class StepForward:
         active: (B,) bool, rows whose new token is real.
         sinks: of the cache.
         seen: W + C, tokens that a query sees besides the sinks: what is older is in the memory.
+        turn: of the tier's keys, where they are kept as before RoPE.
     """
 
     positions: Tensor
     active: Tensor
     sinks: int
     seen: int
+    turn: TierTurn | None = None
 
 
 def step_attention(
@@ -61,5 +64,8 @@ def step_attention(
     state = layer.ahn.step_state
     assert state is not None
     new = [x[:, :, 0] for x in (query, key, value)]
-    out = layer_step(new[0], new[1], new[2], gates, step.positions, step.active, state, step.sinks, scaling, rule, read)
+    turn = step.turn if layer.rotates else None
+    out = layer_step(
+        new[0], new[1], new[2], gates, step.positions, step.active, state, step.sinks, scaling, rule, read, turn
+    )
     return out[:, None], None

@@ -16,14 +16,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ahn import private
 from ahn.cache import tier
 from ahn.cache.conversation import AHNCache, new_columns
+from ahn.config import AHNConfig
 from ahn.decode.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward
 from ahn.decode.twin import possible, states_lent, twin_of
+from ahn.layout.rotation import Rotation
 from ahn.layout.state import LayerState
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
-from ahn.ops.quantize import BITS
+from ahn.ops.quantize import precise
 from ahn.ops.step.reference import supported
+from ahn.ops.step.turn import TierTurn, turns_halves
 
 _capturing = threading.Lock()  # one at a time in a process: a recording begins by waiting for the whole device
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
@@ -71,15 +74,30 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         return False  # scores that only the base model's own kernels know
     if "dynamic" in str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)):
         return False  # asks the device, at every token, whether the text has become too long for its angles
-    if cache.config.quantized and (cache.config.tier_bits != (BITS, BITS) or cache.config.keys_before_rope):
-        return False  # the kernels know codes of two bits, of keys as they are after RoPE
     padding = cache.progress.padding
     if (padding is not None and bool(padding.ended.any())) or not possible(model):
         return False
-    memory = decoder.layers[0].ahn.fn
-    if isinstance(memory, RecurrentMemory):
-        return memory.step_rule() is not None and supported(memory.head_dim)
-    return memory.forgets and supported(memory.head_dim)
+    memory, turning = decoder.layers[0].ahn.fn, _turning(model, cache)
+    if not supported(memory.head_dim, turning is not None):
+        return False
+    if turning is not None and not turns_halves(turning, memory.head_dim, ids.device):
+        return False
+    return memory.forgets or (isinstance(memory, RecurrentMemory) and memory.step_rule() is not None)
+
+
+def _turning(model: PreTrainedModel, cache: AHNCache) -> Rotation | None:
+    """The base's rotation where the tier's keys are turned when they are seen."""
+    rotation: Rotation | None = model._ahn.rotation
+    return rotation if cache.config.quantized and cache.config.keys_before_rope else None
+
+
+@torch.inference_mode(False)
+def _turn(rotation: Rotation, keys: Tensor, config: AHNConfig) -> TierTurn:
+    """For steps whose windows have keys like these."""
+    like = keys.new_zeros(1, dtype=precise(keys.dtype))
+    return TierTurn.of(
+        rotation, like, len(keys), config.window, config.sinks, config.quantized, config.tier_reach
+    )
 
 
 def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
@@ -145,11 +163,16 @@ class Runner:
         self.catch_up(cache)
         config = cache.config
         step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
+        rotation = _turning(model, cache)
+        if rotation is not None:
+            step.turn = _turn(rotation, next(iter(states.values())).window.keys, config)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
 
         twin = twin_of(model)
 
         def once() -> Tensor:
+            if rotation is not None and step.turn is not None:
+                step.turn.update(rotation, self.positions, config.window, config.quantized)
             with states_lent(twin, states):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
             self.positions += self.active

@@ -38,9 +38,7 @@ class TierView:
     @property
     def near(self) -> int:
         """N, how many tokens of the tier a query sees at their own distance: those from W to `reach` before it."""
-        if self.rotation is None or not self.reach:
-            return self.capacity
-        return min(self.capacity, self.reach - self.view.window + 1)
+        return near_tokens(self.capacity, self.view.window, 0 if self.rotation is None else self.reach)
 
     @property
     def any_far(self) -> bool:
@@ -201,3 +199,8 @@ class TierView:
         slots = torch.arange(view.sinks, view.sinks + view.window, device=pads.device) + pads + offset
         rows = None if not view.padded else view.beginning[:, None, None]
         return slots.clamp(0, view.cached + view.length - 1), rows
+
+
+def near_tokens(capacity: int, window: int, reach: int) -> int:
+    """N, how many of the C tokens of a tier a query sees at their own distance, up to `reach` (0: any)."""
+    return min(capacity, reach - window + 1) if reach else capacity

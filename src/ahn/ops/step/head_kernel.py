@@ -30,6 +30,21 @@ def finished_head(x, kept, norm, eps, cos, sin, P: tl.constexpr):
 
 
 @triton.jit
+def turned(x, cos, sin, P: tl.constexpr):
+    """x (P,) turned by the angles (P / 2,) at these pointers."""
+    p = tl.arange(0, P) % (P // 2)
+    first, second = tl.split(tl.trans(tl.reshape(x, [2, P // 2])))
+    partner = joined(-second, first, P)
+    return x * tl.load(cos + p) + partner * tl.load(sin + p)
+
+
+@triton.jit
+def joined(first, second, P: tl.constexpr):
+    """Both halves (P / 2,) of a vector (P,)."""
+    return tl.reshape(tl.trans(tl.join(first, second)), [P])
+
+
+@triton.jit
 def finished_gate(logits, shift, log_rate, h, ACTIVATION: tl.constexpr):
     """See `ahn.ops.gate.Gate`: of one token and the head h."""
     x = tl.load(logits).to(tl.float32)

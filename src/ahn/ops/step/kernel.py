@@ -23,12 +23,12 @@ from ahn.ops.step.dependent_launch import announce, prefetch, wait
 from ahn.ops.step.head_kernel import finished_head, slot_of
 from ahn.ops.step.reference import StepRotation, gates_of
 from ahn.ops.step.routes_kernel import route
+from ahn.ops.step.turn import BLOCK, TierTurn
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
 LINE_BYTES = 128
 REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
-TIER_BLOCK = 64  # tokens of the tier that a program looks at together
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -220,6 +220,7 @@ def step(
     rule: StepRule | None,
     read: StepRead | None,
     rotation: StepRotation | None = None,
+    turn: TierTurn | None = None,
     processors: int = 132,
 ) -> Tensor:
     """See `ahn.ops.step.step`; float32 tensors are multiplied in full precision."""
@@ -260,10 +261,12 @@ def step(
     tier_parts: tuple[Tensor | None, ...] = (None, None, None)
     if tier is not None:
         capacity = tier.keys.codes.shape[2]
-        tier_splits = schedule(B * HKV, capacity, TIER_BLOCK, processors)[0]
+        tier_splits = schedule(B * HKV, capacity, BLOCK, processors)[0]
+        if turn is not None and turn.count < capacity:
+            tier_splits = max(2, tier_splits)  # near tokens and others are in parts of their own
         tier_step = tier_kernel.push_and_attend(
-            query, positions, active, window, tier, rule, tier_splits, TIER_BLOCK, sinks, scaling,
-            (query_norm, cos, sin, query_eps, stride_turn), launch,
+            query, positions, active, window, tier, rule, tier_splits, sinks, scaling,
+            (query_norm, cos, sin, query_eps, stride_turn), turn, launch,
         )  # fmt: skip
         gone = (tier_step.key, tier_step.value, tier_step.write, tier_step.decay)
         tier_parts = (tier_step.partial, tier_step.score, tier.values.offset)

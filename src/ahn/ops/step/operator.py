@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step.reference import StepRotation, gates_of, step
+from ahn.ops.step.turn import TierTurn
 
 _TIER = (
     "tier_keys", "tier_key_scales", "tier_key_offset", "tier_values", "tier_value_scales", "tier_value_offset",
@@ -67,6 +70,11 @@ def operator(
     key_map: Tensor | None = None,
     query_route: Tensor | None = None,
     key_route: Tensor | None = None,
+    token_angles: Tensor | None = None,
+    within_angles: Tensor | None = None,
+    near_angles: Tensor | None = None,
+    first_angles: Tensor | None = None,
+    near: int = 0,
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
@@ -89,6 +97,10 @@ def operator(
         keys_of_tier = TierRing(tier_keys, tier_key_scales, tier_key_offset)
         values_of_tier = TierRing(tier_values, tier_value_scales, tier_value_offset)
         tier = TierState(keys_of_tier, values_of_tier, _named(tier_write, tier_decay))
+    turn = None
+    if token_angles is not None and within_angles is not None:
+        assert near_angles is not None and first_angles is not None
+        turn = TierTurn(token_angles, within_angles, near_angles, first_angles, near)
     layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)), tier)
     if state is not None:
         layer.memory["state"] = state
@@ -97,8 +109,8 @@ def operator(
         from ahn.ops.step import kernel
 
         with torch.cuda.device(query.device):
-            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation)
-    return step(*token, layer, sinks, scaling, rule, read, rotation)
+            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation, turn)
+    return step(*token, layer, sinks, scaling, rule, read, rotation, turn)
 
 
 def _named(write: Tensor | None, decay: Tensor | None) -> Tensors:
@@ -123,6 +135,7 @@ def layer_step(
     scaling: float,
     rule: StepRule | None,
     read: StepRead | None,
+    turn: TierTurn | None = None,
 ) -> Tensor:
     """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hw) each."""
     # Whatever is written has to be given by position: torch 2.11 looks for it there.
@@ -132,14 +145,14 @@ def layer_step(
     if rule is None or read is None:
         return operator(
             query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
-            None, None, None, None, None,
+            None, None, None, None, None, **_angles(turn),
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
     fading = (None, "none", None, None) if decay is None else _parts(decay)
     return operator(
         query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
         rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
-        *_parts(write)[1:], *fading[1:], **_maps(read.routes),
+        *_parts(write)[1:], *fading[1:], **_maps(read.routes), **_angles(turn),
     )  # fmt: skip
 
 
@@ -162,6 +175,19 @@ def _maps(routes: Routes | None) -> dict[str, Tensor]:
         "key_map": routes.key_map,
         "query_route": routes.query_route,
         "key_route": routes.key_route,
+    }
+
+
+def _angles(turn: TierTurn | None) -> dict[str, Any]:
+    """A turn as `operator` takes it."""
+    if turn is None:
+        return {}
+    return {
+        "token_angles": turn.token,
+        "within_angles": turn.within,
+        "near_angles": turn.near,
+        "first_angles": turn.first,
+        "near": turn.count,
     }
 
 

@@ -23,6 +23,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
 from ahn.ops.routes import Routes, joined, repeated
 from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.step.turn import TierTurn, turned
 
 
 @dataclasses.dataclass
@@ -43,9 +44,9 @@ class StepRotation:
     key_eps: float = 0.0
 
 
-def supported(head_dim: int) -> bool:
-    """Whether the kernels can work on this head dim."""
-    return 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+def supported(head_dim: int, turning: bool = False) -> bool:
+    """Whether the kernels can work on this head dim, or also turn keys of the tier."""
+    return (32 if turning else 16) <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
 
 
 def step(
@@ -62,6 +63,7 @@ def step(
     rule: StepRule | None,
     read: StepRead | None,
     rotation: StepRotation | None = None,
+    turn: TierTurn | None = None,
 ) -> Tensor:
     """One token per row. A row that is not `active` changes nothing; its output means nothing.
 
@@ -76,6 +78,7 @@ def step(
         scaling: of attention scores.
         rule, read: None without a memory.
         rotation: of all queries and the key; None where they come rotated.
+        turn: of the tier's keys, which are kept as before RoPE; None where they are kept as they leave the window.
 
     Returns:
         (B, Hq, P): attention over sinks, window and tier, plus the memory's read.
@@ -98,7 +101,7 @@ def step(
         for x in (window.keys, window.values, write_ring, decay_ring)
     ]
     if tier is not None:
-        leaving = _push(leaving, leaves, positions, window, tier, sinks, rule)
+        leaving = _push(leaving, leaves, positions, window, tier, sinks, rule, turn)
     memory_read: Tensor | float = 0.0
     if rule is not None and read is not None and memory_query is not None:
         gone_key, gone_value, strength, fade = (None if x is None else x.float() for x in leaving)
@@ -116,9 +119,11 @@ def step(
     keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (window.keys, window.values))
     if tier is not None:
         held = torch.arange(tier.keys.codes.shape[2], device=slot.device) < (positions - T + 1)[:, None]
+        seen, value = (_decoded(ring, keys.dtype) for ring in (tier.keys, tier.values))
+        seen = seen if turn is None else _as_seen(seen, positions - T, turn)
         keys, values = (
-            torch.cat([x, _decoded(ring, held, x.dtype)], dim=2)
-            for x, ring in ((keys, tier.keys), (values, tier.values))
+            torch.cat([x, torch.where(held[:, None, :, None], coded.to(x.dtype), 0)], dim=2)
+            for x, coded in ((keys, seen), (values, value))
         )
         visible = torch.cat([visible, held], dim=1)
     out = F.scaled_dot_product_attention(
@@ -147,6 +152,7 @@ def _push(
     tier: TierState,
     sinks: int,
     rule: StepRule | None,
+    turn: TierTurn | None,
 ) -> list[Tensor | None]:
     """Put what leaves the window into the tier; returns what leaves that, of rows from which something does.
 
@@ -159,16 +165,21 @@ def _push(
     gone = leaves & (positions >= T + capacity)
     rows = torch.arange(len(positions), device=positions.device)
     evicted: list[Tensor | None] = []
-    for x, held, ring, unbiased in (
+    for x, held, ring, is_key in (
         (leaving[0], window.keys, tier.keys, True),
         (leaving[1], window.values, tier.values, False),
     ):
         assert x is not None
-        kind = precise(x.dtype)
-        ring.offset.copy_(_where(begins, held[:, :, sinks:].to(kind).mean(2).float(), ring.offset))
-        old = decode(ring.codes[rows, :, slot], ring.scales[rows, :, slot], x.dtype) + ring.offset
-        evicted.append(_where(gone, old.to(x.dtype)))
-        new = encode(x.to(kind) - ring.offset, unbiased)
+        kind, dtype, first = precise(x.dtype), x.dtype, held[:, :, sinks:]
+        x, first = x.to(kind), first.to(kind)
+        if turn is not None and is_key:
+            cos, sin = turn.first_window(T - sinks)
+            x, first = turned(x, *_each(turn.token[:, 1])), turned(first, cos, -sin)
+        ring.offset.copy_(_where(begins, first.mean(2).float(), ring.offset))
+        old = decode(ring.codes[rows, :, slot], ring.scales[rows, :, slot], dtype, ring.bits) + ring.offset
+        old = old if turn is None or not is_key else turned(old, *_each(turn.token[:, 2]))
+        evicted.append(_where(gone, old.to(dtype)))
+        new = encode(x - ring.offset, is_key, ring.bits)
         for kept, part in zip((ring.codes, ring.scales), new, strict=True):
             kept[rows, :, slot] = _where(leaves, part, kept[rows, :, slot])
     for gate, waiting in zip(leaving[2:], gates_of(tier.gates, rule), strict=True):
@@ -178,10 +189,23 @@ def _push(
     return evicted
 
 
-def _decoded(ring: TierRing, held: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values (B, Hkv, C, P) that the codes stand for, zero in slots that hold none: `held` (B, C)."""
-    x = (decode(ring.codes, ring.scales, dtype) + ring.offset.unsqueeze(2)).to(dtype)
-    return torch.where(held[:, None, :, None], x, 0)
+def _decoded(ring: TierRing, dtype: torch.dtype) -> Tensor:
+    """Keys or values (B, Hkv, C, P) that the codes stand for, float32 at least."""
+    return decode(ring.codes, ring.scales, dtype, ring.bits) + ring.offset.unsqueeze(2)
+
+
+def _as_seen(keys: Tensor, newest: Tensor, turn: TierTurn) -> Tensor:
+    """Keys (B, Hkv, C, P) from before RoPE to where the new token's query sees them; `newest` (B,) is in that slot."""
+    C = keys.shape[2]
+    ages = (newest[:, None] - torch.arange(C, device=newest.device)) % C
+    cos, sin = turn.by_age(C)[:, ages].unsqueeze(2)  # (2, B, 1, C, P / 2)
+    (query_cos, query_sin) = (x.unsqueeze(2) for x in _each(turn.token[:, 0]))
+    return turned(turned(keys, cos, -sin), query_cos, -query_sin)
+
+
+def _each(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 2, P) for heads (B, H, P)."""
+    return angles[:, 0, None], angles[:, 1, None]
 
 
 def _value(gate: Gate | None) -> Tensor | None:

@@ -2,9 +2,7 @@
 
 The first rotates queries and, of each key head, puts the token that leaves the window into the tier and decodes
 the one that leaves the tier, which then lies where the state's programs look for it. The second attends to the ring, in
-parts that the step's last kernel joins with those of the window. Codes are levels that were rotated: a rotated query
-meets them as they are, scales go into scores and weights, and what comes of the values is rotated back once, after the
-parts are joined.
+parts that the step's last kernel joins with those of the window (`ahn.ops.step.codes_attention`).
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.layout.state import TierState, WindowState
-from ahn.ops.quantize import EDGES, LEVELS
+from ahn.layout.state import TierRing, TierState, WindowState
 from ahn.ops.rule import StepRule
+from ahn.ops.step.codes_attention import attend_codes
+from ahn.ops.step.codes_kernel import code_of, level_of, load_codes, pack_codes, store_codes
 from ahn.ops.step.dependent_launch import announce, wait
-from ahn.ops.step.head_kernel import finished_head, rotate, slot_of
+from ahn.ops.step.head_kernel import finished_head, joined, rotate, slot_of, turned
 from ahn.ops.step.reference import gates_of
+from ahn.ops.step.turn import BLOCK, TierTurn
 
-_INNER, _OUTER = tl.constexpr(LEVELS[2][2]), tl.constexpr(LEVELS[2][3])
-_EDGE = tl.constexpr(EDGES[2][2])
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -34,7 +32,8 @@ class TierStep:
     """What the kernels of one step tell each other, all written in every step; C > 0 tokens of the tier in N parts.
 
     Attributes:
-        query: (B, Hq, P) float32, rotated.
+        query: (B, Hq, P) float32, rotated; with keys before RoPE, as it meets those that are farthest.
+        turned: (B, Hq, P) float32, the query before RoPE, where keys are kept so.
         key_offset: (B, Hkv, P) float32, rotated.
         key, value: (B, Hkv, P) of the token that leaves the ring, in the window's precision.
         write, decay: (B, Hw) its gates, where the memory has them.
@@ -43,6 +42,7 @@ class TierStep:
     """
 
     query: Tensor
+    turned: Tensor | None
     key_offset: Tensor
     key: Tensor
     value: Tensor
@@ -52,7 +52,7 @@ class TierStep:
     score: Tensor
 
     @classmethod
-    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, parts: int) -> TierStep:
+    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, parts: int, turning: bool) -> TierStep:
         """For queries (B, Hq, P)."""
         B, heads, P = query.shape
         rows = (B, window.keys.shape[1], P)
@@ -60,6 +60,7 @@ class TierStep:
         write, decay = (None if x is None else x.new_empty(x.shape[:2]) for x in gates_of(window.gates, rule))
         return cls(
             query=torch.empty(B, heads, P, **wide),
+            turned=torch.empty(B, heads, P, **wide) if turning else None,
             key_offset=torch.empty(rows, **wide),
             key=window.keys.new_empty(rows),
             value=window.values.new_empty(rows),
@@ -71,20 +72,19 @@ class TierStep:
 
 
 @triton.jit
-def _level(code):
-    return tl.where(code < 2, tl.where(code == 0, -_OUTER, -_INNER), tl.where(code == 2, _INNER, _OUTER))
-
-
-@triton.jit
 def _rotate_and_push(
     query, keys, values, write, decay, key_codes, value_codes, key_scales, value_scales, key_offset, value_offset,
-    tier_write, tier_decay, rotated, rotated_offset, gone_key, gone_value, gone_write, gone_decay, positions, active,
-    query_norm, cos, sin, query_eps, stride_turn, slots, sinks, capacity,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    tier_write, tier_decay, rotated, before, rotated_offset, gone_key, gone_value, gone_write, gone_decay,
+    positions, active, query_norm, cos, sin, query_eps, stride_turn, token, within, farthest, first_angles,
+    slots, sinks, capacity, near_stride, first_stride, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WRITERS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of each key head: a program for each of its queries, one for the key that leaves, one for the value."""
+    """Of each key head: a program for each of its queries, one for the key that leaves, one for the value.
+
+    `token`, `within`, `farthest` and `first_angles` are of `TierTurn`, or None; strides are from cosines to sines in
+    the last two.
+    """
     announce(PDL)
     part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
@@ -94,6 +94,8 @@ def _rotate_and_push(
     slot, place = slot_of(position, sinks, slots - sinks), at * capacity + (position - slots) % capacity
     leaves, begins = real & (position >= slots), real & (position == slots)
     p = tl.arange(0, P)
+    if token is not None:
+        token += b * 6 * P
     wait(PDL)
     if part < GROUPS:
         if cos is not None:
@@ -101,12 +103,18 @@ def _rotate_and_push(
             sin += b * stride_turn
         q = finished_head(query + (first + part) * P, p < P, query_norm, query_eps, cos, sin, P)
         q = q.to(keys.dtype.element_ty).to(tl.float32)  # as it meets the window's keys
+        if token is not None:
+            q = turned(q, token, token + P, P)
+            tl.store(before + (first + part) * P + p, q)
+            q = turned(q, farthest, farthest + near_stride, P)
         tl.store(rotated + (first + part) * P + p, rotate(q, P))
     elif part == GROUPS:
         keys += b.to(tl.int64) * stride_kb + head * stride_kh
         _push(
-            keys, stride_kt, slots, sinks, slot, begins, leaves, key_codes + place * (P // 4), key_scales + place,
-            key_offset + at * P, gone_key + at * P, rotated_offset + at * P, P, BLOCK_N, True,
+            keys, stride_kt, slots, sinks, slot, begins, leaves,
+            key_codes + place * (P * KEY_BITS // 8), key_scales + place,
+            key_offset + at * P, gone_key + at * P, rotated_offset + at * P, token, within, first_angles, first_stride,
+            P, BLOCK_N, KEY_BITS, True,
         )  # fmt: skip
         if leaves:
             g = tl.arange(0, ROWS)
@@ -119,8 +127,9 @@ def _rotate_and_push(
     else:
         values += b.to(tl.int64) * stride_vb + head * stride_vh
         _push(
-            values, stride_vt, slots, sinks, slot, begins, leaves, value_codes + place * (P // 4), value_scales + place,
-            value_offset + at * P, gone_value + at * P, None, P, BLOCK_N, False,
+            values, stride_vt, slots, sinks, slot, begins, leaves,
+            value_codes + place * (P * VALUE_BITS // 8), value_scales + place,
+            value_offset + at * P, gone_value + at * P, None, None, None, None, 0, P, BLOCK_N, VALUE_BITS, False,
         )  # fmt: skip
 
 
@@ -136,112 +145,69 @@ def _pass_on(new, waiting, gone, mine):
 @triton.jit
 def _push(
     window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone, rotated,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, UNBIASED: tl.constexpr,
+    token, within, first_angles, first_stride,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
     """The key or value that leaves the window into its codes, what these were to `gone`; pointers of one head.
 
-    `scale` and `codes` are those of the token's place; `rotated` is where the rotated offset goes, or None.
+    `scale` and `codes` are those of the token's place; `rotated` is where the rotated offset goes, or None. With
+    angles, keys are turned to before RoPE, and what leaves the tier to its position.
     """
     p = tl.arange(0, P)
     mean = tl.load(offset + p)
     if begins:
-        total = tl.zeros([P], tl.float32)
-        for start in range(sinks, slots, BLOCK_N):
-            t = start + tl.arange(0, BLOCK_N)
-            x = tl.load(window + t[:, None] * stride + p[None, :], mask=t[:, None] < slots, other=0.0)
-            total += tl.sum(x.to(tl.float32), 0)
+        if token is None:
+            total = tl.zeros([P], tl.float32)
+            for start in range(sinks, slots, BLOCK_N):
+                t = start + tl.arange(0, BLOCK_N)
+                x = tl.load(window + t[:, None] * stride + p[None, :], mask=t[:, None] < slots, other=0.0)
+                total += tl.sum(x.to(tl.float32), 0)
+        else:
+            total = _sum_before(window + sinks * stride, stride, slots - sinks, within, first_angles, first_stride, P, BLOCK_N)
         mean = total / (slots - sinks)
     if rotated is not None:
         tl.store(rotated + p, rotate(mean, P))
     if leaves:
-        old = (tl.load(codes + p // 4).to(tl.int32) >> 2 * (p % 4)) & 3
-        decoded = rotate(_level(old) * tl.load(scale).to(tl.float32), P) + mean
-        y = rotate(tl.load(window + slot * stride + p).to(tl.float32) - mean, P)
+        old = load_codes(codes, P, BITS)
+        decoded = rotate(level_of(old, BITS) * tl.load(scale).to(tl.float32), P) + mean
+        if token is None:
+            x = tl.load(window + slot * stride + p).to(tl.float32)
+        else:
+            decoded = turned(decoded, token + 4 * P, token + 5 * P, P)
+            x = finished_head(window + slot * stride, p < P, None, 0.0, token + 2 * P, token + 3 * P, P)
+        y = rotate(x - mean, P)
         size = tl.sum(y * y)
         z = y / tl.maximum(tl.sqrt(size / P), _TINY)
-        code = (z > -_EDGE).to(tl.int32) + (z > 0.0).to(tl.int32) + (z > _EDGE).to(tl.int32)
-        level = _level(code)
+        code = code_of(z, BITS)
+        level = level_of(code, BITS)
         product = tl.sum(y * level)
         new = size / tl.maximum(product, _TINY) if UNBIASED else product / tl.sum(level * level)
-        packed = tl.sum(tl.reshape(code, [P // 4, 4]) << (2 * tl.arange(0, 4))[None, :], 1)
+        packed = pack_codes(code, P, BITS)
         tl.debug_barrier()  # all threads have read what the others now write
         tl.store(gone + p, decoded)
-        tl.store(codes + tl.arange(0, P // 4), packed.to(tl.uint8))
+        store_codes(codes, packed, P, BITS)
         tl.store(scale, new)
         tl.store(offset + p, mean)
 
 
 @triton.jit
-def _attend_codes(
-    rotated, rotated_offset, keys, values, key_scales, value_scales, positions, partial, score,
-    slots, capacity, scaling, per_split, window,
-    SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+def _sum_before(
+    window, stride, count, within, first_angles, first_stride, P: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """A part of the ring, codes in words of 16, for the query heads that share a key head; multiplied as the window."""
-    announce(PDL)
-    part = tl.program_id(0)
-    HKV: tl.constexpr = HEADS // GROUPS
-    b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
-    first, at = b * HEADS + head * GROUPS, (b * HKV + head).to(tl.int64)
-    keys += at * capacity * (P // 16)
-    values += at * capacity * (P // 16)
-    key_scales += at * capacity
-    value_scales += at * capacity
-    p, g = tl.arange(0, P), tl.arange(0, ROWS)
-    mine = (g < GROUPS)[:, None]
-    begin = part * per_split
-    # The ring fills from its first slot on.
-    held = tl.load(positions + b) - slots + 1
-    end = tl.minimum(tl.minimum(begin + per_split, capacity), tl.minimum(held, capacity).to(tl.int32))
-    wait(PDL)
-    query = tl.load(rotated + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
-    shared = tl.sum(query * tl.load(rotated_offset + at * P + p)[None, :], 1) * scaling
-    q = query.to(window.dtype.element_ty)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, P], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        t = start + tl.arange(0, BLOCK_N)
-        inside = t < end
-        # Too small for the loop's own prefetching: under way while codes become levels.
-        key_scale = tl.load(key_scales + t, mask=inside, other=0.0).to(tl.float32)
-        value_scale = tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)
-        k = _levels(keys, t, inside, P, BLOCK_N).to(q.dtype)
-        s = tl.dot(q, k.trans(), input_precision=PRECISION) * (key_scale * scaling)[None, :]
-        s = tl.where(inside[None, :], s, float("-inf"))
-        new = tl.maximum(highest, tl.max(s, 1))  # finite: no block is empty
-        keep = tl.exp(highest - new)
-        e = tl.exp(s - new[:, None])
-        v = _levels(values, t, inside, P, BLOCK_N).to(q.dtype)
-        weight = (e * value_scale[None, :]).to(q.dtype)
-        acc = acc * keep[:, None] + tl.dot(weight, v, input_precision=PRECISION)
-        total = total * keep + tl.sum(e, 1)
-        highest = new
-    row = (first + g) * SPLITS + part
-    safe = tl.where(total == 0.0, 1.0, total)
-    tl.store(partial + row[:, None] * P + p[None, :], acc / safe[:, None], mask=mine)
-    tl.store(score + row, highest + tl.log(safe) + shared, mask=g < GROUPS)
-
-
-@triton.jit
-def _levels(words, t, inside, P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The levels of tokens t (N,), (N, P) float32: as `_level`, in fewer instructions."""
-    w = tl.arange(0, P // 16)
-    packed = tl.load(words + t[:, None] * (P // 16) + w[None, :], mask=inside[:, None], other=0)
-    # Of each code the upper bit is the sign; of the inner levels the two bits differ.
-    size = tl.where((_spread(packed ^ (packed << 1)) & 2) != 0, _INNER, _OUTER)
-    level = tl.where((_spread(packed) & 2) != 0, size, -size)
-    return tl.reshape(level, [BLOCK_N, P])
-
-
-@triton.jit
-def _spread(words):
-    """Each word shifted by 0, 2, … 30 bits, in new dimensions whose numbers one thread holds together."""
-    x = tl.join(words, words >> 16)
-    x = tl.join(x, x >> 8)
-    x = tl.join(x, x >> 4)
-    return tl.join(x, x >> 2)
+    """The sum (P,) of the keys of a row's first window, `count` from this pointer on, turned to before RoPE."""
+    HALF: tl.constexpr = P // 2
+    j, h = tl.arange(0, BLOCK_N), tl.arange(0, HALF)
+    cos, sin = tl.load(within + j[:, None] * HALF + h), tl.load(within + (BLOCK_N + j[:, None]) * HALF + h)
+    first, second = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        at, held = window + (start + j[:, None]) * stride + h, start + j[:, None] < count
+        x, y = (tl.load(at, mask=held, other=0.0).to(tl.float32), tl.load(at + HALF, mask=held, other=0.0).to(tl.float32))
+        a, b = tl.sum(x * cos + y * sin, 0), tl.sum(y * cos - x * sin, 0)
+        c = tl.load(first_angles + (start // BLOCK_N) * HALF + h)
+        s = tl.load(first_angles + first_stride + (start // BLOCK_N) * HALF + h)
+        first += a * c + b * s
+        second += b * c - a * s
+    return joined(first, second, P)
 
 
 def push_and_attend(
@@ -252,21 +218,21 @@ def push_and_attend(
     tier: TierState,
     rule: StepRule | None,
     parts: int,
-    block: int,
     sinks: int,
     scaling: float,
     rotation: tuple[Any, ...],
+    turn: TierTurn | None,
     launch: dict[str, Any],
 ) -> TierStep:
     """Put what leaves the window into the tier and attend to the tier.
 
     Args:
         query: (B, Hq, P) as projected; positions, active, window, tier, sinks, scaling, rule: see `ahn.ops.step.step`.
-        parts, block: of the ring: how many, and tokens that a program looks at together.
+        parts: of the ring, a power of two.
         rotation: the queries' norm, cos, sin, the norm's eps, and how far apart rows of cos are.
         launch: see `ahn.ops.step.dependent_launch.options`.
     """
-    step = TierStep.empty(query, window, rule, parts)
+    step = TierStep.empty(query, window, rule, parts, turn is not None)
     keys, values = tier.keys, tier.values
     B, heads, P = query.shape
     HKV, slots = window.keys.shape[1:3]
@@ -274,18 +240,45 @@ def push_and_attend(
     rows = max(16, triton.next_power_of_2(groups))
     write, decay = gates_of(window.gates, rule)
     writers = 0 if write is None else write.shape[1] // HKV
+    angles: tuple[Any, ...] = (None, None, None, None)
+    near, near_angles, first_angles = 0, 0, 0
+    if turn is not None:
+        near, near_angles, first_angles = turn.count, turn.near.stride(0), turn.first.stride(0)
+        angles = turn.token, turn.within, turn.near[0, -1], turn.first
     _rotate_and_push[groups + 2, B * HKV](
         query, window.keys, window.values, write, decay, keys.codes, values.codes,
         keys.scales, values.scales, keys.offset, values.offset, *gates_of(tier.gates, rule),
-        step.query, step.key_offset, step.key, step.value, step.write, step.decay, positions, active,
-        *rotation, slots, sinks, capacity, *window.keys.stride()[:3], *window.values.stride()[:3],
-        HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=block, num_warps=8, **launch,
+        step.query, step.turned, step.key_offset, step.key, step.value, step.write, step.decay, positions, active,
+        *rotation, *angles, slots, sinks, capacity, near_angles, first_angles,
+        *window.keys.stride()[:3], *window.values.stride()[:3],
+        HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=BLOCK, KEY_BITS=keys.bits,
+        VALUE_BITS=values.bits, num_warps=8, **launch,
     )  # fmt: skip
-    _attend_codes[parts, B * HKV](
-        step.query, step.key_offset, keys.codes.view(torch.int32), values.codes.view(torch.int32),
+    near_parts, per_near, per_far = shared_out(parts, capacity, near)
+    attend_codes[parts, B * HKV](
+        step.query, step.turned, step.key_offset, keys.offset, in_words(keys), in_words(values),
         keys.scales, values.scales, positions, step.partial, step.score,
-        slots, capacity, scaling, triton.cdiv(triton.cdiv(capacity, parts), block) * block, window.keys,
-        SPLITS=parts, HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=block,
+        None if turn is None else turn.near, None if turn is None else turn.within,
+        slots, capacity, near, near_angles, scaling,
+        per_near, per_far, window.keys,
+        NEAR=near_parts, SPLITS=parts, HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=BLOCK,
+        KEY_BITS=keys.bits, VALUE_BITS=values.bits,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, **launch,
     )  # fmt: skip
     return step
+
+
+def in_words(ring: TierRing) -> Tensor:
+    """Codes as `ahn.ops.step.codes_kernel.levels` takes them."""
+    return ring.codes if ring.bits == 3 else ring.codes.view(torch.int32)
+
+
+def shared_out(parts: int, capacity: int, near: int) -> tuple[int, int, int]:
+    """How many of the parts of the ring are for near tokens, and tokens in a part of these and of the others.
+
+    A near token takes about twice the instructions of another.
+    """
+    far = capacity - near
+    near_parts = min(max(round(parts * 2 * near / (2 * near + far)), near > 0), parts - (far > 0))
+    sizes = [triton.cdiv(triton.cdiv(n, max(m, 1)), BLOCK) * BLOCK for n, m in ((near, near_parts), (far, parts - near_parts))]
+    return near_parts, sizes[0], sizes[1]
