@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ahn.ops.quantize import BITS, per_group
 
-CAPTURED = {"key_bits": BITS, "value_bits": BITS, "keys_before_rope": False}
-"""The one form of quantized tokens that the kernels of captured steps know."""
+TWO_BITS = {"key_bits": BITS, "value_bits": BITS, "keys_before_rope": False}
+"""The form of quantized tokens that the shipped memories were measured with."""
 MOST = 4
 """Numbers and scales of one step. Of a thousand, float32 in another order of operations moves less than one."""
 
@@ -30,7 +30,7 @@ def rounded_otherwise(one: Talk, other: Talk) -> int:
             assert not held[0].keys.scales.any(), "one has codes, the other has none"
         for kind in ("keys", "values") if len(held) == 2 else ():
             rings = [getattr(tier, kind) for tier in held]
-            levels = [_levels(ring.codes.cpu()) for ring in rings]
+            levels = [_levels(ring.codes.cpu(), ring.bits) for ring in rings]
             first, second = (ring.scales.cpu() for ring in rings)
             steps = (levels[0] - levels[1]).abs()  # (B, Hkv, C, P)
             moved = steps.sum(-1)
@@ -49,7 +49,9 @@ def rounded_otherwise(one: Talk, other: Talk) -> int:
     return found
 
 
-def _levels(codes: Tensor) -> Tensor:
-    """(..., P / 4) bytes to (..., P) levels."""
-    places = BITS * torch.arange(per_group(BITS))
-    return ((codes.unsqueeze(-1).int() >> places) & (2**BITS - 1)).flatten(-2)
+def _levels(codes: Tensor, bits: int) -> Tensor:
+    """(..., P · bits / 8) bytes to (..., P) levels."""
+    group = per_group(bits)
+    bytes_of_group = codes.unflatten(-1, (-1, group * bits // 8)).int()
+    word = (bytes_of_group << 8 * torch.arange(bytes_of_group.shape[-1])).sum(-1, keepdim=True)
+    return ((word >> bits * torch.arange(group)) & (2**bits - 1)).flatten(-2)

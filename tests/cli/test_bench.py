@@ -76,7 +76,7 @@ def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_p
 def test_defaults_follow_the_window(
     model: str, window: int | None, measurement: str, lossless: int, contexts: list[int], batches: list[int]
 ) -> None:
-    plan = BenchOptions(model, None, None, window, None, None, None, None).plan(measurement)
+    plan = BenchOptions(model, None, None, window, None, None, None, None, None).plan(measurement)
     assert {method.config.lossless for method in plan.methods if method.config} == {lossless}
     assert (plan.contexts, plan.batches) == (contexts, batches)
     first = "deltanet" if measurement == "train" else "full-dynamic"
@@ -107,6 +107,11 @@ def test_quantized_tokens_are_measured_and_shown(ahn_cli: Any, small: Path, tmp_
     given = ("--model", small, *SMALL, "--methods", "window", "--context", "50", "--quantized", "12")
     result = ahn_cli("bench", "decode", *given, "--out", tmp_path)
     assert result.code == 0 and "+12 at 4/2 bits" in result.out
+    other = ahn_cli("bench", "decode", *given, "--bits", "3/2", "--out", tmp_path)
+    assert other.code == 0 and "+12 at 4/2 bits" in other.out and "+12 at 3/2 bits" in other.out
+    for bits, why in (("3", "like 4/2"), ("5/2", "must be 2, 3 or 4")):
+        wrong = ahn_cli("bench", "decode", *given, "--bits", bits, "--out", tmp_path / "other")
+        assert wrong.code == 1 and why in wrong.err
     refused = ahn_cli("bench", "train", *given, "--out", tmp_path / "other")
     assert refused.code == 1 and "leave --quantized out" in refused.err
     assert not (tmp_path / "other").exists()

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, converse
-from codes import CAPTURED as TWO_BITS
-from codes import rounded_otherwise
+from codes import TWO_BITS, rounded_otherwise
 from golden import relative_error
 from models import adapted
 from support.turns import assert_same_layers
@@ -103,10 +102,14 @@ def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes() is None and talk.cache.captured is not None
 
 
-@pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
-def test_a_layer_is_our_operators_and_nothing_else(memory: str, compiled: list[torch.fx.Graph]) -> None:
+@pytest.mark.parametrize(
+    ("memory", "form"), [("gated_deltanet", TWO_BITS), ("window_only", TWO_BITS), ("deltanet", {})]
+)
+def test_a_layer_is_our_operators_and_nothing_else(
+    memory: str, form: dict[str, Any], compiled: list[torch.fx.Graph]
+) -> None:
     """Rotation and norms go into the step, and all layers share one compilation; in float32, as our products are."""
-    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, **TWO_BITS), 1)
+    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, **form), 1)
     talk.read([LOSSLESS - 2])
     talk.steps(SEEN)
     talk.check(TOLERANCE)

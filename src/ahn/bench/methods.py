@@ -21,6 +21,7 @@ def make_methods(
     sinks: int | None,
     adapter: str | None = None,
     quantized: int | None = None,
+    bits: tuple[int, int] | None = None,
 ) -> list[Method]:
     """The methods of these names, all with the same window and sinks.
 
@@ -28,12 +29,14 @@ def make_methods(
         names: "full-dynamic", "full-static", "window" or the name of a memory; None takes all, or with an adapter the
             three and the adapter's memory.
         window, sinks, quantized: None takes the adapter's, or the defaults.
+        bits: per number of keys and of values of quantized tokens; None takes the adapter's, or the defaults.
         adapter: directory or Hub id; gives its weights to the method of its memory.
 
     Raises:
         AHNError: a name is unknown, or the adapter cannot be read.
     """
-    sizes = {"window": window, "sinks": sinks, "quantized": quantized}
+    key_bits, value_bits = bits or (None, None)
+    sizes = {"window": window, "sinks": sinks, "quantized": quantized, "key_bits": key_bits, "value_bits": value_bits}
     given = {name: value for name, value in sizes.items() if value is not None}
     trained = None
     base = AHNConfig()

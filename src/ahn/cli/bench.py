@@ -73,6 +73,10 @@ def command(
         int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: 128; tiny: 32).")
     ] = None,
     quantized: QuantizedOption = None,
+    bits: Annotated[
+        str | None,
+        typer.Option("--bits", help="Of quantized tokens, per number of keys and of values (default: 4/2)."),
+    ] = None,
     context: Annotated[
         str | None,
         typer.Option("--context", help="Lengths like 32k,128k,1M (default: 1, 4 and 32 times sinks + window)."),
@@ -123,7 +127,7 @@ def command(
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
     if names:
         adapter = adapter and shipped.resolve_adapter(model, adapter)
-        options = BenchOptions(model, adapter, methods, window, sinks, quantized, context, batch)
+        options = BenchOptions(model, adapter, methods, window, sinks, quantized, bits, context, batch)
         plans = [options.plan(name) for name in names]
         _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)
     _report(out)
@@ -139,6 +143,7 @@ class BenchOptions:
     window: int | None
     sinks: int | None
     quantized: int | None
+    bits: str | None
     context: str | None
     batch: str | None
 
@@ -171,12 +176,21 @@ class BenchOptions:
             quantized = 0
             names = names or (None if self.adapter else list(memory.recurrent()))
             window = window or TRAINED_TOTAL - (DEFAULT_SINKS if sinks is None else sinks)
-        chosen = make_methods(names, window, sinks, self.adapter, quantized)
+        chosen = make_methods(names, window, sinks, self.adapter, quantized, self._bits())
         (exact,) = make_methods([WINDOW], window, sinks, self.adapter)
         assert exact.config is not None
         if measurement == "train" and names is None:
             chosen = [method for method in chosen if method.trainable]
         return chosen, exact.config.lossless
+
+    def _bits(self) -> tuple[int, int] | None:
+        """Of keys and of values."""
+        if self.bits is None:
+            return None
+        parts = self.bits.split("/")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            raise AHNError(f"--bits takes bits of keys and of values like 4/2, got {self.bits!r}.")
+        return int(parts[0]), int(parts[1])
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -95,9 +95,7 @@ def _turning(model: PreTrainedModel, cache: AHNCache) -> Rotation | None:
 def _turn(rotation: Rotation, keys: Tensor, config: AHNConfig) -> TierTurn:
     """For steps whose windows have keys like these."""
     like = keys.new_zeros(1, dtype=precise(keys.dtype))
-    return TierTurn.of(
-        rotation, like, len(keys), config.window, config.sinks, config.quantized, config.tier_reach
-    )
+    return TierTurn.of(rotation, like, len(keys), config.window, config.sinks, config.quantized, config.tier_reach)
 
 
 def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:

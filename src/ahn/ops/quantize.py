@@ -19,7 +19,7 @@ from torch import Tensor
 from ahn.errors import AHNError
 
 BITS = 2
-"""Where nothing else is said; the only codes that the kernels of a captured step know."""
+"""Where nothing else is said."""
 LEVELS = {
     2: (-1.5104176, -0.4527800, 0.4527800, 1.5104176),
     3: (-2.1519457, -1.3439093, -0.7560053, -0.2450942, 0.2450942, 0.7560053, 1.3439093, 2.1519457),

@@ -42,7 +42,7 @@ def level_of(code, BITS: tl.constexpr):
 
 @triton.jit
 def _by_size(code, BITS: tl.constexpr):
-    """Codes, or words full of them, with the lower bits of each counting from zero outwards; the upper one is the sign."""
+    """Codes, or words full of them: the lower bits of each count from zero outwards, the upper one is the sign."""
     if BITS == 2:
         return code ^ ((~code >> 1) & 0x55555555)
     if BITS == 3:

@@ -163,7 +163,9 @@ def _push(
                 x = tl.load(window + t[:, None] * stride + p[None, :], mask=t[:, None] < slots, other=0.0)
                 total += tl.sum(x.to(tl.float32), 0)
         else:
-            total = _sum_before(window + sinks * stride, stride, slots - sinks, within, first_angles, first_stride, P, BLOCK_N)
+            total = _sum_before(
+                window + sinks * stride, stride, slots - sinks, within, first_angles, first_stride, P, BLOCK_N
+            )
         mean = total / (slots - sinks)
     if rotated is not None:
         tl.store(rotated + p, rotate(mean, P))
@@ -201,7 +203,10 @@ def _sum_before(
     first, second = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
     for start in range(0, count, BLOCK_N):
         at, held = window + (start + j[:, None]) * stride + h, start + j[:, None] < count
-        x, y = (tl.load(at, mask=held, other=0.0).to(tl.float32), tl.load(at + HALF, mask=held, other=0.0).to(tl.float32))
+        x, y = (
+            tl.load(at, mask=held, other=0.0).to(tl.float32),
+            tl.load(at + HALF, mask=held, other=0.0).to(tl.float32),
+        )
         a, b = tl.sum(x * cos + y * sin, 0), tl.sum(y * cos - x * sin, 0)
         c = tl.load(first_angles + (start // BLOCK_N) * HALF + h)
         s = tl.load(first_angles + first_stride + (start // BLOCK_N) * HALF + h)
@@ -280,5 +285,8 @@ def shared_out(parts: int, capacity: int, near: int) -> tuple[int, int, int]:
     """
     far = capacity - near
     near_parts = min(max(round(parts * 2 * near / (2 * near + far)), near > 0), parts - (far > 0))
-    sizes = [triton.cdiv(triton.cdiv(n, max(m, 1)), BLOCK) * BLOCK for n, m in ((near, near_parts), (far, parts - near_parts))]
+    sizes = [
+        triton.cdiv(triton.cdiv(n, max(m, 1)), BLOCK) * BLOCK
+        for n, m in ((near, near_parts), (far, parts - near_parts))
+    ]
     return near_parts, sizes[0], sizes[1]

@@ -97,8 +97,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def turns_halves(rotation: Rotation, head_dim: int, device: torch.device) -> bool:
     """Whether a base turns all numbers of a head, in pairs (i, i + P / 2): the one way that steps know."""
     x = torch.arange(1.0, head_dim + 1, device=device).view(1, 1, 1, head_dim)
-    cos, sin = rotation.angles(x, torch.arange(3, device=device)[None])
-    if cos.shape[-1] != head_dim:
+    if rotation.angles(x, torch.arange(3, device=device)[None])[0].shape[-1] != head_dim:
         return False
     angle = torch.arange(head_dim // 2, device=device).repeat(2)[None, None]
     return torch.allclose(rotation.apply(x, x, angle.cos(), angle.sin())[0], turned(x, angle.cos(), angle.sin()))
