@@ -12,6 +12,7 @@ PUBLISHED = {  # parameters in the model cards' safetensors, tied embeddings onc
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-14b": 14_770_033_664,
+    "smollm2-135m": 134_515_008,
     "qwen3-4b": 4_022_468_096,
 }
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from safetensors.torch import load_file
+from support.effort import slow
 from support.processes import in_other_processes
 from tiny_run import flags
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import ahn.training.run
+from ahn.decode.compiled import leaves_compiled
 from ahn.training.arguments import parse
 from ahn.training.run import run
 from ahn.training.student import Student
@@ -58,13 +61,19 @@ def alone(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(sharded: bool, alone: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sharded", "compiled"), [(False, False), (True, False), slow(True, True)], ids=["ddp", "fsdp2", "fsdp2 compiled"]
+)
+def test_two_processes_equal_one(
+    sharded: bool, compiled: bool, alone: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     """Rows are 50 to 128 tokens long, and totals up to 64 are drawn: some micro-batches have few positions or none."""
     more = {"fsdp": True, "activation_checkpointing": True} if sharded else {}
 
     def train(rank: int) -> None:
         shard_on_a_cpu()
+        if compiled:
+            ahn.training.run.leaves_fused = leaves_compiled  # otherwise on GPUs only
         seen = []
         forward = Student.forward
 
@@ -81,7 +90,7 @@ def test_two_processes_equal_one(sharded: bool, alone: Path, tiny_model: Path, t
         assert seen and all(found == sharded for found in seen), "the base's weights must lie in parts, or must not"
         torch.distributed.destroy_process_group()
 
-    assert in_other_processes(train, ranks=2) == [0, 0]
+    assert in_other_processes(train, ranks=2, timeout=600) == [0, 0]
     found, expected = weights(tmp_path), weights(alone)
     assert any(tensor.any() for name, tensor in expected.items() if name.endswith("o_proj.weight"))
     for name, tensor in expected.items():

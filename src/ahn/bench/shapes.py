@@ -28,9 +28,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": _QWEN2 | _layers(36, 2048, 16, 2, 11008),
     "qwen2.5-7b": _QWEN2 | _layers(28, 3584, 28, 4, 18944) | _UNTIED,
     "qwen2.5-14b": _QWEN2 | _layers(48, 5120, 40, 8, 13824) | _UNTIED,
+    "smollm2-135m": _layers(30, 576, 9, 3, 1536)
+    | {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192},
     "qwen3-4b": _QWEN3 | _layers(36, 2560, 32, 8, 9728),
 }
-"""The published configurations by name, as far as the shape is concerned (Hugging Face, Qwen2.5 and Qwen3)."""
+"""The published configurations by name, as far as the shape is concerned (Hugging Face, Qwen2.5, Qwen3 and SmolLM2)."""
 
 
 def configuration(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -107,8 +106,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         tokenizer.pad_token_id or 0,
         shared_settings(arguments) | {DIGESTS: data.digests},
     )
-    # A layer of sharded weights is a class of its own with hooks that torch.compile looks into.
-    with contextlib.nullcontext() if trainer.is_fsdp_enabled else leaves_fused(model):
+    with leaves_fused(model):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     after = None
     if data.held_out is not None:
