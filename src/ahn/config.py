@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_step
@@ -26,6 +26,15 @@ BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope":
 """What files mean that do not say it: they are older than these settings, and were trained and measured so."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can be loaded to be used."""
+
+
+class Reach(TypedDict, total=False):
+    """What is seen besides the memory, in place of what a file or a configuration says; None chooses nothing."""
+
+    window: int | None
+    sinks: int | None
+    quantized: int | None
+    max_distance: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,3 +189,8 @@ class AHNConfig:
     def replace(self, **changes: Any) -> AHNConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+def overridden(config: AHNConfig, **changes: Any) -> AHNConfig:
+    """The configuration with those changes that are not None, validated again."""
+    return config.replace(**{name: value for name, value in changes.items() if value is not None})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import ahn
-from ahn.bench import decode, memory, prefill, profile, throughput, train
+from ahn.bench import decode, memory, prefill, profile, train
 from ahn.bench.ceilings import measure as measure_ceilings
 from ahn.bench.methods import make_methods
 from ahn.bench.stand import BenchSettings, Skipped, Stand
@@ -87,7 +88,7 @@ def test_memory(stand: Stand, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_throughput(stand: Stand, name: str) -> None:
-    row = measured(throughput, stand, name, batch=3)
+    row = measured(SimpleNamespace(measure=decode.throughput), stand, name, batch=3)
     assert ("generate_s" in row) == (name == "full-static")
     check_roofline(row, 3)
 

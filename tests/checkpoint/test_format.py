@@ -14,8 +14,8 @@ from transformers import Gemma3TextConfig, Qwen2Config, Qwen3Config
 import ahn
 from ahn import memory
 from ahn.checkpoint import format
-from ahn.checkpoint.directory import Checkpoint
-from ahn.checkpoint.names import expected_shapes, is_ahn, short_name
+from ahn.checkpoint.directory import Checkpoint, is_ahn, short_name
+from ahn.checkpoint.validate import expected_shapes
 from ahn.model import saving
 from ahn.shape import ModelShape
 

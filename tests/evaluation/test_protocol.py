@@ -185,11 +185,11 @@ def _replaced(old: str, new: str) -> Callable[[str], str]:
             "longbench",
             "LongBench/config/dataset2maxlen.json",
             _replaced("7}", "7"),
-            "maxlen.json is not valid JSON.*line 1",
+            "maxlen.json cannot be read as JSON.*line 1",
         ),
         ("longbench", "LongBench/config/dataset2maxlen.json", _replaced("12", "0"), r"\['lamps'\] must be a number"),
         ("longbench", "LongBench/config/dataset2maxlen.json", _replaced("12", "true"), r"\['lamps'\] must be a number"),
-        ("longbench", "LongBench/config/dataset2maxlen.json", lambda _: "[]", "must hold a JSON object, not list"),
+        ("longbench", "LongBench/config/dataset2maxlen.json", lambda _: "[]", "must hold a JSON object"),
         ("longbench", "LongBench/config/dataset2prompt.json", _replaced("{context}", "{"), "balanced braces"),
         ("longbench", "LongBench/config/dataset2prompt.json", _replaced("{context}", "text"), r"text with \{context\}"),
         ("longbench", "LongBench/config/dataset2prompt.json", lambda _: "{}", "with one entry or more"),
@@ -332,7 +332,7 @@ def test_malformed_finished_protocol(tmp_path: Path, name: str, changes: dict[st
 def test_broken_json_names_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "longbench.json"
     file.write_text('{"sources": [],\n"x": }', encoding="utf-8")
-    with pytest.raises(AHNError, match=rf"{file} is not valid JSON.*line 2"):
+    with pytest.raises(AHNError, match=rf"{file} cannot be read as JSON.*line 2"):
         load_protocol("longbench", protocol_dir=tmp_path)
 
 

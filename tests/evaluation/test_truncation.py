@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from ahn.errors import AHNError
-from ahn.evaluation.truncation import keep_last, middle_halves, truncate_middle
+from ahn.evaluation.prompt import kept
+from ahn.evaluation.task import Truncation
 
 TOKENS = list(range(10))
 
 
-def test_the_middle_goes() -> None:
-    assert middle_halves(TOKENS, 6) == ([0, 1, 2], [7, 8, 9])
-    assert truncate_middle(TOKENS, 6) == [0, 1, 2, 7, 8, 9]
-    assert truncate_middle(TOKENS, 7) == [0, 1, 2, 7, 8, 9]  # int(7 / 2) twice: the benchmarks keep one fewer
-
-
-def test_within_the_limit_nothing_goes() -> None:
-    assert middle_halves(TOKENS, 10) == (TOKENS, [])
-    assert truncate_middle(TOKENS, 10) == keep_last(TOKENS, 10, 4) == TOKENS
-
-
-def test_the_last_tokens_stay_with_room_for_the_answer() -> None:
-    assert keep_last(TOKENS, 9, 4) == [5, 6, 7, 8, 9]
+@pytest.mark.parametrize(
+    ("keep", "limit", "parts"),
+    [
+        ("halves", 6, ([0, 1, 2], [7, 8, 9])),
+        ("middle-cut", 6, ([0, 1, 2, 7, 8, 9],)),
+        ("middle-cut", 7, ([0, 1, 2, 7, 8, 9],)),  # int(7 / 2) twice: the benchmarks keep one fewer
+        ("last", 9, ([5, 6, 7, 8, 9],)),  # with room for the answer
+        ("halves", 10, (TOKENS,)),
+        ("middle-cut", 10, (TOKENS,)),
+        ("last", 10, (TOKENS,)),
+    ],
+)
+def test_what_stays(keep: Literal["halves", "middle-cut", "last"], limit: int, parts: tuple[list[int], ...]) -> None:
+    assert kept(TOKENS, Truncation(keep, limit), 4) == parts
 
 
 def test_limits_that_leave_nothing() -> None:
     with pytest.raises(AHNError, match="2 or more"):
-        truncate_middle(TOKENS, 1)
+        kept(TOKENS, Truncation("middle-cut", 1), 4)
     with pytest.raises(AHNError, match="raise the limit"):
-        keep_last(TOKENS, 4, 4)
+        kept(TOKENS, Truncation("last", 4), 4)

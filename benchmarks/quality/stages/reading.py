@@ -62,7 +62,7 @@ def _method(model: PreTrainedModel, out: Path, task: Task, budget: int, sinks: i
         config = ahn.AHNConfig(**task.run.settings, window=budget - sinks, sinks=sinks)
     else:
         weights = str(adapter(out, trained))
-        config = read_settings(Checkpoint.open(Path(weights)), budget - sinks, sinks)
+        config = read_settings(Checkpoint.open(Path(weights)), window=budget - sinks, sinks=sinks)
     config = fit_window(config, budget)
     if task.run.tier is not None:
         config = fit_tier(model, config, task.run.tier, length)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from ahn import private
 from ahn.bench import fill, roofline
 from ahn.bench.profile import kernels
-from ahn.bench.stand import Stand, check_patience
+from ahn.bench.stand import Stand, check_patience, timed
 from ahn.measure import peak
 from ahn.measure.clock import median, release, repeated, seconds, spread
 from ahn.measure.method import Method
@@ -21,28 +21,26 @@ WARM_STEPS = 8
 """Steps that are not timed: kernels are compiled and the step is captured in them."""
 
 
-def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
-    """Steps of one token, and `generate`, with a cache that has read `context` tokens."""
+def measure(stand: Stand, method: Method, context: int, batch: int, thorough: bool = True) -> dict[str, Any]:
+    """Steps of one token with a cache that has read `context` tokens; if `thorough`, `generate` and kernels as well."""
     cache, work = prepare(stand, method, context, batch)
     cache_bytes = bytes_of_cache(cache)
-    device = stand.device
-    release(device)
-    with peak.measure(device, stand.held() + cache_bytes) as memory:
+    release(stand.device)
+    more = thorough and not method.static
+    with peak.measure(stand.device, stand.held() + cache_bytes) as memory:
         found = time_step(stand, method, cache, context, batch)
-        if not method.static:
+        if more:
             found |= _also_through_generate(stand, cache, context, batch)
-    if stand.settings.profile and not method.static:
+    if stand.settings.profile and more:
         ids = fill.random_tokens(stand.model, batch, 1)
-        found["kernels"] = kernels(device, lambda: stand.model(input_ids=ids, **{private.CACHE: cache}))
-    return {
-        **found,
-        "real_prefill": stand.settings.real_prefill,
-        "tokens_per_second": batch / found["seconds"],
-        "cache_bytes": cache_bytes,
-        "peak_bytes": memory.total,
-        "reserved_bytes": memory.reserved,
-        **work.report(stand.ceilings, found["seconds"]),
-    }
+        found["kernels"] = kernels(stand.device, lambda: stand.model(input_ids=ids, **{private.CACHE: cache}))
+    found |= {"real_prefill": stand.settings.real_prefill, "cache_bytes": cache_bytes}
+    return timed(stand, [found["seconds"]], batch, memory, work) | found
+
+
+def throughput(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
+    """Tokens per second of many conversations that decode together, and the memory that they take."""
+    return measure(stand, method, context, batch, thorough=False)
 
 
 def prepare(stand: Stand, method: Method, context: int, batch: int) -> tuple[Cache, roofline.Work]:

@@ -8,7 +8,7 @@ from ahn import memory
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.format import read_settings
 from ahn.checkpoint.hub import local_directory
-from ahn.config import AHNConfig
+from ahn.config import AHNConfig, Reach, overridden
 from ahn.errors import AHNError
 from ahn.measure.method import Method
 
@@ -35,14 +35,12 @@ def make_methods(
     Raises:
         AHNError: a name is unknown, or the adapter cannot be read.
     """
+    reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized}
     key_bits, value_bits = bits or (None, None)
-    sizes = {"window": window, "sinks": sinks, "quantized": quantized, "key_bits": key_bits, "value_bits": value_bits}
-    given = {name: value for name, value in sizes.items() if value is not None}
     trained = None
-    base = AHNConfig()
     if adapter is not None:
-        trained = base = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), window, sinks)
-    base = base.replace(**given)
+        trained = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), **reach)
+    base = overridden(trained or AHNConfig(), **reach, key_bits=key_bits, value_bits=value_bits)
     if names is None:
         names = [DYNAMIC, STATIC, WINDOW, *([trained.memory] if trained else memory.names())]
     return [_method(name, base, adapter if trained and name == trained.memory else None) for name in names]

@@ -8,9 +8,9 @@ from ahn import private
 from ahn.bench import roofline
 from ahn.bench.fill import random_tokens
 from ahn.bench.profile import kernels
-from ahn.bench.stand import Stand, check_patience
+from ahn.bench.stand import Stand, check_patience, timed
 from ahn.measure import peak
-from ahn.measure.clock import median, release, repeated, seconds, spread
+from ahn.measure.clock import release, repeated, seconds
 from ahn.measure.method import Method
 
 WARM_CHUNKS = 3
@@ -36,15 +36,5 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
     with peak.measure(device, stand.held()) as memory:
         times = repeated(device, lambda: read(context), settings.repeats, settings.budget)
     profiled = {"kernels": kernels(device, lambda: read(context))} if settings.profile else {}
-    return {
-        "seconds": median(times),
-        "spread": spread(times),
-        "times_s": times,
-        "tokens_per_second": batch * context / median(times),
-        "warmup_tokens": warm,
-        "warmup_s": warmup,
-        "peak_bytes": memory.total,
-        "reserved_bytes": memory.reserved,
-        **work.report(stand.ceilings, median(times)),
-        **profiled,
-    }
+    found = timed(stand, times, batch * context, memory, work)
+    return found | {"warmup_tokens": warm, "warmup_s": warmup} | profiled

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ahn.bench import decode, memory, prefill, throughput, train
+from ahn.bench import decode, memory, prefill, train
 from ahn.bench.records import OK, OUT_OF_MEMORY, Log, Row
 from ahn.bench.stand import Skipped, Stand
 from ahn.config import AHNConfig
@@ -24,7 +24,7 @@ MEASUREMENTS: dict[str, Callable[[Stand, Method, int, int], Row]] = {
     "prefill": prefill.measure,
     "decode": decode.measure,
     "memory": memory.measure,
-    "throughput": throughput.measure,
+    "throughput": decode.throughput,
     "train": train.measure,
 }
 

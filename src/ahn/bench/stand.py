@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ahn.bench.ceilings import Ceilings
-from ahn.measure.clock import bytes_of
+from ahn.bench.roofline import Work
+from ahn.measure.clock import bytes_of, median, spread
+from ahn.measure.peak import Peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,14 @@ class Stand:
     def held(self) -> int:
         """Bytes of the weights."""
         return bytes_of(self.model.parameters()) + bytes_of(self.model.buffers())
+
+
+def timed(stand: Stand, times: list[float], tokens: int, memory: Peak, work: Work) -> dict[str, Any]:
+    """The columns of a row that was timed: so many tokens in each of these times, in seconds."""
+    seconds = median(times)
+    found = {"seconds": seconds, "spread": spread(times), "times_s": times, "tokens_per_second": tokens / seconds}
+    found |= {"peak_bytes": memory.total, "reserved_bytes": memory.reserved}
+    return found | work.report(stand.ceilings, seconds)
 
 
 class Skipped(Exception):  # noqa: N818  (not an error: a row says so)

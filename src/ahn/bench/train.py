@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from ahn.bench import roofline
 from ahn.bench.fill import random_tokens
 from ahn.bench.profile import kernels
-from ahn.bench.stand import Stand
+from ahn.bench.stand import Stand, timed
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.measure import peak
-from ahn.measure.clock import median, release, repeated, seconds, spread
+from ahn.measure.clock import release, repeated, seconds
 from ahn.measure.method import Method
 from ahn.memory import recurrent
 from ahn.model.adapter import adapter_parameters
@@ -54,19 +54,8 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         if stand.settings.profile:
             profiled["kernels"] = kernels(device, step)
     work = roofline.distillation(model, config, context, batch, valid[-1], recomputed=True)
-    return {
-        "seconds": median(times),
-        "spread": spread(times),
-        "times_s": times,
-        "tokens_per_second": batch * context / median(times),
-        "warmup_s": warmup,
-        "loss_positions": valid[-1],
-        "trained_parameters": sum(p.numel() for p in parameters),
-        "peak_bytes": memory.total,
-        "reserved_bytes": memory.reserved,
-        **work.report(stand.ceilings, median(times)),
-        **profiled,
-    }
+    trained = {"loss_positions": valid[-1], "trained_parameters": sum(p.numel() for p in parameters)}
+    return timed(stand, times, batch * context, memory, work) | trained | {"warmup_s": warmup} | profiled
 
 
 @contextlib.contextmanager

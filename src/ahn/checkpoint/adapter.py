@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel
 
-from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint
+from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, short_name
 from ahn.checkpoint.format import check_base, read_settings, report_window
 from ahn.checkpoint.hub import local_directory
-from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
-from ahn.config import AHNConfig
+from ahn.config import AHNConfig, Reach
 from ahn.errors import AHNError, check_path
 from ahn.files import expanded, write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
@@ -90,27 +89,20 @@ def load_adapter(
     inner = unwrapped(model)
     checkpoint = Checkpoint.open(local_directory(directory)).require("adapter")
     name = inner.name_or_path or type(inner).__name__
-    settings = checked_settings(checkpoint, inner.config, name, window, sinks, quantized, max_distance)
+    reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
+    settings = checked_settings(checkpoint, inner.config, name, **reach)
     attach_checked(inner, checkpoint, settings, given=window is not None and sinks is not None)
     return model
 
 
-def checked_settings(
-    checkpoint: Checkpoint,
-    base: Any,
-    name: str,
-    window: int | None,
-    sinks: int | None,
-    quantized: int | None,
-    max_distance: int | None = None,
-) -> AHNConfig:
+def checked_settings(checkpoint: Checkpoint, base: Any, name: str, **reach: Unpack[Reach]) -> AHNConfig:
     """The settings of the AHN in a checkpoint, which fits the configuration `base` of a model called `name`.
 
     Raises:
         AHNError: it does not fit, or a tensor is missing, extra or of the wrong shape.
     """
     shape = check_base(checkpoint, base, name)
-    settings = read_settings(checkpoint, window, sinks, quantized, max_distance)
+    settings = read_settings(checkpoint, **reach)
     check_tensors(checkpoint, shape, settings)
     return settings
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from ahn.checkpoint.names import is_ahn
 from ahn.checkpoint.stream import Entry, read_header
 from ahn.config import MODEL_TYPE
 from ahn.errors import AHNError
@@ -16,6 +16,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+AHN_NAME = re.compile(r"(?:^|.*\.)(layers\.\d+\.(?:ahn|ahn_router)\..+)")
+"""Of AHN tensors: `model.layers.{i}.ahn.fn.{parameter}` and `model.layers.{i}.ahn_router.{alpha,beta}`."""
 
 Kind = Literal["base", "adapter", "merged"]
 DESCRIPTION: dict[Kind, str] = {
@@ -101,3 +104,14 @@ def _indexed_tensors(path: Path) -> dict[str, Entry]:
     if absent:
         raise AHNError(f"{path / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} says it holds.")
     return found
+
+
+def is_ahn(name: str) -> bool:
+    """Whether a tensor of this name belongs to a memory or its router."""
+    return AHN_NAME.fullmatch(name) is not None
+
+
+def short_name(name: str) -> str:
+    """`layers.{i}.ahn…` without what comes before: multimodal models nest their decoder deeper than text models."""
+    match = AHN_NAME.fullmatch(name)
+    return match[1] if match else name

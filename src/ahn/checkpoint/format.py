@@ -10,13 +10,22 @@ import dataclasses
 import logging
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ahn import memory
 from ahn.checkpoint.directory import CONFIG, Checkpoint
-from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
+from ahn.config import (
+    DEFAULT_SINKS,
+    DEFAULT_WINDOW,
+    MODEL_TYPE,
+    PUBLISHED_NAME,
+    SAVED_BLOCK,
+    AHNConfig,
+    Reach,
+    overridden,
+)
 from ahn.errors import AHNError
 from ahn.model.saving import base_config
 from ahn.shape import ModelShape
@@ -24,29 +33,20 @@ from ahn.shape import ModelShape
 logger = logging.getLogger("ahn")
 
 
-def read_settings(
-    checkpoint: Checkpoint,
-    window: int | None = None,
-    sinks: int | None = None,
-    quantized: int | None = None,
-    max_distance: int | None = None,
-) -> AHNConfig:
+def read_settings(checkpoint: Checkpoint, **reach: Unpack[Reach]) -> AHNConfig:
     """The settings of a checkpoint's AHN.
 
     Args:
         checkpoint: an adapter or a merged checkpoint, ours or published.
-        window: overrides the saved window. Default: the saved one; for published checkpoints 32640.
-        sinks: likewise; for published checkpoints 128.
-        quantized: likewise; for published checkpoints 0.
-        max_distance: likewise; for published checkpoints 0, the published placing of sinks.
+        reach: overrides what is saved, which for published checkpoints is window 32640, sinks 128, quantized 0 and
+            max_distance 0, the published placing of sinks.
 
     Raises:
         AHNError: the configuration names no memory, an unknown one, or values out of range.
     """
     config, file = checkpoint.config, checkpoint.path / CONFIG
     settings = _own_settings(config[SAVED_BLOCK], file) if SAVED_BLOCK in config else _published_settings(config, file)
-    given = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
-    return settings.replace(**{name: value for name, value in given.items() if value is not None})
+    return overridden(settings, **reach)
 
 
 def report_window(checkpoint: Checkpoint, settings: AHNConfig, given: bool) -> None:

@@ -51,11 +51,8 @@ def _snapshot(repository: str, files: list[str], **hub: Any) -> Path:
     # Without a network this fails at the first request; `hf_hub_download` tries for 23 seconds.
     try:
         return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=IGNORED, **hub))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what the Hub raises offline, for bad ids, and for absent or gated repositories
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError) as error:  # what the Hub raises offline, for bad ids, absent or gated repositories
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AHNError(
             f"{repository!r} is neither a directory nor a Hugging Face Hub repository within reach: {reason}"
         ) from error

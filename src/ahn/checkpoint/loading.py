@@ -12,18 +12,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ahn.checkpoint.adapter import attach_checked, checked_settings
-from ahn.checkpoint.directory import Checkpoint
+from ahn.checkpoint.directory import Checkpoint, is_ahn
 from ahn.checkpoint.format import transformers_config
 from ahn.checkpoint.hub import local_directory
-from ahn.checkpoint.names import is_ahn
-from ahn.config import DTYPES, AHNConfig
+from ahn.config import DTYPES, AHNConfig, Reach
 from ahn.errors import AHNError
 from ahn.model.saving import BASE_NAME
 
@@ -65,7 +64,8 @@ def from_pretrained(
         raise AHNError(
             f"{checkpoint.path} has no AHN tensors: load it with transformers, then ahn.attach or ahn.load_adapter."
         )
-    return ModelSource.of(checkpoint, directory, base, window, sinks, quantized, hub, max_distance).load(**kwargs)
+    reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
+    return ModelSource.of(checkpoint, directory, base, hub, **reach).load(**kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +87,7 @@ class ModelSource:
     given: bool = False
 
     @classmethod
-    def open(
-        cls,
-        model: str,
-        adapter: str | None = None,
-        window: int | None = None,
-        sinks: int | None = None,
-        quantized: int | None = None,
-    ) -> ModelSource:
+    def open(cls, model: str, adapter: str | None = None, **reach: Unpack[Reach]) -> ModelSource:
         """What a command line names: a base model, alone or with an adapter, a merged checkpoint or an adapter.
 
         Raises:
@@ -104,7 +97,7 @@ class ModelSource:
         checkpoint = Checkpoint.open(local_directory(named))
         if checkpoint.kind == "base" and adapter is None:
             return cls(model, checkpoint)
-        return cls.of(checkpoint, named, base, window, sinks, quantized)
+        return cls.of(checkpoint, named, base, **reach)
 
     @classmethod
     def of(
@@ -112,11 +105,8 @@ class ModelSource:
         checkpoint: Checkpoint,
         name: PathLike,
         base: PathLike | None,
-        window: int | None,
-        sinks: int | None,
-        quantized: int | None,
         hub: dict[str, Any] | None = None,
-        max_distance: int | None = None,
+        **reach: Unpack[Reach],
     ) -> ModelSource:
         """A checkpoint with an AHN, called `name`, and its base; other arguments as `from_pretrained`."""
         files = checkpoint
@@ -130,8 +120,9 @@ class ModelSource:
         elif base is not None:
             raise AHNError(f"{checkpoint.path} is a merged checkpoint and brings its own base model: leave base out.")
         config = transformers_config(files.config, files.path)
-        settings = checked_settings(checkpoint, config, str(name), window, sinks, quantized, max_distance)
-        return cls(name, files, checkpoint, settings, window is not None and sinks is not None)
+        settings = checked_settings(checkpoint, config, str(name), **reach)
+        given = None not in (reach.get("window"), reach.get("sinks"))
+        return cls(name, files, checkpoint, settings, given)
 
     @property
     def adapter(self) -> Checkpoint | None:

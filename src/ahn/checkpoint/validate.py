@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from ahn.checkpoint.directory import Checkpoint
-from ahn.checkpoint.names import expected_shapes, short_name
+from ahn import memory
+from ahn.checkpoint.directory import Checkpoint, short_name
 from ahn.checkpoint.stream import read_tensor
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
+
+
+def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[int, ...]]:
+    """Short name and shape of every tensor that an adapter with these settings has on a base of this shape."""
+    with torch.device("meta"):
+        module = memory.make(settings, shape)
+    layer = {f"ahn.fn.{name}": tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if settings.router and isinstance(module, memory.RecurrentMemory):
+        layer |= {f"ahn_router.{name}": (shape.heads,) for name in ("alpha", "beta")}
+    layers = shape.memory_layers(settings.full_attention_layers)
+    return {f"layers.{i}.{name}": size for i in layers for name, size in layer.items()}
 
 
 def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig) -> None:

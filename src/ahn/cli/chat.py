@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
-from ahn.cli.generate import (
-    MemoryOption,
+from ahn.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
     ModelOption,
+    QuantizedOption,
+    SinksOption,
+    WindowOption,
+)
+from ahn.cli.generate import (
     NewTokensOption,
     SeedOption,
     SystemOption,
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
 
 def command(
     model: ModelOption = None,
-    adapter: MemoryOption = None,
+    adapter: AdapterOption = None,
     max_new_tokens: NewTokensOption = 512,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -69,7 +76,7 @@ def command(
     from ahn.cli.writing import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    session = open_session(model, adapter, window, sinks, quantized, device, dtype)
+    session = open_session(model, adapter, device, dtype, window=window, sinks=sinks, quantized=quantized)
     turns: PlainTurns
     if session.tokenizer.chat_template:
         turns = TemplateTurns(session, system, tell)

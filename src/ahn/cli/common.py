@@ -30,11 +30,19 @@ err = SafeConsole(stderr=True)
 PATIENCE = 30.0
 """Seconds between two lines about long work where there is no terminal for a bar."""
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "--base-model",
+        help="Base model (with --adapter, or for a baseline), merged checkpoint or adapter: a directory or a Hub id; "
+        "or tiny, the small model that comes with ahn (default), or smollm2, which is found or downloaded.",
+    ),
+]
 AdapterOption = Annotated[
     str | None,
     typer.Option(
-        "--adapter",
-        help="Adapter for the model: a directory, a Hub id, or the kind of a shipped one.",
+        "--adapter", "--ahn-path", help="Adapter for the model: a directory, a Hub id, or the kind of a shipped one."
     ),
 ]
 WindowOption = Annotated[

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption
-from ahn.cli.generate import ModelOption, read_text
+from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, ModelOption
+from ahn.cli.generate import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +166,9 @@ def _subject(
         model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in memories]
         device = device or TINY_DEVICE
     texts = held_out_text() if text is None else [(text.name, read_text(text))]
-    session = open_session(model, adapters[0] if adapters else None, *reach, 0, device, dtype)
+    window, sinks = reach
+    first = adapters[0] if adapters else None
+    session = open_session(model, first, device, dtype, window=window, sinks=sinks, quantized=0)
     lossless = sum(reach)
     made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
     methods = make_methods(session.model, adapters[1:], quantized)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
 from rich.table import Table
@@ -15,10 +15,12 @@ from ahn.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    ModelOption,
     QuantizedOption,
     SinksOption,
     WindowOption,
 )
+from ahn.config import Reach
 from ahn.evaluation.runner import Watcher
 
 if TYPE_CHECKING:
@@ -26,14 +28,6 @@ if TYPE_CHECKING:
     from ahn.evaluation.task import Task
 
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="Base model (with --adapter, or for a baseline), merged checkpoint or adapter: a directory or a Hub "
-        "id; or tiny, the small model that comes with ahn (default), or smollm2, which is found or downloaded.",
-    ),
-]
 MethodOption = Annotated[
     str, typer.Option("--method", help="ahn, or a baseline with as many keys: window, full, ct-max, ct-avg.")
 ]
@@ -135,7 +129,9 @@ def run(
     Options(**options, seed=seed)  # mistakes show before the model is loaded
     for spec in tasks:
         check(spec)
-    evaluated = _load(method, model, adapter, window, sinks, quantized, device or worker.device(), dtype)
+    evaluated = _load(
+        method, model, adapter, device or worker.device(), dtype, window=window, sinks=sinks, quantized=quantized
+    )
     found = [task for spec in tasks for task in find(spec, **options, seed=seed, tokenizer=evaluated.tokenizer)]
     with common.progress() as bar:
         watcher = Bars(bar) if worker.first else Watcher()
@@ -169,7 +165,7 @@ def perplexity(
     from ahn.evaluation import documents
     from ahn.evaluation import perplexity as measured
 
-    evaluated = _load(method, model, adapter, window, sinks, quantized, device, dtype)
+    evaluated = _load(method, model, adapter, device, dtype, window=window, sinks=sinks, quantized=quantized)
     document = documents.load(evaluated.tokenizer, text, length, book)
     with common.progress() as bar:
         reading = bar.add_task("reading", total=len(document.ids))
@@ -197,7 +193,7 @@ def gradients(
     """Find out which forgotten tokens matter: gradients of the distillation loss, which `report` draws on the text."""
     from ahn.evaluation import documents, gradient_probe
 
-    evaluated = _load(method, model, adapter, window, sinks, 0, device, dtype)
+    evaluated = _load(method, model, adapter, device, dtype, window=window, sinks=sinks, quantized=0)
     document = documents.load(evaluated.tokenizer, text, length, book)
     _print_figures(gradient_probe.run(evaluated, document, out, answer, loss), out, as_json)
 
@@ -250,18 +246,16 @@ def _load(
     method: str,
     model: str | None,
     adapter: str | None,
-    window: int | None,
-    sinks: int | None,
-    quantized: int | None,
     device: str | None,
     dtype: str | None,
+    **reach: Unpack[Reach],
 ) -> Evaluated:
     """What was named; the model that comes with ahn if nothing was, and an adapter with its base if only that was."""
     from ahn.cli.session import named_or_shipped
     from ahn.evaluation import methods
 
     model, adapter, device = named_or_shipped(model, adapter, device)
-    return methods.load(method, model, adapter, window, sinks, quantized, device, dtype)
+    return methods.load(method, model, adapter, device, dtype, **reach)
 
 
 def _print_figures(result: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, QuantizedOption, SinksOption, WindowOption
+from ahn.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuantizedOption,
+    SinksOption,
+    WindowOption,
+)
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError
 from ahn.files import expanded
@@ -22,23 +31,6 @@ if TYPE_CHECKING:
 STOPPED = 130
 """Exit status of a shell's command that Ctrl-C ended."""
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "--base-model",
-        help="Base model (with --adapter), merged checkpoint or adapter: a directory or a Hub id; or tiny, the small "
-        "model that comes with ahn (default), or smollm2, which is found or downloaded.",
-    ),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        "--ahn-path",
-        help="Adapter for the model: a directory, a Hub id, or the kind of a shipped one.",
-    ),
-]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[
     float | None,
@@ -62,7 +54,7 @@ SystemOption = Annotated[str | None, typer.Option("--system", help="System messa
 
 def command(
     model: ModelOption = None,
-    adapter: MemoryOption = None,
+    adapter: AdapterOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="The text, or what follows the text of --file.")
     ] = None,
@@ -101,7 +93,7 @@ def command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _text(prompt, file)
-    session = open_session(model, adapter, window, sinks, quantized, device, dtype)
+    session = open_session(model, adapter, device, dtype, window=window, sinks=sinks, quantized=quantized)
     ids = _as_prompt(session, text, system, template=not no_chat_template)
     if warning := warn_beyond_training(session, len(ids) + max_new_tokens):
         typer.echo(f"Note: {warning}", err=True)

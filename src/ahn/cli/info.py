@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
 from rich.table import Table
 
 from ahn.cli import common
 from ahn.cli.common import AdapterOption, JsonOption, QuantizedOption, SinksOption, WindowOption
+from ahn.config import Reach
 from ahn.files import expanded
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def command(
 
     Of a Hub id only the configuration is downloaded.
     """
-    subject = look_at(model, adapter, memory, window, sinks, quantized)
+    subject = look_at(model, adapter, memory, window=window, sinks=sinks, quantized=quantized)
     costs = [subject.cost(n) for n in sorted(set(length or (m * subject.config.lossless for m in SHOWN)))]
     if as_json:
         common.print_json(as_data(subject, costs))
@@ -71,14 +72,7 @@ class ModelOverview:
         return cost(self.hf_config, self.config, length)
 
 
-def look_at(
-    model: str,
-    adapter: str | None,
-    memory: str | None,
-    window: int | None,
-    sinks: int | None,
-    quantized: int | None = None,
-) -> ModelOverview:
+def look_at(model: str, adapter: str | None, memory: str | None, **reach: Unpack[Reach]) -> ModelOverview:
     """Find the configuration of a model and the settings of its memory, and check the weights that lie beside them.
 
     Raises:
@@ -90,7 +84,7 @@ def look_at(
     from ahn.checkpoint.directory import Checkpoint
     from ahn.checkpoint.hub import local_directory
     from ahn.checkpoint.validate import check_tensors
-    from ahn.config import PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
+    from ahn.config import PUBLISHED_NAME, SAVED_BLOCK, AHNConfig, overridden
     from ahn.costs import empty_model
     from ahn.model.adapter import attachable
     from ahn.shape import ModelShape
@@ -109,20 +103,13 @@ def look_at(
         config = checkpoint_format.read_settings(settings)
         if settings.ahn_tensors:
             check_tensors(settings, shape, config)
-        used = _changed(config, None, window, sinks, quantized)
-        checkpoint_format.report_window(settings, used, None not in (window, sinks))
+        given = None not in (reach.get("window"), reach.get("sinks"))
+        checkpoint_format.report_window(settings, overridden(config, **reach), given)
     else:
         config = AHNConfig()
-    used = _changed(config, memory, window, sinks, quantized)
+    used = overridden(config, memory=memory, **reach)
     attachable(empty_model(hf_config), used)
     return ModelOverview(model, hf_config, used, tuple(found))
-
-
-def _changed(
-    config: AHNConfig, memory: str | None, window: int | None, sinks: int | None, quantized: int | None
-) -> AHNConfig:
-    chosen = {"memory": memory, "window": window, "sinks": sinks, "quantized": quantized}
-    return config.replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def _open(model: str) -> Checkpoint:

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption
-from ahn.cli.generate import MemoryOption, ModelOption, read_text
+from ahn.cli.common import AdapterOption, DeviceOption, DtypeOption, JsonOption, ModelOption
+from ahn.cli.generate import read_text
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LENGTH = 8192
 
 def command(
     model: ModelOption = None,
-    adapter: MemoryOption = None,
+    adapter: AdapterOption = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="Read this file instead of a module of the standard library.")
     ] = None,
@@ -56,7 +56,7 @@ def command(
     from ahn.tiny.corpus import held_out_text
 
     name, content = _longest(held_out_text()) if text is None else (text.name, read_text(text))
-    session = open_session(model, adapter, window, sinks, 0, device, dtype)
+    session = open_session(model, adapter, device, dtype, window=window, sinks=sinks, quantized=0)
     ids = session.encode(content, start=True)[:length]
     if len(ids) <= window + sinks:
         raise AHNError(f"{name} has {len(ids)} tokens, which all stay exact ({sinks} sinks + window {window}).")

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, QuantizedOption, SinksOption, WindowOption
-from ahn.cli.generate import MemoryOption, ModelOption
+from ahn.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    QuantizedOption,
+    SinksOption,
+    WindowOption,
+)
 from ahn.errors import AHNError
 from ahn.files import expanded
 
@@ -45,7 +52,7 @@ QueueOption = Annotated[
 
 def command(
     model: ModelOption = None,
-    adapter: MemoryOption = None,
+    adapter: AdapterOption = None,
     window: WindowOption = None,
     sinks: SinksOption = None,
     quantized: QuantizedOption = None,
@@ -125,7 +132,8 @@ def command(
         "queue": queue,
         "max_prompt": max_prompt,
     }
-    source = (model, adapter, window, sinks, quantized, device, dtype)
+    source: dict[str, Any] = {"model": model, "adapter": adapter, "device": device, "dtype": dtype}
+    source |= {"window": window, "sinks": sinks, "quantized": quantized}
     start = functools.partial(start_service, source, bounds, settings)
     if replicas == 1:
         app = make_app(start(MessageStore(directory, age=seconds)))
@@ -144,7 +152,7 @@ def command(
 
 
 def start_service(
-    source: tuple[Any, ...], bounds: dict[str, Any], settings: ServerSettings, store: MessageStore
+    source: dict[str, Any], bounds: dict[str, Any], settings: ServerSettings, store: MessageStore
 ) -> Service:
     """A service whose engine works.
 
@@ -159,7 +167,7 @@ def start_service(
     from ahn.serve.api.building import build
     from ahn.serve.engine.engine import Engine
 
-    session = open_session(*source)
+    session = open_session(**source)
     engine = Engine(session.model, session.tokenizer, **bounds)
     service = build(session.model, session.tokenizer, engine, settings, store)
     engine.start()

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -20,6 +20,7 @@ from ahn.cache.conversation import AHNCache
 from ahn.cli import common
 from ahn.cli.main import ABANDONED
 from ahn.cli.writing import CONTEXT, Interrupt, Pieces, Sampling
+from ahn.config import Reach, overridden
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
 from ahn.measure.reading import chunk_size, in_chunks
@@ -202,11 +203,9 @@ def _in_a_thread(work: Callable[[], Any]) -> Any:
 def open_session(
     model: str | None,
     adapter: str | None,
-    window: int | None = None,
-    sinks: int | None = None,
-    quantized: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    **reach: Unpack[Reach],
 ) -> Session:
     """A session with the model and adapter that a user named; with the shipped ones if none was named.
 
@@ -218,9 +217,9 @@ def open_session(
     # What it says of texts beyond `max_position_embeddings` does not hold here; `warn_beyond_training` says what does.
     logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
     if model is not None and adapter is None and _has_no_memory(model):
-        return _without_memory(model, window, sinks, quantized, device, dtype)
+        return _without_memory(model, device, dtype, **reach)
     model, adapter, device = named_or_shipped(model, adapter, device)
-    return Session(*ModelSource.open(model, adapter, window, sinks, quantized).load_ready(device, dtype))
+    return Session(*ModelSource.open(model, adapter, **reach).load_ready(device, dtype))
 
 
 def _has_no_memory(model: str) -> bool:
@@ -230,19 +229,18 @@ def _has_no_memory(model: str) -> bool:
     return module is not None and not module.adapters()
 
 
-def _without_memory(
-    model: str, window: int | None, sinks: int | None, quantized: int | None, device: str | None, dtype: str | None
-) -> Session:
+def _without_memory(model: str, device: str | None, dtype: str | None, **reach: Unpack[Reach]) -> Session:
     """A model that no memory is shipped for yet: what leaves its window is forgotten."""
     import ahn
     from ahn import shipped
     from ahn.checkpoint.loading import ModelSource
 
     loaded, tokenizer = ModelSource.open(shipped.resolve(model)).load_ready(device, dtype, memory=False)
-    trained = loaded.config.max_position_embeddings
+    sinks = reach.get("sinks")
     sinks = SINKS_WITHOUT_MEMORY if sinks is None else sinks
-    window = window or trained // 2 - sinks  # so that a long text shows what forgetting is, within the trained length
-    ahn.attach(loaded, ahn.AHNConfig(memory="window_only", window=window, sinks=sinks, quantized=quantized or 0))
+    # So that a long text shows what forgetting is, within the trained length.
+    window = loaded.config.max_position_embeddings // 2 - sinks
+    ahn.attach(loaded, overridden(ahn.AHNConfig(memory="window_only", window=window, sinks=sinks), **reach))
     common.err.print(f"ahn ships no memory for {model} yet: what leaves the window is forgotten.")
     return Session(loaded, tokenizer)
 

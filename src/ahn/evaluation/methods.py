@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import ahn
 from ahn import memory, private, tiny
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.loading import ModelSource
-from ahn.config import AHNConfig
+from ahn.config import AHNConfig, Reach, overridden
 from ahn.errors import AHNError
 from ahn.measure.method import Method
 
@@ -59,11 +59,9 @@ def load(
     method: str,
     model: str,
     adapter: str | None = None,
-    window: int | None = None,
-    sinks: int | None = None,
-    quantized: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    **reach: Unpack[Reach],
 ) -> Evaluated:
     """Load a model for a method.
 
@@ -72,19 +70,18 @@ def load(
         model: a base model, a merged checkpoint or an adapter; all methods but "ahn" take the base in it.
         adapter: for a base model. Methods other than "ahn" take only the default window and sinks from it, and which
             layers keep full attention.
-        window, sinks: of the memory and of its baselines: CT's slots are taken from this window.
-        quantized: of the memory and of its baselines.
         device, dtype: as `ahn.checkpoint.loading.ModelSource.load_ready`.
+        reach: of the memory and of its baselines: CT's slots are taken from this window.
 
     Raises:
         AHNError: the method is unknown or needs a memory that there is not, or the model cannot be loaded.
     """
     if method not in METHODS:
         raise AHNError(f"Unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    source = ModelSource.open(model, adapter, window, sinks, quantized)
+    source = ModelSource.open(model, adapter, **reach)
     loaded, tokenizer = source.load_ready(device, dtype, memory=method == "ahn")
     if method != "ahn":
-        make(method, source.settings, window, sinks, quantized).attach(loaded)
+        make(method, source.settings, **reach).attach(loaded)
     used, named = [source.base], None
     if source.adapter is not None:
         named = adapter or model
@@ -94,17 +91,11 @@ def load(
     return Evaluated(loaded, tokenizer, method, settings, {"model": str(source.name), "adapter": named})
 
 
-def apply(
-    model: PreTrainedModel,
-    method: str,
-    window: int | None = None,
-    sinks: int | None = None,
-    quantized: int | None = None,
-) -> None:
+def apply(model: PreTrainedModel, method: str, **reach: Unpack[Reach]) -> None:
     """Change a loaded model, with or without an AHN, so that it works as a method says.
 
     Args:
-        window, sinks, quantized: None takes the attached AHN's, or the defaults.
+        reach: in place of the attached AHN's, or of the defaults.
 
     Raises:
         AHNError: "ahn" without an AHN, or no window is left beside the slots.
@@ -113,27 +104,23 @@ def apply(
     if method == "ahn":
         if attached is None:
             raise AHNError("The method 'ahn' needs a model with a memory: name an adapter.")
-        window, sinks = attached.window if window is None else window, attached.sinks if sinks is None else sinks
-        ahn.set_window(model, window, sinks, quantized)
+        config = overridden(attached, **reach)
+        ahn.set_window(model, config.window, config.sinks, config.quantized)
         return
-    made = make(method, attached, window, sinks, quantized)
+    made = make(method, attached, **reach)
     if attached is not None:
         ahn.detach(model)
     made.attach(model)
 
 
-def make(
-    method: str, settings: AHNConfig | None, window: int | None, sinks: int | None, quantized: int | None
-) -> Method:
+def make(method: str, settings: AHNConfig | None, **reach: Unpack[Reach]) -> Method:
     """Full attention or a baseline, for a bare model.
 
     Args:
         settings: of the AHN that it is compared with.
-        window, sinks, quantized: None takes the settings', or the defaults.
+        reach: in place of the settings', or of the defaults.
     """
-    given = {"window": window, "sinks": sinks, "quantized": quantized}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    config = (settings or AHNConfig()).replace(router=False, q_proj=False, **chosen)
+    config = overridden(settings or AHNConfig(), router=False, q_proj=False, **reach)
     return Method(method, None if method == "full" else baseline(method, config))
 
 

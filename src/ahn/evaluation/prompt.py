@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.errors import AHNError
 from ahn.evaluation.task import Task, Truncation
-from ahn.evaluation.truncation import keep_last, middle_halves, truncate_middle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,12 +55,34 @@ def shorten(prompt: str, how: Truncation, max_new_tokens: int, tokenizer: PreTra
         AHNError: the limit leaves nothing.
     """
     ids = tokenizer(prompt, verbose=False)["input_ids"]
+    parts = kept(ids, how, max_new_tokens)
     if len(ids) <= how.limit:
         return prompt, False
-    if how.keep == "halves":
-        parts = middle_halves(ids, how.limit)
-    elif how.keep == "middle-cut":
-        parts = (truncate_middle(ids, how.limit), [])
-    else:
-        parts = (keep_last(ids, how.limit, max_new_tokens), [])
     return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts), True
+
+
+def kept(ids: Sequence[int], how: Truncation, max_new_tokens: int) -> tuple[Sequence[int], ...]:
+    """What stays of a prompt's token ids, in parts that are decoded one by one.
+
+    Where the middle goes, `int(limit / 2)` ids stay on either side, with an odd limit one fewer than the limit. LV-Eval
+    (`truncate_prompt` in utils.py) and LongBench (pred.py) decode the halves apart, which shows where the cut splits
+    a character; InfiniteBench (`truncate_input` in src/eval_yarn_mistral.py) decodes them as one. The paper's script
+    (eval/longbench/pred.py) keeps the last `limit - max_new_tokens`: a prompt of exactly `limit` ids stays whole, one
+    with a single id more loses `max_new_tokens` as well.
+
+    Raises:
+        AHNError: the limit leaves nothing.
+    """
+    room = how.limit - max_new_tokens
+    if how.keep == "last" and room < 1:
+        raise AHNError(
+            f"A limit of {how.limit} tokens leaves no prompt beside {max_new_tokens} new ones: raise the limit."
+        )
+    if how.limit < 2:  # with no half to keep the benchmarks' slice [-0:] would keep everything
+        raise AHNError(f"A prompt cannot be cut to {how.limit} tokens: the limit must be 2 or more.")
+    if len(ids) <= how.limit:
+        return (ids,)
+    if how.keep == "last":
+        return (ids[-room:],)
+    first, last = ids[: how.limit // 2], ids[-(how.limit // 2) :]
+    return (first, last) if how.keep == "halves" else ([*first, *last],)

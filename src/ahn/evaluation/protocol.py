@@ -18,8 +18,8 @@ from typing import Any
 from ahn.errors import AHNError
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol_recipes import RECIPES, Protocol, Recipe
-from ahn.evaluation.protocol_sources import Source, SourceText, checked, json_object
-from ahn.files import expanded, write_text
+from ahn.evaluation.protocol_sources import Source, SourceText, checked
+from ahn.files import expanded, read_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ def _from_directory(directory: Path, name: str, recipe: Recipe) -> Protocol:
 
     def read(source: Source) -> SourceText:
         file = directory / source.path
-        return checked(source, _read(file), str(file))
+        try:
+            return checked(source, file.read_bytes(), str(file))
+        except OSError as error:
+            raise AHNError(f"{file} cannot be read: {error}.") from error
 
     return _build(recipe, read)
 
@@ -88,11 +91,7 @@ def _from_cache(file: Path, recipe: Recipe) -> Protocol | None:
 
 
 def _finished(file: Path, recipe: Recipe) -> Protocol:
-    try:
-        text = _read(file).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise AHNError(f"{file} is not UTF-8 text: {error}.") from error
-    protocol = json_object(SourceText(text, str(file)))
+    protocol = read_json(file)
     _check(protocol, recipe, str(file))
     return protocol
 
@@ -121,13 +120,6 @@ def _check(protocol: Protocol, recipe: Recipe, where: str) -> None:
 
 def _recorded(recipe: Recipe) -> list[dict[str, str]]:
     return [dataclasses.asdict(source) for source in recipe.sources]
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise AHNError(f"{file} cannot be read: {error}.") from error
 
 
 def _write(file: Path, protocol: Protocol) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ahn.errors import AHNError
 from ahn.evaluation.metrics.lveval import METRIC_OF_FUNCTION
-from ahn.evaluation.protocol_sources import Source, SourceText, function_names, json_object, literal, literal_entries
+from ahn.evaluation.protocol_sources import Source, SourceText, function_names, literal, literal_entries
+from ahn.files import json_object
 
 Protocol = dict[str, Any]
 
@@ -58,7 +59,10 @@ def check_lveval(protocol: Protocol, where: str) -> None:
 def build_longbench(texts: Sequence[SourceText]) -> Protocol:
     """From dataset2maxlen.json and dataset2prompt.json, as they are."""
     lengths, prompts = texts
-    return {"dataset2maxlen.json": json_object(lengths), "dataset2prompt.json": json_object(prompts)}
+    return {
+        "dataset2maxlen.json": json_object(lengths.content, lengths.where),
+        "dataset2prompt.json": json_object(prompts.content, prompts.where),
+    }
 
 
 def check_longbench(protocol: Protocol, where: str) -> None:

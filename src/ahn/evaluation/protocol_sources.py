@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import http.client
-import json
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,21 +80,6 @@ def checked(source: Source, content: bytes, where: str) -> SourceText:
         return SourceText(content.decode("utf-8"), where)
     except UnicodeDecodeError as error:
         raise AHNError(f"{where} is not UTF-8 text: {error}.") from error
-
-
-def json_object(text: SourceText) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        AHNError: the file is no JSON, or holds something other than an object.
-    """
-    try:
-        value = json.loads(text.content)
-    except (ValueError, RecursionError) as error:
-        raise AHNError(f"{text.where} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise AHNError(f"{text.where} must hold a JSON object, not {type(value).__name__}.")
-    return value
 
 
 def assigned(text: SourceText, name: str) -> ast.expr:

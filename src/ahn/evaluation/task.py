@@ -41,7 +41,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """How a prompt with more than `limit` tokens is shortened, before the chat template (see `evaluation.truncation`).
+    """How a prompt with more than `limit` tokens is shortened, before the chat template (see `evaluation.prompt.kept`).
 
     Attributes:
         keep: "halves" keeps first and last half, decoded one by one (LV-Eval, LongBench); "middle-cut" the same,

@@ -75,7 +75,7 @@ class Memory(nn.Module):
         heads: H.
         head_dim: P.
         kv_heads: Hkv; None where every query head has a key head.
-        q_proj: give the memory its own per-head projection of the query (docs/spec.md, section 3).
+        q_proj: give a recurrent memory its own per-head projection of the query (docs/spec.md, section 3).
         slots: tokens per key head that a memory holds which keeps tokens; others have no use for it.
         bits: likewise, per number of these tokens' keys and values: 2, 3, 4, or `EXACT`.
     """
@@ -106,6 +106,7 @@ class Memory(nn.Module):
         heads: int,
         head_dim: int,
         kv_heads: int | None = None,
+        *,
         q_proj: bool = False,
         slots: int = DEFAULT_SLOTS,
         bits: tuple[int, int] = (EXACT, EXACT),
@@ -113,7 +114,6 @@ class Memory(nn.Module):
         super().__init__()
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
         self.slots, self.bits = slots, bits
-        self.q_proj = HeadLinear(heads, head_dim) if q_proj and self.published_name else None
 
     @property
     def write_heads(self) -> int:
@@ -164,19 +164,11 @@ class RecurrentMemory(Memory, ABC):
     g_proj: nn.Linear
     """Output gate, one number per head, from the reading token's x."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        heads: int,
-        head_dim: int,
-        kv_heads: int | None = None,
-        q_proj: bool = False,
-        slots: int = DEFAULT_SLOTS,
-        bits: tuple[int, int] = (EXACT, EXACT),
-    ) -> None:
-        super().__init__(hidden_size, heads, head_dim, kv_heads, q_proj, slots, bits)
+    def __init__(self, *sizes: Any, q_proj: bool = False, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.q_proj = HeadLinear(self.heads, self.head_dim) if q_proj else None
         self.build()
-        self.o_proj = HeadLinear(heads, head_dim)
+        self.o_proj = HeadLinear(self.heads, self.head_dim)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ since: that exactly, the others exactly or at a few bits per number.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
-from ahn.shape import DEFAULT_SLOTS, EXACT
+from ahn.shape import EXACT
 
 if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted
@@ -64,18 +64,9 @@ class RetainedTokens(Memory):
     moves_keys = True
     heads_apart = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        heads: int,
-        head_dim: int,
-        kv_heads: int | None = None,
-        q_proj: bool = False,
-        slots: int = DEFAULT_SLOTS,
-        bits: tuple[int, int] = (EXACT, EXACT),
-    ) -> None:
-        super().__init__(hidden_size, heads, head_dim, kv_heads, slots=slots, bits=bits)
-        self.scorer = Scorer(hidden_size, self.kv_heads)
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.scorer = Scorer(self.hidden_size, self.kv_heads)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from ahn.checkpoint.directory import CONFIG, WEIGHTS, Checkpoint
+from ahn.checkpoint.directory import CONFIG, WEIGHTS, Checkpoint, short_name
 from ahn.checkpoint.format import read_settings
-from ahn.checkpoint.names import short_name
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig
 from ahn.errors import AHNError

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
-from ahn.checkpoint.names import short_name
+from ahn.checkpoint.directory import short_name
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.private import overrides_trainer

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from ahn.config import Reach
 from ahn.evaluation import methods
 
 UNLIMITED = 1 << 20
@@ -51,7 +52,8 @@ class AHNLM(HFLM):
         elif device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness's default
         chosen = None if dtype == "auto" else dtype
-        evaluated = methods.load(method, pretrained, adapter, window, sinks, quantized, device, chosen)
+        reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized}
+        evaluated = methods.load(method, pretrained, adapter, device, chosen, **reach)
         if max_length is None and method != "full":
             max_length = UNLIMITED
         super().__init__(evaluated.model, tokenizer=evaluated.tokenizer, max_length=max_length, **options)

@@ -27,21 +27,6 @@ class MetricInputs:
     classes: Sequence[str] = ()  # LongBench's `all_classes`
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A score in [0, 1] of one prediction against one answer, and which answers count.
-
-    Attributes:
-        score: (prediction, answer, sample) -> score.
-        first_answer_only: LV-Eval's scorer leaves its loop after the first answer; the others take the best of all.
-        stop_words: name of the word list in LV-Eval's protocol that the metric needs.
-    """
-
-    score: Callable[[str, str, MetricInputs], float]
-    first_answer_only: bool = False
-    stop_words: str | None = None
-
-
 def _english_f1(prediction: str, answer: str, sample: MetricInputs) -> float:
     return token_f1(english_tokens(prediction), english_tokens(answer))
 
@@ -50,45 +35,34 @@ def _chinese_f1(prediction: str, answer: str, sample: MetricInputs) -> float:
     return token_f1(chinese_tokens(prediction), chinese_tokens(answer))
 
 
-METRICS: dict[str, Metric] = {
-    "lv.qa_f1": Metric(_english_f1, first_answer_only=True),
-    "lv.qa_f1_zh": Metric(_chinese_f1, first_answer_only=True),
-    "lv.en": Metric(
-        lambda prediction, answer, sample: lveval.keyword_f1(prediction, answer, sample.keywords, sample.stop_words),
-        first_answer_only=True,
-        stop_words="ABANDON_WORDS_EN",
-    ),
-    "lv.zh": Metric(
-        lambda prediction, answer, sample: lveval.keyword_f1_chinese(
-            prediction, answer, sample.keywords, sample.stop_words
-        ),
-        first_answer_only=True,
-        stop_words="ABANDON_WORDS_ZH",
-    ),
-    "lv.rouge_blk": Metric(
-        lambda prediction, answer, sample: lveval.rouge_without_stop_words(prediction, answer, sample.stop_words),
-        first_answer_only=True,
-        stop_words="ABANDON_WORDS_ZH",
-    ),
-    "lb.qa_f1": Metric(_english_f1),
-    "lb.qa_f1_zh": Metric(_chinese_f1),
-    "lb.rouge": Metric(lambda prediction, answer, sample: rouge_l(prediction, answer)),
-    "lb.rouge_zh": Metric(lambda prediction, answer, sample: longbench.rouge_l_chinese(prediction, answer)),
-    "lb.classification": Metric(
-        lambda prediction, answer, sample: longbench.classification(prediction, answer, sample.classes)
-    ),
-    "lb.count": Metric(lambda prediction, answer, sample: longbench.count(prediction, answer)),
-    "lb.retrieval": Metric(lambda prediction, answer, sample: longbench.retrieval(prediction, answer)),
-    "lb.retrieval_zh": Metric(lambda prediction, answer, sample: longbench.retrieval_chinese(prediction, answer)),
-    "lb.code_sim": Metric(lambda prediction, answer, sample: longbench.code_similarity(prediction, answer)),
-    "ib.f1_en": Metric(_english_f1),
-    "ib.f1_zh": Metric(lambda prediction, answer, sample: infinitebench.character_f1(prediction, answer)),
+METRICS: dict[str, Callable[[str, str, MetricInputs], float]] = {
+    "lv.qa_f1": _english_f1,
+    "lv.qa_f1_zh": _chinese_f1,
+    "lv.en": lambda text, answer, sample: lveval.keyword_f1(text, answer, sample.keywords, sample.stop_words),
+    "lv.zh": lambda text, answer, sample: lveval.keyword_f1_chinese(text, answer, sample.keywords, sample.stop_words),
+    "lv.rouge_blk": lambda text, answer, sample: lveval.rouge_without_stop_words(text, answer, sample.stop_words),
+    "lb.qa_f1": _english_f1,
+    "lb.qa_f1_zh": _chinese_f1,
+    "lb.rouge": lambda text, answer, sample: rouge_l(text, answer),
+    "lb.rouge_zh": lambda text, answer, sample: longbench.rouge_l_chinese(text, answer),
+    "lb.classification": lambda text, answer, sample: longbench.classification(text, answer, sample.classes),
+    "lb.count": lambda text, answer, sample: longbench.count(text, answer),
+    "lb.retrieval": lambda text, answer, sample: longbench.retrieval(text, answer),
+    "lb.retrieval_zh": lambda text, answer, sample: longbench.retrieval_chinese(text, answer),
+    "lb.code_sim": lambda text, answer, sample: longbench.code_similarity(text, answer),
+    "ib.f1_en": _english_f1,
+    "ib.f1_zh": lambda text, answer, sample: infinitebench.character_f1(text, answer),
 }
-# These weigh all references together, so they are no score against one answer.
+"""Scores in [0, 1] of one prediction against one answer."""
+FIRST_ANSWER_ONLY = "lv."
+"""LV-Eval's scorer leaves its loop after the first answer; the others take the best of all."""
+STOP_WORDS = {"lv.en": "ABANDON_WORDS_EN", "lv.zh": "ABANDON_WORDS_ZH", "lv.rouge_blk": "ABANDON_WORDS_ZH"}
+"""Word lists in LV-Eval's protocol, by the metrics that need them."""
 OVER_ALL_ANSWERS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "ruler.all": ruler.string_match_all,
     "ruler.part": ruler.string_match_part,
 }
+"""These weigh all references together, so they are no score against one answer."""
 
 
 def score(
@@ -119,10 +93,9 @@ def score(
         return OVER_ALL_ANSWERS[metric](prediction, answers)
     if metric not in METRICS:
         raise AHNError(f"Unknown metric {metric!r}: choose one of {', '.join([*METRICS, *OVER_ALL_ANSWERS])}.")
-    chosen = METRICS[metric]
     sample = MetricInputs(keywords, _stop_words(metric, protocol), classes)
-    counted = answers[:1] if chosen.first_answer_only else answers
-    return max((float(chosen.score(prediction, answer, sample)) for answer in counted), default=0.0)
+    counted = answers[:1] if metric.startswith(FIRST_ANSWER_ONLY) else answers
+    return max((float(METRICS[metric](prediction, answer, sample)) for answer in counted), default=0.0)
 
 
 def metric_name(benchmark: str, task: str, profile: str, protocol: Mapping[str, Any] | None = None) -> str:
@@ -159,9 +132,8 @@ def _lveval_metrics(protocol: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _stop_words(metric: str, protocol: Mapping[str, Any] | None) -> frozenset[str]:
-    words = METRICS[metric].stop_words
-    if words is None:
+    if metric not in STOP_WORDS:
         return frozenset()
     if protocol is None:
         raise AHNError(f"The metric {metric} needs LV-Eval's protocol, which holds its stop words: pass it.")
-    return frozenset(protocol[words])
+    return frozenset(protocol[STOP_WORDS[metric]])

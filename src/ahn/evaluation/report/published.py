@@ -6,8 +6,6 @@ Transformer, KL and CE are losses of training, with the window drawn at random o
 
 from __future__ import annotations
 
-import dataclasses
-
 from ahn.evaluation.report.collect import Column
 from ahn.evaluation.tasks import longbench, lveval
 
@@ -54,16 +52,8 @@ RULER_7B = {
 """RULER at 128k, in the order of `NEEDLES`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A row of the paper's tables: scores by the label that a column has here."""
-
-    label: str
-    scores: dict[str, float]
-
-
-def rows() -> list[Published]:
-    """Everything published, by model and method."""
+def rows() -> dict[str, dict[str, float]]:
+    """Everything published, by model and method: scores by the label that a column has here."""
     found: dict[str, dict[str, float]] = {}
     for size, pairs in AVERAGES.items():
         for method, pair in zip(METHODS, pairs, strict=True):
@@ -76,7 +66,7 @@ def rows() -> list[Published]:
     for method, scores in RULER_7B.items():
         needles = {f"ruler/{task}/128k": score for task, score in zip(NEEDLES, scores, strict=True)}
         found[f"Qwen2.5-7B, {method}"] |= needles
-    return [Published(label, scores) for label, scores in found.items()]
+    return found
 
 
 def comparable(column: Column) -> bool:

@@ -78,10 +78,10 @@ def scores(comparison: ResultTable) -> Table | None:
     measured = [row for row in comparison.rows if any(row.label in column.scores for column in columns)]
     rows = [(*_described(row), *(_number(column.scores.get(row.label)) for column in columns)) for row in measured]
     beside = {column.name for column in columns if published.comparable(column)}
-    quoted = [row for row in published.rows() if beside & row.scores.keys()]
-    for row in quoted:
-        model, _, method = row.label.partition(", ")
-        cells = [_number(row.scores.get(column.name) if published.comparable(column) else None) for column in columns]
+    quoted = {label: scores for label, scores in published.rows().items() if beside & scores.keys()}
+    for label, found in quoted.items():
+        model, _, method = label.partition(", ")
+        cells = [_number(found.get(column.name) if published.comparable(column) else None) for column in columns]
         rows.append((model, f"published: {method}", "", "", *cells))
     best = {}
     for place, column in enumerate(columns, len(HEADINGS)):
@@ -111,12 +111,12 @@ def published_note() -> str:
 def published_table() -> Table:
     """All published numbers."""
     rows = published.rows()
-    names = dict.fromkeys(name for row in rows for name in row.scores)
+    names = dict.fromkeys(name for scores in rows.values() for name in scores)
     columns = sorted(names, key=lambda name: not name.startswith("mean"))  # stable: else as in `published`
     return Table(
         "Published numbers",
         ("model, method", *columns),
-        tuple((row.label, *(_number(row.scores.get(name)) for name in columns)) for row in rows),
+        tuple((label, *(_number(scores.get(name)) for name in columns)) for label, scores in rows.items()),
         text_columns=1,
         quoted=frozenset(range(len(rows))),
         note=published_note(),
