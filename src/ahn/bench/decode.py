@@ -35,7 +35,9 @@ def measure(stand: Stand, method: Method, context: int, batch: int, thorough: bo
         ids = fill.random_tokens(stand.model, batch, 1)
         found["kernels"] = kernels(stand.device, lambda: stand.model(input_ids=ids, **{private.CACHE: cache}))
     found |= {"real_prefill": stand.settings.real_prefill, "cache_bytes": cache_bytes}
-    return timed(stand, [found["seconds"]], batch, memory, work) | found
+    row = timed(stand, [found["seconds"]], batch, memory, work)
+    del row["times_s"]  # `found` has those of steps, where they were timed
+    return row | found
 
 
 def throughput(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
