@@ -149,12 +149,12 @@ class AHNConfig:
     def tier_reach(self) -> int:
         """The distance at which quantized tokens are seen that are farther; 0 where each is seen at its own.
 
-        A base looks best at what is not too far: a quarter of `max_distance`. The window needs room before it, so that
-        the tokens behind it do not all lie in one place: as much again, as far as `max_distance` goes.
+        A base looks best at what is not too far: half of `max_distance`. The window needs room before it, so that the
+        tokens behind it do not all lie in one place: as much again, as far as `max_distance` goes.
         """
         if not (self.max_distance and self.keys_before_rope):
             return 0
-        wanted = max(self.max_distance // 4, 2 * self.lossless)
+        wanted = max(self.max_distance // 2, 2 * self.lossless)
         return max(min(wanted, self.max_distance - 1), self.lossless + 4)
 
     @property

@@ -112,4 +112,5 @@ def test_peak_memory_is_that_of_a_chunk() -> None:
         del out
     keys_and_values = 2 * 2 * 2 * 128 * LOSSLESS * 2  # layers, both, heads, head dim, tokens, bytes
     assert peaks[1] > keys_and_values, "nothing was measured"
-    assert peaks[2] <= 1.01 * peaks[1], peaks
+    # Besides, transformers makes a position of 8 bytes per token of the prompt.
+    assert peaks[2] <= 1.001 * peaks[1] + 8 * 32 * LOSSLESS, peaks

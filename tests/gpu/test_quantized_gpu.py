@@ -168,7 +168,7 @@ def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(
 @torch.no_grad()
 def test_half_precision_generates() -> None:
     """Through the kernels of chunks, in the form that new configurations have."""
-    model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64, max_distance=256)
+    model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64, max_distance=176)
     assert model.ahn_config.tier_reach == 88  # of the 64 tokens of the tier, 15 are farther
     model = model.to(torch.bfloat16).cuda()
     output = model.generate(tokens(1, 300).cuda(), max_new_tokens=40, do_sample=False, return_dict_in_generate=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from engines import alone, ask, engine, prompt, request, whole
@@ -32,6 +34,9 @@ def test_an_engine_captures_its_steps() -> None:
         ids = [*prompt(25, seed=25), *got[-1].tokens, *prompt(40, seed=1)]
         after = ask(running, ids, 20)
         assert after.cached == 34 and after.finish == "length"
+        until = time.monotonic() + 10  # states leave the GPU after the reply is there
+        while any(info.where != "memory" for info in running.conversations("")) and time.monotonic() < until:
+            time.sleep(0.01)
         assert all(info.where == "memory" for info in running.conversations(""))
 
 

@@ -198,3 +198,22 @@ def test_room_for_slots() -> None:
 def test_it_is_trainable_and_not_recurrent() -> None:
     assert "retained" in memory.names() and "retained" not in memory.recurrent() + memory.baselines()
     assert memory.by_published_name("RetainedTokens") is RetainedTokens
+
+
+@torch.no_grad()
+def test_beyond_the_trained_length_they_weigh_as_in_a_text_of_it() -> None:
+    """By position: a padded row's tokens have left later."""
+    window, sinks, length, trained, pads = 4, 2, 100, 40, 30
+    padding = [Padding(torch.tensor([0, n]), torch.tensor([False, False]), torch.tensor([0, 0])) for n in (0, pads)]
+    view = Visibility(window, sinks, 0, length, CPU, *padding, reach=trained)
+    key, score = numbered(2, length), torch.randn(2, HKV, length)
+    parts = [view.evicted_slots(x) for x in (key, key, score)]
+    made = fresh().extra_keys(Evicted(*parts[:2], {"score": parts[2]}), view, {})
+    assert made is not None
+    found = torch.cat([x.bias for x in made.pieces if x.bias is not None], dim=1)
+    left = torch.arange(length) - torch.tensor([[0], [pads]]) - window - sinks + 1
+    expected = torch.where(left > trained - window - sinks, (trained - window - sinks) / left, 1.0).log()
+    torch.testing.assert_close(found, expected)
+    for shorter in (dataclasses.replace(view, reach=length), dataclasses.replace(view, reach=0)):
+        made = fresh().extra_keys(Evicted(*parts[:2], {"score": parts[2]}), shorter, {})
+        assert made is not None and all(x.bias is None for x in made.pieces)

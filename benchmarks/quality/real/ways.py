@@ -63,13 +63,10 @@ class Ways:
             self._weights = weights_of(self.model, self.shape.scores)
         return self._weights
 
-    def tier(self, tokens: int, bits: tuple[int, int], reach: int = 0) -> Method:
-        """The tier alone, seen at its own distances up to `reach`; 0 leaves that to the configuration."""
-        # The tier's reach is a quarter of max_distance; up to there sinks stay where they are.
-        far = {"max_distance": 4 * reach} if reach else {}
-        name = f"tier {tokens} {bits[0]}/{bits[1]}" + (f", reach {reach}" if reach else "")
-        config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1], **far)
-        return Method(name, config)
+    def tier(self, tokens: int, bits: tuple[int, int]) -> Method:
+        """The tier alone."""
+        config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
+        return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
 
     def retained(self, slots: int, bits: tuple[int, int], tier: int = 0) -> Iterator[Method]:
         """Retained tokens, alone or behind a tier, if their scores are there."""
@@ -91,17 +88,15 @@ class Ways:
 
     def within(self) -> Iterator[Method]:
         """For texts within the trained length."""
-        rest, most = self.shape.rest, getattr(self.model.config, "max_position_embeddings", 0)
+        rest = self.shape.rest
         yield Method(FULL)
         yield Method(WINDOW, self.config("window_only"))
         yield self.tier(rest, (4, 2))
         yield from self.retained(4096, (4, 2))
         yield from self.retained(2048, (4, 2), tier=2048)
-        yield self.tier(rest, (4, 2), most // 2)
         yield from self.retained(1024, (16, 16))
         yield self.tier(rest, (3, 2))
         yield Method("window of as many bytes", self.config("window_only", self.shape.window + 1024))
-        yield self.tier(rest, (3, 2), most // 2)
         yield from self.recurrent()
 
     def beyond(self) -> Iterator[Method]:

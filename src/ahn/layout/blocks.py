@@ -245,6 +245,17 @@ class TextPiece:
     coded: int
 
     @cached_property
+    def bias(self) -> Tensor | None:
+        """(B or 1, n) float32 of the scores, by which kept tokens weigh no more than those of a text of trained length.
+
+        The logarithm of how many tokens have left in such a text, over how many have left now; None where it is 0.
+        """
+        view = self.blocks.view
+        if not view.reach or view.total <= view.reach:
+            return None
+        return (max(1, view.reach - view.lossless) / self._left[:, 0, :, 0].clamp_min(1)).clamp_max(1).log()
+
+    @cached_property
     def _left(self) -> Tensor:
         """(B or 1, 1, n, 1) tokens that have left when each query reads."""
         view = self.blocks.view

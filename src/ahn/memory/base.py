@@ -42,6 +42,7 @@ class SeenKeys:
         first, last: of the queries, and one beyond.
         key, value: (B, Hkv, C, P).
         visible: (B or 1, 1 or Hkv, last - first, C) bool, which of the queries sees which of them.
+        bias: (B or 1, last - first) float32, added to the scores of all these keys; None for nothing.
     """
 
     first: int
@@ -49,6 +50,7 @@ class SeenKeys:
     key: Tensor
     value: Tensor
     visible: Tensor
+    bias: Tensor | None = None
 
 
 @dataclasses.dataclass

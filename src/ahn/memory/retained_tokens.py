@@ -9,6 +9,10 @@ A row's tokens leave the window one after the other. They gather in a block of G
 of the tokens kept before and those of the block stay (of equal scores the older), and the rest is forgotten for good
 (`ahn.layout.blocks`). So a query sees the best M of all that had left up to the last full block, and whatever left
 since: that exactly, the others exactly or at a few bits per number.
+
+The base never saw so many salient tokens at once as the best M of a text that is much longer than what it was trained
+on: its attention to them grows with the text, and its predictions get worse. So beyond the trained length they weigh
+together what as large a share of a text of the trained length would (`ahn.layout.blocks.TextPiece.bias`).
 """
 
 from __future__ import annotations
@@ -177,7 +181,7 @@ class RetainedTokens(Memory):
             keys = anchored.turn(keys, positions.clamp_min(0), parts)
         forgotten = fates.forgotten.gather(2, at)
         split = zip(pieces, *(x.split(sizes, dim=2) for x in (keys, values, positions, forgotten)), strict=True)
-        return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate)) for p, k, v, *fate in split]
+        return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate), p.bias) for p, k, v, *fate in split]
 
     def _places(self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, exact: int) -> Tensor:
         """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see."""

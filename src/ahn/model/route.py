@@ -135,7 +135,11 @@ class Masked(Route):
         call = dataclasses.replace(call, query=call.query[:, :, some])
         own = F.pad(more.key, (0, key.shape[-1] - more.key.shape[-1]))
         mask = None if mask is None else mask[:, :, some]
-        return self._run(call, *_with_more_keys(key, value, mask, Seen(own, more.value, more.visible)))
+        key, value, mask = _with_more_keys(key, value, mask, Seen(own, more.value, more.visible))
+        if more.bias is not None:
+            assert mask is not None
+            mask = _with_bias(mask, more.bias, own.shape[2], call.query.dtype)
+        return self._run(call, key, value, mask)
 
     def _run(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         if self.boolean and mask is not None and mask.shape[1] > 1:
@@ -289,9 +293,10 @@ def _parts_of_memory(call: AttentionCall, made: MemoryKeys | None) -> list[Part]
     """Attention over the keys that a memory has made."""
     if made is None:
         return []
-    parts = [
-        masked.part(call.query[:, :, x.first : x.last], x.key, x.value, x.visible, call.scaling) for x in made.pieces
-    ]
+    parts = []
+    for x in made.pieces:
+        part = masked.part(call.query[:, :, x.first : x.last], x.key, x.value, x.visible, call.scaling)
+        parts.append(part if x.bias is None else Part(part.out, part.score + x.bias[:, None]))
     return [parts[0] if len(parts) == 1 else masked.joined(parts)]
 
 
@@ -343,7 +348,14 @@ def _with_more_keys(
 
 
 def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:
-    """A boolean mask as "sdpa" takes it, or as "eager" adds it to the scores."""
-    if mask is None or kernel == "sdpa":
+    """A boolean mask as "sdpa" takes it, or as "eager" adds it to the scores; one that is added already stays."""
+    if mask is None or kernel == "sdpa" or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _with_bias(mask: Tensor, bias: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (B or 1, 1 or Hkv, n, T) as one that is added, with bias (B or 1, n) for the first of the keys."""
+    batch = max(mask.shape[0], bias.shape[0])
+    added = F.pad(bias.to(dtype)[:, None, :, None].expand(-1, -1, -1, keys), (0, mask.shape[-1] - keys))
+    return added.expand(batch, *mask.shape[1:]).masked_fill(~mask, torch.finfo(dtype).min)
