@@ -21,7 +21,7 @@ from ahn import AHNCache
 WINDOW, SINKS = 9, 3
 LOSSLESS = WINDOW + SINKS
 TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
-CAPTURED = (*RECURRENT, "window_only")
+CAPTURED = (*RECURRENT, "retained", "window_only")
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from ahn.ops.gate import ACTIVATIONS, Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead
 from ahn.ops.step.reference import StepRotation, step
+from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.turn import TierTurn
 
 TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries and keys come
@@ -67,7 +68,18 @@ def made(
         norms = (normal(P), normal(P), 1e-6, 1e-5) if turn == "after norms" else ()
         rotation = StepRotation(angle.cos(), angle.sin(), *norms)
     inputs = (normal(B, H, P), normal(B, HKV, P), normal(B, HKV, P), *gates, positions, active)
-    return inputs, layer, (S, P**-0.5, rule, read, rotation, made_turn(B, P, S, W, C, reach, positions))
+    turn = made_turn(B, P, S, W, C, reach, positions)
+    return inputs, layer, (S, P**-0.5, rule, read, rotation, turn, None)
+
+
+def made_seen(layer, B, HKV, P, kept, block, turning):
+    """Tokens that a memory keeps; scores wait in the window and in the tier."""
+    for part in (layer.window, layer.tier) if layer.tier is not None else (layer.window,):
+        part.gates = {"score": torch.randn(B, HKV, (part.keys if part is layer.window else part.keys.codes).shape[2])}
+    rings = [torch.randn(B, HKV, count, P) for count in (kept + block, kept + block, block, block)]
+    scores = torch.randn(B, HKV, kept + block)
+    angles = torch.randn(B, 2, 2, P // 2).repeat(1, 1, 1, 2) if turning else None
+    return SeenTokens(*rings, scores, torch.full((B, HKV, kept + block), -1, dtype=torch.int32), angles)
 
 
 def made_turn(B, P, S, W, C, reach, positions):
@@ -104,21 +116,46 @@ def made_tier(r, rule, B, HKV, H, P, C, count, bits):
     return TierState(rings[0], rings[1], named_gates(rule, write, decay) if rule else {})
 
 
+@pytest.mark.sample(2)
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("C", [0, 30])
+@pytest.mark.parametrize("turning", [False, True])
+@given(data=st.data())
+@settings(max_examples=examples(3, 10) if INTERPRETED else 5, deadline=None, derandomize=True)
+def test_kernels_know_tokens_that_are_kept(C, turning, data):
+    """Before and after the first token leaves, while blocks fill and when one is full."""
+    S, W, kept, block = (data.draw(st.integers(*bounds)) for bounds in ((0, 5), (1, 60), (1, 150), (1, 20)))
+    B, HKV, groups = (data.draw(st.integers(1, n)) for n in (3, 2, 5))
+    first = S + W + C
+    positions = [first + data.draw(st.integers(-2, 2) | st.integers(0, kept + 2 * block)) for _ in range(B)]
+    turn, seed = data.draw(st.sampled_from(TURNS)), data.draw(st.integers(0, 99))
+    positions = [max(0, position) for position in positions]
+    inputs, layer, rest = made(None, B, HKV, groups, 32, S, W, positions, seed, turn=turn, C=C)
+    torch.manual_seed(seed)
+    seen = made_seen(layer, B, HKV, 32, kept, block, turning)
+    score = Gate(torch.randn(B, HKV))
+    compare((*inputs[:3], score, *inputs[4:]), layer, (*rest[:-1], seen))
+
+
 def compare(inputs, state, rest, processors=8):
     from ahn.ops.step import kernel
 
-    twin = copy.deepcopy(state)
+    twin, other = copy.deepcopy(state), copy.deepcopy(rest)
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr(torch.Tensor, "bfloat16", lambda x: x)
         expected = step(*inputs, twin, *rest)
     found_state = on_device(copy.deepcopy(state))
-    found = kernel.step(*on_device(inputs), found_state, *on_device(rest), processors=processors)
+    found_rest = on_device(other)
+    found = kernel.step(*on_device(inputs), found_state, *found_rest, processors=processors)
     active = inputs[-1]
     if active.any():
         assert relative_error(found.cpu()[active], expected[active]) < FLOAT32
-    for name, x in twin.tensors().items():
-        own = found_state.tensors()[name].cpu()
+    kept, found_kept = ({} if seen is None else {**vars(seen)} for seen in (rest[-1], found_rest[-1]))
+    for name, x in {**twin.tensors(), **kept}.items():
+        if x is None:
+            continue
+        own = {**found_state.tensors(), **found_kept}[name].cpu()
         if x.dtype == torch.uint8:  # no number of these examples lies on the edge of two codes
             assert torch.equal(own, x), name
             continue

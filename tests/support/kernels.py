@@ -11,6 +11,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step.reference import StepRotation
+from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.turn import TierTurn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set in conftest.py
@@ -29,6 +30,6 @@ def on_device(x):
         return x.to(DEVICE)
     if isinstance(x, LayerState):
         return x.map(lambda part: part.to(DEVICE))
-    if isinstance(x, StepRead | StepRotation | TierTurn | Gate | Routes):
+    if isinstance(x, StepRead | StepRotation | TierTurn | SeenTokens | Gate | Routes):
         return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
     return type(x)(map(on_device, x)) if isinstance(x, tuple) else x

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ahn.memory import RecurrentMemory
 from ahn.memory.query import memory_query
+from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead
 from ahn.ops.step.operator import layer_step
@@ -61,11 +62,25 @@ def step_attention(
         own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, 1)
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight, memory.routes)
+    elif isinstance(memory, RetainedTokens):
+        gates = {name: Gate(score[:, :, 0]) for name, score in memory.write_gates(x).items()}
     state = layer.ahn.step_state
     assert state is not None
     new = [x[:, :, 0] for x in (query, key, value)]
     turn = step.turn if layer.rotates else None
     out = layer_step(
-        new[0], new[1], new[2], gates, step.positions, step.active, state, step.sinks, scaling, rule, read, turn
+        new[0],
+        new[1],
+        new[2],
+        gates,
+        step.positions,
+        step.active,
+        state,
+        step.sinks,
+        scaling,
+        rule,
+        read,
+        turn,
+        layer.ahn.step_seen,
     )
     return out[:, None], None

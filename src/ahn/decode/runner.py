@@ -19,10 +19,12 @@ from ahn.cache.conversation import AHNCache, new_columns
 from ahn.config import AHNConfig
 from ahn.decode.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward
+from ahn.decode.retained import RetainedSteps
 from ahn.decode.twin import possible, states_lent, twin_of
 from ahn.layout.rotation import Rotation
 from ahn.layout.state import LayerState
 from ahn.memory import RecurrentMemory
+from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops import has_triton
 from ahn.ops.quantize import precise
 from ahn.ops.step.reference import supported
@@ -82,13 +84,15 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         return False
     if turning is not None and not turns_halves(turning, memory.head_dim, ids.device):
         return False
-    return memory.forgets or (isinstance(memory, RecurrentMemory) and memory.step_rule() is not None)
+    kept = isinstance(memory, RetainedTokens) or memory.forgets
+    return kept or (isinstance(memory, RecurrentMemory) and memory.step_rule() is not None)
 
 
 def _turning(model: PreTrainedModel, cache: AHNCache) -> Rotation | None:
-    """The base's rotation where the tier's keys are turned when they are seen."""
+    """The base's rotation where keys of the tier, or of the memory, are turned when they are seen."""
     rotation: Rotation | None = model._ahn.rotation
-    return rotation if cache.config.quantized and cache.config.keys_before_rope else None
+    moves = model.get_decoder().layers[0].ahn.fn.moves_keys
+    return rotation if moves or (cache.config.quantized and cache.config.keys_before_rope) else None
 
 
 @torch.inference_mode(False)
@@ -110,7 +114,10 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     elif cache.progress.lengths is not runner.positions:  # something else has moved the conversation on
         runner.catch_up(cache)
     cache.place_sinks(model._ahn.rotation)
-    logits = runner(ids, kwargs.get("position_ids"), None if new is None else new[:, -1])
+    real = None if new is None else new[:, -1]
+    if runner.retained is not None:
+        runner.retained.begin(cache, _states(cache), real)
+    logits = runner(ids, kwargs.get("position_ids"), real)
     cache.progress.finish_step(runner.positions, masked=new is not None)
     return CausalLMOutputWithPast(logits=logits, **{private.CACHE: cache})
 
@@ -139,6 +146,7 @@ class Runner:
 
     Attributes:
         positions: (B,) real tokens that each row has read; the graph itself moves it on.
+        retained: what is to be done between steps, with a memory that keeps tokens.
     """
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, batch: int) -> None:
@@ -150,28 +158,29 @@ class Runner:
             self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
             self.active = torch.zeros(batch, dtype=torch.bool, device=device)
             cache.enter_slots()
-            states = _states(cache)
-            if cache.config.quantized:
+            states, config, rotation = _states(cache), cache.config, self.adapter.rotation
+            if config.quantized:
                 for state in states.values():
-                    state.tier = state.tier or tier.empty(cache.config.quantized, state.window, cache.config.tier_bits)
+                    state.tier = state.tier or tier.empty(config.quantized, state.window, config.tier_bits)
+            self.retained = _retained(model, cache, states)
         self.all_active = False
         # The cache owns its tensors: once it has others, those that the graph knows are freed.
         self.rings = [tuple(map(weakref.ref, _rings(state))) for state in states.values()]
         self.memories = [state.memory for state in states.values()]
         self.catch_up(cache)
-        config = cache.config
         step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
-        rotation = _turning(model, cache)
-        if rotation is not None:
+        if rotation is not None and config.quantized and config.keys_before_rope:
             step.turn = _turn(rotation, next(iter(states.values())).window.keys, config)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
 
-        twin = twin_of(model)
+        twin, seen = twin_of(model), {} if self.retained is None else self.retained.seen
 
         def once() -> Tensor:
             if rotation is not None and step.turn is not None:
                 step.turn.update(rotation, self.positions, config.window, config.quantized)
-            with states_lent(twin, states):
+            if self.retained is not None:
+                self.retained.update(self.positions)
+            with states_lent(twin, states, seen):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
             self.positions += self.active
             return logits
@@ -198,6 +207,8 @@ class Runner:
                 if state.memory[name] is not x:
                     x.copy_(state.memory[name])
             state.memory = own
+        if self.retained is not None:
+            self.retained.renew()
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None, real: Tensor | None) -> Tensor:
         """Logits (B, 1, V) of one token per row; rows that are not `real` (B,) change nothing."""
@@ -211,6 +222,14 @@ class Runner:
             self.all_active = True
         self.replay()
         return self.logits.clone()
+
+
+def _retained(model: PreTrainedModel, cache: AHNCache, states: dict[int, LayerState]) -> RetainedSteps | None:
+    """What steps with a memory that keeps tokens need besides."""
+    layers = model.get_decoder().layers
+    if not isinstance(layers[0].ahn.fn, RetainedTokens):
+        return None
+    return RetainedSteps(layers, cache, model._ahn.rotation, states)
 
 
 def _states(cache: AHNCache) -> dict[int, LayerState]:

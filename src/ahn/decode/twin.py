@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ahn import private
 from ahn.decode.compiled import as_found
 from ahn.layout.state import LayerState
+from ahn.ops.step.retained import SeenTokens
 
 _Twins: TypeAlias = dict[int, nn.Module]
 """By the id of the module that each was made of."""
@@ -47,16 +48,16 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def states_lent(twin: PreTrainedModel, states: dict[int, LayerState]) -> Iterator[None]:
+def states_lent(twin: PreTrainedModel, states: dict[int, LayerState], seen: Mapping[int, SeenTokens]) -> Iterator[None]:
     """Inside the block a twin's steps change these states, by layer. It keeps none: the cache owns its tensors."""
     layers = twin.get_decoder().layers
     for index, state in states.items():
-        layers[index].ahn.step_state = state
+        layers[index].ahn.step_state, layers[index].ahn.step_seen = state, seen.get(index)
     try:
         yield
     finally:
         for layer in layers:
-            layer.ahn.step_state = None
+            layer.ahn.step_state = layer.ahn.step_seen = None
 
 
 def _twin(module: nn.Module) -> nn.Module:

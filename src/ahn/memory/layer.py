@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ahn.layout.state import LayerState
 from ahn.memory import Memory
+from ahn.ops.step.retained import SeenTokens
 
 
 class AHN(nn.Module):
@@ -17,6 +18,8 @@ class AHN(nn.Module):
         self.fn = fn
         self.step_state: LayerState | None = None
         """Of the conversation, in a module that captured steps run with (`ahn.decode.twin`)."""
+        self.step_seen: SeenTokens | None = None
+        """Likewise, the tokens that its memory keeps."""
 
 
 class Router(nn.Module):

@@ -45,7 +45,7 @@ def combine_and_keep(
             values += b.to(tl.int64) * stride_vb + head * stride_vh + slot * stride_vt
             tl.store(keys + p, finished_head(key + new, p < P, key_norm, key_eps, cos, sin, P))
             tl.store(values + p, tl.load(value + new + p))
-        if MEMORY and real and row % READERS == 0:
+        if write is not None and real and row % READERS == 0:
             writer = row // READERS
             h = writer % (HEADS // READERS)
             at = writer.to(tl.int64) * slots + slot

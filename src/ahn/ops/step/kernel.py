@@ -17,11 +17,12 @@ from torch import Tensor
 from ahn.layout.state import LayerState
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step import dependent_launch, tier_kernel
+from ahn.ops.step import dependent_launch, retained_kernel, tier_kernel
 from ahn.ops.step.combine_kernel import combine_and_keep
 from ahn.ops.step.dependent_launch import announce, prefetch, wait
 from ahn.ops.step.head_kernel import finished_head, slot_of
 from ahn.ops.step.reference import StepRotation, gates_of
+from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.routes_kernel import route
 from ahn.ops.step.turn import BLOCK, TierTurn
 
@@ -29,6 +30,7 @@ TILE_BYTES = 16384  # keys that a program looks at together; several tiles must 
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
 LINE_BYTES = 128
 REGISTERS = 96  # of a thread where there are few rows: a multiprocessor holds five programs, so one round does
+MOST_WITH_KEPT = 128  # parts of the window where as many are of kept tokens
 PROGRAMS_A_PROCESSOR = 16  # attention programs for each multiprocessor: several rounds, so that none waits at the end
 
 
@@ -221,6 +223,7 @@ def step(
     read: StepRead | None,
     rotation: StepRotation | None = None,
     turn: TierTurn | None = None,
+    seen: SeenTokens | None = None,
     processors: int = 132,
 ) -> Tensor:
     """See `ahn.ops.step.step`; float32 tensors are multiplied in full precision."""
@@ -231,15 +234,16 @@ def step(
     groups = HEADS // HKV
     block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
     splits, stages = schedule(B * HKV, slots, block, processors)
-    per_split = triton.cdiv(triton.cdiv(slots, splits), block) * block
+    splits = splits if seen is None else min(splits, MOST_WITH_KEPT)
+    per_split, parts = triton.cdiv(triton.cdiv(slots, splits), block) * block, splits * (1 if seen is None else 2)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    partial = torch.empty(B, HEADS, splits, P, dtype=torch.float32, device=query.device)
-    score = torch.empty(B, HEADS, splits, dtype=torch.float32, device=query.device)
+    partial = torch.empty(B, HEADS, parts, P, dtype=torch.float32, device=query.device)
+    score = torch.empty(B, HEADS, parts, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
     columns = min(STATE_COLUMNS, P)
     strides = (*window.keys.stride()[:3], *window.values.stride()[:3])
     memory = rule is not None and read is not None
-    states, readers = 1, 1
+    states, readers = 1, 1 if seen is None else groups
     if read is not None and read.routes is not None:
         states, readers = read.routes.states, groups
     raw = torch.empty(B, HEADS * states, P, dtype=torch.float32, device=query.device)
@@ -270,6 +274,11 @@ def step(
         )  # fmt: skip
         gone = (tier_step.key, tier_step.value, tier_step.write, tier_step.decay)
         tier_parts = (tier_step.partial, tier_step.score, tier.values.offset)
+    if seen is not None and write_ring is not None:
+        retained_kernel.keep_and_attend(
+            query, positions, active, window, write_ring, (gone[0], gone[1], gone[2]), seen, partial, score, splits,
+            block, sinks, capacity, scaling, (query_norm, cos, sin, query_eps, stride_turn), launch,
+        )  # fmt: skip
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if read is not None and rule is not None and read.routes is not None:
         found = route(
@@ -282,7 +291,7 @@ def step(
         read_query, write_ring, decay_ring, state.memory.get("state"), raw, *gone, *routed,
         query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
         slots, sinks, capacity, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
-        SPLITS=splits, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
+        SPLITS=parts, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         LINE=min(P, LINE_BYTES // window.keys.element_size()), COLUMNS=columns, MEMORY=memory,
         DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATES=states, READERS=readers,
         STATE_PROGRAMS=state_programs,
@@ -294,7 +303,7 @@ def step(
         key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
         window.keys, window.values, write_ring, decay_ring, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
-        SPLITS=splits, TIER_SPLITS=tier_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
+        SPLITS=parts, TIER_SPLITS=tier_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
         ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, READERS=readers,
         ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
         WRITE_ACTIVATION=write.activation if write else "none",

@@ -12,6 +12,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step.reference import StepRotation, gates_of, step
+from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.turn import TierTurn
 
 _TIER = (
@@ -20,7 +21,11 @@ _TIER = (
 )  # fmt: skip
 
 
-@torch.library.custom_op("ahn::step", mutates_args=("keys", "values", "write_ring", "decay_ring", "state", *_TIER))
+_SEEN = ("seen_keys", "seen_values", "block_keys", "block_values", "seen_scores", "seen_positions")
+_WRITTEN = ("keys", "values", "write_ring", "decay_ring", "state", *_TIER, *_SEEN)
+
+
+@torch.library.custom_op("ahn::step", mutates_args=_WRITTEN)
 def operator(
     query: Tensor,
     key: Tensor,
@@ -42,6 +47,12 @@ def operator(
     tier_value_offset: Tensor | None,
     tier_write: Tensor | None,
     tier_decay: Tensor | None,
+    seen_keys: Tensor | None,
+    seen_values: Tensor | None,
+    block_keys: Tensor | None,
+    block_values: Tensor | None,
+    seen_scores: Tensor | None,
+    seen_positions: Tensor | None,
     sinks: int,
     scaling: float,
     delta: bool,
@@ -75,6 +86,7 @@ def operator(
     near_angles: Tensor | None = None,
     first_angles: Tensor | None = None,
     near: int = 0,
+    seen_angles: Tensor | None = None,
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
@@ -101,6 +113,10 @@ def operator(
     if token_angles is not None and within_angles is not None:
         assert near_angles is not None and first_angles is not None
         turn = TierTurn(token_angles, within_angles, near_angles, first_angles, near)
+    seen = None
+    if seen_keys is not None and seen_values is not None and block_keys is not None and block_values is not None:
+        assert seen_scores is not None and seen_positions is not None
+        seen = SeenTokens(seen_keys, seen_values, block_keys, block_values, seen_scores, seen_positions, seen_angles)
     layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)), tier)
     if state is not None:
         layer.memory["state"] = state
@@ -109,8 +125,8 @@ def operator(
         from ahn.ops.step import kernel
 
         with torch.cuda.device(query.device):
-            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation, turn)
-    return step(*token, layer, sinks, scaling, rule, read, rotation, turn)
+            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen)
+    return step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen)
 
 
 def _named(write: Tensor | None, decay: Tensor | None) -> Tensors:
@@ -136,16 +152,25 @@ def layer_step(
     rule: StepRule | None,
     read: StepRead | None,
     turn: TierTurn | None = None,
+    seen: SeenTokens | None = None,
 ) -> Tensor:
     """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hw) each."""
     # Whatever is written has to be given by position: torch 2.11 looks for it there.
     window = state.window
     gate_rings = gates_of(window.gates, rule)
-    ring = (window.keys, window.values, *gate_rings, state.memory.get("state"), *_fields(state.tier, rule))
+    ring = (
+        window.keys,
+        window.values,
+        *gate_rings,
+        state.memory.get("state"),
+        *_fields(state.tier, rule),
+        *_tokens(seen),
+    )
     if rule is None or read is None:
+        score = next(iter(gates.values())).logits if gates else None
         return operator(
-            query, key, value, None, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
-            None, None, None, None, None, **_angles(turn),
+            query, key, value, score, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
+            None, None, None, None, None, **_angles(turn), seen_angles=None if seen is None else seen.angles,
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
     fading = (None, "none", None, None) if decay is None else _parts(decay)
@@ -164,6 +189,13 @@ def _fields(tier: TierState | None, rule: StepRule | None) -> tuple[Tensor | Non
     return (
         keys.codes, keys.scales, keys.offset, values.codes, values.scales, values.offset, *gates_of(tier.gates, rule),
     )  # fmt: skip
+
+
+def _tokens(seen: SeenTokens | None) -> tuple[Tensor | None, ...]:
+    """What a step changes of kept tokens, as `operator` takes it."""
+    if seen is None:
+        return (None,) * len(_SEEN)
+    return seen.keys, seen.values, seen.block_keys, seen.block_values, seen.scores, seen.positions
 
 
 def _maps(routes: Routes | None) -> dict[str, Tensor]:

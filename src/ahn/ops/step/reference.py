@@ -23,6 +23,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
 from ahn.ops.routes import Routes, joined, repeated
 from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.turn import TierTurn, turned
 
 
@@ -64,12 +65,13 @@ def step(
     read: StepRead | None,
     rotation: StepRotation | None = None,
     turn: TierTurn | None = None,
+    seen: SeenTokens | None = None,
 ) -> Tensor:
     """One token per row. A row that is not `active` changes nothing; its output means nothing.
 
     Args:
         query: (B, Hq, P); key, value: (B, Hkv, P) of the new token.
-        write, decay: (B, Hw) gates of the new token.
+        write, decay: (B, Hw) gates of the new token; with `seen` its score, (B, Hkv), is `write`.
         positions: (B,) int64, tokens that each row has read before.
         active: (B,) bool.
         state: of the layer, its window in slots; its gates and the memory's "state", (B, Hw · R, P, P) float32 with R
@@ -79,6 +81,7 @@ def step(
         rule, read: None without a memory.
         rotation: of all queries and the key; None where they come rotated.
         turn: of the tier's keys, which are kept as before RoPE; None where they are kept as they leave the window.
+        seen: tokens that the memory keeps, if it is one that does.
 
     Returns:
         (B, Hq, P): attention over sinks, window and tier, plus the memory's read.
@@ -109,6 +112,11 @@ def step(
         token = memory_query, gone_key, gone_value, strength, fade
         o = _write_and_read(*token, state.memory["state"], rule, read.routes)
         memory_read = _read_out(o, rule, read)
+    left = positions - T - (0 if tier is None else tier.keys.codes.shape[2]) + 1
+    if seen is not None:
+        gone_key, gone_value, score, _ = leaving
+        assert gone_key is not None and gone_value is not None and score is not None
+        seen.push(gone_key, gone_value, score, left, left - 1 + sinks, active & (left > 0))
     mine = active[:, None]
     kept = (window.keys, key), (window.values, value), (write_ring, _value(write)), (decay_ring, _value(decay))
     for ring, new in kept:
@@ -119,13 +127,16 @@ def step(
     keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (window.keys, window.values))
     if tier is not None:
         held = torch.arange(tier.keys.codes.shape[2], device=slot.device) < (positions - T + 1)[:, None]
-        seen, value = (_decoded(ring, keys.dtype) for ring in (tier.keys, tier.values))
-        seen = seen if turn is None else _as_seen(seen, positions - T, turn)
+        key_of, value_of = (_decoded(ring, keys.dtype) for ring in (tier.keys, tier.values))
+        key_of = key_of if turn is None else _as_seen(key_of, positions - T, turn)
         keys, values = (
             torch.cat([x, torch.where(held[:, None, :, None], coded.to(x.dtype), 0)], dim=2)
-            for x, coded in ((keys, seen), (values, value))
+            for x, coded in ((keys, key_of), (values, value_of))
         )
         visible = torch.cat([visible, held], dim=1)
+    if seen is not None:
+        keys, values = torch.cat([keys, seen.keys], dim=2), torch.cat([values, seen.values], dim=2)
+        visible = torch.cat([visible, seen.visible(left.clamp_min(0))], dim=1)
     out = F.scaled_dot_product_attention(
         query[:, :, None], keys, values, visible[:, None, None], scale=scaling, enable_gqa=True
     )
@@ -138,9 +149,9 @@ def _where(rows: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
 
 
 def gates_of(gates: Tensors, rule: StepRule | None) -> tuple[Tensor | None, Tensor | None]:
-    """Those of a window or a tier that the rule knows: write and decay, (B, Hw, T) each."""
+    """Those of a window or a tier that the rule knows: write and decay, (B, Hw, T) each; without one, its only gate."""
     if rule is None:
-        return None, None
+        return next(iter(gates.values()), None), None
     return gates[rule.write], None if rule.decay is None else gates[rule.decay]
 
 

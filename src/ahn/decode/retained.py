@@ -1,0 +1,163 @@
+"""Captured steps with a memory that keeps tokens: what happens between two of them.
+
+A step cannot decide which tokens stay: that takes a sort, every G tokens. So before a step that fills a row's block the
+memory does it here, as in an ordinary forward. The tokens that stayed then lie decoded where queries see them, until
+others stay or the place moves from which far ones are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ahn.cache.conversation import AHNCache
+from ahn.layout.anchors import anchor_at, anchor_moves, near_reach
+from ahn.layout.evicted import Evicted, without_padding
+from ahn.layout.rotation import Anchored, Rotation, anchors
+from ahn.layout.slots import Slots, gather
+from ahn.layout.state import LayerState, TierState
+from ahn.layout.visibility import Padding, Visibility
+from ahn.memory.kept import Kept
+from ahn.memory.retained_tokens import RetainedTokens
+from ahn.ops.quantize import decode, precise
+from ahn.ops.step.retained import SeenTokens
+
+NEVER = 1 << 62
+
+
+def _memory(layer: Any) -> RetainedTokens:
+    memory: RetainedTokens = layer.ahn.fn
+    return memory
+
+
+class RetainedSteps:
+    """Of one conversation.
+
+    Attributes:
+        seen: of each layer, by its index.
+        until: so many steps are certain to need nothing of what is done here.
+    """
+
+    def __init__(
+        self, layers: nn.ModuleList, cache: AHNCache, rotation: Rotation | None, states: Mapping[int, LayerState]
+    ) -> None:
+        self.config, self.rotation = cache.config, rotation
+        self.memories = {index: _memory(layers[index]) for index in states}
+        self.rotates = {index: layer.rotates for index, layer in cache.memory_layers.items()}
+        memory = next(iter(self.memories.values()))
+        self.slots, self.block = memory.slots, memory.block
+        self.until, self.anchor = 0, [0]
+        self.lossless = self.config.lossless + self.config.quantized
+        self.reach = near_reach(self.config.reach, self.lossless) if self.config.reach and rotation is not None else 0
+        keys = next(iter(states.values())).window.keys
+        self.angles = keys.new_zeros(len(keys), 2, 2, keys.shape[-1], dtype=precise(keys.dtype))
+        self.seen: dict[int, SeenTokens] = {}
+        for index, state in states.items():
+            state.memory = state.memory or self.memories[index].empty_slots(state.window.keys, self.lossless)
+            turned = rotation is not None and self.rotates[index]
+            self.seen[index] = SeenTokens.of(state.memory, self.slots, self.angles if turned else None)
+
+    def update(self, positions: Tensor) -> None:
+        """Angles of the step for the tokens at these positions (B,); a part of the step."""
+        if self.rotation is None:
+            return
+        leaving = (positions - self.config.window - self.config.quantized).clamp_min(0)
+        place = leaving.maximum(anchors(positions, self.reach)) if self.reach else leaving
+        cos, sin = self.rotation.angles(self.angles, torch.stack([leaving, place], dim=1))
+        self.angles.copy_(torch.stack([cos, sin], dim=2))
+        self.angles[:, 0] /= self.rotation.scale**2
+        self.angles[:, 0, 1].neg_()
+
+    @torch.no_grad()
+    def begin(self, cache: AHNCache, states: Mapping[int, LayerState], real: Tensor | None) -> None:
+        """Before a step: let memories decide where a block fills, and put what stayed where the queries see it.
+
+        Args:
+            real: (B,) rows that have a new token; None for all.
+        """
+        self.until -= 1
+        if self.until >= 0:
+            return
+        lengths = [int(length) for length in cache.progress.row_lengths().expand(len(self.angles)).tolist()]
+        goes_on = [True] * len(lengths) if real is None else real.tolist()
+        fills = any(on and self._to_fill(length) == 0 for length, on in zip(lengths, goes_on, strict=True))
+        if fills:
+            self._decide(cache, states, real)
+        anchor = [anchor_at(length, self.reach) if self.reach else 0 for length in lengths]
+        if fills or anchor != self.anchor:
+            self._show(states, anchor)
+        after = [length + on for length, on in zip(lengths, goes_on, strict=True)]
+        self.until = min(min(self._to_fill(length), self._to_move(length, self.reach)) for length in after)
+
+    def renew(self) -> None:
+        """Others have changed the memories: nothing is where it was."""
+        self.until, self.anchor = 0, []
+
+    def _to_fill(self, length: int) -> int:
+        """Steps before the one that fills a block of a row of this length."""
+        first = self.lossless + self.block - 1
+        return first - length if length < first else -(length - first) % self.block
+
+    def _to_move(self, length: int, reach: int) -> int:
+        """Steps before the one whose query sees far tokens elsewhere than a query at `length` - 1."""
+        if not reach:
+            return NEVER
+        at, last = max(0, length - 1), length + reach
+        return next(iter(anchor_moves(at, last, reach)), last) - length
+
+    def _decide(self, cache: AHNCache, states: Mapping[int, LayerState], real: Tensor | None) -> None:
+        """As in an ordinary forward over the new token, which each row's block then has lost or holds already."""
+        view = self._view(cache, real)
+        anchored = Anchored.of(view.delayed)
+        for index, state in states.items():
+            memory = self.memories[index]
+            left = without_padding(self._leaving(state, view, self.rotates[index]), memory.closed_gates, view.delayed)
+            made = memory.extra_keys(left, view.delayed, state.memory, anchored if self.rotates[index] else None)
+            assert made is not None
+            for name, x in state.memory.items():
+                x.copy_(made.state[name])
+
+    def _view(self, cache: AHNCache, real: Tensor | None) -> Visibility:
+        config, device = self.config, self.angles.device
+        before = after = cache.progress.padding
+        if real is not None or before is not None:
+            before = (before or Padding.none(len(self.angles), device)).to(device)
+            new = torch.ones_like(before.ended) if real is None else real.to(device)
+            after = before.advance(new[:, None], cache.seen)
+        sizes = config.window, config.sinks, cache.seen, 1, device
+        return Visibility(*sizes, before, after, config.quantized, config.reach, self.rotation)
+
+    def _leaving(self, state: LayerState, view: Visibility, rotates: bool) -> Evicted:
+        """The token that leaves exact attention, or the tier, in the next step."""
+        window, positions = state.window, view.query_positions
+        if state.tier is not None:
+            return self._from_tier(state.tier, window.keys.dtype, positions, rotates)
+        slot = Slots(self.config.window, self.config.sinks).of(positions.clamp_min(0))
+        gates = {name: gather(gate, slot).float() for name, gate in window.gates.items()}
+        return Evicted(gather(window.keys, slot), gather(window.values, slot), gates)
+
+    def _from_tier(self, tier: TierState, dtype: torch.dtype, positions: Tensor, rotates: bool) -> Evicted:
+        slot = (positions - self.config.lossless) % self.config.quantized
+        key, value = (
+            decode(gather(ring.codes, slot), gather(ring.scales, slot), dtype, ring.bits) + ring.offset.unsqueeze(2)
+            for ring in (tier.keys, tier.values)
+        )
+        if self.rotation is not None and rotates and self.config.keys_before_rope:
+            gone = positions - self.config.window - self.config.quantized
+            key = self.rotation.turn(key, gone.clamp_min(0))
+        gates = {name: gather(gate, slot).float() for name, gate in tier.gates.items()}
+        return Evicted(key.to(dtype), value.to(dtype), gates)
+
+    def _show(self, states: Mapping[int, LayerState], anchor: list[int]) -> None:
+        """Put all kept tokens where queries of each row see them."""
+        self.anchor = anchor
+        nearest = torch.tensor(anchor, device=self.angles.device)[:, None, None]
+        for index, state in states.items():
+            seen, dtype = self.seen[index], state.window.keys.dtype
+            for kept, block, name in ((seen.keys, seen.block_keys, "key"), (seen.values, seen.block_values, "value")):
+                kept.copy_(torch.cat([Kept.of(state.memory, name).decoded(dtype), block], dim=2))
+            if self.rotation is not None and self.rotates[index]:
+                seen.keys.copy_(self.rotation.turn(seen.keys, seen.positions.clamp_min(0).maximum(nearest)))
