@@ -52,8 +52,8 @@ def one_gpu(work: Work, place: Place, first: Heard | None) -> tuple[dict[str, An
     if place.rank:
         return {}, None
     model = loaded(work, place, lambda model: model)
-    captured, heard = read(model, work, place, None)
-    ordinary, _ = read(model, work, place, heard, output_hidden_states=True)
+    captured, heard = read(model, work, place, None, captured=True)
+    ordinary, _ = read(model, work, place, heard, captured=False)
     return {"captured": captured, "ordinary": ordinary}, heard
 
 
@@ -62,7 +62,8 @@ def over_layers(work: Work, place: Place, first: Heard | None) -> tuple[dict[str
     if place.rank:
         return {}, None
     model = loaded(work, place, lambda model: spread(model, place))
-    return read(model, work, place, first)
+    ordinary, heard = read(model, work, place, first, captured=False)
+    return {"ordinary": ordinary}, heard
 
 
 def over_heads(work: Work, place: Place, first: Heard | None) -> tuple[dict[str, Any], Heard | None]:
@@ -70,7 +71,10 @@ def over_heads(work: Work, place: Place, first: Heard | None) -> tuple[dict[str,
     box: list[Any] = [first]
     dist.broadcast_object_list(box, group=place.waiting)
     model = loaded(work, place, divided)
-    return read(model, work, place, box[0])
+    ordinary, heard = read(model, work, place, box[0], captured=False)
+    place.say(part="heads", **ordinary)  # a graph with sums over processes in it may fail in ways that no one catches
+    captured, _ = read(model, work, place, box[0] or heard, captured=True)
+    return {"ordinary": ordinary, "captured": captured}, heard
 
 
 def spread(model: PreTrainedModel, place: Place) -> PreTrainedModel:
@@ -113,13 +117,13 @@ def loaded(work: Work, place: Place, way: Callable[[PreTrainedModel], PreTrained
 
 @torch.no_grad()
 def read(
-    model: PreTrainedModel, work: Work, place: Place, first: Heard | None, **options: Any
+    model: PreTrainedModel, work: Work, place: Place, first: Heard | None, captured: bool
 ) -> tuple[dict[str, Any], Heard]:
     """A prompt twice, of which the second time counts, and steps after it.
 
     Args:
         first: whose tokens are read; None reads the own ones.
-        options: of a step's forward.
+        captured: let steps be captured; one that a loss is wanted of is not.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, work.length), generator=generator).to(place.device)
@@ -145,7 +149,8 @@ def read(
         for _ in range(count):
             chosen.append(token)
             token = token if given is None else given[len(chosen) - 1]
-            output = model(token.view(1, 1), **{private.CACHE: found["cache"]}, **options)
+            new = token.view(1, 1)
+            output = model(new, labels=None if captured else new, **{private.CACHE: found["cache"]})
             token = output.logits[0, -1].argmax()
 
     warm_steps = seconds(place.device, lambda: steps(WARM_STEPS))

@@ -91,6 +91,18 @@ def set_children(module: nn.Module, children: dict[str, nn.Module]) -> None:
     module.__dict__["_modules"] = dict.fromkeys(module._modules) | children
 
 
+def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Give a shallow copy of a module parameters of its own, None where it has no more."""
+    module.__dict__["_parameters"] = dict.fromkeys(module._parameters) | parameters
+
+
+def copy_own(module: nn.Module, copy: nn.Module) -> None:
+    """Make `copy` a shallow copy of a module without what others put on it: a forward, hooks around gradients."""
+    vars(copy).update({name: x for name, x in vars(module).items() if name not in ("forward", "_is_hooked")})
+    copy.__dict__["_backward_hooks"] = OrderedDict()
+    set_compiled_call(copy, None)
+
+
 def place_hooks(module: nn.Module, change: Call) -> None:
     """Give a shallow copy of a module hooks of its own, each changed, with its place among them for a handle.
 
@@ -123,6 +135,14 @@ def mark_any_size(x: Tensor, dimension: int) -> None:
     import torch._dynamo
 
     torch._dynamo.maybe_mark_dynamic(x, dimension)
+
+
+def summed(x: Tensor, group_name: str) -> Tensor:
+    """The sum over processes as a new tensor. The public call writes into its argument: in compiled code that is a copy
+    more, and the group, unlike its name, is nothing that two processes could have compiled alike.
+    """
+    total: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(total)
 
 
 LINEAR, SILU = (F.linear, torch._C._nn.linear), (F.silu, torch._C._nn.silu)

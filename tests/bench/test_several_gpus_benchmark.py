@@ -13,6 +13,7 @@ import pytest
 from small_shape import SHAPE
 
 ROOT = Path(__file__).parents[2]
+WAYS = ("ordinary", "captured")
 
 
 def measured(tmp_path: Path, parts: str) -> tuple[dict[str, dict[str, Any]], str]:
@@ -46,8 +47,8 @@ def test_training(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_reading(tmp_path: Path) -> None:
     found, printed = measured(tmp_path, "one,layers,heads")
-    assert found["one"]["captured"]["heads"] == 4 and found["heads"]["heads"] == 2
-    for facts in (found["one"]["ordinary"], found["layers"], found["heads"]):
+    assert found["one"]["captured"]["heads"] == 4 and found["heads"]["ordinary"]["heads"] == 2
+    for facts in (found["one"]["ordinary"], found["layers"]["ordinary"], *(found["heads"][way] for way in WAYS)):
         assert facts["logits_apart"] < 1e-4
         assert facts["same_tokens"] == 1
-    assert "| heads | " in printed and "failed" not in printed
+    assert "| heads, captured | " in printed and "failed" not in printed

@@ -28,7 +28,6 @@ from ahn.attend import windowed
 from ahn.decode import compiled
 from ahn.layout import copies
 from ahn.ops import quantize
-from ahn.share import WHOLE
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 CPU = torch.device("cpu")
@@ -228,8 +227,7 @@ def test_small_passes_are_fused_on_one_gpu_only(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(compiled, "has_triton", lambda: True)
 
     def fused(*places: int) -> bool:
-        adapter = types.SimpleNamespace(share=WHOLE)
-        model = types.SimpleNamespace(device=FIRST, hf_device_map=dict(enumerate(places)), _ahn=adapter)
+        model = types.SimpleNamespace(device=FIRST, hf_device_map=dict(enumerate(places)))
         return not isinstance(compiled.leaves_fused(model), contextlib.nullcontext)  # type: ignore[arg-type]
 
     assert fused() and fused(0, 0) and not fused(0, 1)

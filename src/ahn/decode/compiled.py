@@ -91,8 +91,8 @@ def leaves_fused(model: PreTrainedModel) -> contextlib.AbstractContextManager[No
 
 
 def on_several_devices(model: PreTrainedModel) -> bool:
-    """accelerate moves tensors between this model's layers (`device_map`), or processes share them: not compiled."""
-    return model._ahn.share.parallel or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    """accelerate moves tensors between this model's layers (`device_map`): neither compiled nor captured."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 @contextlib.contextmanager
@@ -204,8 +204,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """A norm, or projections with an activation between them: nothing whose work depends on its data."""
+    """A norm, or projections with an activation between them: nothing whose work depends on its data.
+
+    Nor one that others changed: tensor parallelism puts a forward on what it has divided.
+    """
     children = list(module.children())
+    if any("forward" in vars(part) for part in (module, *children)):
+        return False
     if not children:
         return type(module).__name__.endswith("RMSNorm")
     plain = all(isinstance(child, nn.Linear) or not list(child.parameters()) for child in children)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -245,7 +246,7 @@ def _rings(state: LayerState) -> list[Tensor]:
 def _a_weight(model: PreTrainedModel) -> Tensor:
     """A small weight that is where all are."""
     weight: Tensor = model.get_decoder().layers[0].self_attn.o_proj.weight
-    return weight
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def capture(twin: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ahn import private
 from ahn.decode.compiled import as_found
+from ahn.decode.parts import have_parts, parts
 from ahn.layout.state import LayerState
 from ahn.ops.step.retained import SeenTokens
 
@@ -29,16 +30,15 @@ _FORWARDS = ("forward", private.HOOKED_FORWARD)
 def possible(model: PreTrainedModel) -> bool:
     """Whether nobody gave the decoder, a layer or an attention a forward of its own that cannot be had for a twin."""
     decoder = model.get_decoder()
-    parts = [decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers)]
-    return all(
-        _rebound(vars(part)[name], part, part) is not None for part in parts for name in _FORWARDS if name in vars(part)
-    )
+    modules = [decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers)]
+    own = ((module, vars(module)[name]) for module in modules for name in _FORWARDS if name in vars(module))
+    return have_parts(model) and all(_rebound(forward, module, module) is not None for module, forward in own)
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     """A twin as the model is now."""
     with model._ahn.compiled.lock:
-        twins: _Twins = {id(module): _twin(module) for module in model.modules()}
+        twins: _Twins = {id(module): _twin(module) for module in model.modules()} | parts(model)
     for module in model.modules():
         _join(module, twins)
     twin: PreTrainedModel = twins[id(model)]
