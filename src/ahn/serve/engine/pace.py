@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
 CHANGE = 0.2
 """Of a new time in the average."""
 
 
 class Pace:
-    """A chunk that takes about as long as a step: replies then go on at half their speed while others read.
+    """Pieces that take about as long as a step: replies then go on at half their speed while others read.
 
-    Chunks are halves of halves of the largest, few sizes. Where even the smallest takes longer than a step, there are
-    as many steps before the next as take the same time.
+    A piece is what is read between two steps: a chunk, or some layers of one (`pauses`). Chunks are halves of halves of
+    the largest, few sizes. Where even a piece of the smallest takes longer than a step, there are as many steps before
+    the next as take the same time.
 
     Args:
         largest: tokens of a chunk while nobody writes.
@@ -32,17 +42,74 @@ class Pace:
         """Whether it is time for a chunk."""
         return not writing or self._owed <= 0
 
+    @property
+    def piece(self) -> float:
+        """Seconds that a piece may take."""
+        return math.inf if self._step is None else self._step
+
     def stepped(self, seconds: float) -> None:
         """A step took so long."""
         self._owed = max(0.0, self._owed - 1.5 * seconds)
         self._step = seconds if self._step is None else self._step + CHANGE * (seconds - self._step)
 
-    def read(self, tokens: int, seconds: float) -> None:
-        """A chunk took so long while replies waited."""
-        self._owed = seconds
+    def read(self, tokens: int, seconds: float, last: float | None = None) -> None:
+        """A chunk was read while replies waited.
+
+        Args:
+            seconds: of the longest part of it in which no step could be taken.
+            last: since the last step; None for all of it.
+        """
+        self._owed = seconds if last is None else last
         if self._step is None or tokens < self.size:  # the end of a prompt says little
             return
-        if seconds > 1.5 * self._step:
+        if seconds > self._step:
             self.size = max(self.smallest, self.size // 2)
-        elif seconds < 0.6 * self._step:
+        elif seconds < 0.4 * self._step:
             self.size = min(self.largest, self.size * 2)
+
+
+class LayerPauses:
+    """Lets replies take a step between two layers of a chunk, as often as reading has taken as long as one.
+
+    A forward can be entered while another is between its layers: all that ours adds to it is in its arguments.
+
+    Args:
+        layers: of the model.
+        step: what replies do.
+
+    Attributes:
+        longest: seconds of the longest layer.
+        since: when the last step ended.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], pace: Pace, step: Callable[[], object]) -> None:
+        self._layers, self._pace, self._step = layers, pace, step
+        self._thread, self._stepping = threading.get_ident(), False
+        self._last = self.since = time.perf_counter()
+        self.longest = 0.0
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside the block this thread's forwards pause."""
+        handles = [layer.register_forward_pre_hook(self._before) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.longest = max(self.longest, time.perf_counter() - self._last)
+
+    def _before(self, *_: Any) -> None:
+        if self._stepping or threading.get_ident() != self._thread:
+            return
+        now = time.perf_counter()
+        layer = now - self._last
+        self.longest = max(self.longest, layer)
+        if now - self.since + layer > self._pace.piece:
+            self._stepping = True
+            try:
+                self._step()
+            finally:
+                self._stepping = False
+            self.since = time.perf_counter()
+        self._last = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +16,10 @@ from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 from ahn.measure.clock import synchronize
 from ahn.measure.reading import CPU_CHUNK
+from ahn.model.support import decoder_layers
 from ahn.serve.engine.jobs import PromptReading, RequestJob
 from ahn.serve.engine.keeper import Keeper
-from ahn.serve.engine.pace import Pace
+from ahn.serve.engine.pace import LayerPauses, Pace
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.sampling import logprobs_of
 from ahn.serve.engine.store import KeptState, StateStore
@@ -54,6 +55,7 @@ class PromptReader:
         largest = chunk or min(model.ahn_config.prefill_chunk_size, CPU_CHUNK if on_cpu else GPU_CHUNK)
         self.pace = Pace(largest, SMALLEST.get(model.device.type, 512))
         self.tokens_read = self.tokens_cached = 0
+        self._layers = decoder_layers(model)[1]
         self._empty = AHNCache.for_model(model)  # with the settings of now, whatever the model's will be
 
     def begin(self, job: RequestJob) -> None:
@@ -84,19 +86,15 @@ class PromptReader:
                     self._go_on_from(job, None)
         return [job for job in readings if job.read < job.target and not getattr(job, "loading", None)]
 
-    def read_chunk(self, job: PromptReading, writing: bool) -> None:
+    def read_chunk(self, job: PromptReading, step: Callable[[], object] | None) -> None:
         """Read the next tokens, and keep a copy where one is wanted.
 
         Args:
-            writing: replies wait for it.
+            step: what replies do that wait for it; None if there are none.
         """
-        stop, first = job.next_stop(self.pace.chunk(writing)), job.read
+        stop, first = job.next_stop(self.pace.chunk(step is not None)), job.read
         all_logits = isinstance(job, RequestJob) and job.fresh
-        start = time.perf_counter()
-        logits = self._forward(job, stop, 0 if all_logits else 1)
-        if writing:
-            synchronize(self.model.device)  # nothing is lost: a captured step is begun at once
-            self.pace.read(stop - first, time.perf_counter() - start)
+        logits = self._forward_with_pauses(job, stop, 0 if all_logits else 1, step)
         if isinstance(job, RequestJob):
             if all_logits:
                 _note_logprobs(job, logits, first)
@@ -106,6 +104,23 @@ class PromptReader:
         if stop in job.cuts:
             job.cuts.discard(stop)
             self._snapshot(job, stop)
+
+    def _forward_with_pauses(
+        self, job: PromptReading, stop: int, keep: int, step: Callable[[], object] | None
+    ) -> Tensor:
+        first, start = job.read, time.perf_counter()
+        if step is None:
+            return self._forward(job, stop, keep)
+        if self.model.device.type != "cpu":
+            logits = self._forward(job, stop, keep)
+            synchronize(self.model.device)  # nothing is lost: a captured step is begun at once
+            self.pace.read(stop - first, time.perf_counter() - start)
+            return logits
+        pauses = LayerPauses(self._layers, self.pace, step)
+        with pauses.hooked():
+            logits = self._forward(job, stop, keep)
+        self.pace.read(stop - first, pauses.longest, time.perf_counter() - pauses.since)
+        return logits
 
     def read_single(self, job: RequestJob) -> Tensor:
         """Read a prompt's only token; logits (1, V) of the next one."""

@@ -191,7 +191,7 @@ class Scheduler:
         return bool(ready)
 
     def _read_chunk(self, job: PromptReading) -> None:
-        self.prompts.read_chunk(job, writing=bool(self.running))
+        self.prompts.read_chunk(job, self._step if self.running else None)
         if isinstance(job, Rest) and job.read == job.target:
             self.reading.remove(job)
             self.keeper.read_to_end(job)
