@@ -18,7 +18,7 @@ import ahn
 
 MODULES = ("inspect", "memory", "ops", "tiny", "training")
 METHODS = {
-    "AHNCache": ("for_model", "reset", "crop", "to", "nbytes", "save", "load"),
+    "AHNCache": ("for_model", "reset", "activate_past_recording", "crop", "to", "nbytes", "save", "load"),
     "AHNConfig": ("replace",),
 }
 # One line for each name. A line that changes there changes what users call: the changelog must say so.

@@ -698,14 +698,17 @@ def test_chunks_below_the_window_are_the_base_models(architecture: str) -> None:
 
 
 @torch.no_grad()
-def test_it_can_be_cropped_while_nothing_has_left_the_window() -> None:
-    """transformers 5.24 asks before it lets an assistant guess; whether it is told the truth, `crop` says."""
+def test_it_can_be_cropped_as_far_as_crop_says() -> None:
+    """transformers 5.24 asks before it lets an assistant guess, with a cache that records."""
     model, ids = student(), tokens(1, LOSSLESS + 1)
     cache = AHNCache.for_model(model)
     model(ids[:, :LOSSLESS], past_key_values=cache)
     assert cache.is_croppable
     copy.deepcopy(cache).crop(-2)
     model(ids[:, LOSSLESS:], past_key_values=cache)
-    assert not cache.is_croppable
     with pytest.raises(AHNError, match="Cannot crop"):
-        cache.crop(-2)
+        cache.crop(-1)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    assert cache.is_croppable
+    cache.crop(-LOSSLESS - 1)

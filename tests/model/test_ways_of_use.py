@@ -163,37 +163,6 @@ def _greedy(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> li
         return model.generate(ids, max_new_tokens=new, do_sample=False, **options).tolist()
 
 
-def _repeating() -> Tensor:
-    """A prompt in which a lookup finds something."""
-    return tokens(1, 6).repeat(1, 4)
-
-
-@pytest.mark.parametrize("guess", ["lookup", "lookup in the configuration", "assistant", "assistant with an AHN"])
-def test_guesses_ahead_are_refused_before_they_cross_the_window(guess: str) -> None:
-    model, ids = adapted(window=30, sinks=3), _repeating()
-    options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
-    if guess.startswith("assistant"):
-        options = {"assistant_model": base(seed=1) if guess == "assistant" else adapted(seed=1, window=30, sinks=3)}
-    if "configuration" in guess:
-        model.generation_config.prompt_lookup_num_tokens = options.pop("prompt_lookup_num_tokens")
-    fit = 5 if "lookup" in guess else 9
-    assert _greedy(model, ids, fit, **options) == _greedy(base(), ids, fit), "24 + 9 tokens fit, or 24 + 5 + 4 guesses"
-    counted: list[int] = []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: counted.append(1))
-    more = fit + 1
-    for length in ({"max_new_tokens": more}, {"max_length": 24 + more}, {"max_new_tokens": more, "max_length": 20}):
-        with pytest.raises(AHNError, match=r"up to window \+ sinks = 33 tokens, and text and guesses may have 34"):
-            model.generate(ids, do_sample=False, **length, **options)
-    assert not counted, "nothing was computed"
-    with ahn.disabled(model):
-        model.generate(ids, max_new_tokens=10, do_sample=False, **options)
-
-
-def test_an_assistants_own_window_counts() -> None:
-    with pytest.raises(AHNError, match="= 13 tokens"):
-        _greedy(adapted(window=30, sinks=3), _repeating(), 5, assistant_model=adapted(window=10, sinks=3))
-
-
 @pytest.mark.parametrize("where", ["argument", "given configuration", "model's configuration"])
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
 def test_other_kinds_of_cache_are_ignored_with_a_warning(where: str, kind: str) -> None:

@@ -69,6 +69,18 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
     return config, seen
 
 
+def read_waiting(description: Mapping[str, Any], config: AHNConfig, seen: int, where: str) -> int:
+    """How many of the last tokens wait beside the window.
+
+    Raises:
+        AHNError: it is not a number of tokens beyond sinks and window.
+    """
+    waiting = description.get("waiting", 0)
+    if type(waiting) is not int or not 0 <= waiting <= max(0, seen - config.lossless):
+        raise AHNError(f"{where} is damaged: waiting is {reprlib.repr(waiting)}.")
+    return waiting
+
+
 def check_messages(messages: Any, where: str) -> None:
     """Raises AHNError unless these are messages as chat templates take them."""
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
@@ -81,8 +93,13 @@ def _is_message(message: Any) -> bool:
     return message["role"] in ("system", "user", "assistant") and isinstance(message["content"], str)
 
 
-def check_layout(found: Mapping[str, Stored], config: AHNConfig, seen: int, shape: ModelShape, where: str) -> None:
+def check_layout(
+    found: Mapping[str, Stored], config: AHNConfig, seen: int, waiting: int, shape: ModelShape, where: str
+) -> None:
     """Compare every tensor's name, dtype and shape with what such a conversation holds.
+
+    Args:
+        waiting: so many of the tokens read wait beside the window.
 
     Raises:
         AHNError: a tensor is missing, too many, of another dtype or of another shape.
@@ -96,7 +113,7 @@ def check_layout(found: Mapping[str, Stored], config: AHNConfig, seen: int, shap
     for index, tensors in enumerate(layers):
         name = f"layers.{index}"
         if index in with_memory:
-            _check_memory_layer(tensors, config, seen, batch, shape, f"{where}: {name}")
+            _check_memory_layer(tensors, config, seen, waiting, batch, shape, f"{where}: {name}")
         elif tensors:
             held = seen if shape.layer_types[index] == "full_attention" else None
             _check_other_layer(tensors, seen, held, batch, f"{where}: {name}")
@@ -136,7 +153,7 @@ def _by_layer(found: Mapping[str, Stored], count: int, where: str) -> list[dict[
 
 
 def _check_memory_layer(
-    tensors: dict[str, Stored], config: AHNConfig, seen: int, batch: int, shape: ModelShape, where: str
+    tensors: dict[str, Stored], config: AHNConfig, seen: int, waiting: int, batch: int, shape: ModelShape, where: str
 ) -> None:
     for name in ("keys", "values"):
         if name not in tensors:
@@ -144,7 +161,7 @@ def _check_memory_layer(
     dtype = tensors["keys"].dtype
     if dtype not in FLOATS:
         raise AHNError(f"{where}.keys holds {dtype}, not numbers that attention can use.")
-    held = min(seen, config.lossless)
+    held = min(seen, config.lossless + waiting)
     keys = (batch, shape.kv_heads, held, shape.head_dim)
     wanted = {"keys": Stored(dtype, keys), "values": Stored(dtype, keys)}
     fn, gates = _memory(config, shape, batch, held)
@@ -153,7 +170,7 @@ def _check_memory_layer(
     tier = _tier(config, batch, shape, gates, dtype)
     if isinstance(fn, memory.RecurrentMemory) or state.keys() & tensors.keys():
         wanted |= state
-    if seen > config.lossless or tier.keys() & tensors.keys():
+    if seen - waiting > config.lossless or tier.keys() & tensors.keys():
         wanted |= tier
     _compare(tensors, wanted, where)
 

@@ -19,6 +19,7 @@ from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_at
 from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.visibility import Padding, Visibility
+from ahn.layout.waiting import ForwardPart, split
 from ahn.shape import ModelShape
 from ahn.wrappers import attached
 
@@ -41,6 +42,7 @@ class AHNCache(Cache):
         config: window, sinks and memory it was made with. They stay with the conversation, whatever the model's are.
         progress: how much was read.
         rows: sequences of the batch; None before the first forward, which decides.
+        parts: of the latest forward, where tokens wait beside the window; see `ahn.layout.waiting`.
         captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
         messages: what was said, for whoever keeps it here; it goes into the file with the rest and is never read by the
             model.
@@ -55,6 +57,7 @@ class AHNCache(Cache):
             layer.progress = self.progress
         self.captured: Any = None
         self._view: Visibility | None = None  # of the latest forward
+        self.parts: list[ForwardPart] = []
         self.rows: int | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
 
@@ -115,8 +118,8 @@ class AHNCache(Cache):
             rotation: of the base model, where it is known.
 
         Raises:
-            AHNError: another batch size, a mask of another shape or with padding between real tokens, or an earlier
-                forward stopped halfway.
+            AHNError: another batch size, a mask of another shape or with padding between real tokens, padding where
+                tokens are to wait, or an earlier forward stopped halfway.
         """
         self._check_layers_agree()
         self.check_batch(batch)
@@ -130,7 +133,8 @@ class AHNCache(Cache):
             before = before or Padding.none(batch, device)
             as_base = attention_mask is not None and self.seen + length <= self.config.lossless
             after = before.advance(new.to(device), self.seen, as_base)
-        config = self.config
+        config, waiting = self.config, self.progress.waiting
+        later = min(self.progress.to_record(length), max(0, self.seen + length - config.lossless))
         view = Visibility(
             config.window,
             config.sinks,
@@ -142,8 +146,14 @@ class AHNCache(Cache):
             config.quantized,
             config.reach,
             rotation,
+            in_columns=waiting + later > 0,
         )
-        self.rows, self._view = batch, view
+        if later and view.padded:
+            raise AHNError(
+                "Tokens that may have to be taken out again wait beside the window only in a batch without padding. "
+                "Leave the padding out: a single row needs none."
+            )
+        self.rows, self._view, self.parts = batch, view, split(view, waiting, later)
         for layer in self.memory_layers.values():
             layer.visibility = view
         return view
@@ -248,12 +258,28 @@ class AHNCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
         # Layers that may refuse go first: a refusal must not leave the others cropped.
-        for layer in self.memory_layers.values():
-            layer.check_crop(tokens_to_remove)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, AHNLayer):
+                layer.check_crop(tokens_to_remove)
+            elif tokens_to_remove < 0 < self.seen and not layer.is_croppable:
+                raise AHNError(f"Nothing can be taken out of layer {index} again: linear attention keeps one state.")
         for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
             layer.crop(tokens_to_remove)
-        if tokens_to_remove:
-            self.progress.crop(-tokens_to_remove)
+        self.progress.crop(-tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """From now on, whatever is read waits beside the window until `crop` is called, and `crop` can take it out.
+
+        What waits is masked out, read and written like what has left the window: the numbers are the same. `crop(0)`
+        keeps everything. `generate` switches it on where it guesses tokens ahead (`prompt_lookup_num_tokens`,
+        `assistant_model`), and off afterwards.
+        """
+        super().activate_past_recording()
+
+    @property
+    def in_parts(self) -> bool:
+        """Tokens wait beside the window, or will."""
+        return self.progress.recording or self.progress.waiting > 0
 
     def to(self, device: torch.device | str) -> AHNCache:
         """Move all tensors to a device, for example to park an idle conversation on the CPU. Returns itself.
@@ -307,6 +333,8 @@ class AHNCache(Cache):
         if self.progress.padding is not None:
             tensors |= {f"padding.{name}": x for name, x in vars(self.progress.padding).items()}
         description: dict[str, Any] = {"config": dataclasses.asdict(self.config), "seen": self.seen}
+        if self.progress.waiting:
+            description["waiting"] = self.progress.waiting
         if self.messages:
             description["messages"] = self.messages
         return tensors, description
@@ -335,7 +363,8 @@ def load_conversation(path: str | Path, model: PreTrainedModel, of: dict[str, An
         if isinstance(layer, AHNLayer):
             layer.config = cache.config
             layer.load_tensors(own)
-            cache.rows = len(own["keys"])
+            cache.rows, columns = len(own["keys"]), own["keys"].shape[2]
+            cache.progress.waiting = max(0, columns - cache.config.lossless)
         elif own:
             other.load(layer, own, seen)
     cache.progress.seen = seen

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ahn.cache.checks import Stored, check_layout, check_messages, check_values, read_config
+from ahn.cache.checks import Stored, check_layout, check_messages, check_values, read_config, read_waiting
 from ahn.cache.origin import check_origin, first_fingerprint
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -130,5 +130,6 @@ def _check(
         raise AHNError(f"{path} was written with another base model or adapter; its memory means nothing to this one.")
     config, seen = read_config(description, model.ahn_config, str(path))
     check_messages(description.get("messages", []), str(path))
-    check_layout(found, config, seen, ModelShape.from_config(model.config), str(path))
+    waiting = read_waiting(description, config, seen, str(path))
+    check_layout(found, config, seen, waiting, ModelShape.from_config(model.config), str(path))
     return config, seen

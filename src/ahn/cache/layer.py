@@ -30,6 +30,7 @@ class AHNLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, config: AHNConfig, progress: Progress | None = None, rotates: bool = True) -> None:
         # Not the base class's own: there, keys and values are attributes.
@@ -42,15 +43,18 @@ class AHNLayer(CacheLayerMixin):
         self.under_way = False
         self._replaced: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` will do: while nothing has left the window. transformers' generate asks after the prompt.
+    def activate_past_recording(self) -> None:
+        """From now on `crop` can take out what is read; see `AHNCache.activate_past_recording`."""
+        self.record_past = True
 
-        Guesses that would cross the window are refused before (`ahn.model.generation`). On Apple's GPUs transformers
-        takes the answer to hold for the whole text, and would crop where it no longer can.
-        """
-        on_mps = self.state is not None and self.window.keys.device.type == "mps"
-        return self.progress.seen <= self.config.lossless and not on_mps
+    @property
+    def record_past(self) -> bool:
+        """Whether it can, as transformers calls it; of the whole conversation."""
+        return self.progress.recording
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self.progress.recording = recording
 
     @property
     def is_initialized(self) -> bool:
@@ -93,9 +97,8 @@ class AHNLayer(CacheLayerMixin):
         self.place_sinks(view.anchor, view.rotation)
         if not view.in_slots:
             self.leave_slots()
-            keys = view.align(join([self.keys, key_states]))
-            values = view.align(join([self.values, value_states]))
-            return keys, values
+            keys, values = join([self.keys, key_states]), join([self.values, value_states])
+            return (keys, values) if view.in_columns else (view.align(keys), view.align(values))
         self.enter_slots(view.lengths_before)
         self.own_memory()
         window = self.window
@@ -103,6 +106,16 @@ class AHNLayer(CacheLayerMixin):
         _put(window.keys, view.new_slot, key_states.detach())
         _put(window.values, view.new_slot, value_states.detach())
         return window.keys, window.values
+
+    def take(self, keys: Tensor, values: Tensor, gates: Tensors) -> None:
+        """Before a forward in parts: let the window hold the new tokens too, as `update` returned them."""
+        window = self.window
+        gates = {name: gate.to(keys.dtype) for name, gate in gates.items()}
+        if window.gates:
+            gates = {name: torch.cat([window.gates[name], new], dim=2) for name, new in gates.items()}
+        assert self.state is not None
+        self.state.window = WindowState(keys.detach(), values.detach(), gates)
+        self.visibility = None
 
     def evict(self, keys: Tensor, values: Tensor, gates: Tensors) -> tuple[Tensor, Tensor, Tensors]:
         """Keep sinks and window, return what left.
@@ -250,7 +263,7 @@ class AHNLayer(CacheLayerMixin):
         """Forget the last `-tokens_to_remove` columns (transformers passes a negative number).
 
         Raises:
-            AHNError: a token has left the window; what was written into the memory cannot be taken out again.
+            AHNError: it would have to take out of the memory again what is written there.
         """
         self.check_crop(tokens_to_remove)
         if tokens_to_remove and self.state is not None:
@@ -259,13 +272,16 @@ class AHNLayer(CacheLayerMixin):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises what `crop` would raise, and changes nothing."""
-        seen, lossless = self.progress.seen, self.config.lossless
+        seen, waiting = self.progress.seen, self.progress.waiting
         if tokens_to_remove > 0:
             raise AHNError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}.")
-        if tokens_to_remove and seen > lossless:
+        gone = seen - waiting - self.config.lossless
+        if gone > 0 and -tokens_to_remove > waiting:
             raise AHNError(
-                f"Cannot crop a cache after {seen} tokens: {seen - lossless} of them left "
-                "the window into the memory, which cannot be undone. Keep a copy (copy.deepcopy(cache)) to go back to."
+                f"Cannot crop {-tokens_to_remove} tokens of a cache that has read {seen}: {gone} of them left the "
+                f"window into the memory, which cannot be undone, and only the last {waiting} wait beside it. Keep a "
+                "copy (copy.deepcopy(cache)) to go back to, or call cache.activate_past_recording() before what may "
+                "have to be taken out is read."
             )
 
 

@@ -21,6 +21,11 @@ class Progress:
         lengths: (B or 1,) real tokens of each row so far while the tokens lie in fixed slots, else None. A captured
             step changes it in place.
         anchor: by how far the sinks of each row (or of all rows) are moved along; see `Visibility.anchor`.
+        waiting: the last so many tokens wait beside the window: `crop` can take them out again.
+        recording: what is read now may have to be taken out, until `crop` is called.
+        undoable: of the next forward's tokens only the last so many; None for all.
+        given_again: the next forward is given so many tokens that were read before: transformers' generation does not
+            look whether a cache has read some of a prompt where tokens are guessed ahead.
     """
 
     def __init__(self) -> None:
@@ -31,6 +36,9 @@ class Progress:
         self.seen = 0
         self.lengths: Tensor | None = None
         self.anchor: tuple[int, ...] = (0,)
+        self.waiting, self.recording, self.given_again = 0, False, 0
+        self.undoable: int | None = None
+        self._recorded = 0  # tokens read since `crop` was called
         self._padding: Padding | None = None
         self._padding_behind = False
 
@@ -57,8 +65,17 @@ class Progress:
             return self.lengths
         return torch.full((1,), self.seen) if self.padding is None else self.seen - self.padding.leading
 
+    def to_record(self, length: int) -> int:
+        """How many of the last tokens may have to be taken out again once the next `length` are read."""
+        if not self.recording:
+            return 0
+        last = length if self.undoable is None else min(length, self.undoable)
+        return last if last < length else self._recorded + length
+
     def finish(self, view: Visibility) -> None:
         """A forward is over."""
+        self._recorded = self.to_record(view.length)
+        self.waiting = min(self._recorded, max(0, view.total - view.lossless))
         self.seen, self.padding, self.anchor = view.total, view.after, view.anchor
         self.lengths = view.lengths_after if view.in_slots else None
 
@@ -73,7 +90,10 @@ class Progress:
         self._padding_behind |= masked
 
     def crop(self, columns: int) -> None:
-        """The last columns of the batch were forgotten, while nothing had left the window."""
+        """The last columns of the batch were forgotten, none of which had left the window for good."""
+        self.waiting, self._recorded = max(0, self.waiting - columns), 0
+        if not columns:
+            return
         padding = self.padding  # worked out from what was read before anything was forgotten
         self.seen, self.lengths = max(0, self.seen - columns), None
         if padding is not None:

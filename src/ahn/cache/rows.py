@@ -217,6 +217,10 @@ def _model_of(caches: Sequence[AHNCache]) -> PreTrainedModel:
         raise AHNError("Conversations with different windows, sinks or memories cannot be in one batch.")
     if any(cache.seen == 0 for cache in caches):
         raise AHNError("A conversation that has read nothing cannot be in a batch.")
+    if any(cache.in_parts for cache in caches):
+        raise AHNError(
+            "A conversation with tokens that wait to be taken out cannot be in a batch; read one more before."
+        )
     return first
 
 

@@ -42,6 +42,8 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     if not isinstance(cache, AHNCache) or torch.is_grad_enabled() or model.training or not model._ahn.enabled:
         return False
+    if cache.in_parts:
+        return False
     if kwargs.get("labels") is not None or kwargs.get("inputs_embeds") is not None:
         return False
     if model._ahn.observers:  # a graph asks no one

@@ -102,6 +102,8 @@ class Visibility:
     """From where on sinks are seen at other positions than their own (`AHNConfig.reach`); 0 for never."""
     rotation: Rotation | None = None
     """Of the base model; None where it is not known, and then nothing is seen elsewhere."""
+    in_columns: bool = False
+    """Tokens wait beside the window, before this forward or after it, and slots have no place for them."""
 
     def on(self, device: torch.device) -> Visibility:
         """The same view for layers on another device, made once for all of them: a model may lie on several."""
@@ -272,7 +274,7 @@ class Visibility:
     def in_slots(self) -> bool:
         """A single token after the window is full replaces the one that leaves; nothing else is copied."""
         starts_tier = self.quantized > 0 and self.begins  # the mean of the first window is taken in columns
-        return self.length == 1 and self.rolled and self.shift is None and not starts_tier
+        return self.length == 1 and self.rolled and self.shift is None and not (starts_tier or self.in_columns)
 
     @property
     def held_mask(self) -> Tensor | None:
@@ -331,10 +333,10 @@ class Visibility:
         return gather(x, source)
 
     def keep(self, x: Tensor) -> Tensor:
-        """What stays cached of x (B, H, cached + length, ...): all of it, or [sinks | window]."""
+        """What stays cached of x (B, H, cached + length, ...): all of it, or [sinks | window]; and what comes after."""
         if self.total <= self.lossless:
             return x
-        return join([self._keep_sinks(x), x[:, :, x.shape[2] - self.window :]])
+        return join([self._keep_sinks(x), x[:, :, self.cached + self.length - self.window :]])
 
     def _keep_sinks(self, x: Tensor) -> Tensor:
         if not self.padded:

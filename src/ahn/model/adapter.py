@@ -210,11 +210,16 @@ class DecoderHook:
         view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
-        observers = adapter.observers
+        observers, parts = adapter.observers, () if cache is None else cache.parts
+        if observers and cache is not None and cache.in_parts:
+            raise AHNError(
+                "ahn.inspect cannot look on while tokens may be taken out of the conversation again: generate without "
+                "guesses (prompt_lookup_num_tokens, assistant_model), or read one more token before."
+            )
         for observer in observers:
             observer.begin(cache, view)
         config = self.model.ahn_config if cache is None else cache.config
-        kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, observers)
+        kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, observers, parts)
         return (), kwargs
 
     def _offloaded(self) -> bool:

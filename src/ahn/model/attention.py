@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ahn.cache import tier
+from ahn.cache.layer import AHNLayer
 from ahn.cache.tier import Passed
+from ahn.cache.waiting import LayerPart
 from ahn.decode.layer import StepForward, step_attention
 from ahn.errors import AHNError
 from ahn.layout.evicted import Evicted, without_padding
@@ -25,7 +27,7 @@ from ahn.memory.base import MemoryKeys
 from ahn.memory.query import memory_query
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.observer import Passage
-from ahn.model.route import AttentionCall, LazyMask, Route, kernel_function
+from ahn.model.route import Attended, AttentionCall, LazyMask, Route, kernel_function, together
 from ahn.ops import scan
 from ahn.ops.rule import StepRead
 
@@ -68,14 +70,56 @@ def attention(
     forward = ahn_forward.on(query.device)
     for observer in forward.observers:
         observer.attending(ahn_layer, call)
-    route = forward.route(query, attention_mask, ahn_layer, kwargs)
-    left = _evict(call, forward, ahn_layer, route)
-    out, weights = route.attend(call, left.passed, left.made)
-    if forward.visibility.delayed.evicted and isinstance(ahn_layer.ahn.fn, RecurrentMemory):
-        read, left.state = _write_and_read(call, forward, ahn_layer, left, out)
-        out = _add(out, read)
-    _keep(ahn_layer, left)
+    if forward.parts:
+        out, weights = _in_parts(call, forward, ahn_layer)
+    else:
+        out, weights = _attend(call, forward, attention_mask, ahn_layer)
+    if ahn_layer.cache is not None and isinstance(ahn_layer.cache_layer, AHNLayer):
+        ahn_layer.cache.finish(ahn_layer.cache_layer)
     return out.contiguous(), weights  # as transformers' own functions: some models take a view of it
+
+
+def _attend(call: AttentionCall, forward: ForwardContext, mask: LazyMask | None, layer: LayerContext) -> Attended:
+    """Exact attention with what the memory reads, (B, n, Hq, P), and the state of the layer moved on."""
+    route = forward.route(call.query, mask, layer, call.kwargs)
+    left = _evict(call, forward, layer, route)
+    out, weights = route.attend(call, left.passed, left.made)
+    if forward.visibility.delayed.evicted and isinstance(layer.ahn.fn, RecurrentMemory):
+        read, left.state = _write_and_read(call, forward, layer, left, out)
+        out = _add(out, read)
+    if layer.cache_layer is not None:
+        layer.cache_layer.keep(left.tier, left.state)
+    return out, weights
+
+
+def _in_parts(call: AttentionCall, forward: ForwardContext, layer: LayerContext) -> Attended:
+    """The same where tokens wait beside the window: the parts of the forward one after the other."""
+    cache_layer, taken, results = layer.cache_layer, 0, []
+    assert isinstance(cache_layer, AHNLayer)
+    cache_layer.take(call.key, call.value, layer.ahn.fn.write_gates(layer.x))
+    for part, own in forward.in_parts:
+        held, new = LayerPart(cache_layer, part), slice(taken, taken + part.queries)
+        query = _after_zeros(call.query[:, :, new], own.visibility.length, dim=2)
+        part_call = AttentionCall(call.module, query, *held.tokens(), call.kwargs)
+        out, weights = _attend(part_call, own, None, _of_part(layer, held, new, own.visibility.length))
+        if part.queries:
+            results.append((out[:, -part.queries :], None if weights is None else weights[:, :, -part.queries :]))
+        taken += part.queries
+    return together(results)
+
+
+def _of_part(layer: LayerContext, held: LayerPart, new: slice, length: int) -> LayerContext:
+    """What a layer has of a part with so many tokens, of which these of the forward's are new."""
+    x, *rope = (_after_zeros(x[:, new], length, dim=1) for x in (layer.x, *(layer.rope or ())))
+    rotated = (rope[0], rope[1]) if rope else None
+    return dataclasses.replace(layer, x=x, rope=rotated, gates={}, cache=None, cache_layer=held)
+
+
+def _after_zeros(x: Tensor, length: int, dim: int) -> Tensor:
+    """x with zeros before it, so that there are `length` tokens: what was read before has no query."""
+    missing = list(x.shape)
+    missing[dim] = length - x.shape[dim]
+    return x if not missing[dim] else torch.cat([x.new_zeros(missing), x], dim=dim)
 
 
 @dataclasses.dataclass
@@ -123,7 +167,7 @@ def _from_window(
     layer: LayerContext, view: Visibility, key: Tensor, value: Tensor
 ) -> tuple[Evicted, TierState | None, Tensors]:
     """The tokens that leave the window, and the layer's tier and memory before this forward."""
-    gates = layer.ahn.fn.write_gates(layer.x)
+    gates = layer.ahn.fn.write_gates(layer.x) if layer.gates is None else layer.gates
     if layer.cache_layer is None:
         evicted_gates = {name: view.evicted_slots(gate) for name, gate in gates.items()}
         evicted = Evicted(view.evicted_slots(key), view.evicted_slots(value), evicted_gates)
@@ -160,14 +204,6 @@ def _add(out: Tensor, read: Tensor) -> Tensor:
     first = out.shape[1] - read.shape[2]
     added = out[:, first:] + read.transpose(1, 2).to(out.dtype)
     return torch.cat([out[:, :first], added], dim=1) if first else added
-
-
-def _keep(layer: LayerContext, left: _Left) -> None:
-    """Hand tier and memory to the conversation's cache, if there is one."""
-    if layer.cache_layer is not None:
-        layer.cache_layer.keep(left.tier, left.state)
-        if layer.cache is not None:
-            layer.cache.finish(layer.cache_layer)
 
 
 def _through_memory(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache as memoize
 from types import MethodType
 from typing import Any
@@ -27,6 +28,7 @@ _OF_TOKENS = {
     "mm_token_type_ids", "cache_position", *private.CACHE_NAMES,
 }  # fmt: skip
 """Arguments that can be cut into chunks, or that every chunk can have."""
+_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 class Wrapped:
@@ -88,25 +90,63 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(type(model).generate, args, kwargs)
     config = kwargs.get("generation_config") or model.generation_config
     use_cache = kwargs.get("use_cache", config.use_cache)
-    cache = kwargs.get(private.CACHE)
+    cache, drafts = kwargs.get(private.CACHE), bool(getattr(config, "is_assistant", False))
+    if drafts and kwargs.get("attention_mask") is None and isinstance(kwargs.get("input_ids"), Tensor):
+        # transformers would take the padding token for padding wherever the other model has written it.
+        kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
     if model._ahn.enabled:
         kwargs = generation.checked(model, kwargs, cache.config if isinstance(cache, AHNCache) else model.ahn_config)
     if model._ahn.enabled and use_cache is not False and cache is None:
         kwargs[private.CACHE] = AHNCache.for_model(model)
     elif isinstance(cache, AHNCache) and kwargs.get("attention_mask") is None:
-        ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
+        ids = _prompt(kwargs)
         if ids is not None and cache.seen and ids.shape[1] <= cache.seen:
             raise AHNError(
                 f"This cache has read {cache.seen} tokens, the input has {ids.shape[1]}. Give generate all tokens from "
                 "the start, or only the new ones and an attention_mask over old and new "
                 f"({cache.seen} + {ids.shape[1]})."
             )
-    return type(model).generate(model, **kwargs)
+    with _recording(model, kwargs, drafts):
+        return type(model).generate(model, **kwargs)
+
+
+def _prompt(kwargs: dict[str, Any]) -> Any:
+    """Of `generate`: token ids by one of their two names."""
+    return kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
+
+
+@contextlib.contextmanager
+def _recording(model: PreTrainedModel, kwargs: dict[str, Any], drafts: bool) -> Iterator[None]:
+    """What `generate` reads may be taken out again where transformers asks for it, but not what is read afterwards.
+
+    Args:
+        drafts: the model drafts for another one, which takes out of the cache what it rejects before the next draft.
+    """
+    cache, ids = kwargs.get(private.CACHE), _prompt(kwargs)
+    if not isinstance(cache, AHNCache):
+        yield
+        return
+    before = cache.progress.recording
+    if drafts:
+        cache.activate_past_recording()
+    elif isinstance(ids, Tensor) and ids.shape[1] > cache.seen and generation.guesses(model, kwargs):
+        cache.progress.given_again = cache.seen
+    try:
+        yield
+    finally:
+        cache.progress.given_again = 0
+        for layer in cache.layers:
+            if hasattr(layer, "record_past") and not drafts:
+                layer.record_past = before
 
 
 def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     base = type(model).forward
     kwargs = by_name(base, args, kwargs)
+    cache = kwargs.get(private.CACHE)
+    if isinstance(cache, AHNCache) and cache.progress.given_again:
+        kwargs = _new_tokens(kwargs, cache.progress.given_again)
+        cache.progress.given_again = 0
     if decode.runs(model, kwargs):
         return decode.forward(model, kwargs)
     if model._ahn.enabled and gives_tokens(model):
@@ -115,10 +155,12 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             return packing.read(model, kwargs, several)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
+        if isinstance(cache, AHNCache):
+            cache.progress.undoable = _undoable(kwargs.get("logits_to_keep", 0))
         return base(model, **kwargs)
-    if kwargs.get(private.CACHE) is None:
-        kwargs[private.CACHE] = AHNCache.for_model(model)
-    length, seen = pieces[-1][1], kwargs[private.CACHE].seen
+    if cache is None:
+        cache = kwargs[private.CACHE] = AHNCache.for_model(model)
+    length, seen = pieces[-1][1], cache.seen
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
     rows, order = wanted.sort()
     logits: list[Tensor] = []
@@ -126,6 +168,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         for start, stop in pieces:
             inside = rows[(rows >= start) & (rows < stop)] - start
             part = _slice(kwargs, start, stop, seen)
+            if cache.progress.recording:
+                cache.progress.undoable = stop - start - int(inside[0]) if len(inside) else 0
             # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
             output = base(model, **part, logits_to_keep=inside if len(inside) else 1)
             logits.append(output.logits[:, : len(inside)])
@@ -133,6 +177,18 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if not torch.equal(wanted, rows):
         output.logits = output.logits[:, order.argsort()]
     return output
+
+
+def _new_tokens(kwargs: dict[str, Any], first: int) -> dict[str, Any]:
+    """The arguments without the first tokens, which were read before; an attention_mask is over all of them anyway."""
+    length = kwargs["input_ids"].shape[1]
+    own = {name: x for name, x in kwargs.items() if name in _PER_TOKEN and isinstance(x, Tensor)}
+    return kwargs | {name: x[..., first:] for name, x in own.items() if x.shape[-1] == length}
+
+
+def _undoable(logits_to_keep: int | Tensor) -> int | None:
+    """How many of the last tokens may turn out wrong: those of which somebody wants to see logits; None for all."""
+    return None if isinstance(logits_to_keep, Tensor) else logits_to_keep or None
 
 
 def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int]]:

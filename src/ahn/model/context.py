@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
+from ahn.cache.waiting import LayerPart
 from ahn.config import AHNConfig
 from ahn.layout.rotation import Anchored
+from ahn.layout.state import Tensors
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
+from ahn.layout.waiting import ForwardPart
 from ahn.memory.layer import AHN, Router
 from ahn.model.observer import Observer
 from ahn.model.route import LazyMask, Route, choose, own_scores
@@ -31,10 +35,12 @@ class LayerContext:
     x: Tensor
     """(B, n, D) the attention's input."""
     cache: AHNCache | None
-    cache_layer: AHNLayer | None
+    cache_layer: AHNLayer | LayerPart | None
     rope: tuple[Tensor, Tensor] | None
     rotates: bool = True
     """The base turns this layer's keys by their positions."""
+    gates: Tensors | None = None
+    """Write gates of the new tokens; None where nobody has made them of x yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,8 @@ class ForwardContext:
     kernel: str
     """The base model's own attention implementation, for example "sdpa"."""
     observers: tuple[Observer, ...] = ()
+    parts: Sequence[ForwardPart] = ()
+    """Where tokens wait beside the window; see `ahn.layout.waiting`."""
 
     def on(self, device: torch.device) -> ForwardContext:
         """The same for layers on another device, made once for all of them."""
@@ -64,7 +72,13 @@ class ForwardContext:
             self._elsewhere[device] = dataclasses.replace(self, visibility=self.visibility.on(device))
         return self._elsewhere[device]
 
-    def route(self, query: Tensor, base_mask: LazyMask, layer: LayerContext, kwargs: dict[str, Any]) -> Route:
+    @cached_property
+    def in_parts(self) -> list[tuple[ForwardPart, ForwardContext]]:
+        """Each part with what its layers are told."""
+        device = self.visibility.device
+        return [(x, dataclasses.replace(self, visibility=x.view.on(device), parts=())) for x in self.parts]
+
+    def route(self, query: Tensor, base_mask: LazyMask | None, layer: LayerContext, kwargs: dict[str, Any]) -> Route:
         """How layers like this one compute exact attention in this forward; chosen when the first of them asks."""
         cached = layer.cache_layer is not None
         memory_keys = bool(layer.ahn.fn.slot_count(self.visibility.delayed.window))

@@ -14,7 +14,9 @@ from ahn.errors import AHNError
 
 _DEFAULT_NEW_TOKENS = 20
 """What transformers generates where nobody says a length."""
-_GUESSES = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_OWN_GUESSES = ("assistant_early_exit", "use_mtp")
+"""Guesses that the model makes itself, beside the cache that it reads with."""
+_GUESSES = ("prompt_lookup_num_tokens", *_OWN_GUESSES)
 
 
 def checked(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNConfig) -> dict[str, Any]:
@@ -44,21 +46,27 @@ def checked(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNConfig) -
     return kwargs if kind is None else kwargs | {"cache_implementation": None}
 
 
+def guesses(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether tokens are guessed ahead, to be read by this model and taken out again where they are wrong."""
+    return kwargs.get("assistant_model") is not None or any(_asked(model, kwargs, name) for name in _GUESSES)
+
+
 def _check_guesses(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNConfig, before: int) -> None:
-    """Guessed tokens that turn out wrong are taken out of the cache again, which a memory cannot do."""
-    assistant = kwargs.get("assistant_model")
-    if assistant is None and not any(_asked(model, kwargs, name) for name in _GUESSES):
+    """Tokens that were guessed wrong are taken out of the cache again: see `AHNCache.activate_past_recording`."""
+    if not guesses(model, kwargs):
         return
-    own = getattr(assistant, "ahn_config", None)
-    lossless = min(config.lossless, config.lossless if own is None else own.lossless)
-    # An assistant stops at the text's length, a lookup does not.
-    ahead = _asked(model, kwargs, "num_assistant_tokens") if _asked(model, kwargs, "use_mtp") else None
-    total = _length(model, kwargs, before) + int(_asked(model, kwargs, "prompt_lookup_num_tokens") or ahead or 0)
-    if total > lossless:
+    own = [name for name in _OWN_GUESSES if _asked(model, kwargs, name)]
+    total = _length(model, kwargs, before) + int(_asked(model, kwargs, "num_assistant_tokens") or 0 if own else 0)
+    if own and total > config.lossless:
         raise AHNError(
-            "Guessing tokens ahead (assistant_model, prompt_lookup_num_tokens) works up to window + sinks = "
-            f"{lossless} tokens, and text and guesses may have {total}: guesses that fail cannot be taken out of the "
-            "memory again. Ask for fewer tokens, widen the window, or generate without guesses."
+            f"{own[0]} works up to window + sinks = {config.lossless} tokens, and text and guesses may have {total}. "
+            "Ask for fewer tokens, widen the window, or guess with prompt_lookup_num_tokens or an assistant_model."
+        )
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()) and total > config.lossless:
+        raise AHNError(
+            "Guessing tokens ahead (prompt_lookup_num_tokens, assistant_model) beyond window + sinks = "
+            f"{config.lossless} tokens takes a prompt without padding. Leave it out: a single row needs none."
         )
 
 

@@ -125,7 +125,7 @@ class Masked(Route):
             key, value, mask = _with_more_keys(F.pad(key, (0, P)), value, mask, more)
         if made is None:
             return self._run(call, key, value, mask)
-        return _together([self._piece(call, key, value, mask, more) for more in made.pieces])
+        return together([self._piece(call, key, value, mask, more) for more in made.pieces])
 
     def _piece(
         self, call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor | None, more: SeenKeys
@@ -155,7 +155,7 @@ class Masked(Route):
         for query, part in zip(call.query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True):
             own = _as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
             results.append(run(call.module, query, key, value, own, **call.kwargs))
-        return _together(results)
+        return together(results)
 
 
 @dataclasses.dataclass
@@ -234,7 +234,7 @@ def choose(
     view: Visibility,
     tier_view: TierView | None,
     kernel: str,
-    base_mask: LazyMask,
+    base_mask: LazyMask | None,
     query: Tensor,
     kwargs: dict[str, Any],
     cached: bool,
@@ -244,6 +244,7 @@ def choose(
 
     Args:
         kernel: the base model's own attention implementation.
+        base_mask: None where the view is of a part of a forward.
         query: of any layer that is like this one.
         kwargs: of the attention function.
         cached: the forward has a cache.
@@ -258,7 +259,7 @@ def choose(
     plain = parts and not memory_keys
     if plain and not cached and _spans_apply(view, query, kwargs):
         return SpanRoute(view)
-    if not (view.evicted or view.rolled or view.moved) and base_mask.covers(view):
+    if base_mask is not None and not (view.evicted or view.rolled or view.moved) and base_mask.covers(view):
         # Nothing has left the window: exactly the base model, with its own mask.
         return Masked(kernel, base_mask.resolve(kernel, query.device), boolean=False)
     mask = view.held_mask if cached else view.mask
@@ -324,7 +325,7 @@ def own_scores(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
 
 
-def _together(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def together(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Of queries that follow each other: outputs (B, n, H, P), and weights (B, H, n, T) where all have as many keys."""
     outputs, weights = zip(*results, strict=True)
     known = [x for x in weights if x is not None]
