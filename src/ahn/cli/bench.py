@@ -74,16 +74,14 @@ def command(
     ] = None,
     quantized: QuantizedOption = None,
     bits: Annotated[
-        str | None,
-        typer.Option("--bits", help="Of quantized tokens, per number of keys and of values (default: 4/2)."),
+        str | None, typer.Option("--bits", help="Of quantized tokens, per number of keys and of values (default: 4/2).")
     ] = None,
     context: Annotated[
         str | None,
         typer.Option("--context", help="Lengths like 32k,128k,1M (default: 1, 4 and 32 times sinks + window)."),
     ] = None,
     batch: Annotated[
-        str | None,
-        typer.Option("--batch", help="Conversations at once, like 1,8 (default: 1; throughput: up to 100)."),
+        str | None, typer.Option("--batch", help="Conversations at once, like 1,8 (default: 1; throughput: up to 100).")
     ] = None,
     new_tokens: Annotated[
         int | None,

@@ -20,15 +20,7 @@ from ahn.cli.common import (
     SinksOption,
     WindowOption,
 )
-from ahn.cli.generate import (
-    NewTokensOption,
-    SeedOption,
-    SystemOption,
-    TemperatureOption,
-    TopPOption,
-    read,
-    write,
-)
+from ahn.cli.generate import NewTokensOption, SeedOption, SystemOption, TemperatureOption, TopPOption, read, write
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:

@@ -90,8 +90,7 @@ def run(
         Path | None, typer.Option("--haystack", help="Text to hide things in, for ruler, recall and needle.")
     ] = None,
     length: Annotated[
-        list[int] | None,
-        typer.Option("--length", min=1, help="Tokens of a prompt of generated tasks; repeatable."),
+        list[int] | None, typer.Option("--length", min=1, help="Tokens of a prompt of generated tasks; repeatable.")
     ] = None,
     depth: Annotated[
         list[float] | None, typer.Option("--depth", min=0, max=100, help="Depth of a needle in percent; repeatable.")
@@ -243,12 +242,7 @@ class Bars(Watcher):
 
 
 def _load(
-    method: str,
-    model: str | None,
-    adapter: str | None,
-    device: str | None,
-    dtype: str | None,
-    **reach: Unpack[Reach],
+    method: str, model: str | None, adapter: str | None, device: str | None, dtype: str | None, **reach: Unpack[Reach]
 ) -> Evaluated:
     """What was named; the model that comes with ahn if nothing was, and an adapter with its base if only that was."""
     from ahn.cli.session import named_or_shipped

@@ -201,11 +201,7 @@ def _in_a_thread(work: Callable[[], Any]) -> Any:
 
 
 def open_session(
-    model: str | None,
-    adapter: str | None,
-    device: str | None = None,
-    dtype: str | None = None,
-    **reach: Unpack[Reach],
+    model: str | None, adapter: str | None, device: str | None = None, dtype: str | None = None, **reach: Unpack[Reach]
 ) -> Session:
     """A session with the model and adapter that a user named; with the shipped ones if none was named.
 

@@ -35,11 +35,7 @@ class Generation:
 
     @classmethod
     def of(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int,
-        stops: Sequence[str] = (),
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, stops: Sequence[str] = ()
     ) -> Generation:
         """The settings for a model. `stops` end an answer at their last token, once there is a first one."""
         ends = end_tokens(model, tokenizer)
@@ -114,10 +110,7 @@ class Reader:
         self._read(ids, cache, read, rest, of=len(ids))
         tokens = torch.tensor([ids], device=self.model.device)
         output = self.model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            **{private.CACHE: cache},
-            **generation.arguments(),
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), **{private.CACHE: cache}, **generation.arguments()
         )
         self.progress(len(ids), len(ids))
         return output[0, len(ids) :].tolist()

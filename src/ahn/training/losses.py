@@ -173,15 +173,7 @@ class _HiddenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        head: Head,
-        kl: float,
-        ce: float,
-        chunk: int,
-        N: int,
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, head: Head, kl: float, ce: float, chunk: int, N: int
     ) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[0] and bool(kl or ce)
         grad = torch.zeros_like(student) if wanted else None

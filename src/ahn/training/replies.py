@@ -86,11 +86,7 @@ class Renderer:
     def _template(self, conversation: Conversation, messages: list[Message], prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
-                tools=conversation.tools,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **conversation.options,
+                messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **conversation.options
             )
         except Exception as error:  # jinja2's errors, and what templates raise by themselves
             raise BadRowError(f"the chat template refuses it: {error}") from None

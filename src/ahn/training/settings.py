@@ -65,8 +65,7 @@ class Settings:
     overwrite_cache: bool = _setting(False, "Tokenise again even if it was done before.")
 
     loss_type: str | None = _setting(
-        None,
-        "kl (default), ce, distill (attention outputs), or a sum such as kl+ce; for RetainedTokens: attention.",
+        None, "kl (default), ce, distill (attention outputs), or a sum such as kl+ce; for RetainedTokens: attention."
     )
     use_normalized_l2: bool = _setting(False, "For distill: compare directions of attention outputs.")
     sliding_window_type: str = _setting("random", "How each step's lossless total is chosen: random, fixed or linear.")

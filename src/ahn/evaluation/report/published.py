@@ -10,15 +10,7 @@ from ahn.evaluation.report.collect import Column
 from ahn.evaluation.tasks import longbench, lveval
 
 LONG = ("lveval/128k", "infinitebench")
-METHODS = (
-    "full attention",
-    "sinks + window",
-    "CT-Max",
-    "CT-Avg",
-    "AHN mamba2",
-    "AHN deltanet",
-    "AHN gated_deltanet",
-)
+METHODS = ("full attention", "sinks + window", "CT-Max", "CT-Avg", "AHN mamba2", "AHN deltanet", "AHN gated_deltanet")
 AVERAGES = {
     "3B": ("4.41 9.52", "4.59 10.47", "4.12 10.00", "4.47 10.81", "5.13 12.44", "5.68 13.51", "5.88 13.24"),
     "7B": ("3.62 13.50", "5.34 13.16", "4.82 13.00", "5.28 13.31", "6.21 14.21", "6.82 16.48", "6.54 16.93"),
@@ -33,10 +25,7 @@ LONGBENCH_7B = {
     "AHN deltanet": 41.04,
     "AHN gated_deltanet": 40.59,
 }
-ABLATION_7B = {
-    "AHN gated_deltanet, CE, random window": 39.59,
-    "AHN gated_deltanet, KL, window fixed at 1024": 38.53,
-}
+ABLATION_7B = {"AHN gated_deltanet, CE, random window": 39.59, "AHN gated_deltanet, KL, window fixed at 1024": 38.53}
 """LongBench averages of other ways to train; the row without a remark is KL with a random window."""
 NEEDLES = (
     *(f"niah_single_{n}" for n in (1, 2, 3)),

@@ -115,12 +115,7 @@ class Fit:
     """
 
     def __init__(
-        self,
-        limit: int,
-        prompt_of: Callable[[Any], str],
-        count: Callable[[str], int],
-        name: str,
-        most: int = UNBOUNDED,
+        self, limit: int, prompt_of: Callable[[Any], str], count: Callable[[str], int], name: str, most: int = UNBOUNDED
     ) -> None:
         self._limit, self._prompt_of, self._count, self._name, self._most = limit, prompt_of, count, name, most
         self._sizes: dict[Hashable, int] = {}

@@ -25,12 +25,7 @@ TASKS = {"en_qa": "longbook_qa_eng", "zh_qa": "longbook_qa_chn"}
 OFFICIAL = Truncation("middle-cut", 128 * 1024)
 PAPER = Truncation("last", 128_000)
 PAPER_NEW_TOKENS = 256
-FIELDS = {
-    "id": data.number,
-    "context": data.text,
-    "input": data.text,
-    "answer": data.texts,
-}
+FIELDS = {"id": data.number, "context": data.text, "input": data.text, "answer": data.texts}
 
 
 def names() -> list[str]:
