@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ahn.errors import AHNError, install_command
-from ahn.evaluation.metrics import METRICS, OVER_ALL_ANSWERS, metric_name, score, segment
+from ahn.evaluation.metrics import METRICS, OVER_ALL_ANSWERS, metric_name, score, words
 from ahn.evaluation.metrics.lveval import METRIC_OF_FUNCTION
-from ahn.evaluation.metrics.normalise import chinese_tokens, english_tokens, normalise_chinese
+from ahn.evaluation.metrics.words import chinese_tokens, english_tokens, normalise_chinese
 
 OWN = json.loads(Path(__file__).with_name("metric_rows.json").read_text(encoding="utf-8"))
 PUBLISHED = json.loads(Path(__file__).with_name("published_rows.json").read_text(encoding="utf-8"))
@@ -107,17 +107,17 @@ def test_normalisation_has_the_benchmarks_gaps() -> None:
 def test_a_program_that_extends_jiebas_dictionary_changes_no_score() -> None:
     import jieba
 
-    before = segment.cut("守灯人照看灯塔")
+    before = words.cut("守灯人照看灯塔")
     jieba.add_word("守灯人照看", freq=10**6)
     assert jieba.lcut("守灯人照看灯塔") != before
-    assert segment.cut("守灯人照看灯塔") == before
+    assert words.cut("守灯人照看灯塔") == before
 
 
 @pytest.fixture
 def _fresh_segmenter() -> Any:
-    segment._segmenter.cache_clear()
+    words._segmenter.cache_clear()
     yield
-    segment._segmenter.cache_clear()
+    words._segmenter.cache_clear()
 
 
 @pytest.mark.usefixtures("_fresh_segmenter")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ahn.errors import AHNError
-from ahn.evaluation.metrics import benchmark_score, clean_prediction, longbench_length_group, score_by, task_score
+from ahn.evaluation.metrics import benchmark_score, clean_prediction, task_score
 
 
 def test_task_score_is_a_rounded_percentage() -> None:
@@ -13,17 +13,6 @@ def test_task_score_is_a_rounded_percentage() -> None:
     assert task_score(iter([0.5])) == 50.0
     with pytest.raises(AHNError, match="without a single scored sample"):
         task_score([])
-
-
-def test_scores_by_length_keep_their_order() -> None:
-    assert list(score_by([("32k", 1.0), ("16k", 0.0), ("32k", 0.5)]).items()) == [("32k", 75.0), ("16k", 0.0)]
-
-
-@pytest.mark.parametrize(
-    ("length", "group"), [(0, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+"), (10**6, "8k+")]
-)
-def test_longbench_length_groups(length: int, group: str) -> None:
-    assert longbench_length_group(length) == group
 
 
 def test_a_benchmark_weighs_its_tasks_equally() -> None:

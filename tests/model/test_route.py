@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
 from ahn.attend import spans, windowed
-from ahn.attend.parts import Part
+from ahn.attend.merge import Part
 from ahn.model import context, route
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ahn.attend.parts import Part
+from ahn.attend.merge import Part
 
 QUERIES = 1024
 """At once: scores are written out."""

@@ -1,15 +1,34 @@
-"""Join attention over disjoint sets of keys: each part's output counts by the exponential of its log-sum-exp."""
+"""Attention over some of the keys, and joined over all: each part counts by the exponential of its log-sum-exp."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ahn.attend.parts import Part
-
 AT_ONCE = 3
 """Parts that the kernel joins."""
+
+
+@dataclasses.dataclass
+class Part:
+    """Attention of m queries over some keys: of all n queries, or of the first m; the others see none of these keys.
+
+    Attributes:
+        out: (B, H, m, P).
+        score: (B, H, m) float32, log-sum-exp of the scores.
+        reversed: the queries are in reverse order.
+    """
+
+    out: Tensor
+    score: Tensor
+    reversed: bool = False
+
+    def queries(self, start: int, stop: int) -> Part:
+        """Of some of the queries, where they are in order."""
+        return Part(self.out[:, :, start:stop], self.score[:, :, start:stop])
 
 
 def merge(parts: list[Part]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ahn.attend.parts import Part
+from ahn.attend.merge import Part
 from ahn.errors import AHNError
 from ahn.ops import has_triton
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from ahn import private
-from ahn.attend.merge import joined, merge
-from ahn.attend.parts import Part
+from ahn.attend.merge import Part, joined, merge
 from ahn.layout.copies import join, take
 from ahn.layout.visibility import Visibility
 from ahn.ops import has_triton

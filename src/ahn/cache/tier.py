@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from ahn.attend import windowed
-from ahn.attend.merge import merge
-from ahn.attend.parts import Part
+from ahn.attend.merge import Part, merge
 from ahn.layout.evicted import Evicted
 from ahn.layout.slots import gather
 from ahn.layout.state import TierRing, TierState, WindowState

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.evaluation.documents import LongDocument
-from ahn.evaluation.measured import conclude, open_folder
 from ahn.evaluation.methods import Evaluated
+from ahn.evaluation.results import conclude, open_folder
 from ahn.training.distillation import distillation_loss
 from ahn.training.losses import IGNORED
 

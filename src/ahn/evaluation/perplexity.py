@@ -20,8 +20,8 @@ import ahn
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.evaluation.documents import LongDocument
-from ahn.evaluation.measured import conclude, open_folder
 from ahn.evaluation.methods import Evaluated
+from ahn.evaluation.results import conclude, open_folder
 from ahn.measure import peak
 from ahn.measure.clock import synchronize
 from ahn.measure.reading import bytes_of_cache, new_cache

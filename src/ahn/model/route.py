@@ -20,8 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attend import masked, spans, windowed
-from ahn.attend.merge import merge
-from ahn.attend.parts import Part
+from ahn.attend.merge import Part, merge
 from ahn.cache import tier
 from ahn.cache.tier import Passed, Seen
 from ahn.layout.tier import TierView

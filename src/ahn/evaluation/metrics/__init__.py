@@ -1,6 +1,6 @@
 """The benchmarks' metrics: plain functions on strings, equal to the official code to 1e-9."""
 
-from ahn.evaluation.metrics.aggregate import benchmark_score, longbench_length_group, score_by, task_score
+from ahn.evaluation.metrics.aggregate import benchmark_score, task_score
 from ahn.evaluation.metrics.clean import clean_prediction
 from ahn.evaluation.metrics.registry import METRICS, OVER_ALL_ANSWERS, PROFILES, metric_name, score
 
@@ -10,9 +10,7 @@ __all__ = [
     "PROFILES",
     "benchmark_score",
     "clean_prediction",
-    "longbench_length_group",
     "metric_name",
     "score",
-    "score_by",
     "task_score",
 ]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
 
 from ahn.errors import AHNError
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 def task_score(scores: Iterable[float]) -> float:
@@ -24,23 +21,6 @@ def task_score(scores: Iterable[float]) -> float:
     if number == 0:
         raise AHNError("A task without a single scored sample has no score.")
     return round(100 * total / number, 2)
-
-
-def score_by(scored: Iterable[tuple[Key, float]]) -> dict[Key, float]:
-    """`task_score` of each group, such as a length level, in order of first appearance.
-
-    Args:
-        scored: (group, score) of each sample.
-    """
-    groups: dict[Key, list[float]] = {}
-    for key, value in scored:
-        groups.setdefault(key, []).append(value)
-    return {key: task_score(values) for key, values in groups.items()}
-
-
-def longbench_length_group(length: int) -> str:
-    """LongBench-E's group of a sample with that many words (`scorer_e` in eval.py)."""
-    return "0-4k" if length < 4000 else "4-8k" if length < 8000 else "8k+"
 
 
 def benchmark_score(tasks: Mapping[str, float]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ahn.errors import AHNError
 from ahn.evaluation.metrics.rouge import rouge_l
-from ahn.evaluation.metrics.segment import cut
+from ahn.evaluation.metrics.words import cut
 
 METRIC_OF_TASK = {
     "narrativeqa": "lb.qa_f1",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ahn.evaluation.metrics.f1 import shared_tokens, token_f1
-from ahn.evaluation.metrics.normalise import chinese_tokens, english_tokens, normalise_chinese
 from ahn.evaluation.metrics.rouge import rouge_l
-from ahn.evaluation.metrics.segment import cut
+from ahn.evaluation.metrics.words import (
+    chinese_tokens,
+    cut,
+    english_tokens,
+    normalise_chinese,
+    shared_tokens,
+    token_f1,
+)
 
 ENGLISH_THRESHOLD = 0.2
 CHINESE_THRESHOLD = 0.4

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ahn.errors import AHNError
-from ahn.evaluation.metrics import infinitebench, longbench, lveval, ruler
-from ahn.evaluation.metrics.f1 import token_f1
-from ahn.evaluation.metrics.normalise import chinese_tokens, english_tokens
+from ahn.evaluation.metrics import longbench, lveval
 from ahn.evaluation.metrics.rouge import rouge_l
+from ahn.evaluation.metrics.words import chinese_tokens, english_tokens, normalise_chinese, token_f1
 
 PROFILES = ("official", "paper")
+METRIC_OF_BOOKS = {
+    "official": {"longbook_qa_eng": "ib.f1_en", "longbook_qa_chn": "ib.f1_zh"},
+    "paper": {"longbook_qa_eng": "lb.rouge", "longbook_qa_chn": "lb.rouge_zh"},
+}
+"""InfiniteBench's questions on books; the AHN paper's scripts score them with LongBench's ROUGE-L."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,29 @@ def _chinese_f1(prediction: str, answer: str, sample: MetricInputs) -> float:
     return token_f1(chinese_tokens(prediction), chinese_tokens(answer))
 
 
+def _character_f1(prediction: str, answer: str, sample: MetricInputs) -> float:
+    """InfiniteBench's over the characters of the normalised texts (`qa_f1_score_zh` in src/compute_scores.py)."""
+    return token_f1(list(normalise_chinese(prediction)), list(normalise_chinese(answer)))
+
+
+def _string_match_all(prediction: str, references: Sequence[str]) -> float:
+    """RULER's share of references that occur in the prediction (scripts/eval/synthetic/constants.py)."""
+    found = _found(prediction, references)
+    return sum(found) / len(found)
+
+
+def _string_match_part(prediction: str, references: Sequence[str]) -> float:
+    """RULER's question answering: 1 when any reference occurs in the prediction, else 0."""
+    return float(any(_found(prediction, references)))
+
+
+def _found(prediction: str, references: Sequence[str]) -> list[bool]:
+    if not references:
+        raise AHNError("RULER needs one or more reference strings.")
+    text = prediction.lower()
+    return [reference.lower() in text for reference in references]
+
+
 METRICS: dict[str, Callable[[str, str, MetricInputs], float]] = {
     "lv.qa_f1": _english_f1,
     "lv.qa_f1_zh": _chinese_f1,
@@ -51,7 +78,7 @@ METRICS: dict[str, Callable[[str, str, MetricInputs], float]] = {
     "lb.retrieval_zh": lambda text, answer, sample: longbench.retrieval_chinese(text, answer),
     "lb.code_sim": lambda text, answer, sample: longbench.code_similarity(text, answer),
     "ib.f1_en": _english_f1,
-    "ib.f1_zh": lambda text, answer, sample: infinitebench.character_f1(text, answer),
+    "ib.f1_zh": _character_f1,
 }
 """Scores in [0, 1] of one prediction against one answer."""
 FIRST_ANSWER_ONLY = "lv."
@@ -59,8 +86,8 @@ FIRST_ANSWER_ONLY = "lv."
 STOP_WORDS = {"lv.en": "ABANDON_WORDS_EN", "lv.zh": "ABANDON_WORDS_ZH", "lv.rouge_blk": "ABANDON_WORDS_ZH"}
 """Word lists in LV-Eval's protocol, by the metrics that need them."""
 OVER_ALL_ANSWERS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "ruler.all": ruler.string_match_all,
-    "ruler.part": ruler.string_match_part,
+    "ruler.all": _string_match_all,
+    "ruler.part": _string_match_part,
 }
 """These weigh all references together, so they are no score against one answer."""
 
@@ -115,7 +142,7 @@ def metric_name(benchmark: str, task: str, profile: str, protocol: Mapping[str, 
     tables: dict[str, Callable[[], Mapping[str, str]]] = {
         "lveval": lambda: _lveval_metrics(protocol),
         "longbench": lambda: longbench.METRIC_OF_TASK,
-        "infinitebench": lambda: infinitebench.METRIC_OF_TASK[profile],
+        "infinitebench": lambda: METRIC_OF_BOOKS[profile],
     }
     if benchmark not in tables:
         raise AHNError(f"Unknown benchmark {benchmark!r}: choose one of {', '.join(tables)}.")

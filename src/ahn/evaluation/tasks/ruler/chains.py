@@ -7,7 +7,7 @@ import random
 import string
 
 from ahn.evaluation.tasks.generated import Problem
-from ahn.evaluation.tasks.ruler.noise import NOISE
+from ahn.evaluation.tasks.ruler.needles import NOISE
 
 HOPS = 4
 EXAMPLE_LINES = 15

@@ -12,8 +12,9 @@ from typing import Literal
 from ahn.evaluation.tasks import haystack
 from ahn.evaluation.tasks.generated import WORDS, Problem
 from ahn.evaluation.tasks.haystack import Haystack
-from ahn.evaluation.tasks.ruler.noise import NOISE
 
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""What things are hidden in where there is no text."""
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 ONE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
