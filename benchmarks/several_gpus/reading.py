@@ -11,7 +11,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,16 +102,22 @@ def loaded(work: Work, place: Place, way: Callable[[PreTrainedModel], PreTrained
     model = work.base(place.device)
     torch.manual_seed(0)
     ahn.attach(model, work.config)
+    parameters = ahn.adapter_parameters(model)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        for name, x in ahn.adapter_parameters(model).items():
+        for name, x in parameters.items():
             if ".o_proj." in name:
                 x.normal_(std=READ_STD)
-        ahn.save_adapter(model, Path(folder))
+        if parameters:
+            ahn.save_adapter(model, folder)
         ahn.detach(model)
-        result = ahn.load_adapter(way(model), Path(folder), work.config.window, work.config.sinks)
+        placed = way(model)
+        if parameters:
+            ahn.load_adapter(placed, folder, work.config.window, work.config.sinks)
+        else:
+            ahn.attach(placed, work.config)
     del model
     release(place.device)
-    return result
+    return placed
 
 
 @torch.no_grad()

@@ -1,8 +1,15 @@
-"""A model dispatched over two GPUs against the same model on one: eager chunks, a live cache, steps, `generate`."""
+"""A model over two GPUs against the same model on one: by layers in eager chunks, a live cache, steps, `generate`; by
+heads and in training as `benchmarks/several_gpus` has it, small.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import models
@@ -17,6 +24,11 @@ from ahn import private
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 LAYERS, LENGTH = 4, 200
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "model_type": "qwen2", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 512,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def pair(memory: str, quantized: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -75,3 +87,40 @@ def test_generate(memory: str, quantized: int) -> None:
     mask[1, :20] = 0
     out = [m.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False) for m in (one, two)]
     torch.testing.assert_close(out[1], out[0], rtol=0, atol=0)
+
+
+def measured(tmp_path: Path, parts: str, *more: str) -> dict[str, dict[str, Any]]:
+    """What the parts of the benchmark found, in processes of their own."""
+    shape = tmp_path / "small.json"
+    shape.write_text(json.dumps(SMALL))
+    command = [sys.executable, str(ROOT / "benchmarks" / "several_gpus"), "--model", str(shape), "--length", "2048"]
+    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    answer = subprocess.run(
+        [*command, "--only", parts, *more],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert answer.returncode == 0, answer.stderr
+    lines = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+    return {line["part"]: line for line in lines if "took_s" in line}
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2", "window_only"])
+def test_heads_in_two_processes(memory: str, tmp_path: Path) -> None:
+    """In ordinary steps and in captured ones: as far from one GPU as its own two kinds of steps are from each other."""
+    found = measured(tmp_path, "one,heads", "--memory", memory)
+    for way in ("ordinary", "captured"):
+        assert found["heads"][way]["heads"] * torch.cuda.device_count() == 8
+        assert found["heads"][way]["logits_apart"] < 0.05
+        assert found["heads"][way]["same_tokens"] >= found["one"]["ordinary"]["same_tokens"] - 0.2
+    assert found["heads"]["captured"]["same_tokens"] > 0.5
+
+
+def test_training_in_two_processes(tmp_path: Path) -> None:
+    """Compiled leaves under DDP and under FSDP2: the losses of one GPU."""
+    found = measured(tmp_path, "ddp,fsdp2")
+    for part in found.values():
+        assert part["all"]["losses"] == pytest.approx(part["one"]["losses"], rel=0.02)
+        assert part["fell_by"] > 0
