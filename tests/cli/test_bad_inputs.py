@@ -15,7 +15,7 @@ NUMBERS = ("", "x", "-1", "1.5", "1e3", "nan", "١x", "0x10", " ", "--")
 PATHS = ("{none}", "{folder}", "{binary}", "{empty}", "{long}", "{device}", "~nobody-of-this-name/x")
 MODELS = ("{none}", "{binary}", "{empty}", "{folder}", "{list}", "{deep}", "{text}", "{long}", "a/b/c", "")
 INTEGERS = {
-    "generate": ("--window", "--sinks", "--quantized", "--max-new-tokens", "--seed"),
+    "generate": ("--window", "--sinks", "--quantized", "--max-new-tokens", "--seed", "--prompt-lookup"),
     "chat": ("--window", "--sinks", "--quantized", "--max-new-tokens"),
     "inspect": ("--window", "--length"),
     "demo": ("--documents", "--length"),

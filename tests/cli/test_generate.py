@@ -76,6 +76,16 @@ def test_says_what_was_read(ahn_cli: Any, plain: speaking.Speaking) -> None:
     assert "Wrote 256 tokens" in done.err
 
 
+def test_a_prompt_lookup_says_the_same(ahn_cli: Any, plain: speaking.Speaking, monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb in ("generate", "chat"):
+        said = []
+        for name in ("", "--prompt-lookup", "--prompt-lookup-num-tokens"):
+            pipe(monkeypatch, TEXT.replace("\n", " ").encode() * 3)
+            options = ("--temperature", 0, "--max-new-tokens", 20, "--window", 9, "--sinks", 3)
+            said.append(ahn_cli(verb, "--model", plain.adapter, *options, *([name, 5] if name else [])).out)
+        assert said[0] and said == [said[0]] * 3
+
+
 def test_json_is_all_of_standard_output(ahn_cli: Any, plain: speaking.Speaking) -> None:
     done = ahn_cli("generate", "--model", plain.adapter, "--prompt", TEXT, "--max-new-tokens", 12, "--json")
     result = json.loads(done.out)

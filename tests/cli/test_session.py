@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import speaking
 import torch
 
+from ahn.cache.conversation import AHNCache
 from ahn.cli.session import LONG, Session, sentence, warn_beyond_training
 from ahn.cli.writing import Interrupt, Sampling
 from ahn.errors import AHNError
@@ -73,6 +75,23 @@ def test_flags_go_before_the_models_settings() -> None:
     for mistake in ({"top_p": 0.0}, {"top_p": 1.1}, {"temperature": -1.0}):
         with pytest.raises(AHNError, match="top-p"):
             Sampling(**mistake)
+
+
+def test_a_lookup_changes_no_text_also_after_a_conversation_was_loaded(tmp_path: Path) -> None:
+    def said(lookup: int) -> list[int]:
+        session, found = speaking.session(), []
+        file = str(tmp_path / f"{lookup}.safetensors")
+        for turn in (TEXT, TEXT, "x", TEXT):
+            session.read(session.encode(turn, start=not session.seen))
+            session.write(Sampling(12, 0.0, lookup=lookup))
+            found += session.written
+            if turn == "x":
+                session.save(file)
+                session.reset(AHNCache.load(file, session.model))
+        assert session.seen == len(session._ids) + session._before
+        return found
+
+    assert said(lookup=4) == said(lookup=0)
 
 
 def test_drawing_leaves_the_random_state_alone() -> None:

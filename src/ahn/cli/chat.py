@@ -20,7 +20,16 @@ from ahn.cli.common import (
     SinksOption,
     WindowOption,
 )
-from ahn.cli.generate import NewTokensOption, SeedOption, SystemOption, TemperatureOption, TopPOption, read, write
+from ahn.cli.generate import (
+    LookupOption,
+    NewTokensOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    TopPOption,
+    read,
+    write,
+)
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -36,6 +45,7 @@ def command(
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = 0,
+    prompt_lookup: LookupOption = 0,
     window: WindowOption = None,
     sinks: SinksOption = None,
     quantized: QuantizedOption = None,
@@ -67,7 +77,7 @@ def command(
     from ahn.cli.turns import PlainTurns, TemplateTurns
     from ahn.cli.writing import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, prompt_lookup)
     session = open_session(model, adapter, device, dtype, window=window, sinks=sinks, quantized=quantized)
     turns: PlainTurns
     if session.tokenizer.chat_template:

@@ -146,7 +146,9 @@ class Session:
     ) -> str:
         """Continue what was read, and return the text; `show` is called with every piece of it as it is written."""
         assert self._ids, "read something first"
-        new = self._ids[self.cache.seen - self._before :] if self._before else self._ids
+        # A lookup wants the text; else transformers takes all of a text, or what the cache has not read.
+        whole = sampling.lookup or not self._before
+        new = self._ids if whole else self._ids[self.cache.seen - self._before :]
         tokens = torch.tensor([new], device=self.model.device)
         streamer = Pieces(self.tokenizer, self._ids[-CONTEXT:], show)
         with torch.random.fork_rng(devices=_devices(self.model)):

@@ -30,6 +30,7 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most probable token.
+        lookup: so many tokens at once are guessed to be what followed the last words earlier in the text; 0 for none.
 
     Raises:
         AHNError: a number is out of range.
@@ -39,6 +40,7 @@ class Sampling:
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         if (self.temperature is not None and not 0 <= self.temperature < math.inf) or (
@@ -53,6 +55,8 @@ class Sampling:
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "max_length": None, "num_beams": 1}
         chosen |= {"num_return_sequences": 1, "use_cache": True, "cache_implementation": None}
         chosen |= {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+        if self.lookup:
+            chosen["prompt_lookup_num_tokens"] = self.lookup
         if self.temperature is not None:
             chosen["do_sample"] = self.temperature > 0
         if self.temperature:

@@ -129,8 +129,10 @@ def _recording(model: PreTrainedModel, kwargs: dict[str, Any], drafts: bool) -> 
     before = cache.progress.recording
     if drafts:
         cache.activate_past_recording()
-    elif isinstance(ids, Tensor) and ids.shape[1] > cache.seen and generation.guesses(model, kwargs):
-        cache.progress.given_again = cache.seen
+    elif isinstance(ids, Tensor) and generation.guesses(model, kwargs):
+        mask = kwargs.get("attention_mask")
+        length = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else ids.shape[1]
+        cache.progress.given_again = max(0, ids.shape[1] - (length - cache.seen))
     try:
         yield
     finally:
