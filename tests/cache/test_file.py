@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn import AHNCache, AHNError
-from ahn.cache.file import FIRST_FORMAT, FORMAT, checksum
+from ahn.cache.file import FIRST_FORMAT, SECOND_FORMAT, checksum
 from ahn.cache.origin import first_fingerprint
 
 WINDOW, SINKS = 4, 2
@@ -45,8 +46,8 @@ def rewrite(path: Path, change: Change, sign: bool = True) -> Path:
         description = json.loads(file.metadata()["ahn"])
     tensors = load_file(path)
     change(description, tensors)
-    if sign and description.get("format") == FORMAT:
-        description["checksum"] = checksum(tensors, description)
+    if sign and description.get("format") != FIRST_FORMAT:
+        description["checksum"] = checksum(sorted(tensors.items()), description)
     save_file(tensors, path, {"ahn": json.dumps(description)})
     return path
 
@@ -60,6 +61,11 @@ def as_first_format(path: Path, model: PreTrainedModel) -> Path:
         description |= kept | {"format": FIRST_FORMAT, "fingerprint": first_fingerprint(model), "tensors": [*tensors]}
 
     return rewrite(path, change)
+
+
+def as_second_format(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The description as the second version of this package wrote it."""
+    description["format"] = SECOND_FORMAT
 
 
 def settings(**changes: Any) -> Change:
@@ -169,6 +175,23 @@ def test_files_of_the_first_format_still_load(memory: str, length: int, quantize
     path = conversation(model, tmp_path / "cache", length)
     wanted = go_on(model, AHNCache.load(path, model))
     assert torch.equal(go_on(model, AHNCache.load(as_first_format(path, model), model)), wanted)
+
+
+def test_files_of_the_second_format_still_load(model: PreTrainedModel, tmp_path: Path) -> None:
+    path = rewrite(conversation(model, tmp_path / "cache"), as_second_format)
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["ahn"])
+    rest = {name: value for name, value in description.items() if name != "checksum"}
+    whole = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, x in sorted(load_file(path).items()):
+        whole.update(
+            f"\0{name} {x.dtype} {tuple(x.shape)}\0".encode() + x.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    assert description["checksum"] == whole.hexdigest()
+    wanted = go_on(model, AHNCache.load(conversation(model, tmp_path / "newer"), model))
+    assert torch.equal(go_on(model, AHNCache.load(path, model)), wanted)
+    with pytest.raises(AHNError, match="checksum"):
+        AHNCache.load(rewrite(path, tensor(KEYS, lambda x: x + 1), sign=False), model)
 
 
 @pytest.mark.parametrize("seed", range(8))

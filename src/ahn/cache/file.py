@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +28,14 @@ from ahn.shape import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "ahn-cache-2"
+FORMAT = "ahn-cache-3"
+SECOND_FORMAT = "ahn-cache-2"
+"""With one checksum over the bytes of all tensors, which cannot be worked out in parts."""
 FIRST_FORMAT = "ahn-cache-1"
 """Without a checksum, and with a fingerprint of 64 rows of the embedding instead of an origin."""
+FORMATS = (FORMAT, SECOND_FORMAT, FIRST_FORMAT)
+THREADS = min(8, os.cpu_count() or 1)
+"""Tensors whose digests are worked out at once."""
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any], of: dict[str, Any]) -> None:
@@ -43,7 +50,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
     path = Path(path)
     on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     whole = {"format": FORMAT, **description, "origin": of}
-    whole["checksum"] = checksum(on_cpu, whole)
+    whole["checksum"] = checksum(sorted(on_cpu.items()), whole)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,11 +79,11 @@ def read(
         with safe_open(path, framework="pt") as file:
             description = _description(file, path)
             config, seen = _check(description, _stored(file), model, path, of)
-            # Copies have their own aligned memory: kernels round differently where it is not aligned.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            tensors: dict[str, Tensor] = {}
+            found = checksum(_loaded(file, tensors), description)
     except (SafetensorError, OSError) as error:
         raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
-    if description["format"] == FORMAT and description.get("checksum") != checksum(tensors, description):
+    if description["format"] != FIRST_FORMAT and description.get("checksum") != found:
         raise AHNError(f"{path} is damaged: its checksum is another than that of its content.")
     check_values(tensors, seen, str(path))
     return {name: x.to(model.device) for name, x in tensors.items()}, config, seen, description.get("messages", [])
@@ -93,7 +100,7 @@ def describe(path: Path) -> dict[str, Any]:
             description = _description(file, path)
     except (SafetensorError, OSError) as error:
         raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
-    if description.get("format") not in (FORMAT, FIRST_FORMAT):
+    if description.get("format") not in FORMATS:
         raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
     return description
 
@@ -102,14 +109,42 @@ def _description(file: Any, path: Path) -> dict[str, Any]:
     return json_object((file.metadata() or {}).get("ahn", "{}"), f"The description in {path}")
 
 
-def checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
-    """sha256 of all that a file says: tensors by name with dtype, shape and bytes, and the rest of the description."""
+def checksum(tensors: Iterable[tuple[str, Tensor]], description: Mapping[str, Any]) -> str:
+    """sha256 of all that a file says: tensors by name with dtype, shape and sha256, and the rest of the description.
+
+    Args:
+        tensors: sorted by name. They are worked on while the next ones are still read.
+    """
     rest = {name: value for name, value in description.items() if name != "checksum"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        digest.update(f"\0{name} {x.dtype} {tuple(x.shape)}\0".encode())
-        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    with ThreadPoolExecutor(THREADS) as pool:  # Python lets other threads run while it hashes
+        for part in pool.map(_whole if description.get("format") == SECOND_FORMAT else _summed, tensors):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _summed(named: tuple[str, Tensor]) -> bytes:
+    return _title(*named) + hashlib.sha256(_bytes(named[1])).digest()
+
+
+def _whole(named: tuple[str, Tensor]) -> bytes:
+    return _title(*named) + bytes(_bytes(named[1]))
+
+
+def _title(name: str, x: Tensor) -> bytes:
+    return f"\0{name} {x.dtype} {tuple(x.shape)}\0".encode()
+
+
+def _bytes(x: Tensor) -> Any:
+    return x.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _loaded(file: Any, into: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Reads one tensor after the other into a dictionary."""
+    for name in sorted(file.keys()):
+        # Copies have their own aligned memory: kernels round differently where it is not aligned.
+        into[name] = file.get_tensor(name).clone()
+        yield name, into[name]
 
 
 def _stored(file: Any) -> dict[str, Stored]:
@@ -121,9 +156,9 @@ def _check(
     description: dict[str, Any], found: dict[str, Stored], model: PreTrainedModel, path: Path, here: dict[str, Any]
 ) -> tuple[AHNConfig, int]:
     kind = description.get("format")
-    if kind not in (FORMAT, FIRST_FORMAT):
+    if kind not in FORMATS:
         raise AHNError(f"{path} is not a conversation saved by AHNCache.save.")
-    if kind == FORMAT:
+    if kind != FIRST_FORMAT:
         saved = description.get("origin")
         check_origin(saved if isinstance(saved, dict) else {}, here, path)
     elif description.get("fingerprint") != first_fingerprint(model):
