@@ -96,6 +96,11 @@ def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> No
     module.__dict__["_parameters"] = dict.fromkeys(module._parameters) | parameters
 
 
+def as_written(module: nn.Module) -> bool:
+    """Whether a module's call is that of its class: nobody put a forward or a hook around gradients on it."""
+    return "forward" not in vars(module) and not module._backward_hooks
+
+
 def copy_own(module: nn.Module, copy: nn.Module) -> None:
     """Make `copy` a shallow copy of a module without what others put on it: a forward, hooks around gradients."""
     vars(copy).update({name: x for name, x in vars(module).items() if name not in ("forward", "_is_hooked")})

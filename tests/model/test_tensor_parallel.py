@@ -110,6 +110,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             found = [read(model, padded) for padded in (False, True)]
             heads = {n: tuple(p.shape) for n, p in ahn.adapter_parameters(model).items()}
             torch.save({"found": found, "heads": heads}, files / f"{rank}.pt")
+        files = folder / "qwen3 gated_deltanet"
+        for name, more in {"adapter": {"base": folder / "qwen3"}, "merged": {}}.items():
+            loaded = ahn.from_pretrained(files / name, tp_plan="auto", **more)
+            torch.save(read(loaded, False)[0], files / f"{name}{rank}.pt")
         words = refusals(model, folder, models.tokens(1, LENGTH))
         words |= {name: said(lambda name=name: ahn.attach(divided(folder / name))) for name in ("phi3", "one head")}
         torch.save(words, folder / f"words{rank}.pt")
@@ -134,6 +138,14 @@ def test_two_processes_give_what_one_gives(architecture: str, name: str, folder:
         torch.testing.assert_close(ours[1], written, rtol=0, atol=0)
         torch.testing.assert_close(theirs[0], ours[0], rtol=0, atol=0)
         torch.testing.assert_close(theirs[1], ours[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adapter", "merged"])
+def test_our_own_loading_takes_a_plan(name: str, folder: Path) -> None:
+    files = folder / "qwen3 gated_deltanet"
+    expected = torch.load(files / "0.pt")["found"][0][0]
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(files / f"{name}{rank}.pt"), expected, rtol=0, atol=1e-5)
 
 
 def test_each_holds_its_heads_of_the_memory(folder: Path) -> None:

@@ -209,7 +209,7 @@ def _is_leaf(module: nn.Module) -> bool:
     Nor one that others changed: tensor parallelism puts a forward on what it has divided.
     """
     children = list(module.children())
-    if any("forward" in vars(part) for part in (module, *children)):
+    if not all(map(private.as_written, (module, *children))):
         return False
     if not children:
         return type(module).__name__.endswith("RMSNorm")
