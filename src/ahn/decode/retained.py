@@ -55,10 +55,11 @@ class RetainedSteps:
         keys = next(iter(states.values())).window.keys
         self.angles = keys.new_zeros(len(keys), 2, 2, keys.shape[-1], dtype=precise(keys.dtype))
         self.seen: dict[int, SeenTokens] = {}
+        room = max(1, self.config.reach - self.lossless) if self.config.reach else 0
         for index, state in states.items():
             state.memory = state.memory or self.memories[index].empty_slots(state.window.keys, self.lossless)
             turned = rotation is not None and self.rotates[index]
-            self.seen[index] = SeenTokens.of(state.memory, self.slots, self.angles if turned else None)
+            self.seen[index] = SeenTokens.of(state.memory, self.slots, self.angles if turned else None, room)
 
     def update(self, positions: Tensor) -> None:
         """Angles of the step for the tokens at these positions (B,); a part of the step."""

@@ -87,6 +87,7 @@ def operator(
     first_angles: Tensor | None = None,
     near: int = 0,
     seen_angles: Tensor | None = None,
+    seen_room: int = 0,
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
@@ -116,7 +117,8 @@ def operator(
     seen = None
     if seen_keys is not None and seen_values is not None and block_keys is not None and block_values is not None:
         assert seen_scores is not None and seen_positions is not None
-        seen = SeenTokens(seen_keys, seen_values, block_keys, block_values, seen_scores, seen_positions, seen_angles)
+        tokens = seen_keys, seen_values, block_keys, block_values, seen_scores, seen_positions
+        seen = SeenTokens(*tokens, seen_angles, seen_room)
     layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)), tier)
     if state is not None:
         layer.memory["state"] = state
@@ -171,6 +173,7 @@ def layer_step(
         return operator(
             query, key, value, score, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
             None, None, None, None, None, **_angles(turn), seen_angles=None if seen is None else seen.angles,
+            seen_room=0 if seen is None else seen.room,
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
     fading = (None, "none", None, None) if decay is None else _parts(decay)

@@ -134,11 +134,14 @@ def step(
             for x, coded in ((keys, key_of), (values, value_of))
         )
         visible = torch.cat([visible, held], dim=1)
+    mask = visible
     if seen is not None:
         keys, values = torch.cat([keys, seen.keys], dim=2), torch.cat([values, seen.values], dim=2)
-        visible = torch.cat([visible, seen.visible(left.clamp_min(0))], dim=1)
+        bias, own = seen.bias(left)[:, None].to(query.dtype), seen.visible(left.clamp_min(0))
+        known = torch.cat([torch.zeros_like(visible, dtype=query.dtype), bias.expand(own.shape)], dim=1)
+        mask = known.masked_fill(~torch.cat([visible, own], dim=1), float("-inf"))
     out = F.scaled_dot_product_attention(
-        query[:, :, None], keys, values, visible[:, None, None], scale=scaling, enable_gqa=True
+        query[:, :, None], keys, values, mask[:, None, None], scale=scaling, enable_gqa=True
     )
     return (out[:, :, 0].to(precise(query.dtype)) + memory_read).to(query.dtype)
 

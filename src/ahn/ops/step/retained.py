@@ -24,6 +24,7 @@ class SeenTokens:
         block_keys, block_values: (B, Hkv, G, P), scores, positions: (B, Hkv, M + G): the memory's own tensors.
         angles: (B, 2, 2, P) cosines and sines that turn the key that leaves to before RoPE, and from there to where the
             query sees it, float32 at least; None where keys stay as they are.
+        room: tokens that leave in a text of the length that the base was trained on; 0 where it does not matter.
     """
 
     keys: Tensor
@@ -33,13 +34,14 @@ class SeenTokens:
     scores: Tensor
     positions: Tensor
     angles: Tensor | None = None
+    room: int = 0
 
     @classmethod
-    def of(cls, memory: Tensors, slots: int, angles: Tensor | None) -> SeenTokens:
+    def of(cls, memory: Tensors, slots: int, angles: Tensor | None, room: int) -> SeenTokens:
         """Over a memory's tensors, with room for so many tokens."""
         own = memory["block_keys"], memory["block_values"], memory["scores"], memory["positions"]
         keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in own[:2])
-        return cls(keys, values, *own, angles)
+        return cls(keys, values, *own, angles, room)
 
     @property
     def kept(self) -> int:
@@ -51,6 +53,12 @@ class SeenTokens:
         filling = left % self.block_keys.shape[2]
         at = torch.arange(self.keys.shape[2], device=left.device) - self.kept
         return (at < filling[:, None]) & (at >= (filling - left)[:, None])
+
+    def bias(self, left: Tensor) -> Tensor:
+        """(B,) float32 of their scores when so many tokens (B,) have left; as `ahn.layout.blocks.TextPiece.bias`."""
+        if not self.room:
+            return left.new_zeros(left.shape, dtype=torch.float32)
+        return (self.room / left.clamp_min(1)).clamp_max(1).log()
 
     def push(self, key: Tensor, value: Tensor, score: Tensor, left: Tensor, position: Tensor, leaves: Tensor) -> None:
         """Take the token that leaves, of rows from which one does and whose block it does not fill.

@@ -58,7 +58,7 @@ def _keep(
 @triton.jit
 def _attend_kept(
     query, keys, values, positions, partial, score, query_norm, cos, sin, query_eps, stride_turn,
-    slots, capacity, kept, block, scaling, per_split, first_part,
+    slots, capacity, kept, block, room, scaling, per_split, first_part,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,8 @@ def _attend_kept(
     row = (first + g) * SPLITS + first_part + part
     safe = tl.where(total == 0.0, 1.0, total)
     tl.store(partial + row[:, None] * P + p[None, :], acc / safe[:, None], mask=mine)
-    tl.store(score + row, highest + tl.log(safe), mask=g < GROUPS)
+    weight = tl.where((room > 0) & (left > room), tl.log(tl.maximum(room, 1) / tl.maximum(left, 1).to(tl.float32)), 0.0)
+    tl.store(score + row, highest + tl.log(safe) + weight, mask=g < GROUPS)
 
 
 def keep_and_attend(
@@ -143,7 +144,7 @@ def keep_and_attend(
     )  # fmt: skip
     _attend_kept[parts, B * HKV](
         query, seen.keys, seen.values, positions, partial, score, *rotation,
-        slots, capacity, kept, count - kept, scaling, triton.cdiv(triton.cdiv(count, parts), block) * block,
+        slots, capacity, kept, count - kept, seen.room, scaling, triton.cdiv(triton.cdiv(count, parts), block) * block,
         partial.shape[2] - parts,
         SPLITS=partial.shape[2], HEADS=heads, GROUPS=heads // HKV,
         ROWS=max(16, triton.next_power_of_2(heads // HKV)), P=P, BLOCK_N=block,
