@@ -12,13 +12,12 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-import uvicorn
 from serve_fake import FakeEngine
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ahn import tiny
-from ahn.serve.api.app import make_app
+from ahn.serve.api.app import StoppingServer, make_app
 from ahn.serve.api.building import bound, build
 from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.metrics import ServerMetrics
@@ -83,13 +82,12 @@ class LiveServer:
         service: what is served; its engine was started.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, stop: float = 1.0) -> None:
         self.service = service
         place = bound("127.0.0.1", 0)
         self.port: int = place.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(make_app(service), ws="none", log_level="error", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
+        self._server = StoppingServer(make_app(service), stop, log_level="error")
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True)
         self._thread.start()
         while not self._server.started:

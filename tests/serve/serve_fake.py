@@ -94,4 +94,8 @@ class FakeEngine:
         return not self.dead
 
     def close(self, timeout: float) -> None:
-        self.dead = True
+        if not self.dead:
+            self.dead = True
+            time.sleep(timeout)
+            for reply in self.replies:
+                reply.cancel()

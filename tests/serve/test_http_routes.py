@@ -229,13 +229,14 @@ def test_models_and_tokens(served: Any) -> None:
 
 def test_a_conversation_can_be_taken_elsewhere(serve: Callable[..., Any]) -> None:
     here, there = serve(), serve()
-    said = here.chat("Remember 42.", session_id="s").json()["choices"][0]["message"]["content"]
+    asked = "Remember 42."
+    said = here.chat(asked, session_id="s").json()["choices"][0]["message"]["content"]
     file = here.client.get("/conversations/s/state")
     assert file.status_code == 200, file.text
-    assert there.client.put("/conversations/moved/state", content=file.content).json() == {
-        "name": "moved",
-        "imported": True,
-    }
+    taken = there.client.put("/conversations/moved/state", content=file.content).json()
+    assert taken["name"] == "moved" and taken["imported"] and [m["content"] for m in taken["messages"]] == [asked, said]
+    there.post("/v1/responses", input="And?", previous_response_id=taken["turn"], max_output_tokens=1)
+    assert there.service.text.decode(there.engine.replies[-1].request.prompt) == f"{asked}{said}\nAnd?"
     there.chat("What?", session_id="moved")
     prompt = there.service.text.decode(there.engine.replies[-1].request.prompt)
     assert prompt == f"Remember 42.{said}\nWhat?"

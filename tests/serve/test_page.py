@@ -87,6 +87,14 @@ def test_a_conversation_in_a_browser(live: Any, tmp_path: Path) -> None:
         with page.expect_download() as saved:
             page.click("#save")
         assert saved.value.suggested_filename.endswith(".ahn.zip")
+        saved.value.save_as(tmp_path / "saved.ahn.zip")
+        page.set_input_files("#open", str(tmp_path / "saved.ahn.zip"))
+        page.wait_for_selector("#status:has-text('Opened')", timeout=60_000)
+        assert page.locator("#list li").count() == 3 and page.locator("#log .turn").count() == 4
+        page.fill("#text", "And after that?")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#stop:disabled", timeout=60_000)
+        assert int(page.inner_text("#cached").split()[0].replace(",", "")) > tokens
         page.fill("#most", "4000")
         page.fill("#text", "Go on.")
         page.keyboard.press("Enter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,27 @@ def test_a_client_that_sends_no_body_is_told(live_fake: Callable[..., Any]) -> N
     connection.sendall(head("/tokenize", 100) + b"{")
     said = b"".join(iter(lambda: connection.recv(65536), b""))
     assert said.startswith(b"HTTP/1.1 408") and b'"error"' in said
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+def test_a_server_that_stops_says_so(live_fake: Callable[..., Any], path: str, stream: bool) -> None:
+    server, engine = live_fake(pause=0.01)
+    asked = {"chat/completions": BODY, "completions": {"prompt": "x", "max_tokens": 16000}, "responses": {"input": "x"}}
+    raw = json.dumps(asked[path] | {"stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head(f"/v1/{path}", len(raw)) + raw)
+        wait(lambda: engine.replies and engine.replies[0].given > 3)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        said = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    stopping.join()
+    assert "The reply was ended by the server." in said
+    if stream:
+        assert said.endswith("0\r\n\r\n")  # whole, as HTTP has it
+        assert ("[DONE]" in said) == (path != "responses") and ("response.failed" in said) == (path == "responses")
+    else:
+        assert said.startswith("HTTP/1.1 503")
 
 
 def test_malformed_requests(serve: Callable[..., Any]) -> None:

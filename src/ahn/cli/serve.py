@@ -118,8 +118,7 @@ def command(
     place = bound(host, port)
     seconds = None if max_age is None else max_age * 3600
 
-    from ahn.serve.api.app import STOP, make_app
-    from ahn.serve.api.building import serve_until_stopped
+    from ahn.serve.api.app import make_app, serve_until_stopped
     from ahn.serve.api.messages import MessageStore
 
     bounds = {
@@ -146,7 +145,7 @@ def command(
         app = replicated(start, settings, replicas, runs_on.startswith("cuda"), directory, seconds)
     _tell(settings, place)
     try:
-        serve_until_stopped(app, place, STOP)
+        serve_until_stopped(app, place)
     except KeyboardInterrupt:  # uvicorn has stopped already and says again what it was told
         common.err.print("Stopped.")
 

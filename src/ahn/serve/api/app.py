@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import math
+import socket
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 
 from ahn.serve.api import chat, completions, operations, problems, responses
@@ -13,13 +19,16 @@ from ahn.serve.api.gate import RequestGate
 from ahn.serve.api.service import Service
 
 STOP = 20.0
-"""Seconds that running replies have to end when the server stops; then they are cut off."""
+"""Seconds that running replies have to end when the server stops; then they end with an error."""
 CLOSE = 5.0
-"""Seconds that the engine then has for what it is in the middle of."""
+"""Seconds that clients then have to take it, and the engine for what it is in the middle of."""
 
 
 def make_app(service: Service) -> FastAPI:
-    """The app for a service whose engine was started; when the app ends, engine and messages are closed."""
+    """The app for a service whose engine was started; when the app ends, engine and messages are closed.
+
+    `app.state.close` takes seconds: nothing new is begun, what runs may end in that time.
+    """
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -38,8 +47,34 @@ def make_app(service: Service) -> FastAPI:
     ):
         app.include_router(part)
     problems.install(app)
+    app.state.close = service.engine.close
     app.add_middleware(RequestGate, settings=service.settings, metrics=service.metrics)
     return app
+
+
+class StoppingServer(uvicorn.Server):
+    """Ends replies with an error event rather than by cutting their connections.
+
+    Args:
+        app: with `state.close`.
+        stop: seconds that running replies have to end, from when the server stops.
+        options: of uvicorn.
+    """
+
+    def __init__(self, app: FastAPI, stop: float = STOP, **options: Any) -> None:
+        patience = math.ceil(stop + CLOSE)
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=patience, ws="none", **options))
+        self._close = functools.partial(app.state.close, stop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does, while the app is told to come to an end."""
+        threading.Thread(target=self._close, daemon=True).start()
+        await super().shutdown(sockets)
+
+
+def serve_until_stopped(app: FastAPI, place: socket.socket) -> None:
+    """Serve at a bound socket until SIGINT or SIGTERM."""
+    StoppingServer(app, lifespan="on", server_header=False).run(sockets=[place])
 
 
 def _version() -> str:

@@ -11,7 +11,6 @@ from ahn.errors import AHNError, install_command
 from ahn.serve.request import SamplingOptions
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ahn.serve.api.messages import MessageStore
@@ -99,11 +98,3 @@ def sampling_defaults(model: PreTrainedModel) -> SamplingOptions:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: getattr(settings, name, None) for name in names}
     return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
-
-
-def serve_until_stopped(app: FastAPI, place: socket.socket, stop: float) -> None:
-    """Serve at a bound socket until SIGINT or SIGTERM; running replies then have `stop` seconds to end."""
-    import uvicorn
-
-    config = uvicorn.Config(app, timeout_graceful_shutdown=int(stop), ws="none", lifespan="on", server_header=False)
-    uvicorn.Server(config).run(sockets=[place])

@@ -123,14 +123,17 @@ def conversations(service: Service) -> APIRouter:
 
     @routes.put("/conversations/{name}/state")
     async def imported(name: str, request: Request) -> Response:
-        """Take a conversation in that was exported, by this server or one with the same model, as a session."""
+        """Take a conversation in that was exported, by this server or one with the same model, as a session.
+
+        The answer has its messages, and the name of its last turn, from which a response can go on.
+        """
         if not is_session(name):
             raise APIProblem(400, f"name: a session's name does not begin with {RESPONSE}.", "name", "invalid_value")
         with tempfile.TemporaryDirectory(prefix="ahn-import-") as directory:
             file = Path(directory) / "conversation.zip"
             await _received(request.stream(), file)
-            await asyncio.to_thread(_import, service, request.state.owner, name, file)
-        return answer({"name": name, "imported": True})
+            turn, said = await asyncio.to_thread(_import, service, request.state.owner, name, file)
+        return answer({"name": name, "imported": True, "turn": turn, "messages": said})
 
     return routes
 
@@ -196,8 +199,10 @@ async def _received(chunks: AsyncIterator[bytes], file: Path) -> None:
             await asyncio.to_thread(out.write, chunk)
 
 
-def _import(service: Service, owner: str, name: str, file: Path) -> None:
-    """Raises APIProblem for a file that is no exported conversation, AHNError for a state of another model."""
+def _import(service: Service, owner: str, name: str, file: Path) -> tuple[str | None, list[dict[str, str]]]:
+    """The last turn and what was said.
+
+    Raises APIProblem for a file that is no exported conversation, AHNError for a state of another model."""
     state = file.with_name(STATE)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -212,8 +217,10 @@ def _import(service: Service, owner: str, name: str, file: Path) -> None:
     except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         raise APIProblem(400, "This is no conversation that a server of ahn exported.") from error
     service.engine.load(owner, name, state)
-    if said:
-        service.store.add(owner, turn_name(), said, session=name)
+    turn = turn_name() if said else None
+    if turn is not None:
+        service.store.add(owner, turn, said, session=name)
+    return turn, said
 
 
 def _checked(said: Any) -> list[dict[str, str]]:

@@ -37,6 +37,7 @@ def make_front(replicas: DeploymentHandle, settings: ServerSettings, stop: Calla
         await asyncio.to_thread(stop)
 
     app = FastAPI(lifespan=life, openapi_url=None)
+    app.state.close = lambda seconds: replicas.broadcast("close", seconds).results(timeout_s=2 * seconds)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:

@@ -84,6 +84,10 @@ class Replica:
         alive = self._service.engine.alive()
         return f"{socket.gethostname()}:{os.getpid()}", self._service.metrics.text() if alive else None
 
+    async def close(self, seconds: float) -> None:
+        """Begin nothing new; what runs may end in that time."""
+        await asyncio.to_thread(self._service.engine.close, seconds)
+
     def check_health(self) -> None:
         """Asked by Ray, which starts a replica anew that raises.
 
