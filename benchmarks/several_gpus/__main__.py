@@ -117,8 +117,7 @@ def join(cpu: bool) -> Place:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    more = {"device_id": device} if gpu else {}
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=4), **more)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=4))
     waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
     return Place(dist.get_rank(), dist.get_world_size(), device, waiting, dist.get_rank() == 0)
 

@@ -73,7 +73,11 @@ def over_heads(work: Work, place: Place, first: Heard | None) -> tuple[dict[str,
     ordinary, heard = read(model, work, place, box[0], captured=False)
     place.say(part="heads", **ordinary)  # a graph with sums over processes in it may fail in ways that no one catches
     captured, _ = read(model, work, place, box[0] or heard, captured=True)
-    return {"ordinary": ordinary, "captured": captured}, heard
+    found = {"ordinary": ordinary, "captured": captured}
+    if place.device.type == "cuda":  # each process knows of its own
+        for facts in found.values():
+            facts["peak_gib"] = place.of_all(facts["peak_gib"][place.rank])
+    return found, heard
 
 
 def spread(model: PreTrainedModel, place: Place) -> PreTrainedModel:
