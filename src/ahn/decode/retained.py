@@ -61,15 +61,13 @@ class RetainedSteps:
             turned = rotation is not None and self.rotates[index]
             self.seen[index] = SeenTokens.of(state.memory, self.slots, self.angles if turned else None, room)
 
-    def update(self, positions: Tensor) -> None:
+    def update(self, rotation: Rotation, positions: Tensor) -> None:
         """Angles of the step for the tokens at these positions (B,); a part of the step."""
-        if self.rotation is None:
-            return
         leaving = (positions - self.config.window - self.config.quantized).clamp_min(0)
         place = leaving.maximum(anchors(positions, self.reach)) if self.reach else leaving
-        cos, sin = self.rotation.angles(self.angles, torch.stack([leaving, place], dim=1))
+        cos, sin = rotation.angles(self.angles, torch.stack([leaving, place], dim=1))
         self.angles.copy_(torch.stack([cos, sin], dim=2))
-        self.angles[:, 0] /= self.rotation.scale**2
+        self.angles[:, 0] /= rotation.scale**2
         self.angles[:, 0, 1].neg_()
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
@@ -177,12 +178,14 @@ class Runner:
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
 
         twin, seen = twin_of(model), {} if self.retained is None else self.retained.seen
+        if rotation is not None:  # by the embedding that is compiled while a step is captured
+            rotation = dataclasses.replace(rotation, angles=twin.get_decoder().rotary_emb)
 
         def once() -> Tensor:
             if rotation is not None and step.turn is not None:
                 step.turn.update(rotation, self.positions, config.window, config.quantized)
-            if self.retained is not None:
-                self.retained.update(self.positions)
+            if rotation is not None and self.retained is not None:
+                self.retained.update(rotation, self.positions)
             with states_lent(twin, states, seen):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
             self.positions += self.active

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ahn.ops.step.codes_kernel import levels
+from ahn.ops.step.codes_kernel import levels, placed
 from ahn.ops.step.dependent_launch import announce, wait
 from ahn.ops.step.head_kernel import hadamard
 
@@ -23,7 +23,7 @@ def attend_codes(
     near_angles, within, slots, capacity, near, angles, scaling, per_near, per_far, window,
     NEAR: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A part of the ring, for the query heads that share a key head; multiplied as the window.
 
@@ -46,18 +46,19 @@ def attend_codes(
     begin = near + (part - NEAR) * per_far
     end = tl.minimum(begin + per_far, held)
     wait(PDL)
-    query = tl.load(rotated + (first + g)[:, None] * P + p[None, :], mask=mine, other=0.0)
-    shared = tl.sum(query * tl.load(rotated_offset + at * P + p)[None, :], 1) * scaling
+    place = placed(p, KEY_BITS, KEY_BYTES)
+    query = tl.load(rotated + (first + g)[:, None] * P + place[None, :], mask=mine, other=0.0)
+    shared = tl.sum(query * tl.load(rotated_offset + at * P + place)[None, :], 1) * scaling
     q = query.to(window.dtype.element_ty)
     if NEAR == 0:
         highest, total, acc = _alike(
             q, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
-            ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, False,
+            ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, KEY_BYTES, VALUE_BYTES, False,
         )  # fmt: skip
     elif part >= NEAR:
         highest, total, acc = _alike(
             q, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
-            ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, True,
+            ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, KEY_BYTES, VALUE_BYTES, True,
         )  # fmt: skip
     else:
         begin = part * per_near
@@ -65,12 +66,13 @@ def attend_codes(
         highest, total, acc = _near(
             before + first * P, offset + at * P, keys, values, key_scales, value_scales, near_angles, within,
             angles, newest, capacity, begin, end, scaling, window,
-            GROUPS, ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION,
+            GROUPS, ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, KEY_BYTES, VALUE_BYTES,
         )  # fmt: skip
         shared = tl.zeros([ROWS], tl.float32)
     row = (first + g) * SPLITS + part
     safe = tl.where(total == 0.0, 1.0, total)
-    tl.store(partial + row[:, None] * P + p[None, :], acc / safe[:, None], mask=mine)
+    place = placed(p, VALUE_BITS, VALUE_BYTES)
+    tl.store(partial + row[:, None] * P + place[None, :], acc / safe[:, None], mask=mine)
     tl.store(score + row, highest + tl.log(safe) + shared, mask=g < GROUPS)
 
 
@@ -78,7 +80,7 @@ def attend_codes(
 def _alike(
     q, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
     ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    PRECISION: tl.constexpr, BY_AGE: tl.constexpr,
+    PRECISION: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, BY_AGE: tl.constexpr,
 ):  # fmt: skip
     """Tokens that the same query meets: those of these ages, or in these slots."""
     highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -92,12 +94,13 @@ def _alike(
         # Too small for the loop's own prefetching: under way while codes become levels.
         key_scale = tl.load(key_scales + t, mask=inside, other=0.0).to(tl.float32)
         value_scale = tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)
-        k = levels(keys, t, inside, P, 0, P, BLOCK_N, KEY_BITS).to(q.dtype)
+        k = levels(keys, t, inside, P, 0, P, BLOCK_N, KEY_BITS, q.dtype, KEY_BYTES)
         s = tl.dot(q, k.trans(), input_precision=PRECISION) * (key_scale * scaling)[None, :]
         s = tl.where(inside[None, :], s, float("-inf"))
         highest, total, acc = _added(
-            s, highest, total, acc, values, value_scale, t, inside, q.dtype, P, BLOCK_N, VALUE_BITS, PRECISION
-        )
+            s, highest, total, acc, values, value_scale, t, inside, q.dtype, P, BLOCK_N, VALUE_BITS, PRECISION,
+            VALUE_BYTES,
+        )  # fmt: skip
     return highest, total, acc
 
 
@@ -106,7 +109,7 @@ def _near(
     query, offset, keys, values, key_scales, value_scales, near_angles, within, angles, newest, capacity, begin, end,
     scaling, window,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_BITS: tl.constexpr, PRECISION: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Tokens of these ages, each at its own distance from queries that come before RoPE; `begin` begins a block."""
     HALF: tl.constexpr = P // 2
@@ -119,7 +122,7 @@ def _near(
     cos = tl.load(within + j[:, None] * HALF + h[None, :])
     sin = tl.load(within + (BLOCK_N + j[:, None]) * HALF + h[None, :])
     # Of [[A, A], [A, -A]], the Hadamard matrix of P.
-    A = hadamard(h[:, None], h[None, :]).to(DTYPE)
+    A = hadamard(placed(h, KEY_BITS, KEY_BYTES)[:, None], h[None, :]).to(DTYPE)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, P], tl.float32)
@@ -130,8 +133,12 @@ def _near(
         value_scale = tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)
         c = tl.load(near_angles + (start // BLOCK_N) * HALF + h)[None, :]
         s = tl.load(near_angles + angles + (start // BLOCK_N) * HALF + h)[None, :]
-        a = tl.dot(levels(keys, t, inside, P, 0, HALF, BLOCK_N, KEY_BITS).to(DTYPE), A, input_precision=PRECISION)
-        b = tl.dot(levels(keys, t, inside, P, HALF, HALF, BLOCK_N, KEY_BITS).to(DTYPE), A, input_precision=PRECISION)
+        a = tl.dot(
+            levels(keys, t, inside, P, 0, HALF, BLOCK_N, KEY_BITS, DTYPE, KEY_BYTES), A, input_precision=PRECISION
+        )
+        b = tl.dot(
+            levels(keys, t, inside, P, HALF, HALF, BLOCK_N, KEY_BITS, DTYPE, KEY_BYTES), A, input_precision=PRECISION
+        )
         size = (key_scale / tl.sqrt(P * 1.0))[:, None]
         first, second = (a + b) * size + mean_first, (a - b) * size + mean_second
         k_first, k_second = first * cos + second * sin, second * cos - first * sin
@@ -140,21 +147,22 @@ def _near(
         scores += tl.dot(near_second.to(DTYPE), k_second.to(DTYPE).trans(), input_precision=PRECISION)
         scores = tl.where(inside[None, :], scores * scaling, float("-inf"))
         highest, total, acc = _added(
-            scores, highest, total, acc, values, value_scale, t, inside, DTYPE, P, BLOCK_N, VALUE_BITS, PRECISION
-        )
+            scores, highest, total, acc, values, value_scale, t, inside, DTYPE, P, BLOCK_N, VALUE_BITS, PRECISION,
+            VALUE_BYTES,
+        )  # fmt: skip
     return highest, total, acc
 
 
 @triton.jit
 def _added(
     s, highest, total, acc, values, value_scale, t, inside, DTYPE: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, BY_BYTES: tl.constexpr,
 ):  # fmt: skip
     """The softmax over what came before and a block of scores (ROWS, BLOCK_N), at least one of which is finite."""
     new = tl.maximum(highest, tl.max(s, 1))
     keep = tl.exp(highest - new)
     e = tl.exp(s - new[:, None])
-    v = levels(values, t, inside, P, 0, P, BLOCK_N, BITS).to(DTYPE)
+    v = levels(values, t, inside, P, 0, P, BLOCK_N, BITS, DTYPE, BY_BYTES)
     weight = (e * value_scale[None, :]).to(DTYPE)
     acc = acc * keep[:, None] + tl.dot(weight, v, input_precision=PRECISION)
     return new, total * keep + tl.sum(e, 1), acc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +16,61 @@ _TWO_EDGE = tl.constexpr(EDGES[2][2])
 _THREE_EDGE_1, _THREE_EDGE_2, _THREE_EDGE_3 = map(tl.constexpr, EDGES[3][4:])
 _FOUR_EDGE_1, _FOUR_EDGE_2, _FOUR_EDGE_3, _FOUR_EDGE_4 = map(tl.constexpr, EDGES[4][8:12])
 _FOUR_EDGE_5, _FOUR_EDGE_6, _FOUR_EDGE_7 = map(tl.constexpr, EDGES[4][12:])
+
+
+def _bytes_of(levels: tuple[float, ...], shift: int) -> list[str]:
+    """Of each level in bfloat16 the byte from this bit on, four a word, as `prmt` takes them."""
+    numbers = torch.tensor(levels).bfloat16().view(torch.int16).tolist()
+    parts = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
+    return [f"0x{sum((number >> shift & 255) << 8 * n for n, number in enumerate(part)):08x}" for part in parts]
+
+
+def _asm_of_four() -> str:
+    """The eight levels of a word ($8), in the order of the text: `prmt` looks up four bytes at once, by four bits each.
+
+    The fourth of these bits asks for copies of the byte's sign instead of the byte, which the sizes must not and the
+    signs do.
+    """
+    lower, upper = (_bytes_of(LEVELS[4][8:], shift) for shift in (0, 8))
+    lines = [".reg .b32 x, m, h, l, s, r;", "mov.b32 x, $8;", "and.b32 m, x, 0x77777777;"]
+    for half in range(2):
+        if half:
+            lines += ["shr.u32 x, x, 16;", "shr.u32 m, m, 16;"]
+        lines += [
+            f"prmt.b32 l, {lower[0]}, {lower[1]}, m;",
+            f"prmt.b32 h, {upper[0]}, {upper[1]}, m;",
+            "prmt.b32 s, 0x7f7f7f7f, 0x7f7f7f7f, x;",  # 0 above zero, 0x7f below
+            "shl.b32 s, s, 1;",
+            "lop3.b32 h, h, s, 0x80808080, 0xf8;",
+            *_pairs_of(4 * half),
+        ]
+    return "{" + " ".join(lines) + "}"
+
+
+def _asm_of_two() -> str:
+    """Of the lower half of a word ($8) the eight levels, in the order of `placed`: even codes, then odd ones."""
+    (lower,), (upper,) = (_bytes_of(LEVELS[2], shift) for shift in (0, 8))
+    lines = [".reg .b32 x, h, l, r;"]
+    for odd in range(2):
+        lines += [
+            "shr.u32 x, $8, 2;" if odd else "mov.b32 x, $8;",
+            "and.b32 x, x, 0x3333;",
+            f"prmt.b32 l, {lower}, 0, x;",
+            f"prmt.b32 h, {upper}, 0, x;",
+            *_pairs_of(4 * odd),
+        ]
+    return "{" + " ".join(lines) + "}"
+
+
+def _pairs_of(first: int) -> list[str]:
+    """Four numbers, from this output on, of their lower and their upper bytes."""
+    return [
+        f"prmt.b32 r, l, h, 0x5140; mov.b32 {{${first}, ${first + 1}}}, r;",
+        f"prmt.b32 r, l, h, 0x7362; mov.b32 {{${first + 2}, ${first + 3}}}, r;",
+    ]
+
+
+_ASM_FOUR, _ASM_TWO = tl.constexpr(_asm_of_four()), tl.constexpr(_asm_of_two())
 
 
 @triton.jit
@@ -97,13 +153,25 @@ def store_codes(codes, packed, P: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def levels(
     words, t, inside, P: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, BY_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """The levels of tokens t (N,), float32: (N, COUNT) from the FIRST number of each on.
+    """The levels of tokens t (N,): (N, COUNT) of this type, from the FIRST number of each on, in the order of `placed`.
 
     Args:
         words: of codes, int32; of three bits, uint8.
+        BY_BYTES: whether bfloat16 levels are looked up by the machine's instruction for bytes; not of three bits.
     """
+    packed = _words(words, t, inside, P, FIRST, COUNT, BITS)
+    if BY_BYTES:
+        found = _looked_up(_by_size(packed, BITS) if BITS == 4 else tl.join(packed, packed >> 16), BITS)
+    else:
+        found = _level(_spread(_by_size(packed, BITS), BITS), BITS)
+    return tl.reshape(found, [BLOCK_N, COUNT]).to(DTYPE)
+
+
+@triton.jit
+def _words(words, t, inside, P: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Codes of tokens t (N,) in words (N, W) of 32 bits, or of eight codes of three bits."""
     if BITS == 3:
         w = tl.arange(0, COUNT // 8)
         at = words + t[:, None] * (P * 3 // 8) + FIRST * 3 // 8 + 3 * w[None, :]
@@ -114,7 +182,26 @@ def levels(
         w = tl.arange(0, COUNT * BITS // 32)
         at = words + t[:, None] * (P * BITS // 32) + FIRST * BITS // 32 + w[None, :]
         packed = tl.load(at, mask=inside[:, None], other=0)
-    return tl.reshape(_level(_spread(_by_size(packed, BITS), BITS), BITS), [BLOCK_N, COUNT])
+    return packed
+
+
+@triton.jit
+def placed(p, BITS: tl.constexpr, BY_BYTES: tl.constexpr):
+    """Which number of a vector `levels` gives in place p."""
+    if BY_BYTES and BITS == 2:
+        p = 8 * (p // 8) + 2 * (p % 4) + p % 8 // 4
+    return p
+
+
+@triton.jit
+def _looked_up(x, BITS: tl.constexpr):
+    """Eight levels of each number, bfloat16, in three new dimensions."""
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        _ASM_FOUR if BITS == 4 else _ASM_TWO, "=h,=h,=h,=h,=h,=h,=h,=h,r", [x],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
+    )  # fmt: skip
+    first, second = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.join(first, second).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -116,8 +116,11 @@ def _sum_of_parts(partial, score, highest, row, SPLITS: tl.constexpr, P: tl.cons
     CHUNK: tl.constexpr = SPLITS if SPLITS < 32 else 32
     p = tl.arange(0, P)
     total = tl.zeros([P], tl.float32)
-    for start in range(0, SPLITS, CHUNK):
-        at = row * SPLITS + start + tl.arange(0, CHUNK)
-        e = tl.exp(tl.load(score + at) - highest)
-        total += tl.sum(tl.load(partial + at[:, None] * P + p[None, :]) * e[:, None], 0)
-    return total
+    at = row * SPLITS + tl.arange(0, CHUNK)
+    scores, parts = tl.load(score + at), tl.load(partial + at[:, None] * P + p[None, :])
+    for _ in range(CHUNK, SPLITS, CHUNK):
+        at += CHUNK
+        next_scores, next_parts = tl.load(score + at), tl.load(partial + at[:, None] * P + p[None, :])
+        total += tl.sum(parts * tl.exp(scores - highest)[:, None], 0)
+        scores, parts = next_scores, next_parts  # under way while those before them are summed
+    return total + tl.sum(parts * tl.exp(scores - highest)[:, None], 0)

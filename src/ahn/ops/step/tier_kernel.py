@@ -24,6 +24,7 @@ from ahn.ops.step.head_kernel import finished_head, joined, rotate, slot_of, tur
 from ahn.ops.step.reference import gates_of
 from ahn.ops.step.turn import BLOCK, TierTurn
 
+REGISTERS = 128  # of a thread where keys are turned: four programs a multiprocessor, for some of the angles in L1
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -96,8 +97,8 @@ def _rotate_and_push(
     p = tl.arange(0, P)
     if token is not None:
         token += b * 6 * P
-    wait(PDL)
     if part < GROUPS:
+        wait(PDL)
         if cos is not None:
             cos += b * stride_turn
             sin += b * stride_turn
@@ -114,7 +115,7 @@ def _rotate_and_push(
             keys, stride_kt, slots, sinks, slot, begins, leaves,
             key_codes + place * (P * KEY_BITS // 8), key_scales + place,
             key_offset + at * P, gone_key + at * P, rotated_offset + at * P, token, within, first_angles, first_stride,
-            P, BLOCK_N, KEY_BITS, True,
+            P, BLOCK_N, KEY_BITS, True, PDL,
         )  # fmt: skip
         if leaves:
             g = tl.arange(0, ROWS)
@@ -129,7 +130,7 @@ def _rotate_and_push(
         _push(
             values, stride_vt, slots, sinks, slot, begins, leaves,
             value_codes + place * (P * VALUE_BITS // 8), value_scales + place,
-            value_offset + at * P, gone_value + at * P, None, None, None, None, 0, P, BLOCK_N, VALUE_BITS, False,
+            value_offset + at * P, gone_value + at * P, None, None, None, None, 0, P, BLOCK_N, VALUE_BITS, False, PDL,
         )  # fmt: skip
 
 
@@ -146,12 +147,13 @@ def _pass_on(new, waiting, gone, mine):
 def _push(
     window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone, rotated,
     token, within, first_angles, first_stride,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The key or value that leaves the window into its codes, what these were to `gone`; pointers of one head.
 
     `scale` and `codes` are those of the token's place; `rotated` is where the rotated offset goes, or None. With
-    angles, keys are turned to before RoPE, and what leaves the tier to its position.
+    angles, keys are turned to before RoPE, and what leaves the tier to its position. All that is read was written in
+    the step before, which has ended: so this waits only before it writes.
     """
     p = tl.arange(0, P)
     mean = tl.load(offset + p)
@@ -167,25 +169,27 @@ def _push(
                 window + sinks * stride, stride, slots - sinks, within, first_angles, first_stride, P, BLOCK_N
             )
         mean = total / (slots - sinks)
+    # Where nothing leaves, this comes to nothing that is kept.
+    old = load_codes(codes, P, BITS)
+    decoded = rotate(level_of(old, BITS) * tl.load(scale).to(tl.float32), P) + mean
+    if token is None:
+        x = tl.load(window + slot * stride + p).to(tl.float32)
+    else:
+        decoded = turned(decoded, token + 4 * P, token + 5 * P, P)
+        x = finished_head(window + slot * stride, p < P, None, 0.0, token + 2 * P, token + 3 * P, P)
+    y = rotate(x - mean, P)
+    size = tl.sum(y * y)
+    z = y / tl.maximum(tl.sqrt(size / P), _TINY)
+    code = code_of(z, BITS)
+    level = level_of(code, BITS)
+    product = tl.sum(y * level)
+    new = size / tl.maximum(product, _TINY) if UNBIASED else product / tl.sum(level * level)
+    packed = pack_codes(code, P, BITS)
+    wait(PDL)
+    tl.debug_barrier()  # all threads have read what the others now write
     if rotated is not None:
         tl.store(rotated + p, rotate(mean, P))
     if leaves:
-        old = load_codes(codes, P, BITS)
-        decoded = rotate(level_of(old, BITS) * tl.load(scale).to(tl.float32), P) + mean
-        if token is None:
-            x = tl.load(window + slot * stride + p).to(tl.float32)
-        else:
-            decoded = turned(decoded, token + 4 * P, token + 5 * P, P)
-            x = finished_head(window + slot * stride, p < P, None, 0.0, token + 2 * P, token + 3 * P, P)
-        y = rotate(x - mean, P)
-        size = tl.sum(y * y)
-        z = y / tl.maximum(tl.sqrt(size / P), _TINY)
-        code = code_of(z, BITS)
-        level = level_of(code, BITS)
-        product = tl.sum(y * level)
-        new = size / tl.maximum(product, _TINY) if UNBIASED else product / tl.sum(level * level)
-        packed = pack_codes(code, P, BITS)
-        tl.debug_barrier()  # all threads have read what the others now write
         tl.store(gone + p, decoded)
         store_codes(codes, packed, P, BITS)
         tl.store(scale, new)
@@ -259,6 +263,8 @@ def push_and_attend(
         HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=BLOCK, KEY_BITS=keys.bits,
         VALUE_BITS=values.bits, num_warps=8, **launch,
     )  # fmt: skip
+    by_bytes = query.is_cuda and torch.version.hip is None and query.dtype == torch.bfloat16
+    capped = turn is not None and by_bytes and P <= 128
     near_parts, per_near, per_far = shared_out(parts, capacity, near)
     attend_codes[parts, B * HKV](
         step.query, step.turned, step.key_offset, keys.offset, in_words(keys), in_words(values),
@@ -268,7 +274,8 @@ def push_and_attend(
         per_near, per_far, window.keys,
         NEAR=near_parts, SPLITS=parts, HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=BLOCK,
         KEY_BITS=keys.bits, VALUE_BITS=values.bits,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, **launch,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **({"maxnreg": REGISTERS} if capped else {}),
+        KEY_BYTES=by_bytes and keys.bits != 3, VALUE_BYTES=by_bytes and values.bits != 3, num_warps=4, **launch,
     )  # fmt: skip
     return step
 
