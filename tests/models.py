@@ -55,6 +55,8 @@ ARCHITECTURES = tuple(_ARCHITECTURES)
 MEMORIES = ahn.memory.names()
 RECURRENT = ahn.memory.recurrent()
 EVERYTHING = MEMORIES + ahn.memory.baselines()
+RULED = tuple(name for name in RECURRENT if ahn.memory.get(name)(8, 2, 4).step_rule() is not None)
+"""Memories that our kernels know, whose steps are captured, and that `ahn.inspect` looks into."""
 
 
 def base(architecture: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrainedModel:

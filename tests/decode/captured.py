@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import RECURRENT, adapted, tokens
+from models import RULED, adapted, tokens
 from talk import Talk
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ from ahn import AHNCache
 WINDOW, SINKS = 9, 3
 LOSSLESS = WINDOW + SINKS
 TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
-CAPTURED = (*RECURRENT, "retained", "window_only")
+CAPTURED = (*RULED, "retained", "window_only")
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import relative_error
-from models import RECURRENT, adapted, awaken, base, tokens
+from models import RECURRENT, RULED, adapted, awaken, base, tokens
 from support.kernels import INTERPRETED, NAMES, RULES
 from support.scans import GATES, errors_of, inputs, outputs_and_gradients, several_states
 
@@ -87,7 +87,7 @@ def test_long_scans_of_real_shapes(name: str, shape: tuple[int, int, int]) -> No
     assert max(errors.values()) < TYPICAL, errors
 
 
-@pytest.mark.parametrize("memory", RECURRENT)
+@pytest.mark.parametrize("memory", RULED)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_model_learns_what_it_learns_in_float32(memory: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 base, or a float32 one under autocast, with a memory in float32: through kernels, and in chunks."""

@@ -8,12 +8,12 @@ from functools import cache
 import pytest
 import torch
 from golden import relative_error
-from models import RECURRENT, adapted, tokens
+from models import RULED, adapted, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import ahn
-from ahn import AHNCache, AHNError
+from ahn import AHNCache, AHNError, private
 from ahn.decode import runner
 from ahn.inspect import Trace
 
@@ -67,7 +67,7 @@ def of_heads(kv: AHNCache, layer: int, writers: int) -> Tensor:
 
 @pytest.mark.sample(1)
 @torch.no_grad()
-@pytest.mark.parametrize("memory", RECURRENT)
+@pytest.mark.parametrize("memory", RULED)
 def test_writes_are_what_happens_to_the_state(memory: str) -> None:
     """Tokens go in one by one and every state is kept: the change beyond the decay is the update."""
     model, ids = shared(memory), tokens(2, LENGTH)
@@ -98,7 +98,7 @@ def test_writes_are_what_happens_to_the_state(memory: str) -> None:
 @pytest.mark.sample(4)
 @torch.no_grad()
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "router and q_proj"])
-@pytest.mark.parametrize("memory", RECURRENT)
+@pytest.mark.parametrize("memory", RULED)
 def test_reads_are_what_the_memory_adds_after_o_proj(memory: str, options: bool) -> None:
     """The first layer's attention output with and without its reads differs by them."""
     model, ids = shared(memory, options), tokens(2, LENGTH)
@@ -129,7 +129,7 @@ def test_every_way_of_reading_is_recorded_alike(sizes: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("memory", RECURRENT)
+@pytest.mark.parametrize("memory", RULED)
 def test_outputs_do_not_change_by_a_bit(memory: str) -> None:
     model, ids = shared(memory, True), tokens(2, LENGTH)
     plain, kv = model(ids), AHNCache.for_model(model)
@@ -252,10 +252,10 @@ def test_recordings_nest_and_end() -> None:
 @torch.no_grad()
 def test_captured_steps_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "on_gpu", lambda ids: True)
-    monkeypatch.setattr(runner, "supported", lambda head_dim: True)
+    monkeypatch.setattr(runner, "supported", lambda *_: True)
     model, kv = shared(), AHNCache.for_model(shared())
     model(tokens(1, 30), past_key_values=kv)
-    step = {"input_ids": tokens(1, 1), "past_key_values": kv}
+    step = {"input_ids": tokens(1, 1), private.CACHE: kv}
     assert runner.runs(model, step)
     with ahn.inspect.record(model):
         assert not runner.runs(model, step)

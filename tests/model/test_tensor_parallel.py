@@ -22,7 +22,7 @@ from ahn.errors import AHNError
 
 LENGTH, NEW = 40, 6
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"memory": name} for name in models.EVERYTHING},
+    **{name: {"memory": name} for name in models.EVERYTHING if ahn.memory.get(name).heads_apart},
     "tier": {"memory": "gated_deltanet", "quantized": 8},
     "router and q_proj": {"memory": "mamba2", "router": True, "q_proj": True},
 }
