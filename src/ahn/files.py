@@ -117,6 +117,20 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(str(error)) from error
 
 
+def read_text(file: Path) -> str:
+    """The text in a file.
+
+    Raises:
+        AHNError: there is no such file, or it is no UTF-8 text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AHNError(f"{file} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise AHNError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

@@ -10,7 +10,7 @@ from typing import Any
 from ahn.errors import AHNError
 from ahn.evaluation import data
 from ahn.evaluation.data import DataFile, DataLines
-from ahn.files import expanded
+from ahn.files import expanded, read_text
 from ahn.tiny.corpus import held_out_text
 
 TITLES = ("short_book_title", "title")
@@ -52,12 +52,7 @@ def _held_out() -> tuple[str, str]:
 
 
 def _read(source: Path, number: int) -> tuple[str, str]:
-    if source.suffix == ".jsonl":
-        return _book(source, number)
-    try:
-        return source.name, source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AHNError(f"{source} cannot be read as UTF-8 text: {error}.") from error
+    return _book(source, number) if source.suffix == ".jsonl" else (source.name, read_text(source))
 
 
 def _book(source: Path, number: int) -> tuple[str, str]:

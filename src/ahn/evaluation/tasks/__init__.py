@@ -8,6 +8,7 @@ LENGTH: re.Pattern                                             where it is gener
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from ahn.errors import AHNError
@@ -65,14 +66,14 @@ def _module(spec: str) -> tuple[Any, list[str]]:
     return importlib.import_module(BENCHMARKS[benchmark]), parts
 
 
-def pick(parts: list[str], known: tuple[str, ...], benchmark: str) -> tuple[str, ...]:
-    """The task that the first part of a name says, or every known one.
+def pick(parts: Sequence[str], known: tuple[str, ...], benchmark: str) -> tuple[str, ...]:
+    """The task that is the only part of a name, or every known one where there is no part.
 
     Raises:
         AHNError: the benchmark has no such task.
     """
     if not parts:
         return known
-    if parts[0] not in known:
-        raise AHNError(f"{benchmark} has no task {parts[0]!r}; choose one of {', '.join(known)}.")
+    if len(parts) > 1 or parts[0] not in known:
+        raise AHNError(f"{benchmark} has no task {'/'.join(parts)!r}; choose one of {', '.join(known)}.")
     return (parts[0],)

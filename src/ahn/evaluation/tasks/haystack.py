@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ahn.errors import AHNError
+from ahn.files import read_text
 from ahn.tiny.corpus import held_out_text
 
 Unit = TypeVar("Unit")
@@ -74,10 +75,7 @@ def read(path: Path) -> Haystack:
         AHNError: there is no such file, it is no UTF-8 text, or it holds nothing.
     """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    try:
-        text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    except (OSError, UnicodeDecodeError) as error:
-        raise AHNError(f"The haystack {path} cannot be read as UTF-8 text: {error}.") from error
+    text = "\n".join(map(read_text, files))
     if not text.strip():
         raise AHNError(f"The haystack {path} holds no text (of a directory, the files *.txt are read).")
     return Haystack(path.name, text)

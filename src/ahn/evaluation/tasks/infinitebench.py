@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ahn.errors import AHNError
 from ahn.evaluation import data
 from ahn.evaluation.data import DataFile, DataLine
 from ahn.evaluation.protocol import load_protocol
@@ -34,9 +33,7 @@ def names() -> list[str]:
 
 def tasks(parts: Sequence[str], options: Options) -> list[Task]:
     """Both, or the one that is named."""
-    if len(parts) > 1:
-        raise AHNError(f"InfiniteBench has no task {'/'.join(parts)!r}; choose one of {', '.join(TASKS)}.")
-    chosen = pick(list(parts), tuple(TASKS), "InfiniteBench")
+    chosen = pick(parts, tuple(TASKS), "InfiniteBench")
     protocol = load_protocol("infinitebench", options.protocol_dir)
     return [_task(name, TASKS[name], options, protocol) for name in chosen]
 
@@ -59,15 +56,15 @@ def _task(name: str, task: str, options: Options, protocol: dict[str, Any]) -> T
 class InfiniteBench(QuestionTask):
     """One of the two. Questions on one book come together, whatever their order in the file, so it is read once."""
 
-    benchmark = "infinitebench"
+    benchmark, fields = "infinitebench", FIELDS
 
     def records(self) -> Iterator[tuple[int, DataLine]]:
         books: dict[str, list[tuple[int, int]]] = {}
-        for number, record in enumerate(self.data.records(FIELDS)):
+        for number, record in enumerate(self.data.records(self.fields)):
             books.setdefault(data.key_of(record.fields["context"]), []).append((number, record.offset))
         for questions in books.values():
             for number, offset in questions:
-                yield number, next(self.data.records(FIELDS, offset))
+                yield number, next(self.data.records(self.fields, offset))
 
     def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields

@@ -7,7 +7,7 @@ official: the middle is cut out beyond the model's limit (31500 tokens for model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ahn.errors import AHNError
@@ -51,9 +51,7 @@ def names() -> list[str]:
 
 def tasks(parts: Sequence[str], options: Options) -> list[Task]:
     """All of the profile (the paper's are six), or the one that is named."""
-    if len(parts) > 1:
-        raise AHNError(f"LongBench has no task {'/'.join(parts)!r}; choose one of {', '.join(TASKS)}.")
-    chosen = PAPER_TASKS if options.profile == "paper" and not parts else pick(list(parts), TASKS, "LongBench")
+    chosen = PAPER_TASKS if options.profile == "paper" and not parts else pick(parts, TASKS, "LongBench")
     protocol = load_protocol("longbench", options.protocol_dir)
     return [_task(task, options, protocol) for task in chosen]
 
@@ -80,12 +78,7 @@ def _task(task: str, options: Options, protocol: dict[str, Any]) -> Task:
 class LongBench(QuestionTask):
     """One task."""
 
-    benchmark = "longbench"
-
-    def records(self) -> Iterator[tuple[int, DataLine]]:
-        for number, record in enumerate(self.data.records(FIELDS)):
-            self._check(record)
-            yield number, record
+    benchmark, fields = "longbench", FIELDS
 
     def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields
@@ -97,7 +90,7 @@ class LongBench(QuestionTask):
             extra={"classes": fields["all_classes"], "length": fields["length"]},
         )
 
-    def _check(self, record: DataLine) -> None:
+    def check(self, record: DataLine) -> None:
         """What the task's metric needs besides a prediction must be there."""
         if self.metric == "lb.classification" and record.fields["all_classes"] is None:
             raise AHNError(f"{record.where}: the field 'all_classes' must name the classes of {self.name}.")

@@ -7,7 +7,7 @@ benchmark's user, 256000 tokens in the paper's scripts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ahn.errors import AHNError
 from ahn.evaluation import data
@@ -78,12 +78,7 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
 class LVEval(QuestionTask):
     """One task at one length level."""
 
-    benchmark = "lveval"
-
-    def records(self) -> Iterator[tuple[int, DataLine]]:
-        for number, record in enumerate(self.data.records(FIELDS)):
-            self._check_level(record)
-            yield number, record
+    benchmark, fields = "lveval", FIELDS
 
     def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields
@@ -95,7 +90,7 @@ class LVEval(QuestionTask):
             extra={"keywords": fields["answer_keywords"], "length": fields["length"]},
         )
 
-    def _check_level(self, record: DataLine) -> None:
+    def check(self, record: DataLine) -> None:
         """A record of another level would silently change what is measured.
 
         The benchmark's least and greatest length are 11,896 and 387,406 (its README): 0.74 of 16k and 1.51 of 256k. The

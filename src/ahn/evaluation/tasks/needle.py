@@ -39,9 +39,7 @@ def names() -> list[str]:
 
 def tasks(parts: Sequence[str], options: Options) -> list[Task]:
     """The kind that is named; "needle" alone is that with numbers."""
-    if len(parts) > 1:
-        raise AHNError(f"needle has no task {'/'.join(parts)!r}; choose one of {', '.join(KINDS)}.")
-    return [Needle(pick(list(parts) or [KINDS[0]], KINDS, "needle")[0], options)]
+    return [Needle(pick(parts or KINDS[:1], KINDS, "needle")[0], options)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ahn.errors import AHNError
 from ahn.evaluation import metrics
-from ahn.evaluation.data import DataFile, DataLine, DataLines
+from ahn.evaluation.data import DataFile, DataLine, DataLines, Field
 from ahn.evaluation.protocol import protocol_digest
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 
@@ -28,6 +28,8 @@ class QuestionTask(Task):
     """
 
     benchmark: ClassVar[str]
+    fields: ClassVar[Mapping[str, Field]]
+    """Of a record, with their checks."""
 
     def __init__(
         self,
@@ -56,9 +58,14 @@ class QuestionTask(Task):
     def sample(self, number: int, record: DataLine) -> Sample:
         """The sample of the record that is `number` records after the first."""
 
-    @abstractmethod
+    def check(self, record: DataLine) -> None:
+        """Raises AHNError for a record that is not of this task, or lacks what its metric needs."""
+
     def records(self) -> Iterator[tuple[int, DataLine]]:
         """Number and record of each sample."""
+        for number, record in enumerate(self.data.records(self.fields)):
+            self.check(record)
+            yield number, record
 
     def fill(self, **fields: str) -> str:
         """The prompt with a record's texts in it."""
