@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ahn import tiny
 from ahn.serve.api.app import StoppingServer, make_app
 from ahn.serve.api.building import bound, build
+from ahn.serve.api.grammar import Grammars
 from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.metrics import ServerMetrics
 from ahn.serve.api.service import Service
@@ -59,7 +60,8 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., Served]]
         text = ChatText(tokenizer)
         engine = FakeEngine(text, pause)
         metrics = ServerMetrics(engine.stats)
-        service = Service(engine, text, ServerSettings(**settings), store or MessageStore(None), metrics)
+        own = ServerSettings(**settings), store or MessageStore(None), metrics, Grammars(tokenizer, len(tokenizer), [])
+        service = Service(engine, text, *own)
         client = TestClient(make_app(service), base_url="http://127.0.0.1", raise_server_exceptions=False)
         clients.append(client)
         return Served(service, engine, client)
@@ -108,7 +110,8 @@ def live_fake(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., tupl
         text = ChatText(tokenizer)
         engine = FakeEngine(text, pause)
         metrics = ServerMetrics(engine.stats)
-        servers.append(LiveServer(Service(engine, text, ServerSettings(**settings), MessageStore(None), metrics)))
+        own = ServerSettings(**settings), MessageStore(None), metrics, Grammars(tokenizer, len(tokenizer), [])
+        servers.append(LiveServer(Service(engine, text, *own)))
         return servers[-1], engine
 
     yield start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -78,14 +79,17 @@ class FakeEngine:
             if reply.request.owner == owner
         ]
 
-    def export(self, owner: str, name: str, path: Path) -> None:
+    def export(self, owner: str, name: str, path: Path, messages: list[dict[str, str]]) -> None:
         if not self.forget(owner, name):
             raise AHNError("unknown")
-        path.write_bytes(b"state")
+        path.write_text(json.dumps(messages))
 
-    def load(self, owner: str, name: str, path: Path) -> None:
-        if path.read_bytes() != b"state":
-            raise AHNError("The state is damaged.")
+    def load(self, owner: str, name: str, path: Path) -> list[dict[str, str]]:
+        try:
+            messages: list[dict[str, str]] = json.loads(path.read_text())
+        except ValueError as error:
+            raise AHNError("The state is damaged.") from error
+        return messages
 
     def stats(self) -> EngineStats:
         return EngineStats(running=1, tokens_read=3)

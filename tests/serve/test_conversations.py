@@ -310,15 +310,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_export_and_load(tmp_path: Path) -> None:
-    file = tmp_path / "talk.safetensors"
+    file, said = tmp_path / "talk.safetensors", [{"role": "user", "content": "Hi."}]
     with engine(OF) as running:
         got = ask(running, prompt(60), 4, owner="me", name="talk")
-        running.export("me", "talk", file)
+        running.export("me", "talk", file, said)
         with pytest.raises(AHNError, match="no conversation"):
             running.export("you", "talk", file)
-    assert AHNCache.load(file, OF).seen == 63
+    assert AHNCache.load(file, OF).seen == 63 and AHNCache.load(file, OF).messages == said
     with engine(OF) as running:
-        running.load("you", "copy", file)
+        assert running.load("you", "copy", file) == said
         assert [info.name for info in running.conversations("you")] == ["copy"]
         ids = later(prompt(60), got.tokens)
         after = ask(running, ids, 4, owner="you")

@@ -115,7 +115,7 @@ def test_events_of_a_response(served: Any) -> None:
         ({"max_tokens": 1 << 30}, "max_tokens"),
         ({"stop": [""]}, "stop[0]"),
         ({"n": 1000}, "n"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
     ],
 )
 def test_what_is_wrong_is_named(served: Any, fields: dict[str, Any], param: str) -> None:
@@ -240,7 +240,7 @@ def test_a_conversation_can_be_taken_elsewhere(serve: Callable[..., Any]) -> Non
     there.chat("What?", session_id="moved")
     prompt = there.service.text.decode(there.engine.replies[-1].request.prompt)
     assert prompt == f"Remember 42.{said}\nWhat?"
-    assert there.client.put("/conversations/moved/state", content=b"no zip").status_code == 400
+    assert there.client.put("/conversations/moved/state", content=b"no conversation").status_code == 400
     assert here.client.get("/conversations/unknown/state").status_code == 404
     assert here.client.get("/conversations/s").json()["bytes"] == 8
 

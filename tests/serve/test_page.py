@@ -86,9 +86,9 @@ def test_a_conversation_in_a_browser(live: Any, tmp_path: Path) -> None:
         assert int(page.inner_text("#cached").split()[0].replace(",", "")) >= tokens - 2
         with page.expect_download() as saved:
             page.click("#save")
-        assert saved.value.suggested_filename.endswith(".ahn.zip")
-        saved.value.save_as(tmp_path / "saved.ahn.zip")
-        page.set_input_files("#open", str(tmp_path / "saved.ahn.zip"))
+        assert saved.value.suggested_filename.endswith(".safetensors")
+        saved.value.save_as(tmp_path / "saved.safetensors")
+        page.set_input_files("#open", str(tmp_path / "saved.safetensors"))
         page.wait_for_selector("#status:has-text('Opened')", timeout=60_000)
         assert page.locator("#list li").count() == 3 and page.locator("#log .turn").count() == 4
         page.fill("#text", "And after that?")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ahn.serve.api.settings import ServerSettings
     from ahn.serve.engine.engine import Engine
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def check_installed(replicas: int) -> None:
@@ -64,16 +64,13 @@ def build(
     """What serves a model: its engine with texts, messages, metrics and grammars around it."""
     from ahn.costs import cost
     from ahn.evaluation.reader import end_tokens
+    from ahn.serve.api.grammar import Grammars
     from ahn.serve.api.metrics import ServerMetrics
     from ahn.serve.api.service import Service
     from ahn.serve.api.texts import ChatText
 
-    grammars = None
-    if importlib.util.find_spec("llguidance") is not None:
-        from ahn.serve.api.grammar import Grammars
-
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        grammars = Grammars(tokenizer, vocabulary, end_tokens(model, tokenizer))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    grammars = Grammars(tokenizer, vocabulary, end_tokens(model, tokenizer))
 
     def full_bytes(tokens: int) -> int:
         return cost(model.config, model.ahn_config, max(1, tokens), model.dtype).full.cache_bytes

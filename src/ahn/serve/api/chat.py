@@ -90,7 +90,7 @@ class Chatting:
         options = sampling(service, fields, new, fields.top_logprobs if fields.logprobs else None)
         requests = []
         for n in range(fields.n):
-            processors = await service.processors(fields.response_format, "response_format")
+            processors = await service.processors(fields.response_format)
             chosen = dataclasses.replace(seeded(options, n), processors=processors)
             known = service.text.known_as(turn.messages, prompt, options.stop)
             requests.append(GenerationRequest(prompt, chosen, owner, fields.session_id, fields.store, known))

@@ -63,7 +63,7 @@ class Completing:
             options = dataclasses.replace(options, prompt_logprobs=fields.logprobs)
         requests = []
         for number in range(len(prompts) * fields.n):
-            processors = await service.processors(fields.response_format, "response_format")
+            processors = await service.processors(fields.response_format)
             chosen = dataclasses.replace(seeded(options, number % fields.n), processors=processors)
             keep = fields.store and options.prompt_logprobs is None  # a text that is measured is not gone on with
             requests.append(GenerationRequest(prompts[number // fields.n], chosen, owner, keep=keep))

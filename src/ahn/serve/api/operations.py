@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import secrets
 import tempfile
-import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,6 @@ from ahn.serve.api.wire import answer
 from ahn.serve.request import ConversationInfo
 
 PAGE = Path(__file__).with_name("page.html")
-STATE, MESSAGES = "state.safetensors", "messages.json"
-"""What an exported conversation holds."""
-MAX_MESSAGES = 1 << 28
-"""Bytes of the messages of a conversation that is imported."""
 
 
 def router(service: Service) -> APIRouter:
@@ -119,7 +113,7 @@ def conversations(service: Service) -> APIRouter:
             if isinstance(error, AHNError):
                 raise _unknown(name) from error
             raise
-        return TemporaryFileResponse(file, directory, filename=f"{name}.ahn.zip", media_type="application/zip")
+        return TemporaryFileResponse(file, directory, filename=f"{name}.safetensors")
 
     @routes.put("/conversations/{name}/state")
     async def imported(name: str, request: Request) -> Response:
@@ -130,10 +124,9 @@ def conversations(service: Service) -> APIRouter:
         if not is_session(name):
             raise APIProblem(400, f"name: a session's name does not begin with {RESPONSE}.", "name", "invalid_value")
         with tempfile.TemporaryDirectory(prefix="ahn-import-") as directory:
-            file = Path(directory) / "conversation.zip"
+            file = Path(directory) / "state"
             await _received(request.stream(), file)
-            turn, said = await asyncio.to_thread(_import, service, request.state.owner, name, file)
-        return answer({"name": name, "imported": True, "turn": turn, "messages": said})
+            return answer(await asyncio.to_thread(_import, service, request.state.owner, name, file))
 
     return routes
 
@@ -182,15 +175,10 @@ async def _close(service: Service, owner: str, session: str) -> None:
 
 
 def _export(service: Service, owner: str, name: str, directory: Path) -> Path:
-    """Both parts in one file; nothing is compressed: states are not worth it."""
-    service.engine.export(owner, name, directory / STATE)
     turn = name if name.startswith(RESPONSE) else service.store.head(owner, name)
     said = [] if turn is None else service.store.messages(owner, turn) or []
-    file = directory / "conversation.zip"
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.write(directory / STATE, STATE)
-        archive.writestr(MESSAGES, json.dumps(said))
-    return file
+    service.engine.export(owner, name, directory / "state", said)
+    return directory / "state"
 
 
 async def _received(chunks: AsyncIterator[bytes], file: Path) -> None:
@@ -199,37 +187,10 @@ async def _received(chunks: AsyncIterator[bytes], file: Path) -> None:
             await asyncio.to_thread(out.write, chunk)
 
 
-def _import(service: Service, owner: str, name: str, file: Path) -> tuple[str | None, list[dict[str, str]]]:
-    """The last turn and what was said.
-
-    Raises APIProblem for a file that is no exported conversation, AHNError for a state of another model."""
-    state = file.with_name(STATE)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.getinfo(MESSAGES).file_size > MAX_MESSAGES:
-                raise APIProblem(413, "The messages of this conversation are too long.")
-            if archive.getinfo(STATE).file_size > service.settings.state:
-                raise APIProblem(413, "The state of this conversation is too large.")
-            said = _checked(json.loads(archive.read(MESSAGES)))
-            with archive.open(STATE) as source, state.open("wb") as out:
-                while block := source.read(1 << 20):
-                    out.write(block)
-    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise APIProblem(400, "This is no conversation that a server of ahn exported.") from error
-    service.engine.load(owner, name, state)
+def _import(service: Service, owner: str, name: str, file: Path) -> dict[str, Any]:
+    """Raises AHNError for a file that is no exported conversation, or one of another model."""
+    said = service.engine.load(owner, name, file)
     turn = turn_name() if said else None
     if turn is not None:
         service.store.add(owner, turn, said, session=name)
-    return turn, said
-
-
-def _checked(said: Any) -> list[dict[str, str]]:
-    """Raises ValueError for what is no list of messages."""
-    for message in said if isinstance(said, list) else [None]:
-        if (
-            not isinstance(message, dict)
-            or not {"role", "content"} == set(message)
-            or not all(isinstance(value, str) for value in message.values())
-        ):
-            raise ValueError("no messages")
-    return said
+    return {"name": name, "imported": True, "turn": turn, "messages": said}

@@ -58,16 +58,6 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
 
-def unsupported(param: str, why: str) -> APIProblem:
-    """Something that the API has and this server has not."""
-    return APIProblem(400, f"{param}: {why}", param, "unsupported_parameter")
-
-
-def busy(error: EngineBusy) -> APIProblem:
-    """Too much is waiting; the client is told when to come again."""
-    return APIProblem(429, str(error), headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
-
-
 def install(app: FastAPI) -> None:
     """Every error of an app takes this form."""
 
@@ -86,7 +76,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(EngineBusy)
     async def full(_: Request, error: EngineBusy) -> Response:
-        return busy(error).response()
+        later = str(max(1, math.ceil(error.retry_after)))
+        return APIProblem(429, str(error), headers={"Retry-After": later}).response()
 
     @app.exception_handler(AHNError)
     async def refused(_: Request, error: AHNError) -> Response:
@@ -110,7 +101,7 @@ def of_fields(errors: Sequence[Any]) -> APIProblem:
         return APIProblem(400, f"The request is not JSON: {worst.get('ctx', {}).get('error', 'malformed')}.")
     param = _path(worst["loc"])
     if worst["type"] == "extra_forbidden":
-        return unsupported(param, "this server does not know this field.")
+        return APIProblem(400, f"{param}: this server does not know this field.", param, "unsupported_parameter")
     name = param or "The request"
     return APIProblem(400, f"{name}: {worst['msg']}.", param or None, "invalid_value")
 

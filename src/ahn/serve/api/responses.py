@@ -87,7 +87,7 @@ class Responding:
         options = dataclasses.replace(
             _sampling(service.defaults, fields),
             max_tokens=new,
-            processors=await service.processors(form, "text.format"),
+            processors=await service.processors(form),
         )
         name, known = identity(RESPONSE + route), service.text.known_as(turn.messages, prompt, ())
         kept = name if fields.store else None

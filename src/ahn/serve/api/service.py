@@ -33,7 +33,6 @@ class Service:
 
     Attributes:
         defaults: how tokens are chosen where a request does not say it.
-        grammars: None where replies cannot be made to follow a schema.
         full_bytes: what a conversation of so many tokens would take with full attention.
         created: when the server was started, in seconds since 1970.
     """
@@ -43,7 +42,7 @@ class Service:
     settings: ServerSettings
     store: MessageStore
     metrics: ServerMetrics
-    grammars: Grammars | None = None
+    grammars: Grammars
     defaults: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     full_bytes: Callable[[int], int] = lambda tokens: 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -76,19 +75,15 @@ class Service:
             )
             raise APIProblem(400, said, field, "context_length_exceeded")
 
-    async def processors(self, form: ResponseFormat | TextFormat | None, field: str) -> tuple[Any, ...]:
+    async def processors(self, form: ResponseFormat | TextFormat | None) -> tuple[Any, ...]:
         """What keeps a reply to the form that is asked for; for one reply.
 
         Raises:
-            APIProblem: this server cannot do that.
+            AHNError: the schema is wrong, or cannot be used with this tokenizer.
         """
         schema = form.schema_of_reply() if form is not None else None
         if schema is None:
             return ()
-        if self.grammars is None:
-            raise APIProblem(
-                400, f"{field}: needs the package llguidance on the server.", field, "unsupported_parameter"
-            )
         return (await asyncio.to_thread(self.grammars.of_schema, schema),)
 
     def start(self, requests: Iterable[GenerationRequest]) -> RunningReplies:

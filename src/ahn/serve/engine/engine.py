@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from ahn.wrappers import attached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ahn.cache.conversation import Message
 
 __all__ = ["Engine", "EngineBusy", "Reply"]
 FAULTS = 3
@@ -119,21 +122,21 @@ class Engine:
         """Forget a conversation; returns whether there was one."""
         return self.store.forget(owner, name)
 
-    def export(self, owner: str, name: str, path: Path) -> None:
-        """Write a conversation to a file that `load`, or `AHNCache.load`, takes.
+    def export(self, owner: str, name: str, path: Path, messages: Sequence[Message] = ()) -> None:
+        """Write a conversation, with what was said, to a file that `load`, or `AHNCache.load`, takes.
 
         Raises:
             AHNError: there is no such conversation, or the file cannot be written.
         """
-        self.store.export(owner, name, path)
+        self.store.export(owner, name, path, messages)
 
-    def load(self, owner: str, name: str, path: Path) -> None:
-        """Take up a conversation that `export` wrote, under a name of this owner's.
+    def load(self, owner: str, name: str, path: Path) -> list[Message]:
+        """Take up a conversation that `export` wrote, under a name of this owner's; returns what was said.
 
         Raises:
             AHNError: the file is missing, damaged, of another model, or was not written by `export`.
         """
-        self.store.take_in(owner, name, path)
+        return self.store.take_in(owner, name, path)
 
     def conversations(self, owner: str) -> list[ConversationInfo]:
         """What is kept for an owner, the latest first."""

@@ -42,7 +42,6 @@ class Scheduler:
 
     Attributes:
         tokens_written: since the start.
-        finished: requests by how they finished.
         seconds: from a request's arrival to its end, on average of late.
     """
 
@@ -63,7 +62,6 @@ class Scheduler:
         self._undelivered: collections.deque[tuple[RequestJob, Chosen]] = collections.deque()
         self._expired = time.monotonic()
         self.tokens_written = 0
-        self.finished: collections.Counter[str] = collections.Counter()
 
     # -- called from other threads ---------------------------------------------------------------------------------
 
@@ -79,8 +77,6 @@ class Scheduler:
             self._changed.notify_all()
 
     def _closed(self, job: RequestJob) -> None:
-        assert job.finish is not None
-        self.finished[job.finish] += 1
         self.seconds += 0.1 * (time.monotonic() - job.arrived - self.seconds)
         self.closing.discard(job)
         self.wake()

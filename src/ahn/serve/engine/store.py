@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,8 @@ from ahn.serve.request import ConversationInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ahn.cache.conversation import Message
 
 NEAR = 256
 """Tokens, left to read, for which it is not worth to look whether another engine has written a better state."""
@@ -268,7 +271,7 @@ class StateStore:
 
     # -- files of a user's -----------------------------------------------------------------------------------------
 
-    def export(self, owner: str, name: str, path: Path) -> None:
+    def export(self, owner: str, name: str, path: Path, messages: Sequence[Message]) -> None:
         """Write a conversation to a file that `take_in` takes.
 
         Raises:
@@ -277,10 +280,12 @@ class StateStore:
         state = self.named(owner, name)
         if state is None:
             raise AHNError(f"There is no conversation {name!r}.")
-        write(self.open(state), state.note, path, origin(self.model))
+        cache = self.open(state)
+        cache.messages = list(messages)
+        write(cache, state.note, path, origin(self.model))
 
-    def take_in(self, owner: str, name: str, path: Path) -> None:
-        """Take up a conversation that `export` wrote, of whatever owner and name.
+    def take_in(self, owner: str, name: str, path: Path) -> list[Message]:
+        """Take up a conversation that `export` wrote, of whatever owner and name; returns what was said.
 
         Raises:
             AHNError: the file is missing, damaged, of another model or other settings, or `export` did not write it.
@@ -289,8 +294,10 @@ class StateStore:
         note = Note.read(file.describe(path).get(NOTE))
         if cache.config != self.model.ahn_config or cache.progress.padding is not None:
             raise AHNError(f"{path} was written with other settings of the memory; start the server with those.")
+        said, cache.messages = cache.messages, []
         self.write(self.add(dataclasses.replace(note, owner=owner, name=name, part_of=name), cache))
         self.trim()
+        return said
 
     # -- counting --------------------------------------------------------------------------------------------------
 
