@@ -9,19 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ahn.bench.methods import DYNAMIC, STATIC, WINDOW
 from ahn.bench.records import OK, OUT_OF_MEMORY, Row
 from ahn.bench.table import tokens
+from ahn.measure import plots
 from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
-    DYNAMIC: "#5b6470",
-    STATIC: "#9aa3ad",
-    WINDOW: "#e0a030",
-    "gated_deltanet": "#d1495b",
-    "deltanet": "#2e86ab",
-    "mamba2": "#6a994e",
-}
+COLOURS = plots.COLOURS | {DYNAMIC: plots.FULL, STATIC: MUTED}
 OTHERS = ("#8e6bbf", "#b08968", "#3d5a80", "#7f5539")
 LOGARITHMIC = 50
 """Ratio of the largest to the smallest value beyond which small ones would vanish on a linear axis."""

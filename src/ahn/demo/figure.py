@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.demo.comparison import Comparison, Result
 from ahn.demo.methods import FULL, WINDOW_ONLY
-from ahn.measure.plots import MUTED, new_figure
+from ahn.measure.plots import COLOURS, MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIXED = {FULL: "#5b6470", WINDOW_ONLY: "#e0a030"}
+FIXED = {FULL: COLOURS["full"], WINDOW_ONLY: COLOURS["window"]}
 QUANTIZED, QUANTIZED_AND_MEMORY = "#a58bd3", "#4b2e83"
 MEMORIES = ("#d1495b", "#2e86ab", "#6a994e", "#b07d4f")
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FULL, AHN, MUTED = "#5b6470", "#d1495b", "#9aa3ad"
 """Colours: the model as it is, the model with its memory, everything that is only there to help."""
+COLOURS = {"full": FULL, "window": "#e0a030", "gated_deltanet": AHN, "deltanet": "#2e86ab", "mamba2": "#6a994e"}
+"""Of what is compared, by method or memory: the same in every figure."""
 
 
 def new_figure(panels: int, title: str, rows: int = 1) -> tuple[Figure, list[Any]]:

@@ -8,20 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.evaluation.report.collect import Column, ResultTable, Row, StoredResult
+from ahn.measure import plots
 from ahn.measure.plots import MUTED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "full": "#5b6470",
-    "window": "#e0a030",
-    "ct-max": "#8e6bbf",
-    "ct-avg": "#b08968",
-    "gated_deltanet": "#d1495b",
-    "deltanet": "#2e86ab",
-    "mamba2": "#6a994e",
-}
+COLOURS = plots.COLOURS | {"ct-max": "#8e6bbf", "ct-avg": "#b08968"}
 OTHERS = ("#3d5a80", "#9a031e", "#588157", "#7f5539", "#6d597a")
 """For what has no colour of its own, and for second rows of a kind."""
 MOST_NUMBERED = 144

@@ -13,6 +13,10 @@ from ahn.evaluation.report import published
 from ahn.evaluation.report.collect import ResultTable, Row, StoredResult
 
 HEADINGS = ("model", "method", "sinks", "window")
+PUBLISHED = (
+    "Rows marked published are printed in arXiv 2510.07318 (128k tokens, 128 sinks + window 32640; LongBench "
+    "128 + 8064). They were not measured here."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +100,7 @@ def scores(comparison: ResultTable) -> Table | None:
         text_columns=2,
         best=best,
         quoted=frozenset(range(len(measured), len(rows))),
-        note=published_note() if quoted else "",
-    )
-
-
-def published_note() -> str:
-    """What a published row is."""
-    return (
-        "Rows marked published are printed in arXiv 2510.07318 (128k tokens, 128 sinks + window 32640; LongBench "
-        "128 + 8064). They were not measured here."
+        note=PUBLISHED if quoted else "",
     )
 
 
@@ -119,7 +115,7 @@ def published_table() -> Table:
         tuple((label, *(_number(scores.get(name)) for name in columns)) for label, scores in rows.items()),
         text_columns=1,
         quoted=frozenset(range(len(rows))),
-        note=published_note(),
+        note=PUBLISHED,
     )
 
 

@@ -173,21 +173,14 @@ def names() -> list[str]:
 def tasks(parts: Sequence[str], options: Options) -> list[RecallTask]:
     """All, those of a task, those of a length ("recall/8k"), or one; lengths as for RULER."""
     rest, lengths = lengths_of(parts, options, LEVELS, "recall")
-    return [RecallTask(task, length, options) for task in pick(rest, tuple(TASKS), "recall") for length in lengths]
+    chosen = pick(rest, tuple(TASKS), "recall")
+    return [RecallTask(task, length, options, NEW_TOKENS) for task in chosen for length in lengths]
 
 
 class RecallTask(GeneratedTask):
-    """One task at one length.
-
-    Args:
-        task: one of `TASKS`.
-        length: tokens of prompt and answer together.
-    """
+    """One of `TASKS` at one length."""
 
     benchmark, generator, default_samples = "recall", GENERATOR, SAMPLES
-
-    def __init__(self, task: str, length: int, options: Options) -> None:
-        super().__init__(task, length, options, NEW_TOKENS)
 
     @functools.cached_property
     def text(self) -> Haystack | None:

@@ -44,21 +44,13 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
     """
     rest, lengths = lengths_of(parts, options, LEVELS, "RULER")
     known = tuple(task for task in TASKS if rest or options.data_dir or task not in questions.FILES)
-    return [Ruler(task, length, options) for task in pick(rest, known, "RULER") for length in lengths]
+    return [Ruler(task, length, options, NEW_TOKENS[task]) for task in pick(rest, known, "RULER") for length in lengths]
 
 
 class Ruler(GeneratedTask):
-    """One task at one length.
-
-    Args:
-        task: one of `TASKS`.
-        length: tokens of prompt and answer together.
-    """
+    """One of `TASKS` at one length."""
 
     benchmark, generator, default_samples = "ruler", GENERATOR, SAMPLES
-
-    def __init__(self, task: str, length: int, options: Options) -> None:
-        super().__init__(task, length, options, NEW_TOKENS[task])
 
     def make(self, number: int, rng: random.Random, size: int) -> Problem:
         return self._make(number, rng, size)
