@@ -6,6 +6,7 @@ The models compute in float64, as in `test_quantized`: a number on the edge of t
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from functools import cache
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ahn import AHNCache
 from ahn.decode import runner
+from ahn.decode.layer import layer_step
 
 QUANTIZED = 7
 SEEN = LOSSLESS + QUANTIZED
@@ -149,6 +151,34 @@ def test_codes_are_excused_by_a_rounding_alone(fault: str) -> None:
     else:
         with pytest.raises(AssertionError, match=r"off|slots|follow"):
             rounded_otherwise(talk, other)
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "retained"])
+def test_what_a_graph_reads_lives_as_long_as_it(memory: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses alone: whatever a step is given that was there before it must not be freed."""
+    given: dict[str, weakref.ref[torch.Tensor]] = {}
+
+    def watched(query: Any, key: Any, value: Any, gates: Any, *rest: Any) -> torch.Tensor:
+        positions, active, state, _, _, _, _, turn, seen = rest
+        parts = {"positions": positions, "active": active} | state.tensors()
+        for name, held in (("turn", turn), ("seen", seen)):
+            if held is not None:
+                parts |= {f"{name} {field}": x for field, x in vars(held).items() if isinstance(x, torch.Tensor)}
+        given.update({name: weakref.ref(x) for name, x in parts.items() if not x._is_view()})
+        return layer_step(query, key, value, gates, *rest)
+
+    def capture(model: PreTrainedModel, once: Any) -> tuple[Any, torch.Tensor]:
+        with torch.inference_mode():
+            return (lambda: None), once()
+
+    monkeypatch.setattr("ahn.decode.layer.layer_step", watched)
+    monkeypatch.setattr(runner, "capture", capture)
+    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, max_distance=40), 1)
+    talk.read([20])
+    talk.steps(1)
+    gc.collect()
+    assert {"turn token", "turn within", "turn near", "turn first"} <= set(given)
+    assert [name for name, x in given.items() if x() is None] == []
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -151,6 +151,7 @@ class Runner:
     Attributes:
         positions: (B,) real tokens that each row has read; the graph itself moves it on.
         retained: what is to be done between steps, with a memory that keeps tokens.
+        step: what every layer is given. A graph knows addresses alone: its tensors live as long as this does.
     """
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, batch: int) -> None:
@@ -172,7 +173,7 @@ class Runner:
         self.rings = [tuple(map(weakref.ref, _rings(state))) for state in states.values()]
         self.memories = [state.memory for state in states.values()]
         self.catch_up(cache)
-        step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
+        self.step = step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
         if rotation is not None and config.quantized and config.keys_before_rope:
             step.turn = _turn(rotation, next(iter(states.values())).window.keys, config)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
