@@ -64,6 +64,9 @@ def test_steps_are_ordinary_ones(form: str, architecture: str, graphs: Graphs) -
         one.read([3, 4])
         one.steps(3)
     compare(talk, other)
+    # The kernels take these as they lie in memory.
+    found = [x for seen in talk.cache.captured.retained.seen.values() for x in vars(seen).values()]
+    assert all(x.is_contiguous() for x in found if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.sample(8)

@@ -57,7 +57,8 @@ class RetainedSteps:
         self.seen: dict[int, SeenTokens] = {}
         room = max(1, self.config.reach - self.lossless) if self.config.reach else 0
         for index, state in states.items():
-            state.memory = state.memory or self.memories[index].empty_slots(state.window.keys, self.lossless)
+            own = state.memory or self.memories[index].empty_slots(state.window.keys, self.lossless)
+            state.memory = {name: x.contiguous() for name, x in own.items()}
             turned = rotation is not None and self.rotates[index]
             self.seen[index] = SeenTokens.of(state.memory, self.slots, self.angles if turned else None, room)
 
