@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Whole, alone, ask, engine, model, prompt
+from engines import Letters, Whole, alone, ask, engine, model, prompt
 
 from ahn.serve.engine.engine import Engine
 
@@ -96,4 +96,43 @@ def test_thousands_of_conversations_take_no_more_memory(tmp_path: Path) -> None:
         assert stats.bytes_in_memory <= limit and stats.bytes_on_disk <= files
         assert stats.waiting == stats.running == 0 and stats.tokens_written == 2000 * 3 * 8
     # What Python and torch keep for themselves is taken by then.
+    assert sizes[-1] - sizes[2] < 32 << 20, [size >> 20 for size in sizes]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_two_million_tokens_over_http_take_no_more_memory(tmp_path: Path) -> None:
+    """Of prompts; half of them are found again."""
+    pytest.importorskip("fastapi")
+    import httpx
+    from conftest import LiveServer
+
+    from ahn.serve.api.building import build
+    from ahn.serve.api.messages import MessageStore
+    from ahn.serve.api.settings import ServerSettings
+
+    of = model()
+    options = {"state_dir": tmp_path, "state_bytes": 4 << 20, "disk_bytes": 8 << 20}
+    with engine(of, conversations=8, chunk=512, **options) as running:
+        server = LiveServer(build(of, Letters(), running, ServerSettings(), MessageStore(tmp_path)))  # type: ignore[arg-type]
+        client = httpx.Client(base_url=server.url, timeout=120)
+
+        def ask_twice(number: int) -> int:
+            ids, read = prompt(1000, seed=number), 0
+            for _ in range(2):
+                asked = {"prompt": ids, "max_tokens": 4, "stream": bool(number % 2), "user": str(number)}
+                said = client.post("/v1/completions", json=asked)
+                assert said.status_code == 200, said.text
+                read += len(ids)
+                ids = [*ids, *prompt(30, seed=number + 1)]
+            return read
+
+        sizes, tokens = [], 0
+        with ThreadPoolExecutor(16) as clients:
+            for part in range(10):
+                tokens += sum(clients.map(ask_twice, range(part * 100, (part + 1) * 100)))
+                sizes.append(resident())
+        client.close()
+        server.stop()
+    assert tokens >= 2_000_000
     assert sizes[-1] - sizes[2] < 32 << 20, [size >> 20 for size in sizes]
