@@ -85,7 +85,7 @@ class RetainedSteps:
         goes_on = [True] * len(lengths) if real is None else real.tolist()
         fills = any(on and self._to_fill(length) == 0 for length, on in zip(lengths, goes_on, strict=True))
         if fills:
-            self._decide(cache, states, real)
+            self._decide(cache, states, None if all(goes_on) else real)
         anchor = [anchor_at(length, self.reach) if self.reach else 0 for length in lengths]
         if fills or anchor != self.anchor:
             self._show(states, anchor)
