@@ -31,7 +31,7 @@ from ahn.training import looks
 
 @torch.no_grad()
 def gathered(model: PreTrainedModel, chats: list[Tensor], window: int, sinks: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Per layer: attention inputs (N, D) bfloat16, and whether each key head's later queries look most, (N, Hkv)."""
+    """Per layer: attention inputs (N, D) bfloat16, and in how many of `looks.SHARES` for each key head, (N, Hkv)."""
     inputs: list[list[Tensor]] = []
     targets: list[list[Tensor]] = []
     set_window(model, max(map(len, chats)), 0)  # nothing leaves: full attention
@@ -47,7 +47,7 @@ def gathered(model: PreTrainedModel, chats: list[Tensor], window: int, sinks: in
             some = torch.zeros_like(looked, dtype=torch.bool)
             some[:, :, counted] = True
             inputs[n].append(x[0, counted].bfloat16())
-            targets[n].append(looks._highest(looked, some)[0, :, counted].T)
+            targets[n].append(looks.grades(looked, some)[0, :, counted].T)
     set_window(model, window, sinks)
     return [torch.cat(part) for part in inputs], [torch.cat(part) for part in targets]
 
@@ -66,11 +66,11 @@ def learn(
         some = torch.randint(0, len(inputs[0]), (batch,), device=model.device)
         losses = []
         for memory, x, target in zip(memories, inputs, targets, strict=True):
-            logits, wanted = memory.logits(x[some].float()[None])[0].T, target[some].float()
-            losses.append(F.binary_cross_entropy_with_logits(logits, wanted))
+            logits, wanted = memory.logits(x[some].float()[None])[0].T, target[some]
+            losses.append(F.binary_cross_entropy_with_logits(logits, wanted / len(looks.SHARES)))
             if step >= steps - last:
-                best = logits.detach() >= logits.detach().quantile(1 - looks.SHARE, dim=0, keepdim=True)
-                recall += (best * wanted).sum() / wanted.sum() / len(memories) / last
+                best = logits.detach() >= logits.detach().quantile(1 - looks.SHARES[0], dim=0, keepdim=True)
+                recall += (best & (wanted > 0)).sum() / (wanted > 0).sum() / len(memories) / last
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -101,7 +101,7 @@ def trained(
     print(f"{len(rows)} chats read, {len(inputs[0]):,} tokens, {read:.1f} s", flush=True)
     recall = learn(model, inputs, targets, steps, batch, lr)
     learned = time.perf_counter() - began - read
-    print(f"recall of the most looked-at {looks.SHARE:.0%}: {recall:.3f}; {learned:.1f} s")
+    print(f"recall of the most looked-at {looks.SHARES[0]:.0%}: {recall:.3f}; {learned:.1f} s")
     ahn.save_adapter(model.to(torch.bfloat16), out)
     return {
         "chats": len(rows), "tokens": len(inputs[0]), "read_seconds": round(read, 1), "recall": recall,

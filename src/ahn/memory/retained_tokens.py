@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ahn.layout.rotation import Anchored
     from ahn.layout.visibility import Visibility
 
-WIDTH = 128
+WIDTH = 32
 """Hidden units of the scorer."""
 BLOCK, SHARE = 128, 8
 """Slots of the block that is filling: so many, or one of so many if there are fewer than 1 024."""

@@ -9,7 +9,7 @@ from ahn.config import AHNConfig
 from ahn.files import expanded, write_text
 from ahn.measure import plots
 from ahn.training.arguments import Arguments
-from ahn.training.looks import SHARE
+from ahn.training.looks import SHARES
 from ahn.training.losses import ATTENTION
 
 CARD = """---
@@ -116,7 +116,7 @@ def _evaluation(before: dict[str, float] | None, after: dict[str, float] | None)
     if "eval_recall" in after:
         found = [("untrained", before), ("trained", after)]
         scored = [f"| {name} | {x['eval_loss']:.4f} | {x['eval_recall']:.4f} |" for name, x in found if x is not None]
-        return SCORES.format(rows="\n".join(scored), share=SHARE, **after)
+        return SCORES.format(rows="\n".join(scored), share=SHARES[0], **after)
     lines = [("sinks + window", before), ("with the memory", after)]
     rows = [
         "| {} | {:.4f} | {:.4f} | {:.4f} | {:.4f} |".format(
@@ -134,7 +134,7 @@ DISTILLATION_CURVES = (
 )
 SCORE_CURVES = (
     ({"loss": plots.AHN}, "Cross entropy of scores (nats)"),
-    ({"recall": plots.AHN}, f"Share found of the {SHARE:.0%} looked at most"),
+    ({"recall": plots.AHN}, f"Share found of the {SHARES[0]:.0%} looked at most"),
 )
 LABELS = {"kl": "student", "ce": "student", "teacher_ce": "full attention", "loss": "scores", "recall": "scores"}
 

@@ -1,8 +1,9 @@
 """Which tokens later queries look at: what a memory of tokens learns, from the base model's own full attention.
 
-Shapes: B batch, L tokens, Hq query heads, Hkv key heads, P head dim. For every token and key head the target is 1 if it
-is among the `SHARE` that queries beyond the window look at most, measured by the largest probability that any of them
-gives it, and 0 if not. Nothing of size L × L exists for all heads and queries at once.
+Shapes: B batch, L tokens, Hq query heads, Hkv key heads, P head dim. Queries beyond the window look at a token as much
+as the largest probability that any of them gives it. For every token and key head the target is in how many of `SHARES`
+it is, over their number: the shares of all tokens that are looked at most. So scores learn an order, and any number of
+the best can be kept. Nothing of size L × L exists for all heads and queries at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ahn.model.route import AttentionCall, own_scores
 from ahn.training.distillation import Batch, model_inputs, unpack
 from ahn.training.losses import ATTENTION, IGNORED, nothing_counts, to_device
 
-SHARE = 0.12
+SHARES = (0.12, 0.04, 0.013)
 NUMBERS = 1 << 26
 """So many probabilities exist at once, each of 4 bytes."""
 
@@ -38,7 +39,7 @@ class Looks(NamedTuple):
     loss: Tensor
     """Binary cross entropy of the scores, nats per token and key head, mean over layers."""
     recall: Tensor
-    """Share of the tokens that are looked at most that the highest scores find; `SHARE` is chance."""
+    """Of the first of `SHARES`, the part that as many of the highest scores find; that share is chance."""
     valid: int
     """Number of tokens of this batch that count."""
 
@@ -140,16 +141,21 @@ def _of_layer(memory: RetainedTokens, x: Tensor, looked: Tensor, counted: Tensor
     """Sums over the tokens that count: the cross entropy, mean over key heads, and the recall of each token's row."""
     counted = counted[:, None].expand_as(looked)
     logits = memory.logits(x)
-    target = _highest(looked, counted)
-    found = _highest(logits.detach(), counted)
-    error = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    target = highest(looked, counted, SHARES[0])
+    found = highest(logits.detach(), counted, SHARES[0])
+    error = F.binary_cross_entropy_with_logits(logits, grades(looked, counted) / len(SHARES), reduction="none")
     hits = (found & target).sum(2) / target.sum(2).clamp_min(1)
     heads = looked.shape[1]
     return error[counted].sum() / heads, (hits * counted.sum(2)).sum() / heads
 
 
-def _highest(x: Tensor, counted: Tensor) -> Tensor:
-    """(B, Hkv, L) bool: the `SHARE` of the tokens that count with the highest x, per row and key head."""
+def grades(looked: Tensor, counted: Tensor) -> Tensor:
+    """(B, Hkv, L) uint8: in how many of `SHARES` each token is."""
+    return torch.stack([highest(looked, counted, share) for share in SHARES]).sum(0, dtype=torch.uint8)
+
+
+def highest(x: Tensor, counted: Tensor, share: float) -> Tensor:
+    """(B, Hkv, L) bool: this share of the tokens that count, those with the highest x, per row and key head."""
     order = x.masked_fill(~counted, float("-inf")).argsort(dim=2, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(2, order, torch.arange(x.shape[2], device=x.device).expand_as(order))
-    return counted & (rank < (SHARE * counted.sum(2, keepdim=True)).ceil())
+    return counted & (rank < (share * counted.sum(2, keepdim=True)).ceil())
