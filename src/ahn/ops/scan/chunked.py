@@ -18,7 +18,11 @@ CHUNK = 64
 
 
 def _split(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, N, ...) to (B, H, N/C, C, ...), padded with zeros: a zero token changes no state, its read is dropped."""
+    """(B, H, N, ...) to (B, H, N/C, C, ...), padded with zeros: a zero token changes no state, its read is dropped.
+
+    C is `chunk`, or the next power of two where there are fewer tokens.
+    """
+    chunk = min(chunk, 1 << (x.shape[2] - 1).bit_length())
     pad = -x.shape[2] % chunk
     if pad:
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad))
