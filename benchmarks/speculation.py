@@ -58,6 +58,7 @@ class Speculation:
 
     def __init__(self, options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.options, self.model, self.tokenizer = options, model, tokenizer
+        self.read: tuple[ahn.AHNCache, DynamicCache] | None = None
 
     def prompt(self, request: str, begin: str = "") -> Tensor:
         """(1, L) a conversation that was about something else, the request, and the reply's first words."""
@@ -111,17 +112,25 @@ class Speculation:
     @torch.no_grad()
     def forward(self, length: int) -> dict[str, Any]:
         """Milliseconds of a forward over so many tokens, all but the first taken out again; of a plain step for 0."""
-        ids, cache = self.prompt("x"), ahn.AHNCache.for_model(self.model)
-        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        ids = self.prompt("x")
+        self.read = self.read or self.caches(ids)
+        cache, full = copy.deepcopy(self.read)
         if length:
             cache.activate_past_recording()
         milliseconds = self.timed(ids[:, : max(1, length)], cache, 1 - length if length else None)
         with ahn.disabled(self.model):
-            full = DynamicCache(config=self.model.config)
-            self.model(ids[:, : self.model.ahn_config.lossless], past_key_values=full, logits_to_keep=1)
             of_base = self.timed(ids[:, : max(1, length)], full, -max(1, length))
         row = {"forward": length, "milliseconds": milliseconds, "base_milliseconds": of_base}
         return row | {"forwards": self.options.forwards}
+
+    @torch.no_grad()
+    def caches(self, ids: Tensor) -> tuple[ahn.AHNCache, DynamicCache]:
+        """That have read the prompt, and, with full attention, as many tokens as are held exactly."""
+        cache, full = ahn.AHNCache.for_model(self.model), DynamicCache(config=self.model.config)
+        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        with ahn.disabled(self.model):
+            self.model(ids[:, : self.model.ahn_config.lossless], past_key_values=full, logits_to_keep=1)
+        return cache, full
 
     def timed(self, ids: Tensor, cache: Cache, crop: int | None) -> float:
         """Milliseconds of a forward, the median; after each a crop."""

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,3 +159,12 @@ def test_a_batch_of_fixed_slots_has_no_place_for_them() -> None:
     talk = recording(model, (20, 6))
     with pytest.raises(AHNError, match="wait to be taken out"):
         rows.join([talk.cache, recording(model, (20, 6)).cache])
+
+
+def test_on_apples_gpus_generate_does_without() -> None:
+    """transformers would read a token too many there, and could not for padded rows."""
+    layer = recording(student(), (20, 6)).cache.layers[0]
+    layer.state.window.keys = SimpleNamespace(device=torch.device("mps"))
+    assert layer.is_croppable
+    layer.record_past = False
+    assert not layer.is_croppable

@@ -30,7 +30,6 @@ class AHNLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = True
 
     def __init__(self, config: AHNConfig, progress: Progress | None = None, rotates: bool = True) -> None:
         # Not the base class's own: there, keys and values are attributes.
@@ -42,6 +41,16 @@ class AHNLayer(CacheLayerMixin):
         self.visibility: Visibility | None = None
         self.under_way = False
         self._replaced: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` will do for what is read once it records; transformers asks before it guesses tokens.
+
+        On Apple's GPUs it asks in every `generate`, to read one token more than the text has and take it out again,
+        which costs a copy of the window per token, and padded rows cannot.
+        """
+        on_mps = self.state is not None and self.window.keys.device.type == "mps"
+        return self.progress.recording or not on_mps
 
     def activate_past_recording(self) -> None:
         """From now on `crop` can take out what is read; see `AHNCache.activate_past_recording`."""
