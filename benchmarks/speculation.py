@@ -8,7 +8,8 @@ name changed, a paragraph word for word, and a story. Greedy: the text with gues
 says so. The `forward` rows are milliseconds of one forward over n tokens that may be taken out again, beside a plain
 step (n = 0) and the base's forward over as many with a cache of full attention that holds as many tokens.
 
-Each row is a JSON line with versions and hardware. The table comes last.
+On a CPU times are of the process, not of the clock on the wall: others on the machine then count for less; run it with
+OMP_NUM_THREADS=1. Each row is a JSON line with versions and hardware. The table comes last.
 """
 
 from __future__ import annotations
@@ -80,15 +81,19 @@ class Speculation:
         counted: list[int] = []
         handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda *_: counted.append(1))
         guess: dict[str, Any] = {"prompt_lookup_num_tokens": lookup} if lookup else {}
-        synchronize(self.model.device)
-        start = time.perf_counter()
+        start = self.now()
         found = self.model.generate(
             ids, past_key_values=cache, max_new_tokens=self.options.tokens, do_sample=False, **guess
         )
         new = found[0, ids.shape[1] :].tolist()
-        seconds = time.perf_counter() - start
+        seconds = self.now() - start
         handle.remove()
         return new, seconds, len(counted)
+
+    def now(self) -> float:
+        """Seconds, when all that was begun is done."""
+        synchronize(self.model.device)
+        return time.process_time() if self.model.device.type == "cpu" else time.perf_counter()
 
     @torch.no_grad()
     def text(self, name: str, request: str, begin: str) -> list[dict[str, Any]]:
@@ -136,11 +141,9 @@ class Speculation:
         """Milliseconds of a forward, the median; after each a crop."""
         times = []
         for _ in range(self.options.forwards + 3):
-            synchronize(self.model.device)
-            start = time.perf_counter()
+            start = self.now()
             self.model(ids, past_key_values=cache, logits_to_keep=ids.shape[1])
-            synchronize(self.model.device)
-            times.append(time.perf_counter() - start)
+            times.append(self.now() - start)
             if crop is not None:
                 cache.crop(crop)
         return 1e3 * statistics.median(times[3:])
@@ -183,6 +186,7 @@ def main() -> None:
     bench, rows = Speculation(options, model, tokenizer), list[dict[str, Any]]()
     shared = {"model": options.model or "smollm2", "memory": model.ahn_config.memory, **reach}
     shared |= {"dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    shared["clock"] = "process" if device.type == "cpu" else "wall"
 
     def write(row: dict[str, Any]) -> None:
         rows.append(row)
