@@ -161,6 +161,13 @@ def test_a_batch_of_fixed_slots_has_no_place_for_them() -> None:
         rows.join([talk.cache, recording(model, (20, 6)).cache])
 
 
+def test_numbers_of_tokens_stay_numbers() -> None:
+    """transformers 5.17 gives a tensor."""
+    talk = recording(student(), (20, 6))
+    talk.cache.crop(torch.tensor(-2))  # type: ignore[arg-type]
+    assert (type(talk.cache.seen), type(talk.cache.progress.waiting)) == (int, int)
+
+
 def test_on_apples_gpus_generate_does_without() -> None:
     """transformers would read a token too many there, and could not for padded rows."""
     layer = recording(student(), (20, 6)).cache.layers[0]

@@ -257,6 +257,7 @@ class AHNCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts with tensors
         # Layers that may refuse go first: a refusal must not leave the others cropped.
         for index, layer in enumerate(self.layers):
             if isinstance(layer, AHNLayer):
