@@ -1,8 +1,9 @@
-"""A load generator that people use, where it is installed: locust."""
+"""Load generators that people use, where they are installed: locust and guidellm."""
 
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
+
+from ahn import tiny
 
 FILE = """
 import json
@@ -47,3 +50,21 @@ def test_locust_finds_no_failure(live: Any, tmp_path: Path) -> None:
     with (tmp_path / "found_stats.csv").open() as file:
         total = list(csv.DictReader(file))[-1]
     assert int(total["Request Count"]) > 8 and total["Failure Count"] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("guidellm") is None, reason="guidellm is not installed")
+def test_guidellm_finds_no_failure(live: Any, tmp_path: Path) -> None:
+    asked = {
+        "--backend": f"kind=openai_http,target={live.url},model=tiny",
+        "--profile": "kind=concurrent,streams=4",
+        "--constraint": "kind=max_requests,count=12",
+        "--tokenizer": f"kind=huggingface_auto,model={tiny.path()}",
+        "--data": "kind=synthetic_text,prompt_tokens=200,output_tokens=8",
+        "--output": f"kind=json,path={tmp_path / 'found.json'}",
+    }
+    words = [word for pair in asked.items() for word in pair]
+    subprocess.run(["guidellm", "run", *words, "--disable-console"], cwd=tmp_path, check=True, timeout=300)
+    (found,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    requests = found["requests"]
+    assert len(requests["successful"]) == 12 and not requests["errored"], requests["errored"][:1]

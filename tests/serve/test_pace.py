@@ -85,10 +85,10 @@ def test_replies_step_between_layers_when_it_is_time(monkeypatch: pytest.MonkeyP
     assert steps == taken
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_steps_between_layers_change_no_text(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+@pytest.mark.parametrize("architecture, fails", [("qwen3", False), ("qwen3", True), ("gemma3", False)])
+def test_steps_between_layers_change_no_text(monkeypatch: pytest.MonkeyPatch, architecture: str, fails: bool) -> None:
     monkeypatch.setattr(Pace, "piece", 0.0)  # a step before each layer
-    of, inside, failures = adapted(window=WINDOW, sinks=SINKS), 0, 0
+    of, inside, failures = adapted(architecture, window=WINDOW, sinks=SINKS), 0, 0
     right = Scheduler._step
 
     def counted(self: Scheduler) -> bool:
