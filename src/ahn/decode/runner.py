@@ -38,6 +38,15 @@ MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether this forward is a step that a graph can do; everything else takes the ordinary way."""
+    if not _is_step(model, kwargs):
+        return False
+    ids, cache = kwargs["input_ids"], kwargs[private.CACHE]
+    runner: Runner | None = cache.captured
+    return (runner is not None and runner.fits(model, cache, ids)) or _can_capture(model, cache, ids)
+
+
+def _is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether it is one, whatever its conversation holds."""
     ids, cache = kwargs.get("input_ids"), kwargs.get(private.CACHE)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not on_gpu(ids):
         return False
@@ -49,10 +58,7 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     if model._ahn.observers:  # a graph asks no one
         return False
-    if asked(model, kwargs, "return_dict") is False or any(asked(model, kwargs, name) for name in MORE_OUTPUTS):
-        return False
-    runner: Runner | None = cache.captured
-    return (runner is not None and runner.fits(model, cache, ids)) or _can_capture(model, cache, ids)
+    return asked(model, kwargs, "return_dict") is not False and not any(asked(model, kwargs, x) for x in MORE_OUTPUTS)
 
 
 def asked(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
@@ -106,13 +112,21 @@ def _turn(rotation: Rotation, keys: Tensor, config: AHNConfig) -> TierTurn:
     return TierTurn.of(rotation, like, len(keys), config.window, config.sinks, config.quantized, config.tier_reach)
 
 
-def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
-    """One token per row by replaying the conversation's graph, which the first call captures."""
+def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
+    """One token per row by replaying the conversation's graph, which the first call captures; None where `runs` is not.
+
+    That is not asked first: a GPU waits for whatever is done between two steps.
+    """
+    if not _is_step(model, kwargs):
+        return None
     cache: AHNCache = kwargs[private.CACHE]
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-    new = new_columns(mask, cache.seen, 1)
     runner: Runner | None = cache.captured
-    if runner is None or not runner.fits(model, cache, ids):
+    fits = runner is not None and runner.fits(model, cache, ids)
+    if not fits and not _can_capture(model, cache, ids):
+        return None
+    new = new_columns(mask, cache.seen, 1)
+    if runner is None or not fits:
         cache.check_batch(len(ids))
         runner = cache.captured = Runner(model, cache, len(ids))
     elif cache.progress.lengths is not runner.positions:  # something else has moved the conversation on
@@ -197,7 +211,7 @@ class Runner:
 
     def fits(self, model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         """Still the same weights, the same buffers in the same order, and as many rows."""
-        # Asked twice a token: looking for the decoder would take longer than all the rest.
+        # Asked for every token: looking for the decoder would take longer than all the rest.
         moved = self.attention.o_proj.weight.data_ptr() != self.weight.data_ptr()
         if len(ids) != len(self.ids) or model._ahn is not self.adapter or moved:
             return False

@@ -149,8 +149,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if isinstance(cache, AHNCache) and cache.progress.given_again:
         kwargs = _new_tokens(kwargs, cache.progress.given_again)
         cache.progress.given_again = 0
-    if decode.runs(model, kwargs):
-        return decode.forward(model, kwargs)
+    if (step := decode.forward(model, kwargs)) is not None:
+        return step
     if model._ahn.enabled and gives_tokens(model):
         several = packing.documents(kwargs, wants_cache(model, kwargs))
         if several:
