@@ -96,6 +96,19 @@ def test_the_order_of_imports_does_not_matter(merged: Path, first: str) -> None:
     assert done.stdout == "gated_deltanet\n", done.stderr
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("first", ["processing_utils", "models.auto.modeling_auto"])
+def test_the_class_is_found_by_its_name_in_transformers(first: str, merged: Path) -> None:
+    """transformers makes itself anew when its processors are imported."""
+    second = {"processing_utils": "models.auto.modeling_auto"}.get(first, "processing_utils")
+    done = run(
+        f"import ahn, sys\nimport transformers.{first}\nimport transformers.{second}\nimport transformers\n"
+        "print(transformers.AHNForCausalLM.__module__)",
+        merged,
+    )
+    assert done.stdout == "ahn.auto.classes\n", done.stderr
+
+
 def test_without_ahn_it_is_an_error(merged: Path) -> None:
     done = run("import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])", merged)
     assert done.returncode and "model type `ahn`" in done.stderr

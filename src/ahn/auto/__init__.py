@@ -28,6 +28,7 @@ def register_with_transformers() -> None:
         "transformers.modeling_utils": _register_refusal,
         f"{PACKAGE}configuration_auto": _register_config,
         f"{PACKAGE}modeling_auto": _register_model,
+        "transformers.processing_utils": _name_model,  # which puts another module in the place of `transformers`
     }
     for name, register in list(waiting.items()):
         if name in sys.modules:
@@ -88,10 +89,19 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    import transformers
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     from ahn.auto.classes import AHNForCausalLM, AHNModelConfig
 
     AutoModelForCausalLM.register(AHNModelConfig, AHNForCausalLM, exist_ok=True)
-    setattr(transformers, ARCHITECTURE, AHNForCausalLM)  # where trainers look up what a config.json calls it
+    _name_model()
+
+
+def _name_model() -> None:
+    """Where trainers look up what a config.json calls it."""
+    import transformers
+
+    if f"{PACKAGE}modeling_auto" in sys.modules:
+        from ahn.auto.classes import AHNForCausalLM
+
+        setattr(transformers, ARCHITECTURE, AHNForCausalLM)

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from ahn.errors import installed_version
 from ahn.serve.api import chat, completions, operations, problems, responses
 from ahn.serve.api.gate import RequestGate
 from ahn.serve.api.service import Service
@@ -37,7 +38,9 @@ def make_app(service: Service) -> FastAPI:
         service.store.close()
 
     # Their pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="ahn serve", version=_version(), lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="ahn serve", version=installed_version("ahn") or "unknown", lifespan=life, docs_url=None, redoc_url=None
+    )
     for part in (
         chat.router(service),
         completions.router(service),
@@ -75,9 +78,3 @@ class StoppingServer(uvicorn.Server):
 def serve_until_stopped(app: FastAPI, place: socket.socket) -> None:
     """Serve at a bound socket until SIGINT or SIGTERM."""
     StoppingServer(app, lifespan="on", server_header=False).run(sockets=[place])
-
-
-def _version() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("ahn")
