@@ -39,7 +39,7 @@ def recording(model: PreTrainedModel, counts: tuple[int, ...], seed: int = 0) ->
     return talk
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("quantized", [0, 5])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "gemma3"])

@@ -29,7 +29,7 @@ from ahn.decode import runner
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "phi3", "qwen3 without router and q_proj"])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_steps_are_the_whole_forward(architecture: str, memory: str, graphs: Graphs) -> None:
@@ -111,7 +111,7 @@ def test_beam_search_reorders_the_buffers_of_one_graph(
 # -- what else may happen to a conversation ----------------------------------------------------------------------------
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5)], ids=str)
 def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:

@@ -37,7 +37,7 @@ def shared(memory: str, architecture: str = "qwen3", options: bool = False) -> P
     ).double()  # fmt: skip
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "qwen3 with router and q_proj"])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Graphs) -> None:
@@ -57,7 +57,7 @@ def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Gra
     assert torch.equal(state.tier.keys.codes, expected.tier.keys.codes)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("memory", CAPTURED)
 @pytest.mark.parametrize("length", [LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, SEEN - 1, SEEN, SEEN + 1, 2 * SEEN])
 def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) -> None:
@@ -86,7 +86,7 @@ def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
     assert graphs == Graphs(captures=2, replays=12 + SEEN)
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5), (SEEN + 2, SEEN - 2, 3)], ids=str)
 def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:
@@ -191,7 +191,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
 @pytest.mark.parametrize("form", FORMS)

@@ -61,7 +61,7 @@ def assistant(kind: str, model: PreTrainedModel, architecture: str) -> dict[str,
     return {"assistant_model": another[kind]}
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("length", [5, LOSSLESS, 50])
 @pytest.mark.parametrize("quantized", [0, 5])
 @pytest.mark.parametrize("guess", ["lookup", "itself", "its base", "another"])
