@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ahn.cache import file, other
 from ahn.cache.layer import AHNLayer
 from ahn.cache.origin import origin
-from ahn.cache.progress import Progress
+from ahn.cache.progress import Progress, new_columns
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_at
@@ -383,26 +383,3 @@ def _move(layer: Any, device: torch.device | str) -> None:
         layer.to(device)
     else:
         other.move(layer, device)
-
-
-def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:
-    """The part of a 2-D attention mask that speaks of the new tokens, (B, length) bool.
-
-    Raises:
-        AHNError: the mask is not 2-D or does not span cached and new tokens.
-    """
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, Tensor):
-        raise AHNError(
-            f"An AHN needs a 2-D attention_mask (batch, tokens), got a {type(attention_mask).__name__}. Multimodal "
-            "wrappers make their own masks; use the text model inside (for example AutoModelForCausalLM)."
-        )
-    if attention_mask.dim() != 2:
-        raise AHNError(f"An AHN needs a 2-D attention_mask (batch, tokens), got {tuple(attention_mask.shape)}.")
-    if attention_mask.shape[1] != seen + length:
-        raise AHNError(
-            f"attention_mask has {attention_mask.shape[1]} columns; expected {seen + length}: {seen} cached tokens and "
-            f"{length} new ones."
-        )
-    return attention_mask[:, -length:].bool()

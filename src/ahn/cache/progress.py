@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ahn.errors import AHNError
 from ahn.layout.visibility import Padding, Visibility
 
 
@@ -111,3 +112,26 @@ class Progress:
         if len(self.anchor) > 1:
             self.anchor = tuple(change(torch.tensor(self.anchor)).tolist())
         self.padding = None if padding is None else padding.map(change)
+
+
+def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:
+    """The part of a 2-D attention mask that speaks of the new tokens, (B, length) bool.
+
+    Raises:
+        AHNError: the mask is not 2-D or does not span cached and new tokens.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise AHNError(
+            f"An AHN needs a 2-D attention_mask (batch, tokens), got a {type(attention_mask).__name__}. Multimodal "
+            "wrappers make their own masks; use the text model inside (for example AutoModelForCausalLM)."
+        )
+    if attention_mask.dim() != 2:
+        raise AHNError(f"An AHN needs a 2-D attention_mask (batch, tokens), got {tuple(attention_mask.shape)}.")
+    if attention_mask.shape[1] != seen + length:
+        raise AHNError(
+            f"attention_mask has {attention_mask.shape[1]} columns; expected {seen + length}: {seen} cached tokens and "
+            f"{length} new ones."
+        )
+    return attention_mask[:, -length:].bool()

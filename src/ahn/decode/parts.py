@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ahn import private
-from ahn.share import Share
+from ahn.memory.share import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

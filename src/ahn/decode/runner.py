@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ahn import private
 from ahn.cache import tier
-from ahn.cache.conversation import AHNCache, new_columns
+from ahn.cache.conversation import AHNCache
+from ahn.cache.progress import new_columns
 from ahn.config import AHNConfig
 from ahn.decode.compiled import layers_compiled, on_several_devices
 from ahn.decode.layer import StepForward

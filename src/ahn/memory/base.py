@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ahn.memory.share import WHOLE, Share
 from ahn.ops.gate import Gate
 from ahn.shape import DEFAULT_SLOTS, EXACT
-from ahn.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from ahn.layout.evicted import Evicted

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ahn import memory, private
-from ahn.cache.conversation import AHNCache, new_columns
+from ahn.cache.conversation import AHNCache
+from ahn.cache.progress import new_columns
 from ahn.config import AHNConfig
 from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
+from ahn.memory.share import Share
 from ahn.model import attention, chunks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
@@ -31,7 +33,6 @@ from ahn.model.saving import warn_of_peft
 from ahn.model.support import attention_module, check_around, check_decoder, decoder_layers
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
-from ahn.share import Share
 from ahn.wrappers import attached, unwrapped
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ahn.decode.compiled import CompiledParts
 from ahn.layout.rotation import Rotation
+from ahn.memory.share import WHOLE, Share
 from ahn.model.observer import Observer
-from ahn.share import WHOLE, Share
 from ahn.wrappers import attached
 
 
