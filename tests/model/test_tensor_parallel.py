@@ -94,7 +94,9 @@ def divided(path: Path) -> PreTrainedModel:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found, in a file per case that runs and process."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    chosen = [item.callspec.id for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [
+        item.callspec.id for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
+    ]
     cases = [case for case in CASES if case == SHARED or "-".join(case) in chosen]
     for architecture in {architecture for architecture, _ in cases} | {"phi3"}:
         base(architecture).save_pretrained(folder / architecture)
