@@ -96,6 +96,10 @@ def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> No
     module.__dict__["_parameters"] = dict.fromkeys(module._parameters) | parameters
 
 
+OUTPUT_HOOKS = "transformers.utils.output_capturing"
+"""The module whose hooks collect what a forward is asked for besides its logits."""
+
+
 def as_written(module: nn.Module) -> bool:
     """Whether a module's call is that of its class: nobody put a forward or a hook around gradients on it."""
     return "forward" not in vars(module) and not module._backward_hooks
@@ -119,6 +123,15 @@ def place_hooks(module: nn.Module, change: Call) -> None:
         module._forward_pre_hooks = OrderedDict(enumerate(map(change, hooks.values())))
         kept = [place for place, handle in enumerate(hooks) if handle in with_kwargs]
         module._forward_pre_hooks_with_kwargs = OrderedDict.fromkeys(kept, True)
+
+
+def drop_output_hooks(module: nn.Module) -> None:
+    """Take the hooks off a shallow copy of a module that transformers leaves on a model once `output_hidden_states` or
+    `output_attentions` was asked for. They do nothing until it is again, but torch.compile cannot trace how they ask.
+    """
+    hooks = module._forward_hooks.items()
+    kept = {place: hook for place, hook in hooks if getattr(hook, "__module__", None) != OUTPUT_HOOKS}
+    module._forward_hooks = OrderedDict(kept)
 
 
 def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Call:

@@ -13,7 +13,7 @@ from ahn.bench.methods import make_methods
 from ahn.cache.layer import AHNLayer
 from ahn.measure.reading import bytes_of_cache
 
-NAMES = ["full-dynamic", "full-static", "window", "gated_deltanet", "deltanet", "mamba2"]
+NAMES = ["full-dynamic", "full-static", "window", "gated_deltanet", "deltanet", "mamba2", "retained"]
 
 
 def described(cache: Cache) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
@@ -42,7 +42,7 @@ def test_as_if_it_had_read(model: PreTrainedModel, name: str, context: int) -> N
 
 
 @pytest.mark.parametrize("context", [17, 30, 70])
-@pytest.mark.parametrize("name", ["window", "gated_deltanet", "mamba2"])
+@pytest.mark.parametrize("name", ["window", "gated_deltanet", "mamba2", "retained"])
 def test_with_quantized_tokens(model: PreTrainedModel, name: str, context: int) -> None:
     """Before any has left the window, before the ring is full, and after."""
     method = make_methods([name], 20, 4, quantized=14)[0]

@@ -245,6 +245,13 @@ def test_classes_of_base_models_refuse_a_memory(
     assert type(Qwen2ForCausalLM.from_pretrained(base)) is Qwen2ForCausalLM, "other checkpoints load as ever"
 
 
+def test_configurations_of_others_may_have_such_names() -> None:
+    """A model of somebody's may have a memory and sinks of its own."""
+    config = Qwen2Config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=9)
+    config.memory, config.sinks, config.window = "lstm", 4, 8
+    assert type(Qwen2Model(config)) is Qwen2Model
+
+
 def test_nothing_of_others_is_replaced() -> None:
     done = run(
         "import peft, transformers\nfrom transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig\n"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from captured import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, shared, traces
-from models import awaken, base
+from models import awaken, base, tokens
 from support.effort import slow
 from talk import Talk
 
@@ -21,9 +21,14 @@ import ahn
     [("gated_deltanet", {"router": True}), ("deltanet", {"q_proj": True})],
 )
 def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: list[torch.fx.Graph]) -> None:
-    """For all layers, all conversations of a batch size, and all lengths; the rotary embedding and the norm as well."""
+    """For all layers, all conversations of a batch size, and all lengths; the rotary embedding and the norm as well.
+
+    In one piece, whatever the model was asked for before: transformers then leaves hooks on it.
+    """
     config = ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, **options)
     model = awaken(ahn.attach(base(num_hidden_layers=4), config))
+    with torch.no_grad():
+        model(tokens(1, 5), output_hidden_states=True, output_attentions=True)
     before = traces(model)
     for length in (LOSSLESS - 1, 30):
         talk = Talk(model, 1)

@@ -20,6 +20,8 @@ from ahn.config import ARCHITECTURE, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK
 from ahn.errors import AHNError
 
 PACKAGE = "transformers.models.auto."
+BLOCK = {"memory", "window", "sinks", "full_attention_layers", "router", "q_proj"}
+"""What the saved block of every version says of an AHN, and no other configuration."""
 
 
 def register_with_transformers() -> None:
@@ -72,7 +74,7 @@ def _refuse_memories(module: Any, name: str, part: Any) -> None:
     """
     fields = getattr(vars(module).get("config"), "__dict__", {})
     # Blocks once had the base's type, and transformers takes what has it for the configuration that it looks for.
-    block = {"memory", "sinks"} <= fields.keys()
+    block = BLOCK <= fields.keys()
     if block or fields.get(PUBLISHED_NAME) is not None or "memory" in (fields.get(SAVED_BLOCK) or ()):
         raise AHNError(
             f"This checkpoint has an AHN, which {type(module).__name__} would leave out. Load it with "

@@ -12,6 +12,7 @@ from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
 from ahn.config import AHNConfig
 from ahn.measure.method import Method
+from ahn.memory import Memory
 
 SAMPLE = 13
 """Tokens of a real forward whose cache shows shapes and plausible gates. No other size in a model is this prime."""
@@ -35,7 +36,7 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
     """A cache of B conversations that looks as if each had read `context` tokens."""
     sample = read_cache(method, model, 1, SAMPLE, SAMPLE)
     cache = method.new_cache(model, batch, room)
-    for layer, seen in zip(cache.layers, sample.layers, strict=True):
+    for layer, seen, block in zip(cache.layers, sample.layers, model.get_decoder().layers, strict=True):
         if isinstance(layer, AHNLayer):
             kept = min(context, layer.config.lossless)
             tensors = seen.tensors()
@@ -43,8 +44,10 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
             named = {name: _grown(name, x, known, batch, kept) for name, x in tensors.items()}
             layer.load_tensors(named)
             layer.progress.seen = context
-            if method.config is not None and method.config.quantized and context > kept:
-                _fill_tier(layer, method.config)
+            if layer.config.quantized and context > kept:
+                _fill_tier(layer, layer.config)
+            if context > kept + layer.config.quantized:
+                _fill_slots(layer, block.ahn.fn, context)
         elif isinstance(layer, StaticLayer):
             layer.lazy_initialization(_rows(seen.keys, batch), _rows(seen.values, batch))
             layer.keys.normal_()
@@ -89,6 +92,20 @@ def _fill_tier(layer: AHNLayer, config: AHNConfig) -> None:
     for name, gate in found.gates.items():
         waiting = layer.window.gates[name]
         gate.copy_(waiting[:, :, torch.randint(waiting.shape[2], (config.quantized,), device=waiting.device)])
+
+
+def _fill_slots(layer: AHNLayer, memory: Memory, context: int) -> None:
+    """Give a memory that keeps tokens as many as it can keep, from all over the context."""
+    assert layer.state is not None
+    slots = memory.empty_slots(layer.window.keys, layer.config.window + layer.config.quantized)
+    for name, x in slots.items():
+        if name == "positions":
+            x.copy_(torch.linspace(layer.config.sinks, context - 1, x.shape[-1]))
+        elif x.dtype == torch.uint8:
+            x.random_(256)
+        elif x.is_floating_point():
+            x.normal_(std=STATE_STD)
+    layer.state.memory |= slots
 
 
 def _normal(x: Tensor, batch: int, tokens: int) -> Tensor:

@@ -72,6 +72,7 @@ def _join(module: nn.Module, twins: _Twins) -> None:
     twin = twins[id(module)]
     private.set_children(twin, {name: twins[id(child)] for name, child in private.children(module).items()})
     private.place_hooks(twin, lambda hook: _hook(hook, twins))
+    private.drop_output_hooks(twin)  # a step is asked for nothing but logits
     for name in _FORWARDS:
         if name in vars(twin):
             vars(twin)[name] = _rebound(vars(twin)[name], module, twin) or vars(twin)[name]
