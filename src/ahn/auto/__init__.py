@@ -74,7 +74,7 @@ def _refuse_memories(module: Any, name: str, part: Any) -> None:
     """
     fields = getattr(vars(module).get("config"), "__dict__", {})
     # Blocks once had the base's type, and transformers takes what has it for the configuration that it looks for.
-    block = BLOCK <= fields.keys()
+    block = fields.keys() >= BLOCK
     if block or fields.get(PUBLISHED_NAME) is not None or "memory" in (fields.get(SAVED_BLOCK) or ()):
         raise AHNError(
             f"This checkpoint has an AHN, which {type(module).__name__} would leave out. Load it with "
