@@ -18,6 +18,7 @@ from ahn import AHNCache, AHNError
 from ahn.cache.rows import join, lengths, mask, put, take
 
 WINDOW, SINKS, QUANTIZED = 9, 2, 6
+CPU = torch.device("cpu")
 LOSSLESS = WINDOW + SINKS
 REACH = 16
 """Positions that the base may be trusted with: sinks of longer rows are moved along."""
@@ -74,7 +75,7 @@ class Rows:
                 assert int(together[row].argmax()) == int(own.argmax())
 
     def rejoin(self, order: list[int]) -> None:
-        self.batch = join([take(self.batch, row) for row in order])
+        self.batch = join([take(self.batch, row, CPU) for row in order])
         self.alone = [self.alone[row] for row in order]
 
 
@@ -122,7 +123,7 @@ def test_a_row_is_what_it_was(quantized: int) -> None:
         before = [read(model, length, seed=0) for length in EDGES]
         batch = join(before)
         for row, cache in enumerate(before):
-            after = take(batch, row)
+            after = take(batch, row, CPU)
             assert after.seen == cache.seen == EDGES[row] and after.progress.anchor == cache.progress.anchor
             for own, other in zip(after.layers, cache.layers, strict=True):
                 named, wanted = own.tensors(), other.tensors()
@@ -163,7 +164,7 @@ def test_a_taken_row_can_be_saved(tmp_path: Any) -> None:
         model = student(memory, QUANTIZED)
         batch = join([read(model, length, seed=length) for length in (3, 14, 40)])
         for row, length in enumerate((3, 14, 40)):
-            take(batch, row).save(tmp_path / "row")
+            take(batch, row, CPU).save(tmp_path / "row")
             assert AHNCache.load(tmp_path / "row", model).seen == length
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from models import adapted
 from test_batch import run
 
 from ahn import ops
+from ahn.cache.transfer import PIECE, Transfer
 from ahn.serve.engine.batch import FixedBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -46,3 +49,31 @@ def test_states_stay_on_the_gpu_as_far_as_there_is_room() -> None:
         got = ask(running, prompt(60), 5)
         assert all(info.where == "device" for info in running.conversations(""))
         assert ask(running, [*prompt(60), *got.tokens, 7], 5).cached == 64
+
+
+def test_tensors_come_from_memory_and_from_a_file(tmp_path: Path) -> None:
+    shapes = [(0,), (3, 5), (PIECE // 2 - 1,), (PIECE // 2 + 1,), (7, PIECE // 4)]
+    there = [torch.randn(shape).bfloat16() for shape in shapes]
+    contents = [x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in there]
+    (tmp_path / "file").write_bytes(b"".join(contents))
+    with (tmp_path / "file").open("rb") as handle, Transfer(torch.device("cuda")) as transfer:
+        copies, read, place = [transfer.copy(x) for x in there], [], 0
+        for x in there:
+            read.append(transfer.read(handle.fileno(), place, tuple(x.shape), x.dtype))
+            place += x.nbytes
+    assert all(torch.equal(copy.cpu(), x) for copy, x in zip(copies, there, strict=True))
+    assert all(torch.equal(own.cpu(), x) for (own, _), x in zip(read, there, strict=True))
+    assert [digest.result() for _, digest in read] == [hashlib.sha256(content).digest() for content in contents]
+
+
+def test_states_come_back_from_disk(tmp_path: Path) -> None:
+    model = adapted(window=40, sinks=4).cuda()
+    with engine(model, conversations=2, state_dir=tmp_path, state_bytes=1) as running:
+        first = ask(running, prompt(30), 5)
+        ask(running, prompt(30, seed=1), 5)
+        until = time.monotonic() + 10
+        while running.stats().on_disk < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        ids = [*prompt(30), *first.tokens, 7]
+        after = ask(running, ids, 4)
+        assert after.cached == 34 and after.tokens == alone(model, ids, 4)

@@ -44,7 +44,7 @@ def run(model: PreTrainedModel, batch: Batch, capacity: int, turns: int) -> None
         assert batch.read == [cache.seen for cache in alone]
         if draw.random() < 0.5:
             row = draw.randrange(len(alone))
-            taken = batch.take(row)
+            taken = batch.take(row, model.device)
             assert taken.seen == alone[row].seen
             alone[row] = alone[-1]
             alone.pop()

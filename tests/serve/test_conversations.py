@@ -17,6 +17,7 @@ from test_engine import Ending
 from ahn import AHNCache, AHNError
 from ahn.serve.engine import files
 from ahn.serve.engine.engine import Engine
+from ahn.serve.engine.prompts import APART, PromptReader
 
 OF = model(quantized=6)
 
@@ -53,6 +54,24 @@ def test_a_state_can_be_gone_on_from_more_than_once() -> None:
             ids = [*prompt(50), *first.tokens, *prompt(4, seed=seed)]
             got = ask(running, ids, 6)
             assert got.cached == 53 and got.tokens == alone(OF, ids, 6)
+
+
+def test_many_forks_have_few_copies_beside_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    most, right = 0, PromptReader.ready
+
+    def counted(self: PromptReader, readings: Sequence[Any]) -> list[Any]:
+        nonlocal most
+        ready = right(self, readings)
+        most = max(most, sum(reading.cache is not None for reading in readings))
+        return ready
+
+    with engine(OF, conversations=12) as running:
+        first = ask(running, prompt(50), 4)
+        forks = [[*prompt(50), *first.tokens, *prompt(3, seed=seed)] for seed in range(12)]
+        monkeypatch.setattr(PromptReader, "ready", counted)
+        got = [whole(reply) for reply in [running.submit(request(ids, 6)) for ids in forks]]
+    assert most == APART
+    assert [(one.cached, one.tokens) for one in got] == [(53, alone(OF, ids, 6)) for ids in forks]
 
 
 def test_a_reply_can_be_written_again() -> None:

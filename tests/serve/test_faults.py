@@ -153,6 +153,22 @@ def test_memory_that_runs_out_where_rows_come_and_go(monkeypatch: pytest.MonkeyP
     assert failures and [one.tokens for one in got] == [alone(OF, ids, 20) for ids in prompts(4)]
 
 
+def test_a_conversation_for_which_a_gpu_has_no_room_is_kept_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, failures = Batch.take, 0
+
+    def full(self: Batch, *rest: Any) -> Any:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, *rest)
+
+    monkeypatch.setattr(Batch, "take", full)
+    with engine(OF) as running:
+        got = ask(running, prompts(1)[0], 20)
+        assert ask(running, [*prompts(1)[0], *got.tokens, 7], 4).cached == len(prompts(1)[0]) + 19
+
+
 def test_a_processor_that_fails() -> None:
     def fails(ids: Tensor, scores: Tensor) -> Tensor:
         raise RuntimeError("no such rule")

@@ -73,7 +73,7 @@ def test_replies_step_between_layers_when_it_is_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("ahn.serve.engine.pace.time", types.SimpleNamespace(perf_counter=lambda: now))
     layers, pace = nn.Sequential(*(SlowLayer() for _ in range(8))), Pace(512, 32)
     pace.stepped(step)
-    pauses = LayerPauses(layers, pace, take)
+    pauses = LayerPauses(layers, pace, take, torch.device("cpu"))
     with pauses.hooked():
         other = threading.Thread(target=lambda: layers(torch.zeros(1)))  # another's use of the model
         other.start()

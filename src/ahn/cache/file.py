@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ahn.cache.checks import Stored, check_layout, check_messages, check_values, read_config, read_waiting
+from ahn.cache.checks import TYPES, Stored, check_layout, check_messages, check_values, read_config, read_waiting
 from ahn.cache.origin import check_origin, first_fingerprint
+from ahn.cache.transfer import THREADS, Transfer
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.files import json_object, write_tensors
@@ -34,8 +36,6 @@ SECOND_FORMAT = "ahn-cache-2"
 FIRST_FORMAT = "ahn-cache-1"
 """Without a checksum, and with a fingerprint of 64 rows of the embedding instead of an origin."""
 FORMATS = (FORMAT, SECOND_FORMAT, FIRST_FORMAT)
-THREADS = min(8, os.cpu_count() or 1)
-"""Tensors whose digests are worked out at once."""
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any], of: dict[str, Any]) -> None:
@@ -76,17 +76,22 @@ def read(
     if not path.is_file():
         raise AHNError(f"{path} is not a file.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb", buffering=0) as handle, safe_open(path, framework="pt") as file:
+            if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):  # it was replaced between the two
+                return read(path, model, of)
             description = _description(file, path)
-            config, seen = _check(description, _stored(file), model, path, of)
-            tensors: dict[str, Tensor] = {}
-            found = checksum(_loaded(file, tensors), description)
-    except (SafetensorError, OSError) as error:
+            stored = _stored(file)
+            config, seen = _check(description, stored, model, path, of)
+            tensors, digests = _read(handle.fileno(), stored, model.device)
+    except (SafetensorError, OSError, EOFError) as error:
         raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
-    if description["format"] != FIRST_FORMAT and description.get("checksum") != found:
-        raise AHNError(f"{path} is damaged: its checksum is another than that of its content.")
+    if (kind := description["format"]) != FIRST_FORMAT:
+        older = kind == SECOND_FORMAT
+        found = checksum(sorted(tensors.items()), description) if older else _joined(digests, description)
+        if description.get("checksum") != found:
+            raise AHNError(f"{path} is damaged: its checksum is another than that of its content.")
     check_values(tensors, seen, str(path))
-    return {name: x.to(model.device) for name, x in tensors.items()}, config, seen, description.get("messages", [])
+    return tensors, config, seen, description.get("messages", [])
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -113,13 +118,18 @@ def checksum(tensors: Iterable[tuple[str, Tensor]], description: Mapping[str, An
     """sha256 of all that a file says: tensors by name with dtype, shape and sha256, and the rest of the description.
 
     Args:
-        tensors: sorted by name. They are worked on while the next ones are still read.
+        tensors: sorted by name.
     """
+    with ThreadPoolExecutor(THREADS) as pool:  # Python lets other threads run while it hashes
+        parts = pool.map(_whole if description.get("format") == SECOND_FORMAT else _summed, tensors)
+        return _joined(parts, description)
+
+
+def _joined(parts: Iterable[bytes], description: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in description.items() if name != "checksum"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    with ThreadPoolExecutor(THREADS) as pool:  # Python lets other threads run while it hashes
-        for part in pool.map(_whole if description.get("format") == SECOND_FORMAT else _summed, tensors):
-            digest.update(part)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -136,19 +146,27 @@ def _title(name: str, x: Tensor) -> bytes:
 
 
 def _bytes(x: Tensor) -> Any:
-    return x.reshape(-1).view(torch.uint8).numpy().data
+    return x.cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _loaded(file: Any, into: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Reads one tensor after the other into a dictionary."""
-    for name in sorted(file.keys()):
-        # Copies have their own aligned memory: kernels round differently where it is not aligned.
-        into[name] = file.get_tensor(name).clone()
-        yield name, into[name]
+def _read(file: int, stored: dict[str, Stored], device: torch.device) -> tuple[dict[str, Tensor], list[bytes]]:
+    """All tensors, which end an open file, and of each by name what a checksum is made of.
+
+    Args:
+        stored: in the order in which they lie.
+    """
+    tensors, digests, place = {}, {}, os.fstat(file).st_size
+    with Transfer(device) as transfer:
+        for name, one in reversed(stored.items()):
+            dtype = TYPES[one.dtype]
+            place -= math.prod(one.shape) * dtype.itemsize
+            tensors[name], digests[name] = transfer.read(file, place, one.shape, dtype)
+    names = sorted(tensors)
+    return tensors, [_title(name, tensors[name]) + digests[name].result() for name in names]
 
 
 def _stored(file: Any) -> dict[str, Stored]:
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    slices = {name: file.get_slice(name) for name in file.offset_keys()}
     return {name: Stored(x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
 
 

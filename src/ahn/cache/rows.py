@@ -17,6 +17,7 @@ from torch import Tensor
 from ahn.cache import other, tier
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
+from ahn.cache.transfer import Transfer
 from ahn.errors import AHNError
 from ahn.layout.slots import Slots
 from ahn.layout.state import LayerState, Tensors
@@ -58,8 +59,8 @@ def join(caches: Sequence[AHNCache]) -> AHNCache:
     return joined
 
 
-def take(batch: AHNCache, row: int) -> AHNCache:
-    """A copy of one row as a conversation of its own, as if it had always been alone."""
+def take(batch: AHNCache, row: int, device: torch.device) -> AHNCache:
+    """A copy of one row on a device as a conversation of its own, as if it had always been alone."""
     model, length, anchor = _model_of([batch]), lengths(batch)[row], _anchors(batch)[row]
     alone = _like(batch, model)
     for index, layer in enumerate(alone.layers):
@@ -68,7 +69,7 @@ def take(batch: AHNCache, row: int) -> AHNCache:
             continue
         parts = _parts(_state(_laid_in_slots(batch, index)))
         state = _from_parts({name: x[row : row + 1].clone() for name, x in parts.items()})
-        layer.state = _alone(state, batch, length, anchor, _memory(model, index))
+        layer.state = _alone(state, batch, length, anchor, _memory(model, index)).map(lambda x: x.to(device))
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
     alone.rows = 1
     alone.progress.seen, alone.progress.anchor = length, (anchor,)
@@ -180,14 +181,15 @@ def _check_every_layer_has_memory(batch: AHNCache) -> None:
 def copied(cache: AHNCache, device: torch.device) -> AHNCache:
     """A copy of a conversation of one row on a device, without going through a copy where it is now."""
     new = _like(cache, _model_of([cache]))
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, AHNLayer):
-            own: AHNLayer = new.layers[index]
-            own.state = _state(layer).map(lambda x: x.to(device, copy=True))
-            own.dtype, own.device = own.keys.dtype, own.keys.device
-        else:
-            new.layers[index] = copy.deepcopy(layer)
-            other.move(new.layers[index], device)
+    with Transfer(device) as transfer:
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, AHNLayer):
+                own: AHNLayer = new.layers[index]
+                own.state = _state(layer).map(transfer.copy)
+                own.dtype, own.device = own.keys.dtype, own.keys.device
+            else:
+                new.layers[index] = copy.deepcopy(layer)
+                other.move(new.layers[index], device)
     new.rows, new.messages = 1, list(cache.messages)
     new.progress.seen, new.progress.anchor = cache.seen, cache.progress.anchor
     return new

@@ -37,10 +37,10 @@ class Batch:
         self._cache = rows.join([alone] if self._cache is None else [self._cache, alone])
         self.read.append(alone.seen)
 
-    def take(self, row: int) -> AHNCache:
-        """A copy of one row as a conversation of its own."""
+    def take(self, row: int, device: torch.device) -> AHNCache:
+        """A copy of one row, on a device, as a conversation of its own."""
         assert self._cache is not None
-        return rows.take(self._cache, row)
+        return rows.take(self._cache, row, device)
 
     def drop(self, row: int) -> None:
         """A row leaves."""
@@ -99,9 +99,9 @@ class FixedBatch(Batch):
         rows.put(self._cache, len(self.read), alone)
         self.read.append(alone.seen)
 
-    def take(self, row: int) -> AHNCache:
+    def take(self, row: int, device: torch.device) -> AHNCache:
         self._settle()
-        return super().take(row)
+        return super().take(row, device)
 
     def drop(self, row: int) -> None:
         self._settle()

@@ -21,6 +21,8 @@ from ahn.serve.request import Delta, FinishReason, GenerationRequest, TokenLogpr
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ahn.serve.engine.store import KeptState
+
 
 @dataclasses.dataclass(eq=False)
 class PromptReading:
@@ -53,7 +55,8 @@ class RequestJob(PromptReading):
         ids: of prompt and reply; all but the last are read, once the prompt is.
         cached: tokens of the prompt that a kept state had read.
         waits_for: another that is reading what this one begins with, and up to where.
-        loading: the state that it goes on from, on its way from the disk.
+        known: the state that it goes on from, as long as no copy of it is under way.
+        loading: that copy, on its way from the disk.
         faults: how often it had to begin again.
         kept: digests of what was kept of it so far.
     """
@@ -75,6 +78,7 @@ class RequestJob(PromptReading):
         self.text = TextStream(tokenizer, self.ids[-16:], request.options.stop)
         self.cached = 0
         self.waits_for: tuple[RequestJob, int] | None = None
+        self.known: KeptState | None = None
         self.loading: Future[AHNCache] | None = None
         self.faults = 0
         self.kept: list[str] = []
@@ -89,6 +93,11 @@ class RequestJob(PromptReading):
         return self.request.options.prompt_logprobs is not None and not self.written
 
     @property
+    def arrived_whole(self) -> bool:
+        """Whether the state that it goes on from is there, if there is one."""
+        return self.known is None and self.loading is None
+
+    @property
     def reply_ids(self) -> list[int]:
         """What was written, without an end token that ended it."""
         ids = self.ids[self.prompt_length :]
@@ -99,7 +108,7 @@ class RequestJob(PromptReading):
         self.faults += 1
         self.tokens = Prefixes(self.ids)
         self.target, self.read, self.cache = len(self.ids) - 1, 0, None
-        self.waits_for = self.loading = None
+        self.waits_for = self.known = self.loading = None
         self.cuts = set()
 
     def progress(self) -> Delta:

@@ -42,6 +42,7 @@ class Keeper:
     def __init__(self, store: StateStore, read: Callable[[Rest], None], done: Callable[[RequestJob], None]) -> None:
         self.store, self._read, self._done = store, read, done
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="ahn-keep")
+        self._opening = ThreadPoolExecutor(max_workers=2, thread_name_prefix="ahn-open")  # never behind what is written
 
     def finish(self, job: RequestJob, cache: AHNCache | None, delta: Delta) -> None:
         """A request is finished; its last delta comes when what is to be kept of it is safe.
@@ -74,7 +75,7 @@ class Keeper:
     def open(self, state: KeptState) -> Future[AHNCache]:
         """A copy of a state to go on with: at once where the model is, later from elsewhere."""
         if state.cache is None or (place(state) == "memory" and self.store.model.device.type != "cpu"):
-            return self._pool.submit(self.store.open, state)
+            return self._opening.submit(self._opened, state)
         there: Future[AHNCache] = Future()
         try:
             there.set_result(self.store.open(state))
@@ -82,8 +83,14 @@ class Keeper:
             there.set_exception(error)
         return there
 
+    def _opened(self, state: KeptState) -> AHNCache:
+        cache = self.store.open(state)
+        self.trim()
+        return cache
+
     def close(self) -> None:
         """Wait until everything is written."""
+        self._opening.shutdown(wait=True)
         self._pool.shutdown(wait=True)
 
     def _guarded(

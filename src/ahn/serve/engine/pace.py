@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 CHANGE = 0.2
@@ -76,14 +77,17 @@ class LayerPauses:
     Args:
         layers: of the model.
         step: what replies do.
+        device: of the model; where it works on by itself, each layer is waited for.
 
     Attributes:
         longest: seconds of the longest layer.
         since: when the last step ended.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], pace: Pace, step: Callable[[], object]) -> None:
-        self._layers, self._pace, self._step = layers, pace, step
+    def __init__(
+        self, layers: Iterable[nn.Module], pace: Pace, step: Callable[[], object], device: torch.device
+    ) -> None:
+        self._layers, self._pace, self._step, self._device = layers, pace, step, device
         self._thread, self._stepping = threading.get_ident(), False
         self._last = self.since = time.perf_counter()
         self.longest = 0.0
@@ -97,11 +101,13 @@ class LayerPauses:
         finally:
             for handle in handles:
                 handle.remove()
+            finish(self._device)
             self.longest = max(self.longest, time.perf_counter() - self._last)
 
     def _before(self, *_: Any) -> None:
         if self._stepping or threading.get_ident() != self._thread:
             return
+        finish(self._device)
         now = time.perf_counter()
         layer = now - self._last
         self.longest = max(self.longest, layer)
@@ -113,3 +119,11 @@ class LayerPauses:
                 self._stepping = False
             self.since = time.perf_counter()
         self._last = time.perf_counter()
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a device has done what this thread gave it; copies beside that are not waited for."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()

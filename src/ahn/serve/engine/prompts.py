@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ahn import private
 from ahn.cache.conversation import AHNCache
+from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
-from ahn.measure.clock import synchronize
 from ahn.measure.reading import CPU_CHUNK
 from ahn.model.support import decoder_layers
 from ahn.serve.engine.jobs import PromptReading, RequestJob
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 WORTH = 32
 """Tokens from which on a state is kept rather than read anew, and a prompt waits for another that begins as it does."""
+APART = 4
+"""Copies of kept states, beside the batch, whose requests are about to join it: many that fork one would fill a GPU."""
 GPU_CHUNK = 8192
 """Tokens that a GPU reads at once while nobody writes."""
 SMALLEST = {"cpu": 32, "cuda": 512}
@@ -70,21 +73,32 @@ class PromptReader:
         if not job.written:
             self.tokens_cached += job.read - job.cached
             job.cached = job.read
-        if known is not None:
-            job.loading = self.keeper.open(known)
+        job.known = known
 
     def ready(self, readings: Sequence[PromptReading]) -> list[PromptReading]:
         """Those that have something to read; states that were on their way have arrived."""
-        for job in readings:
-            if isinstance(job, RequestJob) and job.loading is not None and job.loading.done():
-                loading, job.loading = job.loading, None
-                error = loading.exception()
-                if error is None:
-                    job.cache = loading.result()
-                else:
-                    log.warning("A prompt is read anew: %s", error)
-                    self._go_on_from(job, None)
-        return [job for job in readings if job.read < job.target and not getattr(job, "loading", None)]
+        jobs = [job for job in readings if isinstance(job, RequestJob)]
+        about_to_join = sum(job.loading is not None or self._soon_read(job) for job in jobs)
+        for job in jobs:
+            if job.known is not None and about_to_join < APART:
+                job.loading, job.known = self.keeper.open(job.known), None
+                about_to_join += 1
+            if job.loading is not None and job.loading.done():
+                self._arrived(job, job.loading)
+        there = (job for job in readings if not isinstance(job, RequestJob) or job.arrived_whole)
+        return [job for job in there if job.read < job.target]
+
+    def _soon_read(self, job: RequestJob) -> bool:
+        return job.cache is not None and job.target - job.read <= self.pace.largest
+
+    def _arrived(self, job: RequestJob, loading: Future[AHNCache]) -> None:
+        job.loading = None
+        error = loading.exception()
+        if error is None:
+            job.cache = loading.result()
+        else:
+            log.warning("A prompt is read anew: %s", error)
+            self._go_on_from(job, None)
 
     def read_chunk(self, job: PromptReading, step: Callable[[], object] | None) -> None:
         """Read the next tokens, and keep a copy where one is wanted.
@@ -108,15 +122,10 @@ class PromptReader:
     def _forward_with_pauses(
         self, job: PromptReading, stop: int, keep: int, step: Callable[[], object] | None
     ) -> Tensor:
-        first, start = job.read, time.perf_counter()
+        first = job.read
         if step is None:
             return self._forward(job, stop, keep)
-        if self.model.device.type != "cpu":
-            logits = self._forward(job, stop, keep)
-            synchronize(self.model.device)  # nothing is lost: a captured step is begun at once
-            self.pace.read(stop - first, time.perf_counter() - start)
-            return logits
-        pauses = LayerPauses(self._layers, self.pace, step)
+        pauses = LayerPauses(self._layers, self.pace, step, self.model.device)
         with pauses.hooked():
             logits = self._forward(job, stop, keep)
         self.pace.read(stop - first, pauses.longest, time.perf_counter() - pauses.since)
@@ -141,7 +150,8 @@ class PromptReader:
             job.cache = copy.deepcopy(self._empty)
         tokens = torch.tensor([job.tokens.ids[job.read : stop].tolist()], device=self.model.device)
         options = {"use_cache": True, "logits_to_keep": keep, private.CACHE: job.cache}
-        logits: Tensor = self.model(input_ids=tokens, **options).logits[0]
+        with leaves_fused(self.model):
+            logits: Tensor = self.model(input_ids=tokens, **options).logits[0]
         job.read = stop
         return logits
 

@@ -28,6 +28,8 @@ from ahn.serve.request import Delta, FinishReason
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WARM = 1 << 16
+"""Tokens that are read at most before a server is ready, so that what later chunks need is compiled."""
 ATTEMPTS = 2
 """How often a request begins again after a fault that may not be its own: a step that failed, memory that ran out."""
 log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class Scheduler:
         """Capture the steps that a GPU repeats, so that no request waits for it."""
         if self.model.device.type == "cpu":
             return
-        cache = self.prompts.read_tokens([0, 0])
+        cache = self.prompts.read_tokens([0] * (min(self.model.ahn_config.lossless, WARM) + 512))
         self.batch = make_batch(self.model, self.conversations, cache)
         for size in self.batch.sizes:
             while len(self.batch) < size:
@@ -197,7 +199,7 @@ class Scheduler:
     def _join(self) -> None:
         """Those whose prompt is read go on with a reply."""
         for job in [job for job in self.reading if isinstance(job, RequestJob)]:
-            if job.read == job.target and job.loading is None:
+            if job.read == job.target and job.arrived_whole:
                 self._guarded(job, self._start)
 
     def _start(self, job: RequestJob) -> None:
@@ -290,12 +292,14 @@ class Scheduler:
     def _taken(self, row: int) -> AHNCache | None:
         """A copy of a reply's row; None if there is no memory for it, and nothing can be kept."""
         assert self.batch is not None
-        try:
-            return self.batch.take(row)
-        except torch.OutOfMemoryError:
-            log.warning("There is no memory to keep a conversation; it will be read again")
-            self._make_room()
-            return None
+        for device in (self.model.device, torch.device("cpu")):  # replies that end together may not fit a GPU
+            try:
+                return self.batch.take(row, device)
+            except torch.OutOfMemoryError:
+                log.info("There is no memory for a conversation on %s", device)
+        log.warning("There is no memory to keep a conversation; it will be read again")
+        self._make_room()
+        return None
 
     def _fail(self, job: RequestJob, error: str) -> None:
         for digest in job.kept:  # what was read may be the reason

@@ -122,7 +122,7 @@ class StateStore:
             return self._named.get((owner, name))
 
     def open(self, state: KeptState) -> AHNCache:
-        """A copy to go on with, from memory or disk.
+        """A copy to go on with, from memory or disk; `trim` when there is time.
 
         Raises:
             AHNError: the file is gone or damaged; the state is then forgotten.
@@ -139,9 +139,8 @@ class StateStore:
             self._forget(state)
             raise
         with self._lock:
-            if state.file is not None:  # not forgotten meanwhile
+            if state.file is not None and state.nbytes <= self._room:  # not forgotten meanwhile
                 state.cache = copied(loaded, self.model.device)
-        self.trim()
         return loaded
 
     # -- keeping ---------------------------------------------------------------------------------------------------
@@ -193,6 +192,11 @@ class StateStore:
                     self._remove(state)
                 self.evicted += 1
         self.leave_device(self.device)
+
+    @property
+    def _room(self) -> int:
+        """Bytes of states where the model is."""
+        return self.memory if self.model.device.type == "cpu" else min(self.memory, self.device)
 
     def _in_excess(self) -> list[KeptState]:
         with self._lock:
@@ -283,6 +287,7 @@ class StateStore:
         cache = self.open(state)
         cache.messages = list(messages)
         write(cache, state.note, path, origin(self.model))
+        self.trim()
 
     def take_in(self, owner: str, name: str, path: Path) -> list[Message]:
         """Take up a conversation that `export` wrote, of whatever owner and name; returns what was said.
