@@ -5,9 +5,10 @@
 
 Stages, in this order: `chats` writes conversations to learn from and to be asked; `scores` trains the scores of
 retained tokens; `memories` distils recurrent memories; `rows` reads texts and asks facts within the trained length, in
-every way of `real/ways.py`; `far` asks them beyond it; `book` gives the loss of a whole book by position. What is done
-is a line in rows.jsonl and is not done again; nothing is begun that would probably not end within `--seconds`. The
-table is printed last.
+every way of `real/ways.py`; `ruler` answers RULER's tasks; `far` asks facts beyond the trained length; `book` gives the
+loss of a whole book by position. What is done is a line in rows.jsonl and is not done again; nothing is begun that
+would probably not end within `--seconds`. Once chats and scores are there, several processes share the rest with
+`--part 1/4`, `--part 2/4`, … The table is printed last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 import time
 import traceback
@@ -27,7 +29,7 @@ from typing import Any
 import make_chats
 import torch
 import train_scores
-from real import reading, training
+from real import reading, ruler, training
 from real.ways import FULL, WINDOW, Shape, Ways
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -36,7 +38,7 @@ from ahn.cli.env import environment
 from ahn.measure.intervals import wilson
 from ahn.measure.method import Method
 
-STAGES = ("chats", "scores", "memories", "rows", "far", "book")
+STAGES = ("chats", "scores", "memories", "rows", "ruler", "far", "book")
 NEEDED = ("chats", "scores")
 """Without which the others cannot do."""
 WIDTH = 8192
@@ -95,8 +97,11 @@ class Study:
             for name in self._adapters:
                 yield Item("memories", name, lambda name=name: self._distil(name))
         for stage, ways, run in (
-            ("rows", Ways.within, self._row), ("far", Ways.beyond, self._far), ("book", Ways.book, self._book)
-        ):  # fmt: skip
+            ("rows", Ways.within, self._row),
+            ("ruler", Ways.within, self._ruler),
+            ("far", Ways.beyond, self._far),
+            ("book", Ways.book, self._book),
+        ):
             if stage in self.options.only:
                 for method in ways(self.ways):
                     yield Item(stage, method.name, lambda method=method, run=run: self._read(method, run))
@@ -117,6 +122,12 @@ class Study:
         }
         for name, plan in plans.items():
             yield Item("chats", name, lambda name=name, plan=plan: self._write(name, plan))
+        if "ruler" in o.only:
+            yield Item("chats", "ruler", self._write_ruler)
+
+    def _write_ruler(self) -> Result:
+        o = self.options
+        return ruler.write_prompts(self.tokenizer, self._file("ruler"), o.ruler_length, o.ruler_samples)
 
     def _write(self, name: str, plan: list[str]) -> Result:
         make_chats.main(["--out", str(self._file(name)), "--model", self.path, *plan])
@@ -151,6 +162,7 @@ class Study:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _read(self, method: Method, run: Callable[[Method], Result]) -> Result:
+        method = ruler.with_memory(method, self.model) if run == self._ruler else method
         config = method.config
         said = {} if config is None else {"config": dataclasses.asdict(config)}
         with method.on(self.model):
@@ -168,6 +180,10 @@ class Study:
     def _found(self, name: str, most: int) -> Result:
         right, size = reading.recalled(self.model, reading.read_chats(self.tokenizer, self._file(name), most))
         return {f"{name}_right": sum(right), f"{name}_asked": len(right), f"{name}_found": right, "cache_bytes": size}
+
+    def _ruler(self, method: Method) -> Result:
+        scores = ruler.scores(self.model, self.tokenizer, self._file("ruler"), self.options.ruler_samples)
+        return {"ruler": scores, "length": self.options.ruler_length}
 
     def _far(self, method: Method) -> Result:
         return self._found("far", self.options.far_chats) | {"length": self.options.far_length}
@@ -193,8 +209,8 @@ def run(study: Study, seconds: float) -> bool:
     """Do what is not done and fits; whether nothing is left, and nothing failed."""
     began, longest, whole = time.perf_counter(), {}, True
     done = {(row["stage"], row["name"]) for row in study.rows if "error" not in row}
-    for item in study.items():
-        if (item.stage, item.name) in done:
+    for number, item in enumerate(study.items()):
+        if number % study.options.parts != study.options.part or (item.stage, item.name) in done:
             continue
         spent = time.perf_counter() - began
         if spent + longest.get(item.stage, 0.0) > seconds:
@@ -227,6 +243,10 @@ def table(rows: list[Result]) -> str:
             if f"{kind}_loss" in row:
                 parts.append(f"{kind} {row[f'{kind}_loss']:.3f}{_won(row, full, window, f'{kind}_loss')}")
         parts += [_share(row, kind) for kind in ("one", "several", "far") if f"{kind}_asked" in row]
+        if "ruler" in row:
+            each = {name.split("/")[1]: 100 * sum(x) / len(x) for name, x in row["ruler"].items()}
+            parts.append(f"RULER {sum(each.values()) / len(each):.1f} %")
+            parts += [f"{name} {score:.0f}" for name, score in each.items()]
         if "book_losses" in row:
             parts.append("loss by position " + " ".join(f"{x:.2f}" for x in row["book_losses"]))
         if "recall" in row:
@@ -265,6 +285,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--far-chats", type=int, default=40)
     parser.add_argument("--train-chats", type=int, default=128)
     parser.add_argument("--steps", type=int, default=1000, help="of the training of scores")
+    parser.add_argument("--ruler-length", type=int, default=4096, help="tokens of prompt and answer")
+    parser.add_argument("--ruler-samples", type=int, default=100, help="of each task")
+    parser.add_argument("--part", default="1/1", help="only each n-th thing to do, beginning with the k-th: k/n")
     parser.add_argument("--memories", default="deltanet,gated_deltanet,mamba2,routed_deltanet", help="commas between")
     parser.add_argument("--memory-steps", type=int, default=200, help="of their training, of --batch texts each")
     parser.add_argument("--memory-lr", type=float, default=2e-3)
@@ -275,6 +298,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="scores of retained tokens that are there already")
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
+    if not (part := re.fullmatch(r"(\d+)/(\d+)", options.part)) or not 0 < int(part[1]) <= int(part[2]):
+        parser.error("--part is k/n, 1 ≤ k ≤ n")
+    options.part, options.parts = int(part[1]) - 1, int(part[2])
     if wrong := set(options.only) - set(STAGES):
         parser.error(f"there is no stage {', '.join(wrong)}; there are {', '.join(STAGES)}")
     options.lossless = options.window + options.sinks

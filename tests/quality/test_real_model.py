@@ -14,11 +14,12 @@ from models import adapted, base, tokens
 from transformers import PreTrainedTokenizerBase
 
 import ahn
+from ahn.measure.method import Method
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import real_model
-from real import reading, training
+from real import reading, ruler, training
 from real.ways import FULL, WINDOW, Shape, Ways
 
 CHAT: dict[str, Any] = {
@@ -105,6 +106,23 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
         assert torch.isfinite(model(tokens(1, 200)).logits).all()
 
 
+@torch.no_grad()
+def test_answers_to_ruler_are_the_models_greedy_ones(words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model, file = base(vocab_size=len(words)), tmp_path / "ruler.jsonl"
+    prompts = [x.tolist() for x in torch.randint(5, len(words), (3, 60))]
+    new = [model.generate(torch.tensor([x]), max_new_tokens=6, do_sample=False)[0, 60:] for x in prompts]
+    said = [words.decode(x, skip_special_tokens=True) for x in new]
+    lines = [
+        {"task": "ruler/vt/4k", "ids": x, "new_tokens": 6, "answers": [y]} for x, y in zip(prompts, said, strict=True)
+    ]
+    lines[1]["answers"] = ["not what it says"]
+    file.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    full = ruler.with_memory(Method(FULL), model)
+    with full.on(model):
+        assert ruler.scores(model, words, file) == {"ruler/vt/4k": [1.0, 0.0, 1.0]}
+        assert ruler.scores(model, words, file, most=1) == {"ruler/vt/4k": [1.0]}
+
+
 def test_chats_teach_their_replies_and_texts_everything() -> None:
     texts, asked = [torch.arange(100, 200)], [reading.Asked(torch.arange(40), [slice(30, 33)])]
     longer = [reading.Asked(torch.arange(60), [slice(10, 12), slice(50, 54)])]
@@ -159,6 +177,19 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "rows.jsonl").unlink()
     assert not real_model.run(study, -1) and not study.rows
     assert "call again" in capsys.readouterr().out
+
+
+def test_processes_share_what_is_to_be_done(tmp_path: Path) -> None:
+    for part, names in (("1/3", [FULL, "last"]), ("2/3", [WINDOW])):
+        study = Study(real_model.parsed(["--out", str(tmp_path / part[0]), "--model", "tiny", "--part", part]))
+        real_model.run(study, 100)
+        assert [row["name"] for row in study.rows] == names
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
+def test_parts_are_checked(tmp_path: Path, part: str) -> None:
+    with pytest.raises(SystemExit):
+        real_model.parsed(["--out", str(tmp_path), "--part", part])
 
 
 def test_stages_are_known(tmp_path: Path) -> None:
