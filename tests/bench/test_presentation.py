@@ -17,7 +17,7 @@ def decode(method: str, context: int, seconds: float, **changes: Any) -> dict[st
 
 
 ROWS = [
-    decode("full-dynamic", 32768, 0.021),
+    decode("full-dynamic", 32768, 0.021, times_s=[0.02, 0.021, 0.025]),
     decode("gated_deltanet", 32768, 0.0022),
     decode("full-dynamic", 131072, 0.027),
     decode("gated_deltanet", 131072, 0.0022),
@@ -60,6 +60,9 @@ def test_length_figure_shows_methods_limits_and_where_memory_ran_out() -> None:
     assert curves["gated_deltanet"] == [2.2, 2.2]
     assert curves["limit, gated_deltanet"] == [1.75, 1.75]
     assert [text.get_text() for text in axis.texts] == ["out of memory"]
+    spans = [segment.tolist() for bars in axis.collections for segment in bars.get_segments()]
+    assert spans[0] == [[32768, 20.0], [32768, 25.0]], "fastest and slowest run"
+    assert "bars: fastest to slowest run" in [text.get_text() for text in drawn["length"].legends[0].get_texts()]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["32k", "128k"]
 
 

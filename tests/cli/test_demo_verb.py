@@ -34,12 +34,13 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert result["continuation"]["text"]
 
-    shown = ahn_cli("demo", *own, "--out", tmp_path / "out")
+    shown = ahn_cli("demo", *own, "--quantized", LENGTH, "--out", tmp_path / "out")
     for text in (
         "reads 2 documents",
         "sinks + window",
         "writes on after",
-        "4/2 bits: also the 42 tokens",
+        "4/2 bits: also the 200 tokens",
+        "the memory behind 4/2 bits got nothing",
         "figure.png",
     ):
         assert text in " ".join(shown.out.split())

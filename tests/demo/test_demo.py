@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ahn
 from ahn.demo import Document, Method, compare, make_documents, make_methods
 from ahn.demo import reading as reading_module
 from ahn.demo.comparison import Comparison
+from ahn.demo.figure import comparison_figure
 from ahn.demo.methods import FULL, WINDOW_ONLY
 from ahn.errors import AHNError
 from ahn.tiny.corpus import held_out_text
@@ -182,6 +184,20 @@ def test_methods_agree_inside_the_window(comparison: Comparison) -> None:
     first = {result.loss_by_position[0] for result in comparison.results}
     assert len(first) == 1  # the first bin is what exact attention covers: the same kernel, the same bits
     assert len({result.loss_by_position[-1] for result in comparison.results}) == len(comparison.results)
+
+
+def test_the_figure_shows_the_mean_and_the_range_over_documents(comparison: Comparison) -> None:
+    for result in comparison.results:
+        assert len(result.loss_by_document) == len(comparison.documents)
+    figure = comparison_figure(comparison, "a model reads")
+    assert figure.get_suptitle() == "a model reads: 3 documents, their mean"
+    ranges = [shade.get_paths()[0].vertices[:, 1] for shade in figure.axes[0].collections]
+    assert len(ranges) == 2, "around sinks + window and around the best memory"
+    window, full = (next(r for r in comparison.results if r.name == name) for name in (WINDOW_ONLY, FULL))
+    differences = [a[-1] - b[-1] for a, b in zip(window.loss_by_document, full.loss_by_document, strict=True)]
+    assert min(differences) in ranges[0] and max(differences) in ranges[0]
+    single = dataclasses.replace(comparison, documents=comparison.documents[:1])
+    assert "1 document" in comparison_figure(single, "x").get_suptitle()
 
 
 def test_the_gap(words: Any, documents: list[Document]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from ahn.errors import AHNError
 from ahn.evaluation.report import figures, gradients, published, tables, write_report
 from ahn.evaluation.report.collect import collect
+from ahn.measure import plots
 
 MODEL = {"model": "tiny", "weights": ["w"], "window": 224, "sinks": 32}
 FULL = {"method": "full", "memory": None, "window": None, "sinks": None}
@@ -303,6 +304,7 @@ def test_a_curve_needs_every_task_at_every_length(tmp_path: Path) -> None:
     result(tmp_path, FULL, "ruler/cwe/8k", 10.0)
     figure = figures.by_length("ruler", collect([tmp_path]))
     assert figure is not None
+    assert "over tasks of 4 texts" in figure.get_suptitle()
     curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
     assert curves == {
         "full attention": [[4096, 40], [8192, 15]],
@@ -315,7 +317,7 @@ def test_rows_of_one_kind_have_colours_of_their_own(tmp_path: Path) -> None:
     for n in range(4):
         result(tmp_path, GDN, "ruler/vt/4k", 1.0, weights=[str(n)])
     colours = figures.row_colours(collect([tmp_path]).rows)
-    assert len(set(colours.values())) == 4 and figures.COLOURS["gated_deltanet"] in colours.values()
+    assert len(set(colours.values())) == 4 and plots.COLOURS["gated_deltanet"] in colours.values()
 
 
 def test_folders_that_are_no_results(tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ahn.bench.methods import DYNAMIC, STATIC, WINDOW
 from ahn.bench.records import OK, OUT_OF_MEMORY, Row
 from ahn.bench.table import tokens
-from ahn.measure import plots
-from ahn.measure.plots import MUTED, new_figure
+from ahn.measure.plots import WIDTH, colours, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = plots.COLOURS | {DYNAMIC: plots.FULL, STATIC: MUTED}
-OTHERS = ("#8e6bbf", "#b08968", "#3d5a80", "#7f5539")
+KINDS = {DYNAMIC: "full", WINDOW: "window"}
+"""Of `ahn.measure.plots.COLOURS`, where a method's name is none."""
 LOGARITHMIC = 50
 """Ratio of the largest to the smallest value beyond which small ones would vanish on a linear axis."""
 Panel = tuple[str, str, str, float]
@@ -52,9 +51,17 @@ Points = list[tuple[float, float]]
 
 @dataclasses.dataclass
 class Curve:
-    """One method in one panel: measured points, the machine's limits at the same places, where memory ran out."""
+    """One method in one panel.
+
+    Attributes:
+        points: measured.
+        spans: fastest and slowest of the runs whose median a point is, where they are known.
+        limits: the machine's, at the same places.
+        ran_out: memory did, at the next place.
+    """
 
     points: Points
+    spans: list[tuple[float, float, float]]
     limits: Points
     ran_out: bool = False
 
@@ -71,12 +78,14 @@ def _series(rows: Sequence[Row], panels: Sequence[Panel], x: str, one_batch: boo
         fixed, value = ("batch", 1) if one_batch else ("context", max((r["context"] for r in of_kind), default=0))
         series: Series = {}
         for row in sorted((row for row in of_kind if row[fixed] == value), key=lambda row: row[x]):
-            curve = series.setdefault(row["method"], Curve([], []))
+            curve = series.setdefault(row["method"], Curve([], [], []))
             if row["status"] == OUT_OF_MEMORY:
                 curve.ran_out = True
             elif row["status"] == OK and row.get(y) is not None:
                 curve.points.append((row[x], row[y] * scale))
                 if y == "seconds":
+                    times = row.get("times_s") or row.get("generate_times_s") or [row[y]]
+                    curve.spans.append((row[x], min(times) * scale, max(times) * scale))
                     curve.limits.append((row[x], row["limit_s"] * scale))
         if series := {name: curve for name, curve in series.items() if curve.points}:
             found.append((panel, series))
@@ -85,23 +94,23 @@ def _series(rows: Sequence[Row], panels: Sequence[Panel], x: str, one_batch: boo
 
 def _figure(title: str, panels: list[tuple[Panel, Series]], x_label: str) -> Figure:
     figure, axes = new_figure(len(panels), title)
-    others = iter(OTHERS)
-    colours = dict(COLOURS)
+    names = [name for _, series in panels for name in series]
+    own = colours({name: KINDS.get(name, name) for name in names})
     for axis, ((_, heading, _, _), series) in zip(axes, panels, strict=True):
         memories = [name for name in series if name not in (DYNAMIC, STATIC, WINDOW)]
         for name, curve in series.items():
-            if name not in colours:
-                colours[name] = next(others, MUTED)
-            _draw(axis, name, curve, colours[name], limit=name in (DYNAMIC, *memories[:1]))
+            _draw(axis, name, curve, own[name], limit=name in (DYNAMIC, *memories[:1]))
         axis.set_title(heading, fontsize=10, loc="left")
         _axes(axis, series, x_label)
-    longest = max(range(len(panels)), key=lambda n: len(panels[n][1]))
-    axes[longest].legend(frameon=False, fontsize=9)
+    spans = any(curve.spans for _, series in panels for curve in series.values())
+    finish(figure, axes, ["points: median of the runs", "bars: fastest to slowest run"] if spans else [])
     return figure
 
 
 def _draw(axis: Any, name: str, curve: Curve, colour: str, limit: bool) -> None:
-    axis.plot(*zip(*curve.points, strict=True), color=colour, label=name, linewidth=2, marker="o", markersize=4)
+    axis.plot(*zip(*curve.points, strict=True), color=colour, label=name, linewidth=WIDTH, marker="o", markersize=4)
+    if curve.spans:
+        axis.vlines(*zip(*curve.spans, strict=True), color=colour, linewidth=5, alpha=0.25)
     if limit and curve.limits:
         axis.plot(*zip(*curve.limits, strict=True), color=colour, linewidth=1, linestyle=":", label=f"limit, {name}")
     if curve.ran_out:

@@ -226,6 +226,12 @@ def _notes(subject: DemoSubject, comparison: Comparison) -> list[str]:
     coarse = comparison.quantized
     bits = comparison.bits.capitalize()
     few = [f"{bits}: also the {coarse:,} tokens before the window, at so many bits per number of keys and values."]
+    reach = comparison.window + comparison.sinks + coarse
+    if comparison.length <= reach:
+        few.append(
+            f"No document is longer than the {reach:,} tokens that these see: the memory behind {comparison.bits} got "
+            f"nothing, and is seen at work with --length {2 * reach} or so."
+        )
     return [
         f"Perplexity of {comparison.tokens_compared:,} tokens. Of the gap, 0% is sinks + window, 100% full attention.",
         f"{facts} Cache: at the end of a document. {peak}",

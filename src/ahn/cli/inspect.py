@@ -68,7 +68,7 @@ def command(
     kinds = trace.by_kind(token_kinds(session.tokenizer, ids))
     written = len(ids) - window - sinks
     memory = session.model.ahn_config.memory
-    files = _figures(trace, kinds, f"{memory} reads {name}", out)
+    files = _figures(trace, kinds, f"{memory} reads {name}: 1 text, {len(ids):,} tokens", out)
     layers = _layers(trace)
     if as_json:
         head = {"memory": memory, "text": name, "tokens": len(ids), "written": written}

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ahn.demo.reading import read
 from ahn.measure.method import Method
-from ahn.measure.plots import MUTED, new_figure
+from ahn.demo.methods import FULL, WINDOW_ONLY
+from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 from ahn.tiny.facts import KEYS
 
@@ -28,7 +29,6 @@ DIGITS = 6
 DEPTH = 0.25
 """Where a fact stands in its pages: far before the window at their end."""
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-COLOURS = ("#5b6470", "#e0a030", "#d1495b", "#2e86ab", "#6a994e", "#b07d4f")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +132,22 @@ def read_book(
 
 def book_figure(results: Sequence[BookResult], bin_size: int, trained: int, title: str) -> Figure:
     """Perplexity and cache by position, with a line where the trained length ends."""
-    figure, (text, cache) = new_figure(2, title)
-    for result, colour in zip(results, COLOURS, strict=False):
+    figure, (text, cache) = new_figure(2, f"{title}: 1 text, every {bin_size:,} tokens")
+    kinds = {FULL: "full", WINDOW_ONLY: "window"}
+    own = colours({one.name: kinds.get(one.name, "bits" if one.name.endswith(" bits") else one.name) for one in results})
+    for result in results:
+        style = {"color": own[result.name], "linewidth": WIDTH, "label": result.name}
         ends = [(n + 1) * bin_size for n in range(len(result.perplexity))]
-        text.plot([end - bin_size / 2 for end in ends], result.perplexity, color=colour, label=result.name)
-        cache.plot(ends, [size / 2**20 for size in result.cache_bytes], color=colour, label=result.name)
+        text.plot([end - bin_size / 2 for end in ends], result.perplexity, **style)
+        cache.plot(ends, [size / 2**20 for size in result.cache_bytes], **style)
     text.set_yscale("log")
+    plain_numbers(text)
     text.set_title("Perplexity (lower is better)", fontsize=10, loc="left")
     cache.set_title("Cache (MiB)", fontsize=10, loc="left")
+    cache.set_ylim(bottom=0)
     for axis in (text, cache):
-        axis.axvline(trained, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
-        axis.set_xlabel(f"position in the book (tokens; the model was trained on {trained:,})")
-    text.legend(frameon=False, fontsize=9)
+        axis.set_xlim(left=0)
+        axis.axvline(trained, color=MUTED, linestyle=DASHED, linewidth=1, label=f"{trained:,} tokens: the trained length")
+        axis.set_xlabel("position in the book (tokens)")
+    finish(figure, [text, cache])
     return figure

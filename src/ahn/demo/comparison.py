@@ -33,6 +33,7 @@ class Result:
         peak_bytes: above what the process (or GPU) held before; None where it cannot be measured.
         tokens_per_second: reading, losses included.
         loss_by_position: mean loss of every `bin` tokens of the documents, from their beginning; None for an empty bin.
+        loss_by_document: the same of each document.
         cache_by_position: (tokens read, bytes).
     """
 
@@ -48,6 +49,7 @@ class Result:
     peak_bytes: int | None
     tokens_per_second: float
     loss_by_position: list[float | None]
+    loss_by_document: list[list[float | None]]
     cache_by_position: list[tuple[int, int]]
 
 
@@ -149,7 +151,7 @@ def compare(
         for m, fact in enumerate(facts[n])
     ]
     results = [
-        _result(method, readings, peak_bytes, recalls, losses, _by_position(readings, real, config.lossless))
+        _result(method, readings, peak_bytes, recalls, losses, partial(_by_position, size=config.lossless), real)
         for method, readings, peak_bytes in measured.values()
     ]
     tokens = int(sum(mask.sum() for mask in counted))
@@ -184,7 +186,8 @@ def _result(
     peak_bytes: int | None,
     recalls: Sequence[Recall],
     losses: dict[str, float],
-    loss_by_position: list[float | None],
+    by_position: Callable[[Sequence[Reading], Sequence[Tensor]], list[float | None]],
+    real: Sequence[Tensor],
 ) -> Result:
     loss, full, window = (losses[name] for name in (method.name, FULL, WINDOW_ONLY))
     recalled = sum(recall.right(method.name) for recall in recalls)
@@ -201,7 +204,8 @@ def _result(
         cache_bytes=readings[0].cache_bytes[-1][1],
         peak_bytes=peak_bytes,
         tokens_per_second=sum(len(reading.losses) + 1 for reading in timed) / sum(reading.seconds for reading in timed),
-        loss_by_position=loss_by_position,
+        loss_by_position=by_position(readings, real),
+        loss_by_document=[by_position([reading], [mask]) for reading, mask in zip(readings, real, strict=True)],
         cache_by_position=[(0, 0), *readings[0].cache_bytes],
     )
 

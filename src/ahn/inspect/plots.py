@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ahn.inspect.kinds import KindWrites, Mean
 from ahn.inspect.trace import Trace
-from ahn.measure.plots import AHN, FULL, MUTED, new_figure
+from ahn.measure.plots import AHN, DASHED, INK, MUTED, WIDTH, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,18 +50,11 @@ def state_figure(trace: Trace, title: str, row: int = 0) -> Figure:
     colours = matplotlib.colormaps["viridis"]
     for n, (layer, w) in enumerate(writes.items()):
         norms = _binned(w.state_norm[row][:, real], len(middles)).mean(0).tolist()
-        axis.plot(middles, norms, color=colours(n / max(1, len(writes) - 1)), linewidth=1.6, label=str(layer))
+        axis.plot(middles, norms, color=colours(n / max(1, len(writes) - 1)), linewidth=WIDTH, label=f"layer {layer}")
     axis.set_ylabel("norm of the state, mean over heads")
     axis.set_xlabel("position of the written token")
     axis.set_ylim(bottom=0)
-    axis.legend(
-        title="layer",
-        frameon=False,
-        fontsize=8,
-        ncols=1 + len(writes) // 12,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-    )
+    finish(figure, [axis])
     return figure
 
 
@@ -74,11 +67,11 @@ def read_figure(trace: Trace, title: str, row: int = 0) -> Figure:
         real = r.positions[row] >= 0
         axis.bar(n, _ratio(r.memory[row, real], r.exact[row, real]), color=AHN, alpha=0.8, label=None if n else "layer")
         heads = [_ratio(m[real], e[real]) for m, e in zip(r.head_memory[row], r.head_exact[row], strict=True)]
-        axis.plot([n] * len(heads), heads, "o", color=FULL, markersize=4, label=None if n else "its heads")
+        axis.plot([n] * len(heads), heads, "o", color=INK, markersize=4, label=None if n else "its heads")
     axis.set_xticks(range(len(reads)), [str(layer) for layer in reads])
     axis.set_xlabel("layer")
     axis.set_ylabel("read, as a multiple of exact attention")
-    axis.legend(frameon=False, fontsize=9)
+    finish(figure, [axis])
     return figure
 
 
@@ -86,17 +79,17 @@ def kind_figure(kinds: Sequence[KindWrites], title: str) -> Figure:
     """Write strength and update by kind of token, with 95 % intervals."""
     figure, (strength, update) = new_figure(2, title)
     order = list(reversed(kinds))
-    _bars(strength, order, [entry.strength for entry in order], FULL)
+    _bars(strength, order, [entry.strength for entry in order], MUTED)
     _bars(update, order, [entry.update for entry in order], AHN)
-    strength.set_title("Write strength", fontsize=10, loc="left")
+    strength.set_title("Write strength; lines: 95 % intervals", fontsize=10, loc="left")
     update.set_title("Update of the state, relative to the head's mean", fontsize=10, loc="left")
-    update.axvline(1, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+    update.axvline(1, color=INK, linestyle=DASHED, linewidth=1)
     return figure
 
 
 def _bars(axis: Any, kinds: Sequence[KindWrites], means: Sequence[Mean], colour: str) -> None:
     half = [mean.high - mean.value for mean in means]
-    axis.barh([entry.kind for entry in kinds], [mean.value for mean in means], xerr=half, color=colour, ecolor=MUTED)
+    axis.barh([entry.kind for entry in kinds], [mean.value for mean in means], xerr=half, color=colour, ecolor=INK)
 
 
 def _ratio(memory: Tensor, exact: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,48 @@ from ahn.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FULL, AHN, MUTED = "#5b6470", "#d1495b", "#9aa3ad"
-"""Colours: the model as it is, the model with its memory, everything that is only there to help."""
-COLOURS = {"full": FULL, "window": "#e0a030", "gated_deltanet": AHN, "deltanet": "#2e86ab", "mamba2": "#6a994e"}
-"""Of what is compared, by method or memory: the same in every figure."""
+FULL, AHN, MUTED, INK = "#000000", "#d55e00", "#9aa3ad", "#5b6470"
+"""Colours: the model as it is, the model with its memory, everything that is only there to help, bars and words."""
+COLOURS = {
+    "full": FULL,
+    "window": MUTED,
+    "gated_deltanet": "#009e73",
+    "deltanet": "#cc79a7",
+    "mamba2": "#56b4e9",
+    "routed_deltanet": "#e69f00",
+    "retained": "#0072b2",
+    "bits": "#332288",
+    "bits + memory": "#882255",
+}
+"""Of what is compared, by method or memory: the same in every figure. They are of Okabe and Ito, and two of Tol:
+colour-blind readers can tell them apart."""
+SPARE = (AHN, "#117733", "#7f5539", "#44aa99", "#999933", "#aa4499")
+"""For what has no colour of its own, and for the second of a kind."""
+DASHED = (0, (4, 3))
+WIDTH = 1.8
+"""Of lines, in points."""
+TOUCHING = 0.01
+"""Share of a panel's height by which curves may differ and still be one line to the eye: about a line's width."""
+UNITS = {
+    1000: ("", "K", "M", "G", "T", "P", "E", "Z"),
+    1024: ("B", "KiB", "MiB", "GiB", "TiB", "PiB"),
+}
+TURN = 4.0
+"""Length of a dash where lines coincide, in widths of a line."""
+
+
+def colours(kinds: Mapping[str, str]) -> dict[str, str]:
+    """A colour for each label: that of its kind, if no label before it has it.
+
+    Args:
+        kinds: by label; see `COLOURS`.
+    """
+    found: dict[str, str] = {}
+    spare = iter(SPARE * len(kinds))
+    for label, kind in kinds.items():
+        own = COLOURS.get(kind)
+        found[label] = own if own is not None and own not in found.values() else next(spare)
+    return found
 
 
 def new_figure(panels: int, title: str, rows: int = 1) -> tuple[Figure, list[Any]]:
@@ -31,6 +69,69 @@ def new_figure(panels: int, title: str, rows: int = 1) -> tuple[Figure, list[Any
         axis.set_axisbelow(True)
     figure.suptitle(title, fontsize=12)
     return figure, axes
+
+
+def finish(figure: Figure, axes: Sequence[Any], notes: Sequence[str] = (), into: Any = None) -> None:
+    """Mark lines that coincide, and put one legend for all panels beside them, where no curve is.
+
+    Call it when all is drawn: whether lines coincide depends on the limits of the axes.
+
+    Args:
+        axes: whose lines have labels; of one label the first counts.
+        notes: more lines under the legend, such as what a shade means.
+        into: an empty panel that takes the legend.
+    """
+    from matplotlib.lines import Line2D
+
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            if isinstance(handle, Line2D):  # a copy, which keeps its style when the line gets dashes
+                plain = Line2D([], [])
+                plain.update_from(handle)
+                handle = plain
+            handles.setdefault(label, handle)
+    marked = [_mark_coincident(axis) for axis in axes]
+    notes = [*notes, *(["dashes in turn: lines that coincide"] if any(marked) else [])]
+    empty = Line2D([], [], linestyle="none")
+    entries = [*handles.values(), *(empty for _ in notes)], [*handles, *notes]
+    if into is not None:
+        into.axis("off")
+        into.legend(*entries, loc="center left", frameon=False, fontsize=9)
+        return
+    figure.legend(*entries, loc="outside right center", frameon=False, fontsize=9)
+    figure.set_figwidth(figure.get_figwidth() + 0.5 + 0.075 * max(map(len, entries[1])))
+
+
+def plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic y axis over less than two powers of ten, as numbers: 20, 50, 100."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark_coincident(axis: Any) -> bool:
+    """Lines over the same places that lie on each other everywhere get dashes in turn, so that each is seen."""
+    groups: list[list[tuple[Any, Any]]] = []
+    for line in axis.get_lines():
+        if line.get_label().startswith("_") or len(line.get_xdata()) < 2:
+            continue
+        places = axis.transData.transform(line.get_xydata()) / axis.bbox.height
+        for group in groups:
+            first = group[0][1]
+            if first.shape == places.shape and abs(first - places).max() <= TOUCHING:
+                group.append((line, places))
+                break
+        else:
+            groups.append([(line, places)])
+    groups = [group for group in groups if len(group) > 1]
+    for group in groups:
+        for turn, (line, _) in enumerate(group):
+            gap = TURN * (len(group) - 1)
+            line.set(linewidth=WIDTH, linestyle=(-TURN * turn % (TURN + gap), (TURN, gap)))
+    return bool(groups)
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -62,11 +163,11 @@ def cost_figure(costs: Sequence[Cost], lossless: int, title: str) -> Figure:
     _two_lines(cache, lengths, [c.full.cache_bytes for c in costs], [c.ahn.cache_bytes for c in costs])
     flops.set_title("Work to read the prompt (FLOPs)", fontsize=10, loc="left")
     cache.set_title("Cache at its end (bytes)", fontsize=10, loc="left")
-    _unit_ticks(flops, 1000, ("", "K", "M", "G", "T", "P", "E", "Z"))
-    _unit_ticks(cache, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+    unit_ticks(flops, 1000)
+    unit_ticks(cache, 1024)
     for axis in (flops, cache):
         _length_ticks(axis, lengths)
-        axis.axvline(lossless, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axis.axvline(lossless, color=MUTED, linestyle=DASHED, linewidth=1)
         axis.annotate(
             f"sinks + window\n{lossless:,} tokens",
             (lossless, 0.04),
@@ -74,17 +175,17 @@ def cost_figure(costs: Sequence[Cost], lossless: int, title: str) -> Figure:
             xytext=(5, 0),
             textcoords="offset points",
             fontsize=8,
-            color=FULL,
+            color=INK,
         )
-    flops.legend(frameon=False, loc="upper left", fontsize=9)
+    finish(figure, [flops])
     return figure
 
 
 def _two_lines(axis: Any, lengths: list[int], full: list[int], ahn: list[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.plot(lengths, full, color=FULL, linewidth=2, label="full attention")
-    axis.plot(lengths, ahn, color=AHN, linewidth=2, label="AHN")
+    axis.plot(lengths, full, color=FULL, linewidth=WIDTH, label="full attention")
+    axis.plot(lengths, ahn, color=AHN, linewidth=WIDTH, label="AHN")
     axis.set_xlim(lengths[0], lengths[-1])
     axis.annotate(
         f"{100 * ahn[-1] / full[-1]:.0f} %",
@@ -103,9 +204,11 @@ def _length_ticks(axis: Any, lengths: list[int]) -> None:
     axis.set_xlabel("tokens")
 
 
-def _unit_ticks(axis: Any, base: int, units: Sequence[str]) -> None:
+def unit_ticks(axis: Any, base: int) -> None:
+    """Ticks of a logarithmic y axis in units: 10 G, 100 G, 1 T with a base of 1000, 64 MiB, 1 GiB with one of 1024."""
+    units = UNITS[base]
     low, high = axis.get_ylim()
-    axis.set_yticks(_powers(10 if base == 1000 else 2, low, high))
+    axis.set_yticks([float(power) for power in _powers(10 if base == 1000 else 2, low, high)])
     axis.set_yticks([], minor=True)
     axis.yaxis.set_major_formatter(lambda value, _: _with_unit(value, base, units))
 

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.evaluation.report.collect import Column, ResultTable, Row, StoredResult
-from ahn.measure import plots
-from ahn.measure.plots import MUTED, new_figure
+from ahn.measure.plots import AHN, DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers, unit_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = plots.COLOURS | {"ct-max": "#8e6bbf", "ct-avg": "#b08968"}
-OTHERS = ("#3d5a80", "#9a031e", "#588157", "#7f5539", "#6d597a")
-"""For what has no colour of its own, and for second rows of a kind."""
+LINES = {"ct-max": "--", "ct-avg": ":"}
+"""Baselines that are grey, as sinks + window is, and told apart by their lines."""
 MOST_NUMBERED = 144
 """Cells of a heat map up to which each shows its number."""
 
@@ -49,7 +47,9 @@ def heat_maps(title: str, group: Group) -> Figure:
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label("found (%)", fontsize=9)
-    figure.suptitle(title, fontsize=12)
+    samples = {one.figures["samples"] / max(1, len(one.figures["grid"])) for _, one in group}
+    counted = f": {samples.pop():g} texts in each cell" if len(samples) == 1 else ""
+    figure.suptitle(title + counted, fontsize=12)
     return figure
 
 
@@ -80,7 +80,7 @@ def _window_edge(axis: Any, window: int, lengths: list[int], depths: list[float]
         edges.append(sum(other < depth for other in depths) - 0.5)
     xs = [x for n in range(len(lengths)) for x in (n - 0.5, n + 0.5)]
     ys = [edge for edge in edges for _ in (0, 1)]
-    axis.plot(xs, ys, color="#d1495b", linewidth=1.4)
+    axis.plot(xs, ys, color=AHN, linewidth=1.4)
 
 
 def by_length(benchmark: str, comparison: ResultTable) -> Figure | None:
@@ -92,23 +92,28 @@ def by_length(benchmark: str, comparison: ResultTable) -> Figure | None:
             levels.setdefault(_length(found[1]), []).append(column)
     if len(levels) < 2:
         return None
-    figure, (axis,) = new_figure(1, f"{benchmark}: mean score by length")
-    colours = row_colours(comparison.rows)
+    texts = sorted({column.samples for columns in levels.values() for column in columns if column.samples})
+    of = f"{texts[0]}" if texts[:1] == texts else f"{texts[0]} to {texts[-1]}"
+    figure, (axis,) = new_figure(1, f"{benchmark}: mean over tasks of {of} texts, by length")
+    own = row_colours(comparison.rows)
     for row in comparison.rows:
         # Only lengths at which this row has every task: means over different tasks are no curve.
         points = {
-            length: sum(column.scores[row.label] for column in columns) / len(columns)
+            length: [column.scores[row.label] for column in columns]
             for length, columns in sorted(levels.items())
             if all(row.label in column.scores for column in columns)
         }
         if points:
-            axis.plot(*zip(*points.items(), strict=True), marker="o", markersize=4, **_style(row, colours))
+            means = [sum(scores) / len(scores) for scores in points.values()]
+            axis.plot(list(points), means, marker="o", markersize=4, **_style(row, own))
+            ends = list(map(min, points.values())), list(map(max, points.values()))
+            axis.vlines(list(points), *ends, color=own[row.label], linewidth=5, alpha=0.25)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(levels), [_tokens(length) for length in sorted(levels)], minor=False)
     axis.set_xlabel("tokens")
     axis.set_ylabel("score (%)")
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=9)
+    finish(figure, [axis], ["bars: lowest to highest task"])
     return figure
 
 
@@ -121,14 +126,14 @@ def long_document(title: str, group: Group) -> Figure:
 
     figure = Figure(figsize=(14.4, 7.8), layout="constrained")
     axes = figure.subplots(2, 3)
-    colours = row_colours([row for row, _ in group])
+    own = row_colours([row for row, _ in group])
     baseline = next((result.lines("positions.jsonl") for row, result in group if row.kind == "window"), None)
     for row, result in group:
-        style = _style(row, colours)
+        style = _style(row, own)
         costs, buckets = result.lines("cost.jsonl"), result.lines("positions.jsonl")
         lengths = [cost["length"] for cost in costs]
         axes[0][0].plot(lengths, [cost["flops"] for cost in costs], **style)
-        axes[0][1].plot(lengths, [cost["cache_bytes"] / 2**20 for cost in costs], **style)
+        axes[0][1].plot(lengths, [cost["cache_bytes"] for cost in costs], **style)
         axes[1][0].plot(*_smoothed(buckets, [bucket["loss"] for bucket in buckets]), **style)
         peaks = [bucket["peak_bytes"] for bucket in buckets]
         if None not in peaks:
@@ -139,7 +144,7 @@ def long_document(title: str, group: Group) -> Figure:
             axes[1][2].plot(*_smoothed(buckets[: len(gain)], gain), **style)
     titles = (
         "(a) work to read a text of this length (FLOPs, computed)",
-        "(b) cache at its end (MiB, computed)",
+        "(b) cache at its end (computed)",
         "",
         "(c) perplexity by position (smoothed)",
         "(d) peak memory beyond the model (MiB)",
@@ -150,30 +155,25 @@ def long_document(title: str, group: Group) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, color="#e6e8eb", linewidth=0.8)
         axis.set_axisbelow(True)
-    for axis in axes[0][:2]:
+    for axis, base in zip(axes[0][:2], (1000, 1024), strict=True):
         _length_axis(axis, lengths)
+        unit_ticks(axis, base)
     edge = max((row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group)
     for axis in axes[1]:
         _position_axis(axis, max(result.figures["tokens"] for _, result in group), edge)
     axes[1][0].set_yscale("log")
-    for name in ("set_major_formatter", "set_minor_formatter"):
-        getattr(axes[1][0].yaxis, name)(lambda value, _: f"{value:g}")
+    plain_numbers(axes[1][0])
     axes[1][1].set_ylim(bottom=0)
     axes[1][2].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes[1][2].set_visible(baseline is not None)
-    axes[0][2].axis("off")
-    axes[0][2].legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="center left")
-    figure.suptitle(title, fontsize=12)
+    finish(figure, list(axes.flat), into=axes[0][2])
+    figure.suptitle(f"{title} (1 text)", fontsize=12)
     return figure
 
 
 def _length_axis(axis: Any, lengths: list[int]) -> None:
     axis.set_xscale("log", base=2)
-    low, high = axis.dataLim.intervaly
-    if high > 10 * low:
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(bottom=0)
+    axis.set_yscale("log")
     axis.set_xticks(lengths[::2], [_tokens(length) for length in lengths[::2]], minor=False)
     axis.set_xlabel("length (tokens)")
 
@@ -184,7 +184,7 @@ def _position_axis(axis: Any, longest: int, edge: int) -> None:
     axis.set_xticks(range(0, longest + 1, step), [_tokens(tick) for tick in range(0, longest + 1, step)])
     axis.set_xlabel("position in the document (tokens)")
     if edge:
-        axis.axvline(edge, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axis.axvline(edge, color=MUTED, linestyle=DASHED, linewidth=1)
 
 
 def _smoothed(
@@ -201,16 +201,13 @@ def _smoothed(
 
 def row_colours(rows: Sequence[Row]) -> dict[str, str]:
     """A colour for each row's label: that of its kind, if no row before it has it."""
-    colours: dict[str, str] = {}
-    spare = iter(OTHERS * len(rows))
-    for row in rows:
-        own = COLOURS.get(row.kind)
-        colours[row.label] = own if own is not None and own not in colours.values() else next(spare)
-    return colours
+    own = colours({row.label: row.kind for row in rows if row.kind not in LINES})
+    return own | {row.label: MUTED for row in rows if row.kind in LINES}
 
 
-def _style(row: Row, colours: dict[str, str]) -> dict[str, Any]:
-    return {"color": colours[row.label], "linewidth": 2 if row.settings["method"] == "ahn" else 1.5, "label": row.label}
+def _style(row: Row, own: dict[str, str]) -> dict[str, Any]:
+    line = {"linestyle": LINES[row.kind]} if row.kind in LINES else {}
+    return {"color": own[row.label], "linewidth": WIDTH, "label": row.label} | line
 
 
 def _length(level: str) -> int:
