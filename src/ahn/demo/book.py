@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ahn.demo.figure import kind
 from ahn.demo.reading import read
 from ahn.measure.method import Method
-from ahn.demo.methods import FULL, WINDOW_ONLY
 from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 from ahn.tiny.facts import KEYS
@@ -133,8 +133,7 @@ def read_book(
 def book_figure(results: Sequence[BookResult], bin_size: int, trained: int, title: str) -> Figure:
     """Perplexity and cache by position, with a line where the trained length ends."""
     figure, (text, cache) = new_figure(2, f"{title}: 1 text, every {bin_size:,} tokens")
-    kinds = {FULL: "full", WINDOW_ONLY: "window"}
-    own = colours({one.name: kinds.get(one.name, "bits" if one.name.endswith(" bits") else one.name) for one in results})
+    own = colours({result.name: kind(result.name) for result in results})
     for result in results:
         style = {"color": own[result.name], "linewidth": WIDTH, "label": result.name}
         ends = [(n + 1) * bin_size for n in range(len(result.perplexity))]
@@ -147,7 +146,8 @@ def book_figure(results: Sequence[BookResult], bin_size: int, trained: int, titl
     cache.set_ylim(bottom=0)
     for axis in (text, cache):
         axis.set_xlim(left=0)
-        axis.axvline(trained, color=MUTED, linestyle=DASHED, linewidth=1, label=f"{trained:,} tokens: the trained length")
+        label = f"{trained:,} tokens: the trained length"
+        axis.axvline(trained, color=MUTED, linestyle=DASHED, linewidth=1, label=label)
         axis.set_xlabel("position in the book (tokens)")
     finish(figure, [text, cache])
     return figure

@@ -27,7 +27,7 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
     figure, (text, cache) = new_figure(2, f"{title}: {read}")
     full = next(result for result in comparison.results if result.name == FULL)
     shaded = (WINDOW_ONLY, comparison.best_memory.name) if count > 1 else ()
-    own = colours({result.name: _kind(result.name) for result in comparison.results})
+    own = colours({result.name: kind(result.name) for result in comparison.results})
     for result in comparison.results:
         colour = own[result.name]
         style = {"color": colour, "linewidth": WIDTH, "label": result.name}
@@ -48,7 +48,7 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
     return figure
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
     """Of `ahn.measure.plots.COLOURS`."""
     first, _, memory = name.partition(" + ")
     if first.endswith(" bits"):

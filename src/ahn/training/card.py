@@ -149,7 +149,8 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     for axis, (names, title) in zip(axes, curves, strict=True):
         for name, colour in names.items():
             label = LABELS[name]
-            axis.plot([e["step"] for e in training], [e[name] for e in training], color=colour, lw=plots.WIDTH, label=label)
+            style = {"color": colour, "label": label, "linewidth": plots.WIDTH}
+            axis.plot([e["step"] for e in training], [e[name] for e in training], **style)
             points = [e[f"eval_{name}"] for e in held_out]
             axis.plot([e["step"] for e in held_out], points, "o", color=colour, ms=5, label=f"{label}, held out")
         axis.set_title(title, fontsize=10, loc="left")
