@@ -1,8 +1,8 @@
 """Tensors on their way from a file or from the CPU's memory to where a model is: by several threads, in pieces.
 
 A large model's conversation is a gigabyte: it is read from a file, its digests are worked out, and a GPU takes it. Each
-thread does all three for a piece while the others are at theirs. A GPU copies from memory that stays in its place; torch
-keeps such buffers and hands them out again.
+thread does all three for a piece while the others are at theirs. A GPU copies from memory that stays in its place;
+torch keeps such buffers and hands them out again.
 """
 
 from __future__ import annotations
