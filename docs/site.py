@@ -1,9 +1,11 @@
-"""What the site needs beyond MkDocs: documents from outside this folder, links to files, and the help of each verb."""
+"""What the site needs beyond MkDocs: documents and notebooks from outside this folder, links to files, help of verbs."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
+import json
 import os
 import posixpath
 import re
@@ -23,6 +25,10 @@ PAGES = {
     "benchmarks/quality/README.md": "quality.md",
     "benchmarks/results/README.md": "rows.md",
     "examples/README.md": "examples.md",
+    "examples/benchmark_and_report.ipynb": "examples/benchmark_and_report.md",
+    "examples/distil_a_memory.ipynb": "examples/distil_a_memory.md",
+    "examples/look_into_a_memory.ipynb": "examples/look_into_a_memory.md",
+    "examples/read_a_book.ipynb": "examples/read_a_book.md",
     "src/ahn/smollm2/README.md": "smollm2.md",
     "src/ahn/tiny/README.md": "ahn-tiny.md",
 }
@@ -32,11 +38,37 @@ HELP = "<!-- help of the verbs -->"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the documents from elsewhere."""
+    """Adds the documents from elsewhere, and the plots of notebooks."""
     for document, page in PAGES.items():
         text = (ROOT / document).read_text(encoding="utf-8")
+        if document.endswith(".ipynb"):
+            text, plots = notebook(text, Path(page).stem)
+            for name, plot in plots.items():
+                files.append(File.generated(config, posixpath.join(posixpath.dirname(page), name), content=plot))
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def notebook(text: str, name: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook with its outputs as Markdown, and the plots that it shows, by file name."""
+    parts, plots = [], {}
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        printed = ""
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                plot = f"{name}-{len(plots) + 1}.png"
+                plots[plot] = base64.b64decode("".join(output["data"]["image/png"]))
+                parts.append(f"![What this cell draws]({plot})")
+            else:
+                printed += "".join(output.get("text") or output["data"]["text/plain"])
+        if printed.strip():
+            parts.append(f"```text\n{printed.strip(chr(10))}\n```")
+    return "\n\n".join(parts) + "\n", plots
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -62,6 +94,8 @@ def _links(text: str, folder: str, page_folder: str, repository: str | None) -> 
         page = PAGES.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
         if page:
             return f"[{shown}]({posixpath.relpath(page, page_folder or '.')}{hash_}{anchor})"
+        if not (ROOT / file).exists():
+            return match[0]  # made for the site, as plots of notebooks are
         return f"[{shown}]({repository.rstrip('/')}/blob/main/{file})" if repository else shown
 
     return re.sub(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)", link, text)

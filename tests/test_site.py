@@ -53,6 +53,10 @@ def test_the_reference_has_every_public_name() -> None:
         ("results.md", "../src/ahn/tiny/README.md#memories", "ahn-tiny.md#memories"),
         ("ahn-tiny.md", "../../../docs/results.md", "results.md"),
         ("reference/training.md", "../training.md", "../training.md"),
+        ("read-a-book.md", "../examples/read_a_book.ipynb", "examples/read_a_book.md"),
+        ("examples.md", "read_a_book.ipynb", "examples/read_a_book.md"),
+        ("examples/read_a_book.md", "../docs/inspect.md", "../inspect.md"),
+        ("examples/read_a_book.md", "read_a_book-1.png", "read_a_book-1.png"),
         ("log.md", "#speed", "#speed"),
         ("log.md", "https://arxiv.org", "https://arxiv.org"),
         ("log.md", "../pyproject.toml", "https://example.org/ahn/blob/main/pyproject.toml"),
@@ -62,6 +66,16 @@ def test_links_of_the_repository_become_links_of_the_site(hooks: ModuleType, pag
     folder = str(Path(hooks.SOURCES.get(page, f"docs/{page}")).parent).removeprefix(".")
     at = str(Path(page).parent).removeprefix(".")
     assert hooks._links(f"[a [b]]({target})", folder, at, "https://example.org/ahn/") == f"[a [b]]({made})"
+
+
+def test_a_notebook_becomes_a_page_with_what_it_printed_and_drew(hooks: ModuleType) -> None:
+    notebooks = [document for document in hooks.PAGES if document.endswith(".ipynb")]
+    assert sorted(notebooks) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.ipynb"))
+    for document in notebooks:
+        page, plots = hooks.notebook((ROOT / document).read_text(encoding="utf-8"), "name")
+        assert page.startswith("# ") and "```python\n" in page and "```text\n" in page
+        assert list(plots) == ["name-1.png"] and "](name-1.png)" in page
+        assert plots["name-1.png"].startswith(b"\x89PNG")
 
 
 def test_without_a_repository_a_link_to_a_file_is_its_text(hooks: ModuleType) -> None:
