@@ -1,4 +1,4 @@
-"""What the site needs beyond MkDocs: documents and notebooks from outside this folder, links to files, help of verbs."""
+"""What the site needs beyond MkDocs: documents and notebooks from elsewhere, links to files, the help of each verb."""
 
 from __future__ import annotations
 
