@@ -1,0 +1,150 @@
+"""What is asked of a server: any with OpenAI's API, and with more to see, our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from client import Asked, Client, Heard
+from own import OwnServer
+
+Row = dict[str, Any]
+OWN, ONE = "a text each", "one text, forked"
+
+
+@dataclasses.dataclass
+class Questions:
+    """Questions to one server; each gives a row.
+
+    Attributes:
+        context: tokens of a text.
+        tokens: of a reply.
+        own: the server, where it is ours and in this process.
+    """
+
+    client: Client
+    context: int
+    conversations: int
+    tokens: int
+    repeats: int
+    own: OwnServer | None = None
+    _seed: int = 0
+
+    def text(self, length: int | None = None) -> tuple[int, int]:
+        """One that no request has held before."""
+        self._seed += 100
+        return self._seed, length or self.context
+
+    def ask(self, *streams: Asked, after: float = 0.0) -> list[Heard]:
+        """What came of some streams.
+
+        Raises:
+            RuntimeError: the server refused one, or it ended with an error.
+        """
+        heard = self.client.ask(*streams, after=after)
+        if errors := [one.error for one in heard if one.error]:
+            raise RuntimeError(f"{len(errors)} of {len(heard)} streams failed, the first with {errors[0]}")
+        return heard
+
+    def read(self, lengths: Sequence[int]) -> Row:
+        """Seconds to the first token after a text that nobody has read."""
+        found: Row = {}
+        for length in lengths:
+            self.ask(Asked([self.text(length)], 1))  # what has to be compiled for this length
+            times = [self.ask(Asked([self.text(length)], 1))[0].times[0] for _ in range(2)]
+            found[str(length)] = min(times)
+        return {"first_token_s": found}
+
+    def second_turn(self) -> Row:
+        """Seconds to the first token of a turn that goes on from a text that was read before, by where its state is."""
+        text = self.text()
+        first = self.ask(Asked([text], 1, keep=True))[0]
+        found: Row = {"read_anew_s": first.times[0], "finished_after_s": first.ended}
+        if self.own is not None:
+            self.own.forget(but_longest=True)
+            found["state_bytes"] = self.own.states()[0].nbytes
+        for place in ("device", "memory", "disk", "cold") if self.own is not None else ("kept",):
+            times = []
+            for _ in range(self.repeats):
+                if self.own is not None:
+                    self.own.move(place)
+                heard = self.ask(Asked([text, self.text(16)], 2))[0]
+                if (heard.cached or 0) < 0.9 * self.context:
+                    raise RuntimeError(f"The text was read again ({place}): {heard.cached} tokens were known.")
+                times.append(heard.times[0])
+            found |= {f"{place}_s": statistics.median(times), f"{place}_times_s": times}
+        return found
+
+    def throughput(self, made: str) -> Row:
+        """Tokens per second of all conversations, between the first token of the last and the last of the first."""
+        rows, text = self.conversations, self.text()
+        if made == ONE:
+            self.ask(Asked([text], 1, keep=True))
+            streams = [Asked([text, self.text(4)], self.tokens) for _ in range(rows)]
+        else:
+            streams = [Asked([self.text()], self.tokens) for _ in range(rows)]
+        heard = self.ask(*streams)
+        start, stop = common(heard)
+        found = {"conversations": rows, "made": made, "tokens_per_second": rate(heard), "measured_s": stop - start}
+        found |= {"all_began_after_s": start - min(one.sent for one in heard)}
+        if self.own is not None:
+            found |= {"gpu_bytes": self.own.memory()}
+            found |= {"batch_tokens_per_second": self.own.bare_steps(rows, 3.0)}
+        return found
+
+    def pace(self) -> Row:
+        """Seconds between a reply's tokens, alone and while others' texts are read one after the other."""
+        text = self.text()
+        self.ask(Asked([text], 1, keep=True))
+        alone = self.ask(Asked([text, self.text(4)], self.tokens))[0]
+        writer = Asked([text, self.text(4)], 4 * self.tokens)
+        heard, reader = self.ask(writer, Asked([self.text()], 1, again=True), after=0.5)
+        began, ended = reader.sent, heard.sent + heard.ended
+        arrivals = heard.arrivals()
+        beside = [after - at for at, after in itertools.pairwise(arrivals) if began < at < ended]
+        found: Row = {"alone": shares(alone.gaps()), "while_others_read": shares(beside)}
+        found["first_text_read_s"] = reader.times[0] if reader.times else None
+        return found | {"texts_read": 1 + reader.repeated}
+
+    def idle(self, count: int) -> Row:
+        """What conversations on disk take of the GPU's memory."""
+        assert self.own is not None
+        text = self.text()
+        self.ask(Asked([text], 1, keep=True))
+        self.own.forget(but_longest=True)
+        self.own.move("disk")
+        before = self.own.memory()
+        self.ask(*(Asked([text, self.text(64)], 1, keep=True) for _ in range(count)))
+        self.own.settle()
+        there = sum(state.nbytes for state in self.own.states())
+        self.own.move("disk")
+        return {
+            "conversations": count,
+            "bytes_on_disk": there,
+            "gpu_bytes_before": before,
+            "gpu_bytes_after": self.own.memory(),
+        }
+
+
+def common(heard: Sequence[Heard]) -> tuple[float, float]:
+    """From when to when all streams brought tokens."""
+    return max(one.arrivals()[0] for one in heard), min(one.arrivals()[-1] for one in heard)
+
+
+def rate(heard: Sequence[Heard]) -> float:
+    """Tokens per second of all streams while all brought some; 0 if they never did."""
+    start, stop = common(heard)
+    tokens = sum(start < at <= stop for one in heard for at in one.arrivals())
+    return tokens / (stop - start) if stop > start else 0.0
+
+
+def shares(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile and largest."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return {"count": 0}
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return {"median_s": statistics.median(ordered), "p99_s": p99, "largest_s": ordered[-1], "count": len(ordered)}
