@@ -12,25 +12,19 @@ benchmarks/README.md says how vLLM is set.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import full
-import ours
-import peer_vllm
 from plan import Rows
 
 from ahn.bench.shapes import SHAPES
 
-SYSTEMS = {
-    "ours": ours.measure,
-    "transformers": full.measure,
-    "vllm": peer_vllm.measure,
-    "vllm-fp8": peer_vllm.measure,
-}
+SYSTEMS = {"ours": "ours", "transformers": "full", "vllm": "peer_vllm", "vllm-fp8": "peer_vllm"}
+"""Modules that measure them, imported in their processes alone."""
 
 
 def main() -> None:
@@ -54,7 +48,8 @@ def main() -> None:
         )
     if options.here:
         (name,) = options.only
-        SYSTEMS[name](options, Rows(options.out, {"system": name}, time.monotonic() + options.limit))
+        rows = Rows(options.out, {"system": name}, time.monotonic() + options.limit)
+        importlib.import_module(SYSTEMS[name]).measure(options, rows)
         return
     failed = False
     for name in options.only:

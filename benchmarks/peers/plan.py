@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from ahn.bench.shapes import configuration
 
 SPARE = 1024
@@ -66,6 +64,8 @@ class Rows:
 
 def write_shape(folder: Path, name: str, longest: int) -> Path:
     """A model directory without weights and tokenizer: the configuration of a shape, for contexts up to `longest`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     config = configuration(name)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.max_position_embeddings = longest + SPARE

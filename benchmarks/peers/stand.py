@@ -45,8 +45,8 @@ def together(stand: Stand, each: int, work: Callable[[int], dict[str, Any]]) -> 
     while True:
         try:
             return {"batch": batch, **work(batch)}
-        except torch.OutOfMemoryError:
-            if batch == 1:
+        except RuntimeError as error:  # a capture that runs out of memory has no error of its own
+            if batch == 1 or "out of memory" not in str(error):
                 raise
         release(stand.device)  # outside `except`: the error holds what filled the memory
         batch = max(1, int(MARGIN * batch))
