@@ -16,7 +16,7 @@ import torch
 
 import ahn
 from ahn import files
-from ahn.files import json_object, read_json, replacing, staged, write_json, write_tensors, write_text
+from ahn.files import check_folder, json_object, read_json, replacing, staged, write_json, write_tensors, write_text
 
 LINK = ".link.12345678.ahn.partial"
 WRITERS: dict[str, Callable[[Path], object]] = {
@@ -166,3 +166,20 @@ def test_json_that_is_absent_or_too_large(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: pytest.fail("it was read"))
     with pytest.raises(ahn.AHNError, match="is not read"):
         read_json(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ahn.AHNError, match=r"is a file|cannot be written"):
+        check_folder(tmp_path / name)
+    check_folder(tmp_path / "new" / "deeper")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing"
+
+
+def test_a_directory_may_be_named_through_itself(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with staged(out / ".." / "out", 1) as directory:
+        (directory / "whole").write_text("")
+    assert [path.name for path in out.iterdir()] == ["whole"]

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,26 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise AHNError(f"{os.fspath(path)} cannot be found: there is no such user.") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Find out by trying, before the work, whether files can be written to a folder, there already or not.
+
+    Nothing is left behind.
+
+    Raises:
+        AHNError: it is a file, or its disk is full or can only be read.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise AHNError(f"{folder} is a file: choose another output.")
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x" * 4096)
+    except OSError as error:
+        raise AHNError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
 @contextlib.contextmanager
@@ -81,10 +102,11 @@ def staged(out: Path, size: int) -> Iterator[Path]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise AHNError(f"{out} exists already and is not an empty directory: choose another output or remove it.")
         out.parent.mkdir(parents=True, exist_ok=True)
+        out = out.resolve()  # a name such as out/../out goes through what is replaced
         with _partial(out) as temporary:
             free = shutil.disk_usage(out.parent).free
             if free < size:
-                raise AHNError(f"{out.parent} has {free / 1e9:.1f} GB free, the output needs {size / 1e9:.1f} GB.")
+                raise AHNError(f"{out.parent} has {free / 1e6:,.1f} MB free, the output needs {size / 1e6:,.1f} MB.")
             yield temporary
             for path in sorted(temporary.rglob("*"), reverse=True):
                 _to_disk(path)

@@ -24,6 +24,16 @@ def test_help_lists_every_verb(ahn_cli: Any) -> None:
     assert all(f" {verb} " in result.out for verb in main.VERBS)
 
 
+def test_help_is_cut_nowhere(ahn_cli: Any) -> None:
+    for words in ((), ("eval",)):
+        assert "..." not in ahn_cli(*words, "-h").out.partition("Commands")[2]
+
+
+def test_a_warning_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main._warn(UserWarning("one\n two\x1b"), UserWarning, __file__, 1)
+    assert capsys.readouterr().err == "ahn: one two\\x1b\n"
+
+
 def test_help_imports_no_verb() -> None:
     code = (
         "import sys, atexit; sys.argv = ['ahn', '--help']\n"

@@ -301,13 +301,25 @@ def test_dropout_stays_off(tiny_model: Path) -> None:
     assert not any(layer.training for layer in student.eval().layers())
 
 
+def test_a_checkpoint_that_cannot_be_finished_leaves_nothing(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ahn.training.checkpoints.write_rng", full)
+    with pytest.raises(OSError, match="No space"):
+        run(parse(flags(tiny_model, tiny_data, tmp_path / "out")))
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("where", ["file", "file/deeper", "x" * 300])
 def test_an_output_that_cannot_be_written(
     where: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("ahn.training.run.load_data", None)  # not reached
-    with pytest.raises(ahn.AHNError, match=r"output_dir .* (is a file|cannot be written)"):
+    with pytest.raises(ahn.AHNError, match=r" (is a file|cannot be written)"):
         run(parse(flags(tiny_model, tiny_data, tmp_path / where)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

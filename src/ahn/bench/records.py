@@ -38,6 +38,10 @@ KEY = (
 """What makes two rows the same measurement."""
 
 
+NEEDED = ("measurement", "model", "device", "dtype", "method", "context", "batch", "status", "window", "sinks")
+"""What every row has, measured or not."""
+
+
 class Log:
     """Appends lines to `rows.jsonl` in a folder. The first of a run says what all its rows share.
 
@@ -78,7 +82,10 @@ def read(folder: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         raise AHNError(f"Cannot read rows from {path}: {error}.") from error
     latest: dict[tuple[Any, ...], Row] = {}
-    for row in found:
+    for number, row in enumerate(found, start=1):
+        if not isinstance(row, dict) or (row.get("kind") == "row" and (absent := [n for n in NEEDED if n not in row])):
+            what = f"has no {absent[0]}" if isinstance(row, dict) else "is no object"
+            raise AHNError(f"Cannot read rows from {path}: line {number} {what}.")
         if row.get("kind") == "row":
             key = _key(row)
             latest.pop(key, None)

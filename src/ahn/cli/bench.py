@@ -13,6 +13,7 @@ from ahn.cli import common
 from ahn.cli.common import AdapterOption, DeviceOption, QuantizedOption
 from ahn.config import DTYPES
 from ahn.errors import AHNError
+from ahn.files import check_folder
 
 if TYPE_CHECKING:
     from ahn.bench.runner import Plan
@@ -127,6 +128,7 @@ def command(
         adapter = adapter and shipped.resolve_adapter(model, adapter)
         options = BenchOptions(model, adapter, methods, window, sinks, quantized, bits, context, batch)
         plans = [options.plan(name) for name in names]
+        check_folder(out)
         _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)
     _report(out)
 
@@ -221,6 +223,7 @@ def _measure(
     dtype: str | None,
 ) -> None:
     import torch
+    import transformers
 
     from ahn.bench import ceilings, records, runner, table
     from ahn.bench.model import load
@@ -233,6 +236,8 @@ def _measure(
     chosen = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if chosen not in DTYPES:
         raise AHNError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+    if not common.err.is_terminal:
+        transformers.utils.logging.disable_progress_bar()  # of loading weights: noise in a log
     subject = load(model, random_weights, place, getattr(torch, chosen))
     settings = BenchSettings(
         new_tokens=new_tokens or NEW_TOKENS.get(place.type, BenchSettings.new_tokens),

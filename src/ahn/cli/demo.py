@@ -13,6 +13,7 @@ from rich.table import Table
 from ahn.cli import common
 from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, ModelOption
 from ahn.cli.generate import read_text
+from ahn.files import check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,8 @@ QUANTIZED_WINDOWS = 3.5
 LONGER = 16
 """Length of a document in multiples of sinks + window, when none is asked for."""
 DOCUMENTS = 3
+NAMED = 6
+"""Documents that are named."""
 NEW_TOKENS = 80
 TAIL = 40
 """Tokens that are shown of what was read last."""
@@ -110,6 +113,7 @@ def command(
     from ahn.demo import compare
     from ahn.demo.figure import comparison_figure
 
+    check_folder(out)
     if model is not None and shipped.known(model) is smollm2:
         reach, book = (window or demo_book.WINDOW, sinks), None if text is None else str(text)
         tier = demo_book.QUANTIZED if quantized is None else quantized
@@ -180,7 +184,9 @@ def _introduce(subject: DemoSubject) -> None:
     assert config is not None
     parameters = sum(p.numel() for p in subject.model.parameters())
     length = len(subject.documents[0].text.ids)
-    names = ", ".join(document.name for document in subject.documents)
+    names = ", ".join(document.name for document in subject.documents[:NAMED])
+    if len(subject.documents) > NAMED:
+        names += f" and {len(subject.documents) - NAMED:,} more"
     unseen = " that it was not trained on" if subject.is_tiny else ""
     common.out.print(f"\n{subject.name}", style="bold", end="")
     common.out.print(

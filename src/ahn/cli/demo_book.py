@@ -102,10 +102,7 @@ def write_files(out: Path, data: dict[str, Any], figure: Figure) -> None:
     from ahn.measure import plots
 
     data["versions"] = {name: installed_version(name) for name in ("ahn", "torch", "transformers", "tokenizers")}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AHNError(f"Cannot write to {out}: {error.strerror or error}.") from error
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", data)
     plots.save(figure, out / "figure.png")
 

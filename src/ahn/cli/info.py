@@ -26,7 +26,7 @@ POINTS = 97
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model's directory, its config.json, or a Hub id.")],
+    model: Annotated[str, typer.Argument(help="A model's directory, its config.json, a Hub id, tiny or smollm2.")],
     adapter: AdapterOption = None,
     memory: Annotated[
         str | None, typer.Option("--memory", help="Kind of memory (default: the adapter's, else gated_deltanet).")
@@ -35,7 +35,8 @@ def command(
     sinks: SinksOption = None,
     quantized: QuantizedOption = None,
     length: Annotated[
-        list[int] | None, typer.Option("--length", min=1, help="Tokens of a prompt; may be given more than once.")
+        list[int] | None,
+        typer.Option("--length", min=1, max=10**12, help="Tokens of a prompt; may be given more than once."),
     ] = None,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write FLOPs and cache by length as a figure.")] = None,
@@ -44,6 +45,10 @@ def command(
 
     Of a Hub id only the configuration is downloaded.
     """
+    if plot is not None:
+        from ahn.measure.plots import check
+
+        check(plot)
     subject = look_at(model, adapter, memory, window=window, sinks=sinks, quantized=quantized)
     costs = [subject.cost(n) for n in sorted(set(length or (m * subject.config.lossless for m in SHOWN)))]
     if as_json:

@@ -14,6 +14,7 @@ from ahn.cli import common
 from ahn.cli.common import AdapterOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from ahn.cli.generate import read_text
 from ahn.errors import AHNError
+from ahn.files import check_folder
 
 if TYPE_CHECKING:
     from ahn.inspect import KindWrites, Mean, Trace
@@ -55,6 +56,7 @@ def command(
     from ahn.measure.reading import chunk_size, in_chunks, new_cache
     from ahn.tiny.corpus import held_out_text
 
+    check_folder(out)
     name, content = _longest(held_out_text()) if text is None else (text.name, read_text(text))
     session = open_session(model, adapter, device, dtype, window=window, sinks=sinks, quantized=0)
     ids = session.encode(content, start=True)[:length]
@@ -133,10 +135,7 @@ def _figures(trace: Trace, kinds: list[KindWrites], title: str, out: Path) -> li
     from ahn.inspect import kind_figure, read_figure, state_figure, strength_figure
     from ahn.measure import plots
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AHNError(f"Cannot make {out}: {error.strerror or error}.") from error
+    out.mkdir(parents=True, exist_ok=True)
     figures = {
         "strength": strength_figure(trace, title),
         "states": state_figure(trace, title),

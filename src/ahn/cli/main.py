@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from typing import Annotated, Any, Literal
 
 import typer
@@ -52,7 +53,7 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = {name: TyperCommand(name, help=line) for name, line in VERBS.items()}
+        self.commands = {name: TyperCommand(name, help=line, short_help=line) for name, line in VERBS.items()}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, placeholder, rest = super().resolve_command(ctx, args)
@@ -73,7 +74,10 @@ def load(verb: str) -> Any:
     module = importlib.import_module(f"ahn.cli.{verb}")
     if hasattr(module, "app"):
         module.app.rich_markup_mode = _markup()
-        return typer.main.get_command(module.app)
+        command = typer.main.get_command(module.app)
+        for inner in getattr(command, "commands", {}).values():
+            inner.short_help = " ".join(inner.help.partition("\n\n")[0].split())  # else it is cut to the line
+        return command
     single = typer.Typer(add_completion=False, rich_markup_mode=_markup())
     single.command(verb)(module.command)
     return typer.main.get_command(single)
@@ -112,6 +116,7 @@ def main() -> None:
     # Read by OpenMP when torch is imported. Its threads otherwise spin while they wait for each other, which on a
     # machine that has other work to do slows small models tenfold and more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         _open_streams()
         app.rich_markup_mode = _markup()
@@ -123,13 +128,21 @@ def main() -> None:
         _drop_output()
         sys.exit(1)
     except (AHNError, OSError) as error:
+        told = str(error)
         if isinstance(error, OSError):
             _drop_output()
-        print("ahn:", visible(" ".join(str(error).split())), file=sys.stderr)
+            told = ": ".join(filter(None, (error.filename and str(error.filename), error.strerror))) or told
+        print("ahn:", visible(" ".join(told.split())), file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         _leave_threads(end.code)
         raise
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning as a line, without the place in the source that it comes from."""
+    with contextlib.suppress(OSError):
+        print("ahn:", visible(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _open_streams() -> None:

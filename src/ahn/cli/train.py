@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from ahn.cli import common
 from ahn.errors import AHNError, install_command
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 app = typer.Typer(add_completion=False)
 
@@ -37,11 +41,39 @@ def command(
         from ahn.training.run import run
     except ImportError as error:
         raise AHNError(f"ahn train needs more packages (no {error.name}): {install_command('train')}.") from error
+    if not common.err.is_terminal:
+        words = [*words, *_no_bars(words)]
     with _messages():
         chosen = parse(words)
-        results = run(chosen)
+        results = run(chosen, [] if common.err.is_terminal else [_step_lines()])
     if chosen.trainer.process_index == 0:
         _summary(results, str(chosen.trainer.output_dir))
+
+
+def _no_bars(words: list[str]) -> list[str]:
+    """Turn off the bars of other libraries, which fill a log; returns the flag that does so for the Trainer's."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    asked = any(word.replace("-", "_").startswith("__disable_tqdm") for word in words)
+    return [] if asked else ["--disable_tqdm", "true"]
+
+
+def _step_lines() -> TrainerCallback:
+    """Says every half minute which step it is, of how many."""
+    from transformers import TrainerCallback
+
+    class StepLines(TrainerCallback):
+        told = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and time.monotonic() - self.told >= common.PATIENCE:
+                self.told = time.monotonic()
+                common.err.print(f"step {state.global_step:,} of {state.max_steps:,}")
+
+    return StepLines()
 
 
 @contextlib.contextmanager
@@ -49,6 +81,7 @@ def _messages() -> Iterator[None]:
     """Shows what the package logs."""
     log, console = logging.getLogger("ahn"), _Console()
     level = log.level
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # that it tries again; what it fails with is an error
     log.addHandler(console)
     log.setLevel(logging.INFO)
     try:

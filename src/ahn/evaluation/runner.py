@@ -81,12 +81,13 @@ def run(
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
         folder = ResultFolder(out, *describe(task, evaluated, limit))
+        groups = plan(task, limit) if folder.result is None else ()  # bad data show before there is a folder
         folder.open()
         finished = folder.result
         if finished is not None:
             results[task.name] = finished
             continue
-        job = Job(task, folder, plan(task, limit))
+        job = Job(task, folder, groups)
         _answer(job, evaluated, reader, worker, watcher)
         open_jobs.append(job)
         if worker.first:

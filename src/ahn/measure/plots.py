@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.costs import Cost
 from ahn.errors import AHNError
-from ahn.files import replacing
+from ahn.files import check_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,19 +134,36 @@ def _mark_coincident(axis: Any) -> bool:
     return bool(groups)
 
 
+def check(path: Path) -> None:
+    """Find out, before the work, whether a figure can be written there.
+
+    Raises:
+        AHNError: the directory does not exist or cannot be written, or matplotlib cannot write this kind of file.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if _suffix(path) not in kinds:
+        raise AHNError(f"Cannot write a figure as {path.name!r}; its suffix must be one of {', '.join(kinds)}.")
+    if not path.parent.exists():
+        raise AHNError(f"There is no directory {path.parent}.")
+    check_folder(path.parent)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower()
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure; the suffix (png, svg, pdf) says how. The file appears whole or not at all.
 
     Raises:
-        AHNError: the directory does not exist, or matplotlib cannot write this kind of file.
+        AHNError: as `check`.
     """
     path = Path(path)
-    kinds = sorted(figure.canvas.get_supported_filetypes())
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in kinds:
-        raise AHNError(f"Cannot write a figure as {path.name!r}; its suffix must be one of {', '.join(kinds)}.")
+    check(path)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=160)
+        figure.savefig(temporary, format=_suffix(path), dpi=160)
 
 
 def cost_figure(costs: Sequence[Cost], lossless: int, title: str) -> Figure:

@@ -99,7 +99,7 @@ class Parser(HfArgumentParser):
         super().__init__([Settings, TrainerArguments], allow_abbrev=False, add_help=False)
 
     def error(self, message: str) -> NoReturn:
-        raise AHNError(message[0].upper() + message[1:] + ".")
+        raise AHNError(message[0].upper() + message[1:].rstrip(".") + ".")
 
     @property
     def names(self) -> set[str]:

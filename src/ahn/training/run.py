@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
@@ -21,7 +21,7 @@ from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.loading import load_base, load_tokenizer
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
-from ahn.files import write_json
+from ahn.files import check_folder, write_json
 from ahn.memory.horizons import start_with_horizons
 from ahn.shape import ModelShape
 from ahn.training import checkpoints
@@ -55,8 +55,11 @@ SHARED = (
 """The Trainer's arguments that do."""
 
 
-def run(arguments: Arguments) -> dict[str, Any]:
+def run(arguments: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, and write the adapter with its card and curves into `output_dir`.
+
+    Args:
+        callbacks: of transformers' Trainer, beside its own.
 
     Returns:
         What `results.json` holds: steps, and held-out metrics before and after, as far as there are any.
@@ -68,7 +71,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     for note in settings.notes:
         logger.info("%s.", note)
     with trainer_arguments.main_process_first(desc="checking"):
-        check_writable(Path(trainer_arguments.output_dir))
+        check_folder(Path(trainer_arguments.output_dir))
         checkpoint = starting_point(settings, trainer_arguments)
         base = base_directory(settings)
         tokenizer = load_tokenizer(base)
@@ -101,8 +104,15 @@ def run(arguments: Arguments) -> dict[str, Any]:
         tokenizer.pad_token_id or 0,
         shared_settings(arguments) | {DIGESTS: data.digests},
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
     with leaves_fused(model):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except BaseException:  # a full disk, Ctrl-C: a checkpoint that was being written is of no use
+            if trainer.is_world_process_zero():
+                checkpoints.clear_partial(Path(trainer_arguments.output_dir))
+            raise
     after = None
     if data.held_out is not None:
         entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -166,20 +176,6 @@ def starting_point(settings: Settings, trainer: TrainerArguments) -> Path | None
         )
     checkpoints.remove(checkpoints.numbered(output))
     return None
-
-
-def check_writable(output: Path) -> None:
-    """Raises AHNError if `output_dir` cannot be written: found by trying, before the work; leaves nothing behind."""
-    try:
-        if output.exists() and not output.is_dir():
-            raise AHNError(f"output_dir {output} is a file: choose another.")
-        there = output.absolute()
-        while not there.exists():
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise AHNError(f"output_dir {output} cannot be written: {error.strerror or error}.") from error
 
 
 def check_same_data(checkpoint: Path, digests: dict[str, str], accepted: bool) -> None:
