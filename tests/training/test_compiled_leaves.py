@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import threading
@@ -12,16 +13,26 @@ import pytest
 import torch
 from models import RECURRENT, adapted
 from models import tokens as prompt
+from support.effort import slow
 from tiny_student import freeze_base, student, tokens
 from torch import Tensor
 
 import ahn
-from ahn.decode.compiled import leaves_compiled
+from ahn.decode.compiled import _rotation, leaves_compiled
 from ahn.ops import has_triton
 from ahn.training import distillation_loss
 from ahn.training.losses import _compare
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="torch.compile needs a C compiler")
+
+
+@pytest.fixture(params=["aot_eager", slow("inductor")])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is traced, and when it is traced again; `make test-all` also has it made into C++, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
+    _rotation.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def losses_and_gradients(length: int, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -41,9 +52,8 @@ def losses_and_gradients(length: int, compiled: bool) -> tuple[Tensor, dict[str,
     return torch.stack(found[:4]).detach(), gradients
 
 
+@pytest.mark.usefixtures("compiler")
 def test_same_gradients_and_no_compilation_for_another_length() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     graphs = []
     for length in (30, 41, 57):
         found, gradients = losses_and_gradients(length, compiled=True)
@@ -59,11 +69,10 @@ def test_same_gradients_and_no_compilation_for_another_length() -> None:
 
 
 @pytest.mark.parametrize("memory", RECURRENT)
+@pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_a_prompt_in_a_compiled_block(memory: str) -> None:
     """Layers share what is compiled, and chunks of other lengths need no more of it."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     model, graphs = adapted(memory=memory, window=9, sinks=2, prefill_chunk_size=7), []
     methods = dict(model.get_decoder().layers[0].ahn.fn.__dict__)
     for length in (40, 33, 51):
@@ -113,6 +122,7 @@ def test_blocks_that_overlap_leave_nothing_behind(same: bool) -> None:
     assert (traces(first), traces(second)) == before
 
 
+@pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_two_threads_compile_at_once() -> None:
     """Each with a model of its own, of one architecture: right while the other compiles, and nothing stays."""
@@ -136,9 +146,9 @@ def test_two_threads_compile_at_once() -> None:
         torch.testing.assert_close(found[number], model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_losses_of_a_chunk() -> None:
     """With and without a cross entropy and a gradient; the last chunk of a sequence is shorter."""
-    torch._dynamo.reset()
     compiled = torch.compile(_compare, dynamic=True)
     for n, ce, dtype in [(12, 0.0, torch.bfloat16), (5, 0.0, torch.bfloat16), (7, 0.5, torch.float32), (9, 0.0, None)]:
         g = torch.Generator().manual_seed(n)
