@@ -39,6 +39,16 @@ UNSUPPORTED = {
 }
 
 
+def test_classes_are_read_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python parses a whole modeling file for each class: a tenth of a second that every further model would pay."""
+    adapted()
+    asked: list[Any] = []
+    read = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda of: asked.append(of) or read(of))
+    adapted()
+    assert not [of for of in asked if isinstance(of, type)]
+
+
 def _build(name: str, extra: dict[str, Any]) -> PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**TINY | extra)
     kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"

@@ -1,8 +1,12 @@
-"""Which base models can carry an AHN: everything that the hooks rely on, asked before anything is changed."""
+"""Which base models can carry an AHN: everything that the hooks rely on, asked before anything is changed.
+
+What is read in a class's source is read once per process: Python parses a whole modeling file for it.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 import textwrap
@@ -49,8 +53,8 @@ def attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
         raise AHNError(f"{name} does not call transformers' attention interface; an AHN cannot hook into it.")
     if not _takes_keywords(type(module).forward):
         raise AHNError(f"{name}.forward takes no **kwargs, so the memory cannot receive its input.")
-    _check_calls(type(module))
-    if not _hands_on_keywords(type(layer), "self_attn"):
+    _check_calls(type(module).forward, name)
+    if not _hands_on_keywords(type(layer).forward, "self_attn", type(layer).__name__):
         raise AHNError(f"{type(layer).__name__}.forward gives its attention no **kwargs, which a memory needs.")
     return module
 
@@ -60,8 +64,9 @@ def check_decoder(decoder: nn.Module) -> None:
     kind = type(decoder)
     if not _takes_keywords(kind.forward):
         raise AHNError(f"{kind.__name__}.forward takes no **kwargs, so layers cannot be told what they see.")
-    for part in decoder.modules():
-        _check_continues(type(part))
+    kinds: list[Any] = [type(part) for part in decoder.modules()]
+    for part in kinds:
+        _check_continues(part)
     file = sys.modules[kind.__module__]
     caches = [x for x in vars(file).values() if isinstance(x, type) and issubclass(x, Cache)]
     own = [x.__name__ for x in caches if x.__module__ == file.__name__]
@@ -82,6 +87,7 @@ def check_around(model: PreTrainedModel, decoder: nn.Module) -> None:
             )
 
 
+@functools.cache
 def _check_continues(kind: type[nn.Module]) -> None:
     """A recurrent layer of the base must go on from its state when it is given several tokens: texts come in chunks."""
     if kind.__module__.startswith("transformers.models") and "forward" in vars(kind):
@@ -92,28 +98,31 @@ def _check_continues(kind: type[nn.Module]) -> None:
             )
 
 
-def _check_calls(kind: type[nn.Module]) -> None:
+@functools.cache
+def _check_calls(forward: Any, name: str) -> None:
     """One call of the attention function, with the mask as it came: what comes out is the attention of this layer."""
-    calls = [call for call in _calls(kind) if ast.unparse(call.func) == "attention_interface"]
+    calls = [call for call in _calls(forward, name) if ast.unparse(call.func) == "attention_interface"]
     if len(calls) > 1:
-        raise AHNError(f"{kind.__name__} attends {len(calls)} times per layer; an AHN needs one attention.")
+        raise AHNError(f"{name} attends {len(calls)} times per layer; an AHN needs one attention.")
     for call in calls:
         by_name = {keyword.arg: keyword.value for keyword in call.keywords}
         mask = call.args[4] if len(call.args) > 4 else by_name.get("attention_mask")
         if mask is None or ast.unparse(mask) != "attention_mask":
-            raise AHNError(f"{kind.__name__} makes an attention mask of its own, which says nothing of a window.")
+            raise AHNError(f"{name} makes an attention mask of its own, which says nothing of a window.")
 
 
 def _takes_keywords(function: Any) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
-def _hands_on_keywords(kind: type[nn.Module], part: str) -> bool:
+@functools.cache
+def _hands_on_keywords(forward: Any, part: str, name: str) -> bool:
     """Whether every call of `self.part` in a module's forward is given the caller's **kwargs."""
-    calls = [call for call in _calls(kind) if ast.unparse(call.func) == f"self.{part}"]
+    calls = [call for call in _calls(forward, name) if ast.unparse(call.func) == f"self.{part}"]
     return all(any(keyword.arg is None for keyword in call.keywords) for call in calls)
 
 
+@functools.cache
 def _source(function: Any, name: str) -> str:
     try:
         return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
@@ -124,6 +133,6 @@ def _source(function: Any, name: str) -> str:
         ) from None
 
 
-def _calls(kind: type[nn.Module]) -> list[ast.Call]:
-    tree = ast.parse(_source(kind.forward, kind.__name__))
+def _calls(forward: Any, name: str) -> list[ast.Call]:
+    tree = ast.parse(_source(forward, name))
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
