@@ -19,6 +19,7 @@ ONES = 0x38
 class Read(DecodeBenchConnector):
     """vLLM's own connector for measuring steps: here all blocks are filled once, and requests choose."""
 
+    @torch.inference_mode()
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """Fill all blocks that there are."""
         for cache in kv_caches.values():
