@@ -72,10 +72,10 @@ class Questions:
                 if self.own is not None:
                     self.own.move(place)
                 heard = self.ask(Asked([text, self.text(16)], 2))[0]
-                if (heard.cached or 0) < 0.9 * self.context:
+                if heard.cached is not None and heard.cached < 0.9 * self.context:
                     raise RuntimeError(f"The text was read again ({place}): {heard.cached} tokens were known.")
                 times.append(heard.times[0])
-            found |= {f"{place}_s": statistics.median(times), f"{place}_times_s": times}
+            found |= {f"{place}_s": statistics.median(times), f"{place}_times_s": times, "cached": heard.cached}
         return found
 
     def throughput(self, made: str) -> Row:

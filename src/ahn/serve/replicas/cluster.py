@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def replicated(
         AHNError: the messages cannot be read, or the replicas could not be started.
     """
     MessageStore(directory).close()
-    _connect()
+    local, secret = _connect(), secrets.token_hex(32)
     here = ray.get_runtime_context().get_node_id()
     keeper = ray.remote(MessageStore).options(num_cpus=0, label_selector={"ray.io/node-id": here})
     keeper = keeper.remote(directory, age=max_age)
@@ -62,8 +63,10 @@ def replicated(
     )
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
-    handle = serve.run(deployment.bind(start, keeper), name=NAME, route_prefix=None, logging_config=quiet)
-    return make_front(handle, settings, stop)
+    handle = serve.run(
+        deployment.bind(start, keeper, secret, local), name=NAME, route_prefix=None, logging_config=quiet
+    )
+    return make_front(handle, secret, settings, stop)
 
 
 def stop() -> None:
@@ -72,10 +75,13 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _connect() -> None:
+def _connect() -> bool:
+    """Whether the cluster was started here, of this machine alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
     quiet = {"logging_level": logging.ERROR, "log_to_driver": True}
     try:
         ray.init("auto", **quiet)
+        return False
     except ConnectionError:
         ray.init("local", include_dashboard=False, object_store_memory=SHARED, **quiet)
+        return True

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.types import Message
 
 from ahn.serve.api import problems
 from ahn.serve.api.gate import RequestGate
@@ -20,16 +18,16 @@ from ahn.serve.api.settings import ServerSettings
 from ahn.serve.api.wire import StreamedResponse, answer, event, unless_gone
 from ahn.serve.replicas.pages import merged
 from ahn.serve.replicas.routing import routing_key
+from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, ReplicaLostError, answered, ask
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
-FORWARDED: tuple[str, ...] = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string")
-FORWARDED += ("root_path", "client", "server")
+NUMBER = b"x-request-id"
 PATIENCE = 5.0
 """Seconds that replicas have to say how they are."""
 
 
-def make_front(replicas: DeploymentHandle, settings: ServerSettings, stop: Callable[[], None]) -> FastAPI:
-    """The app before some replicas; `stop` is called at its end."""
+def make_front(replicas: DeploymentHandle, secret: str, settings: ServerSettings, stop: Callable[[], None]) -> FastAPI:
+    """The app before some replicas, which know its secret; `stop` is called at its end."""
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -55,14 +53,14 @@ def make_front(replicas: DeploymentHandle, settings: ServerSettings, stop: Calla
     @app.api_route("/{path:path}", methods=METHODS)
     async def forward(request: Request) -> Response:
         """Any other request is a replica's."""
-        return await forwarded(replicas, request)
+        return await forwarded(replicas, secret, request)
 
     problems.install(app)
     app.add_middleware(RequestGate, settings=settings)
     return app
 
 
-async def forwarded(replicas: DeploymentHandle, request: Request) -> Response:
+async def forwarded(replicas: DeploymentHandle, secret: str, request: Request) -> Response:
     """A replica's answer.
 
     Raises:
@@ -70,31 +68,25 @@ async def forwarded(replicas: DeploymentHandle, request: Request) -> Response:
     """
     body = await request.body()
     key = await asyncio.to_thread(routing_key, request.url.path, body)
-    asked = {name: request.scope[name] for name in FORWARDED}
-    number = (b"x-request-id", request.state.request_id.encode())
-    asked["headers"] = [*(pair for pair in request.scope["headers"] if pair[0] != number[0]), number]
-    parts = replicas.options(stream=True, session_id=key).remote(asked, body, key)
+    own = {NUMBER: request.state.request_id.encode(), SECRET: secret.encode(), ROUTE: key.encode()}
+    headers = [*(pair for pair in request.scope["headers"] if pair[0] not in own), *own.items()]
+    target = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
     try:
-        first = await unless_gone(request, parts.__anext__())
-    except (RayError, RayServeException) as error:
+        address = await replicas.options(session_id=key).address.remote()
+        given = await unless_gone(request, ask(address, request.method, target, headers, body))
+    except (RayError, RayServeException, ReplicaLostError) as error:
         raise _lost() from error
-    except BaseException:
-        parts.cancel()
-        raise
-    response = StreamedResponse(_bodies(first[1:], parts, first[0]), parts.cancel, status_code=first[0]["status"])
-    response.raw_headers = [pair for pair in first[0]["headers"] if pair[0] != number[0]]
+    response = StreamedResponse(_body(given), given.close, status_code=given.status)
+    response.raw_headers = [pair for pair in answered(given.headers) if pair[0] != NUMBER]
     return response
 
 
-async def _bodies(first: list[Message], parts: Any, start: Message) -> AsyncIterator[bytes]:
-    for message in first:
-        yield message["body"]
+async def _body(given: Answer) -> AsyncIterator[bytes]:
     try:
-        async for several in parts:
-            for message in several:
-                yield message["body"]
-    except (RayError, RayServeException):
-        if not dict(start["headers"])[b"content-type"].startswith(b"text/event-stream"):
+        async for content in given.body():
+            yield content
+    except ReplicaLostError:
+        if not dict(given.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
             raise  # the connection is closed before its content is whole
         yield event(_lost().body).encode()
 

@@ -1,23 +1,22 @@
-"""One engine of several: the whole server in a process of Ray's, asked with requests as ASGI has them."""
+"""One engine of several: the whole server in a process of Ray's, which only the front may ask."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import Callable
 from typing import Any, cast
 
-from starlette.types import Message, Scope
+import ray
+import uvicorn
 
 from ahn.serve.api.app import CLOSE, make_app
+from ahn.serve.api.building import bound
 from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.service import Service
-
-WAITING = 64
-"""Parts of an answer that wait to be taken."""
-log = logging.getLogger(__name__)
+from ahn.serve.replicas.wire import FrontAlone
 
 
 class RemoteMessages:
@@ -31,8 +30,6 @@ class RemoteMessages:
         self._keeper = keeper
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        import ray
-
         method = getattr(self._keeper, name)
         return lambda *given, **named: ray.get(method.remote(*given, **named))
 
@@ -43,44 +40,26 @@ class Replica:
     Args:
         start: loads the model and starts its engine, around the messages that it is given.
         keeper: Ray's handle of the messages.
+        secret: without which nobody is answered.
+        local: whether all of the cluster is this machine.
     """
 
-    def __init__(self, start: Callable[[MessageStore], Service], keeper: Any) -> None:
+    def __init__(self, start: Callable[[MessageStore], Service], keeper: Any, secret: str, local: bool) -> None:
         self._service = start(cast(MessageStore, RemoteMessages(keeper)))
-        self._app = make_app(self._service)
+        place = bound("127.0.0.1" if local else ray.util.get_node_ip_address(), 0)
+        self._address: tuple[str, int] = place.getsockname()[:2]
+        app = FrontAlone(make_app(self._service), secret)
+        # Without its lifespan: the front's ends everything.
+        options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_level": "warning", "server_header": False}
+        self._server = uvicorn.Server(uvicorn.Config(app, **options))
+        threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True).start()
 
-    async def __call__(self, asked: Scope, body: bytes, key: str) -> AsyncIterator[list[Message]]:
-        """The answer to a request, in parts as they come."""
-        parts: asyncio.Queue[Message | None] = asyncio.Queue(WAITING)
-        answering = asyncio.create_task(self._answer({**asked, "state": {"route": key}}, body, parts))
-        try:
-            ready: list[Message | None] = [{}]
-            while ready[-1] is not None:
-                ready = [await parts.get()]
-                while not parts.empty():  # what came together goes together
-                    ready.append(parts.get_nowait())
-                yield [part for part in ready if part is not None]
-        finally:
-            answering.cancel()
-
-    async def _answer(self, asked: Scope, body: bytes, parts: asyncio.Queue[Message | None]) -> None:
-        given = False
-
-        async def receive() -> Message:
-            nonlocal given
-            if given:
-                await asyncio.Event().wait()  # when the client goes, this task is cancelled
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        try:
-            await self._app(asked, receive, parts.put)
-        except Exception:
-            log.exception("A request failed")  # the client was told
-        await parts.put(None)
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        return self._address
 
     def page(self) -> tuple[str, bytes | None]:
-        """Where this replica is (host:process), and its metrics; None for them if its engine has stopped."""
+        """Which replica this is (host:process), and its metrics; None for them if its engine has stopped."""
         alive = self._service.engine.alive()
         return f"{socket.gethostname()}:{os.getpid()}", self._service.metrics.text() if alive else None
 

@@ -1,0 +1,112 @@
+"""What goes between front and replica is whole or known to be broken off; tests/cli/test_serve.py has real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, Chunks, FrontAlone, ReplicaLostError, answered, ask
+
+JSON = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+
+
+async def whole(answer: Answer) -> bytes:
+    try:
+        return b"".join([content async for content in answer.body()])
+    finally:
+        answer.close()
+
+
+def test_chunks_come_in_any_pieces() -> None:
+    draw, parts = random.Random(0), [b"data: 1\n\n", b"\r\n0\r\n\r\n", bytes(3000), b"x"]
+    sent = b"".join(b"%x;name=value\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    for _ in range(50):
+        chunks, found, place = Chunks(), b"", 0
+        while place < len(sent):
+            assert not chunks.done
+            size = draw.choice([1, 2, 7, 4000])
+            found += chunks.take(sent[place : place + size])
+            place += size
+        assert chunks.done and found == b"".join(parts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_passed_on(live_fake: Callable[..., Any], stream: bool) -> None:
+    server, _ = live_fake()
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 3, "stream": stream}).encode()
+
+    async def go() -> tuple[int, dict[bytes, bytes], bytes]:
+        given = await ask(("127.0.0.1", server.port), "POST", b"/v1/completions", JSON, body)
+        return given.status, dict(answered(given.headers)), await whole(given)
+
+    status, headers, content = asyncio.run(go())
+    assert status == 200 and not {b"connection", b"transfer-encoding", b"date"} & headers.keys()
+    assert (b"[DONE]" in content) == stream and content.count(b'"choices"') >= (3 if stream else 1)
+
+
+def test_an_answer_without_a_body(live_fake: Callable[..., Any]) -> None:
+    server, _ = live_fake()
+
+    async def go() -> tuple[int, bytes]:
+        given = await ask(("127.0.0.1", server.port), "HEAD", b"/health", JSON, b"")
+        return given.status, await whole(given)
+
+    assert asyncio.run(go()) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nconte",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nwhole\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nall.\r\n",
+    ],
+)
+def test_what_breaks_off_is_lost(said: bytes) -> None:
+    async def replica(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        await writer.drain()
+        writer.close()
+
+    async def go() -> None:
+        async with await asyncio.start_server(replica, "127.0.0.1", 0) as server:
+            await whole(await ask(server.sockets[0].getsockname(), "GET", b"/", JSON, b""))
+
+    with pytest.raises(ReplicaLostError):
+        asyncio.run(go())
+
+
+def test_a_replica_that_is_gone_is_lost() -> None:
+    async def go() -> None:
+        async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as server:
+            address = server.sockets[0].getsockname()
+        await ask(address, "GET", b"/", JSON, b"")
+
+    with pytest.raises(ReplicaLostError):
+        asyncio.run(go())
+
+
+def test_the_front_alone_may_ask() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        names = [name.decode() for name, _ in scope["headers"]]
+        said = json.dumps([scope["state"]["route"], names]).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": said})
+
+    client = TestClient(FrontAlone(app, "secret"))
+    own = {SECRET.decode(): "secret", ROUTE.decode(): "0123"}
+    assert client.get("/").status_code == client.get("/", headers=own | {SECRET.decode(): "other"}).status_code == 403
+    route, names = client.get("/", headers=own).json()
+    assert route == "0123" and "host" in names and not own.keys() & set(names)
