@@ -15,7 +15,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -217,6 +217,21 @@ def set_attention_kernel(config: PreTrainedConfig, kernel: str) -> None:
 def use_one_gpu(arguments: TrainingArguments) -> None:
     """On several GPUs without a launcher the Trainer would copy the model to each, in threads; no argument says no."""
     arguments._n_gpu = 1
+
+
+def sampling_loop(stop_check: type) -> Call:
+    """`generate`'s loop over tokens, greedy or sampling, that asks `stop_check` when to stop: for `custom_generate`.
+
+    Since 5.17 transformers asks a step late (`DeferredStopCheck`) so that the device need not wait, but on MPS alone,
+    and by a name that the loop looks up for itself. This is that loop with another class under the name.
+    """
+    from transformers.generation import utils
+
+    loop = utils.GenerationMixin._sample
+    names = vars(utils) | {"DeferredStopCheck": stop_check}
+    own = FunctionType(loop.__code__, names, loop.__name__, loop.__defaults__, loop.__closure__)
+    own.__kwdefaults__ = loop.__kwdefaults__
+    return own
 
 
 TRAINER = {

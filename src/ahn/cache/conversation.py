@@ -44,6 +44,7 @@ class AHNCache(Cache):
         rows: sequences of the batch; None before the first forward, which decides.
         parts: of the latest forward, where tokens wait beside the window; see `ahn.layout.waiting`.
         captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
+        ahead: what knows of a step that may have to be taken back, while `generate` runs, or None. Copies have none.
         messages: what was said, for whoever keeps it here; it goes into the file with the rest and is never read by the
             model.
     """
@@ -56,6 +57,7 @@ class AHNCache(Cache):
         for layer in self.memory_layers.values():
             layer.progress = self.progress
         self.captured: Any = None
+        self.ahead: Any = None
         self._view: Visibility | None = None  # of the latest forward
         self.parts: list[ForwardPart] = []
         self.rows: int | None = None
@@ -101,7 +103,7 @@ class AHNCache(Cache):
         return self.progress.seen
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"captured": None}  # its graph would go on changing the tensors of the original
+        return vars(self) | {"captured": None, "ahead": None}  # its graph would go on changing the tensors of the original
 
     def begin(
         self,

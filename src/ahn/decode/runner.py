@@ -130,7 +130,7 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     if runner is None or not fits:
         cache.check_batch(len(ids))
         runner = cache.captured = Runner(model, cache, len(ids))
-    elif cache.progress.lengths is not runner.positions:  # something else has moved the conversation on
+    elif not runner.current(cache):  # something else has moved the conversation on
         runner.catch_up(cache)
     cache.place_sinks(model._ahn.rotation)
     real = None if new is None else new[:, -1]
@@ -166,6 +166,7 @@ class Runner:
     Attributes:
         positions: (B,) real tokens that each row has read; the graph itself moves it on.
         retained: what is to be done between steps, with a memory that keeps tokens.
+        going: () bool on the device, or None: without it the next step changes nothing; see `ahn.decode.ahead`.
         step: what every layer is given. A graph knows addresses alone: its tensors live as long as this does.
     """
 
@@ -185,6 +186,7 @@ class Runner:
                     state.tier = state.tier or tier.empty(config.quantized, state.window, config.tier_bits)
             self.retained = _retained(model, cache, states)
         self.all_active = False
+        self.going: Tensor | None = None
         # The cache owns its tensors: once it has others, those that the graph knows are freed.
         self.rings = [tuple(map(weakref.ref, _rings(state))) for state in states.values()]
         self.memories = [state.memory for state in states.values()]
@@ -221,6 +223,10 @@ class Runner:
             return False
         return [[id(x) for x in _rings(state)] for state in states] == [[id(x()) for x in own] for own in self.rings]
 
+    def current(self, cache: AHNCache) -> bool:
+        """Whether the conversation's latest forward was a step of this runner."""
+        return cache.progress.lengths is self.positions
+
     def catch_up(self, cache: AHNCache) -> None:
         """Take over how far each row has read, and the memories: an ordinary step puts new ones in their place."""
         self.positions.copy_(cache.enter_slots())
@@ -238,7 +244,11 @@ class Runner:
         """Logits (B, 1, V) of one token per row; rows that are not `real` (B,) change nothing."""
         self.ids.copy_(ids)
         self.position_ids.copy_((self.positions + self.offset)[:, None] if position_ids is None else position_ids)
-        if real is not None:
+        going, self.going = self.going, None
+        if going is not None:
+            self.active.copy_(going if real is None else going & real)
+            self.all_active = False
+        elif real is not None:
             self.active.copy_(real)
             self.all_active = False
         elif not self.all_active:

@@ -106,13 +106,24 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
                 "the start, or only the new ones and an attention_mask over old and new "
                 f"({cache.seen} + {ids.shape[1]})."
             )
-    with _recording(model, kwargs, drafts):
-        return type(model).generate(model, **kwargs)
+    loop = decode.loop(model, kwargs, _prompt(kwargs)) if model._ahn.enabled else None
+    with _recording(model, kwargs, drafts), _settled(kwargs.get(private.CACHE)):
+        return type(model).generate(model, **kwargs if loop is None else kwargs | {"custom_generate": loop})
 
 
 def _prompt(kwargs: dict[str, Any]) -> Any:
     """Of `generate`: token ids by one of their two names."""
     return kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
+
+
+@contextlib.contextmanager
+def _settled(cache: Any) -> Iterator[None]:
+    """A step of `generate` that was launched before its text was known to be finished is taken back, come what may."""
+    try:
+        yield
+    finally:
+        if isinstance(cache, AHNCache) and cache.ahead is not None:
+            cache.ahead.settle()
 
 
 @contextlib.contextmanager
