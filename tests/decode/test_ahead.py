@@ -87,7 +87,8 @@ def an_end(model: PreTrainedModel, rows: int = 1) -> list[int]:
     mask = torch.ones(rows, PROMPT, dtype=torch.long)
     if rows > 1:
         mask[0, :3] = 0
-    text = model.generate(tokens(rows, PROMPT), attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    text = model.generate(tokens(rows, PROMPT), attention_mask=mask, **options)
     return [int(row[PROMPT + 5 + n]) for n, row in enumerate(text)]
 
 

@@ -103,7 +103,8 @@ class AHNCache(Cache):
         return self.progress.seen
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"captured": None, "ahead": None}  # its graph would go on changing the tensors of the original
+        # A graph would go on changing the tensors of the original.
+        return vars(self) | {"captured": None, "ahead": None}
 
     def begin(
         self,

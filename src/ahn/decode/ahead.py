@@ -1,9 +1,9 @@
 """`generate` with captured steps: whether a text is finished is asked while the GPU is at the next step already.
 
-transformers reads after every token whether all rows are finished, and only then prepares the next step: the GPU waits for
-what the host does between two steps. Here the next step is launched first. If it turns out that the text was finished, that
-step has done nothing: the GPU had the same flag, and its rows were not active (see `Runner`). What the host counted is
-taken back, and so is what the sampling of one token too many took from the random numbers.
+transformers reads after every token whether all rows are finished, and only then prepares the next step: the GPU waits
+for what the host does between two steps. Here the next step is launched first. If it turns out that the text was
+finished, that step has done nothing: the GPU had the same flag, and its rows were not active (see `Runner`). What the
+host counted is taken back, and so are the random numbers of one token too many.
 """
 
 from __future__ import annotations
