@@ -22,6 +22,7 @@ from typing import Any
 
 from plan import SPARE, TOGETHER, Rows, differences, held, reading_seconds, write_shape
 
+from ahn.bench.records import code
 from ahn.bench.shapes import SHAPES
 
 CAPTURED = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 104, 128, 160, 208]
@@ -51,6 +52,7 @@ def settings(options: argparse.Namespace, folder: Path, cache: str) -> dict[str,
         "max_model_len": max(options.contexts) + SPARE,
         "max_num_seqs": CAPTURED[-1],
         "gpu_memory_utilization": UTILIZATION,
+        "enable_prefix_caching": False,
         "attention_config": {
             "backend": "FLASH_ATTN",
             "flash_attn_max_num_splits_for_cuda_graph": options.splits,
@@ -102,7 +104,7 @@ class Engine:
 
     def steps(self, prompts: Sequence[Any], read: bool, short: int, long: int, repeats: int) -> dict[str, Any]:
         """Seconds of a step of all prompts together, from calls of two lengths."""
-        self.run(prompts, short, read)  # without `read`, what the prefix cache keeps is not read anew from here on
+        self.run(prompts, short, read)
         times: dict[int, list[float]] = {short: [], long: []}
         for _ in range(repeats):
             for tokens, own in times.items():
@@ -126,6 +128,7 @@ def measure(options: argparse.Namespace, rows: Rows) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     from vllm import LLM
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     cache = "fp8" if rows.shared["system"] == "vllm-fp8" else "auto"
@@ -134,7 +137,10 @@ def measure(options: argparse.Namespace, rows: Rows) -> None:
         start = time.monotonic()
         engine = Engine(LLM(**chosen), SHAPES[options.model]["vocab_size"])
     names = ("vllm", "torch", "transformers", "triton")
+    device = {"device": current_platform.get_device_name(), "memory_bytes": current_platform.get_device_total_memory()}
     rows.write(
+        hardware=device,  # as the driver says: this process has no part in the GPU
+        code=code(),
         versions={name: importlib.metadata.version(name) for name in names},
         flash_attention=get_flash_attn_version(),
         settings=chosen,
