@@ -101,6 +101,7 @@ class Ways:
 
     def beyond(self) -> Iterator[Method]:
         """For facts asked beyond the trained length."""
+        yield Method(FULL)
         yield from self.retained(4096, (4, 2))
         yield from self.retained(2048, (4, 2), tier=2048)
         yield Method(WINDOW, self.config("window_only"))
