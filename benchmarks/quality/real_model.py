@@ -141,8 +141,9 @@ class Study:
     def _learn(self) -> Result:
         o = self.options
         return train_scores.trained(
-            self.path, self._file("train"), self.out / "scores", o.train_chats, o.window, o.sinks, o.steps
-        )
+            self.path, self._file("train"), self.out / "scores", o.train_chats, o.window, o.sinks, o.steps,
+            seed=o.seed, heads=o.heads,
+        )  # fmt: skip
 
     # -- memories -------------------------------------------------------------------------------------------------
 
@@ -288,6 +289,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ruler-length", type=int, default=4096, help="tokens of prompt and answer")
     parser.add_argument("--ruler-samples", type=int, default=100, help="of each task")
     parser.add_argument("--part", default="1/1", help="only each n-th thing to do, beginning with the k-th: k/n")
+    parser.add_argument("--heads", type=int, help="key heads that keep tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training of scores")
     parser.add_argument("--memories", default="deltanet,gated_deltanet,mamba2,routed_deltanet", help="commas between")
     parser.add_argument("--memory-steps", type=int, default=200, help="of their training, of --batch texts each")
     parser.add_argument("--memory-lr", type=float, default=2e-3)

@@ -1,11 +1,12 @@
 """Scores of retained tokens for a base: what `ahn train` learns, from looks that are worked out once and kept on a GPU.
 
     python benchmarks/quality/make_chats.py --out train.jsonl --count 160
-    python benchmarks/quality/train_scores.py --chats train.jsonl --out DIR
+    python benchmarks/quality/train_scores.py --chats train.jsonl --out DIR --heads 20
 
 The base reads each chat once with full attention; per layer the attention's input of every token and whether later
 queries look at it most are kept (600 bytes a token and layer for SmolLM2). Then all scorers learn from random tokens
-of all chats, many passes in seconds, where `ahn train` makes one pass, chat by chat.
+of all chats, many passes in seconds, where `ahn train` makes one pass, chat by chat. With `--heads` only so many key
+heads keep tokens: those that find the answers of the first chats (`ahn.training.heads`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from real import reading
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -27,6 +29,11 @@ from ahn import shipped
 from ahn.model.adapter import set_window
 from ahn.model.attached import observed
 from ahn.training import looks
+from ahn.training.heads import most_peaked, peaks
+from ahn.training.losses import IGNORED
+
+ASKED = 32
+"""Chats whose answers tell the heads that find them."""
 
 
 @torch.no_grad()
@@ -57,6 +64,7 @@ def learn(
 ) -> float:
     """Fit every layer's scorer; returns how many of the most looked-at tokens are found, mean of the last steps."""
     memories = [layer.ahn.fn for layer in model.get_decoder().layers if hasattr(layer, "ahn")]
+    memories = [memory for memory in memories if memory.slot_heads]
     parameters = [parameter for memory in memories for parameter in memory.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -81,9 +89,22 @@ def learn(
     return recall.item()
 
 
+def found_heads(
+    model: PreTrainedModel, asked: list[reading.Asked], window: int, sinks: int, count: int
+) -> tuple[tuple[int, int], ...]:
+    """The key heads that look most at one far token where an answer of a chat is due."""
+    batches = []
+    for ids, answers in asked:
+        labels = torch.full_like(ids, IGNORED)
+        for answer in answers:
+            labels[answer] = ids[answer]
+        batches.append({"input_ids": ids[None], "labels": labels[None]})
+    return most_peaked(peaks(model, batches, window, sinks), count)
+
+
 def trained(
     path: str, chats: Path, out: Path, count: int | None, window: int, sinks: int, steps: int,
-    batch: int = 8192, lr: float = 3e-3, seed: int = 0,
+    batch: int = 8192, lr: float = 3e-3, seed: int = 0, heads: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the scores of a model for the first chats of a file, write the adapter, and say what was done."""
     torch.manual_seed(seed)
@@ -92,6 +113,11 @@ def trained(
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     model = ahn.attach(base.to(device).eval(), ahn.AHNConfig("retained", window, sinks))
     began = time.perf_counter()
+    if heads:
+        chosen = found_heads(model, reading.read_chats(tokenizer, chats, ASKED), window, sinks, heads)
+        print(f"{heads} key heads: {' '.join(f'{layer}.{head}' for layer, head in chosen)}", flush=True)
+        config = model.ahn_config.replace(slot_heads=chosen)
+        model = ahn.attach(ahn.detach(model), config)
     with chats.open(encoding="utf-8") as lines:
         rows = [json.loads(line)["messages"] for line in itertools.islice(lines, count)]
     shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
@@ -106,6 +132,7 @@ def trained(
     return {
         "chats": len(rows), "tokens": len(inputs[0]), "read_seconds": round(read, 1), "recall": recall,
         "steps": steps, "batch": batch, "lr": lr, "seed": seed, "learn_seconds": round(learned, 1),
+        "heads": model.ahn_config.slot_heads,
     }  # fmt: skip
 
 
@@ -121,6 +148,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heads", type=int, help="key heads that keep tokens (default: all)")
     options = vars(parser.parse_args())
     path = shipped.resolve(options.pop("model"))
     print(json.dumps(trained(path, **options)))

@@ -69,6 +69,9 @@ class AHNConfig:
         slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); other memories have no
             use for it. Up to 128 of them are exact, the others as `key_bits` and `value_bits` say, with 6 bytes for
             score and position: by default the bytes of 1 024 window tokens (bfloat16, head dimension 64).
+        slot_heads: the key heads that keep tokens, as pairs (layer, key head); the others see sinks and window alone.
+            Few heads of a model find what was said long ago (`ahn.training.heads`): with as many bytes, these can keep
+            several times as many tokens. None: all heads.
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
@@ -83,6 +86,7 @@ class AHNConfig:
     prefill_chunk_size: int = 8192
     quantized: int = 0
     slots: int = DEFAULT_SLOTS
+    slot_heads: tuple[tuple[int, int], ...] | None = None
     max_distance: int | None = None
     key_bits: int = 4
     value_bits: int = 2
@@ -110,9 +114,15 @@ class AHNConfig:
         if not isinstance(layers, Iterable) or any(type(i) is not int or i < 0 for i in layers):
             raise AHNError(f"AHNConfig.full_attention_layers must be layer indices ≥ 0, got {reprlib.repr(layers)}.")
         object.__setattr__(self, "full_attention_layers", tuple(sorted(set(layers))))
+        if self.slot_heads is not None:
+            object.__setattr__(self, "slot_heads", _pairs(self.slot_heads))
         from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
 
         memory.get(self.memory)
+
+    def heads_of(self, layer: int) -> tuple[int, ...] | None:
+        """The key heads of a layer that keep tokens; None for all."""
+        return None if self.slot_heads is None else tuple(head for at, head in self.slot_heads if at == layer)
 
     def _distance_fits(self) -> bool:
         return self.max_distance == 0 or (self.max_distance or 0) >= MIN_DISTANCE
@@ -189,6 +199,22 @@ class AHNConfig:
     def replace(self, **changes: Any) -> AHNConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+def _pairs(given: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs (layer, key head) in order, of what a caller or a file says.
+
+    Raises:
+        AHNError: there are none, or they are no pairs of numbers.
+    """
+    pairs = [tuple(pair) for pair in given if isinstance(pair, list | tuple)] if isinstance(given, list | tuple) else []
+    whole = all(len(pair) == 2 and all(type(x) is int and x >= 0 for x in pair) for pair in pairs)
+    if not pairs or len(pairs) != len(given) or not whole or len(set(pairs)) < len(pairs):
+        raise AHNError(
+            "AHNConfig.slot_heads must be None or different pairs (layer, key head) of numbers ≥ 0, "
+            f"got {reprlib.repr(given)}."
+        )
+    return tuple(sorted((layer, head) for layer, head in pairs))
 
 
 def overridden(config: AHNConfig, **changes: Any) -> AHNConfig:

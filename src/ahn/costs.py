@@ -101,8 +101,7 @@ def count_parameters(hf_config: Any, ahn_config: AHNConfig) -> int:
     """
     AHNConfig.check(ahn_config)
     shape = ModelShape.from_config(hf_config)
-    layers = len(shape.memory_layers(ahn_config.full_attention_layers))
-    return layers * _memory_sizes(shape, ahn_config).parameters
+    return sum(sizes.parameters for sizes in _all_sizes(shape, ahn_config))
 
 
 def count_model_parameters(hf_config: Any) -> int:
@@ -167,15 +166,15 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
     shape = ModelShape.from_config(hf_config)
     text = _text_config(hf_config)
     width = BFLOAT16_BYTES if dtype is None else dtype.itemsize
-    sizes = _memory_sizes(shape, ahn_config, width)
+    sizes = _all_sizes(shape, ahn_config, width)
     with_memory = shape.memory_layers(ahn_config.full_attention_layers)
     rest = [_base_layer(shape, text, i, length, width) for i in range(shape.layers) if i not in with_memory]
     before = [_base_layer(shape, text, i, length, width) for i in with_memory]
-    after = [_memory_layer(shape, sizes, ahn_config, length, width)] * len(with_memory)
+    after = [_memory_layer(shape, own, ahn_config, length, width) for own in sizes]
     outside = _flops_outside_mixer(shape, text, length)
     return Cost(
         length=length,
-        parameters=sizes.parameters * len(with_memory),
+        parameters=sum(own.parameters for own in sizes),
         full=_total(rest + before, outside),
         ahn=_total(rest + after, outside),
     )
@@ -188,8 +187,10 @@ class _MemorySizes:
     parameters: int
     matrices: int
     slots: int
+    slot_heads: int
+    """Key heads that have so many slots each."""
     slot_bytes: int
-    """Of all slots of a key head."""
+    """Of all of them."""
     state_numbers: int
     read_numbers: int
     """Numbers of states that all query heads read for one token."""
@@ -198,8 +199,16 @@ class _MemorySizes:
     """Of one token."""
 
 
-@lru_cache(maxsize=32)
-def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT16_BYTES) -> _MemorySizes:
+def _all_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT16_BYTES) -> list[_MemorySizes]:
+    """Of each layer that has a memory."""
+    layers = shape.memory_layers(ahn_config.full_attention_layers)
+    if ahn_config.slot_heads is None:
+        return [_memory_sizes(shape, ahn_config, layers[0], width)] * len(layers)
+    return [_memory_sizes(shape, ahn_config, layer, width) for layer in layers]
+
+
+@lru_cache(maxsize=256)
+def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, layer: int, width: int) -> _MemorySizes:
     import torch
 
     from ahn import memory
@@ -207,7 +216,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT1
     # Asking the module itself, on the meta device, keeps this right for every memory there will be.
     meta = torch.device("meta")
     with meta, torch.no_grad():
-        module = memory.make(ahn_config, shape)
+        module = memory.make(ahn_config, shape, layer)
         states = list(module.init_state(1, meta).values())
         gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
     parameters = list(module.parameters())
@@ -216,6 +225,7 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT1
         parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if routed else 0),
         matrices=sum(p.numel() for p in parameters if p.dim() > 1),
         slots=module.slot_count(ahn_config.window + ahn_config.quantized),
+        slot_heads=len(module.slot_heads),
         slot_bytes=module.slot_bytes(ahn_config.window + ahn_config.quantized, width),
         state_numbers=sum(s.numel() for s in states),
         read_numbers=sum(s.numel() for s in states) * (shape.heads // module.write_heads),
@@ -254,13 +264,13 @@ def _memory_layer(shape: ModelShape, sizes: _MemorySizes, ahn_config: AHNConfig,
     written = max(0, length - ahn_config.lossless - ahn_config.quantized)
     if written == 0:
         return exact
-    P, Hq, Hkv = shape.head_dim, shape.heads, shape.kv_heads
-    slot_numbers = 2 * sizes.slots * P * Hkv
-    slot_flops = 4 * sizes.slots * P * Hq
+    P, groups = shape.head_dim, shape.heads // shape.kv_heads
+    slot_numbers = 2 * sizes.slots * P * sizes.slot_heads
+    slot_flops = 4 * sizes.slots * P * sizes.slot_heads * groups
     return dataclasses.replace(
         exact,
         state_numbers=sizes.state_numbers + slot_numbers,
-        state_bytes=sizes.state_bytes + Hkv * sizes.slot_bytes,
+        state_bytes=sizes.state_bytes + sizes.slot_bytes,
         mixer_flops=exact.mixer_flops + written * (2 * (sizes.read_numbers + sizes.matrices) + slot_flops),
     )
 

@@ -23,6 +23,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "exact, bounded": {**EXACT, "max_distance": 256},
     "codes, bounded": {"max_distance": 256},
     "behind a tier": {"max_distance": 512, "quantized": 48},
+    "few heads": {"max_distance": 256, "slot_heads": ((1, 1),)},
 }
 
 

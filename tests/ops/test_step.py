@@ -72,14 +72,18 @@ def made(
     return inputs, layer, (S, P**-0.5, rule, read, rotation, turn, None)
 
 
-def made_seen(layer, B, HKV, P, kept, block, turning, room):
+def made_seen(layer, B, HKV, P, kept, block, turning, room, heads):
     """Tokens that a memory keeps; scores wait in the window and in the tier."""
     for part in (layer.window, layer.tier) if layer.tier is not None else (layer.window,):
         part.gates = {"score": torch.randn(B, HKV, (part.keys if part is layer.window else part.keys.codes).shape[2])}
-    rings = [torch.randn(B, HKV, count, P) for count in (kept + block, kept + block, block, block)]
-    scores = torch.randn(B, HKV, kept + block)
+    keeps = range(HKV) if heads is None else heads
+    rings = [torch.randn(B, len(keeps), count, P) for count in (kept + block, kept + block, block, block)]
+    scores = torch.randn(B, len(keeps), kept + block)
     angles = torch.randn(B, 2, 2, P // 2).repeat(1, 1, 1, 2) if turning else None
-    return SeenTokens(*rings, scores, torch.full((B, HKV, kept + block), -1, dtype=torch.int32), angles, room)
+    positions = torch.full((B, len(keeps), kept + block), -1, dtype=torch.int32)
+    places = [keeps.index(head) if head in keeps else -1 for head in range(HKV)]
+    own = None if heads is None else torch.tensor(places, dtype=torch.int32)
+    return SeenTokens(*rings, scores, positions, angles, room, own)
 
 
 def made_turn(B, P, S, W, C, reach, positions):
@@ -133,7 +137,8 @@ def test_kernels_know_tokens_that_are_kept(C, turning, data):
     inputs, layer, rest = made(None, B, HKV, groups, 32, S, W, positions, seed, turn=turn, C=C)
     torch.manual_seed(seed)
     room = data.draw(st.sampled_from([0, 1, 10]))  # of a base whose trained length is passed soon, or never
-    seen = made_seen(layer, B, HKV, 32, kept, block, turning, room)
+    heads = data.draw(st.sampled_from([None, [HKV - 1], [0]]))  # that keep tokens
+    seen = made_seen(layer, B, HKV, 32, kept, block, turning, room, heads)
     score = Gate(torch.randn(B, HKV))
     compare((*inputs[:3], score, *inputs[4:]), layer, (*rest[:-1], seen))
 

@@ -42,12 +42,12 @@ class Shape:
         return self.length - self.lossless
 
 
-def weights_of(model: PreTrainedModel, directory: Path) -> Mapping[str, Tensor]:
-    """The parameters of an adapter by name; they fit every number of slots and bits."""
+def weights_of(model: PreTrainedModel, directory: Path) -> tuple[Mapping[str, Tensor], ahn.AHNConfig]:
+    """The parameters of an adapter by name, which fit every number of slots and bits, and its configuration."""
     ahn.load_adapter(model, directory)
-    found = {name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()}
+    found, config = {name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()}, model.ahn_config
     ahn.detach(model)
-    return found
+    return found, config
 
 
 class Ways:
@@ -55,13 +55,14 @@ class Ways:
 
     def __init__(self, shape: Shape, model: PreTrainedModel) -> None:
         self.shape, self.model = shape, model
-        self._weights: Mapping[str, Tensor] | None = None
+        self._scores: tuple[Mapping[str, Tensor], ahn.AHNConfig] | None = None
 
     @property
-    def weights(self) -> Mapping[str, Tensor] | None:
-        if self._weights is None and self.shape.scores is not None and self.shape.scores.is_dir():
-            self._weights = weights_of(self.model, self.shape.scores)
-        return self._weights
+    def scores(self) -> tuple[Mapping[str, Tensor], ahn.AHNConfig] | None:
+        """The scores of retained tokens and their configuration, if they are there."""
+        if self._scores is None and self.shape.scores is not None and self.shape.scores.is_dir():
+            self._scores = weights_of(self.model, self.shape.scores)
+        return self._scores
 
     def tier(self, tokens: int, bits: tuple[int, int]) -> Method:
         """The tier alone."""
@@ -69,19 +70,27 @@ class Ways:
         return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
 
     def retained(self, slots: int, bits: tuple[int, int], tier: int = 0) -> Iterator[Method]:
-        """Retained tokens, alone or behind a tier, if their scores are there."""
-        if self.weights is None:
+        """Retained tokens, alone or behind a tier, if their scores are there.
+
+        Args:
+            slots: tokens a key head if all keep some; where few do, each keeps so many more.
+        """
+        if self.scores is None:
             return
+        weights, trained = self.scores
+        few, text = trained.slot_heads, self.model.config
+        each = slots if few is None else slots * text.num_hidden_layers * text.num_key_value_heads // len(few)
         kept = "exact" if bits == (16, 16) else f"{bits[0]}/{bits[1]}"
         name = f"retained {slots} {kept}" + (f" behind a tier of {tier}" if tier else "")
-        config = self.config("retained", slots=slots, key_bits=bits[0], value_bits=bits[1], quantized=tier)
-        yield Method(name, config, self.weights)
+        name += "" if few is None else f", in {len(few)} heads"
+        config = self.config("retained", slots=each, key_bits=bits[0], value_bits=bits[1], quantized=tier)
+        yield Method(name, config.replace(slot_heads=few), weights)
 
     def recurrent(self) -> Iterator[Method]:
         """Recurrent memories that were trained."""
         for name, directory in self.shape.memories.items():
             if directory.is_dir():
-                yield Method(name, self.config(name), weights_of(self.model, directory))
+                yield Method(name, self.config(name), weights_of(self.model, directory)[0])
 
     def config(self, memory: str, window: int | None = None, **fields: int) -> ahn.AHNConfig:
         return ahn.AHNConfig(memory, window or self.shape.window, self.shape.sinks, **fields)

@@ -55,7 +55,7 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
         config = AHNConfig.saved(block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
-    kept = ("slots", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
+    kept = ("slots", "slot_heads", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
     for name in ("memory", "router", "q_proj", "full_attention_layers", *kept):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(
@@ -114,7 +114,7 @@ def check_layout(
     for index, tensors in enumerate(layers):
         name = f"layers.{index}"
         if index in with_memory:
-            _check_memory_layer(tensors, config, seen, waiting, batch, shape, f"{where}: {name}")
+            _check_memory_layer(tensors, config, index, seen, waiting, batch, shape, f"{where}: {name}")
         elif tensors:
             held = seen if shape.layer_types[index] == "full_attention" else None
             _check_other_layer(tensors, seen, held, batch, f"{where}: {name}")
@@ -154,7 +154,14 @@ def _by_layer(found: Mapping[str, Stored], count: int, where: str) -> list[dict[
 
 
 def _check_memory_layer(
-    tensors: dict[str, Stored], config: AHNConfig, seen: int, waiting: int, batch: int, shape: ModelShape, where: str
+    tensors: dict[str, Stored],
+    config: AHNConfig,
+    index: int,
+    seen: int,
+    waiting: int,
+    batch: int,
+    shape: ModelShape,
+    where: str,
 ) -> None:
     for name in ("keys", "values"):
         if name not in tensors:
@@ -165,7 +172,7 @@ def _check_memory_layer(
     held = min(seen, config.lossless + waiting)
     keys = (batch, shape.kv_heads, held, shape.head_dim)
     wanted = {"keys": Stored(dtype, keys), "values": Stored(dtype, keys)}
-    fn, gates = _memory(config, shape, batch, held)
+    fn, gates = _memory(config, shape, index, batch, held)
     wanted |= {f"gates.{name}": Stored(dtype, tuple(gate.shape)) for name, gate in gates.items()}
     state = _state(fn, config, batch, shape, dtype)
     tier = _tier(config, batch, shape, gates, dtype)
@@ -176,10 +183,12 @@ def _check_memory_layer(
     _compare(tensors, wanted, where)
 
 
-def _memory(config: AHNConfig, shape: ModelShape, batch: int, held: int) -> tuple[memory.Memory, dict[str, Tensor]]:
-    """The memory without weights, and the write gates of the tokens in the window, without numbers."""
+def _memory(
+    config: AHNConfig, shape: ModelShape, index: int, batch: int, held: int
+) -> tuple[memory.Memory, dict[str, Tensor]]:
+    """A layer's memory without weights, and the write gates of the tokens in the window, without numbers."""
     with torch.device("meta"), torch.no_grad():
-        fn = memory.make(config, shape)
+        fn = memory.make(config, shape, index)
         return fn, fn.write_gates(torch.empty(batch, held, shape.hidden_size))
 
 

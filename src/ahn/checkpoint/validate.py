@@ -17,13 +17,15 @@ from ahn.shape import ModelShape
 
 def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[int, ...]]:
     """Short name and shape of every tensor that an adapter with these settings has on a base of this shape."""
-    with torch.device("meta"):
-        module = memory.make(settings, shape)
-    layer = {f"ahn.fn.{name}": tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    if settings.router and isinstance(module, memory.RecurrentMemory):
-        layer |= {f"ahn_router.{name}": (shape.heads,) for name in ("alpha", "beta")}
-    layers = shape.memory_layers(settings.full_attention_layers)
-    return {f"layers.{i}.{name}": size for i in layers for name, size in layer.items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for index in shape.memory_layers(settings.full_attention_layers):
+        with torch.device("meta"):
+            module = memory.make(settings, shape, index)
+        layer = {f"ahn.fn.{name}": tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        if settings.router and isinstance(module, memory.RecurrentMemory):
+            layer |= {f"ahn_router.{name}": (shape.heads,) for name in ("alpha", "beta")}
+        wanted |= {f"layers.{index}.{name}": size for name, size in layer.items()}
+    return wanted
 
 
 def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig) -> None:

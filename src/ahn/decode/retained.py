@@ -57,10 +57,13 @@ class RetainedSteps:
         self.seen: dict[int, SeenTokens] = {}
         room = max(1, self.config.reach - self.lossless) if self.config.reach else 0
         for index, state in states.items():
+            if not self.memories[index].slot_heads:
+                continue
             own = state.memory or self.memories[index].empty_slots(state.window.keys, self.lossless)
             state.memory = {name: x.contiguous() for name, x in own.items()}
             turned = rotation is not None and self.rotates[index]
-            self.seen[index] = SeenTokens.of(state.memory, self.slots, self.angles if turned else None, room)
+            angles, places = self.angles if turned else None, self.memories[index].places(keys.device)
+            self.seen[index] = SeenTokens.of(state.memory, self.slots, angles, room, places)
 
     def update(self, rotation: Rotation, positions: Tensor) -> None:
         """Angles of the step for the tokens at these positions (B,); a part of the step."""
@@ -114,6 +117,8 @@ class RetainedSteps:
         anchored = Anchored.of(view.delayed)
         for index, state in states.items():
             memory = self.memories[index]
+            if not memory.slot_heads:
+                continue
             left = without_padding(self._leaving(state, view, self.rotates[index]), memory.closed_gates, view.delayed)
             made = memory.extra_keys(left, view.delayed, state.memory, anchored if self.rotates[index] else None)
             assert made is not None
@@ -155,8 +160,9 @@ class RetainedSteps:
         """Put all kept tokens where queries of each row see them."""
         self.anchor = anchor
         nearest = torch.tensor(anchor, device=self.angles.device)[:, None, None]
-        for index, state in states.items():
-            seen, dtype = self.seen[index], state.window.keys.dtype
+        for index, seen in self.seen.items():
+            state = states[index]
+            dtype = state.window.keys.dtype
             for kept, block, name in ((seen.keys, seen.block_keys, "key"), (seen.values, seen.block_values, "value")):
                 kept.copy_(torch.cat([Kept.of(state.memory, name).decoded(dtype), block], dim=2))
             if self.rotation is not None and self.rotates[index]:

@@ -67,11 +67,11 @@ def get(name: str) -> type[Memory]:
         raise AHNError(f"Unknown memory {reprlib.repr(name)}; this installation has {known}.") from None
 
 
-def make(config: AHNConfig, shape: ModelShape) -> Memory:
-    """A new memory for one layer of a model of this shape."""
-    kind = get(config.memory)
+def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
+    """A new memory for a layer of a model of this shape."""
+    kind, heads = get(config.memory), config.heads_of(layer)
     sizes = shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads
-    return kind(*sizes, q_proj=config.q_proj, slots=config.slots, bits=config.tier_bits)
+    return kind(*sizes, q_proj=config.q_proj, slots=config.slots, bits=config.tier_bits, slot_heads=heads)
 
 
 def by_published_name(published: str) -> type[Memory]:

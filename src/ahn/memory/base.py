@@ -43,6 +43,7 @@ class SeenKeys:
         key, value: (B, Hkv, C, P).
         visible: (B or 1, 1 or Hkv, last - first, C) bool, which of the queries sees which of them.
         bias: (B or 1, last - first) float32, added to the scores of all these keys; None for nothing.
+        heads: (h,) the key heads that see them, where `key`, `value` and `visible` are of these alone; None for all.
     """
 
     first: int
@@ -51,6 +52,7 @@ class SeenKeys:
     value: Tensor
     visible: Tensor
     bias: Tensor | None = None
+    heads: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -80,6 +82,7 @@ class Memory(nn.Module):
         q_proj: give a recurrent memory its own per-head projection of the query (docs/spec.md, section 3).
         slots: tokens per key head that a memory holds which keeps tokens; others have no use for it.
         bits: likewise, per number of these tokens' keys and values: 2, 3, 4, or `EXACT`.
+        slot_heads: likewise, the key heads that keep tokens; None for all.
     """
 
     name: ClassVar[str]
@@ -112,10 +115,12 @@ class Memory(nn.Module):
         q_proj: bool = False,
         slots: int = DEFAULT_SLOTS,
         bits: tuple[int, int] = (EXACT, EXACT),
+        slot_heads: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
         self.slots, self.bits = slots, bits
+        self.slot_heads = range(self.kv_heads) if slot_heads is None else slot_heads
 
     @property
     def write_heads(self) -> int:
@@ -135,8 +140,8 @@ class Memory(nn.Module):
         return 0
 
     def slot_bytes(self, window: int, width: int) -> int:
-        """Bytes of all slots of a key head, where numbers of the model take `width` bytes; `window` as above."""
-        return self.slot_count(window) * 2 * self.head_dim * torch.float32.itemsize
+        """Bytes of all slots of a layer, where numbers of the model take `width` bytes; `window` as above."""
+        return self.kv_heads * self.slot_count(window) * 2 * self.head_dim * torch.float32.itemsize
 
     def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
         """The state of its slots before the first write, for keys like `key` (B, Hkv, m, P) and `window` as above."""

@@ -5,6 +5,9 @@ from the base model's own full attention (`ahn.training`). Attention sees the to
 sinks and window, in one softmax. A state of the same size as a recurrent one can give back what was said, word for
 word, as long as the right tokens were kept.
 
+Few heads of a model are those that find what was said long ago. With `AHNConfig.slot_heads` these alone keep tokens,
+several times as many for as many bytes; the others see sinks and window.
+
 A row's tokens leave the window one after the other. They gather in a block of G; when it is full, the M highest-scored
 of the tokens kept before and those of the block stay (of equal scores the older), and the rest is forgotten for good
 (`ahn.layout.blocks`). So a query sees the best M of all that had left up to the last full block, and whatever left
@@ -23,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
+from ahn.layout.evicted import Evicted
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
 from ahn.shape import EXACT
 
 if TYPE_CHECKING:
-    from ahn.layout.evicted import Evicted
     from ahn.layout.rotation import Anchored
     from ahn.layout.visibility import Visibility
 
@@ -58,8 +61,9 @@ class RetainedTokens(Memory):
 
     State: of the M that are kept `keys`, `values` and what else `Kept` needs of them; of the block that is filling
     `block_keys`, `block_values` (B, Hkv, G, P); of all `scores` (B, Hkv, M + G) bfloat16 and `positions` int32, -1 for
-    an empty slot. Keys are as before RoPE where the base's rotation is known. The M are in the order of the text;
-    the token at position p, the k-th that left, is the (k mod G)-th of its block.
+    an empty slot. Here and below Hkv are the key heads that keep tokens; a layer in which none does has no state. Keys
+    are as before RoPE where the base's rotation is known. The M are in the order of the text; the token at position p,
+    the k-th that left, is the (k mod G)-th of its block.
     """
 
     name = "retained"
@@ -70,13 +74,14 @@ class RetainedTokens(Memory):
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.scorer = Scorer(self.hidden_size, self.kv_heads)
+        self.scorer = Scorer(self.hidden_size, len(self.slot_heads)) if self.slot_heads else None
+        self._chosen: dict[torch.device, Tensor] = {}
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values for training: scores of about zero."""
-        for module in self.scorer.children():
+        for module in () if self.scorer is None else self.scorer.children():
             assert isinstance(module, nn.Linear)
             nn.init.normal_(module.weight, std=INIT_STD)
             if module.bias is not None:
@@ -97,22 +102,49 @@ class RetainedTokens(Memory):
         return self.kv_heads
 
     def slot_count(self, window: int) -> int:
-        return self.slots
+        return self.slots if self.slot_heads else 0
+
+    def chosen(self, device: torch.device) -> Tensor | None:
+        """The numbers of the key heads that keep tokens, (h,); None for all."""
+        if len(self.slot_heads) == self.kv_heads:
+            return None
+        if device not in self._chosen:
+            self._chosen[device] = torch.tensor(self.slot_heads, dtype=torch.long, device=device)
+        return self._chosen[device]
+
+    def places(self, device: torch.device) -> Tensor | None:
+        """(Hkv,) int32 where among the heads that keep tokens each key head is, -1 for others; None where all do."""
+        chosen = self.chosen(device)
+        if chosen is None:
+            return None
+        places = torch.full((self.kv_heads,), -1, dtype=torch.int32, device=device)
+        return places.index_copy_(0, chosen, torch.arange(len(chosen), dtype=torch.int32, device=device))
 
     def logits(self, x: Tensor) -> Tensor:
         """How much queries beyond the window will look at tokens with attention input x (B, n, D): (B, Hkv, n)."""
-        return self.scorer(x).float()
+        if self.scorer is None:
+            return x.new_zeros(x.shape[0], 0, x.shape[1], dtype=torch.float32)
+        logits: Tensor = self.scorer(x).float()
+        return logits
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
         # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
-        return {"score": self.logits(x).bfloat16().float()}
+        scores, chosen = self.logits(x).bfloat16().float(), self.chosen(x.device)
+        if chosen is None:
+            return {"score": scores}
+        # Of all key heads, as gates are: what waits in the window does not depend on the layer.
+        every = scores.new_full((len(x), self.kv_heads, x.shape[1]), self.closed_gates["score"])
+        return {"score": every.index_copy(1, chosen, scores)}
 
     def slot_bytes(self, window: int, width: int) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[width]
-        key = torch.empty(1, 1, 0, self.head_dim, dtype=dtype, device="meta")
+        key = torch.empty(1, self.kv_heads, 0, self.head_dim, dtype=dtype, device="meta")
         return sum(x.nbytes for x in self.empty_slots(key, window).values())
 
     def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
+        if not self.slot_heads:
+            return {}
+        key = self._own(key)
         B, heads, _, P = key.shape
         scores = key.new_zeros(B, heads, self.slots, dtype=torch.bfloat16)
         state = {"scores": scores, "positions": torch.full_like(scores, -1, dtype=torch.int32)}
@@ -124,9 +156,11 @@ class RetainedTokens(Memory):
     def extra_keys(
         self, left: Evicted, view: Visibility, state: dict[str, Tensor], anchored: Anchored | None = None
     ) -> MemoryKeys | None:
-        if view.evicted == 0 and not state:
+        if not self.slot_heads or (view.evicted == 0 and not state):
             return None
         state = state or self.empty_slots(left.key, view.window)
+        gates = {name: self._own(gate) for name, gate in left.gates.items()}
+        left = Evicted(self._own(left.key), self._own(left.value), gates)
         blocks = TokenBlocks.of(view, left.key.shape[0], self.kept, self.block)
         new = blocks.positions[:, None].expand(-1, left.key.shape[1], -1)
         scores, positions = (
@@ -142,6 +176,11 @@ class RetainedTokens(Memory):
         values, later_values = self._tokens("value", left.value, blocks, state, stay)
         pieces = self._seen(blocks, fates, keys, values, anchored)
         return MemoryKeys(pieces, after | later_keys | later_values)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Of x (B, Hkv, m, ...) for all key heads that of those which keep tokens."""
+        chosen = self.chosen(x.device)
+        return x if chosen is None else x.index_select(1, chosen)
 
     @property
     def _coded(self) -> bool:
@@ -181,7 +220,8 @@ class RetainedTokens(Memory):
             keys = anchored.turn(keys, positions.clamp_min(0), parts)
         forgotten = fates.forgotten.gather(2, at)
         split = zip(pieces, *(x.split(sizes, dim=2) for x in (keys, values, positions, forgotten)), strict=True)
-        return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate), p.bias) for p, k, v, *fate in split]
+        heads = self.chosen(keys.device)
+        return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate), p.bias, heads) for p, k, v, *fate in split]
 
     def _places(self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, exact: int) -> Tensor:
         """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see."""

@@ -66,6 +66,10 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
             f"The memory {config.memory!r} does not say that its heads can be held by several processes "
             "(`heads_apart`): load the model without tensor parallelism, or choose another memory."
         )
+    if share.parallel and config.slot_heads is not None:
+        raise AHNError(
+            "With tensor parallelism all heads keep tokens: load the model on one device, or with slot_heads=None."
+        )
     decoder, layers = decoder_layers(model)
     kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
@@ -75,7 +79,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     config = _for_rotation(_bounded(config, rotation, trained), rotation)
     adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained, share=share)
     for index, module in modules.items():
-        hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config), index)
+        hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config, index), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
     adapter.handles.append(model.register_state_dict_pre_hook(warn_of_peft))
@@ -97,7 +101,14 @@ def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module
     decoder, layers = decoder_layers(model)
     check_decoder(decoder)
     check_around(model, decoder)
-    return {i: attention_module(layers[i], shape) for i in shape.memory_layers(config.full_attention_layers)}
+    with_memory = shape.memory_layers(config.full_attention_layers)
+    for layer, head in config.slot_heads or ():
+        if layer not in with_memory or head >= shape.kv_heads:
+            raise AHNError(
+                f"slot_heads has key head {head} of layer {layer}; this model has {shape.kv_heads} key heads in each "
+                f"of the layers {', '.join(map(str, with_memory))}."
+            )
+    return {i: attention_module(layers[i], shape) for i in with_memory}
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -327,12 +338,12 @@ def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
 
 
 def _add_memory(
-    layer: nn.Module, module: Any, shape: ModelShape, share: Share, config: AHNConfig
+    layer: nn.Module, module: Any, shape: ModelShape, share: Share, config: AHNConfig, index: int
 ) -> tuple[AHN, Router | None]:
     device = private.execution_device(module.o_proj)
     with torch.device(device):
-        whole = memory.make(config, shape).float()
-        fn = _own_heads(whole, config, shape, share) if share.parallel else whole
+        whole = memory.make(config, shape, index).float()
+        fn = _own_heads(whole, config, shape, share, index) if share.parallel else whole
         layer.ahn = ahn = AHN(fn)
         router = None
         if config.router and isinstance(fn, memory.RecurrentMemory):
@@ -340,10 +351,10 @@ def _add_memory(
     return ahn, router
 
 
-def _own_heads(whole: memory.Memory, config: AHNConfig, shape: ModelShape, share: Share) -> memory.Memory:
+def _own_heads(whole: memory.Memory, config: AHNConfig, shape: ModelShape, share: Share, index: int) -> memory.Memory:
     """The memory of this process's heads, as they are in the whole one: so its numbers are drawn alike everywhere."""
     with torch.device("meta"):
-        fn = memory.make(config, share.of_shape(shape))
+        fn = memory.make(config, share.of_shape(shape), index)
     fn.share = share
     sizes = {name: x.shape for name, x in fn.named_parameters()}
     parts = {name: share.of_parameter(x, sizes[name]).clone() for name, x in whole.named_parameters()}

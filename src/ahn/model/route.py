@@ -132,12 +132,13 @@ class Masked(Route):
         """Some of the queries, which see more keys."""
         some = slice(more.first, more.last)
         call = dataclasses.replace(call, query=call.query[:, :, some])
-        own = F.pad(more.key, (0, key.shape[-1] - more.key.shape[-1]))
         mask = None if mask is None else mask[:, :, some]
-        key, value, mask = _with_more_keys(key, value, mask, Seen(own, more.value, more.visible))
+        own = _of_all_heads(more, key.shape[1])
+        own = dataclasses.replace(own, key=F.pad(own.key, (0, key.shape[-1] - own.key.shape[-1])))
+        key, value, mask = _with_more_keys(key, value, mask, own)
         if more.bias is not None:
             assert mask is not None
-            mask = _with_bias(mask, more.bias, own.shape[2], call.query.dtype)
+            mask = _with_bias(mask, more.bias, own.key.shape[2], call.query.dtype)
         return self._run(call, key, value, mask)
 
     def _run(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
@@ -295,9 +296,35 @@ def _parts_of_memory(call: AttentionCall, made: MemoryKeys | None) -> list[Part]
         return []
     parts = []
     for x in made.pieces:
-        part = masked.part(call.query[:, :, x.first : x.last], x.key, x.value, x.visible, call.scaling)
-        parts.append(part if x.bias is None else Part(part.out, part.score + x.bias[:, None]))
+        query = call.query[:, :, x.first : x.last]
+        heads = None if x.heads is None else _query_heads(x.heads, query.shape[1] // call.key.shape[1])
+        own = query if heads is None else query.index_select(1, heads)
+        part = masked.part(own, x.key, x.value, x.visible, call.scaling)
+        part = part if x.bias is None else Part(part.out, part.score + x.bias[:, None])
+        parts.append(part if heads is None else _among_all(part, heads, query))
     return [parts[0] if len(parts) == 1 else masked.joined(parts)]
+
+
+def _query_heads(key_heads: Tensor, groups: int) -> Tensor:
+    """The query heads that share these key heads, in order."""
+    return (key_heads[:, None] * groups + torch.arange(groups, device=key_heads.device)).flatten()
+
+
+def _among_all(part: Part, heads: Tensor, query: Tensor) -> Part:
+    """A part of these heads as one of all of query (B, Hq, n, P): the others see none of its keys."""
+    score = part.score.new_full(query.shape[:3], masked.UNSEEN)
+    return Part(torch.zeros_like(query).index_copy(1, heads, part.out), score.index_copy(1, heads, part.score))
+
+
+def _of_all_heads(more: SeenKeys, count: int) -> Seen:
+    """A memory's keys for so many key heads: those that are not its own have zeros that nobody sees."""
+    if more.heads is None:
+        return Seen(more.key, more.value, more.visible)
+    all_heads = []
+    for x in (more.key, more.value, more.visible.expand(-1, len(more.heads), -1, -1)):
+        empty = x.new_zeros(x.shape[0], count, *x.shape[2:])
+        all_heads.append(empty.index_copy(1, more.heads, x))
+    return Seen(*all_heads)
 
 
 def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:

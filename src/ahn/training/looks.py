@@ -93,7 +93,7 @@ def counted_tokens(labels: Tensor, mask: Tensor | None, window: int, sinks: int)
 
 
 class _Watch(Observer):
-    """Keeps, of each layer with a memory, the memory, its input and how much its tokens are looked at."""
+    """Keeps, of each layer whose memory keeps tokens, the memory, its input and how much the tokens are looked at."""
 
     def __init__(self, window: int, mask: Tensor | None) -> None:
         self.window, self.mask = window, mask
@@ -105,7 +105,13 @@ class _Watch(Observer):
             raise AHNError(f"The loss {ATTENTION} teaches scores to RetainedTokens; this model's memory has none.")
         if own_scores(call.kwargs):
             raise AHNError(f"{type(call.module).__name__} has learned sinks or a soft cap, unknown to this loss.")
-        looked = most_looked(call.query, call.key, call.scaling, self.window, self.mask)
+        if not memory.slot_heads:
+            return
+        query, key, chosen = call.query, call.key, memory.chosen(call.key.device)
+        if chosen is not None:
+            query = query.unflatten(1, (key.shape[1], -1)).index_select(1, chosen).flatten(1, 2)
+            key = key.index_select(1, chosen)
+        looked = most_looked(query, key, call.scaling, self.window, self.mask)
         self.seen.append((memory, layer.x, looked))
 
 

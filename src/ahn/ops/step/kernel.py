@@ -243,7 +243,7 @@ def step(
     columns = min(STATE_COLUMNS, P)
     strides = (*window.keys.stride()[:3], *window.values.stride()[:3])
     memory = rule is not None and read is not None
-    states, readers = 1, 1 if seen is None else groups
+    states, readers = 1, groups if rule is None and write is not None else 1  # a memory of tokens: per key head
     if read is not None and read.routes is not None:
         states, readers = read.routes.states, groups
     raw = torch.empty(B, HEADS * states, P, dtype=torch.float32, device=query.device)

@@ -88,6 +88,7 @@ def operator(
     near: int = 0,
     seen_angles: Tensor | None = None,
     seen_room: int = 0,
+    seen_places: Tensor | None = None,
 ) -> Tensor:
     """`step` with every field an argument of its own, as an operator wants it.
 
@@ -118,7 +119,7 @@ def operator(
     if seen_keys is not None and seen_values is not None and block_keys is not None and block_values is not None:
         assert seen_scores is not None and seen_positions is not None
         tokens = seen_keys, seen_values, block_keys, block_values, seen_scores, seen_positions
-        seen = SeenTokens(*tokens, seen_angles, seen_room)
+        seen = SeenTokens(*tokens, seen_angles, seen_room, seen_places)
     layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)), tier)
     if state is not None:
         layer.memory["state"] = state
@@ -173,7 +174,7 @@ def layer_step(
         return operator(
             query, key, value, score, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
             None, None, None, None, None, **_angles(turn), seen_angles=None if seen is None else seen.angles,
-            seen_room=0 if seen is None else seen.room,
+            seen_room=0 if seen is None else seen.room, seen_places=None if seen is None else seen.places,
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
     fading = (None, "none", None, None) if decay is None else _parts(decay)

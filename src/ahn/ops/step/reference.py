@@ -134,15 +134,20 @@ def step(
             for x, coded in ((keys, key_of), (values, value_of))
         )
         visible = torch.cat([visible, held], dim=1)
-    mask = visible
     if seen is not None:
-        keys, values = torch.cat([keys, seen.keys], dim=2), torch.cat([values, seen.values], dim=2)
-        bias, own = seen.bias(left)[:, None].to(query.dtype), seen.visible(left.clamp_min(0))
-        known = torch.cat([torch.zeros_like(visible, dtype=query.dtype), bias.expand(own.shape)], dim=1)
-        mask = known.masked_fill(~torch.cat([visible, own], dim=1), float("-inf"))
-    out = F.scaled_dot_product_attention(
-        query[:, :, None], keys, values, mask[:, None, None], scale=scaling, enable_gqa=True
-    )
+        sizes = (*keys.shape[:2], seen.keys.shape[2])
+        more_keys, more_values = keys.new_zeros(*sizes, keys.shape[3]), values.new_zeros(*sizes, values.shape[3])
+        more_keys[:, seen.heads], more_values[:, seen.heads] = seen.keys, seen.values
+        keys, values = torch.cat([keys, more_keys], dim=2), torch.cat([values, more_values], dim=2)
+        own = torch.full(sizes, float("-inf"), dtype=query.dtype, device=query.device)
+        bias = seen.bias(left)[:, None].to(query.dtype)
+        own[:, seen.heads] = bias.masked_fill(~seen.visible(left.clamp_min(0)), float("-inf"))[:, None]
+        known = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, float("-inf"))
+        mask = torch.cat([known[:, None].expand(-1, sizes[1], -1), own], dim=2)
+        mask = mask.repeat_interleave(query.shape[1] // sizes[1], dim=1)[:, :, None]
+    else:
+        mask = visible[:, None, None]
+    out = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask, scale=scaling, enable_gqa=True)
     return (out[:, :, 0].to(precise(query.dtype)) + memory_read).to(query.dtype)
 
 

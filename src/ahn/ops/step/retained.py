@@ -25,6 +25,8 @@ class SeenTokens:
         angles: (B, 2, 2, P) cosines and sines that turn the key that leaves to before RoPE, and from there to where the
             query sees it, float32 at least; None where keys stay as they are.
         room: tokens that leave in a text of the length that the base was trained on; 0 where it does not matter.
+        places: (H,) int32, where among the Hkv of these tensors each of the model's H key heads is, -1 for one that
+            keeps no tokens; None where all do.
     """
 
     keys: Tensor
@@ -35,18 +37,26 @@ class SeenTokens:
     positions: Tensor
     angles: Tensor | None = None
     room: int = 0
+    places: Tensor | None = None
 
     @classmethod
-    def of(cls, memory: Tensors, slots: int, angles: Tensor | None, room: int) -> SeenTokens:
+    def of(
+        cls, memory: Tensors, slots: int, angles: Tensor | None, room: int, places: Tensor | None = None
+    ) -> SeenTokens:
         """Over a memory's tensors, with room for so many tokens."""
         own = memory["block_keys"], memory["block_values"], memory["scores"], memory["positions"]
         keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in own[:2])
-        return cls(keys, values, *own, angles, room)
+        return cls(keys, values, *own, angles, room, places)
 
     @property
     def kept(self) -> int:
         """M."""
         return self.keys.shape[2] - self.block_keys.shape[2]
+
+    @property
+    def heads(self) -> Tensor | slice:
+        """The model's key heads whose tokens these are."""
+        return slice(None) if self.places is None else (self.places >= 0).nonzero()[:, 0]
 
     def visible(self, left: Tensor) -> Tensor:
         """(B, M + G) which of them a query sees when so many tokens (B,) have left; empty slots are the first of M."""
@@ -64,12 +74,13 @@ class SeenTokens:
         """Take the token that leaves, of rows from which one does and whose block it does not fill.
 
         Args:
-            key, value, score: (B, Hkv, P) and (B, Hkv), as the window or the tier gives them.
+            key, value, score: (B, H, P) and (B, H) of all key heads, as the window or the tier gives them.
             left: (B,) tokens that have left, this one included.
             position: (B,) of this one.
         """
         block, rows = self.block_keys.shape[2], torch.arange(len(left), device=left.device)
         slot, fits = (left - 1) % block, (leaves & (left % block != 0))[:, None]
+        key, value, score = (x[:, self.heads] for x in (key, value, score))
         seen = key
         if self.angles is not None:
             key = _turned(key, self.angles[:, 0])

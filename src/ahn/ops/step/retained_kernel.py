@@ -18,7 +18,7 @@ from ahn.ops.step.retained import SeenTokens
 @triton.jit
 def _keep(
     keys, values, scores, gone_key, gone_value, gone_score, seen_keys, seen_values, block_keys, block_values,
-    seen_scores, seen_positions, angles, positions, active, slots, sinks, capacity, kept, block,
+    seen_scores, seen_positions, angles, places, own, positions, active, slots, sinks, capacity, kept, block,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     HKV: tl.constexpr, P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -30,8 +30,10 @@ def _keep(
     left = position - slots - capacity + 1
     place = (left + block - 1) % block
     p = tl.arange(0, P)
+    mine = at if places is None else b.to(tl.int64) * own + tl.load(places + head)
+    keeps = True if places is None else tl.load(places + head) >= 0
     wait(PDL)
-    if real & (left > 0) & (left % block != 0):
+    if real & keeps & (left > 0) & (left % block != 0):
         if gone_key is None:
             slot = slot_of(position, sinks, slots - sinks)
             key = keys + b.to(tl.int64) * stride_kb + head * stride_kh + slot * stride_kt
@@ -39,7 +41,7 @@ def _keep(
             score = scores + at * slots + slot
         else:
             key, value, score = gone_key + at * P, gone_value + at * P, gone_score + at
-        token, in_block = at * (kept + block) + kept + place, (at * block + place) * P
+        token, in_block = mine * (kept + block) + kept + place, (mine * block + place) * P
         if angles is None:
             k = tl.load(key + p)
             tl.store(seen_keys + token * P + p, k)
@@ -57,7 +59,7 @@ def _keep(
 
 @triton.jit
 def _attend_kept(
-    query, keys, values, positions, partial, score, query_norm, cos, sin, query_eps, stride_turn,
+    query, keys, values, places, own, positions, partial, score, query_norm, cos, sin, query_eps, stride_turn,
     slots, capacity, kept, block, room, scaling, per_split, first_part,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -67,11 +69,14 @@ def _attend_kept(
     part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
-    first, at = b * HEADS + head * GROUPS, (b * HKV + head).to(tl.int64) * (kept + block)
+    place = head if places is None else tl.load(places + head)
+    first, at = b * HEADS + head * GROUPS, (b * own + place).to(tl.int64) * (kept + block)
     left = tl.maximum(tl.load(positions + b) - slots - capacity + 1, 0)
     filling = left % block
     begin = part * per_split
     end = tl.minimum(begin + per_split, (kept + filling).to(tl.int32))
+    if place < 0:  # nothing is seen, which the last kernel has to be told
+        end = begin
     p, g = tl.arange(0, P), tl.arange(0, ROWS)
     mine = (g < GROUPS)[:, None]
     if cos is not None:
@@ -139,11 +144,12 @@ def keep_and_attend(
     kept, count = seen.kept, seen.keys.shape[2]
     _keep[(B * HKV,)](
         window.keys, window.values, scores, *gone, seen.keys, seen.values, seen.block_keys, seen.block_values,
-        seen.scores, seen.positions, seen.angles, positions, active, slots, sinks, capacity, kept, count - kept,
+        seen.scores, seen.positions, seen.angles, seen.places, seen.keys.shape[1], positions, active, slots, sinks,
+        capacity, kept, count - kept,
         *window.keys.stride()[:3], *window.values.stride()[:3], HKV=HKV, P=P, num_warps=1, **launch,
     )  # fmt: skip
     _attend_kept[parts, B * HKV](
-        query, seen.keys, seen.values, positions, partial, score, *rotation,
+        query, seen.keys, seen.values, seen.places, seen.keys.shape[1], positions, partial, score, *rotation,
         slots, capacity, kept, count - kept, seen.room, scaling, triton.cdiv(triton.cdiv(count, parts), block) * block,
         partial.shape[2] - parts,
         SPLITS=partial.shape[2], HEADS=heads, GROUPS=heads // HKV,
