@@ -41,7 +41,7 @@ def peaks(model: PreTrainedModel, batches: Iterable[Batch], window: int, sinks: 
     Raises:
         AHNError: no query has a far token.
     """
-    watch = _Watch(window, sinks)
+    watch = _PeakWatch(window, sinks)
     try:
         for batch in batches:
             ids, mask, labels = unpack(batch)
@@ -79,7 +79,7 @@ def most_peaked(found: dict[tuple[int, int], float], count: int) -> tuple[tuple[
     return tuple(sorted(sorted(found, key=lambda head: -found[head])[:count]))
 
 
-class _Watch(Observer):
+class _PeakWatch(Observer):
     """Adds up peaks of the queries of `rows`: a row of the batch, its first real token, some of its queries."""
 
     def __init__(self, window: int, sinks: int) -> None:
