@@ -146,8 +146,8 @@ def ask_all(rows: Rows, questions: Questions, options: argparse.Namespace) -> No
         "second_turn": questions.second_turn,
         "throughput": lambda: questions.throughput(OWN if options.own_texts else ONE),
         "pace": questions.pace,
-        "read": lambda: questions.read(sorted({options.context, *map(int, options.lengths.split(","))})),
         "idle": lambda: questions.idle(options.idle),
+        "read": lambda: questions.read(sorted({options.context, *map(int, options.lengths.split(","))})),
     }
     for name, ask in asked.items():
         if name in options.only and (questions.own or name in OF_ANY):

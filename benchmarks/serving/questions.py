@@ -100,14 +100,17 @@ class Questions:
         text = self.text()
         self.ask(Asked([text], 1, keep=True))
         alone = self.ask(Asked([text, self.text(4)], self.tokens))[0]
-        writer = Asked([text, self.text(4)], 4 * self.tokens)
-        heard, reader = self.ask(writer, Asked([self.text()], 1, again=True), after=0.5)
-        began, ended = reader.sent, heard.sent + heard.ended
-        arrivals = heard.arrivals()
-        beside = [after - at for at, after in itertools.pairwise(arrivals) if began < at < ended]
-        found: Row = {"alone": shares(alone.gaps()), "while_others_read": shares(beside)}
-        found["first_text_read_s"] = reader.times[0] if reader.times else None
-        return found | {"texts_read": 1 + reader.repeated}
+        found: Row = {"alone": shares(alone.gaps())}
+        for name in (
+            "first_time",
+            "while_others_read",
+        ):  # what has to be compiled for chunks of other sizes comes first
+            writer = Asked([text, self.text(4)], 4 * self.tokens)
+            heard, reader = self.ask(writer, Asked([self.text()], 1, again=True), after=0.5)
+            pairs = itertools.pairwise(heard.arrivals())
+            found[name] = shares([after - at for at, after in pairs if at > reader.sent])
+            found |= {"text_read_s": reader.times[0], "texts_read": 1 + reader.repeated}
+        return found
 
     def idle(self, count: int) -> Row:
         """What conversations on disk take of the GPU's memory."""

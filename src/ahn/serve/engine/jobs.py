@@ -43,9 +43,9 @@ class PromptReading:
     cuts: set[int] = dataclasses.field(default_factory=set)
 
     def next_stop(self, chunk: int) -> int:
-        """Up to where the next chunk goes."""
+        """Up to where the next chunk goes: to a multiple of its size, as kernels know the shapes that come again."""
         ahead = [cut for cut in self.cuts if cut > self.read]
-        return min([self.read + chunk, self.target, *ahead])
+        return min([(self.read // chunk + 1) * chunk, self.target, *ahead])
 
 
 class RequestJob(PromptReading):

@@ -57,7 +57,7 @@ class Pace:
         """A chunk was read while replies waited.
 
         Args:
-            seconds: of the longest part of it in which no step could be taken.
+            seconds: of a part of it in which no step could be taken.
             last: since the last step; None for all of it.
         """
         self._owed = seconds if last is None else last
@@ -80,7 +80,6 @@ class LayerPauses:
         device: of the model; where it works on by itself, each layer is waited for.
 
     Attributes:
-        longest: seconds of the longest layer.
         since: when the last step ended.
     """
 
@@ -90,7 +89,7 @@ class LayerPauses:
         self._layers, self._pace, self._step, self._device = layers, pace, step, device
         self._thread, self._stepping = threading.get_ident(), False
         self._last = self.since = time.perf_counter()
-        self.longest = 0.0
+        self._read, self._pieces = 0.0, 0
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -102,15 +101,19 @@ class LayerPauses:
             for handle in handles:
                 handle.remove()
             finish(self._device)
-            self.longest = max(self.longest, time.perf_counter() - self._last)
+            self._noted(time.perf_counter())
+
+    @property
+    def layer(self) -> float:
+        """Seconds of a layer, on average: the longest one says more of what else ran than of the chunk."""
+        return self._read / max(1, self._pieces)
 
     def _before(self, *_: Any) -> None:
         if self._stepping or threading.get_ident() != self._thread:
             return
         finish(self._device)
         now = time.perf_counter()
-        layer = now - self._last
-        self.longest = max(self.longest, layer)
+        layer = self._noted(now)
         if now - self.since + layer > self._pace.piece:
             self._stepping = True
             try:
@@ -119,6 +122,11 @@ class LayerPauses:
                 self._stepping = False
             self.since = time.perf_counter()
         self._last = time.perf_counter()
+
+    def _noted(self, now: float) -> float:
+        took = now - self._last
+        self._read, self._pieces = self._read + took, self._pieces + 1
+        return took
 
 
 def finish(device: torch.device) -> None:

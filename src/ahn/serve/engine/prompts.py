@@ -20,7 +20,7 @@ from ahn.measure.reading import CPU_CHUNK
 from ahn.model.support import decoder_layers
 from ahn.serve.engine.jobs import PromptReading, RequestJob
 from ahn.serve.engine.keeper import Keeper
-from ahn.serve.engine.pace import LayerPauses, Pace
+from ahn.serve.engine.pace import LayerPauses, Pace, finish
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.sampling import logprobs_of
 from ahn.serve.engine.store import KeptState, StateStore
@@ -124,11 +124,13 @@ class PromptReader:
     ) -> Tensor:
         first = job.read
         if step is None:
-            return self._forward(job, stop, keep)
+            logits = self._forward(job, stop, keep)
+            finish(self.model.device)  # whoever comes meanwhile waits for this chunk, not for all of the prompt
+            return logits
         pauses = LayerPauses(self._layers, self.pace, step, self.model.device)
         with pauses.hooked():
             logits = self._forward(job, stop, keep)
-        self.pace.read(stop - first, pauses.longest, time.perf_counter() - pauses.since)
+        self.pace.read(stop - first, pauses.layer, time.perf_counter() - pauses.since)
         return logits
 
     def read_single(self, job: RequestJob) -> Tensor:
