@@ -13,6 +13,7 @@ import pytest
 import speaking
 import torch
 
+from ahn.cli.chat import Chat
 from ahn.cli.commands import Commands, full_bytes, memory_rows
 from ahn.cli.turns import PlainTurns, TemplateTurns
 from ahn.cli.writing import Interrupt, Sampling
@@ -318,3 +319,20 @@ def test_without_a_template(chat: Any, tmp_path: Path) -> None:
     assert done.code == 0 and "no chat template" in done.err
     refused = chat("x", model=plain.adapter, options=("--system", "y"))
     assert refused.code == 1 and "--system needs a chat template" in refused.err
+
+
+def test_ctrl_c_among_piped_messages_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(Commands(PlainTurns(speaking.session())), Sampling(4, 0.0), as_json=False)
+    chat.typed = False
+    replies = []
+
+    def write(session: Any, *arguments: Any, **options: Any) -> tuple[str, float]:
+        replies.append(session)
+        session.interrupted = True
+        return "", 0.1
+
+    monkeypatch.setattr("ahn.cli.chat.write", write)
+    monkeypatch.setattr("ahn.cli.chat._piped", lambda: iter([b"one\n", b"two\n"]))
+    with pytest.raises(KeyboardInterrupt):
+        chat.run()
+    assert len(replies) == 1

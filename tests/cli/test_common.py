@@ -23,3 +23,12 @@ def test_without_a_terminal_long_work_says_how_far_it_is(
         monkeypatch.setattr(common, "PATIENCE", 1e9)
         bar.update(task, completed=1600)
     assert capsys.readouterr() == ("", "reading [it]: 1,500 of 2,000\n")
+
+
+def test_pairs_on_a_narrow_terminal_keep_their_numbers_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.out, "width", 40)
+    common.print_pairs([("remembered (gated_deltanet)", "       2,382 tokens        0.50 MiB"), ("device", "cpu")])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["remembered (gated_deltanet)", "  2,382 tokens 0.50 MiB", "device  cpu"]

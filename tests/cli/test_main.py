@@ -61,7 +61,16 @@ def test_exit_codes(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, raised: BaseE
     monkeypatch.setattr(main.importlib, "import_module", lambda name: SimpleNamespace(command=command))
     result = ahn_cli("env")
     assert (result.code, result.out) == (code, "")
-    assert result.err.strip() == ("ahn: Two lines." if code == 1 else "")
+    assert result.err == ("ahn: Two lines.\n" if code == 1 else "ahn: Stopped.\n")
+
+
+def test_ctrl_c_says_how_to_go_on(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.importlib, "import_module", lambda name: SimpleNamespace(command=command))
+    assert "--resume_from_checkpoint true the same command goes on" in ahn_cli("train").err
+    assert "the same command goes on" in ahn_cli("eval").err
 
 
 def test_short_help_and_version(ahn_cli: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import ahn
+from ahn.cli import common
 from ahn.training.arguments import parse
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,6 +22,13 @@ def test_help(ahn_cli: Any) -> None:
         result = ahn_cli("train", *words)
         assert result.code == 0
         assert all(flag in result.out for flag in ("--ahn_implementation", "[256,16384]", "torchrun"))
+
+
+def test_help_has_room_on_a_narrow_terminal(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.out, "width", 40)
+    lines = ahn_cli("train", "--help").out.partition("  --model_name")[2].partition("Also every")[0].splitlines()
+    assert max(map(len, lines)) <= 40
+    assert len(lines) < 160, "no column of a few letters"
 
 
 def test_the_debug_run_learns_and_its_adapter_loads(ahn_cli: Any, tmp_path: Path) -> None:

@@ -160,11 +160,19 @@ class Chat:
         with interrupt.watching(insist=not self.typed):  # a forward that ends halfway would end the conversation
             if read(self.session, ids, interrupt) < len(ids):
                 turns.abandon()
+                self._leave_unless_typed()
                 tell("Stopped; what was read of the message stays in the memory. /reset starts again.")
                 return
             said, seconds = write(self.session, self.sampling, show=not self.as_json, interrupt=interrupt)
             turns.close(said)
         self._account(said, seconds)
+        if self.session.interrupted:
+            self._leave_unless_typed()
+
+    def _leave_unless_typed(self) -> None:
+        """Ctrl-C among messages that were piped in means all of them; a person stops one reply by it."""
+        if not self.typed:
+            raise KeyboardInterrupt
 
     def _account(self, said: str, seconds: float) -> None:
         session = self.session

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +28,8 @@ from ahn.config import DTYPES
 
 out = SafeConsole()
 err = SafeConsole(stderr=True)
+NARROW = 60
+"""Columns below which names and values are not put beside each other."""
 PATIENCE = 30.0
 """Seconds between two lines about long work where there is no terminal for a bar."""
 
@@ -81,7 +84,17 @@ def print_json(value: Any) -> None:
 
 
 def print_pairs(rows: Iterable[tuple[str, str]], to: SafeConsole = out) -> None:
-    """Write names and values, one pair per line, the values aligned; to standard output unless said otherwise."""
+    """Write names and values, one pair per line, the values aligned; to standard output unless said otherwise.
+
+    On a terminal too narrow for that, a value that does not fit stands below its name.
+    """
+    rows = list(rows)
+    if to.width < NARROW:
+        for name, value in rows:
+            fits = len(name) + len(value.strip()) + 2 <= to.width
+            to.print(name, style="bold", end="  " if fits else "\n")
+            to.print(value.strip() if fits else Padding(" ".join(value.split()), (0, 0, 0, 2)))
+        return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

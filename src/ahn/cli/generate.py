@@ -20,6 +20,7 @@ from ahn.cli.common import (
     SinksOption,
     WindowOption,
 )
+from ahn.cli.main import STOPPED
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError
 from ahn.files import expanded
@@ -27,9 +28,6 @@ from ahn.files import expanded
 if TYPE_CHECKING:
     from ahn.cli.session import Session
     from ahn.cli.writing import Interrupt, Sampling
-
-STOPPED = 130
-"""Exit status of a shell's command that Ctrl-C ended."""
 
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[

@@ -40,6 +40,14 @@ VERBS = {
 `app` if it has verbs of its own."""
 
 
+STOPPED = 130
+"""Exit status of a program that Ctrl-C ended."""
+GOES_ON = {
+    "train": " With --resume_from_checkpoint true the same command goes on from the newest checkpoint, if there is one.",
+    "eval": " What is finished is kept: the same command goes on from there.",
+    "bench": " Rows that were measured are kept; `ahn bench report` shows them.",
+}
+"""What is said after Ctrl-C, by verb."""
 TEXTS = ("--prompt", "--system")
 """Options whose value may be empty."""
 NARROW = 100
@@ -135,6 +143,9 @@ def main() -> None:
         print("ahn:", visible(" ".join(told.split())), file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
+        if end.code == STOPPED and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                print(f"ahn: Stopped.{GOES_ON.get(sys.argv[1], '')}", file=sys.stderr)
         _leave_threads(end.code)
         raise
 

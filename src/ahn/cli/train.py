@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
 
 from ahn.cli import common
@@ -128,13 +129,18 @@ def _help() -> None:
         "torchrun --nproc_per_node 8 --no-python ahn train CONFIG.yaml\n\n"
         "Example:\n  ahn train configs/debug.yaml --output_dir out\n"
     )
+    shown = [field for field in dataclasses.fields(Settings) if field.init]
+    beside = common.out.width >= 2 * max(len(field.name) for field in shown)
     table = Table(box=None, padding=(0, 2), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for field in dataclasses.fields(Settings):
-        if field.init:
-            default = "" if field.default in (None, False) else f" [{field.default}]"
-            table.add_row(f"--{field.name}", f"{field.metadata['help']}{default}")
+    for field in shown:
+        told = field.metadata["help"] + ("" if field.default in (None, False) else f" [{field.default}]")
+        if beside:
+            table.add_row(f"--{field.name}", told)
+        else:  # a narrow terminal: what a flag does goes below it
+            common.out.print(f"  --{field.name}")
+            common.out.print(Padding(told, (0, 0, 0, 6)))
     common.out.print(table, markup=False)
     typer.echo(
         "\nAlso every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs,\n"
