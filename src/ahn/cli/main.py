@@ -43,7 +43,7 @@ VERBS = {
 STOPPED = 130
 """Exit status of a program that Ctrl-C ended."""
 GOES_ON = {
-    "train": " With --resume_from_checkpoint true the same command goes on from the newest checkpoint, if there is one.",
+    "train": " With --resume_from_checkpoint true the same command goes on from the last checkpoint, if there is one.",
     "eval": " What is finished is kept: the same command goes on from there.",
     "bench": " Rows that were measured are kept; `ahn bench report` shows them.",
 }
