@@ -22,6 +22,7 @@ import pytest
 from ahn.errors import install_command
 
 installed = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="the extra serve is not installed")
+ray_installed = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
 
 
 def test_without_the_extra_it_says_what_to_install(
@@ -158,7 +159,7 @@ def by_replica(url: str, metric: str) -> dict[str, float]:
 
 @installed
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
+@ray_installed
 def test_a_conversation_goes_on_when_its_replica_is_killed(start: Callable[..., Program], tmp_path: Path) -> None:
     """`make test-all` installs Ray; with it this takes a minute."""
     import httpx
@@ -250,3 +251,33 @@ def test_no_finished_turn_is_lost_when_the_server_is_killed(start: Callable[[], 
     for talker in talkers:
         talker.check(program.url)
     assert sum(len(talker.finished) for talker in talkers) > KILLS
+
+
+@installed
+@pytest.mark.slow
+@ray_installed
+def test_conversations_go_on_when_a_machine_is_gone(
+    start: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of Ray on one machine, with a folder that both see."""
+    import httpx
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        other = cluster.add_node(num_cpus=1)  # a replica takes one
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        program = start("--replicas", "2")
+        prompts = {session: program.say(f"A turn of {session}. " * 20, session)[1] for session in "abcdefgh"}
+        written = by_replica(program.url, "ahn_tokens_written_total")
+        assert len(written) == 2 and all(written.values()), written
+        cluster.remove_node(other, allow_graceful=False)
+        until = time.monotonic() + 60
+        while httpx.get(f"{program.url}/health", timeout=60).json().get("replicas") != 1 and time.monotonic() < until:
+            time.sleep(0.5)
+        for session, prompt in prompts.items():
+            _, longer, cached = program.say("And now?", session)
+            assert longer > prompt and cached >= prompt - 1, session
+        assert program.end(signal.SIGINT) == 0
+    finally:
+        cluster.shutdown()
