@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +64,22 @@ def test_exit_codes(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, raised: BaseE
     result = ahn_cli("env")
     assert (result.code, result.out) == (code, "")
     assert result.err == ("ahn: Two lines.\n" if code == 1 else "ahn: Stopped.\n")
+
+
+def test_ctrl_c_amid_an_import_is_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Some libraries swallow a KeyboardInterrupt there, and what they miss shows as another error, seconds later."""
+    ended: list[int] = []
+    monkeypatch.setattr(main.os, "_exit", ended.append)
+    monkeypatch.syspath_prepend(tmp_path)
+    stop = 'import sys\ntry:\n    sys.modules["ahn.cli.main"]._stop(2, sys._getframe())\n'
+    (tmp_path / "swallows.py").write_text(f"{stop}except KeyboardInterrupt:\n    pass\n")
+    importlib.import_module("swallows")
+    assert ended and set(ended) == {130}
+    ended.clear()
+    with pytest.raises(KeyboardInterrupt):
+        main._stop(2, sys._getframe())
+    assert not ended
+    assert signal.getsignal(signal.SIGINT) is not main._stop, "a program that calls main keeps its own"
 
 
 def test_ctrl_c_says_how_to_go_on(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

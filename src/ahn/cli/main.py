@@ -10,9 +10,12 @@ import importlib
 import itertools
 import os
 import shutil
+import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -42,6 +45,8 @@ VERBS = {
 
 STOPPED = 130
 """Exit status of a program that Ctrl-C ended."""
+IMPORT = "<frozen importlib._bootstrap>"
+"""Where Python's frames are while it imports a module."""
 GOES_ON = {
     "train": " With --resume_from_checkpoint true the same command goes on from the last checkpoint, if there is one.",
     "eval": " What is finished is kept: the same command goes on from there.",
@@ -129,7 +134,8 @@ def main() -> None:
         _open_streams()
         app.rich_markup_mode = _markup()
         try:
-            app(prog_name="ahn")
+            with _stopping():
+                app(prog_name="ahn")
         finally:
             sys.stdout.flush()  # a full disk shows here, and not after the exit code is chosen
     except BrokenPipeError:  # who read the output has enough
@@ -143,11 +149,39 @@ def main() -> None:
         print("ahn:", visible(" ".join(told.split())), file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
-        if end.code == STOPPED and os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):
-                print(f"ahn: Stopped.{GOES_ON.get(sys.argv[1], '')}", file=sys.stderr)
+        if end.code == STOPPED:
+            _say_stopped()
         _leave_threads(end.code)
         raise
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """Ctrl-C is `_stop` inside the block; only a process's main thread can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: KeyboardInterrupt as ever, but amid an import the end. Libraries swallow it there, and fail later."""
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORT:
+            _say_stopped()
+            os._exit(STOPPED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _say_stopped() -> None:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+        with contextlib.suppress(OSError):
+            print(f"ahn: Stopped.{GOES_ON.get(sys.argv[1], '')}", file=sys.stderr, flush=True)
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
