@@ -152,8 +152,6 @@ def ask_all(rows: Rows, questions: Questions, options: argparse.Namespace) -> No
     for name, ask in asked.items():
         if name in options.only and (questions.own or name in OF_ANY):
             rows.part(name, ask)
-            if questions.own is not None:
-                questions.own.forget()
 
 
 def _sizes(options: argparse.Namespace) -> tuple[int, int, int, int]:

@@ -140,11 +140,10 @@ class OwnServer:
         """All that are kept."""
         return list(self.store._states.values())
 
-    def forget(self, but_longest: bool = False) -> None:
-        """Forget all states, or all but the one that has read most."""
+    def forget_shorter(self) -> None:
+        """Forget all states but the one that has read most."""
         self.settle()
-        states = sorted(self.states(), key=lambda state: state.note.length)
-        for state in states[: -1 if but_longest else None]:
+        for state in sorted(self.states(), key=lambda state: state.note.length)[:-1]:
             self.store.discard("", state.note.digest)
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ class Questions:
     repeats: int
     own: OwnServer | None = None
     _seed: int = 0
+    _document: tuple[int, int] | None = None
 
     def text(self, length: int | None = None) -> tuple[int, int]:
         """One that no request has held before."""
@@ -49,6 +50,14 @@ class Questions:
             raise RuntimeError(f"{len(errors)} of {len(heard)} streams failed, the first with {errors[0]}")
         return heard
 
+    def document(self) -> tuple[tuple[int, int], Heard]:
+        """The text that several parts go on from, and what came of asking for it: it is read once."""
+        text = self._document = self._document or self.text()
+        heard = self.ask(Asked([text], 1, keep=True))[0]
+        if self.own is not None:
+            self.own.forget_shorter()
+        return text, heard
+
     def read(self, lengths: Sequence[int]) -> Row:
         """Seconds to the first token after a text that nobody has read."""
         found: Row = {}
@@ -60,11 +69,9 @@ class Questions:
 
     def second_turn(self) -> Row:
         """Seconds to the first token of a turn that goes on from a text that was read before, by where its state is."""
-        text = self.text()
-        first = self.ask(Asked([text], 1, keep=True))[0]
+        text, first = self.document()
         found: Row = {"read_anew_s": first.times[0], "finished_after_s": first.ended}
         if self.own is not None:
-            self.own.forget(but_longest=True)
             found["state_bytes"] = self.own.states()[0].nbytes
         for place in ("device", "memory", "disk", "cold") if self.own is not None else ("kept",):
             times = []
@@ -80,9 +87,9 @@ class Questions:
 
     def throughput(self, made: str) -> Row:
         """Tokens per second of all conversations, between the first token of the last and the last of the first."""
-        rows, text = self.conversations, self.text()
+        rows = self.conversations
         if made == ONE:
-            self.ask(Asked([text], 1, keep=True))
+            text, _ = self.document()
             streams = [Asked([text, self.text(4)], self.tokens) for _ in range(rows)]
         else:
             streams = [Asked([self.text()], self.tokens) for _ in range(rows)]
@@ -97,8 +104,7 @@ class Questions:
 
     def pace(self) -> Row:
         """Seconds between a reply's tokens, alone and while others' texts are read one after the other."""
-        text = self.text()
-        self.ask(Asked([text], 1, keep=True))
+        text, _ = self.document()
         alone = self.ask(Asked([text, self.text(4)], self.tokens))[0]
         found: Row = {"alone": shares(alone.gaps())}
         for name in (
@@ -115,9 +121,7 @@ class Questions:
     def idle(self, count: int) -> Row:
         """What conversations on disk take of the GPU's memory."""
         assert self.own is not None
-        text = self.text()
-        self.ask(Asked([text], 1, keep=True))
-        self.own.forget(but_longest=True)
+        text, _ = self.document()
         self.own.move("disk")
         before = self.own.memory()
         self.ask(*(Asked([text, self.text(64)], 1, keep=True) for _ in range(count)))
