@@ -8,7 +8,7 @@ ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
 ARG VERSION=
 WORKDIR /ahn
-COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE NOTICE ./
 COPY configs configs
 COPY src src
 RUN SETUPTOOLS_SCM_PRETEND_VERSION="$VERSION" pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

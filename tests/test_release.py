@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +95,7 @@ def test_what_the_image_copies_is_there_and_reaches_the_builder() -> None:
     sent = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), flags=re.M)
     assert len(copied) >= 6 and sorted(sent) == sorted(copied)
     assert all((ROOT / name).exists() for name in copied)
-    project_files = {project()["project"]["readme"], *project()["project"]["license-files"]}
+    project_files = {"README.md", "hatch_build.py", *project()["project"]["license-files"]}
     assert project_files <= set(copied), "the wheel is built from these"
 
 
@@ -111,6 +113,26 @@ def test_shipped_configurations_are_found_from_any_folder(tmp_path: Path, monkey
     (tmp_path / "configs/debug.yaml").write_text(own)
     settings, _ = parse(["configs/debug.yaml", "--use_cpu", "true", "--output_dir", "out"])
     assert settings.dataset == "stdlib-held-out", "one's own file comes first"
+
+
+@pytest.mark.parametrize("repository", ["", "https://example.org/ahn/"])
+def test_an_index_gets_links_that_lead_somewhere(repository: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hatchling")
+    monkeypatch.setenv("REPOSITORY_URL", repository)
+    spec = importlib.util.spec_from_file_location("ahn_hatch_build", ROOT / "hatch_build.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    metadata: dict[str, Any] = {}
+    module.RepositoryLinks(str(ROOT), {}).update(metadata)
+    readme = metadata["readme"]["text"]
+    targets = re.findall(r"\]\(([^)\s]+)\)", readme)
+    assert targets and all(re.match("https?:|#", target) for target in targets)
+    assert ("https://example.org/ahn/raw/HEAD/docs/images/ahn.svg" in targets) == bool(repository)
+    assert ("https://example.org/ahn/blob/HEAD/docs/serving.md" in targets) == bool(repository)
+    assert all(url.startswith("https://") for url in metadata["urls"].values())
+    assert ("Source" in metadata["urls"]) == bool(repository)
+    assert module.with_links("[a [b]](c.md#d) ![e](f.png) [g](#h)", "") == "a [b]  [g](#h)"
 
 
 @pytest.mark.slow
@@ -142,7 +164,7 @@ def test_the_version_is_the_tag_or_a_later_one(tmp_path: Path) -> None:
 @NEEDS_GIT
 def test_wheel_and_source_distribution_work_alone(tmp_path: Path) -> None:
     copy = copy_of_the_repository(tmp_path / "copy")
-    version = {"SETUPTOOLS_SCM_PRETEND_VERSION": "9.8.7"}
+    version = {"SETUPTOOLS_SCM_PRETEND_VERSION": "9.8.7", "REPOSITORY_URL": "https://example.org/ahn"}
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", folder=copy, **version)
     (source,) = (tmp_path / "dist").glob("ahn-9.8.7.tar.gz")
     (wheel,) = (tmp_path / "dist").glob("ahn-9.8.7-py3-none-any.whl")
@@ -151,6 +173,8 @@ def test_wheel_and_source_distribution_work_alone(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
+        described = archive.read("ahn-9.8.7.dist-info/METADATA").decode()
+    assert "Project-URL: Source, https://example.org/ahn\n" in described
     for file in (*(ROOT / "src/ahn").rglob("*"), *(ROOT / "configs").rglob("*")):
         if file.is_file() and "__pycache__" not in file.parts:
             name = file.relative_to(ROOT / "src" if "src" in file.relative_to(ROOT).parts else ROOT)

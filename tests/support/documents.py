@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LANGUAGES = ("bash", "json", "python", "text", "toml", "yaml")
 """Of blocks; those in bash and python run."""
 _BLOCK = re.compile(
-    r"^(?P<mark><!-- not run: (?P<reason>[^\n]+) -->\n+)?"
+    r"^(?P<mark> *<!-- not run: (?P<reason>[^\n]+) -->\n+)?"
     r"(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$"
     r"|^<!-- setup\n(?P<setup>.*?)^-->$",
     flags=re.M | re.S,
