@@ -1,4 +1,4 @@
-"""What distributions say of the repository. Its address is in `REPOSITORY_URL` when they are built, and nowhere else."""
+"""What distributions say of the repository, whose address is `REPOSITORY_URL` when they are built and nowhere else."""
 
 from __future__ import annotations
 
