@@ -112,6 +112,11 @@ def copy_own(module: nn.Module, copy: nn.Module) -> None:
     set_compiled_call(copy, None)
 
 
+def pre_hooks(module: nn.Module) -> list[Call]:
+    """What is called before a module's forward; there is no public way to ask."""
+    return list(module._forward_pre_hooks.values())
+
+
 def place_hooks(module: nn.Module, change: Call) -> None:
     """Give a shallow copy of a module hooks of its own, each changed, with its place among them for a handle.
 
@@ -274,6 +279,19 @@ def execution_device(module: nn.Module) -> torch.device:
     devices = [device for one in hooks if (device := getattr(one, "execution_device", None)) is not None]
     weight = next(module.parameters())
     return torch.device(devices[0]) if devices and weight.is_meta else weight.device
+
+
+def bring_back(module: nn.Module, device: torch.device) -> None:
+    """Take a module out of what accelerate has offloaded, with all its weights on a device from now on."""
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(module, recurse=True)
+    module.to(device)
+
+
+def has_own_forward(model: PreTrainedModel) -> bool:
+    """Whether what a model runs is its class's forward, perhaps inside accelerate's hook, and nobody's besides."""
+    return "forward" not in vars(model) or HOOKED_FORWARD in vars(model)
 
 
 def set_forward(model: PreTrainedModel, forward: Call) -> None:

@@ -15,6 +15,7 @@ from hostile import mutated_bytes, mutated_json
 from models import adapted, awaken, base, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.effort import examples
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -272,7 +273,7 @@ def test_what_is_no_file(model: PreTrainedModel, tmp_path: Path) -> None:
             AHNCache.load(path, model)
 
 
-MUTATIONS = 40
+MUTATIONS = examples(40, 200)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["signed", "first format"])

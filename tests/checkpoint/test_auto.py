@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_checkpoints import as_published, attached, edit_config, logits, publish
 from transformers import (
     AutoConfig,
@@ -304,3 +305,74 @@ def test_a_pickled_model_loads_in_a_new_process(base: Path, tmp_path: Path, way:
         Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr
+
+
+# -- other Auto classes, and what is given beside the name -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head", ["Model", "ModelForSequenceClassification", "ModelForTokenClassification", "ModelForQuestionAnswering"]
+)
+@torch.no_grad()
+def test_other_heads_are_saved_and_loaded_with_their_memory(head: str, base: Path, tmp_path: Path) -> None:
+    auto = getattr(transformers, f"Auto{head}")
+    torch.manual_seed(0)
+    model = auto.from_pretrained(base)
+    ahn.attach(model, ahn.AHNConfig(window=13, sinks=3))
+    for parameter in ahn.adapter_parameters(model).values():
+        parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(2, 42)[None]
+    wanted = model(ids)[0]
+    for found in (auto.from_pretrained(tmp_path), ahn.from_pretrained(tmp_path)):
+        assert type(found) is type(model)
+        assert torch.equal(found(ids)[0], wanted)
+
+
+@torch.no_grad()
+def test_a_new_head_is_said(merged: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in transformers, which lists it; logits per token are never made up."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(merged, num_labels=3)
+    assert model(torch.arange(2, 42)[None]).logits.shape == (1, 3) and "score.weight: it is new" in caplog.text
+    assert len(ahn.adapter_parameters(model)) > 0
+    bare = transformers.AutoModel.from_pretrained(merged)
+    assert type(bare).__name__ == "Qwen2Model" and len(ahn.adapter_parameters(bare)) > 0
+
+
+def test_what_is_given_changes_the_configuration_or_is_refused(merged: Path) -> None:
+    changed = AutoConfig.from_pretrained(merged, use_cache=False)
+    changed.rms_norm_eps = 1e-3
+    for model in (
+        AutoModelForCausalLM.from_pretrained(merged, config=changed),
+        AutoModelForCausalLM.from_pretrained(merged, use_cache=False, rms_norm_eps=1e-3),
+        from_pretrained(merged, use_cache=False, rms_norm_eps=1e-3),
+    ):
+        assert (model.config.use_cache, model.config.rms_norm_eps, model.config.model_type) == (False, 1e-3, "qwen2")
+        assert len(ahn.adapter_parameters(model)) > 0
+    changed.num_hidden_layers = 1
+    with pytest.raises(ahn.AHNError, match="layers"):
+        AutoModelForCausalLM.from_pretrained(merged, config=changed)
+    with pytest.raises(ahn.AHNError, match="subfolder= is not supported"):
+        AutoModelForCausalLM.from_pretrained(merged.parent, subfolder=merged.name)
+    with pytest.raises(ahn.AHNError, match="variant= is not supported"):
+        AutoModelForCausalLM.from_pretrained(merged, variant="fp16")
+
+
+def test_the_attention_of_another_model_with_an_ahn_is_taken_for_the_bases(merged: Path, wanted: torch.Tensor) -> None:
+    """Trainers load a reference model with what the configuration of the first one says."""
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(merged, attn_implementation="ahn")), wanted)
+
+
+@torch.no_grad()
+def test_a_lora_that_names_a_merged_checkpoint_as_its_base(merged: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], exclude_modules=r".*\.ahn\..*", init_lora_weights=False)
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(merged), lora)
+    expected = logits(wrapped)
+    with pytest.warns(UserWarning, match="The AHN is saved by"):
+        wrapped.save_pretrained(tmp_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    except (ImportError, ValueError) as error:  # this transformers asks for a PEFT that is not out yet
+        pytest.skip(str(error))
+    assert torch.equal(logits(model), expected) and len(ahn.adapter_parameters(model)) > 0

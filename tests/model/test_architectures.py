@@ -19,6 +19,7 @@ REFUSED = {
     "bamba": "BambaMixer does not go on where the last chunk",
     "diffllama": "DiffLlamaAttention attends 2 times per layer",
     "doge": "DogeAttention makes an attention mask of its own",
+    "dory": "DoryAttention keeps keys and values in layer self.layer_idx [+] cache_offset of the cache",
     "jamba": "JambaMambaMixer does not go on where the last chunk",
     "minimax": "MiniMaxModel wants a cache of its own, MiniMaxCache",
     "stablelm": r"StableLmDecoderLayer.forward gives its attention no \*\*kwargs",
@@ -45,7 +46,7 @@ def test_families_that_were_gained(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_architecture_is_right_or_refused_as_the_page_says(model_type: str) -> None:
     verdict = judge(model_type)
-    assert verdict.kind != "wrong", verdict.reason
+    assert verdict.kind in ("right", "refused"), f"{verdict.kind}: {verdict.reason}"
     page = PAGE.read_text(encoding="utf-8")
     if f"transformers {transformers.__version__}" in page:
         found = [line for line in page.splitlines() if line.startswith(f"| `{model_type}` |")]

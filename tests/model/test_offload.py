@@ -48,7 +48,20 @@ def test_a_memory_on_an_offloaded_base(where: str, options: dict[str, bool], tmp
 
 
 @pytest.mark.parametrize("where", ["disk", "cpu"])
-def test_a_memory_that_was_offloaded_with_the_base_is_refused(where: str, tmp_path: Path) -> None:
-    model = offload(adapted(window=13, sinks=3), where, tmp_path)
-    with pytest.raises(AHNError, match="offload the model first, then attach"):
-        model(tokens(1, 60))
+@torch.no_grad()
+def test_a_memory_that_was_offloaded_with_its_base_comes_back(where: str, tmp_path: Path) -> None:
+    options: dict[str, bool] = {"q_proj": True, "router": True}
+    ids, expected = tokens(1, 60), adapted(window=13, sinks=3, **options)
+    model = offload(adapted(window=13, sinks=3, **options), where, tmp_path / "weights")
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert not any(x.is_meta for x in ahn.adapter_parameters(model).values())
+    ahn.save_adapter(model, tmp_path / "adapter")
+    ahn.detach(model)
+    assert torch.equal(model(ids).logits, base()(ids).logits)
+
+
+def test_a_memory_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = ahn.attach(type(base())(base().config), CONFIG)
+    with pytest.raises(AHNError, match="on the meta device: load them"):
+        model(tokens(1, 60).to("meta"))

@@ -89,11 +89,33 @@ def test_what_cannot_be_read_so_is_refused() -> None:
         model(ids, **packed, output_attentions=True)
     with pytest.raises(AHNError, match=r"position_ids that begin anew"):
         model(ids, use_cache=False, cu_seq_lens_q=torch.tensor([0, 60]))
-    with pytest.raises(AHNError, match="Pad the documents instead"):
-        model.get_decoder()(ids, **packed)
-    classes = transformers.Qwen3ForSequenceClassification(base().config).eval()
-    with pytest.raises(AHNError, match="Pad the documents instead"):
-        ahn.attach(classes, ahn.AHNConfig(window=13, sinks=3))(ids, **packed)
+    of_images = torch.cat([starting_anew(*LENGTHS)[None], torch.arange(60).expand(3, 1, 60)])
+    with pytest.raises(AHNError, match="several documents with images"):
+        model.get_decoder()(ids, position_ids=of_images, use_cache=False)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForTokenClassification"])
+@torch.no_grad()
+def test_the_decoder_itself_reads_several_documents(head: str) -> None:
+    """Trainers that keep logits small call it: TRL's, and whoever has another head."""
+    torch.manual_seed(0)
+    plain = getattr(transformers, f"Qwen3{head}")(base().config).eval()
+    model, ids = awaken(ahn.attach(plain, ahn.AHNConfig(window=13, sinks=3))), tokens(1, 60)
+    expected = torch.cat([model(part, use_cache=False)[0] for part in ids.split(LENGTHS, dim=1)], dim=1)
+    assert relative_error(model(ids, position_ids=starting_anew(*LENGTHS))[0], expected) < TOLERANCE
+    causal = adapted(window=13, sinks=3)
+    hidden = causal.get_decoder()(ids, position_ids=starting_anew(*LENGTHS), use_cache=False).last_hidden_state
+    assert relative_error(causal.lm_head(hidden), alone(causal, ids, LENGTHS)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_documents_within_the_window_have_one_forward_together() -> None:
+    model, lengths = adapted(window=13, sinks=3), (9, 16, 30, 1, 12)
+    ids, calls = tokens(1, sum(lengths)), list[int]()
+    model.model.layers[0].register_forward_pre_hook(lambda _, given: calls.append(given[0].shape[1]))
+    packed = model(ids, position_ids=starting_anew(*lengths), use_cache=False).logits
+    assert calls == [38, 30]
+    assert relative_error(packed, alone(model, ids, lengths)) < TOLERANCE
 
 
 # -- models whose output is not logits per token -----------------------------------------------------------------------

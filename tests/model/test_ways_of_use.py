@@ -205,3 +205,64 @@ def test_a_text_goes_on_after_padding_on_the_right_until_something_leaves() -> N
     for step in ({"attention_mask": mask}, {}):
         with pytest.raises(AHNError, match="padding between real tokens"):
             model(ids[:, 20:], past_key_values=states[0], **step)
+
+
+# -- refused before work begins ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [12, 60], ids=["within the window", "beyond it"])
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
+@torch.no_grad()
+def test_arguments_of_another_length_are_refused_whole(name: str, length: int) -> None:
+    model = adapted(window=13, sinks=3, prefill_chunk_size=5)
+    for columns in (length - 3, length + 20):
+        given = torch.ones(1, columns, dtype=torch.long) if name == "attention_mask" else torch.arange(columns)[None]
+        with pytest.raises((AHNError, RuntimeError), match=rf"{name} has {columns} columns|size of tensor"):
+            model(tokens(1, length), **{name: given})
+
+
+def test_exporting_is_refused() -> None:
+    model, ids = adapted(window=13, sinks=3), tokens(1, 60)
+    for export in (torch.export.export, torch.jit.trace):
+        with pytest.raises(AHNError, match="cannot be exported or traced"):
+            export(model, (ids,))
+
+
+def test_continuous_batching_is_refused() -> None:
+    model = adapted(window=13, sinks=3)
+    with pytest.raises(AHNError, match="use `ahn serve`"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_models_that_attend_in_both_directions_are_refused() -> None:
+    for plain in (base(is_causal=False), base("gemma3", use_bidirectional_attention=True)):
+        with pytest.raises(AHNError, match="attends in both directions"):
+            ahn.attach(plain, ahn.AHNConfig(window=13, sinks=3))
+
+
+def test_a_model_of_an_adapted_ones_configuration_has_no_memory() -> None:
+    """As trainers make a reference model."""
+    model = adapted(window=13, sinks=3)
+    with pytest.raises(AHNError, match="has no memory itself: attach or load one"):
+        type(model)(model.config)(tokens(1, 60))
+
+
+def test_fewer_layers_than_the_configuration_says_are_refused() -> None:
+    plain = base(layer_types=["full_attention"] * 2)
+    plain.model.layers = plain.model.layers[:1]
+    with pytest.raises(AHNError, match="has 1 layers, and its configuration says what 2 are"):
+        ahn.attach(plain, ahn.AHNConfig(window=13, sinks=3))
+
+
+# -- what others put around a forward ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_forward_that_was_wrapped_meanwhile_is_the_bases_after_detach() -> None:
+    """accelerate puts one around it for mixed precision, torch.compile and TRL likewise."""
+    model, ids = adapted(window=13, sinks=3), tokens(1, 60)
+    inner, expected = model.forward, base()(ids).logits
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert relative_error(model(ids).logits, expected) > 0.003
+    ahn.detach(model)
+    assert torch.equal(model(ids).logits, expected)

@@ -91,11 +91,12 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    from transformers.models.auto import modeling_auto
 
-    from ahn.auto.classes import AHNForCausalLM, AHNModelConfig
+    from ahn.auto.classes import LOADERS, AHNModelConfig
 
-    AutoModelForCausalLM.register(AHNModelConfig, AHNForCausalLM, exist_ok=True)
+    for loader in LOADERS:
+        getattr(modeling_auto, loader.auto_class).register(AHNModelConfig, loader, exist_ok=True)
     _name_model()
 
 

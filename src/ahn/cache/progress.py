@@ -127,6 +127,12 @@ def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor
             f"An AHN needs a 2-D attention_mask (batch, tokens), got a {type(attention_mask).__name__}. Multimodal "
             "wrappers make their own masks; use the text model inside (for example AutoModelForCausalLM)."
         )
+    check_mask(attention_mask, seen, length)
+    return attention_mask[:, -length:].bool()
+
+
+def check_mask(attention_mask: Tensor, seen: int, length: int) -> None:
+    """Raises AHNError unless a mask has a column for each token seen before and each of these."""
     if attention_mask.dim() != 2:
         raise AHNError(f"An AHN needs a 2-D attention_mask (batch, tokens), got {tuple(attention_mask.shape)}.")
     if attention_mask.shape[1] != seen + length:
@@ -134,4 +140,3 @@ def new_columns(attention_mask: Tensor | None, seen: int, length: int) -> Tensor
             f"attention_mask has {attention_mask.shape[1]} columns; expected {seen + length}: {seen} cached tokens and "
             f"{length} new ones."
         )
-    return attention_mask[:, -length:].bool()

@@ -32,6 +32,9 @@ from ahn.shape import ModelShape
 
 logger = logging.getLogger("ahn")
 
+_OF_WEIGHTS = ("dtype", "torch_dtype", "quantization_config", "device_map")
+"""Arguments that say how weights are loaded, though a configuration may have them too."""
+
 
 def read_settings(checkpoint: Checkpoint, **reach: Unpack[Reach]) -> AHNConfig:
     """The settings of a checkpoint's AHN.
@@ -111,6 +114,14 @@ def transformers_config(config: dict[str, Any], path: Path) -> Any:
     except Exception as error:  # transformers validates with many exception types
         reason = " ".join(str(error).split())[:300]
         raise AHNError(f"{path / CONFIG} is not a valid {model_type} configuration: {reason}") from error
+
+
+def changed(config: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A configuration with what arguments of `from_pretrained` change in it, as in transformers, and the others."""
+    kept = {name: x for name, x in arguments.items() if name in _OF_WEIGHTS}
+    rest = {name: x for name, x in arguments.items() if name not in _OF_WEIGHTS}
+    config, rest = type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **rest)
+    return config, rest | kept
 
 
 def check_base(adapter: Checkpoint, base: Any, base_name: str) -> ModelShape:

@@ -16,15 +16,26 @@ from typing import Any, Unpack
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ahn.checkpoint.adapter import attach_checked, checked_settings
 from ahn.checkpoint.directory import Checkpoint, is_ahn
-from ahn.checkpoint.format import transformers_config
+from ahn.checkpoint.format import changed, transformers_config
 from ahn.checkpoint.hub import local_directory
 from ahn.config import DTYPES, AHNConfig, Reach
 from ahn.errors import AHNError
-from ahn.model.saving import BASE_NAME
+from ahn.model import attention
+from ahn.model.saving import BASE_NAME, base_config
 
 PathLike = str | os.PathLike[str]
 HUB = ("cache_dir", "force_download", "local_files_only", "token")
@@ -57,6 +68,22 @@ def from_pretrained(
     Raises:
         AHNError: the base is not named or not found, does not fit, or a file is missing or damaged.
     """
+    reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
+    return load(directory, base, reach, **kwargs)
+
+
+def load(
+    directory: PathLike, base: PathLike | None = None, reach: Reach | None = None, auto: Any = None, **kwargs: Any
+) -> PreTrainedModel:
+    """`from_pretrained`, with the Auto class of transformers that finds the base's class; None: as it was saved."""
+    for name in ("subfolder", "variant", "gguf_file"):
+        if kwargs.pop(name, None):
+            raise AHNError(
+                f"{name}= is not supported for a checkpoint with an AHN: give the directory that holds its config.json "
+                "and model.safetensors."
+            )
+    if kwargs.get("attn_implementation") == attention.NAME:  # from the configuration of an adapted model
+        del kwargs["attn_implementation"]
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     revision = {"revision": kwargs.pop("revision")} if "revision" in kwargs else {}
     checkpoint = Checkpoint.open(local_directory(directory, **hub, **revision))
@@ -64,8 +91,8 @@ def from_pretrained(
         raise AHNError(
             f"{checkpoint.path} has no AHN tensors: load it with transformers, then ahn.attach or ahn.load_adapter."
         )
-    reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized, "max_distance": max_distance}
-    return ModelSource.of(checkpoint, directory, base, hub, **reach).load(**kwargs)
+    config = kwargs.pop("config", None)
+    return ModelSource.of(checkpoint, directory, base, hub, config, **(reach or {})).load(auto=auto, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +105,7 @@ class ModelSource:
         ahn: where the AHN is: an adapter, the merged checkpoint, or None.
         settings: the AHN's, with what was given in place of the saved ones.
         given: whether window and sinks were both given.
+        config: the base's, if not the one in its folder.
     """
 
     name: PathLike
@@ -85,6 +113,7 @@ class ModelSource:
     ahn: Checkpoint | None = None
     settings: AHNConfig | None = None
     given: bool = False
+    config: PreTrainedConfig | None = None
 
     @classmethod
     def open(cls, model: str, adapter: str | None = None, **reach: Unpack[Reach]) -> ModelSource:
@@ -106,6 +135,7 @@ class ModelSource:
         name: PathLike,
         base: PathLike | None,
         hub: dict[str, Any] | None = None,
+        config: PreTrainedConfig | None = None,
         **reach: Unpack[Reach],
     ) -> ModelSource:
         """A checkpoint with an AHN, called `name`, and its base; other arguments as `from_pretrained`."""
@@ -119,21 +149,24 @@ class ModelSource:
             name, files = named, _open_base(checkpoint, named, hub or {})
         elif base is not None:
             raise AHNError(f"{checkpoint.path} is a merged checkpoint and brings its own base model: leave base out.")
-        config = transformers_config(files.config, files.path)
-        settings = checked_settings(checkpoint, config, str(name), **reach)
+        of_base = config or transformers_config(files.config, files.path)
+        settings = checked_settings(checkpoint, of_base, str(name), **reach)
         given = None not in (reach.get("window"), reach.get("sinks"))
-        return cls(name, files, checkpoint, settings, given)
+        return cls(name, files, checkpoint, settings, given, config)
 
     @property
     def adapter(self) -> Checkpoint | None:
         """Where the AHN is, if it is not beside the base weights."""
         return None if self.ahn is self.base else self.ahn
 
-    def load(self, memory: bool = True, **kwargs: Any) -> PreTrainedModel:
-        """The model in evaluation mode, with its AHN or, without `memory`, bare; `kwargs` as `from_pretrained`."""
-        if self.base.kind == "merged":
-            kwargs = {"config": transformers_config(self.base.config, self.base.path)} | kwargs
-        model = load_base(self.base.path, **kwargs)
+    def load(self, memory: bool = True, auto: Any = None, **kwargs: Any) -> PreTrainedModel:
+        """The model in evaluation mode, with its AHN or, without `memory`, bare; `auto` and `kwargs` as `load`."""
+        if self.config is not None:
+            kwargs["config"] = self.config
+        elif self.base.kind == "merged":
+            config, kwargs = changed(transformers_config(self.base.config, self.base.path), kwargs)
+            kwargs["config"] = config
+        model = load_base(self.base.path, auto or _auto_class(base_config(self.base.config)), **kwargs)
         model.config.name_or_path = model.name_or_path = str(self.name)
         if self.base.kind == "merged":
             named = _named_base(self.base)
@@ -167,8 +200,21 @@ class ModelSource:
         return self.load(memory, dtype=chosen).to(place), tokenizer
 
 
-def load_base(path: Path, **kwargs: Any) -> PreTrainedModel:
+def _auto_class(config: dict[str, Any]) -> Any:
+    """The Auto class that finds what a configuration was saved from; that of causal language models where unclear."""
+    saved = config.get("architectures")
+    name = str(saved[0]) if isinstance(saved, list) and saved else ""
+    heads = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+    suffixes = {head.__name__.removeprefix("AutoModel"): head for head in heads} | {"Model": AutoModel}
+    return next((found for suffix, found in suffixes.items() if name.endswith(suffix)), AutoModelForCausalLM)
+
+
+def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
     """Load with transformers; unlike there, an absent weight is an error, and AHN weights beside the base are none.
+
+    Args:
+        auto: the Auto class to load with. A head that the checkpoint lacks is new, as in transformers, unless it is
+            that of a causal language model.
 
     Raises:
         AHNError: transformers cannot load it, or a weight is absent.
@@ -178,11 +224,14 @@ def load_base(path: Path, **kwargs: Any) -> PreTrainedModel:
         _check_dtype(kwargs.get(name))
     with _without_load_report():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+            model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
         except (ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise unreadable(path, error) from error
     absent = sorted(info["missing_keys"])
-    if absent:
+    inside = f"{model.base_model_prefix}." if model.get_decoder() is not model else ""
+    if auto is not AutoModelForCausalLM and absent and not any(name.startswith(inside) for name in absent):
+        logging.getLogger("ahn").warning("%s has no %s: it is new, and has to be trained.", path, ", ".join(absent))
+    elif absent:
         raise AHNError(f"{path} lacks {len(absent)} weights of {type(model).__name__}, the first is {absent[0]}.")
     unused = sorted(name for name in info["unexpected_keys"] if not is_ahn(name))
     if unused:

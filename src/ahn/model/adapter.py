@@ -108,7 +108,12 @@ def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module
                 f"slot_heads has key head {head} of layer {layer}; this model has {shape.kv_heads} key heads in each "
                 f"of the layers {', '.join(map(str, with_memory))}."
             )
-    return {i: attention_module(layers[i], shape) for i in with_memory}
+    modules = dict[int, nn.Module]()
+    for index in with_memory:
+        if index >= len(layers):
+            raise AHNError(f"The model has {len(layers)} layers, and its configuration says what {shape.layers} are.")
+        modules[index] = attention_module(layers[index], shape)
+    return modules
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -204,20 +209,13 @@ class DecoderHook:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             return None  # the base model says what is wrong
-        if self._offloaded():
-            raise AHNError(
-                "The memory's weights were offloaded with the model's, where it does not find them: offload the model "
-                "first, then attach the AHN (ahn.attach or ahn.load_adapter)."
-            )
+        self._bring_back()
         cache = kwargs.get(private.CACHE)
-        if packing.documents(kwargs, chunks.wants_cache(self.model, kwargs)):
-            raise AHNError(
-                "Rows that hold several documents (position_ids that begin anew) are read by the forward of a causal "
-                "language model; this is another's, or its decoder's. Pad the documents instead."
-            )
+        if packing.documents(self.model, kwargs):
+            return (), kwargs  # each comes here again, by `packing.forward`
         if not self.model.ahn_config.max_distance:
             _warn_beyond(adapter, tokens.shape[1] + (cache.seen if isinstance(cache, AHNCache) else 0))
-        if cache is None and chunks.wants_cache(self.model, kwargs):
+        if cache is None and packing.wants_cache(self.model, kwargs):
             cache = kwargs[private.CACHE] = AHNCache.for_model(self.model)
         view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
@@ -234,11 +232,17 @@ class DecoderHook:
         kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, observers, parts)
         return (), kwargs
 
-    def _offloaded(self) -> bool:
-        """accelerate has replaced weights of the memory by stand-ins: its hooks are on modules that nobody calls."""
-        memories = [layer.ahn for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
-        first_and_last = memories[:: max(1, len(memories) - 1)]
-        return any(x.device.type == "meta" for memory in first_and_last for x in memory.parameters())
+    def _bring_back(self) -> None:
+        """accelerate has offloaded the memory with the base, with hooks on modules that nobody calls: it is small."""
+        layers = [layer for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
+        first_and_last = layers[:: max(1, len(layers) - 1)]
+        if not any(x.is_meta for layer in first_and_last for x in layer.ahn.parameters()):
+            return
+        for layer in layers:
+            for name in {"ahn", "ahn_router"} & private.children(layer).keys():
+                private.bring_back(getattr(layer, name), private.execution_device(layer.self_attn.o_proj))
+        if any(x.is_meta for layer in layers for x in layer.ahn.parameters()):
+            raise AHNError("The memory's weights are on the meta device: load them (ahn.load_adapter) before reading.")
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
         batch, length = tokens.shape[:2]

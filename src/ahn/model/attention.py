@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ahn import private
 from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
 from ahn.cache.tier import Passed
@@ -61,6 +62,12 @@ def attention(
     """
     call = AttentionCall(module, query, key, value, kwargs)
     if ahn_forward is None:
+        if not any(hasattr(hook, "layer_idx") for hook in private.pre_hooks(module)):
+            raise AHNError(
+                "This model was made from the configuration of one with an AHN and has no memory itself: attach or "
+                "load one (ahn.attach, ahn.load_adapter), copy the other model (copy.deepcopy), or choose another "
+                "attention (model.set_attn_implementation('sdpa'))."
+            )
         raise AHNError("A decoder layer was called outside its model; an AHN needs the whole model's forward.")
     if isinstance(ahn_forward, StepForward):
         assert ahn_layer is not None

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from functools import cache as memoize
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ahn import decode, memory, private
 from ahn.cache.conversation import AHNCache
+from ahn.cache.progress import check_mask
 from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
@@ -38,7 +39,13 @@ class Wrapped:
         self.model, self.name, self.ours = model, name, ours
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.model, "_ahn", None) is None:  # detached, inside what somebody put around this meanwhile
+            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
         return self.ours(self.model, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export reads it
+        return getattr(type(self.model), self.name).__code__
 
     @property
     def __signature__(self) -> inspect.Signature:  # generate() and trainers read it
@@ -49,15 +56,20 @@ def wrap(model: PreTrainedModel) -> None:
     """Put ours before the model's own `forward`, `generate` and `save_pretrained`, as attributes of the instance."""
     # accelerate's hook, if the model lies on several devices, stays the outermost: it would move what goes to a chunk.
     private.set_forward(model, Wrapped(model, "forward", _forward))
+    decoder = model.get_decoder()
+    if decoder is not model and private.has_own_forward(decoder):
+        private.set_forward(decoder, packing.Separate(packing.forward, decoder, model))
     if hasattr(model, "generate"):
         model.generate = Wrapped(model, "generate", _generate)
+        model.init_continuous_batching = Wrapped(model, "init_continuous_batching", _refuse_batching)
     model.save_pretrained = Wrapped(model, "save_pretrained", save)
 
 
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     private.reset_forward(model, Wrapped)
-    for name in ("generate", "save_pretrained"):
+    private.reset_forward(model.get_decoder(), packing.Separate)
+    for name in ("generate", "init_continuous_batching", "save_pretrained"):
         if isinstance(model.__dict__.get(name), Wrapped):
             delattr(model, name)
 
@@ -73,12 +85,6 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     named = dict(zip(_positional(function), args, strict=False)) | kwargs
     private.name_cache(named)
     return named
-
-
-def wants_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    """What `use_cache` resolves to."""
-    use_cache = kwargs.get("use_cache")
-    return bool(model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache)
 
 
 def gives_tokens(model: PreTrainedModel) -> bool:
@@ -109,6 +115,13 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     loop = decode.loop(model, kwargs, _prompt(kwargs)) if model._ahn.enabled else None
     with _recording(model, kwargs, drafts), _settled(kwargs.get(private.CACHE)):
         return type(model).generate(model, **kwargs if loop is None else kwargs | {"custom_generate": loop})
+
+
+def _refuse_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    raise AHNError(
+        "transformers' continuous batching (generate_batch, transformers serve) keeps pages of keys and values, which "
+        "have no place for a memory: use `ahn serve`, or generate."
+    )
 
 
 def _prompt(kwargs: dict[str, Any]) -> Any:
@@ -160,17 +173,18 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if isinstance(cache, AHNCache) and cache.progress.given_again:
         kwargs = _new_tokens(kwargs, cache.progress.given_again)
         cache.progress.given_again = 0
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and model._ahn.enabled:
+        raise AHNError(
+            "A model with an AHN cannot be exported or traced: what it computes depends on how much was read. Export "
+            "the base (ahn.detach), or use torch.compile."
+        )
     if (step := decode.forward(model, kwargs)) is not None:
         return step
-    if model._ahn.enabled and gives_tokens(model):
-        several = packing.documents(kwargs, wants_cache(model, kwargs))
-        if several:
-            return packing.read(model, kwargs, several)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
         if isinstance(cache, AHNCache):
             cache.progress.undoable = _undoable(kwargs.get("logits_to_keep", 0))
-        return base(model, **kwargs)
+        return packing.forward(model, model, **kwargs) if model.get_decoder() is model else base(model, **kwargs)
     if cache is None:
         cache = kwargs[private.CACHE] = AHNCache.for_model(model)
     length, seen = pieces[-1][1], cache.seen
@@ -218,20 +232,33 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     if decode.asked(model, kwargs, "return_dict") is False:
         return []
     cache = kwargs.get(private.CACHE)
-    if not wants_cache(model, kwargs) or not (cache is None or isinstance(cache, AHNCache)):
+    if not packing.wants_cache(model, kwargs) or not (cache is None or isinstance(cache, AHNCache)):
+        return []
+    if packing.documents(model, kwargs):
         return []
     config: AHNConfig = model.ahn_config if cache is None else cache.config
     seen, length = (0 if cache is None else cache.seen), tokens.shape[1]
+    mask = kwargs.get("attention_mask")
+    _check_lengths(mask, kwargs.get("position_ids"), seen, length)
+    if not length:
+        return []  # the base says what is wrong
     # While nothing leaves the window it is exactly the base model's own forward.
     size = config.prefill_chunk_size if seen + length > config.lossless else length
     full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
     cuts = {*range(0, full, size), *range(full, length, size), length}
-    mask = kwargs.get("attention_mask")
     if config.reach and model._ahn.rotation is not None:
         for reach in _reaches(config, mask):
             if seen + length > reach:
                 cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, reach)}
     return list(itertools.pairwise(sorted(cuts | _gaps(mask, length))))
+
+
+def _check_lengths(mask: Any, positions: Any, seen: int, length: int) -> None:
+    """Raises AHNError where a chunk would be given a part of what does not fit the whole."""
+    if isinstance(mask, Tensor):
+        check_mask(mask, seen, length)
+    if isinstance(positions, Tensor) and positions.shape[-1] != length:
+        raise AHNError(f"position_ids has {positions.shape[-1]} columns; expected {length}, one per new token.")
 
 
 def _not_tokens_alone(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

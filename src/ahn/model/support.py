@@ -16,11 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ahn import private
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
 
 _UNLIKE_ITSELF = ("BambaMixer",)
 """Layers that go on with another result than that of the whole text in transformers itself, up to 5.24."""
+
+_UPDATES = tuple(f"{name}.update" for name in private.CACHE_NAMES)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
@@ -61,7 +64,11 @@ def attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
 
 def check_decoder(decoder: nn.Module) -> None:
     """Raises AHNError unless the decoder works with a cache and keyword arguments of others."""
-    kind = type(decoder)
+    kind, config = type(decoder), decoder.config
+    # Embedding models are made so of causal ones (E5, EmbeddingGemma, …).
+    both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+    if both_ways or getattr(config, "is_causal", True) is False:
+        raise AHNError(f"This {kind.__name__} attends in both directions; a memory holds what came before.")
     if not _takes_keywords(kind.forward):
         raise AHNError(f"{kind.__name__}.forward takes no **kwargs, so layers cannot be told what they see.")
     kinds: list[Any] = [type(part) for part in decoder.modules()]
@@ -109,6 +116,12 @@ def _check_calls(forward: Any, name: str) -> None:
         mask = call.args[4] if len(call.args) > 4 else by_name.get("attention_mask")
         if mask is None or ast.unparse(mask) != "attention_mask":
             raise AHNError(f"{name} makes an attention mask of its own, which says nothing of a window.")
+    for call in _calls(forward, name):
+        if ast.unparse(call.func) in _UPDATES and len(call.args) > 2 and ast.unparse(call.args[2]) != "self.layer_idx":
+            raise AHNError(
+                f"{name} keeps keys and values in layer {ast.unparse(call.args[2])} of the cache: a text goes through "
+                "it several times, through a memory once."
+            )
 
 
 def _takes_keywords(function: Any) -> bool:
