@@ -29,7 +29,7 @@ from ahn import shipped
 from ahn.model.adapter import set_window
 from ahn.model.attached import observed
 from ahn.training import looks
-from ahn.training.heads import most_peaked, peaks
+from ahn.training.heads import copied, most_copying
 from ahn.training.losses import IGNORED
 
 ASKED = 32
@@ -92,14 +92,14 @@ def learn(
 def found_heads(
     model: PreTrainedModel, asked: list[reading.Asked], window: int, sinks: int, count: int
 ) -> tuple[tuple[int, int], ...]:
-    """The key heads that look most at one far token where an answer of a chat is due."""
+    """The key heads that look most at what an answer of a chat says, where it was said."""
     batches = []
     for ids, answers in asked:
         labels = torch.full_like(ids, IGNORED)
         for answer in answers:
             labels[answer] = ids[answer]
         batches.append({"input_ids": ids[None], "labels": labels[None]})
-    return most_peaked(peaks(model, batches, window, sinks), count)
+    return most_copying(copied(model, batches, window, sinks), count)
 
 
 def trained(

@@ -1,13 +1,14 @@
 """Which key heads find what was said long ago: few of a model do, and they alone need to keep tokens.
 
-A head that copies an answer from far back gives one far token a large probability just when the answer is due; one
-that looks everywhere gives each a little. So heads are ordered by the largest probability that a query of a reply gives
-a single token beyond the window, mean over those queries, in the base model's own full attention.
+A head that copies an answer from far back looks, when the answer is due, at the place where it was said. So heads are
+ordered by the attention that queries of replies give to far places where the reply's own words stand, mean over those
+queries, in the base model's own full attention (compare retrieval heads, arXiv 2404.15574).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,15 @@ from ahn.training.losses import IGNORED
 
 QUERIES = 64
 """At once: their probabilities are written out."""
+WORDS = 3
+"""So many tokens in a row, or a whole shorter reply, that were said before in the same order are taken for copied."""
+NEAR = 8
+"""Tokens of the reply around the one that is due whose earlier places count: some heads look at a place's beginning."""
 
 
 @torch.no_grad()
-def peaks(model: PreTrainedModel, batches: Iterable[Batch], window: int, sinks: int) -> dict[tuple[int, int], float]:
-    """How much of its attention each key head gives the far token that it looks at most, 0 to 1.
+def copied(model: PreTrainedModel, batches: Iterable[Batch], window: int, sinks: int) -> dict[tuple[int, int], float]:
+    """How much of its attention each key head gives to the far places where a reply's words were said before, 0 to 1.
 
     Args:
         model: with a memory attached, of any kind. It keeps the given window afterwards.
@@ -36,40 +41,35 @@ def peaks(model: PreTrainedModel, batches: Iterable[Batch], window: int, sinks: 
         window, sinks: W and S: a token is far at a distance of W or more, and if it is no sink.
 
     Returns:
-        By (layer, key head), of the layers with a memory.
+        By (layer, key head), of the layers with a memory; of a key head the query head that gives most.
 
     Raises:
-        AHNError: no query has a far token.
+        AHNError: no reply says again what was said far before.
     """
-    watch = _PeakWatch(window, sinks)
+    watch = _CopyWatch()
     try:
         for batch in batches:
             ids, mask, labels = unpack(batch)
             set_window(model, ids.shape[1], 0)  # nothing leaves it: the base model's own full attention
-            inputs = model_inputs(model, ids, mask, 0)
-            for row, wanted in enumerate(labels != IGNORED):
-                first = int(inputs["attention_mask"][row].argmax()) if "attention_mask" in inputs else 0
-                queries = wanted.nonzero()[:, 0] - 1
-                far = queries[queries >= first + sinks + window]
-                watch.rows += [(row, first, some) for some in far.split(QUERIES) if len(some)]
+            for row in range(len(ids)):
+                real = torch.ones_like(ids[row]) if mask is None else mask[row]
+                watch.asked += _asked(row, ids[row], real.bool(), labels[row], window, sinks)
             with observed(model, watch, first=True):
-                attached(model).get_decoder()(**inputs, use_cache=False)
-            watch.rows.clear()
+                attached(model).get_decoder()(**model_inputs(model, ids, mask, 0), use_cache=False)
+            watch.asked.clear()
     finally:
         set_window(model, window, sinks)
-    if not watch.counts:
-        raise AHNError(
-            f"No reply comes {window + sinks} tokens or more after what it could look at: give longer texts."
-        )
+    if not watch.sums:
+        raise AHNError(f"No reply says again what stands {window} tokens or more before it: give other, longer texts.")
     return {
-        (layer, head): peak / watch.counts[layer]
+        (layer, head): share / watch.counts[layer]
         for layer, found in watch.sums.items()
-        for head, peak in enumerate(found.tolist())
+        for head, share in enumerate(found.tolist())
     }
 
 
-def most_peaked(found: dict[tuple[int, int], float], count: int) -> tuple[tuple[int, int], ...]:
-    """So many heads of `peaks`, those with the highest, as `AHNConfig.slot_heads` takes them.
+def most_copying(found: dict[tuple[int, int], float], count: int) -> tuple[tuple[int, int], ...]:
+    """So many heads of `copied`, those with the highest shares, as `AHNConfig.slot_heads` takes them.
 
     Raises:
         AHNError: there are fewer.
@@ -79,30 +79,68 @@ def most_peaked(found: dict[tuple[int, int], float], count: int) -> tuple[tuple[
     return tuple(sorted(sorted(found, key=lambda head: -found[head])[:count]))
 
 
-class _PeakWatch(Observer):
-    """Adds up peaks of the queries of `rows`: a row of the batch, its first real token, some of its queries."""
+class _Asked(NamedTuple):
+    """Queries of a row (Q,), and which tokens of the row each of them is asked for, (Q, L)."""
 
-    def __init__(self, window: int, sinks: int) -> None:
-        self.window, self.sinks = window, sinks
-        self.rows: list[tuple[int, int, Tensor]] = []
+    row: int
+    queries: Tensor
+    wanted: Tensor
+    real: Tensor
+
+
+def _asked(row: int, ids: Tensor, real: Tensor, labels: Tensor, window: int, sinks: int) -> list[_Asked]:
+    places, no_sink = torch.arange(len(ids), device=ids.device), real & (real.cumsum(0) > sinks)
+    found = []
+    for first, last in _runs(labels):
+        said = _said_before(ids, first, last, window)
+        for some in torch.arange(max(first, 1), last, device=ids.device).split(QUERIES):
+            close = (some[:, None] - torch.arange(first, last, device=ids.device)).abs() <= NEAR
+            wanted = (close.float() @ said.float() > 0) & (some[:, None] - 1 - places >= window) & no_sink
+            asked = wanted.any(1)
+            if asked.any():
+                found.append(_Asked(row, some[asked] - 1, wanted[asked], real))
+    return found
+
+
+def _runs(labels: Tensor) -> list[tuple[int, int]]:
+    """Where replies begin and end among labels (L,)."""
+    inside = torch.nn.functional.pad((labels != IGNORED).int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return list(zip(inside[::2], inside[1::2], strict=True))
+
+
+def _said_before(ids: Tensor, first: int, last: int, window: int) -> Tensor:
+    """(R, L) bool: for each token of the reply ids[first:last] the places of the words that it is part of."""
+    count = min(WORDS, last - first)
+    words = ids.unfold(0, count, 1)
+    same = (words[first : last - count + 1, None] == words).all(-1)
+    same &= torch.arange(len(words), device=ids.device) <= first - window
+    said = torch.zeros(last - first, len(ids), dtype=torch.bool, device=ids.device)
+    for n in range(count):
+        for m in range(count):
+            said[n : n + len(same), m : m + len(words)] |= same
+    return said
+
+
+class _CopyWatch(Observer):
+    """Adds up the shares of all that is `asked` of a batch."""
+
+    def __init__(self) -> None:
+        self.asked: list[_Asked] = []
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
 
     def attending(self, layer: LayerContext, call: AttentionCall) -> None:
-        for row, first, queries in self.rows:
-            found = _peaks(call.query[row], call.key[row], queries, first, self.window, self.sinks, call.scaling)
+        for one in self.asked:
+            found = _shares(call.query[one.row], call.key[one.row], one, call.scaling)
             self.sums[layer.index] = self.sums.get(layer.index, 0) + found.sum(1).cpu()
-            self.counts[layer.index] = self.counts.get(layer.index, 0) + len(queries)
+            self.counts[layer.index] = self.counts.get(layer.index, 0) + len(one.queries)
 
 
-def _peaks(query: Tensor, key: Tensor, places: Tensor, first: int, window: int, sinks: int, scaling: float) -> Tensor:
-    """(Hkv, Q): of query (Hq, L, P) at these places and key (Hkv, L, P) the largest probability of a far key."""
-    heads, last = len(key), int(places[-1]) + 1
-    at = places.to(key.device)
+def _shares(query: Tensor, key: Tensor, asked: _Asked, scaling: float) -> Tensor:
+    """(Hkv, Q): of query (Hq, L, P) and key (Hkv, L, P) the attention to what is wanted."""
+    heads, last = len(key), int(asked.queries[-1]) + 1
+    at, real, wanted = (x.to(key.device) for x in (asked.queries, asked.real[:last], asked.wanted[:, :last]))
     q = query[:, at].float().unflatten(0, (heads, -1))
-    scores = q @ key[:, None, first:last].float().mT * scaling
-    distance = at[:, None] - torch.arange(first, last, device=key.device)
-    shares = scores.masked_fill(distance < 0, float("-inf")).softmax(-1)
-    far = distance >= window
-    far[:, :sinks] = False
-    return shares.mul(far).amax(-1).amax(1)
+    scores = q @ key[:, None, :last].float().mT * scaling
+    hidden = (torch.arange(last, device=key.device) > at[:, None]) | ~real
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1).mul(wanted).sum(-1).amax(1)
