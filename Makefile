@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PYTHONUTF8 := 1
+export PYTHONDONTWRITEBYTECODE := # what was compiled once is kept
 
 .PHONY: demo chat docs test test-all test-gpu test-versions
 .DELETE_ON_ERROR:
