@@ -229,7 +229,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, base: Path, adapter
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, base: Path, adapter: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(ahn.AHNError, match="GB free"):
+    with pytest.raises(ahn.AHNError, match="MB free"):
         merge(base, adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -38,8 +38,8 @@ KEY = (
 """What makes two rows the same measurement."""
 
 
-NEEDED = ("measurement", "model", "device", "dtype", "method", "context", "batch", "status", "window", "sinks")
-"""What every row has, measured or not."""
+NEEDED = ("measurement", "model", "device", "dtype", "method", "status")
+"""What every row has, measured or not: a method that the model refuses has no context."""
 
 
 class Log:

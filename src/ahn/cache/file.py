@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ahn import private
 from ahn.cache.checks import TYPES, Stored, check_layout, check_messages, check_values, read_config, read_waiting
 from ahn.cache.origin import check_origin, first_fingerprint
 from ahn.cache.transfer import THREADS, Transfer
@@ -82,7 +83,7 @@ def read(
             description = _description(file, path)
             stored = _stored(file)
             config, seen = _check(description, stored, model, path, of)
-            tensors, digests = _read(handle.fileno(), stored, model.device)
+            tensors, digests = _read(handle.fileno(), stored, _device(model))
     except (SafetensorError, OSError, EOFError) as error:
         raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
     if (kind := description["format"]) != FIRST_FORMAT:
@@ -163,6 +164,12 @@ def _read(file: int, stored: dict[str, Stored], device: torch.device) -> tuple[d
             tensors[name], digests[name] = transfer.read(file, place, one.shape, dtype)
     names = sorted(tensors)
     return tensors, [_title(name, tensors[name]) + digests[name].result() for name in names]
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where the first memory computes: weights of the base may lie elsewhere."""
+    layer = next(layer for layer in model.get_decoder().layers if hasattr(layer, "ahn"))
+    return private.execution_device(layer.self_attn.o_proj)
 
 
 def _stored(file: Any) -> dict[str, Stored]:
