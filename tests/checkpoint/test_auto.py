@@ -189,23 +189,66 @@ def test_peft(base: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "lora")
 
 
-@pytest.mark.slow
-def test_pushing_sends_what_loads(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import PreTrainedModel
+class Hub:
+    """What an upload asks of the Hub, and where it puts it."""
 
-    sent: list[dict[str, object]] = []
+    def __init__(self, place: Path) -> None:
+        self.place, self.asked = place, dict[str, object]()
 
-    def upload(self: object, directory: str, *args: object, **kwargs: object) -> None:
-        sent.append(json.loads((Path(directory) / "config.json").read_text()))
+    def __call__(self, token: object = None) -> Hub:
+        self.asked["token"] = token
+        return self
 
-    class Hub:
-        def create_repo(self, name: str, **kwargs: object) -> Path:
-            return type("Repo", (), {"repo_id": name})
+    def create_repo(self, name: str, **kwargs: object) -> object:
+        self.asked |= kwargs
+        return type("Repo", (), {"repo_id": name if "/" in name else f"me/{name}"})
 
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub)
-    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
-    attached(base).save_pretrained(tmp_path, push_to_hub=True, repo_id="me/x")
-    assert [config["model_type"] for config in sent] == ["ahn"]
+    def file_exists(self, name: str, file: str) -> bool:
+        return (self.place / file).exists()
+
+    def upload_folder(self, repo_id: str, folder_path: Path, **kwargs: object) -> str:
+        self.asked |= kwargs
+        shutil.copytree(folder_path, self.place, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}"
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_pushing_sends_what_loads_with_a_card(
+    way: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy_of: Callable[[Path], Path]
+) -> None:
+    """Licence and metrics stand in the card where they are known: in the base's card, and beside the adapter."""
+    own = copy_of(base)
+    (own / "README.md").write_text("---\nlicense: mit\n---\nA model.")
+    adapter = ahn.save_adapter(attached(own), tmp_path / "adapter")
+    (adapter / "results.json").write_text(json.dumps({"after": {"eval_kl": 0.125, "eval_ce": 2.5, "eval_loss": "x"}}))
+    model = from_pretrained(adapter, base=own)
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("ahn.model.pushing.HfApi", hub)
+    if way == "push_to_hub":
+        assert model.push_to_hub("memory", private=True, token="t", tags=["mine"]) == "https://hub/me/memory"
+        assert hub.asked["private"] and hub.asked["token"] == "t"
+    else:
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="memory", tags=["mine"])
+    card = (hub.place / "README.md").read_text()
+    assert "license: mit" in card and "artificial-hippocampus-network, mine" in card and "| 0.1250 |" in card
+    assert 'AutoModelForCausalLM.from_pretrained("me/memory")' in card and "import ahn" in card
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(hub.place)), logits(model))
+    (hub.place / "README.md").write_text("ours")
+    model.push_to_hub("memory")
+    assert (hub.place / "README.md").read_text() == "ours", "a card that is there is kept"
+    with pytest.raises(ahn.AHNError, match="takes no colour"):
+        model.push_to_hub("memory", colour="red")
+    ahn.detach(model)
+    assert model.push_to_hub.__func__ is type(model).push_to_hub
+
+
+def test_the_card_names_a_base_from_the_hub(base: Path) -> None:
+    from ahn.model.pushing import card
+
+    model = attached(base)
+    model.name_or_path = model.config.name_or_path = "Qwen/Qwen2.5-0.5B"
+    text = card(model, "me/x", [])
+    assert "base_model: Qwen/Qwen2.5-0.5B" in text and "license:" not in text and "Held-out" not in text
 
 
 @pytest.mark.parametrize("kind", ["merged", "published", "published adapter", "adapter", "old adapter", "saved"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,12 +16,14 @@ from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig, Reach
 from ahn.errors import AHNError, check_path
-from ahn.files import expanded, write_json, write_tensors
+from ahn.files import expanded, read_json, write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
 from ahn.model.saving import saved_config
 from ahn.wrappers import attached, unwrapped
 
 PathLike = str | os.PathLike[str]
+RESULTS = "results.json"
+"""What a training run writes of its numbers beside the adapter."""
 
 
 def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
@@ -123,4 +126,7 @@ def attach_checked(model: PreTrainedModel, checkpoint: Checkpoint, settings: AHN
         for name, parameter in adapter_parameters(model).items():
             own = model._ahn.share.of_parameter(weights[short_name(name)], parameter.shape)
             parameter.data = own.to(parameter.device, dtype)
+    with contextlib.suppress(AHNError):  # beside most adapters there is none
+        measured = read_json(checkpoint.path / RESULTS).get("after")
+        model._ahn.measured = measured if isinstance(measured, dict) else None
     return model

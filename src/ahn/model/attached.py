@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ class Adapter:
     """Positions that the base was trained on; None if it does not say, or once it was said that a text is longer."""
     share: Share = WHOLE
     """Which of the model's heads this process holds."""
+    measured: dict[str, Any] | None = None
+    """What the memory's training measured at its end, for a card."""
     compiled: CompiledParts = dataclasses.field(default_factory=CompiledParts)
 
     @property

@@ -21,8 +21,7 @@ from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, near_reach
-from ahn.model import generation, packing
-from ahn.model.saving import save
+from ahn.model import generation, packing, pushing
 
 _OF_TOKENS = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits_to_keep", "token_type_ids",
@@ -62,14 +61,15 @@ def wrap(model: PreTrainedModel) -> None:
     if hasattr(model, "generate"):
         model.generate = Wrapped(model, "generate", _generate)
         model.init_continuous_batching = Wrapped(model, "init_continuous_batching", _refuse_batching)
-    model.save_pretrained = Wrapped(model, "save_pretrained", save)
+    model.save_pretrained = Wrapped(model, "save_pretrained", pushing.save_pretrained)
+    model.push_to_hub = Wrapped(model, "push_to_hub", pushing.push)
 
 
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     private.reset_forward(model, Wrapped)
     private.reset_forward(model.get_decoder(), packing.Separate)
-    for name in ("generate", "init_continuous_batching", "save_pretrained"):
+    for name in ("generate", "init_continuous_batching", "save_pretrained", "push_to_hub"):
         if isinstance(model.__dict__.get(name), Wrapped):
             delattr(model, name)
 

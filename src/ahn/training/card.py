@@ -8,6 +8,7 @@ from typing import Any
 from ahn.config import AHNConfig
 from ahn.files import expanded, write_text
 from ahn.measure import plots
+from ahn.model.pushing import licence_of
 from ahn.training.arguments import Arguments
 from ahn.training.looks import SHARES
 from ahn.training.losses import ATTENTION
@@ -83,10 +84,11 @@ def write_card(
     """
     settings, trainer = arguments
     base = str(settings.model_name_or_path)
+    licence = licence_of(base)
     is_hub = "/" in base and not expanded(base).exists()
     fixed = {"fixed": f"lossless total {settings.sliding_window}", "linear": "lossless total a quarter of the samples"}
     text = CARD.format(
-        base_tag=f"\nbase_model: {base}" if is_hub else "",
+        base_tag=(f"\nbase_model: {base}" if is_hub else "") + (f"\nlicense: {licence}" if licence else ""),
         title=path.resolve().name,
         folder=path.resolve().name,
         base=base,

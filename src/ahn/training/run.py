@@ -16,6 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import ahn
 from ahn import shipped
+from ahn.checkpoint.adapter import RESULTS
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.loading import load_base, load_tokenizer
@@ -35,7 +36,6 @@ from ahn.training.trainer import DistillationTrainer
 
 logger = logging.getLogger("ahn")
 
-RESULTS = "results.json"
 DIGESTS = "data_digests"
 """Name, among the settings in a checkpoint, of what tells its samples and tokenizer from others."""
 FREE = (
