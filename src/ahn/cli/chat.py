@@ -163,7 +163,9 @@ class Chat:
                 self._leave_unless_typed()
                 tell("Stopped; what was read of the message stays in the memory. /reset starts again.")
                 return
-            said, seconds = write(self.session, self.sampling, show=not self.as_json, interrupt=interrupt)
+            markdown = self.typed and bool(self.session.tokenizer.chat_template)  # else it is text that goes on
+            show = not self.as_json
+            said, seconds = write(self.session, self.sampling, show, interrupt, markdown and show)
             turns.close(said)
         self._account(said, seconds)
         if self.session.interrupted:

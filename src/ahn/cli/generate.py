@@ -133,8 +133,21 @@ def read(session: Session, ids: list[int], interrupt: Interrupt | None = None) -
         return session.read(ids, lambda tokens: bar.advance(task, tokens), interrupt)
 
 
-def write(session: Session, sampling: Sampling, show: bool, interrupt: Interrupt) -> tuple[str, float]:
-    """Continue, piece by piece on standard output if it is to `show`; returns the text and seconds."""
+def write(
+    session: Session, sampling: Sampling, show: bool, interrupt: Interrupt, markdown: bool = False
+) -> tuple[str, float]:
+    """Continue, piece by piece on standard output if it is to `show`; returns the text and seconds.
+
+    Args:
+        markdown: what is written is Markdown, which a terminal shows as such.
+    """
+    if markdown and common.out.is_terminal and not common.out.is_dumb_terminal:
+        from ahn.cli.markdown import MarkdownReply
+
+        start = time.perf_counter()
+        with MarkdownReply(common.out) as reply:
+            text = session.write(sampling, reply, interrupt)
+        return text, time.perf_counter() - start
 
     def say(text: str) -> None:
         if show:
