@@ -56,11 +56,18 @@ def test_tensors_come_from_memory_and_from_a_file(tmp_path: Path) -> None:
     there = [torch.randn(shape).bfloat16() for shape in shapes]
     contents = [x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in there]
     (tmp_path / "file").write_bytes(b"".join(contents))
-    with (tmp_path / "file").open("rb") as handle, Transfer(torch.device("cuda")) as transfer:
+    with Transfer(torch.device("cuda")) as transfer:
         copies, read, place = [transfer.copy(x) for x in there], [], 0
         for x in there:
-            read.append(transfer.read(handle.fileno(), place, tuple(x.shape), x.dtype))
+            read.append(transfer.read(tmp_path / "file", place, tuple(x.shape), x.dtype))
             place += x.nbytes
+    (tmp_path / "other").touch()
+    with Transfer(torch.device("cuda")) as transfer:
+        place = 0
+        for x in copies:
+            transfer.write(tmp_path / "other", place, x)
+            place += x.nbytes
+    assert (tmp_path / "other").read_bytes() == (tmp_path / "file").read_bytes()
     assert all(torch.equal(copy.cpu(), x) for copy, x in zip(copies, there, strict=True))
     assert all(torch.equal(own.cpu(), x) for (own, _), x in zip(read, there, strict=True))
     assert [digest.result() for _, digest in read] == [hashlib.sha256(content).digest() for content in contents]

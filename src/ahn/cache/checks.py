@@ -24,8 +24,9 @@ LIMIT = 1 << 40
 """More tokens than this no conversation, window or tier has; sums and products of them stay within 64 bits."""
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
+DTYPES[torch.bool] = "BOOL"
 """By what names safetensors calls them."""
-TYPES = {name: dtype for dtype, name in DTYPES.items()} | {"BOOL": torch.bool}
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ahn import private
-from ahn.cache.checks import TYPES, Stored, check_layout, check_messages, check_values, read_config, read_waiting
+from ahn.cache.checks import (
+    DTYPES,
+    TYPES,
+    Stored,
+    check_layout,
+    check_messages,
+    check_values,
+    read_config,
+    read_waiting,
+)
 from ahn.cache.origin import check_origin, first_fingerprint
 from ahn.cache.transfer import THREADS, Transfer
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.files import json_object, write_tensors
+from ahn.files import json_object, replacing
 from ahn.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -49,14 +58,35 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
         AHNError: it cannot be written; a file that was there is unchanged.
     """
     path = Path(path)
-    on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     whole = {"format": FORMAT, **description, "origin": of}
-    whole["checksum"] = checksum(sorted(on_cpu.items()), whole)
+    # In a safetensors file each tensor is to lie at a multiple of the size of its numbers.
+    ordered = dict(sorted(tensors.items(), key=lambda named: (-named[1].dtype.itemsize, named[0])))
+    start = len(_header(ordered, whole | {"checksum": "0" * 64}))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AHNError(f"{path.parent} cannot be made: {error.strerror or error}.") from error
-    write_tensors(path, on_cpu, {"ahn": json.dumps(whole)})
+    with replacing(path) as temporary:
+        temporary.touch(0o600)
+        digests, place = {}, start
+        with Transfer(next(iter(tensors.values())).device) as transfer:
+            for name, x in ordered.items():
+                digests[name], place = transfer.write(temporary, place, x), place + x.nbytes
+        whole["checksum"] = _joined([_title(n, tensors[n]) + digests[n].result() for n in sorted(tensors)], whole)
+        with temporary.open("r+b") as handle:
+            handle.write(_header(ordered, whole))
+
+
+def _header(tensors: Mapping[str, Tensor], description: dict[str, Any]) -> bytes:
+    """What a safetensors file begins with: its length, and where which tensor lies, in this order."""
+    header: dict[str, Any] = {"__metadata__": {"ahn": json.dumps(description)}}
+    place = 0
+    for name, x in tensors.items():
+        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [place, place + x.nbytes]}
+        place += x.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read(
@@ -77,13 +107,14 @@ def read(
     if not path.is_file():
         raise AHNError(f"{path} is not a file.")
     try:
-        with path.open("rb", buffering=0) as handle, safe_open(path, framework="pt") as file:
-            if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):  # it was replaced between the two
-                return read(path, model, of)
+        before = path.stat()
+        with safe_open(path, framework="pt") as file:
             description = _description(file, path)
             stored = _stored(file)
             config, seen = _check(description, stored, model, path, of)
-            tensors, digests = _read(handle.fileno(), stored, _device(model))
+            tensors, digests = _read(path, before.st_size, stored, _device(model))
+        if not os.path.samestat(before, path.stat()):  # it was replaced meanwhile
+            return read(path, model, of)
     except (SafetensorError, OSError, EOFError) as error:
         raise AHNError(f"{path} is damaged or not a safetensors file ({error}).") from None
     if (kind := description["format"]) != FIRST_FORMAT:
@@ -150,18 +181,20 @@ def _bytes(x: Tensor) -> Any:
     return x.cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read(file: int, stored: dict[str, Stored], device: torch.device) -> tuple[dict[str, Tensor], list[bytes]]:
-    """All tensors, which end an open file, and of each by name what a checksum is made of.
+def _read(
+    path: Path, size: int, stored: dict[str, Stored], device: torch.device
+) -> tuple[dict[str, Tensor], list[bytes]]:
+    """All tensors of a file of this size, and of each by name what a checksum is made of.
 
     Args:
-        stored: in the order in which they lie.
+        stored: in the order in which they lie, at the file's end.
     """
-    tensors, digests, place = {}, {}, os.fstat(file).st_size
+    tensors, digests, place = {}, {}, size
     with Transfer(device) as transfer:
         for name, one in reversed(stored.items()):
             dtype = TYPES[one.dtype]
             place -= math.prod(one.shape) * dtype.itemsize
-            tensors[name], digests[name] = transfer.read(file, place, one.shape, dtype)
+            tensors[name], digests[name] = transfer.read(path, place, one.shape, dtype)
     names = sorted(tensors)
     return tensors, [_title(name, tensors[name]) + digests[name].result() for name in names]
 

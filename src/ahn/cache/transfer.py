@@ -1,8 +1,8 @@
-"""Tensors on their way from a file or from the CPU's memory to where a model is: by several threads, in pieces.
+"""Tensors on their way between a file or the CPU's memory and where a model is: by several threads, in pieces.
 
-A large model's conversation is a gigabyte: it is read from a file, its digests are worked out, and a GPU takes it. Each
-thread does all three for a piece while the others are at theirs. A GPU copies from memory that stays in its place;
-torch keeps such buffers and hands them out again.
+A large model's conversation is a gigabyte: it is read or written, its digests are worked out, and a GPU takes or gives
+it. Each thread does all three for a piece while the others are at theirs. A GPU copies to and from memory that stays in
+its place; torch keeps such buffers and hands them out again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -50,49 +51,74 @@ class Transfer:
             for work in self._work:
                 work.result()
 
-    def read(self, file: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Future[bytes]]:
+    def read(self, file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Future[bytes]]:
         """A tensor of what a file holds from a byte on, and the sha256 of these bytes.
-
-        Args:
-            file: an open one's number.
 
         Raises:
             EOFError: by the future: the file ends before.
         """
         tensor = self._empty(shape, dtype)
-        digest = self._pool.submit(self._read, file, offset, tensor)
-        self._work.append(digest)
-        return tensor, digest
+        return tensor, self._submit(self._read, file, offset, tensor)
+
+    def write(self, file: Path, offset: int, x: Tensor) -> Future[bytes]:
+        """Write a tensor that does not change meanwhile into a file that is there; the sha256 of its bytes."""
+        x = x.contiguous()
+        self._wait_for_others()  # who may still be working on it
+        return self._submit(self._write, file, offset, x)
 
     def copy(self, x: Tensor) -> Tensor:
         """A copy of a tensor that is anywhere and does not change meanwhile."""
         if self._stream is None or x.device.type != "cpu" or not x.is_contiguous():
             return x.to(self.device, copy=True)
         tensor = self._empty(tuple(x.shape), x.dtype)
-        self._work.append(self._pool.submit(self._copy, x, tensor))
+        self._submit(self._copy, x, tensor)
         return tensor
+
+    def _submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
+        self._work.append(self._pool.submit(work, *given))
+        return self._work[-1]
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        if self._stream is not None:  # what was in this memory before may still be in use
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._wait_for_others()  # what was in this memory before may still be in use
         return tensor
 
-    def _read(self, file: int, offset: int, tensor: Tensor) -> bytes:
-        digest = hashlib.sha256()  # Python lets other threads run while it hashes, and while it reads
+    def _wait_for_others(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _read(self, file: Path, offset: int, tensor: Tensor) -> bytes:
+        digest = hashlib.sha256()  # Python lets other threads run while it hashes, reads and writes
 
         def fill(piece: Tensor, place: int) -> None:
-            content = piece.numpy().data
-            done = 0
+            content, done = piece.numpy().data, 0
             while done < len(content):
-                got = os.preadv(file, [content[done:]], offset + place + done)
-                if not got:
+                if not (got := handle.readinto(content[done:])):
                     raise EOFError("the file ends before its last tensor")
                 done += got
             digest.update(content)
 
-        self._fill(tensor, fill)
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(offset)
+            self._fill(tensor, fill)
         return digest.digest()
+
+    def _write(self, file: Path, offset: int, x: Tensor) -> bytes:
+        digest, source = hashlib.sha256(), _bytes(x)
+        with file.open("r+b", buffering=0) as handle:
+            handle.seek(offset)
+            for place in range(0, len(source), PIECE):
+                content, done = self._on_cpu(source[place : place + PIECE]).numpy().data, 0
+                digest.update(content)
+                while done < len(content):
+                    done += handle.write(content[done:])
+        return digest.digest()
+
+    def _on_cpu(self, piece: Tensor) -> Tensor:
+        if self._stream is None or piece.device != self.device:
+            return piece.cpu()
+        with torch.cuda.stream(self._stream):
+            return torch.empty(len(piece), dtype=torch.uint8, pin_memory=True).copy_(piece)
 
     def _copy(self, x: Tensor, tensor: Tensor) -> None:
         source = _bytes(x)
