@@ -70,6 +70,22 @@ def test_rows_come_and_go(memory: str, fixed: bool, quantized: int) -> None:
     run(model, FixedBatch(model, 5) if fixed else Batch(model), capacity=5, turns=6)
 
 
+@torch.no_grad()
+def test_fixed_places_say_what_is_left_to_prepare() -> None:
+    model = adapted(window=WINDOW, sinks=SINKS)
+    batch, prepared = FixedBatch(model, 3), []
+    for size in (1, 2, 3):
+        batch.add(read(model, 20, seed=size))
+        prepared.append(batch.prepared)
+        batch.step([5] * size)
+        prepared.append(batch.prepared)
+    assert batch.sizes == [1, 2, 3] and prepared == [False, True] * 3
+    batch.drop(0)
+    assert batch.prepared
+    batch.clear()
+    assert not batch.prepared
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", EVERYTHING)
 def test_rows_come_and_go_for_long(memory: str) -> None:

@@ -32,6 +32,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.read)
 
+    @property
+    def prepared(self) -> bool:
+        """Whether steps of all these rows, and of fewer, have nothing left to prepare."""
+        return True
+
     def add(self, alone: AHNCache) -> None:
         """A conversation becomes the last row; nothing has changed if this fails."""
         self._cache = rows.join([alone] if self._cache is None else [self._cache, alone])
@@ -92,6 +97,13 @@ class FixedBatch(Batch):
         self._view: AHNCache | None = None
         """Whose tensors are ahead of the whole batch's."""
 
+    @property
+    def prepared(self) -> bool:
+        return all(size in self._views for size in self.sizes if size <= self._size())
+
+    def _size(self) -> int:
+        return next(size for size in self.sizes if size >= len(self.read))
+
     def add(self, alone: AHNCache) -> None:
         if self._cache is None:
             self._cache = rows.reserve(alone, self.sizes[-1])
@@ -122,7 +134,7 @@ class FixedBatch(Batch):
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         if self._view is None:
-            self._view = self._of_size(next(size for size in self.sizes if size >= len(self.read)))
+            self._view = self._of_size(self._size())
         spare = rows.row_count(self._view) - len(self.read)
         logits = self._forward(self._view, [*tokens, *[0] * spare], [*self.read, *[0] * spare])
         self.read = [read + 1 for read in self.read]

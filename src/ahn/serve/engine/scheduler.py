@@ -189,7 +189,9 @@ class Scheduler:
         return bool(ready)
 
     def _read_chunk(self, job: PromptReading) -> None:
-        self.prompts.read_chunk(job, self._step if self.running else None)
+        # A step that is captured between layers would record the pauses too; after a fault all are captured anew.
+        between = self.batch is not None and self.batch.prepared
+        self.prompts.read_chunk(job, self._step if self.running and between else None)
         if isinstance(job, Rest) and job.read == job.target:
             self.reading.remove(job)
             self.keeper.read_to_end(job)
