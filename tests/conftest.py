@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     effort.mark_what_is_left_out(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collecting garbage then looks at what tests made, not at a million objects of what they import
 
 
 @pytest.fixture(autouse=True)
