@@ -331,7 +331,7 @@ def test_ctrl_c_among_piped_messages_ends_the_program(monkeypatch: pytest.Monkey
         session.interrupted = True
         return "", 0.1
 
-    monkeypatch.setattr("ahn.cli.chat.write", write)
+    monkeypatch.setattr("ahn.cli.generate.write", write)
     monkeypatch.setattr("ahn.cli.chat._piped", lambda: iter([b"one\n", b"two\n"]))
     with pytest.raises(KeyboardInterrupt):
         chat.run()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import AdapterOption, DeviceOption, QuantizedOption
 from ahn.config import DTYPES
 from ahn.errors import AHNError
 from ahn.files import check_folder
@@ -55,7 +54,7 @@ def command(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Take only the shape of a directory or Hub id.")
     ] = False,
-    adapter: AdapterOption = None,
+    adapter: common.AdapterOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +72,7 @@ def command(
     sinks: Annotated[
         int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: 128; tiny: 32).")
     ] = None,
-    quantized: QuantizedOption = None,
+    quantized: common.QuantizedOption = None,
     bits: Annotated[
         str | None, typer.Option("--bits", help="Of quantized tokens, per number of keys and of values (default: 4/2).")
     ] = None,
@@ -100,7 +99,7 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="Folder for rows.jsonl, the table and the plots.")] = Path(
         "ahn-bench"
     ),
-    device: DeviceOption = None,
+    device: common.DeviceOption = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)} (default: float32 on a CPU, else bfloat16).")
     ] = None,

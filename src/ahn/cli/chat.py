@@ -9,27 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ahn.cli import common
-from ahn.cli.common import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    QuantizedOption,
-    SinksOption,
-    WindowOption,
-)
-from ahn.cli.generate import (
-    LookupOption,
-    NewTokensOption,
-    SeedOption,
-    SystemOption,
-    TemperatureOption,
-    TopPOption,
-    read,
-    write,
-)
+from ahn.cli import common, generate
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -39,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
-    max_new_tokens: NewTokensOption = 512,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    seed: SeedOption = 0,
-    prompt_lookup: LookupOption = 0,
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    quantized: QuantizedOption = None,
-    system: SystemOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
+    max_new_tokens: generate.NewTokensOption = 512,
+    temperature: generate.TemperatureOption = None,
+    top_p: generate.TopPOption = None,
+    seed: generate.SeedOption = 0,
+    prompt_lookup: generate.LookupOption = 0,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
+    quantized: common.QuantizedOption = None,
+    system: generate.SystemOption = None,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Talk with a model, about texts of any length.
 
@@ -158,14 +138,14 @@ class Chat:
             turns.abandon()
             raise
         with interrupt.watching(insist=not self.typed):  # a forward that ends halfway would end the conversation
-            if read(self.session, ids, interrupt) < len(ids):
+            if generate.read(self.session, ids, interrupt) < len(ids):
                 turns.abandon()
                 self._leave_unless_typed()
                 tell("Stopped; what was read of the message stays in the memory. /reset starts again.")
                 return
             markdown = self.typed and bool(self.session.tokenizer.chat_template)  # else it is text that goes on
             show = not self.as_json
-            said, seconds = write(self.session, self.sampling, show, interrupt, markdown and show)
+            said, seconds = generate.write(self.session, self.sampling, show, interrupt, markdown and show)
             turns.close(said)
         self._account(said, seconds)
         if self.session.interrupted:

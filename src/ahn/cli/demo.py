@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.cli.common import DeviceOption, DtypeOption, JsonOption, ModelOption
 from ahn.cli.generate import read_text
 from ahn.files import check_folder
 
@@ -56,7 +55,7 @@ class DemoSubject:
 
 
 def command(
-    model: ModelOption = None,
+    model: common.ModelOption = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "--ahn-path", help="Adapter for the model; may be given more than once."),
@@ -82,9 +81,9 @@ def command(
     ] = None,
     documents: Annotated[int, typer.Option("--documents", min=1, help="Documents to read.")] = DOCUMENTS,
     out: Annotated[Path, typer.Option("--out", help="Directory for results.json and figure.png.")] = Path("ahn-demo"),
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """See a memory work: real text far beyond the window, on this machine.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ahn.cli import common
-from ahn.cli.common import JsonOption
 from ahn.errors import installed_version
 
 PACKAGES = ("ahn", "torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "numpy", "triton")
@@ -23,7 +22,7 @@ VARIABLES = (
 """What changes a run and holds no secret: no other variable of the environment is printed."""
 
 
-def command(as_json: JsonOption = False) -> None:
+def command(as_json: common.JsonOption = False) -> None:
     """Print what a bug report needs: versions, how ahn was installed, devices, the ops backend, settings."""
     found = environment()
     if as_json:

@@ -10,16 +10,6 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ahn.cli import common
-from ahn.cli.common import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    QuantizedOption,
-    SinksOption,
-    WindowOption,
-)
 from ahn.config import Reach
 from ahn.evaluation.runner import Watcher
 
@@ -66,12 +56,12 @@ def run(
             "lveval/cmrc_mixup/16k, infinitebench/en_qa, ruler/vt, needle (all: ahn eval list).",
         ),
     ],
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
     method: MethodOption = "ahn",
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    quantized: QuantizedOption = None,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
+    quantized: common.QuantizedOption = None,
     profile: Annotated[
         str, typer.Option("--profile", help="official (the benchmark's protocol) or paper (that of the AHN paper).")
     ] = "official",
@@ -99,9 +89,9 @@ def run(
         int | None, typer.Option("--samples", min=1, help="Samples for each length and depth of generated tasks.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of generated tasks.")] = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Run tasks with a model.
 
@@ -146,19 +136,19 @@ def run(
 
 @app.command("perplexity")
 def perplexity(
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
     method: MethodOption = "ahn",
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    quantized: QuantizedOption = None,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
+    quantized: common.QuantizedOption = None,
     text: TextOption = None,
     book: BookOption = 0,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens to read (default: all).")] = None,
     out: OutOption = Path("results"),
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Measure the perplexity of a long document by position, with the memory that it takes."""
     from ahn.evaluation import documents
@@ -174,20 +164,20 @@ def perplexity(
 
 @app.command("gradients")
 def gradients(
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
     method: MethodOption = "ahn",
-    window: WindowOption = None,
-    sinks: SinksOption = None,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
     text: TextOption = None,
     book: BookOption = 0,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of the text, from its beginning.")] = 1024,
     answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens at its end whose loss counts.")] = 64,
     loss: Annotated[str, typer.Option("--loss", help="kl, ce, distill or a sum of them.")] = "kl",
     out: OutOption = Path("results"),
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Find out which forgotten tokens matter: gradients of the distillation loss, which `report` draws on the text."""
     from ahn.evaluation import documents, gradient_probe
@@ -198,7 +188,7 @@ def gradients(
 
 
 @app.command("list")
-def list_tasks(as_json: JsonOption = False) -> None:
+def list_tasks(as_json: common.JsonOption = False) -> None:
     """Print the name of every task."""
     from ahn.evaluation.tasks import names
 

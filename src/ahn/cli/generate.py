@@ -10,16 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    QuantizedOption,
-    SinksOption,
-    WindowOption,
-)
 from ahn.cli.main import STOPPED
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError
@@ -61,8 +51,8 @@ SystemOption = Annotated[str | None, typer.Option("--system", help="System messa
 
 
 def command(
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="The text, or what follows the text of --file.")
     ] = None,
@@ -72,16 +62,16 @@ def command(
     top_p: TopPOption = None,
     seed: SeedOption = 0,
     prompt_lookup: LookupOption = 0,
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    quantized: QuantizedOption = None,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
+    quantized: common.QuantizedOption = None,
     system: SystemOption = None,
     no_chat_template: Annotated[
         bool, typer.Option("--no-chat-template", help="Continue the bare text even if the model has a chat template.")
     ] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Continue a text of any length.
 

@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.cli.common import AdapterOption, JsonOption, QuantizedOption, SinksOption, WindowOption
 from ahn.config import Reach
 from ahn.files import expanded
 
@@ -27,18 +26,18 @@ POINTS = 97
 
 def command(
     model: Annotated[str, typer.Argument(help="A model's directory, its config.json, a Hub id, tiny or smollm2.")],
-    adapter: AdapterOption = None,
+    adapter: common.AdapterOption = None,
     memory: Annotated[
         str | None, typer.Option("--memory", help="Kind of memory (default: the adapter's, else gated_deltanet).")
     ] = None,
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    quantized: QuantizedOption = None,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
+    quantized: common.QuantizedOption = None,
     length: Annotated[
         list[int] | None,
         typer.Option("--length", min=1, max=10**12, help="Tokens of a prompt; may be given more than once."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write FLOPs and cache by length as a figure.")] = None,
 ) -> None:
     """Print shapes, memory parameters, cache and FLOPs of a model. No weights are needed.

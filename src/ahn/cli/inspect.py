@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from ahn.cli import common
-from ahn.cli.common import AdapterOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from ahn.cli.generate import read_text
 from ahn.errors import AHNError
 from ahn.files import check_folder
@@ -24,8 +23,8 @@ LENGTH = 8192
 
 
 def command(
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="Read this file instead of a module of the standard library.")
     ] = None,
@@ -33,9 +32,9 @@ def command(
     window: Annotated[int, typer.Option("--window", min=1, help="Last tokens kept exactly.")] = WINDOW,
     sinks: Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exactly.")] = SINKS,
     out: Annotated[Path, typer.Option("--out", help="Directory for the figures.")] = Path("ahn-inspect"),
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Look into a memory while it reads a text.
 

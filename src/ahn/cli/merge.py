@@ -11,7 +11,6 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ahn.cli import common
-from ahn.cli.common import JsonOption
 
 
 def command(
@@ -20,7 +19,7 @@ def command(
     ],
     ahn_path: Annotated[str, typer.Option("--ahn-path", "--adapter", help="Adapter: a directory or a Hub id.")],
     output_path: Annotated[Path, typer.Option("--output-path", help="New directory for the merged checkpoint.")],
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Put a base model and an adapter into one checkpoint.
 

@@ -10,15 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import common
-from ahn.cli.common import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    QuantizedOption,
-    SinksOption,
-    WindowOption,
-)
 from ahn.errors import AHNError
 from ahn.files import expanded
 
@@ -51,13 +42,13 @@ QueueOption = Annotated[
 
 
 def command(
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    quantized: QuantizedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    model: common.ModelOption = None,
+    adapter: common.AdapterOption = None,
+    window: common.WindowOption = None,
+    sinks: common.SinksOption = None,
+    quantized: common.QuantizedOption = None,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     api_key: KeyOption = None,

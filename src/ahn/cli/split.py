@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ahn.cli.common import JsonOption
+from ahn.cli import common
 from ahn.cli.merge import copy_with_progress, say
 
 
@@ -16,7 +16,7 @@ def command(
         str, typer.Option("--model", help="Merged checkpoint, ours or published: a directory or a Hub id.")
     ],
     output_path: Annotated[Path, typer.Option("--output-path", help="New directory for the two parts.")],
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Take a merged checkpoint apart into base model and adapter.
 
