@@ -23,46 +23,52 @@ def permuted(a: int, b: int, chosen: int) -> int:
     return found
 
 
+def of_three(a: int, b: int, c: int, table: int) -> int:
+    """`lop3.b32`: each bit by a table of eight."""
+    return sum((table >> (4 * (a >> n & 1) + 2 * (b >> n & 1) + (c >> n & 1)) & 1) << n for n in range(32))
+
+
 INSTRUCTIONS: dict[str, Callable[..., int]] = {
-    "mov": lambda a: a,
     "and": lambda a, b: a & b,
     "shr": lambda a, b: a >> b,
-    "shl": lambda a, b: a << b & WORD,
+    "mul": lambda a, b: a * b & WORD,
+    "mad": lambda a, b, c: a * b + c & WORD,
     "prmt": permuted,
-    "lop3": lambda a, b, c, table: a | b & c if table == 0xF8 else pytest.fail("another table"),
+    "lop3": of_three,
 }
 
 
-def run(assembly: str, word: int) -> torch.Tensor:
-    """The eight outputs of a block of instructions for the input `$8`, as bfloat16."""
-    registers = {"$8": word}
-    for line in filter(None, (part.strip() for part in assembly.strip("{}").replace("{", "").split(";"))):
-        line = line.replace("}", "")
-        if line.startswith(".reg"):
-            continue
-        name, rest = line.split(" ", 1)
-        name = name.split(".")[0]
-        target, *sources = [part.strip() for part in rest.split(",")]
-        if sources[0].startswith("$") and name == "mov" and len(sources) == 2:  # both halves of a register
-            registers[target], registers[sources[0]] = registers[sources[1]] & 0xFFFF, registers[sources[1]] >> 16
-            continue
-        values = [registers[x] if x in registers else int(x, 0) for x in sources]
-        registers[target] = INSTRUCTIONS[name](*values)
-    bits = torch.tensor([registers[f"${n}"] for n in range(8)], dtype=torch.int32)
-    return bits.to(torch.int16).view(torch.bfloat16)
+def run(assembly: str, words: tuple[int, int], count: int) -> list[int]:
+    """The outputs, so many, of a block of instructions for two words, which come after them."""
+    registers = {f"${count + n}": word for n, word in enumerate(words)}
+    for line in filter(None, (part.strip() for part in assembly.strip("{}").split(";"))):
+        if not line.startswith(".reg"):
+            name, rest = line.split(" ", 1)
+            target, *sources = [part.strip() for part in rest.split(",")]
+            values = [registers[x] if x in registers else int(x, 0) for x in sources]
+            registers[target] = INSTRUCTIONS[name.split(".")[0]](*values)
+    return [registers[f"${n}"] for n in range(count)]
 
 
 @pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_levels_that_are_looked_up_are_the_levels(bits: int) -> None:
+def test_levels_that_are_looked_up_are_the_levels(bits: int, half: bool) -> None:
     from ahn.ops.step import codes_kernel
 
-    levels, random = torch.tensor(LEVELS[bits]).bfloat16(), Random(0)
-    order = [codes_kernel.placed.fn(n, bits, True) for n in range(8)]
-    for word in (0, WORD, *(random.getrandbits(32) for _ in range(300))):
-        if bits == 4:
-            found = run(codes_kernel._asm_of_four(), codes_kernel._by_size.fn(word, bits) & WORD)
-        else:
-            found = run(codes_kernel._asm_of_two(), word)
-        codes = [word >> bits * n & 2**bits - 1 for n in order]
-        assert torch.equal(found, levels[codes])
+    assembly = codes_kernel._asm_of_two(half) if bits == 2 else codes_kernel._asm_of_four(half)
+    levels = torch.tensor(LEVELS[bits]).to(torch.float16 if half else torch.bfloat16).view(torch.int16).tolist()
+    random = Random(0)
+    for words in ((0, WORD), *((random.getrandbits(32), random.getrandbits(32)) for _ in range(200))):
+        for n, pair in enumerate(run(assembly, words, 32 // bits)):
+            first, second = (levels[word >> bits * n & 2**bits - 1] & 0xFFFF for word in words)
+            assert pair == first | second << 16
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("words", "codes"), [(16, 8), (8, 8), (8, 4), (8, 16), (4, 8), (1, 8)])
+def test_a_row_has_each_number_once(words: int, codes: int) -> None:
+    from ahn.ops.step import codes_kernel
+
+    places = [codes_kernel.place_in_row.fn(k, words, codes) for k in range(words * codes)]
+    assert sorted(places) == [(word, code) for word in range(words) for code in range(codes)]

@@ -137,6 +137,13 @@ def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
+def signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Hadamard matrix (size, size) times the root of its size; kept, so that a captured step may read it."""
+    return _hadamard(size, torch.float64, torch.device("cpu")).sign().to(device, dtype)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256, 8 / bits) the levels of the codes in each byte, of bits that divide 8."""
     codes = _unpacked(torch.arange(256, device=device)[:, None], bits)

@@ -1,10 +1,14 @@
 """Attention of a step to the codes of the tier, in parts that the step's last kernel joins with those of the window.
 
 Codes are levels that were rotated by a Hadamard matrix: a query that was rotated as well meets them as they are, scales
-go into scores and weights, and what comes of the values is rotated back once, after the parts are joined. So it is with
+go into scores and weights, and what comes of the values is rotated back once, when a part is done. So it is with
 keys as they leave the window, and with keys before RoPE that are seen at the farthest distance, to which the query is
-turned. Keys that are seen at distances of their own are rotated back, a block of tokens in two products of half the
-head's size, and each turned by its place in the block; the query is turned to the block's first.
+turned. Keys that are seen at distances of their own are rotated back, by products of a quarter of the head's size, and
+each turned by its place in a block of tokens; the query is turned to the block's first.
+
+Each warp has tokens of its own, from their codes to what comes of them; warps meet when a part is done. A thread makes
+of the words that it loads just what it multiplies, so nothing passes between threads on the way: that is what the order
+of numbers in `ahn.ops.step.codes_kernel` is for.
 """
 
 from __future__ import annotations
@@ -12,164 +16,288 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ahn.ops.step.codes_kernel import levels, placed
-from ahn.ops.step.dependent_launch import announce, wait
-from ahn.ops.step.head_kernel import hadamard
+from ahn.ops.step import turn
+from ahn.ops.step.codes_kernel import (
+    codes_of,
+    in_columns,
+    in_row,
+    level_halves,
+    levels,
+    load_words,
+    place_in_column,
+    place_in_row,
+    word_stride,
+)
+from ahn.ops.step.dependent_launch import announce, prefetch, wait
+
+WARPS = 4
+FAR_TOKENS = tl.constexpr(32)  # of a warp at a time; 16 of near ones, as many as the machine multiplies at once
+BLOCK = tl.constexpr(turn.BLOCK)
 
 
 @triton.jit
 def attend_codes(
-    rotated, before, rotated_offset, offset, keys, values, key_scales, value_scales, positions, partial, score,
-    near_angles, within, slots, capacity, near, angles, scaling, per_near, per_far, window,
-    NEAR: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    PRECISION: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PDL: tl.constexpr,
+    rotated, before, farthest, offset, value_offset, keys, values, key_scales, value_scales, positions, partial, score,
+    near_angles, within, hadamard, slots, capacity, near, angles, scaling, per_near, per_far, window,
+    FIRST: tl.constexpr, PARTS: tl.constexpr, NEAR: tl.constexpr, HEADS: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, A: tl.constexpr, KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A part of the ring, for the query heads that share a key head; multiplied as the window.
+    """A part of the ring, for the query heads that share a key head.
 
-    The first NEAR parts are of the newest tokens, by age, which are turned; the others of those that follow.
+    The first NEAR parts are of the newest `near` tokens, by age, which are turned; the others of those that follow.
+    They are written from the FIRST on, of PARTS for each head.
     """
     announce(PDL)
     part = tl.program_id(0)
     HKV: tl.constexpr = HEADS // GROUPS
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     first, at = b * HEADS + head * GROUPS, (b * HKV + head).to(tl.int64)
-    keys += at * capacity * (P * 3 // 8 if KEY_BITS == 3 else P * KEY_BITS // 32)
-    values += at * capacity * (P * 3 // 8 if VALUE_BITS == 3 else P * VALUE_BITS // 32)
+    keys += at * capacity * word_stride(P, KEY_BITS)
+    values += at * capacity * word_stride(P, VALUE_BITS)
     key_scales += at * capacity
     value_scales += at * capacity
-    p, g = tl.arange(0, P), tl.arange(0, ROWS)
-    mine = (g < GROUPS)[:, None]
-    position = tl.load(positions + b)
-    held = tl.minimum(position - slots + 1, capacity).to(tl.int32)
-    newest = ((position - slots) % capacity).to(tl.int32)
+    offset += at * P
+    gone = tl.load(positions + b).to(tl.int32) - slots  # the newest token of the ring, from the first that left
+    held = tl.minimum(gone + 1, capacity)
+    newest = gone % capacity
     begin = near + (part - NEAR) * per_far
     end = tl.minimum(begin + per_far, held)
-    wait(PDL)
-    place = placed(p, KEY_BITS, KEY_BYTES)
-    query = tl.load(rotated + (first + g)[:, None] * P + place[None, :], mask=mine, other=0.0)
-    shared = tl.sum(query * tl.load(rotated_offset + at * P + place)[None, :], 1) * scaling
-    q = query.to(window.dtype.element_ty)
-    if NEAR == 0:
+    if NEAR == 0:  # noqa: SIM114  (known when it is compiled: then there are no angles to compile the rest with)
         highest, total, acc = _alike(
-            q, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
-            ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, KEY_BYTES, VALUE_BYTES, False,
+            rotated + first * P, farthest + first * P, offset, keys, values, key_scales, value_scales, newest,
+            capacity, begin, end, scaling, window.dtype.element_ty, GROUPS, ROWS, P, A, KEY_BITS, VALUE_BITS,
+            KEY_BYTES, VALUE_BYTES, PRECISION, PDL,
         )  # fmt: skip
     elif part >= NEAR:
         highest, total, acc = _alike(
-            q, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
-            ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, KEY_BYTES, VALUE_BYTES, True,
+            rotated + first * P, farthest + first * P, offset, keys, values, key_scales, value_scales, newest,
+            capacity, begin, end, scaling, window.dtype.element_ty, GROUPS, ROWS, P, A, KEY_BITS, VALUE_BITS,
+            KEY_BYTES, VALUE_BYTES, PRECISION, PDL,
         )  # fmt: skip
     else:
         begin = part * per_near
         end = tl.minimum(tl.minimum(begin + per_near, near), held)
         highest, total, acc = _near(
-            before + first * P, offset + at * P, keys, values, key_scales, value_scales, near_angles, within,
-            angles, newest, capacity, begin, end, scaling, window,
-            GROUPS, ROWS, P, BLOCK_N, KEY_BITS, VALUE_BITS, PRECISION, KEY_BYTES, VALUE_BYTES,
+            before + first * P, offset, keys, values, key_scales, value_scales, near_angles, within, angles, newest,
+            capacity, begin, end, scaling, window.dtype.element_ty, GROUPS, ROWS, P, A, KEY_BITS, VALUE_BITS,
+            KEY_BYTES, VALUE_BYTES, PRECISION, PDL,
         )  # fmt: skip
-        shared = tl.zeros([ROWS], tl.float32)
-    row = (first + g) * SPLITS + part
-    safe = tl.where(total == 0.0, 1.0, total)
-    place = placed(p, VALUE_BITS, VALUE_BYTES)
-    tl.store(partial + row[:, None] * P + place[None, :], acc / safe[:, None], mask=mine)
-    tl.store(score + row, highest + tl.log(safe) + shared, mask=g < GROUPS)
+    # Of the warps one sum.
+    top = tl.max(highest, 0)
+    keep = tl.exp(highest - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    total = tl.sum(total * keep, 0)
+    total = tl.where(total == 0.0, 1.0, total)
+    found = tl.sum(acc * keep[:, None, :], 0) / total[None, :]
+    # Rotated back, in the same order: it moves the bits of a number's index, in rows and columns of the matrix alike.
+    p, g = tl.arange(0, P), tl.arange(0, ROWS)
+    H = tl.load(hadamard + p[:, None] * P + p[None, :])
+    TYPE: tl.constexpr = H.dtype
+    back = tl.dot(H, found.to(TYPE), input_precision=PRECISION)
+    if tl.float32 != TYPE:  # what the rounded sum is short of: parts are float32
+        back = tl.dot(H, (found - found.to(TYPE).to(tl.float32)).to(TYPE), back, input_precision=PRECISION)
+    to = place_in_column(p, P, VALUE_BITS)
+    out = back / tl.sqrt(P * 1.0) + tl.load(value_offset + at * P + to)[:, None]
+    row = (first + g) * PARTS + FIRST + part
+    tl.store(partial + row[None, :] * P + to[:, None], out, mask=(g < GROUPS)[None, :])
+    tl.store(score + row, top + tl.log(total), mask=g < GROUPS)
+
+
+@triton.jit
+def _ask(
+    keys, values, newest, capacity, begin, end, P: tl.constexpr, N: tl.constexpr, KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Let the codes of a part come into the L2 cache."""
+    for start in range(begin, end, N):
+        _, t = _slots_of(start + tl.arange(0, N), end, newest, capacity)
+        prefetch(keys + t * word_stride(P, KEY_BITS), PDL)
+        prefetch(values + t * word_stride(P, VALUE_BITS), PDL)
 
 
 @triton.jit
 def _alike(
-    q, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
-    ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    PRECISION: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, BY_AGE: tl.constexpr,
+    rotated, farthest, offset, keys, values, key_scales, value_scales, newest, capacity, begin, end, scaling,
+    DTYPE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, A: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tokens that the same query meets: those of these ages, or in these slots."""
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, P], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        t = start + tl.arange(0, BLOCK_N)
-        inside = t < end
-        if BY_AGE:
-            t = _slots_of(t, newest, capacity)
-        # Too small for the loop's own prefetching: under way while codes become levels.
-        key_scale = tl.load(key_scales + t, mask=inside, other=0.0).to(tl.float32)
-        value_scale = tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)
-        k = levels(keys, t, inside, P, 0, P, BLOCK_N, KEY_BITS, q.dtype, KEY_BYTES)
-        s = tl.dot(q, k.trans(), input_precision=PRECISION) * (key_scale * scaling)[None, :]
-        s = tl.where(inside[None, :], s, float("-inf"))
-        highest, total, acc = _added(
-            s, highest, total, acc, values, value_scale, t, inside, q.dtype, P, BLOCK_N, VALUE_BITS, PRECISION,
-            VALUE_BYTES,
-        )  # fmt: skip
-    return highest, total, acc
+    """Tokens of these ages, which the same query meets."""
+    C: tl.constexpr = codes_of(KEY_BITS)
+    p, g = tl.arange(0, P), tl.arange(0, ROWS)
+    word, place = place_in_row(p, P // C, C)
+    mine = (g < GROUPS)[None, :]
+    _ask(keys, values, newest, capacity, begin, end, P, A * FAR_TOKENS, KEY_BITS, VALUE_BITS, PDL)
+    wait(PDL)
+    query = tl.load(rotated + g[None, :] * P + (word * C + place)[:, None], mask=mine, other=0.0)
+    plain = tl.load(farthest + g[None, :] * P + p[:, None], mask=mine, other=0.0)
+    shared = tl.sum(plain * tl.load(offset + p)[:, None], 0) * scaling
+    q = tl.broadcast_to(query.to(DTYPE)[None, :, :], [A, P, ROWS])
+    N: tl.constexpr = FAR_TOKENS
+    own = tl.arange(0, A)[:, None] * N + tl.arange(0, N)[None, :]
+    highest = tl.full([A, ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([A, ROWS], tl.float32)
+    acc = tl.zeros([A, P, ROWS], tl.float32)
+    for start in tl.range(begin, end, A * N, num_stages=1):
+        inside, t = _slots_of(start + own, end, newest, capacity)
+        key_scale = tl.load(key_scales + t).to(tl.float32) * scaling
+        value_scale = tl.load(value_scales + t).to(tl.float32)
+        key_words = load_words(keys, t, 0, P, P, KEY_BITS)
+        value_words = load_words(values, t, 0, P, P, VALUE_BITS)
+        s = tl.dot(in_row(levels(key_words, KEY_BITS, DTYPE, KEY_BYTES)), q, input_precision=PRECISION)
+        s = tl.where(inside[:, :, None], s * key_scale[:, :, None], float("-inf"))
+        v = in_columns(levels(value_words, VALUE_BITS, DTYPE, VALUE_BYTES))
+        highest, total, acc = _added(s, v, value_scale, highest, total, acc, PRECISION)
+    return highest + shared[None, :], total, acc
 
 
 @triton.jit
 def _near(
-    query, offset, keys, values, key_scales, value_scales, near_angles, within, angles, newest, capacity, begin, end,
-    scaling, window,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr, PRECISION: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+    before, offset, keys, values, key_scales, value_scales, near_angles, within, angles, newest, capacity, begin, end,
+    scaling,
+    DTYPE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, A: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of these ages, each at its own distance from queries that come before RoPE; `begin` begins a block."""
+    """Tokens of these ages, each at its own distance from queries that come before RoPE; `begin` begins a block.
+
+    Of pairs (x, y) the first half of a head has x and the second y. With a = (x + y) / 2 and b = (x - y) / 2, which is
+    how a Hadamard matrix ends, a key turned by an angle with u = cos + sin and v = cos - sin is (a u + b v, a v - b u).
+    Numbers of codes are small, so float16 is precise enough for them. The keys' mean is far larger in some heads: what
+    it adds to scores is worked out from the query, by products of u and v that are float16 as well.
+    """
+    N: tl.constexpr = BLOCK // A
     HALF: tl.constexpr = P // 2
-    DTYPE: tl.constexpr = window.dtype.element_ty
-    j, h, g = tl.arange(0, BLOCK_N), tl.arange(0, HALF), tl.arange(0, ROWS)
+    QUARTER: tl.constexpr = P // 4
+    KTYPE: tl.constexpr = tl.float16 if DTYPE != tl.float32 else DTYPE  # noqa: SIM300
+    C: tl.constexpr = codes_of(KEY_BITS)
+    TOP: tl.constexpr = C // 2
+    W: tl.constexpr = HALF // C
+    # Pairs whose place in their word is low; the others are TOP further.
+    low, g = _pair(tl.arange(0, QUARTER), C), tl.arange(0, ROWS)
+    word, place = place_in_row(tl.arange(0, QUARTER), W, TOP)
+    bits = (word * C + place)[:, None] & low[None, :]
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    H = (1 - 2 * (bits & 1)).to(tl.float32).to(KTYPE)
+    H = tl.broadcast_to(H[None, :, :], [A, QUARTER, QUARTER])
+    own = tl.arange(0, A)[:, None] * N + tl.arange(0, N)[None, :]
+    table = within + own[:, :, None] * HALF + low[None, None, :]
+    cos, sin = tl.load(table), tl.load(table + A * N * HALF)
+    u_low, v_low = (cos + sin).to(KTYPE), (cos - sin).to(KTYPE)
+    cos, sin = tl.load(table + TOP), tl.load(table + A * N * HALF + TOP)
+    u_high, v_high = (cos + sin).to(KTYPE), (cos - sin).to(KTYPE)
+    turns = _beside(u_low, u_high, v_low, v_high)
+    x = tl.arange(0, P)  # in the order of `_beside`
+    pair = _pair(_place_beside(x % QUARTER, QUARTER), C) + x // QUARTER % 2 * TOP
+    sign = (x // HALF * 2 - 1).to(tl.float32)
+    number, partner = pair + x // HALF * HALF, pair + (1 - x // HALF) * HALF
     mine = (g < GROUPS)[:, None]
-    q_first = tl.load(query + g[:, None] * P + h[None, :], mask=mine, other=0.0)
-    q_second = tl.load(query + g[:, None] * P + HALF + h[None, :], mask=mine, other=0.0)
-    mean_first, mean_second = tl.load(offset + h)[None, :], tl.load(offset + HALF + h)[None, :]
-    cos = tl.load(within + j[:, None] * HALF + h[None, :])
-    sin = tl.load(within + (BLOCK_N + j[:, None]) * HALF + h[None, :])
-    # Of [[A, A], [A, -A]], the Hadamard matrix of P.
-    A = hadamard(placed(h, KEY_BITS, KEY_BYTES)[:, None], h[None, :]).to(DTYPE)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, P], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        inside = start + j < end
-        t = _slots_of(start + j, newest, capacity)
-        key_scale = tl.load(key_scales + t, mask=inside, other=0.0).to(tl.float32)
-        value_scale = tl.load(value_scales + t, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(near_angles + (start // BLOCK_N) * HALF + h)[None, :]
-        s = tl.load(near_angles + angles + (start // BLOCK_N) * HALF + h)[None, :]
-        a = tl.dot(
-            levels(keys, t, inside, P, 0, HALF, BLOCK_N, KEY_BITS, DTYPE, KEY_BYTES), A, input_precision=PRECISION
-        )
-        b = tl.dot(
-            levels(keys, t, inside, P, HALF, HALF, BLOCK_N, KEY_BITS, DTYPE, KEY_BYTES), A, input_precision=PRECISION
-        )
-        size = (key_scale / tl.sqrt(P * 1.0))[:, None]
-        first, second = (a + b) * size + mean_first, (a - b) * size + mean_second
-        k_first, k_second = first * cos + second * sin, second * cos - first * sin
-        near_first, near_second = q_first * c - q_second * s, q_second * c + q_first * s
-        scores = tl.dot(near_first.to(DTYPE), k_first.to(DTYPE).trans(), input_precision=PRECISION)
-        scores += tl.dot(near_second.to(DTYPE), k_second.to(DTYPE).trans(), input_precision=PRECISION)
-        scores = tl.where(inside[None, :], scores * scaling, float("-inf"))
-        highest, total, acc = _added(
-            scores, highest, total, acc, values, value_scale, t, inside, DTYPE, P, BLOCK_N, VALUE_BITS, PRECISION,
-            VALUE_BYTES,
-        )  # fmt: skip
+    _ask(keys, values, newest, capacity, begin, end, P, BLOCK, KEY_BITS, VALUE_BITS, PDL)
+    wait(PDL)
+    q_own = tl.load(before + g[:, None] * P + number[None, :], mask=mine, other=0.0) * scaling
+    q_partner = tl.load(before + g[:, None] * P + partner[None, :], mask=mine, other=0.0) * (scaling * sign)[None, :]
+    mean_own, mean_partner = tl.load(offset + number)[None, :], tl.load(offset + partner)[None, :]
+    highest = tl.full([A, ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([A, ROWS], tl.float32)
+    acc = tl.zeros([A, P, ROWS], tl.float32)
+    for start in tl.range(begin, end, A * N, num_stages=1):
+        inside, t = _slots_of(start + own, end, newest, capacity)
+        key_scale = tl.load(key_scales + t).to(tl.float32) / tl.sqrt(P * 1.0)
+        value_scale = tl.load(value_scales + t).to(tl.float32)
+        first_words = load_words(keys, t, 0, HALF, P, KEY_BITS)
+        second_words = load_words(keys, t, HALF, HALF, P, KEY_BITS)
+        value_words = load_words(values, t, 0, P, P, VALUE_BITS)
+        block = near_angles + (start // (A * N)) * HALF + pair
+        c, s = tl.load(block)[None, :], tl.load(block + angles)[None, :]
+        q = q_own * c + q_partner * s
+        other = (q_partner * c - q_own * s) * sign[None, :]
+        m = (q * (mean_own + mean_partner) + other * (mean_partner - mean_own)) * 0.5
+        q = tl.broadcast_to(tl.trans(q.to(KTYPE))[None, :, :], [A, P, ROWS])
+        m = tl.broadcast_to(tl.trans(m.to(KTYPE))[None, :, :], [A, P, ROWS])
+        l1, h1 = level_halves(first_words, KEY_BITS, KTYPE, KEY_BYTES)
+        l2, h2 = level_halves(second_words, KEY_BITS, KTYPE, KEY_BYTES)
+        l1, h1 = _product(in_row(l1), H, PRECISION).to(KTYPE), _product(in_row(h1), H, PRECISION).to(KTYPE)
+        l2, h2 = _product(in_row(l2), H, PRECISION).to(KTYPE), _product(in_row(h2), H, PRECISION).to(KTYPE)
+        low1, low2 = _turned(l1 + h1, l2 + h2, u_low, v_low, KEY_BYTES)
+        high1, high2 = _turned(l1 - h1, l2 - h2, u_high, v_high, KEY_BYTES)
+        s = tl.dot(_beside(low1, high1, low2, high2), q, input_precision=PRECISION) * key_scale[:, :, None]
+        s = tl.where(inside[:, :, None], tl.dot(turns, m, s, input_precision=PRECISION), float("-inf"))
+        v = in_columns(levels(value_words, VALUE_BITS, DTYPE, VALUE_BYTES))
+        highest, total, acc = _added(s, v, value_scale, highest, total, acc, PRECISION)
     return highest, total, acc
 
 
 @triton.jit
-def _added(
-    s, highest, total, acc, values, value_scale, t, inside, DTYPE: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, BY_BYTES: tl.constexpr,
-):  # fmt: skip
-    """The softmax over what came before and a block of scores (ROWS, BLOCK_N), at least one of which is finite."""
+def _product(x, H, PRECISION: tl.constexpr):
+    """Of x (A, N, K) and H (A, K, K); the machine multiplies 16 numbers at once."""
+    if x.shape[2] >= 16:
+        y = tl.dot(x, H, input_precision=PRECISION)
+    else:
+        y = tl.sum(x[:, :, :, None].to(tl.float32) * H[:, None, :, :].to(tl.float32), 2)
+    return y
+
+
+@triton.jit
+def _added(s, v, value_scale, highest, total, acc, PRECISION: tl.constexpr):
+    """The softmax over what came before and scores s (A, N, ROWS) of values v (A, P, N); a warp may have none."""
     new = tl.maximum(highest, tl.max(s, 1))
-    keep = tl.exp(highest - new)
-    e = tl.exp(s - new[:, None])
-    v = levels(values, t, inside, P, 0, P, BLOCK_N, BITS, DTYPE, BY_BYTES)
-    weight = (e * value_scale[None, :]).to(DTYPE)
-    acc = acc * keep[:, None] + tl.dot(weight, v, input_precision=PRECISION)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    keep = tl.exp(highest - base)
+    e = tl.exp(s - base[:, None, :])
+    weight = (e * value_scale[:, :, None]).to(v.dtype)
+    acc = tl.dot(v, weight, acc * keep[:, None, :], input_precision=PRECISION)
     return new, total * keep + tl.sum(e, 1), acc
 
 
 @triton.jit
-def _slots_of(ages, newest, capacity):
-    """Where tokens of these ages lie, 0 being in the slot `newest`."""
-    t = newest - ages
-    return tl.where(t < 0, t + capacity, t)
+def _slots_of(ages, end, newest, capacity):
+    """Which of these ages count, and where their tokens lie, 0 being in the slot `newest`; others lie there too."""
+    t = newest - tl.minimum(ages, end - 1)
+    return ages < end, tl.where(t < 0, t + capacity, t)
+
+
+@triton.jit
+def _pair(n, C: tl.constexpr):
+    """The n-th number whose place in its word of C codes is in the lower half."""
+    return n // (C // 2) * C + n % (C // 2)
+
+
+_TURN = tl.constexpr(
+    "{.reg .b32 x; mul.rn.f16x2 x, $3, $5; fma.rn.f16x2 $0, $2, $4, x;"
+    "mul.rn.f16x2 x, $3, $4; neg.f16x2 x, x; fma.rn.f16x2 $1, $2, $5, x;}"
+)
+
+
+@triton.jit
+def _turned(a, b, u, v, BY_TWO: tl.constexpr):
+    """(a u + b v, a v - b u), of float16 two at a time."""
+    if BY_TWO:
+        x, y = tl.inline_asm_elementwise(
+            _TURN, "=&r,=&r,r,r,r,r", [a, b, u, v], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        x, y = a * u + b * v, a * v - b * u
+    return x, y
+
+
+@triton.jit
+def _beside(a, b, c, d):
+    """Four (A, N, K), as products give them, as one (A, N, 4 K), as products take it: see `_place_beside`."""
+    A: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    K: tl.constexpr = a.shape[2]
+    x = tl.join(tl.join(a, b), tl.join(c, d))
+    if K >= 16:
+        y = tl.permute(tl.reshape(x, [A, N, K // 16, 2, 4, 2, 2, 2]), (0, 1, 7, 6, 2, 4, 3, 5))
+    else:
+        y = tl.permute(x, (0, 1, 4, 3, 2))
+    return tl.reshape(y, [A, N, 4 * K])
+
+
+@triton.jit
+def _place_beside(k, K: tl.constexpr):
+    """Which number of each of the four stands in its place k."""
+    return k % 2 + k // 4 % 4 * 2 + k // 2 % 2 * 8 + k // 16 * 16 if K >= 16 else k

@@ -6,17 +6,17 @@ import triton
 import triton.language as tl
 
 from ahn.ops.step.dependent_launch import announce, wait
-from ahn.ops.step.head_kernel import finished_gate, finished_head, hadamard, slot_of
+from ahn.ops.step.head_kernel import finished_gate, finished_head, slot_of
 
 
 @triton.jit
 def combine_and_keep(
-    partial, score, tier_partial, tier_score, value_offset, read, gamma, weight, norm, o_proj, out,
+    partial, score, read, gamma, weight, norm, o_proj, out,
     key, value, new_write, write_shift, write_log_rate, new_decay, decay_shift, decay_log_rate,
     key_norm, cos, sin, key_eps, stride_turn,
     keys, values, write, decay, positions, active, slots, sinks, norm_eps,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    SPLITS: tl.constexpr, TIER_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
     COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, READERS: tl.constexpr,
     ROUTER: tl.constexpr, ACROSS: tl.constexpr, WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
@@ -26,9 +26,8 @@ def combine_and_keep(
     b, h = row // HEADS, row % HEADS
     if part < P // COLUMNS:
         _combine(
-            partial, score, tier_partial, tier_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
-            row, b, h, part,
-            SPLITS, TIER_SPLITS, HEADS, GROUPS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
+            partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
+            SPLITS, ALL_SPLITS, HEADS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
         )  # fmt: skip
     else:  # a program of its own, so that nobody's result is late for it
         position, real = tl.load(positions + b), tl.load(active + b) != 0
@@ -57,39 +56,41 @@ def combine_and_keep(
 
 @triton.jit
 def _combine(
-    partial, score, tier_partial, tier_score, value_offset, read, gamma, weight, norm, o_proj, out, norm_eps,
-    row, b, h, part,
-    SPLITS: tl.constexpr, TIER_SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-    COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr,
-    ACROSS: tl.constexpr, PDL: tl.constexpr,
+    partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
+    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
+    ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's output: the parts by their weights, and the memory's read."""
     c = part * COLUMNS + tl.arange(0, COLUMNS)
-    n = tl.arange(0, SPLITS)
-    p = tl.arange(0, P)
+    CHUNK: tl.constexpr = ALL_SPLITS if ALL_SPLITS <= 256 else 128  # for there are few registers
+    n, p = tl.arange(0, CHUNK), tl.arange(0, P)
     if MEMORY:  # all loads are under way before the first result is needed; weights without waiting
         projection = tl.load(o_proj + h * P * P + p[:, None] * P + c[None, :])
         normed = tl.load(norm + (h * P + p if ACROSS else p)).to(tl.float32)
     wait(PDL)
-    scores = tl.load(score + row * SPLITS + n)
-    parts = tl.load(partial + (row * SPLITS + n)[:, None] * P + c[None, :])
+    score += row * SPLITS
+    partial += row * SPLITS * P + c[None, :]
+    scores, parts = _parts(score, partial, n, SPLITS, P)
     if MEMORY:
         o = tl.load(read + row * STATES * P + p)
         for r in tl.static_range(1, STATES):
             o += tl.load(read + (row * STATES + r) * P + p)
         gate = tl.load(gamma + row).to(tl.float32)
-    highest = tl.max(scores, 0)
-    if TIER_SPLITS > 0:
-        tier_scores = tl.load(tier_score + row * TIER_SPLITS + tl.arange(0, TIER_SPLITS))
-        highest = tl.maximum(highest, tl.max(tier_scores, 0))
-    e = tl.exp(scores - highest)
-    y, total = tl.sum(parts * e[:, None], 0), tl.sum(e, 0)
-    if TIER_SPLITS > 0:
-        size = tl.sum(tl.exp(tier_scores - highest), 0)
-        rotated = _sum_of_parts(tier_partial, tier_score, highest, row, TIER_SPLITS, P)
-        y += tl.sum(rotated[:, None] * hadamard(p[:, None], c[None, :]), 0) / tl.sqrt(P * 1.0)
-        y += size * tl.load(value_offset + (row // GROUPS) * P + c)
-        total += size
+    if ALL_SPLITS == CHUNK:
+        highest = tl.max(scores, 0)
+        e = tl.exp(scores - highest)
+        y, total = tl.sum(parts * e[:, None], 0), tl.sum(e, 0)
+    else:
+        every = tl.arange(0, ALL_SPLITS)
+        all_scores = tl.load(score + every, mask=every < SPLITS, other=float("-inf"))
+        highest = tl.max(all_scores, 0)
+        y, total = tl.zeros([COLUMNS], tl.float32), tl.sum(tl.exp(all_scores - highest), 0)
+        for start in range(CHUNK, ALL_SPLITS, CHUNK):
+            next_scores, next_parts = _parts(score, partial, start + n, SPLITS, P)
+            y += tl.sum(parts * tl.exp(scores - highest)[:, None], 0)
+            scores, parts = next_scores, next_parts  # under way while those before them are summed
+        y += tl.sum(parts * tl.exp(scores - highest)[:, None], 0)
     y /= total
     if MEMORY:
         gate = gate * tl.sigmoid(gate)
@@ -111,16 +112,8 @@ def _combine(
 
 
 @triton.jit
-def _sum_of_parts(partial, score, highest, row, SPLITS: tl.constexpr, P: tl.constexpr):
-    """All columns of the parts of one head, by their weights; some parts at a time, for there are few registers."""
-    CHUNK: tl.constexpr = SPLITS if SPLITS < 32 else 32
-    p = tl.arange(0, P)
-    total = tl.zeros([P], tl.float32)
-    at = row * SPLITS + tl.arange(0, CHUNK)
-    scores, parts = tl.load(score + at), tl.load(partial + at[:, None] * P + p[None, :])
-    for _ in range(CHUNK, SPLITS, CHUNK):
-        at += CHUNK
-        next_scores, next_parts = tl.load(score + at), tl.load(partial + at[:, None] * P + p[None, :])
-        total += tl.sum(parts * tl.exp(scores - highest)[:, None], 0)
-        scores, parts = next_scores, next_parts  # under way while those before them are summed
-    return total + tl.sum(parts * tl.exp(scores - highest)[:, None], 0)
+def _parts(score, partial, n, SPLITS: tl.constexpr, P: tl.constexpr):
+    """Scores and some columns of these parts."""
+    held = n < SPLITS
+    scores = tl.load(score + n, mask=held, other=float("-inf"))
+    return scores, tl.load(partial + n[:, None] * P, mask=held[:, None], other=0.0)

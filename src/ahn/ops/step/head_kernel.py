@@ -74,6 +74,10 @@ def hadamard(rows, columns):
 
 @triton.jit
 def rotate(x, P: tl.constexpr):
-    """x (P,) float32, rotated."""
-    p = tl.arange(0, P)
-    return tl.sum(x[:, None] * hadamard(p[:, None], p[None, :]), 0) / tl.sqrt(P * 1.0)
+    """x (P,) float32, rotated: by a matrix of the upper half of an index's bits, then by one of the lower."""
+    A: tl.constexpr = 4 if P <= 16 else 8 if P <= 64 else 16
+    B: tl.constexpr = P // A
+    a, b = tl.arange(0, A), tl.arange(0, B)
+    y = tl.sum(tl.reshape(x, [A, B])[:, None, :] * hadamard(a[:, None], a[None, :])[:, :, None], 0)
+    y = tl.sum(y[:, :, None] * hadamard(b[:, None], b[None, :])[None, :, :], 1)
+    return tl.reshape(y, [P]) / tl.sqrt(P * 1.0)

@@ -24,7 +24,7 @@ from ahn.ops.step.head_kernel import finished_head, slot_of
 from ahn.ops.step.reference import StepRotation, gates_of
 from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.routes_kernel import route
-from ahn.ops.step.turn import BLOCK, TierTurn
+from ahn.ops.step.turn import TierTurn
 
 TILE_BYTES = 16384  # keys that a program looks at together; several tiles must fit a multiprocessor of any GPU
 STATE_COLUMNS = 32  # columns of a state that a program holds: a cache line of each of its rows
@@ -235,10 +235,16 @@ def step(
     block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
     splits, stages = schedule(B * HKV, slots, block, processors)
     splits = splits if seen is None else min(splits, MOST_WITH_KEPT)
+    capacity = 0
     per_split, parts = triton.cdiv(triton.cdiv(slots, splits), block) * block, splits * (1 if seen is None else 2)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    partial = torch.empty(B, HEADS, parts, P, dtype=torch.float32, device=query.device)
-    score = torch.empty(B, HEADS, parts, dtype=torch.float32, device=query.device)
+    shares = tier_kernel.NO_SHARES
+    if tier is not None:
+        capacity = tier.keys.codes.shape[2]
+        shares = tier_kernel.shared_out(capacity, 0 if turn is None else turn.count, B * HKV, processors)
+    every = parts + sum(share.parts for share in shares)
+    partial = torch.empty(B, HEADS, every, P, dtype=torch.float32, device=query.device)
+    score = torch.empty(B, HEADS, every, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
     columns = min(STATE_COLUMNS, P)
     strides = (*window.keys.stride()[:3], *window.values.stride()[:3])
@@ -260,20 +266,13 @@ def step(
     if read is not None:
         read_query, gamma = read.query.contiguous(), read.gamma.contiguous()
         weight, norm, o_proj = read.weight, read.norm, read.o_proj
-    capacity, tier_splits = 0, 0
     gone: tuple[Tensor | None, ...] = (None, None, None, None)
-    tier_parts: tuple[Tensor | None, ...] = (None, None, None)
     if tier is not None:
-        capacity = tier.keys.codes.shape[2]
-        tier_splits = schedule(B * HKV, capacity, BLOCK, processors)[0]
-        if turn is not None and turn.count < capacity:
-            tier_splits = max(2, tier_splits)  # near tokens and others are in parts of their own
         tier_step = tier_kernel.push_and_attend(
-            query, positions, active, window, tier, rule, tier_splits, sinks, scaling,
-            (query_norm, cos, sin, query_eps, stride_turn), turn, launch,
+            query, positions, active, window, tier, rule, sinks, scaling,
+            (query_norm, cos, sin, query_eps, stride_turn), turn, launch, shares, splits, partial, score,
         )  # fmt: skip
         gone = (tier_step.key, tier_step.value, tier_step.write, tier_step.decay)
-        tier_parts = (tier_step.partial, tier_step.score, tier.values.offset)
     if seen is not None and write_ring is not None:
         retained_kernel.keep_and_attend(
             query, positions, active, window, write_ring, (gone[0], gone[1], gone[2]), seen, partial, score, splits,
@@ -291,7 +290,7 @@ def step(
         read_query, write_ring, decay_ring, state.memory.get("state"), raw, *gone, *routed,
         query_norm, key_norm, cos, sin, query_eps, key_eps, stride_turn,
         slots, sinks, capacity, scaling, per_split, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0, *strides,
-        SPLITS=parts, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
+        SPLITS=every, HEADS=HEADS, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=block,
         LINE=min(P, LINE_BYTES // window.keys.element_size()), COLUMNS=columns, MEMORY=memory,
         DELTA=bool(rule and rule.delta), DECAY=bool(rule and rule.decay), STATES=states, READERS=readers,
         STATE_PROGRAMS=state_programs,
@@ -299,11 +298,11 @@ def step(
         **launch, **({"maxnreg": REGISTERS} if capped else {}),
     )  # fmt: skip
     combine_and_keep[B * HEADS, P // columns + 1](
-        partial, score, *tier_parts, raw, gamma, weight, norm, o_proj, out,
+        partial, score, raw, gamma, weight, norm, o_proj, out,
         key, value, *_parts(write), *_parts(decay), key_norm, cos, sin, key_eps, stride_turn,
         window.keys, window.values, write_ring, decay_ring, positions, active,
         slots, sinks, rule.norm_eps if rule else 0.0, *strides,
-        SPLITS=parts, TIER_SPLITS=tier_splits, HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
+        SPLITS=every, ALL_SPLITS=triton.next_power_of_2(every), HEADS=HEADS, GROUPS=groups, P=P, COLUMNS=columns,
         ALL=triton.next_power_of_2(HEADS * P), MEMORY=memory, STATES=states, READERS=readers,
         ROUTER=weight is not None, ACROSS=bool(rule and rule.across_heads),
         WRITE_ACTIVATION=write.activation if write else "none",

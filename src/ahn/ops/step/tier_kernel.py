@@ -8,7 +8,7 @@ parts that the step's last kernel joins with those of the window (`ahn.ops.step.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,66 +16,71 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.layout.state import TierRing, TierState, WindowState
+from ahn.ops.quantize import signs
 from ahn.ops.rule import StepRule
-from ahn.ops.step.codes_attention import attend_codes
+from ahn.ops.step.codes_attention import FAR_TOKENS, WARPS, attend_codes
 from ahn.ops.step.codes_kernel import code_of, level_of, load_codes, pack_codes, store_codes
 from ahn.ops.step.dependent_launch import announce, wait
 from ahn.ops.step.head_kernel import finished_head, joined, rotate, slot_of, turned
 from ahn.ops.step.reference import gates_of
 from ahn.ops.step.turn import BLOCK, TierTurn
 
-REGISTERS = 128  # of a thread where keys are turned: four programs a multiprocessor, for some of the angles in L1
+PROGRAMS = 2  # of the ring's parts on a multiprocessor: as many as it holds where keys are turned, so one round does
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+class Share(NamedTuple):
+    """Tokens of the ring by age, in so many parts of so many tokens each."""
+
+    parts: int
+    tokens: int
+
+
+NO_SHARES = Share(0, 0), Share(0, 0)
 
 
 @dataclasses.dataclass
 class TierStep:
-    """What the kernels of one step tell each other, all written in every step; C > 0 tokens of the tier in N parts.
+    """What the kernels of one step tell each other, all written in every step.
 
     Attributes:
-        query: (B, Hq, P) float32, rotated; with keys before RoPE, as it meets those that are farthest.
-        turned: (B, Hq, P) float32, the query before RoPE, where keys are kept so.
-        key_offset: (B, Hkv, P) float32, rotated.
+        query: (B, Hq, P) float32, as it meets tokens that are farthest, rotated.
+        farthest: (B, Hq, P) float32, the same not rotated.
+        before: (B, Hq, P) float32, the query before RoPE, where keys are kept so.
         key, value: (B, Hkv, P) of the token that leaves the ring, in the window's precision.
         write, decay: (B, Hw) its gates, where the memory has them.
-        partial: (B, Hq, N, P) float32, rotated and without the values' offset.
-        score: (B, Hq, N) float32.
     """
 
     query: Tensor
-    turned: Tensor | None
-    key_offset: Tensor
+    farthest: Tensor
+    before: Tensor | None
     key: Tensor
     value: Tensor
     write: Tensor | None
     decay: Tensor | None
-    partial: Tensor
-    score: Tensor
 
     @classmethod
-    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, parts: int, turning: bool) -> TierStep:
+    def empty(cls, query: Tensor, window: WindowState, rule: StepRule | None, turning: bool) -> TierStep:
         """For queries (B, Hq, P)."""
         B, heads, P = query.shape
         rows = (B, window.keys.shape[1], P)
-        wide: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
         write, decay = (None if x is None else x.new_empty(x.shape[:2]) for x in gates_of(window.gates, rule))
+        queries = [torch.empty(B, heads, P, dtype=torch.float32, device=query.device) for _ in range(2 + turning)]
         return cls(
-            query=torch.empty(B, heads, P, **wide),
-            turned=torch.empty(B, heads, P, **wide) if turning else None,
-            key_offset=torch.empty(rows, **wide),
+            query=queries[0],
+            farthest=queries[1],
+            before=queries[2] if turning else None,
             key=window.keys.new_empty(rows),
             value=window.values.new_empty(rows),
             write=write,
             decay=decay,
-            partial=torch.empty(B, heads, parts, P, **wide),
-            score=torch.empty(B, heads, parts, **wide),
         )
 
 
 @triton.jit
 def _rotate_and_push(
     query, keys, values, write, decay, key_codes, value_codes, key_scales, value_scales, key_offset, value_offset,
-    tier_write, tier_decay, rotated, before, rotated_offset, gone_key, gone_value, gone_write, gone_decay,
+    tier_write, tier_decay, rotated, seen, before, gone_key, gone_value, gone_write, gone_decay,
     positions, active, query_norm, cos, sin, query_eps, stride_turn, token, within, farthest, first_angles,
     slots, sinks, capacity, near_stride, first_stride, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WRITERS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
@@ -92,7 +97,8 @@ def _rotate_and_push(
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     first, at = b * HEADS + head * GROUPS, (b * HKV + head).to(tl.int64)
     position, real = tl.load(positions + b), tl.load(active + b) != 0
-    slot, place = slot_of(position, sinks, slots - sinks), at * capacity + (position - slots) % capacity
+    newest = (position.to(tl.int32) - slots) % capacity
+    slot, place = slot_of(position.to(tl.int32), sinks, slots - sinks), at * capacity + newest
     leaves, begins = real & (position >= slots), real & (position == slots)
     p = tl.arange(0, P)
     if token is not None:
@@ -108,19 +114,20 @@ def _rotate_and_push(
             q = turned(q, token, token + P, P)
             tl.store(before + (first + part) * P + p, q)
             q = turned(q, farthest, farthest + near_stride, P)
+        tl.store(seen + (first + part) * P + p, q)
         tl.store(rotated + (first + part) * P + p, rotate(q, P))
     elif part == GROUPS:
         keys += b.to(tl.int64) * stride_kb + head * stride_kh
         _push(
             keys, stride_kt, slots, sinks, slot, begins, leaves,
             key_codes + place * (P * KEY_BITS // 8), key_scales + place,
-            key_offset + at * P, gone_key + at * P, rotated_offset + at * P, token, within, first_angles, first_stride,
+            key_offset + at * P, gone_key + at * P, token, within, first_angles, first_stride,
             P, BLOCK_N, KEY_BITS, True, PDL,
         )  # fmt: skip
         if leaves:
             g = tl.arange(0, ROWS)
             h, mine = (at * WRITERS + g).to(tl.int64), g < WRITERS
-            waiting, new = h * capacity + (position - slots) % capacity, h * slots + slot
+            waiting, new = h * capacity + newest, h * slots + slot
             if write is not None:
                 _pass_on(write + new, tier_write + waiting, gone_write + h, mine)
             if decay is not None:
@@ -130,7 +137,7 @@ def _rotate_and_push(
         _push(
             values, stride_vt, slots, sinks, slot, begins, leaves,
             value_codes + place * (P * VALUE_BITS // 8), value_scales + place,
-            value_offset + at * P, gone_value + at * P, None, None, None, None, 0, P, BLOCK_N, VALUE_BITS, False, PDL,
+            value_offset + at * P, gone_value + at * P, None, None, None, 0, P, BLOCK_N, VALUE_BITS, False, PDL,
         )  # fmt: skip
 
 
@@ -145,15 +152,15 @@ def _pass_on(new, waiting, gone, mine):
 
 @triton.jit
 def _push(
-    window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone, rotated,
+    window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone,
     token, within, first_angles, first_stride,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The key or value that leaves the window into its codes, what these were to `gone`; pointers of one head.
 
-    `scale` and `codes` are those of the token's place; `rotated` is where the rotated offset goes, or None. With
-    angles, keys are turned to before RoPE, and what leaves the tier to its position. All that is read was written in
-    the step before, which has ended: so this waits only before it writes.
+    `scale` and `codes` are those of the token's place. With angles, keys are turned to before RoPE, and what leaves the
+    tier to its position. All that is read was written in the step before, which has ended: so this waits only before
+    it writes.
     """
     p = tl.arange(0, P)
     mean = tl.load(offset + p)
@@ -187,8 +194,6 @@ def _push(
     packed = pack_codes(code, P, BITS)
     wait(PDL)
     tl.debug_barrier()  # all threads have read what the others now write
-    if rotated is not None:
-        tl.store(rotated + p, rotate(mean, P))
     if leaves:
         tl.store(gone + p, decoded)
         store_codes(codes, packed, P, BITS)
@@ -226,27 +231,31 @@ def push_and_attend(
     window: WindowState,
     tier: TierState,
     rule: StepRule | None,
-    parts: int,
     sinks: int,
     scaling: float,
     rotation: tuple[Any, ...],
     turn: TierTurn | None,
     launch: dict[str, Any],
+    shares: tuple[Share, Share],
+    first: int,
+    partial: Tensor,
+    score: Tensor,
 ) -> TierStep:
     """Put what leaves the window into the tier and attend to the tier.
 
     Args:
         query: (B, Hq, P) as projected; positions, active, window, tier, sinks, scaling, rule: see `ahn.ops.step.step`.
-        parts: of the ring, a power of two.
         rotation: the queries' norm, cos, sin, the norm's eps, and how far apart rows of cos are.
         launch: see `ahn.ops.step.dependent_launch.options`.
+        shares: from `shared_out`.
+        first: where the tier's parts begin in `partial` and `score`.
+        partial: (B, Hq, N, P) float32, what comes of each part, and `score` (B, Hq, N) the logarithm of its weights.
     """
-    step = TierStep.empty(query, window, rule, parts, turn is not None)
+    step = TierStep.empty(query, window, rule, turn is not None)
     keys, values = tier.keys, tier.values
     B, heads, P = query.shape
     HKV, slots = window.keys.shape[1:3]
     groups, capacity = heads // HKV, keys.codes.shape[2]
-    rows = max(16, triton.next_power_of_2(groups))
     write, decay = gates_of(window.gates, rule)
     writers = 0 if write is None else write.shape[1] // HKV
     angles: tuple[Any, ...] = (None, None, None, None)
@@ -257,43 +266,43 @@ def push_and_attend(
     _rotate_and_push[groups + 2, B * HKV](
         query, window.keys, window.values, write, decay, keys.codes, values.codes,
         keys.scales, values.scales, keys.offset, values.offset, *gates_of(tier.gates, rule),
-        step.query, step.turned, step.key_offset, step.key, step.value, step.write, step.decay, positions, active,
+        step.query, step.farthest, step.before, step.key, step.value, step.write, step.decay, positions, active,
         *rotation, *angles, slots, sinks, capacity, near_angles, first_angles,
         *window.keys.stride()[:3], *window.values.stride()[:3],
-        HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=rows, P=P, BLOCK_N=BLOCK, KEY_BITS=keys.bits,
-        VALUE_BITS=values.bits, num_warps=8, **launch,
+        HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=BLOCK,
+        KEY_BITS=keys.bits, VALUE_BITS=values.bits, num_warps=4, **launch,
     )  # fmt: skip
     by_bytes = query.is_cuda and torch.version.hip is None and query.dtype == torch.bfloat16
-    capped = turn is not None and by_bytes and P <= 128
-    near_parts, per_near, per_far = shared_out(parts, capacity, near)
-    attend_codes[parts, B * HKV](
-        step.query, step.turned, step.key_offset, keys.offset, in_words(keys), in_words(values),
-        keys.scales, values.scales, positions, step.partial, step.score,
-        None if turn is None else turn.near, None if turn is None else turn.within,
-        slots, capacity, near, near_angles, scaling,
-        per_near, per_far, window.keys,
-        NEAR=near_parts, SPLITS=parts, HEADS=heads, GROUPS=groups, ROWS=rows, P=P, BLOCK_N=BLOCK,
-        KEY_BITS=keys.bits, VALUE_BITS=values.bits,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **({"maxnreg": REGISTERS} if capped else {}),
-        KEY_BYTES=by_bytes and keys.bits != 3, VALUE_BYTES=by_bytes and values.bits != 3, num_warps=4, **launch,
+    matrix = signs(P, query.dtype, query.device)
+    near_share, far_share = shares
+    attend_codes[near_share.parts + far_share.parts, B * HKV](
+        step.query, step.before, step.farthest, keys.offset, values.offset, in_words(keys), in_words(values),
+        keys.scales, values.scales, positions, partial, score,
+        None if turn is None else turn.near, None if turn is None else turn.within, matrix,
+        slots, capacity, near, near_angles, scaling, near_share.tokens, far_share.tokens, window.keys,
+        FIRST=first, PARTS=partial.shape[2], NEAR=near_share.parts, HEADS=heads, GROUPS=groups,
+        ROWS=max(8, triton.next_power_of_2(groups)), P=P, A=WARPS, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
+        KEY_BYTES=by_bytes and keys.bits != 3, VALUE_BYTES=by_bytes and values.bits != 3,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=WARPS, **launch,
     )  # fmt: skip
     return step
 
 
 def in_words(ring: TierRing) -> Tensor:
-    """Codes as `ahn.ops.step.codes_kernel.levels` takes them."""
+    """Codes as `ahn.ops.step.codes_kernel.load_words` takes them."""
     return ring.codes if ring.bits == 3 else ring.codes.view(torch.int32)
 
 
-def shared_out(parts: int, capacity: int, near: int) -> tuple[int, int, int]:
-    """How many of the parts of the ring are for near tokens, and tokens in a part of these and of the others.
+def shared_out(capacity: int, near: int, rows: int, processors: int) -> tuple[Share, Share]:
+    """The ring's parts for B · Hkv rows: of near tokens, and of the others; half the programs each, if there are both.
 
-    A near token takes about twice the instructions of another.
+    Longer parts are better than more: what a program does before and after its part takes as long as two blocks.
     """
-    far = capacity - near
-    near_parts = min(max(round(parts * 2 * near / (2 * near + far)), near > 0), parts - (far > 0))
-    sizes = [
-        triton.cdiv(triton.cdiv(n, max(m, 1)), BLOCK) * BLOCK
-        for n, m in ((near, near_parts), (far, parts - near_parts))
-    ]
-    return near_parts, sizes[0], sizes[1]
+    most = PROGRAMS * processors // rows // (2 if 0 < near < capacity else 1)
+    return _share(near, BLOCK, most), _share(capacity - near, FAR_TOKENS.value * WARPS, most)
+
+
+def _share(tokens: int, block: int, most: int) -> Share:
+    """At most so many parts of whole blocks."""
+    size = triton.cdiv(triton.cdiv(tokens, block), max(1, most)) * block
+    return Share(triton.cdiv(tokens, max(1, size)), size)
