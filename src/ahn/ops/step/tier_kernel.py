@@ -29,14 +29,14 @@ PROGRAMS = 2  # of the ring's parts on a multiprocessor: as many as it holds whe
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-class Share(NamedTuple):
+class RingShare(NamedTuple):
     """Tokens of the ring by age, in so many parts of so many tokens each."""
 
     parts: int
     tokens: int
 
 
-NO_SHARES = Share(0, 0), Share(0, 0)
+NO_SHARES = RingShare(0, 0), RingShare(0, 0)
 
 
 @dataclasses.dataclass
@@ -236,7 +236,7 @@ def push_and_attend(
     rotation: tuple[Any, ...],
     turn: TierTurn | None,
     launch: dict[str, Any],
-    shares: tuple[Share, Share],
+    shares: tuple[RingShare, RingShare],
     first: int,
     partial: Tensor,
     score: Tensor,
@@ -293,7 +293,7 @@ def in_words(ring: TierRing) -> Tensor:
     return ring.codes if ring.bits == 3 else ring.codes.view(torch.int32)
 
 
-def shared_out(capacity: int, near: int, rows: int, processors: int) -> tuple[Share, Share]:
+def shared_out(capacity: int, near: int, rows: int, processors: int) -> tuple[RingShare, RingShare]:
     """The ring's parts for B · Hkv rows: of near tokens, and of the others; half the programs each, if there are both.
 
     Longer parts are better than more: what a program does before and after its part takes as long as two blocks.
@@ -302,7 +302,7 @@ def shared_out(capacity: int, near: int, rows: int, processors: int) -> tuple[Sh
     return _share(near, BLOCK, most), _share(capacity - near, FAR_TOKENS.value * WARPS, most)
 
 
-def _share(tokens: int, block: int, most: int) -> Share:
+def _share(tokens: int, block: int, most: int) -> RingShare:
     """At most so many parts of whole blocks."""
     size = triton.cdiv(triton.cdiv(tokens, block), max(1, most)) * block
-    return Share(triton.cdiv(tokens, max(1, size)), size)
+    return RingShare(triton.cdiv(tokens, max(1, size)), size)
