@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +90,14 @@ def test_a_model_that_makes_its_own_masks_is_refused() -> None:
 
     with pytest.raises(ahn.AHNError, match="Gemma3Model makes attention masks of its own"):
         ahn.attach(build("gemma3"), ahn.AHNConfig(window=9, sinks=2))
+
+
+@torch.no_grad()
+def test_a_model_that_sees_is_saved_and_loaded(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = awaken(ahn.attach(seeing(), ahn.AHNConfig(window=13, sinks=3)))
+    model.save_pretrained(tmp_path)
+    for found in (ahn.from_pretrained(tmp_path), AutoModelForImageTextToText.from_pretrained(tmp_path)):
+        assert type(found) is type(model)
+        assert torch.equal(found(**prompt()).logits, model(**prompt()).logits)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from models import ARCHITECTURES, base
+from golden import relative_error
+from models import ARCHITECTURES, awaken, base, tokens
 from transformers import PreTrainedModel
 
+import ahn
 from ahn.model.positions import rotates, rotation_of
 
 SHAPE = {
@@ -72,3 +74,31 @@ def test_models_with_ways_of_their_own(name: str, known: bool) -> None:
     assert (rotation_of(model, layers[-1]) is not None) == known
     if name == "SmolLM3":
         assert [rotates(layer) for layer in layers] == [True, True, True, False]
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+MOVING = {
+    "phi3": LONG | {"original_max_position_embeddings": 64, "rope_theta": 1e4},
+    "llama": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("architecture", MOVING)
+@torch.no_grad()
+def test_angles_that_depend_on_the_length_are_one_set_per_text(architecture: str) -> None:
+    """A text beyond the switch is read in one piece, as the base reads it; one that crosses it in pieces is refused."""
+    more = {"original_max_position_embeddings": 64} if architecture == "phi3" else {}
+    positions = 256 if architecture == "phi3" else 64
+    plain = base(architecture, max_position_embeddings=positions, rope_parameters=MOVING[architecture], **more)
+    model = awaken(ahn.attach(plain, ahn.AHNConfig(window=13, sinks=3, prefill_chunk_size=8)))
+    ids = tokens(1, 100)
+    whole = model(ids, use_cache=False).logits
+    assert relative_error(model(ids).logits, whole) < 1e-5
+    assert relative_error(model(ids[:, :60]).logits, model(ids[:, :60], use_cache=False).logits) < 1e-5
+    cache = ahn.AHNCache.for_model(model)
+    model(ids[:, :60], past_key_values=cache)
+    with pytest.raises(ahn.AHNError, match=r"more than 64 tokens .* read the whole text in one forward"):
+        model(ids[:, 60:], past_key_values=cache)
+    with pytest.raises(ahn.AHNError, match="60 were read before, and there may be 68"):
+        model.generate(ids[:, :60], max_new_tokens=8)
+    assert model.generate(ids, max_new_tokens=4).shape == (1, 104)

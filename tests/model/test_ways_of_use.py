@@ -190,6 +190,21 @@ def test_padding_on_the_right_is_the_bases_business_while_nothing_leaves(lengths
 
 
 @torch.no_grad()
+def test_any_mask_is_the_bases_business_while_nothing_leaves() -> None:
+    """Without a cache: holes within rows, four dimensions."""
+    model, plain, ids = adapted(window=13, sinks=3), base(), tokens(2, 12)
+    holes = torch.ones(2, 12, dtype=torch.long)
+    holes[0, 4:6] = holes[1, 9:] = 0
+    square = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12).clone()
+    square[:, :, 7:, 2] = False
+    for mask in (holes, square):
+        given: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+        assert torch.equal(model(ids, **given).logits, plain(ids, **given).logits)
+    with pytest.raises(AHNError, match="2-D attention_mask"):
+        model(tokens(2, 40), attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool), use_cache=False)
+
+
+@torch.no_grad()
 def test_a_text_goes_on_after_padding_on_the_right_until_something_leaves() -> None:
     model, plain, ids = adapted(window=17, sinks=3), base(), tokens(3, 21)
     begin = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])

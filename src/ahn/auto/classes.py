@@ -110,6 +110,17 @@ class AHNForQuestionAnswering(AHNModel):
     auto_class = "AutoModelForQuestionAnswering"
 
 
+class AHNForImageTextToText(AHNModel):
+    """With logits per token, of text and images."""
+
+    auto_class = "AutoModelForImageTextToText"
+
+
 LOADERS = (
-    AHNModel, AHNForCausalLM, AHNForSequenceClassification, AHNForTokenClassification, AHNForQuestionAnswering,
-)  # fmt: skip
+    AHNModel,
+    AHNForCausalLM,
+    AHNForImageTextToText,
+    AHNForSequenceClassification,
+    AHNForTokenClassification,
+    AHNForQuestionAnswering,
+)

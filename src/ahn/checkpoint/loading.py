@@ -19,6 +19,7 @@ import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -206,6 +207,7 @@ def _auto_class(config: dict[str, Any]) -> Any:
     name = str(saved[0]) if isinstance(saved, list) and saved else ""
     heads = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
     suffixes = {head.__name__.removeprefix("AutoModel"): head for head in heads} | {"Model": AutoModel}
+    suffixes["ForConditionalGeneration"] = AutoModelForImageTextToText
     return next((found for suffix, found in suffixes.items() if name.endswith(suffix)), AutoModelForCausalLM)
 
 

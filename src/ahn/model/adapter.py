@@ -28,7 +28,7 @@ from ahn.memory.share import Share
 from ahn.model import attention, chunks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
-from ahn.model.positions import rotates, rotation_of
+from ahn.model.positions import check_steady, rotates, rotation_of, steady_up_to
 from ahn.model.saving import warn_of_peft
 from ahn.model.support import attention_module, check_around, check_decoder, decoder_layers
 from ahn.ops.quantize import per_group
@@ -77,7 +77,9 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     rotation = rotation_of(model, first)
     trained = trained_length(model.config)
     config = _for_rotation(_bounded(config, rotation, trained), rotation)
-    adapter = Adapter(kernel=kernel, handles=[], rotation=rotation, trained=trained, share=share)
+    adapter = Adapter(
+        kernel=kernel, handles=[], rotation=rotation, trained=trained, steady=steady_up_to(model), share=share
+    )
     for index, module in modules.items():
         hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config, index), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -215,8 +217,13 @@ class DecoderHook:
             return (), kwargs  # each comes here again, by `packing.forward`
         if not self.model.ahn_config.max_distance:
             _warn_beyond(adapter, tokens.shape[1] + (cache.seen if isinstance(cache, AHNCache) else 0))
+        if isinstance(cache, AHNCache):
+            check_steady(adapter.steady, cache.seen, cache.seen + tokens.shape[1])
         if cache is None and packing.wants_cache(self.model, kwargs):
             cache = kwargs[private.CACHE] = AHNCache.for_model(self.model)
+        if cache is None and kwargs.get("attention_mask") is not None and self._all_in_sight(tokens.shape[1]):
+            kwargs["ahn_forward"] = BaseForward(adapter.kernel)  # whatever the mask is, nothing leaves the window
+            return (), kwargs
         view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
         if view.moved and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = view.column_positions
@@ -243,6 +250,12 @@ class DecoderHook:
                 private.bring_back(getattr(layer, name), private.execution_device(layer.self_attn.o_proj))
         if any(x.is_meta for layer in layers for x in layer.ahn.parameters()):
             raise AHNError("The memory's weights are on the meta device: load them (ahn.load_adapter) before reading.")
+
+    def _all_in_sight(self, length: int) -> bool:
+        """Whether a text of this length has nothing but exact attention, with every token in its place."""
+        config: AHNConfig = self.model.ahn_config
+        reach = config.reach or length
+        return length <= min(config.lossless, reach) and not self.model._ahn.observers
 
     def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
         batch, length = tokens.shape[:2]

@@ -32,6 +32,8 @@ class Adapter:
     """How the base turns keys by their positions; None where that cannot be repeated."""
     trained: int | None = None
     """Positions that the base was trained on; None if it does not say, or once it was said that a text is longer."""
+    steady: int | None = None
+    """Tokens up to which the base turns keys by one set of angles; see `ahn.model.positions.steady_up_to`."""
     share: Share = WHOLE
     """Which of the model's heads this process holds."""
     measured: dict[str, Any] | None = None

@@ -242,6 +242,8 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     _check_lengths(mask, kwargs.get("position_ids"), seen, length)
     if not length:
         return []  # the base says what is wrong
+    if model._ahn.steady is not None and seen + length > model._ahn.steady:
+        return []  # each chunk would have angles of its own
     # While nothing leaves the window it is exactly the base model's own forward.
     size = config.prefill_chunk_size if seen + length > config.lossless else length
     full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ahn import private
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.model.positions import check_steady
 
 _DEFAULT_NEW_TOKENS = 20
 """What transformers generates where nobody says a length."""
@@ -36,6 +37,7 @@ def checked(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNConfig) -
         before = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else ids.shape[1]
         _check_guesses(model, kwargs, config, before)
         _check_padding(model, kwargs, config, before)
+        check_steady(model._ahn.steady, before, _length(model, kwargs, before))
     kind = _asked(model, kwargs, "cache_implementation")
     if kind not in (None, "dynamic", "hybrid"):
         warnings.warn(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 
 _MOVING = ("dynamic", "longrope")
@@ -34,6 +35,33 @@ def rotation_of(model: PreTrainedModel, attention: nn.Module) -> Rotation | None
     if any(name in kind for name in _MOVING) or "mrope_section" in parameters:
         return None
     return Rotation(embedding, apply, float(getattr(embedding, "attention_scaling", 1.0)))
+
+
+def steady_up_to(model: PreTrainedModel) -> int | None:
+    """Tokens of a text up to which the base turns keys by one set of angles, and all of a longer one by another.
+
+    None where angles depend on positions alone. A key that is kept has the angles of when it was read, so a text that
+    goes beyond has to do so in one forward, as in transformers.
+    """
+    embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
+    kind = str(getattr(embedding, "rope_type", "default"))  # some models have a dictionary, by types of layers
+    if not any(name in kind for name in _MOVING):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    found = [x for x in (parameters, *parameters.values()) if isinstance(x, dict)]
+    lengths = [x.get("original_max_position_embeddings") for x in found]
+    return min((x for x in lengths if isinstance(x, int)), default=config.max_position_embeddings)
+
+
+def check_steady(limit: int | None, seen: int, total: int) -> None:
+    """Raises AHNError if a text of so many tokens, of which some were read before, goes beyond `steady_up_to`."""
+    if limit is not None and 0 < seen <= limit < total:
+        raise AHNError(
+            f"This base turns keys otherwise in texts of more than {limit} tokens (RoPE of the type longrope or "
+            f"dynamic), {seen} were read before, and there may be {total}: read the whole text in one forward, or stay "
+            "below."
+        )
 
 
 def _turns_last(attention: nn.Module) -> bool:
