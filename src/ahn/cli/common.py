@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -101,6 +103,25 @@ def print_pairs(rows: Iterable[tuple[str, str]], to: SafeConsole = out) -> None:
     for name, value in rows:
         table.add_row(name, value)
     to.print(table)
+
+
+def print_tables(*tables: Table) -> None:
+    """Write tables to standard output.
+
+    On a narrow terminal headings and names fold between words, and numbers stay whole: if that is not enough, lines are
+    longer than the terminal.
+    """
+    for table in tables:
+        for number, column in enumerate(table.columns):
+            cells = [str(cell) for cell in column.cells]
+            parts = (
+                " ".join([str(column.header), *cells]).split() if number == 0 else [*str(column.header).split(), *cells]
+            )
+            column.no_wrap, column.min_width = False, max(map(cell_len, parts), default=0)
+        least = Measurement.get(out, out.options.update(max_width=1 << 12), table).minimum
+        if least > out.width:
+            table.width = least
+        out.print(table, crop=False)
 
 
 class ProgressLines(Progress):

@@ -133,7 +133,7 @@ def command(
             subject.model, subject.methods, subject.documents, lambda name, tokens: bar.advance(tasks[name], tokens)
         )
     if not as_json:
-        common.out.print(_table(comparison))
+        common.print_tables(_table(comparison))
         common.out.print(*_notes(subject, comparison), sep="\n", style="dim")
     continuation = _write_on(subject, comparison, show=not as_json)
     data = {"model": subject.name, **comparison.as_data(), "no_facts": subject.no_facts, "continuation": continuation}
@@ -186,11 +186,12 @@ def _introduce(subject: DemoSubject) -> None:
     names = ", ".join(document.name for document in subject.documents[:NAMED])
     if len(subject.documents) > NAMED:
         names += f" and {len(subject.documents) - NAMED:,} more"
+    count = "1 document" if len(subject.documents) == 1 else f"{len(subject.documents):,} documents"
     unseen = " that it was not trained on" if subject.is_tiny else ""
     common.out.print(f"\n{subject.name}", style="bold", end="")
     common.out.print(
         f" ({parameters / 1e6:,.1f} M parameters, frozen) reads "
-        f"{len(subject.documents)} documents of {length:,} tokens{unseen}: {names}. {config.sinks} sinks and a "
+        f"{count} of {length:,} tokens{unseen}: {names}. {config.sinks} sinks and a "
         f"window of {config.window} cover 1/{length / config.lossless:.0f} of each.\n"
     )
 

@@ -88,7 +88,7 @@ def read_a_book(
     if as_json:
         common.print_json(data)
         return
-    common.out.print(_table(results))
+    common.print_tables(_table(results))
     common.out.print(f"\nWrote {out}/figure.png and results.json.")
 
 

@@ -130,7 +130,7 @@ def run(
     if as_json:
         common.print_json({"results": results, "averages": averages(results)})
     else:
-        common.out.print(_table(results, averages(results)))
+        common.print_tables(_table(results, averages(results)))
         common.err.print(f"Results are in {out}")
 
 

@@ -54,7 +54,7 @@ def command(
         common.print_json(as_data(subject, costs))
     else:
         common.print_pairs(_summary(subject))
-        common.out.print(_cache_table(costs), _flops_table(costs))
+        common.print_tables(_cache_table(costs), _flops_table(costs))
     if plot is not None:
         _plot(subject, costs, plot)
         common.err.print(f"Wrote {plot}")

@@ -77,7 +77,7 @@ def command(
         common.print_json(head | rows | {"figures": files})
         return
     common.out.print(f"{memory} reads {len(ids):,} tokens of {name}; {written:,} of them left the window.")
-    common.out.print(_layer_table(layers, window), _kind_table(kinds, written), sep="\n")
+    common.print_tables(_layer_table(layers, window), _kind_table(kinds, written))
     common.out.print(f"Wrote {', '.join(files)}.")
 
 

@@ -114,7 +114,7 @@ def _summary(results: dict[str, Any], output: str) -> None:
     for name, found in (("untrained" if scored else "sinks + window", before), ("with the memory", after)):
         if found is not None:
             table.add_row(name, *(f"{found[f'eval_{key}']:.4f}" for key in columns))
-    common.out.print(table)
+    common.print_tables(table)
 
 
 def _help() -> None:
