@@ -243,12 +243,12 @@ class DecoderHook:
         """accelerate has offloaded the memory with the base, with hooks on modules that nobody calls: it is small."""
         layers = [layer for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
         first_and_last = layers[:: max(1, len(layers) - 1)]
-        if not any(x.is_meta for layer in first_and_last for x in layer.ahn.parameters()):
+        if not any(x.device.type == "meta" for layer in first_and_last for x in layer.ahn.parameters()):
             return
         for layer in layers:
             for name in {"ahn", "ahn_router"} & private.children(layer).keys():
                 private.bring_back(getattr(layer, name), private.execution_device(layer.self_attn.o_proj))
-        if any(x.is_meta for layer in layers for x in layer.ahn.parameters()):
+        if any(x.device.type == "meta" for layer in layers for x in layer.ahn.parameters()):
             raise AHNError("The memory's weights are on the meta device: load them (ahn.load_adapter) before reading.")
 
     def _all_in_sight(self, length: int) -> bool:
