@@ -91,16 +91,20 @@ def attend_codes(
     total = tl.where(total == 0.0, 1.0, total)
     found = tl.sum(acc * keep[:, None, :], 0) / total[None, :]
     # Rotated back, in the same order: it moves the bits of a number's index, in rows and columns of the matrix alike.
+    AT_ONCE: tl.constexpr = P if P < 64 else 64  # of its rows, for a whole one may be more than a multiprocessor holds
     p, g = tl.arange(0, P), tl.arange(0, ROWS)
-    H = tl.load(hadamard + p[:, None] * P + p[None, :])
-    TYPE: tl.constexpr = H.dtype
-    back = tl.dot(H, found.to(TYPE), input_precision=PRECISION)
-    if tl.float32 != TYPE:  # what the rounded sum is short of: parts are float32
-        back = tl.dot(H, (found - found.to(TYPE).to(tl.float32)).to(TYPE), back, input_precision=PRECISION)
-    to = place_in_column(p, P, VALUE_BITS)
-    out = back / tl.sqrt(P * 1.0) + tl.load(value_offset + at * P + to)[:, None]
     row = (first + g) * PARTS + FIRST + part
-    tl.store(partial + row[None, :] * P + to[:, None], out, mask=(g < GROUPS)[None, :])
+    TYPE: tl.constexpr = hadamard.dtype.element_ty
+    rounded = found.to(TYPE)
+    for start in range(0, P, AT_ONCE):
+        rows = start + tl.arange(0, AT_ONCE)
+        H = tl.load(hadamard + rows[:, None] * P + p[None, :])
+        back = tl.dot(H, rounded, input_precision=PRECISION)
+        if tl.float32 != TYPE:  # what the rounded sum is short of: parts are float32
+            back = tl.dot(H, (found - rounded.to(tl.float32)).to(TYPE), back, input_precision=PRECISION)
+        to = place_in_column(rows, P, VALUE_BITS)
+        out = back / tl.sqrt(P * 1.0) + tl.load(value_offset + at * P + to)[:, None]
+        tl.store(partial + row[None, :] * P + to[:, None], out, mask=(g < GROUPS)[None, :])
     tl.store(score + row, top + tl.log(total), mask=g < GROUPS)
 
 
