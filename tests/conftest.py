@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
-from support import effort
+from support import bounds, effort
 
 torch.set_num_threads(1)
 
@@ -34,9 +35,13 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def triton() -> None:
-    """Our kernels, on a GPU or interpreted; not everywhere is there a Triton."""
+def triton() -> Iterator[None]:
+    """Our kernels, on a GPU or interpreted, with their bounds checked; not everywhere is there a Triton."""
     pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            bounds.guard(patch)
+        yield
 
 
 @pytest.fixture

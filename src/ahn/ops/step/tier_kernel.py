@@ -97,7 +97,7 @@ def _rotate_and_push(
     b, head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     first, at = b * HEADS + head * GROUPS, (b * HKV + head).to(tl.int64)
     position, real = tl.load(positions + b), tl.load(active + b) != 0
-    newest = (position.to(tl.int32) - slots) % capacity
+    newest = tl.maximum(position.to(tl.int32) - slots, 0) % capacity  # where nothing leaves, a place that there is
     slot, place = slot_of(position.to(tl.int32), sinks, slots - sinks), at * capacity + newest
     leaves, begins = real & (position >= slots), real & (position == slots)
     p = tl.arange(0, P)
