@@ -70,6 +70,7 @@ def test_ctrl_c_amid_an_import_is_the_end(monkeypatch: pytest.MonkeyPatch, tmp_p
     """Some libraries swallow a KeyboardInterrupt there, and what they miss shows as another error, seconds later."""
     ended: list[int] = []
     monkeypatch.setattr(main.os, "_exit", ended.append)
+    monkeypatch.setattr(main.sys, "argv", ["ahn"])  # no verb, and so nothing to go on with
     monkeypatch.syspath_prepend(tmp_path)
     stop = 'import sys\ntry:\n    sys.modules["ahn.cli.main"]._stop(2, sys._getframe())\n'
     (tmp_path / "swallows.py").write_text(f"{stop}except KeyboardInterrupt:\n    pass\n")

@@ -181,7 +181,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _say_stopped() -> None:
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
         with contextlib.suppress(OSError):
-            print(f"ahn: Stopped.{GOES_ON.get(sys.argv[1], '')}", file=sys.stderr, flush=True)
+            print(f"ahn: Stopped.{GOES_ON.get(next(iter(sys.argv[1:]), ''), '')}", file=sys.stderr, flush=True)
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
