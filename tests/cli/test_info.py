@@ -94,6 +94,14 @@ def test_published_settings_but_not_their_window(
     assert data["shape"]["layer_types"] == ["full_attention"] * 36
 
 
+def test_window_and_sinks_follow_the_base(ahn_cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: x for name, x in PUBLISHED.items() if name[0] != "_"} | {"max_position_embeddings": 8192})
+    )
+    assert "128 sinks + window 3,968 = 4,096 tokens" in ahn_cli("info", str(tmp_path)).out
+    assert "128 sinks + window 500 = 628 tokens" in ahn_cli("info", str(tmp_path), "--window", "500").out
+
+
 def test_options_change_the_memory_and_the_lengths(ahn_cli: Any, published: Path) -> None:
     options = ("--memory", "mamba2", "--window", 96, "--sinks", 0, "--length", 500, "--length", 64)
     data = json.loads(ahn_cli("info", published, *options, "--json").out)

@@ -162,3 +162,11 @@ def test_a_large_file_is_sampled(tiny: tuple[str, str], tmp_path: Path, monkeypa
     tensors = load_file(moved / "model.safetensors")
     save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     assert fingerprint(moved) != before
+
+
+def test_without_an_ahn_a_baseline_keeps_what_the_base_bears() -> None:
+    model = models.base(max_position_embeddings=512)
+    methods.apply(model, "window")
+    assert (model.ahn_config.window, model.ahn_config.sinks) == (224, 32)
+    methods.apply(model, "window", window=20)
+    assert (model.ahn_config.window, model.ahn_config.sinks) == (20, 32)

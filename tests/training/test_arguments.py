@@ -34,6 +34,13 @@ def test_the_paper_is_the_default() -> None:
     assert trainer.get_warmup_steps(740) == 74 and trainer.lr_scheduler_type == "cosine"
 
 
+def test_window_and_sinks_follow_the_base_where_none_are_asked_for() -> None:
+    for words, expected in (([], (3968, 128)), (["--window", 500], (500, 128)), (["--sinks", 4], (3968, 4))):
+        config = parsed(*words).settings.config_for(8192)
+        assert (config.window, config.sinks) == expected
+    assert parsed().settings.config_for(32768).lossless == 32768
+
+
 def test_published_flags_run_unchanged(tmp_path: Path) -> None:
     zero = tmp_path / "ds_z3_config.json"
     zero.write_text('{"zero_optimization": {"stage": 3}}')

@@ -53,13 +53,19 @@ AdapterOption = Annotated[
 WindowOption = Annotated[
     int | None,
     typer.Option(
-        "--window", "--sliding-window", min=1, help="Last tokens kept exactly (default: the adapter's, else 32640)."
+        "--window",
+        "--sliding-window",
+        min=1,
+        help="Last tokens kept exactly (default: the adapter's, else what the base bears: 32640, or less).",
     ),
 ]
 SinksOption = Annotated[
     int | None,
     typer.Option(
-        "--sinks", "--num-attention-sink", min=0, help="First tokens kept exactly (default: the adapter's, else 128)."
+        "--sinks",
+        "--num-attention-sink",
+        min=0,
+        help="First tokens kept exactly (default: the adapter's, else 128, or less).",
     ),
 ]
 QuantizedOption = Annotated[

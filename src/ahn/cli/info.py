@@ -91,7 +91,7 @@ def look_at(model: str, adapter: str | None, memory: str | None, **reach: Unpack
     from ahn.config import PUBLISHED_NAME, SAVED_BLOCK, AHNConfig, overridden
     from ahn.costs import empty_model
     from ahn.model.adapter import attachable
-    from ahn.shape import ModelShape
+    from ahn.shape import ModelShape, trained_length
 
     adapter = adapter and shipped.resolve_adapter(model, adapter)
     source = _open(shipped.resolve(model))
@@ -110,7 +110,7 @@ def look_at(model: str, adapter: str | None, memory: str | None, **reach: Unpack
         given = None not in (reach.get("window"), reach.get("sinks"))
         checkpoint_format.report_window(settings, overridden(config, **reach), given)
     else:
-        config = AHNConfig()
+        config = AHNConfig.for_base(trained_length(hf_config))
     used = overridden(config, memory=memory, **reach)
     attachable(empty_model(hf_config), used)
     return ModelOverview(model, hf_config, used, tuple(found))

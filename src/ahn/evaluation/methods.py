@@ -15,6 +15,7 @@ from ahn.checkpoint.loading import ModelSource
 from ahn.config import AHNConfig, Reach, overridden
 from ahn.errors import AHNError
 from ahn.measure.method import Method
+from ahn.shape import trained_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def load(
     source = ModelSource.open(model, adapter, **reach)
     loaded, tokenizer = source.load_ready(device, dtype, memory=method == "ahn")
     if method != "ahn":
-        make(method, source.settings, **reach).attach(loaded)
+        make(method, source.settings or of_base(loaded), **reach).attach(loaded)
     used, named = [source.base], None
     if source.adapter is not None:
         named = adapter or model
@@ -95,7 +96,7 @@ def apply(model: PreTrainedModel, method: str, **reach: Unpack[Reach]) -> None:
     """Change a loaded model, with or without an AHN, so that it works as a method says.
 
     Args:
-        reach: in place of the attached AHN's, or of the defaults.
+        reach: in place of the attached AHN's, or of what the base bears.
 
     Raises:
         AHNError: "ahn" without an AHN, or no window is left beside the slots.
@@ -107,20 +108,25 @@ def apply(model: PreTrainedModel, method: str, **reach: Unpack[Reach]) -> None:
         config = overridden(attached, **reach)
         ahn.set_window(model, config.window, config.sinks, config.quantized)
         return
-    made = make(method, attached, **reach)
+    made = make(method, attached or of_base(model), **reach)
     if attached is not None:
         ahn.detach(model)
     made.attach(model)
 
 
-def make(method: str, settings: AHNConfig | None, **reach: Unpack[Reach]) -> Method:
+def of_base(model: PreTrainedModel) -> AHNConfig:
+    """What a model is compared at that has no AHN: window and sinks follow the base."""
+    return AHNConfig.for_base(trained_length(model.config))
+
+
+def make(method: str, settings: AHNConfig, **reach: Unpack[Reach]) -> Method:
     """Full attention or a baseline, for a bare model.
 
     Args:
         settings: of the AHN that it is compared with.
-        reach: in place of the settings', or of the defaults.
+        reach: in place of the settings'.
     """
-    config = overridden(settings or AHNConfig(), router=False, q_proj=False, **reach)
+    config = overridden(settings, router=False, q_proj=False, **reach)
     return Method(method, None if method == "full" else baseline(method, config))
 
 

@@ -20,7 +20,7 @@ import ahn
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.evaluation.documents import LongDocument
-from ahn.evaluation.methods import Evaluated
+from ahn.evaluation.methods import Evaluated, of_base
 from ahn.evaluation.results import conclude, open_folder
 from ahn.measure import peak
 from ahn.measure.clock import synchronize
@@ -146,7 +146,7 @@ def costs(model: PreTrainedModel) -> list[dict[str, int]]:
     config: AHNConfig | None = getattr(model, "ahn_config", None)
     rows = []
     for length in COST_LENGTHS:
-        both = ahn.cost(model.config, config or AHNConfig(), length, model.dtype)
+        both = ahn.cost(model.config, config or of_base(model), length, model.dtype)
         usage = both.full if config is None else both.ahn
         rows.append({"length": length, "flops": usage.model_flops, "cache_bytes": usage.cache_bytes})
     return rows

@@ -24,7 +24,7 @@ from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.files import check_folder, write_json
 from ahn.memory.horizons import start_with_horizons
-from ahn.shape import ModelShape
+from ahn.shape import ModelShape, trained_length
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments
 from ahn.training.card import draw_curves, write_card
@@ -100,7 +100,7 @@ def run(arguments: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> dict
         data,
         settings.schedule(trainer_arguments.seed),
         settings.evaluation_draw,
-        settings.ahn_config,
+        settings.config_for(trained_length(model.config)),
         tokenizer.pad_token_id or 0,
         shared_settings(arguments) | {DIGESTS: data.digests},
     )
@@ -125,6 +125,7 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
     """Write the adapter in the base's precision, its card, the curves, the log, and the merged model if asked for."""
     settings, output = arguments.settings, Path(arguments.trainer.output_dir)
     model, history = trainer.student.model, trainer.state.log_history
+    config = settings.config_for(trained_length(model.config))
     trainer.write_memory(output, _dtype(arguments.trainer))
     before = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), None)
     results = {"steps": trainer.state.global_step, "before": before, "after": after}
@@ -133,8 +134,8 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
         write_card(
             output,
             arguments,
-            settings.ahn_config,
-            ahn.count_parameters(model.config, settings.ahn_config),
+            config,
+            ahn.count_parameters(model.config, config),
             trainer.state.global_step,
             rows * arguments.trainer.world_size,
             before,
@@ -255,7 +256,7 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
     )
     model = load_base(base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place)
     model.config.name_or_path = model.name_or_path = shipped.base_name(str(settings.model_name_or_path))
-    ahn.attach(model, settings.ahn_config)
+    ahn.attach(model, settings.config_for(trained_length(model.config)))
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)
     return model

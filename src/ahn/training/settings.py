@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ahn import memory
-from ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
+from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.shape import DEFAULT_SLOTS
 from ahn.training.losses import ATTENTION, parse_loss
@@ -46,8 +46,11 @@ class Settings:
     )
     fa_layer_ids: str | None = _setting(None, "Layers that keep full attention and get no memory, such as 0,1,27.")
     attn_implementation: str | None = _setting(None, "The base's attention kernel: sdpa, eager, flash_attention_2 …")
-    window: int = _setting(DEFAULT_WINDOW, "Window that the finished adapter asks for (loading it can choose another).")
-    sinks: int = _setting(DEFAULT_SINKS, "Likewise its sinks.")
+    window: int | None = _setting(
+        None,
+        "Window that the finished adapter asks for; loading it can choose another (default: 32640, or less).",
+    )
+    sinks: int | None = _setting(None, "Likewise its sinks (default: 128, or less).")
     slots: int = _setting(DEFAULT_SLOTS, "For RetainedTokens: tokens that it holds per layer and key head.")
 
     dataset: str | None = _setting(
@@ -99,14 +102,23 @@ class Settings:
 
     @property
     def ahn_config(self) -> AHNConfig:
-        """The memory to attach, with the window and sinks of the finished adapter."""
+        """What is known of the memory before there is a base."""
+        return self.config_for(None)
+
+    def config_for(self, trained: int | None) -> AHNConfig:
+        """The memory to attach to a base, with the window and sinks of the finished adapter.
+
+        Args:
+            trained: positions that the base was trained on.
+        """
+        chosen_reach = {"window": self.window, "sinks": self.sinks}
         names = memory.names()
         name = self.ahn_implementation
         chosen = name if name in names else memory.by_published_name(name).name
-        return AHNConfig(
+        return AHNConfig.for_base(
+            trained,
+            **{name: value for name, value in chosen_reach.items() if value is not None},
             memory=chosen,
-            window=self.window,
-            sinks=self.sinks,
             full_attention_layers=_layers(self.fa_layer_ids),
             router=self.use_ahn_router,
             q_proj=self.use_q_proj,
