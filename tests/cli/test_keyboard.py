@@ -153,6 +153,7 @@ def test_at_a_terminal(tmp_path: Path, state: Path) -> None:
     try:
         terminal.wait_for("Ctrl-D leaves")
         for _ in range(2):
+            terminal.wait_for(r"\[\?2004h")  # it waits for a line: what is typed before is shown all the same
             terminal.send("Hello\r")
             terminal.wait_for(r"Hello[^\n]*\n")
             terminal.stop(r"\[stopped, [\d,]+ tokens[^]]*\]")
@@ -163,8 +164,10 @@ def test_at_a_terminal(tmp_path: Path, state: Path) -> None:
         terminal.wait_for("No such file")
         terminal.send("/memory\r")
         terminal.wait_for("remembered")
+        terminal.wait_for(r"\[\?2004h")
         terminal.send("dropped\x03")
         terminal.wait_for("Ctrl-D leaves")
+        terminal.wait_for(r"\[\?2004h")
         terminal.send("\x04")
         assert terminal.process.wait(30) == 0
     finally:

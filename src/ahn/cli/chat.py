@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -111,6 +112,8 @@ class Chat:
         from ahn.cli.keyboard import Keyboard
 
         keyboard = Keyboard()
+        # From here on there is a conversation to lose: Ctrl-C amid an import must not end the program (`ahn.cli.main`).
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.commands.obey("/window", _interrupt())
         tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.")
         while True:

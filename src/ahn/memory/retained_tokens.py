@@ -133,7 +133,7 @@ class RetainedTokens(Memory):
         if chosen is None:
             return {"score": scores}
         # Of all key heads, as gates are: what waits in the window does not depend on the layer.
-        every = scores.new_full((len(x), self.kv_heads, x.shape[1]), self.closed_gates["score"])
+        every = scores.new_zeros(len(x), self.kv_heads, x.shape[1])
         return {"score": every.index_copy(1, chosen, scores)}
 
     def slot_bytes(self, window: int, width: int) -> int:

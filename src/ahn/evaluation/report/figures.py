@@ -47,8 +47,8 @@ def heat_maps(title: str, group: Group) -> Figure:
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label("found (%)", fontsize=9)
-    samples = {one.figures["samples"] / max(1, len(one.figures["grid"])) for _, one in group}
-    counted = f": {samples.pop():g} texts in each cell" if len(samples) == 1 else ""
+    samples = [cell.get("samples") for _, one in group for cell in one.figures["grid"]]
+    counted = f": {samples[0]} texts in each cell" if samples.count(samples[0]) == len(samples) else ""
     figure.suptitle(title + counted, fontsize=12)
     return figure
 
