@@ -71,7 +71,7 @@ class AHNConfig:
             score and position: by default the bytes of 1 024 window tokens (bfloat16, head dimension 64).
         slot_heads: the key heads that keep tokens, as pairs (layer, key head); the others see sinks and window alone.
             Few heads of a model find what was said long ago (`ahn.training.heads`): with as many bytes, these can keep
-            several times as many tokens. None: all heads.
+            several times as many tokens. None: all heads. As `slots`, of use to such a memory alone.
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.

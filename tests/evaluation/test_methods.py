@@ -87,6 +87,15 @@ def test_quantized_tokens_are_a_setting_only_where_there_are_some(tiny: tuple[st
         assert digest(coarse.settings) != digest(without.settings)
 
 
+def test_heads_are_a_setting_only_where_some_are_named() -> None:
+    every, one = (
+        methods.describe(ahn.attach(models.base(), ahn.AHNConfig("retained", 9, 2, slot_heads=heads)), "ahn")
+        for heads in (None, ((0, 1),))
+    )
+    assert "slot_heads" not in every and one["slot_heads"] == ((0, 1),)
+    assert digest(every) != digest(one)
+
+
 def test_the_papers_budget() -> None:
     """128 + 32640 of the paper: a fifth of the window goes to slots, since they are a quarter of what remains."""
     config = methods.baseline("ct-avg", ahn.AHNConfig())

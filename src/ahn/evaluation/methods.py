@@ -152,6 +152,8 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     if not config.quantized:  # results from before these options are of the same configuration
         for name in ("quantized", "key_bits", "value_bits", "keys_before_rope"):
             del settings[name]
+    if config.slot_heads is None:
+        del settings["slot_heads"]
     shared = slots if config.memory in memory.baselines() else 0  # a trained memory's are its state
     return found | settings | {"slots": slots, "budget": config.lossless + shared}
 
