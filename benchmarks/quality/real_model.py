@@ -163,7 +163,6 @@ class Study:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _read(self, method: Method, run: Callable[[Method], Result]) -> Result:
-        method = ruler.with_memory(method, self.model) if run == self._ruler else method
         config = method.config
         said = {} if config is None else {"config": dataclasses.asdict(config)}
         with method.on(self.model):

@@ -14,7 +14,6 @@ from models import adapted, base, tokens
 from transformers import PreTrainedTokenizerBase
 
 import ahn
-from ahn.measure.method import Method
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
@@ -106,21 +105,26 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
         assert torch.isfinite(model(tokens(1, 200)).logits).all()
 
 
+@pytest.mark.parametrize("attached", [False, True])
 @torch.no_grad()
-def test_answers_to_ruler_are_the_models_greedy_ones(words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_answers_to_ruler_are_the_models_greedy_ones(
+    words: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attached: bool
+) -> None:
     model, file = base(vocab_size=len(words)), tmp_path / "ruler.jsonl"
-    prompts = [x.tolist() for x in torch.randint(5, len(words), (3, 60))]
-    new = [model.generate(torch.tensor([x]), max_new_tokens=6, do_sample=False)[0, 60:] for x in prompts]
+    if attached:
+        ahn.attach(model, ahn.AHNConfig("window_only", window=13, sinks=3))
+    prompts = [torch.randint(5, len(words), (length,)) for length in (60, 47, 55)]
+    new = [model.generate(x[None], max_new_tokens=6, do_sample=False)[0, len(x) :] for x in prompts]
     said = [words.decode(x, skip_special_tokens=True) for x in new]
     lines = [
-        {"task": "ruler/vt/4k", "ids": x, "new_tokens": 6, "answers": [y]} for x, y in zip(prompts, said, strict=True)
+        {"task": "ruler/vt/4k", "ids": x.tolist(), "new_tokens": 6, "answers": [y]}
+        for x, y in zip(prompts, said, strict=True)
     ]
     lines[1]["answers"] = ["not what it says"]
     file.write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    full = ruler.with_memory(Method(FULL), model)
-    with full.on(model):
-        assert ruler.scores(model, words, file) == {"ruler/vt/4k": [1.0, 0.0, 1.0]}
-        assert ruler.scores(model, words, file, most=1) == {"ruler/vt/4k": [1.0]}
+    monkeypatch.setattr(ruler, "AT_ONCE", 2)
+    assert ruler.scores(model, words, file) == {"ruler/vt/4k": [1.0, 0.0, 1.0]}
+    assert ruler.scores(model, words, file, most=1) == {"ruler/vt/4k": [1.0]}
 
 
 def test_chats_teach_their_replies_and_texts_everything() -> None:
