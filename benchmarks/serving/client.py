@@ -33,7 +33,8 @@ class Asked:
         prompt: parts (seed, tokens) of random ids, one after the other.
         tokens: of the reply.
         keep: whether the conversation may be kept.
-        again: begin anew, with other ids in the last part, until the streams that do not have ended.
+        again: begin when a stream that does not has its first token, and then anew, with other ids in the last part,
+            until all of those have ended.
         user: by whom requests are spread over replicas.
     """
 
@@ -85,14 +86,10 @@ class Client:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def ask(self, *streams: Asked, after: float = 0.0) -> list[Heard]:
-        """All at once.
-
-        Args:
-            after: seconds that `again` streams wait before they begin.
-        """
+    def ask(self, *streams: Asked) -> list[Heard]:
+        """All at once, but for those that are `again`."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        work = {**self.where, "after": after, "streams": [dataclasses.asdict(stream) for stream in streams]}
+        work = {**self.where, "streams": [dataclasses.asdict(stream) for stream in streams]}
         print(json.dumps(work), file=self._process.stdin, flush=True)
         if not (line := self._process.stdout.readline()):
             raise RuntimeError("The client's process has ended.")
@@ -131,8 +128,12 @@ def bodies(stream: Asked, work: dict[str, Any]) -> list[bytes]:
     return made
 
 
-async def listen(client: httpx.AsyncClient, body: bytes) -> Heard:
-    """One stream from its request to its end."""
+async def listen(client: httpx.AsyncClient, body: bytes, begun: asyncio.Event | None = None) -> Heard:
+    """One stream from its request to its end.
+
+    Args:
+        begun: set when its first token comes, or none will.
+    """
     heard = Heard(sent=time.perf_counter())
     headers = {"Content-Type": "application/json"}
     try:
@@ -143,8 +144,13 @@ async def listen(client: httpx.AsyncClient, body: bytes) -> Heard:
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     take(heard, line[6:])
+                if begun is not None and heard.times:
+                    begun.set()
     except httpx.HTTPError as error:
         heard.error = f"{type(error).__name__}: {error}"
+    finally:
+        if begun is not None:
+            begun.set()
     heard.ended = time.perf_counter() - heard.sent
     return heard
 
@@ -172,11 +178,11 @@ async def work_on(work: dict[str, Any]) -> list[Heard]:
     streams = [Asked(**stream) for stream in work["streams"]]
     prepared = [bodies(stream, work) for stream in streams]
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    over = asyncio.Event()
+    begun, over = asyncio.Event(), asyncio.Event()
     async with httpx.AsyncClient(base_url=work["url"], timeout=PATIENCE, limits=limits) as client:
 
         async def again(made: list[bytes]) -> Heard:
-            await asyncio.sleep(work["after"])
+            await begun.wait()
             heard, turns = await listen(client, made[0]), itertools.cycle([*made[1:], made[0]])
             while not over.is_set() and heard.error is None:
                 listening = asyncio.create_task(listen(client, next(turns)))
@@ -187,7 +193,7 @@ async def work_on(work: dict[str, Any]) -> list[Heard]:
 
         ending = asyncio.create_task(over.wait())
         tasks = [
-            asyncio.create_task(again(made) if stream.again else listen(client, made[0]))
+            asyncio.create_task(again(made) if stream.again else listen(client, made[0], begun))
             for made, stream in zip(prepared, streams, strict=True)
         ]
         await asyncio.gather(*(task for task, stream in zip(tasks, streams, strict=True) if not stream.again))

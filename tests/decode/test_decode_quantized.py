@@ -196,19 +196,30 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
 @pytest.mark.parametrize("form", FORMS)
 def test_other_forms(form: str, memory: str, architecture: str, graphs: Graphs) -> None:
-    """Other bits, keys before RoPE, and distances that are bounded: in a padded batch, far beyond what is known."""
+    """Other bits, keys before RoPE, and distances that are bounded: in a padded batch, far beyond what is known.
+
+    A step that has rounded a scale or a code to the other side is excused, and both ways go on from the same cache.
+    """
     sizes: dict[str, Any] = {"window": WINDOW, "sinks": SINKS, "quantized": QUANTIZED, "prefill_chunk_size": 8}
     model = adapted(architecture, memory=memory, **sizes, **FORMS[form]).double()
-    talk, other = Talk(model, 2), Talk(model, 2)
+    talk, other, excused = Talk(model, 2), Talk(model, 2), 0
     for one in (talk, other):
         one.read([5, 3])
-    talk.steps(5 * SEEN)
+    for step in range(5 * SEEN):
+        talk.steps(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "on_gpu", lambda ids: False)
+            other.steps(1)
+        if rounded_otherwise(talk, other):
+            excused += 1
+            other.cache = copy.deepcopy(talk.cache)
+            continue
+        found, expected = (torch.cat([row[-1] for row in one._logits]) for one in (talk, other))
+        assert relative_error(found, expected) < TOLERANCE, step
     assert graphs == Graphs(captures=1, replays=5 * SEEN)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "on_gpu", lambda ids: False)
-        other.steps(5 * SEEN)
-    for found, expected in zip(talk._logits, other._logits, strict=True):
-        assert relative_error(torch.cat(found), torch.cat(expected)) < TOLERANCE
+    # Offsets are float32, 6e-8 apart where they round differently: one of 1520 scales lies with a chance of 4 % so near
+    # to the edge of its 2^-8 wide place.
+    assert excused <= 2
     assert_same_layers(talk.cache, other.cache)
     state, expected = (one.cache.memory_layers[1].state for one in (talk, other))
     assert torch.equal(state.tier.keys.codes, expected.tier.keys.codes)

@@ -157,8 +157,11 @@ class AHNCache(Cache):
                 "Leave the padding out: a single row needs none."
             )
         self.rows, self._view, self.parts = batch, view, split(view, waiting, later)
-        for layer in self.memory_layers.values():
-            layer.visibility = view
+        for layer in self.layers:
+            if isinstance(layer, AHNLayer):
+                layer.visibility = view
+            else:
+                other.settle(layer, self.progress.recorded)
         return view
 
     def check_batch(self, batch: int) -> None:
@@ -261,14 +264,16 @@ class AHNCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts with tensors
-        # Layers that may refuse go first: a refusal must not leave the others cropped.
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, AHNLayer):
-                layer.check_crop(tokens_to_remove)
-            elif tokens_to_remove < 0 < self.seen and not layer.is_croppable:
-                raise AHNError(f"Nothing can be taken out of layer {index} again: linear attention keeps one state.")
-        for layer in sorted(self.layers, key=lambda layer: not getattr(layer, "is_sliding", False)):
+        others = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, AHNLayer) and self.seen}
+        # A refusal must not leave some layers cropped.
+        for layer in self.memory_layers.values():
+            layer.check_crop(tokens_to_remove)
+        for index, layer in others.items():
+            other.check_crop(layer, index, -tokens_to_remove)
+        for layer in self.memory_layers.values():
             layer.crop(tokens_to_remove)
+        for layer in others.values():
+            other.crop(layer, -tokens_to_remove)
         self.progress.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:

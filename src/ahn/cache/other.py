@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ahn.errors import AHNError
 
@@ -46,6 +47,47 @@ def move(layer: Any, device: torch.device | str) -> None:
         states[int(number)] = states[int(number)].to(device)
     if getattr(layer, "is_initialized", False):
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+
+def settle(layer: Any, recorded: int) -> None:
+    """Before a forward: of what a sliding layer holds beyond its window, only the last tokens may be taken out again.
+
+    transformers' own `crop` leaves no more than the window, whatever was recorded: a second one in a row would take
+    tokens out of that.
+    """
+    if _slides(layer):
+        first = max(0, layer.keys.shape[2] - (layer.sliding_window - 1 + recorded))
+        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+
+def check_crop(layer: Any, index: int, columns: int) -> None:
+    """Raises AHNError unless a layer can take out its last columns; changes nothing."""
+    if not columns:
+        return
+    if not layer.is_croppable:
+        raise AHNError(f"Nothing can be taken out of layer {index} again: linear attention keeps one state.")
+    if _slides(layer):
+        left, seen = layer.keys.shape[2] - columns, layer.cumulative_length - columns
+        if left < min(seen, layer.sliding_window - 1):
+            raise AHNError(
+                f"Cannot crop {columns} tokens: layer {index} sees the last {layer.sliding_window} tokens and holds no "
+                "earlier ones. Keep a copy (copy.deepcopy(cache)) to go back to, or call "
+                "cache.activate_past_recording() before what may have to be taken out is read."
+            )
+
+
+def crop(layer: Any, columns: int) -> None:
+    """Forget the last columns."""
+    if _slides(layer):
+        last = max(0, layer.keys.shape[2] - columns)
+        layer.keys, layer.values = layer.keys[:, :, :last], layer.values[:, :, :last]
+        layer.cumulative_length = max(0, layer.cumulative_length - columns)
+    else:
+        layer.crop(-columns)
+
+
+def _slides(layer: Any) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
 
 
 def join(layer: Any, rows: Sequence[Any], seen: int) -> None:

@@ -66,6 +66,11 @@ class Progress:
             return self.lengths
         return torch.full((1,), self.seen) if self.padding is None else self.seen - self.padding.leading
 
+    @property
+    def recorded(self) -> int:
+        """The last so many tokens may have to be taken out again: those that wait, and what the window still holds."""
+        return self._recorded if self.recording else 0
+
     def to_record(self, length: int) -> int:
         """How many of the last tokens may have to be taken out again once the next `length` are read."""
         if not self.recording:
