@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from ahn.errors import installed_version
 from ahn.serve.api import chat, completions, operations, problems, responses
+from ahn.serve.api.building import listen
 from ahn.serve.api.gate import RequestGate
 from ahn.serve.api.service import Service
 
@@ -76,5 +77,10 @@ class StoppingServer(uvicorn.Server):
 
 
 def serve_until_stopped(app: FastAPI, place: socket.socket) -> None:
-    """Serve at a bound socket until SIGINT or SIGTERM."""
+    """Serve at a bound socket until SIGINT or SIGTERM.
+
+    Raises:
+        AHNError: another server listens there.
+    """
+    listen(place)
     StoppingServer(app, lifespan="on", server_header=False).run(sockets=[place])

@@ -41,17 +41,36 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket at this place, which listens only once a server takes it; before a model is loaded for nothing.
 
     Raises:
-        AHNError: the place is taken, or is none of this machine.
+        AHNError: the place is taken, if only by one who loads a model too, or is none of this machine.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         place = socket.socket(family, kind, protocol)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server before are no hindrance
         place.bind(address)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # nobody else binds it before it listens
     except (OSError, OverflowError) as error:
-        raise AHNError(f"Cannot serve at {host}, port {port}: {getattr(error, 'strerror', None) or error}.") from error
+        raise _no_place(f"{host}, port {port}", error) from error
     return place
+
+
+def listen(place: socket.socket) -> None:
+    """Take connections.
+
+    Raises:
+        AHNError: another server began to listen there first; uvicorn would wait for ever.
+    """
+    try:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the server after this one
+        place.listen()
+    except OSError as error:
+        host, port = place.getsockname()[:2]
+        raise _no_place(f"{host}, port {port}", error) from error
+
+
+def _no_place(where: str, error: Exception) -> AHNError:
+    return AHNError(f"Cannot serve at {where}: {getattr(error, 'strerror', None) or error}.")
 
 
 def build(
