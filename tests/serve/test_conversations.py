@@ -356,6 +356,25 @@ def test_export_and_load(tmp_path: Path) -> None:
         running.load("you", "copy", file)
 
 
+def test_conversations_in_which_the_same_was_said_are_two(tmp_path: Path) -> None:
+    def names(running: Engine) -> set[str | None]:
+        return {info.name for info in running.conversations("")} - {None}
+
+    with engine(OF, state_dir=tmp_path) as running:
+        ask(running, prompt(60), 4)
+        for name in ("first", "second"):
+            ask(running, prompt(60), 4, name=name)
+        running.export("", "first", tmp_path / "file")
+        running.load("", "third", tmp_path / "file")
+        assert names(running) == {"first", "second", "third"}
+        assert running.forget("", "second") and not running.forget("", "second")
+    with engine(OF, state_dir=tmp_path) as running:
+        assert names(running) == {"first", "third"}
+        running.export("", "first", tmp_path / "file")
+        assert running.forget("", "first") and running.forget("", "third")
+        assert names(running) == set() and not [path for path in state_files(tmp_path) if len(path.stem) > 41]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="times of folders")
 def test_the_note_is_not_trusted(tmp_path: Path) -> None:
     good = {"owner": "", "length": 3, "digest": "ab", "name": None, "part_of": None, "parts": {"exact": 1}}

@@ -54,7 +54,7 @@ class Note:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from others."""
+        """What it has in common with others that have read the same, in other conversations."""
         return self.owner, self.digest
 
     @classmethod
@@ -98,7 +98,8 @@ class StateFiles:
     def path(self, note: Note) -> Path:
         """Where a state is, or would be."""
         owner = hashlib.sha256(note.owner.encode()).hexdigest()[:8]
-        return self.directory / f"{owner}-{note.digest}{ENDING}"
+        name = "" if note.name is None else f"-{hashlib.sha256(note.name.encode()).hexdigest()[:16]}"
+        return self.directory / f"{owner}-{note.digest}{name}{ENDING}"
 
     def write(self, cache: AHNCache, note: Note) -> Path:
         """Write a state, whole or not at all.

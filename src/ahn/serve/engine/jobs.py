@@ -21,7 +21,7 @@ from ahn.serve.request import Delta, FinishReason, GenerationRequest, TokenLogpr
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ahn.serve.engine.store import KeptState
+    from ahn.serve.engine.index import KeptState
 
 
 @dataclasses.dataclass(eq=False)

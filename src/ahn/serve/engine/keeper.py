@@ -13,9 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
 from ahn.serve.engine.files import Note
+from ahn.serve.engine.index import KeptState
 from ahn.serve.engine.jobs import PromptReading, RequestJob
 from ahn.serve.engine.prefixes import Prefixes
-from ahn.serve.engine.store import KeptState, StateStore, place
+from ahn.serve.engine.store import StateStore, place
 from ahn.serve.request import Delta
 
 REREAD = 1024

@@ -18,12 +18,13 @@ from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.measure.reading import CPU_CHUNK
 from ahn.model.support import decoder_layers
+from ahn.serve.engine.index import KeptState
 from ahn.serve.engine.jobs import PromptReading, RequestJob
 from ahn.serve.engine.keeper import Keeper
 from ahn.serve.engine.pace import LayerPauses, Pace, finish
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.sampling import logprobs_of
-from ahn.serve.engine.store import KeptState, StateStore
+from ahn.serve.engine.store import StateStore
 from ahn.serve.request import TokenLogprobs
 
 if TYPE_CHECKING:

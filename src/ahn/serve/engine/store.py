@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +20,7 @@ from ahn.cache.origin import origin
 from ahn.cache.rows import copied
 from ahn.errors import AHNError
 from ahn.serve.engine.files import NOTE, Note, StateFiles, beside, write
+from ahn.serve.engine.index import KeptState, StateIndex
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.request import ConversationInfo
 
@@ -32,27 +32,6 @@ if TYPE_CHECKING:
 NEAR = 256
 """Tokens, left to read, for which it is not worth to look whether another engine has written a better state."""
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(eq=False)
-class KeptState:
-    """One state.
-
-    Attributes:
-        note: how it is found.
-        cache: None where it is on disk alone.
-        file: None where it is in memory alone.
-        used: seconds since the epoch.
-    """
-
-    note: Note
-    cache: AHNCache | None
-    file: Path | None
-    used: float
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.note.parts.values())
 
 
 class StateStore:
@@ -79,9 +58,7 @@ class StateStore:
         self.files = None if directory is None else StateFiles(model, directory)
         self.evicted = 0
         self._lock = threading.RLock()
-        self._states: dict[tuple[str, str], KeptState] = {}
-        self._lengths: dict[str, Counter[int]] = {}
-        self._named: dict[tuple[str, str], KeptState] = {}
+        self._index = StateIndex()
         self._scan()
 
     # -- finding ---------------------------------------------------------------------------------------------------
@@ -95,31 +72,28 @@ class StateStore:
 
     def _find(self, owner: str, prompt: Prefixes, limit: int) -> KeptState | None:
         with self._lock:
-            lengths = [length for length in self._lengths.get(owner, ()) if length <= limit]
-            digests = prompt.digests(lengths)
-            for length in sorted(digests, reverse=True):
-                if (state := self._states.get((owner, digests[length]))) is not None:
-                    self._use(state)
-                    return state
-        return None
+            state = self._index.longest(owner, prompt, limit)
+            if state is not None:
+                self._use(state)
+            return state
 
     def has(self, owner: str, digest: str) -> bool:
         """Whether there is a state."""
         with self._lock:
-            return (owner, digest) in self._states
+            return bool(self._index.alike(owner, digest))
 
     def discard(self, owner: str, digest: str) -> None:
-        """Forget a state, if it is there."""
+        """Forget what has read this, if it is there."""
         with self._lock:
-            state = self._states.get((owner, digest))
-        if state is not None:
+            alike = self._index.alike(owner, digest)
+        for state in alike:
             self._forget(state)
 
     def named(self, owner: str, name: str) -> KeptState | None:
         """The last state of a conversation with a name."""
         self._scan()
         with self._lock:
-            return self._named.get((owner, name))
+            return self._index.named.get((owner, name))
 
     def open(self, state: KeptState) -> AHNCache:
         """A copy to go on with, from memory or disk; `trim` when there is time.
@@ -148,17 +122,19 @@ class StateStore:
     def add(self, note: Note, cache: AHNCache) -> KeptState:
         """Keep a state in memory; it must not be changed any more."""
         with self._lock:
-            state = self._states.get(note.key)
+            state = self._index.like(note)
             if state is None:
-                state = self._insert(KeptState(note, cache, None, time.time()))
+                self._index.add(state := KeptState(note, cache, None, time.time()))
             else:  # the same tokens were read before
-                name, part_of = note.name or state.note.name, note.part_of or state.note.part_of
+                name, part_of = state.note.name or note.name, note.part_of or state.note.part_of
                 if (name, part_of) != (state.note.name, state.note.part_of):
-                    state.note, state.file = dataclasses.replace(state.note, name=name, part_of=part_of), None
+                    self._take_off(state)
+                    state.note = dataclasses.replace(state.note, name=name, part_of=part_of)
+                    self._index.add(state)
                 state.cache = state.cache or cache
                 self._use(state)
             if state.note.name is not None:
-                self._named[state.note.owner, state.note.name] = state
+                self._index.named[state.note.owner, state.note.name] = state
             return state
 
     def write(self, state: KeptState) -> None:
@@ -174,7 +150,7 @@ class StateStore:
             path = self.files.write(cache, state.note)
         with self._lock:
             state.file = path
-            forgotten = self._states.get(state.note.key) is not state
+            forgotten = state not in self._index
         if forgotten:
             self.files.remove(path)
         self.trim_disk()
@@ -189,7 +165,7 @@ class StateStore:
             with self._lock:
                 state.cache = None
                 if state.file is None:
-                    self._remove(state)
+                    self._index.remove(state)
                 self.evicted += 1
         self.leave_device(self.device)
 
@@ -200,7 +176,7 @@ class StateStore:
 
     def _in_excess(self) -> list[KeptState]:
         with self._lock:
-            held = sorted((s for s in self._states.values() if s.cache is not None), key=lambda s: s.used)
+            held = sorted((s for s in self._index if s.cache is not None), key=lambda s: s.used)
             excess, found = sum(s.nbytes for s in held) - self.memory, []
             for state in held[:-1]:  # the latest is about to be used
                 if excess > 0:
@@ -213,7 +189,7 @@ class StateStore:
         if self.model.device.type == "cpu":
             return
         with self._lock:
-            held = sorted((s for s in self._states.values() if place(s) == "device"), key=lambda s: s.used)
+            held = sorted((s for s in self._index if place(s) == "device"), key=lambda s: s.used)
         excess = sum(s.nbytes for s in held) - limit
         for state in held:
             cache = state.cache
@@ -227,14 +203,14 @@ class StateStore:
         if self.disk is None or self.files is None:
             return
         with self._lock:
-            held = [state for state in self._states.values() if state.file is not None]
+            held = [state for state in self._index if state.file is not None]
             excess = sum(state.nbytes for state in held) - self.disk
             for state in sorted(held, key=_last_used)[:-1] if excess > 0 else []:
                 if excess > 0 and state.file is not None:
                     self.files.remove(state.file)
                     state.file, excess = None, excess - state.nbytes
                     if state.cache is None:
-                        self._remove(state)
+                        self._index.remove(state)
                         self.evicted += 1
 
     def expire(self) -> None:
@@ -243,7 +219,7 @@ class StateStore:
         if self.max_age is not None:
             oldest = time.time() - self.max_age
             with self._lock:
-                old = [state for state in self._states.values() if state.used < oldest]
+                old = [state for state in self._index if state.used < oldest]
             for state in old:
                 if _last_used(state) < oldest:
                     self._forget(state)
@@ -253,8 +229,8 @@ class StateStore:
         self._scan()
         with self._lock:
             key = owner, name
-            there = key in self._named
-            own = [s for s in self._states.values() if s.note.owner == owner and name in (s.note.name, s.note.part_of)]
+            there = key in self._index.named
+            own = [s for s in self._index if s.note.owner == owner and name in (s.note.name, s.note.part_of)]
         for state in own:
             self._forget(state)
         return there
@@ -263,7 +239,7 @@ class StateStore:
         """Bring states to disk that are in memory alone, the latest first, as many as there is time for."""
         until = time.monotonic() + seconds
         with self._lock:
-            states = sorted(self._states.values(), key=lambda state: -state.used)
+            states = sorted(self._index, key=lambda state: -state.used)
         for state in states:
             if time.monotonic() > until:
                 return
@@ -310,15 +286,15 @@ class StateStore:
         """What is kept for an owner, the latest first."""
         self._scan()
         with self._lock:
-            own = [state for state in self._states.values() if state.note.owner == owner]
+            own = [state for state in self._index if state.note.owner == owner]
             infos = [ConversationInfo(s.note.name, s.note.length, s.note.parts, place(s), s.used) for s in own]
         return sorted(infos, key=lambda info: -info.used)
 
     def sizes(self) -> tuple[int, int, int, int]:
         """States in memory, their bytes, states on disk, their bytes."""
         with self._lock:
-            memory = [state.nbytes for state in self._states.values() if state.cache is not None]
-            disk = [state.nbytes for state in self._states.values() if state.file is not None]
+            memory = [state.nbytes for state in self._index if state.cache is not None]
+            disk = [state.nbytes for state in self._index if state.file is not None]
         return len(memory), sum(memory), len(disk), sum(disk)
 
     # -- the index -------------------------------------------------------------------------------------------------
@@ -328,14 +304,14 @@ class StateStore:
         if self.files is None or not self.files.changed():
             return False
         with self._lock:
-            known = {state.file for state in self._states.values() if state.file is not None}
+            known = {state.file for state in self._index if state.file is not None}
             for path, note in self.files.notes(known):
                 self._take_up(path, note)
             there = self.files.paths()
-            for state in list(self._states.values()):
+            for state in self._index:
                 if state.file is not None and state.file not in there:  # another engine has forgotten it
                     state.file = state.cache = None
-                    self._remove(state)
+                    self._index.remove(state)
         return True
 
     def _take_up(self, path: Path, note: Note) -> None:
@@ -343,38 +319,24 @@ class StateStore:
             used = path.stat().st_mtime
         except OSError:
             return
-        state = self._states.get(note.key)
-        if state is None:
-            state = self._insert(KeptState(note, None, path, used))
-        elif state.cache is None:
+        same = [state for state in self._index.alike(*note.key) if state.note.name == note.name]
+        if not same:
+            self._index.add(state := KeptState(note, None, path, used))
+        elif (state := same[0]).cache is None:
             state.file = path
-        before = None if note.name is None else self._named.get((note.owner, note.name))
+        before = None if note.name is None else self._index.named.get((note.owner, note.name))
         if note.name is not None and (before is None or before.used <= used):
-            self._named[note.owner, note.name] = state
-
-    def _insert(self, state: KeptState) -> KeptState:
-        self._states[state.note.key] = state
-        self._lengths.setdefault(state.note.owner, Counter())[state.note.length] += 1
-        return state
-
-    def _remove(self, state: KeptState) -> None:
-        if self._states.get(state.note.key) is not state:
-            return
-        del self._states[state.note.key]
-        lengths = self._lengths[state.note.owner]
-        lengths[state.note.length] -= 1
-        if not lengths[state.note.length]:
-            del lengths[state.note.length]
-        if not lengths:
-            del self._lengths[state.note.owner]
-        name = state.note.name
-        if name is not None and self._named.get((state.note.owner, name)) is state:
-            del self._named[state.note.owner, name]
+            self._index.named[note.owner, note.name] = state
 
     def _forget(self, state: KeptState) -> None:
         with self._lock:
-            self._remove(state)
-            path, state.file, state.cache = state.file, None, None
+            self._take_off(state)
+            state.cache = None
+
+    def _take_off(self, state: KeptState) -> None:
+        """It is no longer found under its note, nor on disk."""
+        self._index.remove(state)
+        path, state.file = state.file, None
         if path is not None and self.files is not None:
             self.files.remove(path)
 
