@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 HI = [{"role": "user", "content": "Hello there, how are you?"}]
@@ -115,7 +117,13 @@ def test_events_of_a_response(served: Any) -> None:
         ({"max_tokens": 1 << 30}, "max_tokens"),
         ({"stop": [""]}, "stop[0]"),
         ({"n": 1000}, "n"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"n": 2, "session_id": "s"}, "n"),
+        ({"session_id": "resp_1"}, "session_id"),
+        ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_what_is_wrong_is_named(served: Any, fields: dict[str, Any], param: str) -> None:
@@ -123,6 +131,62 @@ def test_what_is_wrong_is_named(served: Any, fields: dict[str, Any], param: str)
     error = response.json()["error"]
     assert response.status_code == 400 and error["param"] == param, error
     assert set(error) == {"message", "type", "param", "code"} and param.split("[")[0] in error["message"]
+    assert "Value error" not in error["message"]
+
+
+@pytest.mark.parametrize("path, own", [("/v1/chat/completions", {"messages": HI}), ("/v1/responses", {"input": "Hi."})])
+def test_what_asks_for_nothing_is_taken(served: Any, path: str, own: dict[str, Any]) -> None:
+    """Clients send it along whether they use it or not."""
+    neutral = {"tools": [], "include": [], "tool_choice": "auto", "parallel_tool_calls": True, "logit_bias": None}
+    names = {"user": "u", "safety_identifier": "u", "prompt_cache_key": "k", "service_tier": "auto", "metadata": {}}
+    response = served.post(path, **own | neutral | names)
+    assert response.status_code == 200, response.text
+    assert served.post(path, **own, include=["x"]).json()["error"]["param"] == "include"
+
+
+@pytest.mark.parametrize(
+    "body, kind, said",
+    [
+        (b'{"messages": []}', "text/plain", "Content-Type: application/json"),
+        (b"", "application/json", "a JSON object"),
+        (b"[]", "application/json", "a JSON object"),
+        ('{"messages": "é"}'.encode("latin-1"), "application/json", "UTF-8"),
+    ],
+)
+def test_a_body_that_is_no_object_is_told_what_is_needed(served: Any, body: bytes, kind: str, said: str) -> None:
+    response = served.client.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+    assert response.status_code == 400 and said in response.json()["error"]["message"], response.text
+
+
+def test_a_compressed_body_is_refused(served: Any) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = served.client.post("/v1/chat/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert response.status_code == 415 and "Content-Encoding" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/conversations"])
+def test_head_says_what_get_says(live_fake: Callable[..., Any], path: str) -> None:
+    server, _ = live_fake()
+    head, get = (httpx.request(method, server.url + path) for method in ("HEAD", "GET"))
+    assert head.status_code == get.status_code == 200 and not head.content
+    assert head.headers["content-length"] == get.headers["content-length"] or path == "/metrics"
+
+
+def test_tokens_that_are_parts_of_a_character(served: Any) -> None:
+    """Their bytes are those of the text, and offsets count its characters."""
+    text = "é☃x"
+    ids = served.service.text.ids(text)
+    asked = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": len(ids), "temperature": 0}
+    given = served.post("/v1/completions", **asked).json()["choices"][0]["logprobs"]
+    assert given["tokens"][: len(ids)] == [
+        r"bytes:\xc3",
+        r"bytes:\xa9",
+        *(rf"bytes:\x{b:x}" for b in "☃".encode()),
+        "x",
+    ]
+    assert given["text_offset"] == [0, 0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 5]
+    chat = served.chat(text, logprobs=True, max_tokens=len(ids)).json()["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for token in chat for byte in token["bytes"]).decode() == text
 
 
 @pytest.mark.parametrize(
@@ -216,6 +280,7 @@ def test_metrics_count(served: Any) -> None:
     assert "ahn_time_to_first_token_seconds_count 1.0" in text
     assert "ahn_time_per_output_token_seconds_count 3.0" in text
     assert "ahn_tokens_read_total 3.0" in text and "ahn_running 1.0" in text
+    assert all(line.endswith(".") for line in text.splitlines() if line.startswith("# HELP ahn_"))
 
 
 def test_models_and_tokens(served: Any) -> None:
@@ -240,7 +305,9 @@ def test_a_conversation_can_be_taken_elsewhere(serve: Callable[..., Any]) -> Non
     there.chat("What?", session_id="moved")
     prompt = there.service.text.decode(there.engine.replies[-1].request.prompt)
     assert prompt == f"Remember 42.{said}\nWhat?"
-    assert there.client.put("/conversations/moved/state", content=b"no conversation").status_code == 400
+    bad = there.client.put("/conversations/moved/state", content=b"no conversation")
+    assert bad.status_code == 400 and "/" not in bad.json()["error"]["message"]  # the server's own places are its own
+    assert "letters" in there.client.put("/conversations/a%20b/state", content=b"").json()["error"]["message"]
     assert here.client.get("/conversations/unknown/state").status_code == 404
     assert here.client.get("/conversations/s").json()["bytes"] == 8
 

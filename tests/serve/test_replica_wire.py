@@ -54,16 +54,6 @@ def test_an_answer_is_passed_on(live_fake: Callable[..., Any], stream: bool) -> 
     assert (b"[DONE]" in content) == stream and content.count(b'"choices"') >= (3 if stream else 1)
 
 
-def test_an_answer_without_a_body(live_fake: Callable[..., Any]) -> None:
-    server, _ = live_fake()
-
-    async def go() -> tuple[int, bytes]:
-        given = await ask(("127.0.0.1", server.port), "HEAD", b"/health", JSON, b"")
-        return given.status, await whole(given)
-
-    assert asyncio.run(go()) == (200, b"")
-
-
 @pytest.mark.parametrize(
     "said",
     [

@@ -37,6 +37,10 @@ def test_responses_keep_the_replica_of_the_first() -> None:
     )
 
 
+def test_what_a_client_names_as_the_key_of_its_prompts_comes_before_the_user() -> None:
+    assert key(messages=[USER], prompt_cache_key="k", user="u") == key_of("k") != key(messages=[USER], user="u")
+
+
 def test_a_client_that_sends_all_messages_keeps_its_replica() -> None:
     first = key(messages=[SYSTEM, USER])
     assert key(messages=[SYSTEM, USER, REPLY, OTHER]) == first != key(messages=[SYSTEM, OTHER])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -112,11 +113,13 @@ class Completing:
         return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": what.finish}
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs], place: int) -> dict[str, Any]:
-        texts = [self.service.token(token.token) for token in tokens]
-        offsets = []
-        for text in texts:
+        texts, offsets = [], []
+        characters = codecs.getincrementaldecoder("utf-8")("replace")  # of which a token may hold a part
+        for token in tokens:
+            text, content = self.service.token(token.token)
+            texts.append(text)
             offsets.append(place)
-            place += len(text)
+            place += len(characters.decode(content))
         return {
             "tokens": texts,
             "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
@@ -127,8 +130,8 @@ class Completing:
     def _top(self, token: TokenLogprobs) -> dict[str, float]:
         best: dict[str, float] = {}
         for number, logprob in token.top[: self.fields.logprobs]:
-            best.setdefault(self.service.token(number), finite(logprob))  # two tokens can look the same: the better one
-        best.setdefault(self.service.token(token.token), finite(token.logprob))
+            best.setdefault(self.service.token(number)[0], finite(logprob))  # two can look the same: the better one
+        best.setdefault(self.service.token(token.token)[0], finite(token.logprob))
         return best
 
     def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

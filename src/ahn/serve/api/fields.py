@@ -16,14 +16,21 @@ Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=128)]
 
 
 class KnownFields(BaseModel):
-    """An object of a request; null is as if a field were not there."""
+    """An object of a request.
+
+    What asks for nothing is as if it were not there: null, and empty lists of fields that are not known, which clients
+    send along (`tools`, `include`) or got with a reply and send back (`annotations`).
+    """
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        return {name: given for name, given in value.items() if given is not None} if isinstance(value, dict) else value
+    def _that_ask_for_something(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = cls.model_fields
+        return {name: given for name, given in value.items() if given is not None and (given != [] or name in known)}
 
 
 class TextPart(KnownFields):
@@ -51,16 +58,6 @@ class ChatMessage(KnownFields):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: Annotated[str | None, Field(max_length=256)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_given_back(cls, value: Any) -> Any:
-        """Clients send replies back as they got them, with lists that are empty."""
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: given for name, given in value.items() if given is not None and (given != [] or name == "content")
-        }
 
     def message(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -91,7 +88,7 @@ class ResponseFormat(KnownFields):
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema is needed for type json_schema, and for no other")
+            raise ValueError("json_schema: it is needed for type json_schema, and for no other")
         return self
 
 
@@ -106,34 +103,45 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class SamplingFields(KnownFields):
-    """What chat and plain completions share; ranges are OpenAI's."""
+class ReplyFields(KnownFields):
+    """What all that ask for a reply share; ranges are OpenAI's."""
 
     model: Annotated[str | None, Field(max_length=1024)] = None
-    max_tokens: Annotated[int | None, Field(ge=0)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2), Finite] = None
     top_p: Annotated[float | None, Field(gt=0, le=1), Finite] = None
+    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
+    stream: bool = False
+    store: bool = True
+    # Taken, and mean nothing here:
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    service_tier: Literal["auto", "default"] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class SamplingFields(ReplyFields):
+    """What chat and plain completions share."""
+
+    max_tokens: Annotated[int | None, Field(ge=0)] = None
     top_k: Annotated[int | None, Field(ge=-1, lt=1 << 31)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1), Finite] = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2), Finite] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2), Finite] = 0.0
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10), Finite] = None
-    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
     n: Annotated[int, Field(ge=1)] = 1
     stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=32)] = []
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100), Finite]], Field(max_length=4096)] = {}
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
-    store: bool = True
-    user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
 
     @model_validator(mode="after")
     def _together(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream: true alone")
+            raise ValueError("stream_options: they are for stream: true alone")
         if wrong := [token for token in self.logit_bias if not re.fullmatch("[0-9]{1,9}", token)]:
             raise ValueError(f"logit_bias: {ascii(wrong[0])[:50]} is no token id")
         return self
@@ -151,12 +159,12 @@ class ChatFields(SamplingFields):
     @model_validator(mode="after")
     def _one_of_each(self) -> ChatFields:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs: they need logprobs: true")
         if self.session_id is not None:
             if self.n > 1:
-                raise ValueError("n must be 1 in a session: it goes on from one reply")
+                raise ValueError("n: it must be 1 in a session, which goes on from one reply")
             if self.session_id.startswith(RESPONSE):
-                raise ValueError(f"session_id must not begin with {RESPONSE}")
+                raise ValueError(f"session_id: it must not begin with {RESPONSE}")
         return self
 
 
@@ -174,7 +182,7 @@ class CompletionFields(SamplingFields):
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: only the value of n is supported")
         if self.session_id is not None:
-            raise ValueError("session_id is for chat completions; a completion's prompt is found by its tokens")
+            raise ValueError("session_id: it is for chat completions; a completion's prompt is found by its tokens")
         return self
 
 
@@ -184,18 +192,6 @@ class InputItem(ChatMessage):
     type: Literal["message"] = "message"
     id: str | None = None
     status: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _parts_as_given_back(cls, value: Any) -> Any:
-        """Parts of a reply come with empty lists of annotations and probabilities."""
-        if not isinstance(value, dict) or not isinstance(value.get("content"), list):
-            return value
-        parts = [
-            {k: v for k, v in part.items() if v not in (None, [])} if isinstance(part, dict) else part
-            for part in value["content"]
-        ]
-        return value | {"content": parts}
 
 
 class TextFormat(KnownFields):
@@ -218,24 +214,17 @@ class TextFields(KnownFields):
     format: TextFormat | None = None
 
 
-class ResponsesFields(KnownFields):
+class ResponsesFields(ReplyFields):
     """`POST /v1/responses`."""
 
-    model: Annotated[str | None, Field(max_length=1024)] = None
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: Annotated[str | None, Field(max_length=128)] = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2), Finite] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1), Finite] = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
     text: TextFields | None = None
-    stream: bool = False
-    store: bool = True
     truncation: Literal["disabled"] = "disabled"
-    user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    background: Literal[False] = False
 
 
 class TokenizeFields(KnownFields):
@@ -249,7 +238,7 @@ class TokenizeFields(KnownFields):
     @model_validator(mode="after")
     def _one(self) -> TokenizeFields:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages")
+            raise ValueError("prompt: give either this or messages")
         return self
 
 

@@ -37,6 +37,8 @@ class RequestGate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server leaves the body out
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         number = headers.get("x-request-id", "")
         number = number if re.fullmatch(r"[\w.:-]{1,128}", number, re.ASCII) else f"req_{secrets.token_hex(12)}"
@@ -71,6 +73,8 @@ class RequestGate:
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or int(length[:18]) > allowed(self.settings, scope):
             return _too_large(self.settings, scope)
+        if headers.get("content-encoding", "identity") != "identity":
+            return APIProblem(415, "Send the request's body as it is, without Content-Encoding.")
         return None
 
 

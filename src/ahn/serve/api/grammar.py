@@ -1,4 +1,4 @@
-"""Replies that follow a JSON schema: llguidance says which tokens may come next."""
+"""Replies that follow a JSON schema: llguidance says which tokens may come next, and what bytes a token stands for."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ class Grammars:
             raise AHNError(f"The JSON schema cannot be used: {reason}")
         return SchemaProcessor(matcher)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; where several tokens make a character, a part of it.
+
+        Raises:
+            AHNError: the tokenizer is none that llguidance knows.
+        """
+        return self._loaded().decode_bytes([token])
+
     def _loaded(self) -> LLTokenizer:
         """Made at the first use: it takes a second for a large vocabulary."""
         if self._tokenizer is None:
@@ -55,9 +63,12 @@ class Grammars:
 
             if not self.tokenizer.is_fast:
                 raise AHNError("A JSON schema needs a fast tokenizer; this model has a slow one.")
-            self._tokenizer = llguidance.hf.from_tokenizer(
-                self.tokenizer, n_vocab=self.vocabulary, eos_token=self.ends or None
-            )
+            try:
+                self._tokenizer = llguidance.hf.from_tokenizer(
+                    self.tokenizer, n_vocab=self.vocabulary, eos_token=self.ends or None
+                )
+            except ValueError as error:
+                raise AHNError(f"A JSON schema cannot be used with this model's tokenizer: {error}") from error
         return self._tokenizer
 
 

@@ -20,9 +20,12 @@ WORDS = {
     "running": "Requests that are read or answered now.",
     "in_memory": "Conversations whose state is in memory.",
     "on_disk": "Conversations whose state is on disk alone.",
+    "bytes_in_memory": "Bytes of states in memory.",
+    "bytes_on_disk": "Bytes of states on disk.",
     "tokens_read": "Tokens of prompts that were read.",
     "tokens_cached": "Tokens of prompts that had been read before.",
     "tokens_written": "Tokens of replies.",
+    "evicted": "States that went to make room.",
 }
 
 
@@ -91,6 +94,5 @@ class EngineCollector(Collector):
         stats = self._stats()
         for field in dataclasses.fields(stats):
             value = getattr(stats, field.name)
-            name, words = f"ahn_{field.name}", WORDS.get(field.name, field.name.replace("_", " "))
             kind = CounterMetricFamily if field.name.startswith(COUNTED) else GaugeMetricFamily
-            yield kind(name, words, value=float(value))
+            yield kind(f"ahn_{field.name}", WORDS[field.name], value=float(value))

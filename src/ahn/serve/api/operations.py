@@ -40,7 +40,6 @@ def router(service: Service) -> APIRouter:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
         return Response(html, headers=headers, media_type="text/html")
 
-    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> Response:
         """200 while the engine works, 503 when it does not."""
@@ -122,11 +121,15 @@ def conversations(service: Service) -> APIRouter:
         The answer has its messages, and the name of its last turn, from which a response can go on.
         """
         if not is_session(name):
-            raise APIProblem(400, f"name: a session's name does not begin with {RESPONSE}.", "name", "invalid_value")
+            said = f"name: a session has 1 to 128 letters, digits and signs of _.:- and does not begin with {RESPONSE}."
+            raise APIProblem(400, said, "name", "invalid_value")
         with tempfile.TemporaryDirectory(prefix="ahn-import-") as directory:
             file = Path(directory) / "state"
             await _received(request.stream(), file)
-            return answer(await asyncio.to_thread(_import, service, request.state.owner, name, file))
+            try:
+                return answer(await asyncio.to_thread(_import, service, request.state.owner, name, file))
+            except AHNError as error:
+                raise APIProblem(400, str(error).replace(str(file), "The file")) from error
 
     return routes
 

@@ -18,7 +18,15 @@ from ahn.serve.request import EngineBusy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """The type of an error by its status; other 4xx are `invalid_request_error`, 5xx `server_error`."""
-CODES = {405: "method_not_allowed", 408: "timeout", 413: "request_too_large", 429: "server_busy", 503: "unavailable"}
+NO_OBJECT = "The request needs a body that is a JSON object, and the header Content-Type: application/json."
+CODES = {
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "server_busy",
+    503: "unavailable",
+}
 
 
 class APIProblem(HTTPException):
@@ -67,6 +75,8 @@ def install(app: FastAPI) -> None:
             detail = str(error.detail)
             status = HTTPStatus(error.status_code).phrase
             said = f"{request.method} {request.url.path}: {status}." if detail == status else detail
+            if isinstance(error.__cause__, UnicodeDecodeError):
+                said = "The request is not JSON in UTF-8."
             error = APIProblem(error.status_code, said, headers=error.headers)
         return error.response()
 
@@ -102,8 +112,13 @@ def of_fields(errors: Sequence[Any]) -> APIProblem:
     param = _path(worst["loc"])
     if worst["type"] == "extra_forbidden":
         return APIProblem(400, f"{param}: this server does not know this field.", param, "unsupported_parameter")
-    name = param or "The request"
-    return APIProblem(400, f"{name}: {worst['msg']}.", param or None, "invalid_value")
+    said = worst["msg"]
+    if worst["type"] == "value_error":  # of our own validators, which name the field within theirs
+        field, _, said = str(worst["ctx"]["error"]).partition(": ")
+        param = f"{param}.{field}" if param else field
+    if not param:
+        return APIProblem(400, NO_OBJECT, code="invalid_value")
+    return APIProblem(400, f"{param}: {said}.", param, "invalid_value")
 
 
 def _path(place: Sequence[str | int]) -> str:

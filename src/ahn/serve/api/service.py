@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ahn.errors import AHNError
 from ahn.serve.api.fields import ResponseFormat, TextFormat
 from ahn.serve.api.metrics import ServerMetrics
 from ahn.serve.api.problems import APIProblem
@@ -46,7 +48,7 @@ class Service:
     defaults: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     full_bytes: Callable[[int], int] = lambda tokens: 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    _tokens: dict[int, str] = dataclasses.field(default_factory=dict)
+    _tokens: dict[int, tuple[str, bytes]] = dataclasses.field(default_factory=dict)
 
     def check_model(self, name: str | None) -> None:
         """Raises APIProblem for a model that is not served here."""
@@ -103,19 +105,30 @@ class Service:
         watches = [self.metrics.watch() for _ in replies]
         return RunningReplies(replies, watches, self.settings.seconds, self.engine.alive)
 
-    def token(self, token: int) -> str:
-        """What a token looks like alone; remembered, as the probabilities of a long prompt name the same ones often."""
-        text = self._tokens.get(token)
-        if text is None:
-            text = self._tokens[token] = self.text.decode([token], special=True)
-        return text
+    def token(self, token: int) -> tuple[str, bytes]:
+        r"""What a token looks like alone, and its bytes; a part of a character looks like `bytes:\xe2`, as with OpenAI.
+
+        It is remembered, as the probabilities of a long prompt name the same ones often.
+        """
+        known = self._tokens.get(token)
+        if known is None:
+            text = self.text.decode([token], special=True)
+            content = text.encode()
+            if "\ufffd" in text:
+                with contextlib.suppress(AHNError):  # of a tokenizer that does not tell
+                    content = self.grammars.token_bytes(token)
+                text = content.decode(errors="replace")
+                if "\ufffd" in text:
+                    text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+            known = self._tokens[token] = text, content
+        return known
 
     def spread(self, token: TokenLogprobs, top: int) -> dict[str, Any]:
         """One token's probability as chat completions say it."""
 
         def one(number: int, logprob: float | None) -> dict[str, Any]:
-            text = self.token(number)
-            return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+            text, content = self.token(number)
+            return {"token": text, "logprob": finite(logprob), "bytes": list(content)}
 
         best = [one(*pair) for pair in token.top[:top]]
         return one(token.token, token.logprob) | {"top_logprobs": best}

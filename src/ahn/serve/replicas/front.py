@@ -20,7 +20,7 @@ from ahn.serve.replicas.pages import merged
 from ahn.serve.replicas.routing import routing_key
 from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, ReplicaLostError, answered, ask
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
+METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
 NUMBER = b"x-request-id"
 PATIENCE = 5.0
 """Seconds that replicas have to say how they are."""
@@ -37,7 +37,7 @@ def make_front(replicas: DeploymentHandle, secret: str, settings: ServerSettings
     app = FastAPI(lifespan=life, openapi_url=None)
     app.state.close = lambda seconds: replicas.broadcast("close", seconds).results(timeout_s=2 * seconds)
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
     async def health() -> Response:
         """200 while any replica works; how many do."""
         working = len(await pages(replicas))

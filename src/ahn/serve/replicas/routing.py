@@ -17,13 +17,14 @@ BY_NAME = re.compile(r"/(?:conversations|v1/responses)/([^/]+)")
 def routing_key(path: str, body: bytes) -> str:
     """16 hexadecimal digits that stay the same over a conversation; drawn where a request goes on from nothing.
 
-    In this order: the session or response that the path or the body names, the user, the messages up to the first one
-    of the user. A response's id begins with the key of its conversation, so that the next turn has the same one.
+    In this order: the session or response that the path or the body names, what it names as the key of its prompts,
+    the user, the messages up to the first one of the user. A response's id begins with the key of its conversation, so
+    that the next turn has the same one.
     """
     if named := BY_NAME.match(path):
         return key_of(unquote(named[1]))
     fields = _fields(body)
-    for name in ("session_id", "previous_response_id", "user"):
+    for name in ("session_id", "previous_response_id", "prompt_cache_key", "user"):
         if isinstance(fields.get(name), str):
             return key_of(fields[name])
     opening = _opening(fields.get("messages"))

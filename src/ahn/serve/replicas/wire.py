@@ -54,7 +54,6 @@ class Answer:
 
     status: int
     headers: Headers
-    bodiless: bool
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -64,7 +63,7 @@ class Answer:
         Raises:
             ReplicaLostError: it ended too early.
         """
-        named = {} if self.bodiless else dict(self.headers)
+        named = dict(self.headers)
         chunked = b"chunked" in named.get(b"transfer-encoding", b"")
         parts = Chunks() if chunked else Counted(int(named.get(b"content-length", 0)))
         while not parts.done:
@@ -145,7 +144,7 @@ async def ask(address: tuple[str, int], method: str, target: bytes, headers: Hea
         head = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
         answered = [line.split(b": ", 1) for line in head[1:-2]]
         named = [(name.lower(), value) for name, value in answered]
-        return Answer(int(head[0].split()[1]), named, method == "HEAD", reader, writer)
+        return Answer(int(head[0].split()[1]), named, reader, writer)
     except (OSError, asyncio.IncompleteReadError) as error:
         writer.close()
         raise ReplicaLostError(str(error)) from error
