@@ -1,0 +1,263 @@
+"""In which ways a model finds what stands far back, if nothing is forgotten: many looks at the same keys and values.
+
+    python benchmarks/quality/make_chats.py --out far.jsonl --split evaluation --kinds number --most 1 \\
+        --near 57000 --length 65536 --count 20
+    python benchmarks/quality/far_looks.py --out looks.jsonl --chats far=far.jsonl --texts prose=moby-dick:8192:16
+
+Each text is read once with sinks and window alone, and its last tokens then look at everything before the window in
+each of the ways of `looks()` (`real/looks.py`). A chat has one question at its end: the answer counts if each of its
+tokens is the likeliest after the true ones before it. Of a plain text the loss of its last 240 tokens is kept; looks
+that choose by what is asked choose by the 240 before them. A line of `--out` is one text with the results of all
+looks; what is there is not done again, and no text is begun after `--seconds`. The table is printed last. It simulates:
+nothing of it is in the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from real import reading
+from real.looks import Look, Memory, Reader
+from real.ways import weights_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ahn import shipped
+from ahn.cli.env import environment
+from ahn.memory.retained_tokens import Scorer
+
+ORDER = Path(__file__).parents[1] / "results" / "smollm2-simulation.jsonl"
+NOTHING, FULL = "sinks + window", "full attention"
+TAIL = 480
+"""Tokens at the end of a plain text that look; the loss is of the second half of them."""
+AROUND = (40, 16)
+"""Tokens before and after an answer in the text that belong to its fact."""
+FINDERS = 10
+"""Heads over whose attention to the fact the mean is taken."""
+Result = dict[str, Any]
+
+
+def looks() -> list[Look]:
+    """All that are compared, the plainest of each kind first."""
+    plain = Look()
+    found = [plain, Look("true", 4096), *(Look("one", d) for d in (600, 1024, 1536, 2560))]
+    found += [Look("block", d) for d in (256, 512, 2048, 4096)]
+    found += [dataclasses.replace(plain, heads=n) for n in (5, 10, 20, 30, 45)]
+    found += [Look("one", 1024, n) for n in (10, 20)]
+    for heads in (90, 20, 10):
+        found += [Look(heads=heads, sharp=s) for s in (1.15, 1.3, 1.5, 2.0, "log")]
+        found += [Look(heads=heads, sharp=s, steady=True) for s in (1.3, 1.5, 2.0, 3.0)]
+        found += [Look(heads=heads, top=k) for k in (16, 64, 256, 1024)]
+    found += [Look(bias=b) for b in (0.5, 1.0)] + [Look(heads=20, bias=0.5), Look(sharp=1.5, bias=0.5)]
+    found += [Look(top=k, sharp=1.3) for k in (64, 256)] + [Look(top=4096), Look(top=64, steady=True)]
+    found += [Look(choice="score", slots=4096), Look(heads=20, choice="score", slots=18432)]
+    found += [Look(choice="oracle", slots=k) for k in (1024, 4096, 16384)]
+    found += [Look(heads=20, choice="oracle", slots=18432), Look(choice="oracle", slots=4096, top=256)]
+    found += [Look(choice="blocks", slots=4096, finders=n) for n in (10, 20)]
+    found += [Look(choice="found", slots=k, finders=n) for n in (3, 5, 10, 20) for k in (256, 1024, 4096)]
+    found += [Look(choice="found", slots=1024, finders=n, sharp=2.0) for n in (5, 10)]
+    found += [Look(tail=TAIL), Look(heads=20, tail=TAIL), Look(heads=20, sharp=1.5, tail=TAIL)]
+    found += [Look(reading=True), Look(heads=20, reading=True)]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One text (N,): of a chat where the reply begins, the answer's place, and the fact's; of a plain text none."""
+
+    ids: torch.Tensor
+    reply: int
+    answer: slice | None = None
+    fact: slice | None = None
+
+
+def chat_of(tokenizer: Any, line: dict[str, Any]) -> Text:
+    """A chat with one question."""
+    ids, [answer] = reading.asked(tokenizer, line)
+    before = tokenizer.apply_chat_template(line["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    reply = len(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"])
+    wanted = ids[answer]
+    at = (ids[:reply].unfold(0, len(wanted), 1) == wanted).all(-1).nonzero().flatten().tolist()
+    if len(at) != 1 or not reply < answer.start:
+        raise ValueError(f"The answer {line['asked'][0]['answer']} stands {len(at)} times in the text, and not once.")
+    return Text(ids[: answer.stop], reply, answer, slice(at[0] - AROUND[0], at[0] + len(wanted) + AROUND[1]))
+
+
+class Looks:
+    """Runs all looks on texts."""
+
+    def __init__(self, model: PreTrainedModel, options: argparse.Namespace) -> None:
+        order = next(row["order"] for row in map(json.loads, ORDER.open()) if row.get("part") == "rank")
+        pairs = [(layer, head) for layer, head in order]
+        scorers = _scorers(model, Path(shipped.resolve_adapter(options.model, options.adapter, "retained")))
+        self.model = model
+        self.reader = Reader(model, options.window, options.sinks, pairs, scorers)
+        self.looks = [look for look in looks() if re.search(options.only, look.name)]
+
+    def chat(self, text: Text, done: Result, reading: bool) -> Result:
+        """Of each look: whether the answer is right, how many of its tokens are, the share of the attention of
+        `FINDERS` heads that goes to the fact when they are due, and in how many heads the fact is whole."""
+        found: Result = {}
+        places = torch.arange(text.answer.start, text.answer.stop)
+        target = text.ids[places]
+        whole = self.reader.read(text.ids[: text.reply - Look.tail])
+        for look in (None, *self.looks):
+            name = NOTHING if look is None else look.name
+            if name in done or (look and look.reading and not reading):
+                continue
+            start = text.reply - (Look.tail if look is None else look.tail)
+            memory = self._memory(look, text.ids[:start], whole)
+            seen = self.reader.look(look, text.ids, memory, places, text.reply, text.fact)
+            right = seen.logits.argmax(-1).cpu() == target
+            shares = [seen.shares[pair] for pair in self.reader.order[:FINDERS] if pair in seen.shares]
+            share = round(sum(shares) / FINDERS, 4)
+            found[name] = [bool(right.all()), int(right.sum()), share, sum(seen.held.values())]
+        return found
+
+    def text(self, text: Text, done: Result, reading: bool) -> Result:
+        """Of each look the loss of the last tokens."""
+        found: Result = {}
+        asked, N = len(text.ids) - TAIL // 2, len(text.ids)
+        places, target = torch.arange(asked + 1, N), text.ids[asked + 1 :].to(self.model.device)
+        whole = self.reader.read(text.ids[: N - TAIL])
+        for look in (None, *self.looks):
+            name = NOTHING if look is None else look.name
+            if name in done or (look and (look.tail != Look.tail or look.choice == "oracle" or look.reading > reading)):
+                continue
+            memory = self._memory(look, text.ids[: N - TAIL], whole)
+            logits = self.reader.look(look, text.ids, memory, places, asked).logits
+            found[name] = round(F.cross_entropy(logits, target).item(), 5)
+        if FULL not in done and self.model.config.max_position_embeddings >= N:
+            logits = reading.logits_before(self.model, text.ids[None], places, None)[0].float()
+            found[FULL] = round(F.cross_entropy(logits, target).item(), 5)
+        return found
+
+    def _memory(self, look: Look | None, ids: torch.Tensor, whole: Memory) -> Memory:
+        return self.reader.read(ids, look) if look and look.reading else whole.before(len(ids))
+
+
+def _scorers(model: PreTrainedModel, adapter: Path) -> list[Scorer]:
+    weights, _ = weights_of(model, adapter)
+    layers: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, weight in weights.items():
+        number, rest = re.search(r"layers\.(\d+)\..*?scorer\.(.*)", name).groups()
+        layers[int(number)][rest] = weight.float()
+    text, found = model.config, []
+    for number in range(text.num_hidden_layers):
+        scorer = Scorer(text.hidden_size, text.num_key_value_heads).to(model.device)
+        scorer.load_state_dict(layers[number])
+        found.append(scorer)
+    return found
+
+
+def texts(tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[str, int, Text]]:
+    """Kind, number and text, the kinds in turn, so that what is done first says a little of each."""
+    each: dict[str, list[Text]] = {}
+    for kind, file in options.chats:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()[: options.count]
+        each[kind] = [chat_of(tokenizer, json.loads(line)) for line in lines]
+    for kind, source in options.texts:
+        name, length, count = source.rsplit(":", 2)
+        ids = reading.tokens_of(tokenizer, name)
+        each[kind] = [Text(x, 0) for x in reading.pieces(ids, int(length), int(count))]
+    for n in range(max(map(len, each.values()), default=0)):
+        yield from ((kind, n, some[n]) for kind, some in each.items() if n < len(some))
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Do what is not done; whether nothing is left."""
+    began = time.perf_counter()
+    path = shipped.resolve(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    every, rows = Looks(model, options), rows_of(options.out)
+    print(f"{len(every.looks)} looks; ready after {time.perf_counter() - began:.1f} s", flush=True)
+    for kind, number, text in texts(tokenizer, options):
+        started = time.perf_counter()
+        if started - began > options.seconds:
+            return False
+        one, reading = every.text if text.answer is None else every.chat, kind in options.reading.split(",")
+        if not (found := one(text, rows[kind, number], reading)):
+            continue
+        seconds = round(time.perf_counter() - started, 1)
+        row = {"kind": kind, "number": number, "length": len(text.ids), "looks": found, "seconds": seconds}
+        with options.out.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row | {"model": options.model, **environment()}) + "\n")
+        print(f"{kind:8s} {number:3d} {seconds:7.1f} s", flush=True)
+    return True
+
+
+def rows_of(file: Path) -> dict[tuple[str, int], Result]:
+    """By kind and number of a text, the results of all its looks."""
+    found: dict[tuple[str, int], Result] = defaultdict(dict)
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        row = json.loads(line)
+        found[row["kind"], row["number"]] |= row["looks"]
+    return found
+
+
+def table(rows: dict[tuple[str, int], Result]) -> str:
+    """A line a look: of chats the answers found, of all, the share of attention, heads; of texts the loss."""
+    each: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for (kind, _), results in rows.items():
+        for name, result in results.items():
+            each[name][kind].append(result)
+    kinds, lines = sorted({kind for kind, _ in rows}), []
+    for name, found in each.items():
+        parts = [f"{name:52s}"]
+        for kind in (kind for kind in kinds if kind in found):
+            some = found[kind]
+            if isinstance(some[0], list):
+                right, tokens, share, held = (sum(x[n] for x in some) for n in range(4))
+                count = len(some)
+                parts.append(
+                    f"{kind} {right:2d} of {count:2d} ({tokens / count:.1f} tokens, {100 * share / count:4.1f} %, "
+                )
+                parts[-1] += f"{held / count:4.1f} heads)"
+            else:
+                parts.append(f"{kind} {sum(some) / len(some):.4f}")
+        lines.append("  ".join(parts))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    def named(value: str) -> tuple[str, str]:
+        kind, found, rest = value.partition("=")
+        if not found:
+            raise argparse.ArgumentTypeError(f"{value} is not KIND={rest or '…'}")
+        return kind, rest
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="file of rows")
+    parser.add_argument(
+        "--chats", type=named, action="append", default=[], help="KIND=FILE of make_chats.py, one fact each"
+    )
+    parser.add_argument("--texts", type=named, action="append", default=[], help="KIND=TEXT:TOKENS:COUNT")
+    parser.add_argument("--count", type=int, default=40, help="chats of a file, at most")
+    parser.add_argument("--only", default="", help="looks whose names match this expression")
+    parser.add_argument("--reading", default="", help="kinds that are also read with the looks; commas between")
+    parser.add_argument("--seconds", type=float, default=500, help="begin no text later")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--adapter", help="scores of retained tokens (default: those that ship)")
+    parser.add_argument("--window", type=int, default=480)
+    parser.add_argument("--sinks", type=int, default=32)
+    options = parser.parse_args(arguments)
+    whole = run(options)
+    print(table(rows_of(options.out)))
+    return 0 if whole else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
