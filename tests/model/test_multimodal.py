@@ -85,13 +85,6 @@ def test_a_kernel_for_the_base_reaches_what_sees() -> None:
     assert kernels == {"eager"} and model.get_decoder().config._attn_implementation == "eager"
 
 
-def test_a_model_that_makes_its_own_masks_is_refused() -> None:
-    from support.architectures import build
-
-    with pytest.raises(ahn.AHNError, match="Gemma3Model makes attention masks of its own"):
-        ahn.attach(build("gemma3"), ahn.AHNConfig(window=9, sinks=2))
-
-
 @torch.no_grad()
 def test_a_model_that_sees_is_saved_and_loaded(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
@@ -101,3 +94,169 @@ def test_a_model_that_sees_is_saved_and_loaded(tmp_path: Path) -> None:
     for found in (ahn.from_pretrained(tmp_path), AutoModelForImageTextToText.from_pretrained(tmp_path)):
         assert type(found) is type(model)
         assert torch.equal(found(**prompt()).logits, model(**prompt()).logits)
+
+
+# -- models that make masks around their decoder, in which the parts of an image see each other ------------------------
+
+KINDS = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
+LOCAL = 6
+"""Tokens that a layer with a sliding window sees."""
+GEMMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 200, "max_position_embeddings": 4096,
+    "initializer_range": 0.2, "sliding_window": LOCAL, "layer_types": ["sliding_attention", "full_attention"],
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+GEMMA_4 = {
+    "global_head_dim": 16, "num_global_key_value_heads": 2, "vocab_size_per_layer_input": 200,
+    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "use_bidirectional_attention": "vision",
+}  # fmt: skip
+EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+POOLED = {"num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 64}
+PICTURE = torch.tensor([[BEGIN, *[IMAGE] * 4, END]])
+
+
+def gemma(version: str, **changes: Any) -> PreTrainedModel:
+    import transformers
+
+    torch.manual_seed(0)
+    if version == "gemma3":
+        siglip = EYES | {"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False}
+        numbers = {"image_token_index": IMAGE, "boi_token_index": BEGIN, "eoi_token_index": END}
+        config = transformers.Gemma3Config(
+            text_config=GEMMA | changes, vision_config=siglip, mm_tokens_per_image=4, **numbers
+        )
+        return transformers.Gemma3ForConditionalGeneration(config).eval()
+    numbers = {"image_token_id": IMAGE, "boi_token_id": BEGIN, "eoi_token_id": END, "video_token_id": 155}
+    given = {"text_config": GEMMA | GEMMA_4 | changes, "vision_config": EYES | POOLED, "audio_token_id": 156}
+    return transformers.Gemma4ForConditionalGeneration(transformers.Gemma4Config(**given, **numbers)).eval()
+
+
+def pictured(version: str, ids: Tensor | None = None) -> dict[str, Any]:
+    """Text with two images in it, 60 tokens, or other ids with as many."""
+    if ids is None:
+        ids = torch.cat([tokens(1, 10), PICTURE, tokens(1, 30, seed=2), PICTURE, tokens(1, 8, seed=3)], dim=1)
+    noise = torch.Generator().manual_seed(3)
+    given = {"input_ids": ids, KINDS[version]: (ids == IMAGE).long()}
+    if version == "gemma3":
+        return given | {"pixel_values": torch.randn(2, 3, 16, 16, generator=noise)}
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None].repeat(2, 1, 1)
+    return given | {"pixel_values": torch.rand(2, 16, 48, generator=noise), "image_position_ids": places}
+
+
+def within(**config: Any) -> ahn.AHNConfig:
+    return ahn.AHNConfig(**{"window": 13, "sinks": 3} | config)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("version", KINDS)
+@torch.no_grad()
+def test_images_that_see_themselves_are_the_bases_within_the_window(version: str, kernel: str) -> None:
+    plain, given = gemma(version), pictured(version)
+    model = awaken(ahn.attach(gemma(version), within(window=100)))
+    for each in (plain, model):  # after attach: masks are made before the decoder is asked
+        each.set_attn_implementation(kernel)
+    for cached in (True, False):
+        assert torch.equal(model(**given, use_cache=cached).logits, plain(**given, use_cache=cached).logits)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**given, **options), plain.generate(**given, **options))
+    ahn.set_window(model, 13, 3)
+    assert relative_error(model(**given).logits, plain(**given).logits) > 0.01
+    with ahn.disabled(model):
+        assert torch.equal(model(**given).logits, plain(**given).logits)
+    ahn.detach(model)
+    assert torch.equal(model(**given).logits, plain(**given).logits)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("version", KINDS)
+@torch.no_grad()
+def test_images_that_see_themselves_beyond_the_window(version: str, kernel: str) -> None:
+    """With a silent memory: the base with an explicit mask of sinks, window and, where it is so, one's own image."""
+    model, plain, given = ahn.attach(gemma(version), within()), gemma(version), pictured(version)
+    for each in (plain, model):
+        each.set_attn_implementation(kernel)
+    image, at = given[KINDS[version]][0].bool(), torch.arange(60)
+    begins = image & ~image.roll(1)
+    of = begins.cumsum(0)
+    own = image[:, None] & image & (of[:, None] == of)
+    back = at[:, None] - at
+    global_sees = (back >= 0) & ((at < 3) | (back < 13))
+    sees = {
+        "full_attention": global_sees | own if version == "gemma3" else global_sees,
+        "sliding_attention": ((back >= 0) | own) & (back < LOCAL),
+    }
+    masks = {kind: mask[None, None] for kind, mask in sees.items()}
+    if kernel == "eager":
+        hidden = torch.finfo(torch.float32).min
+        masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, hidden) for kind, mask in masks.items()}
+    expected = plain(**given | {"attention_mask": masks}).logits
+    for cached in (True, False):
+        assert relative_error(model(**given, use_cache=cached).logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("version", KINDS)
+@torch.no_grad()
+def test_images_that_see_themselves_in_turns_and_padded(version: str) -> None:
+    model, given, kind = (
+        awaken(ahn.attach(gemma(version), within(prefill_chunk_size=5))),
+        pictured(version),
+        KINDS[version],
+    )
+    whole, ids = model(**given, use_cache=False).logits, given["input_ids"]
+    for kinds_of_all in (True, False):
+        cache, found = AHNCache.for_model(model), []
+        for image, (start, stop) in enumerate(((0, 24), (24, 56))):
+            part = {name: x[image : image + 1] for name, x in given.items() if name not in ("input_ids", kind)}
+            kinds = given[kind][:, 0 if kinds_of_all else start : stop]
+            turn = {"input_ids": ids[:, start:stop], kind: kinds}
+            found.append(model(**part, **turn, past_key_values=cache).logits)
+        found.append(model(ids[:, 56:], past_key_values=cache).logits)
+        assert relative_error(torch.cat(found, dim=1), whole) < TOLERANCE
+    text = model.generate(**given, max_new_tokens=6, do_sample=False)
+    logits = model(**pictured(version, text), use_cache=False).logits
+    assert torch.equal(logits[:, -7:-1].argmax(-1), text[:, -6:])
+    short = torch.cat([torch.zeros_like(ids[:, :15]), ids[:, :45]], dim=1)
+    both = pictured(version, torch.cat([ids, short]))
+    both |= {name: torch.cat([x, x[:1]]) for name, x in given.items() if name not in ("input_ids", kind)}
+    mask = (both["input_ids"] != 0).long()
+    rows = model(**both, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    assert relative_error(rows[0], whole[0]) < TOLERANCE
+    assert relative_error(rows[1, 15:], whole[0, :45]) < TOLERANCE, "nothing before it sees the second image"
+
+
+@pytest.mark.parametrize("version", KINDS)
+def test_text_in_a_model_that_makes_masks(version: str) -> None:
+    """In chunks, whatever kinds are given, and packed; with gradients."""
+    model, ids = awaken(ahn.attach(gemma(version), within(prefill_chunk_size=5))), tokens(1, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        for given in ({}, {KINDS[version]: torch.zeros_like(ids)}):
+            assert relative_error(model(ids, **given).logits, whole) < TOLERANCE
+        twice = torch.arange(30).repeat(2)[None]
+        packed = model(ids, position_ids=twice, use_cache=False).logits
+        assert relative_error(packed[:, 30:], model(ids[:, 30:]).logits) < TOLERANCE
+        with pytest.raises(ahn.AHNError, match="several documents with images"):
+            model(**pictured(version), position_ids=twice, use_cache=False)
+    model(**pictured(version), labels=ids).loss.backward()
+    reads = [p for name, p in ahn.adapter_parameters(model).items() if name.endswith("fn.o_proj.weight")]
+    assert reads and all(bool(p.grad.any()) for p in reads)
+
+
+@pytest.mark.parametrize("version", KINDS)
+@torch.no_grad()
+def test_a_turn_after_padding_in_a_model_that_counts_columns(version: str) -> None:
+    """Gemma 4 gives its decoder positions of its own where nobody names any."""
+    model = awaken(ahn.attach(gemma(version, layer_types=["full_attention"] * 2), within()))
+    ids, cache, mask = tokens(1, 60), AHNCache.for_model(model), torch.ones(1, 63, dtype=torch.long)
+    mask[:, 40:43] = 0
+    model(ids[:, :40], past_key_values=cache)
+    padded = torch.cat([torch.zeros_like(ids[:, :3]), ids[:, 40:]], dim=1)
+    turn = model(padded, attention_mask=mask, past_key_values=cache).logits
+    assert relative_error(turn[:, 3:], model(ids, use_cache=False).logits[:, 40:]) < TOLERANCE
+
+
+def test_guesses_about_a_text_with_images_that_see_themselves_are_refused() -> None:
+    model = awaken(ahn.attach(gemma("gemma3"), within()))
+    with pytest.raises(ahn.AHNError, match="generate without guesses"):
+        model.generate(**pictured("gemma3"), max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)

@@ -7,30 +7,25 @@ wrapped so that long prompts are read in chunks and generation gets an `AHNCache
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ahn import memory, private
-from ahn.cache.conversation import AHNCache
-from ahn.cache.progress import new_columns
 from ahn.config import AHNConfig
-from ahn.decode.layer import StepForward
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
-from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.memory.share import Share
-from ahn.model import attention, chunks, packing
+from ahn.model import attention, chunks
 from ahn.model.attached import Adapter
-from ahn.model.context import BaseForward, ForwardContext, LayerContext
-from ahn.model.positions import check_steady, rotates, rotation_of, steady_up_to
+from ahn.model.hooks import AttentionHook, DecoderHook, KernelHook, take_over_kernel, use_kernel
+from ahn.model.positions import rotation_of, steady_up_to
 from ahn.model.saving import warn_of_peft
-from ahn.model.support import attention_module, check_around, check_decoder, decoder_layers
+from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_masks
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
 from ahn.wrappers import attached, unwrapped
@@ -84,11 +79,14 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config, index), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
+    if (around := makes_masks(model, decoder)) is not None:
+        adapter.makes_masks = True
+        adapter.handles.append(around.register_forward_pre_hook(KernelHook(model)))
     adapter.handles.append(model.register_state_dict_pre_hook(warn_of_peft))
     model._ahn = adapter
     model.ahn_config = config
     chunks.wrap(model)
-    _use_kernel(model, attention.NAME)
+    use_kernel(model, attention.NAME)
     return given
 
 
@@ -102,7 +100,7 @@ def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module
     _check_head_dim(shape, config)
     decoder, layers = decoder_layers(model)
     check_decoder(decoder)
-    check_around(model, decoder)
+    makes_masks(model, decoder)
     with_memory = shape.memory_layers(config.full_attention_layers)
     for layer, head in config.slot_heads or ():
         if layer not in with_memory or head >= shape.kv_heads:
@@ -129,8 +127,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """
     given, model = model, attached(model)
     adapter: Adapter = model._ahn
-    _take_over_kernel(model)
-    _use_kernel(model, adapter.kernel)
+    take_over_kernel(model)
+    use_kernel(model, adapter.kernel)
     for handle in adapter.handles:
         handle.remove()
     chunks.unwrap(model)
@@ -163,146 +161,6 @@ def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return added_parameters(model)
 
 
-@dataclasses.dataclass
-class AttentionHook:
-    """Before an attention module's forward: hand its input and memory to the attention function."""
-
-    ahn: AHN
-    router: Router | None
-    layer_idx: int
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if "ahn_forward" not in kwargs or isinstance(kwargs["ahn_forward"], BaseForward):
-            return None
-        step = isinstance(kwargs["ahn_forward"], StepForward)
-        cache = None if step else kwargs.get(private.CACHE)
-        kwargs["ahn_layer"] = LayerContext(
-            index=-1 if step else self.layer_idx,
-            ahn=self.ahn,
-            router=self.router,
-            x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
-            cache=cache,
-            cache_layer=None if cache is None else cache.layers[self.layer_idx],
-            rope=kwargs.get("position_embeddings"),
-            rotates=rotates(module),
-        )
-        return args, kwargs
-
-
-@dataclasses.dataclass
-class DecoderHook:
-    """Before the decoder's forward: make the cache if one is wanted, and decide what this forward sees."""
-
-    model: PreTrainedModel
-
-    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        _take_over_kernel(self.model)
-        if "ahn_forward" in kwargs:
-            return None  # a captured step: all is decided
-        adapter: Adapter = self.model._ahn
-        kwargs = chunks.by_name(type(decoder).forward, args, kwargs)
-        if not adapter.enabled:
-            if isinstance(kwargs.get(private.CACHE), AHNCache):
-                raise AHNError("Inside ahn.disabled(model) an AHNCache is of no use; pass another cache, or none.")
-            kwargs["ahn_forward"] = BaseForward(adapter.kernel)
-            return (), kwargs
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            return None  # the base model says what is wrong
-        self._bring_back()
-        cache = kwargs.get(private.CACHE)
-        if packing.documents(self.model, kwargs):
-            return (), kwargs  # each comes here again, by `packing.forward`
-        if not self.model.ahn_config.max_distance:
-            _warn_beyond(adapter, tokens.shape[1] + (cache.seen if isinstance(cache, AHNCache) else 0))
-        if isinstance(cache, AHNCache):
-            check_steady(adapter.steady, cache.seen, cache.seen + tokens.shape[1])
-        if cache is None and packing.wants_cache(self.model, kwargs):
-            cache = kwargs[private.CACHE] = AHNCache.for_model(self.model)
-        if cache is None and kwargs.get("attention_mask") is not None and self._all_in_sight(tokens.shape[1]):
-            kwargs["ahn_forward"] = BaseForward(adapter.kernel)  # whatever the mask is, nothing leaves the window
-            return (), kwargs
-        view = self._view(cache, tokens, kwargs.get("attention_mask"), adapter.rotation)
-        if view.moved and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = view.column_positions
-        observers, parts = adapter.observers, () if cache is None else cache.parts
-        if observers and cache is not None and cache.in_parts:
-            raise AHNError(
-                "ahn.inspect cannot look on while tokens may be taken out of the conversation again: generate without "
-                "guesses (prompt_lookup_num_tokens, assistant_model), or read one more token before."
-            )
-        for observer in observers:
-            observer.begin(cache, view)
-        config = self.model.ahn_config if cache is None else cache.config
-        kwargs["ahn_forward"] = ForwardContext(view, config, adapter.kernel, observers, parts)
-        return (), kwargs
-
-    def _bring_back(self) -> None:
-        """accelerate has offloaded the memory with the base, with hooks on modules that nobody calls: it is small."""
-        layers = [layer for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
-        first_and_last = layers[:: max(1, len(layers) - 1)]
-        if not any(x.device.type == "meta" for layer in first_and_last for x in layer.ahn.parameters()):
-            return
-        for layer in layers:
-            for name in {"ahn", "ahn_router"} & private.children(layer).keys():
-                private.bring_back(getattr(layer, name), private.execution_device(layer.self_attn.o_proj))
-        if any(x.device.type == "meta" for layer in layers for x in layer.ahn.parameters()):
-            raise AHNError("The memory's weights are on the meta device: load them (ahn.load_adapter) before reading.")
-
-    def _all_in_sight(self, length: int) -> bool:
-        """Whether a text of this length has nothing but exact attention, with every token in its place."""
-        config: AHNConfig = self.model.ahn_config
-        reach = config.reach or length
-        return length <= min(config.lossless, reach) and not self.model._ahn.observers
-
-    def _view(self, cache: Any, tokens: Tensor, mask: Any, rotation: Rotation | None) -> Visibility:
-        batch, length = tokens.shape[:2]
-        if cache is not None and not isinstance(cache, AHNCache):
-            raise AHNError(
-                f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
-                "ahn.AHNCache.for_model(model)."
-            )
-        config: AHNConfig = self.model.ahn_config if cache is None else cache.config
-        if self.model._ahn.share.parallel and torch.is_grad_enabled():
-            raise AHNError(
-                "A memory whose heads lie in several processes (tensor parallelism) is for inference: read under "
-                "torch.no_grad(), and train with FSDP (--fsdp true)."
-            )
-        if config.quantized and torch.is_grad_enabled():
-            raise AHNError(
-                f"quantized = {config.quantized} is for inference: no gradient passes through two-bit codes. Train "
-                "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
-            )
-        if cache is not None:
-            return cache.begin(batch, length, mask, tokens.device, rotation)
-        new = new_columns(mask, 0, length)
-        before = after = None
-        if new is not None and not bool(new.all()):
-            before = Padding.none(batch, tokens.device)
-            after = before.advance(new)
-        view = Visibility(
-            config.window,
-            config.sinks,
-            0,
-            length,
-            tokens.device,
-            before,
-            after,
-            config.quantized,
-            config.reach,
-            rotation,
-        )
-        if any(view.anchor):
-            raise AHNError(
-                f"{length} tokens without a cache are more than the {config.reach} positions that the base model can "
-                "be trusted with. Read with a cache (the default), cut training samples shorter, or, to place sinks "
-                "as published, use max_distance=0."
-            )
-        return view
-
-
 def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) -> AHNConfig:
     """The configuration with its `max_distance` filled in."""
     if trained is not None and config.lossless > trained:
@@ -324,34 +182,6 @@ def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) 
 def _for_rotation(config: AHNConfig, rotation: Rotation | None) -> AHNConfig:
     """The configuration with keys of quantized tokens after RoPE where they cannot be turned back."""
     return config if rotation is not None else config.replace(keys_before_rope=False)
-
-
-def _warn_beyond(adapter: Adapter, length: int) -> None:
-    """Say, once, that a text is longer than what the base knows while sinks keep their own positions."""
-    if adapter.trained is not None and length > adapter.trained:
-        warnings.warn(
-            f"This text is longer than the {adapter.trained} positions that the base model was trained on, and its "
-            "first tokens are seen from farther than that, as published. Many models break there: load the adapter "
-            f"with max_distance={adapter.trained} to keep them in sight.",
-            stacklevel=2,
-        )
-        adapter.trained = None
-
-
-def _take_over_kernel(model: PreTrainedModel) -> None:
-    """If somebody chose another attention implementation meanwhile, let it be the base model's; the memory stays."""
-    chosen = private.attention_kernel(model.get_decoder().config)
-    if chosen != attention.NAME:
-        model._ahn.kernel = chosen
-        _use_kernel(model, attention.NAME)
-
-
-def _use_kernel(model: PreTrainedModel, kernel: str) -> None:
-    decoder = model.get_decoder().config
-    # What holds several parts would hand it on to all of them: a vision tower has an attention of its own.
-    parts = any(part is decoder for part in vars(model.config).values())
-    for config in {id(c): c for c in (decoder if parts else model.config, decoder)}.values():
-        private.set_attention_kernel(config, kernel)
 
 
 def _add_memory(

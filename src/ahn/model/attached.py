@@ -36,6 +36,8 @@ class Adapter:
     """Tokens up to which the base turns keys by one set of angles; see `ahn.model.positions.steady_up_to`."""
     share: Share = WHOLE
     """Which of the model's heads this process holds."""
+    makes_masks: bool = False
+    """What is around the decoder decides who sees whom, as in some models that see images."""
     measured: dict[str, Any] | None = None
     """What the memory's training measured at its end, for a card."""
     compiled: CompiledParts = dataclasses.field(default_factory=CompiledParts)

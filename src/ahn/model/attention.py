@@ -27,8 +27,9 @@ from ahn.memory import RecurrentMemory
 from ahn.memory.base import MemoryKeys
 from ahn.memory.query import memory_query
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
+from ahn.model.masks import LazyMask
 from ahn.model.observer import Passage
-from ahn.model.route import Attended, AttentionCall, LazyMask, Route, kernel_function, together
+from ahn.model.route import Attended, AttentionCall, Route, kernel_function, together
 from ahn.ops import scan
 from ahn.ops.rule import StepRead
 

@@ -11,6 +11,7 @@ from types import CodeType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +29,9 @@ _OF_TOKENS = {
     "mm_token_type_ids", "cache_position", *private.CACHE_NAMES,
 }  # fmt: skip
 """Arguments that can be cut into chunks, or that every chunk can have."""
-_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+"""What each token is: of the text, or of an image."""
+_PER_TOKEN = ("input_ids", "position_ids", *_KINDS)
 
 
 class Wrapped:
@@ -180,6 +183,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         )
     if (step := decode.forward(model, kwargs)) is not None:
         return step
+    if model._ahn.makes_masks:
+        kwargs = _from_the_start(kwargs, cache)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
         if isinstance(cache, AHNCache):
@@ -188,6 +193,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if cache is None:
         cache = kwargs[private.CACHE] = AHNCache.for_model(model)
     length, seen = pieces[-1][1], cache.seen
+    if model._ahn.makes_masks:  # no new token is of an image
+        kwargs = {name: x for name, x in kwargs.items() if name not in _KINDS}
     wanted = _wanted_rows(kwargs.pop("logits_to_keep", 0), length)
     rows, order = wanted.sort()
     logits: list[Tensor] = []
@@ -213,6 +220,14 @@ def _new_tokens(kwargs: dict[str, Any], first: int) -> dict[str, Any]:
     return kwargs | {name: x[..., first:] for name, x in own.items() if x.shape[-1] == length}
 
 
+def _from_the_start(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
+    """Kinds of tokens from the beginning of the text, as masks are made of them, where the new ones' were given."""
+    given = {name: kwargs[name] for name in _KINDS if isinstance(kwargs.get(name), Tensor)}
+    seen = cache.seen if isinstance(cache, AHNCache) else 0
+    new = next((x.shape[1] for name in ("input_ids", "inputs_embeds") if (x := kwargs.get(name)) is not None), 0)
+    return kwargs | {name: F.pad(x, (seen, 0)) for name, x in given.items() if x.shape[1] == new}
+
+
 def _undoable(logits_to_keep: int | Tensor) -> int | None:
     """How many of the last tokens may turn out wrong: those of which somebody wants to see logits; None for all."""
     return None if isinstance(logits_to_keep, Tensor) else logits_to_keep or None
@@ -223,9 +238,9 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    if not gives_tokens(model) or _not_tokens_alone(model, kwargs):
+    if tokens is None or not gives_tokens(model) or _not_tokens_alone(model, kwargs, tokens.shape[1]):
         return []
-    if tokens is None or not model._ahn.enabled or torch.is_grad_enabled() or kwargs.get("labels") is not None:
+    if not model._ahn.enabled or torch.is_grad_enabled() or kwargs.get("labels") is not None:
         return []
     if any(decode.asked(model, kwargs, name) for name in decode.MORE_OUTPUTS):
         return []
@@ -263,8 +278,11 @@ def _check_lengths(mask: Any, positions: Any, seen: int, length: int) -> None:
         raise AHNError(f"position_ids has {positions.shape[-1]} columns; expected {length}, one per new token.")
 
 
-def _not_tokens_alone(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+def _not_tokens_alone(model: PreTrainedModel, kwargs: dict[str, Any], length: int) -> bool:
     """Whether a prompt has images or the like, or positions follow from what the model noted of an earlier one."""
+    kinds = [x[:, -length:] for name in _KINDS if isinstance(x := kwargs.get(name), Tensor)]
+    if model._ahn.makes_masks and any(bool(x.any()) for x in kinds):
+        return True
     others = (x for name, x in kwargs.items() if name not in _OF_TOKENS)
     return hasattr(model.base_model, "rope_deltas") or any(isinstance(x, Tensor | dict | list) for x in others)
 

@@ -20,8 +20,9 @@ from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.layout.waiting import ForwardPart
 from ahn.memory.layer import AHN, Router
+from ahn.model.masks import LazyMask
 from ahn.model.observer import Observer
-from ahn.model.route import LazyMask, Route, choose, own_scores
+from ahn.model.route import Route, choose, own_scores
 
 
 @dataclasses.dataclass

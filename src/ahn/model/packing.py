@@ -21,8 +21,9 @@ from ahn.decode import asked
 from ahn.errors import AHNError
 from ahn.model.context import BaseForward
 
+WITH_IMAGES = "Rows that hold several documents with images are not supported; pad the documents instead."
 _OF_KERNELS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids")
+_OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "per_layer_inputs")
 
 
 class PackedDocument(NamedTuple):
@@ -60,7 +61,7 @@ def documents(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[PackedDocu
         return []
     if positions.dim() > 2:  # of text and of images; those of the text come first where they are given
         if len(positions) == 4 and bool((positions[0].diff() < 0).any()):
-            raise AHNError("Rows that hold several documents with images are not supported; pad the documents instead.")
+            raise AHNError(WITH_IMAGES)
         return []
     begins = positions.diff() < 0 if wants_cache(model, kwargs) else positions.diff() != 1
     if not bool(begins.any()):

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attend import masked, spans, windowed
@@ -26,6 +25,7 @@ from ahn.cache.tier import Passed, Seen
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.memory.base import MemoryKeys, SeenKeys
+from ahn.model.masks import LazyMask
 
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
 _DENSE_MASK_KERNELS = ("sdpa", "eager")
@@ -33,31 +33,6 @@ QUERIES = 1024
 """At once where every head has a mask of its own."""
 SHORT = 4096
 """A window of fewer tokens is."""
-
-
-class LazyMask:
-    """The base model's mask, made only if a layer needs it: at 1 M tokens of context nobody could hold it."""
-
-    def __init__(self, **arguments: Any) -> None:
-        self._arguments = arguments
-        self._masks: dict[str, Any] = {}
-        self._elsewhere: dict[tuple[str, torch.device], Any] = {}
-
-    def covers(self, view: Visibility) -> bool:
-        """The base mask knows all padding: there is none, or the caller gave this forward a 2-D mask."""
-        return not view.padded or self._arguments.get("attention_mask") is not None
-
-    def resolve(self, kernel: str, device: torch.device) -> Any:
-        """The mask as the base model's own kernel expects it, where the layer is."""
-        if kernel not in self._masks:
-            make = ALL_MASK_ATTENTION_FUNCTIONS.get(kernel)  # None: one that makes its own, as transformers has it
-            self._masks[kernel] = None if make is None else make(**self._arguments)
-        mask = self._masks[kernel]
-        if mask is None or device == self._arguments.get("device", device):
-            return mask
-        if (kernel, device) not in self._elsewhere:
-            self._elsewhere[kernel, device] = mask.to(device)
-        return self._elsewhere[kernel, device]
 
 
 @dataclasses.dataclass
@@ -250,8 +225,9 @@ def choose(
         cached: the forward has a cache.
         memory_keys: the memory has keys that exact attention sees.
     """
+    ahead = None if base_mask is None else base_mask.ahead(query.device)
     # "eager" is asked for where its weights are wanted.
-    parts = kernel != "eager" and not own_scores(kwargs)
+    parts = kernel != "eager" and not own_scores(kwargs) and ahead is None
     if parts and cached and _short(view, query):
         return Spanned(view)
     if parts and windowed.applies(view, query) and (tier_view is None or tier_view.banded):
@@ -263,6 +239,9 @@ def choose(
         # Nothing has left the window: exactly the base model, with its own mask.
         return Masked(kernel, base_mask.resolve(kernel, query.device), boolean=False)
     mask = view.held_mask if cached else view.mask
+    if ahead is not None:
+        assert mask is not None  # several queries
+        mask = mask | F.pad(ahead, (mask.shape[-1] - view.length, 0))
     single = plain and view.length == 1 and mask is None and view.evicted > 0
     if single and tier_view is not None and tier_view.full and windowed.supported(query):
         return WholeTier()

@@ -23,6 +23,9 @@ from ahn.shape import ModelShape
 _UNLIKE_ITSELF = ("BambaMixer",)
 """Layers that go on with another result than that of the whole text in transformers itself, up to 5.24."""
 
+_TAKES_MASKS = "if not isinstance(causal_mask_mapping := attention_mask, dict):"
+"""How a decoder asks whether it was given a mask for each kind of layer."""
+
 _UPDATES = tuple(f"{name}.update" for name in private.CACHE_NAMES)
 
 
@@ -81,17 +84,26 @@ def check_decoder(decoder: nn.Module) -> None:
         raise AHNError(f"{kind.__name__} wants a cache of its own, {own[0]}, which has no place for a memory.")
 
 
-def check_around(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Raises AHNError if what is around the decoder decides for it who sees whom, as some models with images do."""
+def makes_masks(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
+    """What is around the decoder and decides for it who sees whom, as in some models that see images.
+
+    Raises:
+        AHNError: the decoder does not take the masks that are made for it as they are.
+    """
     inside = next(name for name, part in model.named_modules() if part is decoder)
     while inside:
         inside = inside.rpartition(".")[0]
-        kind = type(model.get_submodule(inside))
-        if "_mask_mapping" in _source(kind.forward, kind.__name__):
+        around = model.get_submodule(inside)
+        name = type(around).__name__
+        if "_mask_mapping" not in _source(type(around).forward, name):
+            continue
+        if _TAKES_MASKS not in _source(type(decoder).forward, type(decoder).__name__):
             raise AHNError(
-                f"{kind.__name__} makes attention masks of its own, which say nothing of a window. The text model "
-                "inside can have a memory."
+                f"{name} makes attention masks of its own, which say nothing of a window. The text model inside can "
+                "have a memory."
             )
+        return around
+    return None
 
 
 @functools.cache
