@@ -168,11 +168,10 @@ def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(
 @torch.no_grad()
 def test_half_precision_generates() -> None:
     """Through the kernels of chunks, in the form that new configurations have."""
-    model = adapted(window=40, sinks=4, quantized=64, prefill_chunk_size=64, max_distance=176)
+    model = awake("qwen3", "gated_deltanet", torch.bfloat16, quantized=64, max_distance=176)
     assert model.ahn_config.tier_reach == 88  # of the 64 tokens of the tier, 15 are farther
-    model = model.to(torch.bfloat16).cuda()
     output = model.generate(tokens(1, 300).cuda(), max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     assert output.past_key_values.captured is not None
     assert output.sequences.shape == (1, 340)
     tier_state = output.past_key_values.memory_layers[0].state.tier
-    assert tier_state.keys.codes.shape == (1, 2, 64, 8) and tier_state.values.codes.shape == (1, 2, 64, 4)
+    assert tier_state.keys.codes.shape == (1, 2, 64, 32) and tier_state.values.codes.shape == (1, 2, 64, 16)

@@ -64,6 +64,37 @@ def test_rows_in_fixed_places(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got == [alone(of, prompt(n, seed=n), 5 + n % 7) for n in LENGTHS]
 
 
+def test_a_turn_of_few_tokens_is_read_in_steps_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model(quantized=6, max_distance=16)
+    texts = [prompt(60, seed=n) for n in range(2)]
+    turns = [[*text, *prompt(n, seed=9 * n)] for n, text in zip((2, 40), texts, strict=True)]
+    drawn = {"temperature": 0.9, "seed": 3}
+    with engine(of) as in_chunks:
+        expected = [ask(in_chunks, turn, 5 + n, **drawn).tokens for n, turn in enumerate(turns)]
+    monkeypatch.setattr("ahn.serve.engine.scheduler.make_batch", lambda of, rows, like: FixedBatch(of, rows))
+    monkeypatch.setattr("ahn.serve.engine.scheduler.LATER", float("inf"))  # however slow the machine is
+    with engine(of, conversations=3) as running:
+        for text in texts:
+            ask(running, text, 1)
+        read: list[int] = []
+        forward = running.scheduler.prompts._forward
+        monkeypatch.setattr(
+            running.scheduler.prompts, "_forward", lambda *given: read.append(given[1]) or forward(*given)
+        )
+        other = running.submit(request(prompt(20), 200))
+        next(delta for delta in other if delta.tokens)
+        del read[:]
+        replies = [running.submit(request(turn, 5 + n, **drawn)) for n, turn in enumerate(turns)]
+        got = [whole(reply) for reply in replies]
+        other.cancel()
+        monkeypatch.undo()
+        later = [ask(running, [*turn, *one.tokens, 5, 6], 4) for turn, one in zip(turns, got, strict=True)]
+        assert not read and [one.cached for one in got] == [60, 60]
+    assert [one.tokens for one in got] == expected
+    for turn, one, two in zip(turns, got, later, strict=True):
+        assert two.tokens == alone(of, [*turn, *one.tokens, 5, 6], 4)
+
+
 def test_text_that_is_made_during_the_next_step() -> None:
     """As on a GPU, which does not wait for it."""
     of = model()

@@ -1,7 +1,8 @@
 """What the engine's thread does: it reads prompts in chunks, and between two of them lets all replies take a step.
 
 One thread owns the model. Prompts are read alone, and what is read is a conversation of its own until it joins the
-batch with its last token still to be read: the step that reads it gives the reply's first token.
+batch with its last token still to be read: the step that reads it gives the reply's first token. Where steps are
+captured, a conversation that goes on with a few tokens joins at once, and reads them in steps beside the others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 WARM = 1 << 16
 """Tokens that are read at most before a server is ready, so that what later chunks need is compiled."""
+LATER = 0.5
+"""Seconds that a reply may begin later because its prompt is read in steps of many rows, which take longer."""
 ATTEMPTS = 2
 """How often a request begins again after a fault that may not be its own: a step that failed, memory that ran out."""
 log = logging.getLogger(__name__)
@@ -181,7 +184,7 @@ class Scheduler:
 
     def _read(self) -> bool:
         """Read one chunk: by turns of the prompt that came first, and of the one of which least is left."""
-        ready = self.prompts.ready(self.reading)
+        ready = [job for job in self.prompts.ready(self.reading) if not self._by_steps(job)]
         if ready and self.prompts.pace.may_read(writing=bool(self.running)):
             self._turns += 1
             shortest = min(ready, key=lambda job: job.target - job.read)
@@ -201,8 +204,18 @@ class Scheduler:
     def _join(self) -> None:
         """Those whose prompt is read go on with a reply."""
         for job in [job for job in self.reading if isinstance(job, RequestJob)]:
-            if job.read == job.target and job.arrived_whole:
+            if job.arrived_whole and (job.read == job.target or self._by_steps(job)):
                 self._guarded(job, self._start)
+
+    def _by_steps(self, job: PromptReading) -> bool:
+        """Whether what is left of a prompt is read in steps: that takes less time, and no time of others' replies."""
+        if self.batch is None or job.cache is None or not isinstance(job, RequestJob):
+            return False
+        left = job.target - job.read
+        if not 0 < left <= self.batch.by_steps or not job.read or job.fresh or not job.request.options.max_tokens:
+            return False
+        later = left * self.prompts.pace.piece if self.running else 0.0
+        return later <= LATER and not any(job.read < cut < job.target for cut in job.cuts)
 
     def _start(self, job: RequestJob) -> None:
         if not job.request.options.max_tokens:
@@ -215,6 +228,8 @@ class Scheduler:
         assert job.cache is not None
         if self.batch is None:
             self.batch = make_batch(self.model, self.conversations, job.cache)
+        if not job.written:
+            self.prompts.tokens_read += job.target - job.read
         self.batch.add(job.cache)
         job.cache = None
         self.running.append(job)
@@ -226,17 +241,20 @@ class Scheduler:
             return False
         assert self.batch is not None
         start = time.perf_counter()
+        rows = [row for row, job in enumerate(self.running) if job.read + 1 == len(job.ids)]
+        writing = [self.running[row] for row in rows]  # the others still read their prompts
         try:
-            logits = self.batch.step([job.ids[-1] for job in self.running])
+            logits = self.batch.step([job.ids[job.read] for job in self.running])
             self._deliver()
-            chosen = choose(logits, [job.chooser for job in self.running])
+            logits = logits if len(rows) == len(self.running) else logits[rows]
+            chosen = choose(logits, [job.chooser for job in writing]) if writing else []
             self.prompts.pace.stepped(time.perf_counter() - start)
         except Exception as error:
             self._begin_again(error)
             return True
         for job in self.running:
             job.read += 1
-        self._advance(list(self.running), chosen)
+        self._advance(writing, chosen)
         return True
 
     def _advance(self, jobs: Sequence[RequestJob], chosen: Sequence[Chosen]) -> None:
