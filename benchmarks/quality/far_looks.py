@@ -96,15 +96,10 @@ def chat_of(tokenizer: Any, line: dict[str, Any]) -> Text:
 class Looks:
     """Runs all looks on texts."""
 
-    def __init__(self, model: PreTrainedModel, options: argparse.Namespace) -> None:
-        order = next(row["order"] for row in map(json.loads, ORDER.open()) if row.get("part") == "rank")
-        pairs = [(layer, head) for layer, head in order]
-        scorers = _scorers(model, Path(shipped.resolve_adapter(options.model, options.adapter, "retained")))
-        self.model = model
-        self.reader = Reader(model, options.window, options.sinks, pairs, scorers)
-        self.looks = [look for look in looks() if re.search(options.only, look.name)]
+    def __init__(self, model: PreTrainedModel, reader: Reader, some: list[Look]) -> None:
+        self.model, self.reader, self.looks = model, reader, some
 
-    def chat(self, text: Text, done: Result, reading: bool) -> Result:
+    def chat(self, text: Text, done: Result, also_read: bool) -> Result:
         """Of each look: whether the answer is right, how many of its tokens are, the share of the attention of
         `FINDERS` heads that goes to the fact when they are due, and in how many heads the fact is whole."""
         found: Result = {}
@@ -113,7 +108,7 @@ class Looks:
         whole = self.reader.read(text.ids[: text.reply - Look.tail])
         for look in (None, *self.looks):
             name = NOTHING if look is None else look.name
-            if name in done or (look and look.reading and not reading):
+            if name in done or (look and look.reading > also_read):
                 continue
             start = text.reply - (Look.tail if look is None else look.tail)
             memory = self._memory(look, text.ids[:start], whole)
@@ -124,7 +119,7 @@ class Looks:
             found[name] = [bool(right.all()), int(right.sum()), share, sum(seen.held.values())]
         return found
 
-    def text(self, text: Text, done: Result, reading: bool) -> Result:
+    def text(self, text: Text, done: Result, also_read: bool) -> Result:
         """Of each look the loss of the last tokens."""
         found: Result = {}
         asked, N = len(text.ids) - TAIL // 2, len(text.ids)
@@ -132,7 +127,9 @@ class Looks:
         whole = self.reader.read(text.ids[: N - TAIL])
         for look in (None, *self.looks):
             name = NOTHING if look is None else look.name
-            if name in done or (look and (look.tail != Look.tail or look.choice == "oracle" or look.reading > reading)):
+            if name in done or (
+                look and (look.tail != Look.tail or look.choice == "oracle" or look.reading > also_read)
+            ):
                 continue
             memory = self._memory(look, text.ids[: N - TAIL], whole)
             logits = self.reader.look(look, text.ids, memory, places, asked).logits
@@ -182,14 +179,18 @@ def run(options: argparse.Namespace) -> bool:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    every, rows = Looks(model, options), rows_of(options.out)
+    order = next(row["order"] for row in map(json.loads, ORDER.open()) if row.get("part") == "rank")
+    scorers = _scorers(model, Path(shipped.resolve_adapter(options.model, options.adapter, "retained")))
+    reader = Reader(model, options.window, options.sinks, [(layer, head) for layer, head in order], scorers)
+    every = Looks(model, reader, [look for look in looks() if re.search(options.only, look.name)])
+    rows = rows_of(options.out)
     print(f"{len(every.looks)} looks; ready after {time.perf_counter() - began:.1f} s", flush=True)
     for kind, number, text in texts(tokenizer, options):
         started = time.perf_counter()
         if started - began > options.seconds:
             return False
-        one, reading = every.text if text.answer is None else every.chat, kind in options.reading.split(",")
-        if not (found := one(text, rows[kind, number], reading)):
+        one = every.text if text.answer is None else every.chat
+        if not (found := one(text, rows[kind, number], kind in options.reading.split(","))):
             continue
         seconds = round(time.perf_counter() - started, 1)
         row = {"kind": kind, "number": number, "length": len(text.ids), "looks": found, "seconds": seconds}

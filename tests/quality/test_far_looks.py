@@ -75,6 +75,20 @@ def test_choices_hold_what_they_say(model: PreTrainedModel) -> None:
     assert not torch.equal(few.logits, nothing.logits)
 
 
+def test_every_look_at_a_chat_and_a_text_is_a_row(model: PreTrainedModel) -> None:
+    ids, ours = tokens(1, 720)[0], reader(model, sinks=2)
+    some = [Look(), Look(tail=480), Look(reading=True), Look(choice="oracle", slots=64), Look(top=8)]
+    every = far_looks.Looks(model, ours, some)
+    chat = every.chat(far_looks.Text(ids, 700, slice(714, 720), slice(20, 30)), {}, True)
+    assert set(chat) == {far_looks.NOTHING, *(look.name for look in some)}
+    text = every.text(far_looks.Text(ids, 0), {far_looks.NOTHING: 1.0}, False)
+    assert set(text) == {far_looks.FULL, some[0].name, some[4].name}  # the others need a chat, or are not wanted
+    logits = model(ids[None]).logits[0, -240:-1]
+    assert text[far_looks.FULL] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[-239:]).item(), abs=2e-5)
+    shown = far_looks.table({("far", 0): chat, ("prose", 0): text})
+    assert len(shown.splitlines()) == len(some) + 2 and "of  1" in shown
+
+
 def test_all_looks_have_names_of_their_own() -> None:
     names = [look.name for look in far_looks.looks()]
     assert len(set(names)) == len(names)
