@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from models import adapted, awaken, base, tokens
 from support.effort import examples, slow
 from support.kernels import DEVICE, INTERPRETED
-from support.spans import Case, learned, made, results, used
+from support.spans import Case, kernels, learned, made, results, used
 from torch import Tensor
 
 import ahn
 from ahn import AHNError
-from ahn.attend import spans
+from ahn.attend import spans, spans_blocks
 from ahn.layout.visibility import FOR_EVER, Visibility
 
 UNIT = 2**-24  # relative error of one rounding to float32
@@ -76,7 +76,7 @@ def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
     wide = data.draw(st.booleans()), data.draw(st.booleans())
     case = made(B, Hkv, groups, n, T, P, data.draw(st.integers(0, 99)), wide).cast(dtype)
     wanted = results(spans.plain, case.map(Tensor.double))
-    found = results(spans.Spans.apply, case.to(DEVICE))
+    found = results(kernels, case.to(DEVICE))
     compare(found, wanted, rounding(case))
 
 
@@ -89,7 +89,7 @@ def test_kernels_with_a_window(n: int, T: int) -> None:
     ends[..., :40] = FOR_EVER
     case = dataclasses.replace(case, until=ends)
     wanted = results(spans.plain, case.map(Tensor.double))
-    compare(results(spans.Spans.apply, case.to(DEVICE)), wanted, rounding(case))
+    compare(results(kernels, case.to(DEVICE)), wanted, rounding(case))
 
 
 @pytest.mark.usefixtures("triton", "_poisoned")
@@ -120,21 +120,41 @@ def test_parts_say_their_sum(held: int, n: int, width: int, monkeypatch: pytest.
 def test_who_sees_nothing_reads_zero(attend: str) -> None:
     case = made(1, 1, 2, 50, 60, 16, 0, (False, False))
     case = dataclasses.replace(case, until=torch.full((1, 1, 60), 7, dtype=torch.int32)).to(DEVICE)
-    found = results(spans.plain if attend == "plain" else spans.Spans.apply, case)
+    found = results(spans.plain if attend == "plain" else kernels, case)
     assert (found["out"][:, :, 7:] == 0).all() and (found["query"][:, :, 7:] == 0).all()
     assert (found["key"][:, :, 17:] == 0).all() and (found["value"][:, :, 17:] == 0).all()
     assert all(x.isfinite().all() for x in found.values()) and found["out"][:, :, :7].any()
 
 
 @pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("part", [True, False], ids=["used", "unused"])
+def test_gradients_of_a_part_beside_the_whole(part: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a memory takes of queries and keys, with attention by kernels over all of them, in layers that are alike."""
+    asked, blocks = [], spans_blocks.blocks
+    monkeypatch.setattr(spans_blocks, "blocks", lambda *given: asked.append(given) or blocks(*given))
+    case = made(2, 2, 2, 40, 50, 16, 3, (False, False)).to(DEVICE)
+    columns = spans.Columns(case.until, 40)
+    found = []
+    for apart in (False, True):
+        leaves = [getattr(case, name).detach().requires_grad_() for name in ("query", "key", "value")]
+        pairs = [(x, x[:, :, 7:20]) if apart else spans.WithPart.apply(x, 7, 20) for x in leaves]
+        out = spans.Spans.apply(*(whole for whole, _ in pairs), columns, case.scaling)
+        extra = sum((x.sin() * x).sum() for _, x in pairs) if part else 0
+        found.append(torch.autograd.grad((out * case.gradient).sum() + extra, leaves))
+    assert all(map(torch.equal, *found))
+    kinds = {(tile, by_key) for _, _, tile, by_key in asked}
+    assert len(asked) == len(kinds), "the second layer made lists of blocks anew"
+
+
+@pytest.mark.usefixtures("triton")
 def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
     case = made(2, 2, 2, 40, 50, 16, 3, (True, True)).to(DEVICE)
-    once, twice = results(spans.Spans.apply, case), results(spans.Spans.apply, case)
+    once, twice = results(kernels, case), results(kernels, case)
     assert all(torch.equal(x, twice[name]) for name, x in once.items())
     for name in ("query", "key", "value"):
         inputs = {part: getattr(case, part) for part in ("query", "key", "value")}
         inputs[name] = inputs[name].detach().requires_grad_()
-        out = spans.Spans.apply(*inputs.values(), case.until, case.scaling)
+        out = kernels(*inputs.values(), case.until, case.scaling)
         (alone,) = torch.autograd.grad(out, inputs[name], case.gradient)
         assert torch.equal(alone, once[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -93,8 +94,13 @@ def test_throughput(stand: Stand, name: str) -> None:
     check_roofline(row, 3)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("name", ahn.memory.recurrent())
-def test_train(stand: Stand, name: str) -> None:
+@pytest.mark.sample(4)
+def test_train(stand: Stand, name: str, checkpointing: bool) -> None:
+    stand = dataclasses.replace(
+        stand, settings=dataclasses.replace(stand.settings, activation_checkpointing=checkpointing)
+    )
     method, model = make_methods([name], 20, 4)[0], stand.model
     forwards: list[bool] = []
     layer = model.get_decoder().layers[0].mlp
@@ -102,9 +108,12 @@ def test_train(stand: Stand, name: str) -> None:
     with method.on(model, training=True):
         row = train.measure(stand, method, 70, 2)
     handle.remove()
-    steps = 1 + len(row["times_s"])  # the first warms up
-    # Teacher, student (whose layers keep nothing), and the student again in the backward pass.
-    assert len(forwards) == 3 * steps
+    steps = 1 + len(row["times_s"]) + 3  # the first warms up; the last are looked at by phase, two of them short
+    # Teacher, student, and where layers have kept nothing the student again in the backward pass.
+    assert len(forwards) == (3 if checkpointing else 2) * steps
+    assert list(row["phases_s"]) == list(row["host_phases_s"]) == ["teacher", "student", "losses", "backward"]
+    assert 0 < sum(row["host_phases_s"].values()) < 10 and min(row["phases_s"].values()) > 0
+    assert row["activation_checkpointing"] is checkpointing
     assert row["loss_positions"] == 2 * (70 - 24 - 1)
     check_roofline(row, 2 * 70)
     assert not model.training

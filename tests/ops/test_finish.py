@@ -43,8 +43,8 @@ def made(rule: StepRule, B: int, heads: int, tokens: int, P: int, router: bool) 
 
 def output_and_gradients(function, given: dict[str, Tensor], rule: StepRule) -> dict[str, Tensor]:
     leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    out = function(leaves["o"], rule, StepRead(leaves["o"], leaves["gamma"], leaves.get("weight"), leaves["norm"],
-                                               leaves["o_proj"]))  # fmt: skip
+    read = StepRead(leaves["o"], leaves["gamma"], leaves.get("weight"), leaves["norm"], leaves["o_proj"])
+    out = function(*([leaves["exact"]] if "exact" in leaves else []), leaves["o"], rule, read)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weights.to(out)).sum().backward()
     return {"out": out.detach()} | {f"grad_{name}": x.grad for name, x in leaves.items()}
@@ -73,6 +73,41 @@ def check(name: str, given: dict[str, Tensor], tolerance: float, **changes: floa
 def test_finish(name: str, B: int, heads: int, tokens: int, P: int, router: bool, monkeypatch) -> None:
     monkeypatch.setattr("ahn.ops.scan.finish_kernel.PROGRAMS", 7)  # so that programs take several tokens
     check(name, made(RULES[name], B, heads, tokens, P, router), FLOAT32)
+
+
+@pytest.mark.sample(6)
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize(("B", "heads", "tokens", "P"), [(1, 1, 1, 16), (2, 3, 65, 16), slow(2, 2, 300, 32)])
+@pytest.mark.parametrize("before", [0, 1, 70])
+def test_added_to_exact_attention(
+    B: int, heads: int, tokens: int, P: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries before the first that reads keep what they have."""
+    monkeypatch.setattr("ahn.ops.scan.finish_kernel.PROGRAMS", 2 * heads)  # so that programs take several tiles
+    rule = RULES["deltanet"]
+    given = made(rule, B, heads, tokens, P, router=False)
+    r = torch.Generator().manual_seed(7)
+    given["exact"] = torch.randn(B, heads, before + tokens, P, generator=r).transpose(1, 2)
+    wanted = output_and_gradients(added(plain), {part: x.double() for part, x in given.items()}, rule)
+
+    def kernels(exact: Tensor, o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
+        from ahn.ops.scan import finish_kernel
+
+        return finish_kernel.AddedRead.apply(exact, o, read.gamma, read.norm, read.o_proj, rule)
+
+    found = output_and_gradients(kernels, {part: x.to(DEVICE) for part, x in given.items()}, rule)
+    errors = {part: relative_error(found[part].double().cpu(), x) for part, x in wanted.items()}
+    assert max(errors.values()) < FLOAT32, errors
+
+
+def added(function):
+    """What `function` reads, in plain torch in the last tokens of exact attention."""
+
+    def call(exact: Tensor, o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
+        before = exact.shape[1] - o.shape[2]
+        return exact + F.pad(function(o, rule, read).transpose(1, 2), (0, 0, 0, 0, before, 0))
+
+    return call
 
 
 @pytest.mark.usefixtures("triton")

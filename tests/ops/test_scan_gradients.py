@@ -15,6 +15,7 @@ from support.kernels import INTERPRETED, NAMES
 from support.scans import FLOAT32, GATES, errors_of, inputs, several_states
 from torch import Tensor
 
+from ahn.attend import spans
 from ahn.ops import scan
 
 # Of a chunk's products the backward repeats those of the forward and takes products of their results.
@@ -91,12 +92,13 @@ def test_gradients_of_the_last_state_alone(name: str) -> None:
 )
 @pytest.mark.parametrize("memory", [slow(name) if name == "deltanet" else name for name in RECURRENT])
 def test_a_model_learns_the_same(memory: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and gradients of every parameter of memory and base, through kernels and in chunks."""
+    """Output and gradients of every parameter of memory and base: all in kernels as on a GPU, and in plain torch."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     model = adapted("qwen3", memory=memory, window=6, sinks=2, **options)
     ids, found = tokens(1, 30), []
     for kernels in (False, True):
-        monkeypatch.setattr(scan, "has_kernel", lambda query, kernels=kernels: kernels)
+        for place, ask in ((scan, "has_kernel"), (spans, "supported")):
+            monkeypatch.setattr(place, ask, lambda query, kernels=kernels: kernels)
         model.zero_grad()
         logits = model(ids, use_cache=False).logits
         (logits * torch.arange(logits.numel()).view_as(logits).sin()).sum().backward()

@@ -62,6 +62,11 @@ def made(B: int, Hkv: int, groups: int, n: int, T: int, P: int, seed: int, wide:
 Attend = Callable[..., Tensor]
 
 
+def kernels(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
+    """`spans.attend` by kernels, wherever they run."""
+    return spans.Spans.apply(query, key, value, spans.Columns(until, query.shape[2]), scaling)
+
+
 def results(attend: Attend, case: Case) -> dict[str, Tensor]:
     """The output and all gradients."""
     leaves = {name: getattr(case, name).detach().requires_grad_() for name in ("query", "key", "value")}

@@ -34,7 +34,7 @@ def supported(query: Tensor) -> bool:
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor | Columns, scaling: float) -> Tensor:
     """Attention of n queries over T keys, the last n of which are the queries' own tokens.
 
     Column c is the own token of query c - (T - n), and visible to that query and the following ones before `until[c]`;
@@ -42,7 +42,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: fl
 
     Args:
         query: (B, Hq, n, P); key, value: (B, Hkv, T, P) of the same type.
-        until: (B or 1, Hkv or 1, T) int32, the index of the first query that does not see the column any more.
+        until: (B or 1, Hkv or 1, T) int32, the index of the first query that does not see the column any more; as
+            `Columns` where other layers use the same.
         scaling: of the scores, positive.
 
     Returns:
@@ -52,7 +53,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: fl
     Raises:
         AHNError: shapes, types or devices that do not fit each other.
     """
-    _check(query, key, value, until, scaling)
+    columns = until if isinstance(until, Columns) else Columns(until, query.shape[2])
+    _check(query, key, value, columns.until, scaling)
     if torch.is_autocast_enabled(query.device.type):  # as torch's own attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -60,8 +62,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: fl
         raise AHNError(f"query, key and value have different types: {query.dtype}, {key.dtype}, {value.dtype}.")
     if supported(query):
         with torch.cuda.device(query.device):
-            return Spans.apply(query, key, value, until, scaling)
-    return plain(query, key, value, until, scaling)
+            return Spans.apply(query, key, value, columns, scaling)
+    return plain(query, key, value, columns.until, scaling)
 
 
 @dataclasses.dataclass
@@ -82,16 +84,16 @@ class Columns:
         own = torch.arange(-held, queries, device=device, dtype=torch.int32)
         return cls((own + width)[None, None], queries)
 
-    def lists(self, tile: Tiles) -> Blocks:
-        """Which blocks see each other."""
+    def lists(self, tile: Tiles, by_key: bool = False) -> Blocks:
+        """Which blocks see each other; see `ahn.attend.spans_blocks`."""
         from ahn.attend.spans_blocks import blocks
 
-        if tile not in self._lists:
-            self._lists[tile] = blocks(self.until, self.queries, tile, by_key=False)
-        return self._lists[tile]
+        if (tile, by_key) not in self._lists:
+            self._lists[tile, by_key] = blocks(self.until, self.queries, tile, by_key)
+        return self._lists[tile, by_key]
 
     @cached_property
-    def _lists(self) -> dict[Tiles, Blocks]:
+    def _lists(self) -> dict[tuple[Tiles, bool], Blocks]:
         return {}
 
 
@@ -103,7 +105,7 @@ def part(query: Tensor, key: Tensor, value: Tensor, columns: Columns, scaling: f
     from ahn.attend import spans_kernel
 
     with torch.cuda.device(query.device):
-        out, score = spans_kernel.forward(query, key, value, columns.until, scaling, columns)
+        out, score = spans_kernel.forward(query, key, value, columns, scaling)
     return Part(out, torch.where(score == torch.inf, -torch.inf, score * math.log(2)))
 
 
@@ -157,13 +159,13 @@ class Spans(torch.autograd.Function):
     """The kernels of `ahn.attend.spans_kernel`; arguments are those of `attend`."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, columns: Columns, scaling: float) -> Tensor:
         """(B, Hq, n, P)."""
         from ahn.attend import spans_kernel
 
-        out, score = spans_kernel.forward(query, key, value, until, scaling)
-        ctx.save_for_backward(query, key, value, until, out, score)
-        ctx.scaling = scaling
+        out, score = spans_kernel.forward(query, key, value, columns, scaling)
+        ctx.save_for_backward(query, key, value, out, score)
+        ctx.columns, ctx.scaling = columns, scaling
         return out
 
     @staticmethod
@@ -173,11 +175,32 @@ class Spans(torch.autograd.Function):
         from ahn.attend import spans_kernel_backward as kernels
         from ahn.attend.spans_kernel import by_rows
 
-        query, key, value, until, out, score = ctx.saved_tensors
+        query, key, value, out, score = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         gradient = by_rows(gradient)
         delta = kernels.delta(out, gradient)
-        common = (query, key, value, until, ctx.scaling, score, gradient, delta)
+        common = (query, key, value, ctx.columns, ctx.scaling, score, gradient, delta)
         of_query = kernels.queries(*common) if wanted[0] else None
         of_key, of_value = kernels.keys(*common) if wanted[1] or wanted[2] else (None, None)
         return of_query, of_key, of_value, None, None
+
+
+class WithPart(torch.autograd.Function):
+    """x (B, H, T, P), and its tokens from `first` up to `last`, to `attend` and whoever else reads only these.
+
+    Both gradients become one in place. Autograd itself would fill a tensor with zeros, copy the part's into it, and add
+    it to the other. `attend` must be the only one to use the whole: then its gradient is nobody else's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Both as views of x."""
+        ctx.tokens = slice(first, last)
+        return x.view_as(x), x[:, :, first:last]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, whole: Tensor, part: Tensor) -> tuple[Tensor, None, None]:
+        """Of x."""
+        whole[:, :, ctx.tokens].add_(part)
+        return whole, None, None

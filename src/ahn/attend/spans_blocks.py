@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def tiles(kernel: str, query: Tensor) -> Tiles:
     return Tiles(128, 64, 4, 3) if kernel == "forward" else Tiles(64, 64, 4, 3)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Blocks:
     """Which blocks see each other: for each of `rows` blocks the others, wholly visible ones first.
 
@@ -44,6 +45,11 @@ class Blocks:
 
     index: Tensor
     count: Tensor
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(B or 1, Hkv or 1, rows) int32, the blocks that see most first."""
+        return self.count[..., 1].argsort(dim=-1, descending=True, stable=True).int()
 
 
 def blocks(until: Tensor, n: int, tile: Tiles, by_key: bool) -> Blocks:

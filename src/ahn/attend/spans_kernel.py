@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.attend.spans_blocks import Blocks, Tiles, blocks, tiles
+from ahn.attend.spans_blocks import Blocks, Tiles, tiles
 
 if TYPE_CHECKING:
     from ahn.attend.spans import Columns
@@ -127,12 +127,17 @@ def strides(*tensors: Tensor) -> list[int]:
     return [x.stride(d) for x in tensors for d in range(3)]
 
 
-def span_arguments(key: Tensor, until: Tensor, lists: Blocks) -> tuple[list[Tensor], list[int]]:
-    """The kernels' arguments until, index and count; strides of their rows and heads, and `columns`."""
-    until = until.contiguous()
-    tensors = [until, lists.index, lists.count]
-    wide = [x.expand(*key.shape[:2], -1) for x in (until, lists.count[..., 0].contiguous())]  # broadcast: 0
-    return tensors, [*(stride for x in wide for stride in x.stride()[:2]), lists.index.shape[-1]]
+def span_arguments(columns: Columns, lists: Blocks) -> tuple[list[Tensor], list[int]]:
+    """The kernels' arguments until, index and count; strides of their rows and heads, and the number of columns."""
+    until = columns.until.contiguous()
+    broadcast = [*_broadcast(until.shape), *_broadcast(lists.index.shape[:3])]
+    return [until, lists.index, lists.count], [*broadcast, lists.index.shape[-1]]
+
+
+def _broadcast(shape: torch.Size) -> tuple[int, int]:
+    """Strides of rows and heads of a contiguous (B or 1, Hkv or 1, numbers), 0 where one serves all."""
+    rows, heads, numbers = shape
+    return heads * numbers if rows > 1 else 0, numbers if heads > 1 else 0
 
 
 def sizes(query: Tensor, key: Tensor, tile: Tiles) -> dict[str, Any]:
@@ -145,18 +150,11 @@ def sizes(query: Tensor, key: Tensor, tile: Tiles) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float, columns: Columns | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `ahn.attend.spans.attend`: (B, Hq, n, P), and (B, Hq, n) the `score` that the backward pass needs.
-
-    Args:
-        columns: of `until`, where other layers use them as well.
-    """
+def forward(query: Tensor, key: Tensor, value: Tensor, columns: Columns, scaling: float) -> tuple[Tensor, Tensor]:
+    """See `ahn.attend.spans.attend`: (B, Hq, n, P), and (B, Hq, n) the `score` that the backward pass needs."""
     B, HEADS, n, P = query.shape
     tile = tiles("forward", query)
-    lists = blocks(until, n, tile, by_key=False) if columns is None else columns.lists(tile)
-    spans, span_strides = span_arguments(key, until, lists)
+    spans, span_strides = span_arguments(columns, columns.lists(tile))
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     out = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)
     score = torch.empty(B, HEADS, n, dtype=torch.float32, device=query.device)

@@ -6,13 +6,18 @@ heads of a group inside one program: nothing is added by atomics, so the same in
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.attend.spans_blocks import blocks, tiles
+from ahn.attend.spans_blocks import tiles
 from ahn.attend.spans_kernel import LENGTHS, LOG2E, _masked, _tile, by_rows, sizes, span_arguments, strides
+
+if TYPE_CHECKING:
+    from ahn.attend.spans import Columns
 
 DELTA_ROWS = 64
 # Sinks are seen by all queries, other keys by a window's worth: a single program for a block of sinks would still run
@@ -220,7 +225,7 @@ def queries(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    until: Tensor,
+    columns: Columns,
     scaling: float,
     score: Tensor,
     gradient: Tensor,
@@ -235,8 +240,7 @@ def queries(
     """
     B, HEADS, n, P = query.shape
     tile = tiles("queries", query)
-    lists = blocks(until, n, tile, by_key=False)
-    spans, span_strides = span_arguments(key, until, lists)
+    spans, span_strides = span_arguments(columns, columns.lists(tile))
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     found = torch.empty(B, n, HEADS, P, dtype=query.dtype, device=query.device).transpose(1, 2)
     _backward_queries[triton.cdiv(n, tile.queries), B * HEADS](
@@ -250,7 +254,7 @@ def keys(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    until: Tensor,
+    columns: Columns,
     scaling: float,
     score: Tensor,
     gradient: Tensor,
@@ -259,22 +263,21 @@ def keys(
     """Gradients of keys and values (B, Hkv, T, P); arguments as for `queries`."""
     B, HKV, T, P = key.shape
     tile = tiles("keys", query)
-    lists = blocks(until, query.shape[2], tile, by_key=True)
-    spans, span_strides = span_arguments(key, until, lists)
+    lists = columns.lists(tile, by_key=True)
+    spans, span_strides = span_arguments(columns, lists)
     query, key, value = by_rows(query), by_rows(key), by_rows(value)
     of_key, of_value = (torch.empty(B, T, HKV, P, dtype=key.dtype, device=key.device).transpose(1, 2) for _ in range(2))
     N, total = tile.keys, triton.cdiv(T, tile.keys)
     split = min(MOST_SPLIT, triton.cdiv(total, 16))
-    order = lists.count[..., 1].argsort(dim=-1, descending=True, stable=True).int()
     work = torch.empty(B * HKV * split * PARTS * 2 * N * P, dtype=torch.float32, device=key.device)
     _backward_keys[total + split * (PARTS - 1), B * HKV](
-        query, key, value, *spans, score, gradient, delta, order, work, of_key, of_value,
+        query, key, value, *spans, score, gradient, delta, lists.order, work, of_key, of_value,
         query.shape[2], T, scaling * LOG2E.value, scaling,
         *strides(query, key, value, gradient, of_key), *span_strides, split,
         **sizes(query, key, tile), PARTS=PARTS,
     )  # fmt: skip
     _join_parts[split, B * HKV](
-        work, order, of_key, of_value, T, *strides(of_key), *span_strides[2:4],
+        work, lists.order, of_key, of_value, T, *strides(of_key), *span_strides[2:4],
         HKV=HKV, P=P, N=N, PARTS=PARTS, num_warps=8,
     )  # fmt: skip
     return of_key, of_value

@@ -25,6 +25,7 @@ class BenchSettings:
         budget: seconds after which no further repetition of a row begins.
         max_seconds: a row whose limit alone is longer is skipped.
         profile: list the kernels of a prompt, a step or a training step in its row.
+        activation_checkpointing: in training, compute activations again in the backward pass rather than keep them.
     """
 
     new_tokens: int = 64
@@ -33,6 +34,7 @@ class BenchSettings:
     budget: float = 10.0
     max_seconds: float = 120.0
     profile: bool = False
+    activation_checkpointing: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,15 @@ def _number(name: str, digits: int, scale: float = 1.0, suffix: str = "") -> Cal
     return show
 
 
+def _phases(name: str) -> Callable[[Row], str]:
+    """Milliseconds of the phases in order, teacher to backward."""
+
+    def show(row: Row) -> str:
+        return " + ".join(f"{1e3 * seconds:.0f}" for seconds in (row.get(name) or {}).values())
+
+    return show
+
+
 _SPREAD: Column = ("spread", _number("spread", 1, 100, " %"))
 _PEAK: Column = ("peak GB", _three_digits("peak_bytes", 1e-9))
 _RATE: Column = ("tokens/s", _number("tokens_per_second", 0))
@@ -66,6 +75,7 @@ def _limit(name: str, scale: float, digits: int) -> list[Column]:
 
 _MS: Column = ("ms/token", _number("seconds", 2, 1e3))
 _GENERATE: Column = ("generate", _number("generate_s", 2, 1e3))
+_PHASES: list[Column] = [("ms by phase", _phases("phases_s")), ("of the host", _phases("host_phases_s"))]
 COLUMNS: dict[str, list[Column]] = {
     "prefill": [("s", _number("seconds", 3)), _SPREAD, _RATE, _PEAK, *_limit("limit s", 1, 3)],
     "decode": [_MS, _SPREAD, _GENERATE, _PEAK, _CACHE, *_limit("limit ms", 1e3, 3)],
@@ -77,7 +87,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("read s", _number("prefill_s", 2)),
     ],
     "throughput": [_RATE, ("ms/step", _number("seconds", 2, 1e3)), _SPREAD, _PEAK, *_limit("limit ms", 1e3, 3)],
-    "train": [("s", _number("seconds", 3)), _SPREAD, _RATE, _PEAK, *_limit("limit s", 1, 3)],
+    "train": [("s", _number("seconds", 3)), _SPREAD, _RATE, _PEAK, *_limit("limit s", 1, 3), *_PHASES],
 }
 
 

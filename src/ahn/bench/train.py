@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,51 +19,89 @@ from ahn.bench.stand import Stand, timed
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.measure import peak
-from ahn.measure.clock import release, repeated, seconds
+from ahn.measure.clock import release, repeated, seconds, synchronize
 from ahn.measure.method import Method
 from ahn.memory import recurrent
 from ahn.model.adapter import adapter_parameters
 from ahn.training import distillation_loss
 
+PHASES = ("teacher", "student", "losses", "backward")
+SHORT, SHORT_SINKS = 128, 2
+"""Tokens of a step that keeps a GPU waiting for the host all the time, half of them exact, and of its sinks."""
+
 
 def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str, Any]:
     """Forward passes of teacher and student and the backward pass, for B sequences of `context` tokens.
 
-    Gradient checkpointing is on, the base has the model's dtype and the memory float32.
+    The base has the model's dtype and the memory float32. `phases_s` says when the device was done with each phase of
+    one more step, `host_phases_s` the same of a step so short that the host is what takes time.
     """
     if not method.trainable or method.config is None:
         raise AHNError(f"{method.name} has no parameters to train.")
     if method.config.memory not in recurrent():
         raise AHNError(f"bench train measures distillation, and {method.name} learns in another way: choose others.")
     model, device, config = stand.model, stand.device, method.config
+    checkpointing = stand.settings.activation_checkpointing
     ids = random_tokens(model, batch, context).cpu()  # as batches come
     parameters = list(adapter_parameters(model).values())
     valid: list[int] = []
 
-    def step() -> None:
-        found = distillation_loss(model, ids, config.window, config.sinks)
+    def step(short: bool = False, mark: Callable[[], Any] = lambda: None) -> None:
+        some, window, sinks = ids, config.window, config.sinks
+        if short:
+            some, sinks = ids[:1, :SHORT], SHORT_SINKS
+            window = some.shape[1] // 2 - sinks
+        found = distillation_loss(model, some, window, sinks)
+        mark()
         found.loss.backward()
+        mark()
         valid.append(found.valid)
         for parameter in parameters:
             parameter.grad = None
 
-    profiled: dict[str, Any] = {}
-    with _training(model, parameters):
-        warmup = seconds(device, step)
+    found: dict[str, Any] = {"activation_checkpointing": checkpointing}
+    with _training(model, parameters, checkpointing):
+        found["warmup_s"] = seconds(device, step)
         release(device)
         with peak.measure(device, stand.held()) as memory:
             times = repeated(device, step, stand.settings.repeats, stand.settings.budget)
+        found["loss_positions"] = valid[-1]
+        found["phases_s"] = _phases(model, device, step)
         if stand.settings.profile:
-            profiled["kernels"] = kernels(device, step)
-    work = roofline.distillation(model, config, context, batch, valid[-1], recomputed=True)
-    trained = {"loss_positions": valid[-1], "trained_parameters": sum(p.numel() for p in parameters)}
-    return timed(stand, times, batch * context, memory, work) | trained | {"warmup_s": warmup} | profiled
+            found["kernels"] = kernels(device, step)
+        for _ in range(2):  # the first compiles for other sizes
+            found["host_phases_s"] = _phases(model, device, lambda mark: step(True, mark))
+    work = roofline.distillation(model, config, context, batch, found["loss_positions"], checkpointing)
+    found["trained_parameters"] = sum(p.numel() for p in parameters)
+    return timed(stand, times, batch * context, memory, work) | found
+
+
+def _phases(model: PreTrainedModel, device: torch.device, step: Callable[..., None]) -> dict[str, float]:
+    """Seconds on the device (on a CPU, of the host) that each of `PHASES` of one step takes."""
+    gpu = device.type == "cuda"
+    marks: list[Any] = []
+
+    def mark(*_: Any) -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if gpu else time.perf_counter())
+        if gpu:
+            marks[-1].record()
+
+    synchronize(device)
+    handle = model.get_decoder().register_forward_hook(mark)
+    mark()
+    try:
+        step(mark=mark)
+    finally:
+        handle.remove()
+    synchronize(device)
+    times = [a.elapsed_time(b) / 1e3 if gpu else b - a for a, b in itertools.pairwise(marks)]
+    return dict(zip(PHASES, times, strict=True))
 
 
 @contextlib.contextmanager
-def _training(model: PreTrainedModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """As `ahn train` sets a model up: gradient checkpointing, gradients for these parameters; as before afterwards."""
-    _checkpoint(model, True)
+def _training(model: PreTrainedModel, parameters: list[torch.nn.Parameter], checkpointing: bool) -> Iterator[None]:
+    """As `ahn train` sets a model up: checkpointing or not, gradients for these parameters; as before afterwards."""
+    _checkpoint(model, checkpointing)
     model.train()
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -96,6 +96,13 @@ def command(
     profile: Annotated[
         bool, typer.Option("--profile", help="For prefill, decode, train: also write every kernel's time to --out.")
     ] = False,
+    activation_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            help="For train: compute activations again in the backward pass, or keep them.",
+        ),
+    ] = True,
     out: Annotated[Path, typer.Option("--out", help="Folder for rows.jsonl, the table and the plots.")] = Path(
         "ahn-bench"
     ),
@@ -128,7 +135,14 @@ def command(
         options = BenchOptions(model, adapter, methods, window, sinks, quantized, bits, context, batch)
         plans = [options.plan(name) for name in names]
         check_folder(out)
-        _measure(plans, model, random_weights, new_tokens, real_prefill, max_seconds, profile, out, device, dtype)
+        given = {
+            "new_tokens": new_tokens,
+            "real_prefill": real_prefill,
+            "max_seconds": max_seconds,
+            "profile": profile,
+            "activation_checkpointing": activation_checkpointing,
+        }
+        _measure(plans, model, random_weights, given, out, device, dtype)
     _report(out)
 
 
@@ -213,10 +227,7 @@ def _measure(
     plans: list[Plan],
     model: str,
     random_weights: bool,
-    new_tokens: int | None,
-    real_prefill: bool,
-    max_seconds: float,
-    profile: bool,
+    given: dict[str, Any],
     out: Path,
     device: str | None,
     dtype: str | None,
@@ -238,13 +249,8 @@ def _measure(
     if not common.err.is_terminal:
         transformers.utils.logging.disable_progress_bar()  # of loading weights: noise in a log
     subject = load(model, random_weights, place, getattr(torch, chosen))
-    settings = BenchSettings(
-        new_tokens=new_tokens or NEW_TOKENS.get(place.type, BenchSettings.new_tokens),
-        real_prefill=real_prefill,
-        budget=BUDGET.get(place.type, BenchSettings.budget),
-        max_seconds=max_seconds,
-        profile=profile,
-    )
+    given["new_tokens"] = given["new_tokens"] or NEW_TOKENS.get(place.type, BenchSettings.new_tokens)
+    settings = BenchSettings(**given, budget=BUDGET.get(place.type, BenchSettings.budget))
     rates = ceilings.measure(place, getattr(torch, chosen))
     hardware = records.hardware(place)
     facts: dict[str, Any] = {

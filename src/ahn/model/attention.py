@@ -29,7 +29,7 @@ from ahn.memory.query import memory_query
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.masks import LazyMask
 from ahn.model.observer import Passage
-from ahn.model.route import Attended, AttentionCall, Route, kernel_function, together
+from ahn.model.route import Attended, AttentionCall, Route, SpanRoute, kernel_function, together
 from ahn.ops import scan
 from ahn.ops.rule import StepRead
 
@@ -90,11 +90,12 @@ def attention(
 def _attend(call: AttentionCall, forward: ForwardContext, mask: LazyMask | None, layer: LayerContext) -> Attended:
     """Exact attention with what the memory reads, (B, n, Hq, P), and the state of the layer moved on."""
     route = forward.route(call.query, mask, layer, call.kwargs)
+    if isinstance(route, SpanRoute) and torch.is_grad_enabled() and isinstance(layer.ahn.fn, RecurrentMemory):
+        call = route.with_memory(call)
     left = _evict(call, forward, layer, route)
     out, weights = route.attend(call, left.passed, left.made)
     if forward.visibility.delayed.evicted and isinstance(layer.ahn.fn, RecurrentMemory):
-        read, left.state = _write_and_read(call, forward, layer, left, out)
-        out = _add(out, read)
+        out, left.state = _write_and_read(call, forward, layer, left, out)
     if layer.cache_layer is not None:
         layer.cache_layer.keep(left.tier, left.state)
     return out, weights
@@ -158,7 +159,7 @@ def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tenso
 def _evict(call: AttentionCall, forward: ForwardContext, layer: LayerContext, route: Route) -> _Left:
     """Take from the window what leaves it, through the tier, and let the memory make its keys of it."""
     view, memory, tier_view = forward.visibility, layer.ahn.fn, forward.tier(layer.rotates)
-    evicted, tier_state, state = _from_window(layer, view, call.key, call.value)
+    evicted, tier_state, state = _from_window(call, layer, view)
     passed = None
     if tier_view is not None and view.evicted:
         bits, ways = forward.config.tier_bits, (route.tier_in_order, route.tier_raw)
@@ -172,15 +173,16 @@ def _evict(call: AttentionCall, forward: ForwardContext, layer: LayerContext, ro
 
 
 def _from_window(
-    layer: LayerContext, view: Visibility, key: Tensor, value: Tensor
+    call: AttentionCall, layer: LayerContext, view: Visibility
 ) -> tuple[Evicted, TierState | None, Tensors]:
     """The tokens that leave the window, and the layer's tier and memory before this forward."""
     gates = layer.ahn.fn.write_gates(layer.x) if layer.gates is None else layer.gates
     if layer.cache_layer is None:
         evicted_gates = {name: view.evicted_slots(gate) for name, gate in gates.items()}
-        evicted = Evicted(view.evicted_slots(key), view.evicted_slots(value), evicted_gates)
+        key, value = call.of_memory[1:] if call.of_memory else map(view.evicted_slots, (call.key, call.value))
+        evicted = Evicted(key, value, evicted_gates)
         return without_padding(evicted, layer.ahn.fn.closed_gates, view), None, {}
-    evicted = Evicted(*layer.cache_layer.evict(key, value, gates))
+    evicted = Evicted(*layer.cache_layer.evict(call.key, call.value, gates))
     state = layer.cache_layer.state
     assert state is not None
     return without_padding(evicted, layer.ahn.fn.closed_gates, view), state.tier, state.memory
@@ -195,49 +197,56 @@ def _write_and_read(
         out: (B, n, Hq, P) exact attention.
 
     Returns:
-        (B, Hq, m, P) and the memory's new state.
+        `out` with what was read, and the memory's new state.
     """
     view, evicted = forward.visibility.delayed, left.evicted
+    if not forward.observers:
+        return _through_memory(call, layer, view, evicted, left.state, out)
     for observer in forward.observers:
         evicted = observer.writing(layer, evicted)
-    read, state = _through_memory(call.module, layer, view, call.query, evicted, left.state)
+    read, state = _through_memory(call, layer, view, evicted, left.state)
     for observer in forward.observers:
         exact = out[:, view.length - view.evicted :]
         read = observer.reading(Passage(call.module, layer, view, evicted, left.state, exact, read))
-    return read, state
-
-
-def _add(out: Tensor, read: Tensor) -> Tensor:
-    """Exact attention (B, n, Hq, P) with what the last m queries read (B, Hq, m, P)."""
-    first = out.shape[1] - read.shape[2]
-    added = out[:, first:] + read.transpose(1, 2).to(out.dtype)
-    return torch.cat([out[:, :first], added], dim=1) if first else added
+    return scan.with_read(out, read), state
 
 
 def _through_memory(
-    module: nn.Module, layer: LayerContext, view: Visibility, query: Tensor, evicted: Evicted, state: Tensors
+    call: AttentionCall,
+    layer: LayerContext,
+    view: Visibility,
+    evicted: Evicted,
+    state: Tensors,
+    exact: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
-    """Write m evicted tokens, read with the last m queries: (B, Hq, m, P) and the new state."""
-    memory, x = layer.ahn.fn, layer.x[:, -view.evicted :]
+    """Write m evicted tokens, read with the last m queries.
+
+    Returns:
+        `exact` (B, n, Hq, P) with the reads added, or without it the reads (B, Hq, m, P); and the new state.
+    """
+    memory = layer.ahn.fn
     assert isinstance(memory, RecurrentMemory)
-    query = query[:, :, -view.evicted :]
     if memory.q_proj is not None:
-        query = memory_query(module, memory, layer.x, layer.rope, view.evicted)
+        query = memory_query(call.module, memory, layer.x, layer.rope, view.evicted)
+    else:
+        query = call.of_memory[0] if call.of_memory else call.query[:, :, -view.evicted :]
     weight = None if layer.router is None else layer.router(view.written / view.window)
     rule = memory.step_rule()
     if rule is not None and scan.has_kernel(query):
         parts = memory.step_norm, memory.o_proj.weight, memory.routes
-        finish = StepRead(query, memory.read_gate(x).float(), weight, *parts)
+        gamma = memory.read_gate(layer.x)[:, :, -view.evicted :].float()  # a part of x would be copied, both ways
+        finish = StepRead(query, gamma, weight, *parts)
         decay = None if rule.decay is None else evicted.gates[rule.decay]
-        read, new = scan.write_and_read(
-            query, evicted.key, evicted.value, evicted.gates[rule.write], decay, state["state"], rule, finish
+        out, new = scan.write_and_read(
+            query, evicted.key, evicted.value, evicted.gates[rule.write], decay, state["state"], rule, finish, exact
         )
-        return read, {"state": new}
+        return out, {"state": new}
     groups = memory.write_heads // evicted.key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (evicted.key, evicted.value))
     o, state = memory.scan(query, key, value, evicted.gates, state)
-    read = memory.read_out(o, x)
-    return read if weight is None else weight.unsqueeze(-1) * read, state
+    read = memory.read_out(o, layer.x[:, -view.evicted :])
+    read = read if weight is None else weight.unsqueeze(-1) * read
+    return scan.with_read(exact, read), state
 
 
 register()

@@ -42,6 +42,8 @@ class AttentionCall:
     Attributes:
         query: (B, Hq, n, P); key, value: (B, Hkv, T, P).
         kwargs: for the base model's own kernel.
+        of_memory: the queries that read the memory, keys and values of the tokens that leave the window; None where
+            they have yet to be cut out.
     """
 
     module: nn.Module
@@ -49,6 +51,7 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     kwargs: dict[str, Any]
+    of_memory: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def scaling(self) -> float:
@@ -188,8 +191,21 @@ class SpanRoute(Route):
     view: Visibility
 
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
-        out = spans.attend(call.query, call.key, call.value, self.view.until, call.scaling)
+        out = spans.attend(call.query, call.key, call.value, self._columns, call.scaling)
         return out.transpose(1, 2), None
+
+    def with_memory(self, call: AttentionCall) -> AttentionCall:
+        """The same call, with gradients of what the memory takes added to attention's in place."""
+        view = self.view
+        evicted = view.sinks, view.sinks + view.evicted
+        query, of_query = spans.WithPart.apply(call.query, view.length - view.evicted, view.length)
+        key, of_key = spans.WithPart.apply(call.key, *evicted)
+        value, of_value = spans.WithPart.apply(call.value, *evicted)
+        return dataclasses.replace(call, query=query, key=key, value=value, of_memory=(of_query, of_key, of_value))
+
+    @cached_property
+    def _columns(self) -> spans.Columns:
+        return spans.Columns(self.view.until, self.view.length)
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from ahn.ops import backend
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.scan import chunked, reference
 
-__all__ = ["decay_rule", "delta_rule", "has_kernel", "write_and_read"]
+__all__ = ["decay_rule", "delta_rule", "has_kernel", "with_read", "write_and_read"]
 
 
 def _choose(length: int) -> ModuleType:
@@ -55,6 +55,7 @@ def write_and_read(
     state: Tensor,
     rule: StepRule,
     read: StepRead,
+    exact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A memory's whole work on many tokens, in kernels, with gradients.
 
@@ -64,9 +65,11 @@ def write_and_read(
         write, decay: (B, Hq, m) float32 gates; with routes (B, Hkv, m), and no decay.
         state: (B, Hq, P, P) float32 before the first write; with routes (B, Hkv · R, P, P).
         read: with gamma (B, Hq, m) and weight (B or 1, Hq, m); its `query` is not used.
+        exact: (B, n, Hq, P) what exact attention gives, or None.
 
     Returns:
-        The finished read (B, Hq, m, P) in the type that kernels multiply in, and the state after the last write.
+        `exact` with the reads added in its last m tokens, or where there is none the finished reads (B, Hq, m, P) in
+        the type that kernels multiply in; and the state after the last write.
     """
     from ahn.ops.scan import finish_kernel, gradients, kernel
 
@@ -80,12 +83,25 @@ def write_and_read(
             key, write = _lightly(read.routes.keys, key, write)
             query, share = _lightly(read.routes.queries, query)
         if not torch.is_grad_enabled() and not rule.across_heads:
-            return kernel.scan(query, key, value, write, decay, state, rule, read, share)
+            finished, state = kernel.scan(query, key, value, write, decay, state, rule, read, share)
+            return with_read(exact, finished), state
         if torch.is_grad_enabled():
             o, state = gradients.Scan.apply(query, key, value, write, decay, state, rule, share)
         else:
             o, state = kernel.scan(query, key, value, write, decay, state, rule, None, share)
-        return finish_kernel.finish(o, rule, read), state
+        if exact is not None and finish_kernel.adds(rule, read):
+            parts = read.gamma, read.norm, read.o_proj
+            return finish_kernel.AddedRead.apply(exact, o, *parts, rule), state
+        return with_read(exact, finish_kernel.finish(o, rule, read)), state
+
+
+def with_read(exact: Tensor | None, read: Tensor) -> Tensor:
+    """Exact attention (B, n, Hq, P) with what the last m queries read (B, Hq, m, P), or the read alone."""
+    if exact is None:
+        return read
+    first = exact.shape[1] - read.shape[2]
+    added = exact[:, first:] + read.transpose(1, 2).to(exact.dtype)
+    return torch.cat([exact[:, :first], added], dim=1) if first else added
 
 
 def _lightly(function: Callable[..., Any], *arguments: Tensor) -> Any:

@@ -1,6 +1,7 @@
-"""Finish the raw reads of a scan, with gradients: norm and gate in one kernel each way, then a projection per head.
+"""Finish the raw reads of a scan and add them to exact attention, with gradients: one kernel each way.
 
-What autograd would keep of norm and gate, five tensors in float32, is computed again from the raw read.
+Where the norm goes across heads, or a router weighs the reads, norm and gate are a kernel of their own, and projection
+and sum are torch's. What autograd would keep of norm and gate, five tensors in float32, is computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from torch import Tensor
 from ahn.ops.rule import StepRead, StepRule
 
 PROGRAMS = 512
-"""Programs of the backward kernel, each of which sums its tokens' gradients of the norm's weight."""
+"""Programs of a backward kernel, each of which sums its tokens' gradients of the weights."""
+LENGTHS = ("n", "tokens", "tiles")
+"""Arguments that change with the lengths of a batch: new values must not make Triton compile again."""
+TILE = 64
+"""Tokens that a program projects at once."""
 
 
 @triton.jit
@@ -87,6 +92,120 @@ def _finish_backward(
         tl.store(grad_norm + tl.program_id(0) * P + tl.arange(0, P), tl.sum(dw, 0))
 
 
+@triton.jit
+def _normed_tile(o, gamma, norm, t, real, ot, gt, eps, P: tl.constexpr):
+    """Of tokens t of one head: raw reads through the norm without its weight, gates, the norm's factor and weight."""
+    p = tl.arange(0, P)
+    x = tl.load(o + t[:, None] * ot + p[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    gate = tl.load(gamma + t * gt, mask=real, other=0.0).to(tl.float32)[:, None]
+    factor = tl.rsqrt(tl.sum(x * x, 1) / P + eps)[:, None]
+    return x * factor, gate, factor, tl.load(norm + p).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _add_read(
+    exact, o, gamma, norm, o_proj, out, n, tokens, eb, eh, et, ob, oh, ot, gb, gh, gt, eps,
+    HEADS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Exact attention (B, n, Hq, P) of some tokens of a head, and of the last ones of n what the memory reads."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // HEADS, row % HEADS
+    i, p = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, P)
+    t = i - (n - tokens)
+    real = (t >= 0) & (i < n)
+    unit, gate, _, w = _normed_tile(o + b * ob + h * oh, gamma + b * gb + h * gh, norm, t, real, ot, gt, eps, P)
+    dtype = o.dtype.element_ty
+    projection = tl.load(o_proj + h * P * P + p[:, None] * P + p[None, :]).to(dtype)
+    read = tl.dot((unit * w * gate * tl.sigmoid(gate)).to(dtype), projection, input_precision=PRECISION).to(dtype)
+    seen = tl.load(exact + b * eb + h * eh + i[:, None] * et + p[None, :], mask=(i < n)[:, None], other=0.0)
+    to = ((b * n + i)[:, None] * HEADS + h) * P + p[None, :]
+    tl.store(out + to, seen.to(tl.float32) + read.to(tl.float32), mask=(i < n)[:, None])
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _add_read_backward(
+    grad, o, gamma, norm, o_proj, grad_o, grad_gamma, grad_norm, grad_proj, tiles, n, tokens,
+    db, dh, dt, ob, oh, ot, gb, gh, gt, eps,
+    HEADS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of raw reads and gates, (B, m, Hq, P) and (B, m, Hq), and this program's parts of the weights'."""
+    h, p = tl.program_id(1).to(tl.int64), tl.arange(0, P)
+    square = p[:, None] * P + p[None, :]
+    dtype = o.dtype.element_ty
+    projection = tl.load(o_proj + h * P * P + square).to(dtype)
+    dw, dp = tl.zeros([P], tl.float32), tl.zeros([P, P], tl.float32)
+    of_row = tl.cdiv(tokens, C)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        b = (tile // of_row).to(tl.int64)
+        t = tile % of_row * C + tl.arange(0, C)
+        real = t < tokens
+        unit, gate, factor, w = _normed_tile(
+            o + b * ob + h * oh, gamma + b * gb + h * gh, norm, t, real, ot, gt, eps, P
+        )  # fmt: skip
+        at = grad + b * db + h * dh + (n - tokens + t)[:, None] * dt + p[None, :]
+        dread = tl.load(at, mask=real[:, None], other=0.0).to(dtype)
+        opened = tl.sigmoid(gate)
+        silu = gate * opened
+        dp = tl.dot(tl.trans((unit * w * silu).to(dtype)), dread, dp, input_precision=PRECISION)
+        dy = tl.dot(dread, tl.trans(projection), input_precision=PRECISION)
+        dw += tl.sum(dy * unit * silu, 0)
+        dy *= w
+        ds = tl.sum(dy * unit, 1)[:, None]
+        to = ((b * tokens + t) * HEADS + h)[:, None]
+        tl.store(grad_gamma + to, ds * opened * (1 + gate * (1 - opened)), mask=real[:, None])
+        tl.store(grad_o + to * P + p[None, :], (dy - unit * (ds / P)) * (factor * silu), mask=real[:, None])
+    own = tl.program_id(0) * HEADS + h
+    tl.store(grad_norm + own * P + p, dw)
+    tl.store(grad_proj + own * P * P + square, dp)
+
+
+class AddedRead(torch.autograd.Function):
+    """Exact attention (B, n, Hq, P) with the reads, from raw ones (B, Hq, m, P), γ (B, Hq, m) and the two weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, exact: Tensor, o: Tensor, gamma: Tensor, norm: Tensor, o_proj: Tensor, rule: StepRule
+    ) -> Tensor:
+        B, HEADS, tokens, P = o.shape
+        n = exact.shape[1]
+        ctx.save_for_backward(o, gamma, norm, o_proj)
+        ctx.n, ctx.eps = n, rule.norm_eps
+        out = torch.empty(B, n, HEADS, P, dtype=exact.dtype, device=exact.device)
+        eb, et, eh = exact.stride()[:3]
+        _add_read[triton.cdiv(n, TILE), B * HEADS](
+            exact, o, gamma, norm, o_proj.contiguous(), out, n, tokens, eb, eh, et, *o.stride()[:3], *gamma.stride(),
+            rule.norm_eps, **_sizes(o),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        o, gamma, norm, o_proj = ctx.saved_tensors
+        B, HEADS, tokens, P = o.shape
+        by_rows = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad_o = torch.empty(B, tokens, HEADS, P, dtype=o.dtype, device=o.device)
+        grad_gamma = torch.empty(B, tokens, HEADS, dtype=gamma.dtype, device=o.device)
+        tiles = B * triton.cdiv(tokens, TILE)
+        programs = min(triton.cdiv(PROGRAMS, HEADS), tiles)
+        grad_norm = torch.empty(programs, HEADS, P, dtype=torch.float32, device=o.device)
+        grad_proj = torch.empty(programs, HEADS, P, P, dtype=torch.float32, device=o.device)
+        db, dt, dh = by_rows.stride()[:3]
+        _add_read_backward[programs, HEADS](
+            by_rows, o, gamma, norm, o_proj.contiguous(), grad_o, grad_gamma, grad_norm, grad_proj, tiles, ctx.n,
+            tokens, db, dh, dt, *o.stride()[:3], *gamma.stride(), ctx.eps, **_sizes(o),
+        )  # fmt: skip
+        of_weights = grad_norm.sum((0, 1)).to(norm.dtype), grad_proj.sum(0).to(o_proj.dtype)
+        return grad, grad_o.transpose(1, 2), grad_gamma.transpose(1, 2), *of_weights, None
+
+
+def _sizes(o: Tensor) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    HEADS, P = o.shape[1], o.shape[3]
+    precision = "ieee" if o.dtype == torch.float32 else "tf32"
+    return {"HEADS": HEADS, "P": P, "C": TILE, "PRECISION": precision, "num_warps": 8 if P > 64 else 4}
+
+
 class NormAndGate(torch.autograd.Function):
     """(raw reads (B, Hq, m, P), γ (B, Hq, m), weight of the norm, rule) to what is projected, in the reads' type."""
 
@@ -118,6 +237,11 @@ class NormAndGate(torch.autograd.Function):
             HEADS=HEADS, ROWS=triton.next_power_of_2(HEADS), P=P, ACROSS=ctx.rule.across_heads, num_warps=8,
         )  # fmt: skip
         return grad_o.transpose(1, 2), grad_gamma.transpose(1, 2), grad_norm.sum(0).to(norm.dtype), None
+
+
+def adds(rule: StepRule, read: StepRead) -> bool:
+    """Whether `AddedRead` can do this: the norm is each head's own, and no router weighs the read."""
+    return read.weight is None and not rule.across_heads
 
 
 def finish(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
