@@ -251,13 +251,15 @@ _SHARED = model()
 
 
 def test_a_full_queue_is_busy() -> None:
-    running = Engine(_SHARED, Letters(), queue=2)  # type: ignore[arg-type]
-    replies = [running.submit(request(prompt(5), 2)) for _ in range(2)]
-    with pytest.raises(EngineBusy) as busy:
+    running = Engine(_SHARED, Letters(), conversations=3, queue=2)  # type: ignore[arg-type]
+    replies = [running.submit(request(prompt(5), 2)) for _ in range(5)]  # the engine does not work yet
+    with pytest.raises(EngineBusy, match="2 requests are waiting") as busy:
         running.submit(request(prompt(5), 2))
     assert busy.value.retry_after >= 1
+    replies.pop().cancel()
+    replies.append(running.submit(request(prompt(5), 2)))  # nobody waits for the one that was cancelled
     running.start()
-    assert [whole(reply).finish for reply in replies] == ["length"] * 2
+    assert [whole(reply).finish for reply in replies] == ["length"] * 5
     assert running.submit(request(prompt(5), 2)) is not None
     running.close()
     assert not running.alive()

@@ -46,6 +46,7 @@ def test_a_client_that_goes_ends_its_reply(live_fake: Callable[..., Any], stream
     wait(lambda: engine.replies[0].cancelled)
     given = engine.replies[0].given
     assert given < 1000
+    wait(lambda: b'ahn_replies_total{finish="cancelled"} 1.0' in server.service.metrics.text())
 
 
 def test_a_client_that_reads_nothing_is_left(live_fake: Callable[..., Any]) -> None:

@@ -66,7 +66,7 @@ class ReplyWatch:
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self._start = self._last = time.perf_counter()
-        self._any = False
+        self._any = self._over = False
 
     def saw(self, delta: Delta) -> None:
         """Called with every delta, as it comes."""
@@ -78,7 +78,8 @@ class ReplyWatch:
                 for _ in delta.tokens:  # tokens that came together share the time since those before them
                     self._metrics.token.observe((now - self._last) / len(delta.tokens))
             self._any, self._last = True, now
-        if delta.finish is not None:
+        if delta.finish is not None and not self._over:
+            self._over = True
             self._metrics.replies.labels(delta.finish).inc()
             self._metrics.whole.observe(now - self._start)
 

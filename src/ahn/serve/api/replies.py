@@ -104,8 +104,9 @@ class RunningReplies:
                 left -= delta.finish is not None
                 yield n, delta
         finally:
-            for pump in pumps:
+            for pump, watch in zip(pumps, self._watches, strict=True):
                 pump.cancel()
+                watch.saw(Delta(finish="cancelled"))  # unless it has ended: the client has gone
 
     async def _pump(self, n: int, reply: Reply) -> None:
         """Take in what one reply brings, as it comes."""

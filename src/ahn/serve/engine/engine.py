@@ -50,7 +50,7 @@ class Engine:
         device_bytes: how many of these bytes may lie on a GPU.
         disk_bytes: of files; None for no limit.
         max_age: seconds after its last use when a conversation is forgotten; None for never.
-        queue: requests that may wait.
+        queue: requests that may wait, beyond those that have a row at once.
         max_prompt: tokens of the longest prompt.
         chunk: tokens of a prompt that are read at once while nobody writes; None takes what suits the device.
 
@@ -107,7 +107,7 @@ class Engine:
         self._check(request)
         if self._closing or self._dead:
             raise EngineBusy("The server is stopping.", 5.0)
-        if (waiting := self.scheduler.queued) >= self.queue:
+        if (waiting := self.scheduler.taken - self.scheduler.conversations) >= self.queue:
             rounds = math.ceil(waiting / self.scheduler.conversations)
             raise EngineBusy(f"{waiting} requests are waiting already.", max(1.0, rounds * self.scheduler.seconds))
         reply = Reply()

@@ -92,6 +92,12 @@ class Scheduler:
         return len(self._inbox) + len(self.waiting)
 
     @property
+    def taken(self) -> int:
+        """Requests that are waited for, whether they have a row or not."""
+        everyone = {*self._inbox, *self.waiting, *self.reading, *self.running}
+        return sum(isinstance(job, RequestJob) and not job.reply.cancelled for job in everyone)
+
+    @property
     def idle(self) -> bool:
         """There is nothing to do, nor will be unless a request comes."""
         return not (self._inbox or self.waiting or self.reading or self.running or self.closing)
