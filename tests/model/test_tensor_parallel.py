@@ -122,8 +122,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             torch.save(read(loaded, False)[0], files / f"{name}{rank}.pt")
         words = refusals(model, folder, models.tokens(1, LENGTH))
         words |= {name: said(lambda name=name: ahn.attach(divided(folder / name))) for name in ("phi3", "one head")}
-        torch.save(words, folder / f"words{rank}.pt")
         fresh = divided(folder / "qwen3")
+        few = ahn.AHNConfig("retained", window=6, sinks=2, slot_heads=((0, 1),))
+        words["few heads"] = said(lambda: ahn.attach(fresh, few))
+        torch.save(words, folder / f"words{rank}.pt")
         torch.manual_seed(7)
         ahn.attach(fresh, ahn.AHNConfig(window=6, sinks=2))
         torch.save(dict(ahn.adapter_parameters(fresh)), folder / f"fresh{rank}.pt")
@@ -181,6 +183,7 @@ def test_each_holds_its_heads_of_the_memory(folder: Path) -> None:
         ("conversation", "A conversation's file needs all heads"),
         ("whole", "merge base and adapter with ahn merge"),
         ("phi3", "leaves no process heads of its own (qkv_proj colwise_gather_output"),
+        ("few heads", "all heads keep tokens: load the model on one device, or with slot_heads=None"),
         ("one head", "2 processes cannot share 1 key heads evenly"),
     ],
 )
