@@ -71,9 +71,12 @@ def test_a_folder_is_filled_by_several_commands(ahn_cli: Any, small: Path, tmp_p
         ("qwen2.5-3b", 8064, "memory", 8192, [8192, 32768, 262144], [1]),
         ("qwen2.5-3b", None, "throughput", 32768, [131072], [1, 4, 16, 32, 64, 100]),
         ("qwen2.5-7b", None, "train", 8192, [24576], [1]),
+        ("smollm2-135m", None, "decode", 4096, [4096, 16384, 131072], [1]),  # trained on 8 192 positions
+        ("smollm2-135m", None, "train", 4096, [12288], [1]),
+        ("smollm2-135m", 500, "decode", 628, [628, 2512, 20096], [1]),
     ],
 )
-def test_defaults_follow_the_window(
+def test_defaults_follow_the_base_and_the_window(
     model: str, window: int | None, measurement: str, lossless: int, contexts: list[int], batches: list[int]
 ) -> None:
     plan = BenchOptions(model, None, None, window, None, None, None, None, None).plan(measurement)

@@ -22,28 +22,30 @@ def make_methods(
     adapter: str | None = None,
     quantized: int | None = None,
     bits: tuple[int, int] | None = None,
+    trained: int | None = None,
 ) -> list[Method]:
     """The methods of these names, all with the same window and sinks.
 
     Args:
         names: "full-dynamic", "full-static", "window" or the name of a memory; None takes all, or with an adapter the
             three and the adapter's memory.
-        window, sinks, quantized: None takes the adapter's, or the defaults.
+        window, sinks, quantized: None takes the adapter's, or what follows the base.
         bits: per number of keys and of values of quantized tokens; None takes the adapter's, or the defaults.
         adapter: directory or Hub id; gives its weights to the method of its memory.
+        trained: number of positions that the base was trained on.
 
     Raises:
         AHNError: a name is unknown, or the adapter cannot be read.
     """
     reach: Reach = {"window": window, "sinks": sinks, "quantized": quantized}
     key_bits, value_bits = bits or (None, None)
-    trained = None
+    saved = None
     if adapter is not None:
-        trained = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), **reach)
-    base = overridden(trained or AHNConfig(), **reach, key_bits=key_bits, value_bits=value_bits)
+        saved = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), **reach)
+    base = overridden(saved or AHNConfig.for_base(trained), **reach, key_bits=key_bits, value_bits=value_bits)
     if names is None:
-        names = [DYNAMIC, STATIC, WINDOW, *([trained.memory] if trained else memory.names())]
-    return [_method(name, base, adapter if trained and name == trained.memory else None) for name in names]
+        names = [DYNAMIC, STATIC, WINDOW, *([saved.memory] if saved else memory.names())]
+    return [_method(name, base, adapter if saved and name == saved.memory else None) for name in names]
 
 
 def _method(name: str, base: AHNConfig, adapter: str | None) -> Method:

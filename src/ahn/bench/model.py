@@ -31,6 +31,26 @@ class BenchModel:
     random: bool
 
 
+def config_of(name: str) -> Any:
+    """The configuration of the model called `name`, as `load` takes it.
+
+    Raises:
+        AHNError: it cannot be found or read.
+    """
+    if name in SHAPES:
+        return configuration(name)
+    path = expanded(shipped.resolve(name))
+    if not path.exists() and "/" not in name:
+        raise AHNError(
+            f"There is no shape, file or directory {name!r}; shapes are {', '.join((*SHAPES, *shipped.NAMES))}, and an "
+            "id on the Hub has an owner (Qwen/Qwen2.5-3B-Instruct)."
+        )
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else config_file(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unusable(name, error) from error
+
+
 def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dtype) -> BenchModel:
     """The model called `name`.
 
@@ -41,32 +61,20 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     Raises:
         AHNError: it cannot be found or loaded.
     """
-    if name in SHAPES:
-        return BenchModel(name, build(configuration(name), device, dtype), True)
-    path = expanded(shipped.resolve(name))
-    if not path.exists() and "/" not in name:
-        raise AHNError(
-            f"There is no shape, file or directory {name!r}; shapes are {', '.join((*SHAPES, *shipped.NAMES))}, and an "
-            "id on the Hub has an owner (Qwen/Qwen2.5-3B-Instruct)."
-        )
+    config, path = config_of(name), expanded(shipped.resolve(name))
+    if name in SHAPES or path.is_file() or random_weights:
+        label = path.parent.name if path.name == "config.json" else path.stem if path.is_file() else Path(name).name
+        return BenchModel(label, build(config, device, dtype), True)
     try:
-        if path.is_file():
-            label = path.parent.name if path.name == "config.json" else path.stem
-            return BenchModel(
-                label, build(AutoConfig.from_pretrained(path, trust_remote_code=False), device, dtype), True
-            )
-        source = path if path.is_dir() else None
-        if random_weights:
-            config = AutoConfig.from_pretrained(source or config_file(name), trust_remote_code=False)
-            return BenchModel(Path(name).name, build(config, device, dtype), True)
-        source = source or local_directory(name)
-        model = load_base(source, dtype=dtype).to(device)
+        model = load_base(path if path.is_dir() else local_directory(name), dtype=dtype).to(device)
     except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise AHNError(
-            f"Cannot load {name!r}; the shapes that need no files are {', '.join(SHAPES)}. {first}"
-        ) from error
+        raise _unusable(name, error) from error
     return BenchModel(Path(name).name, _ready(model), False)
+
+
+def _unusable(name: str, error: Exception) -> AHNError:
+    first = str(error).strip().partition("\n")[0]
+    return AHNError(f"Cannot load {name!r}; the shapes that need no files are {', '.join(SHAPES)}. {first}")
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -66,11 +66,17 @@ def command(
     window: Annotated[
         int | None,
         typer.Option(
-            "--window", min=1, help="Last tokens kept exactly (default: 32640; tiny: 224; train: 8192 in all)."
+            "--window",
+            min=1,
+            help="Last tokens kept exactly (default: the adapter's, else 32640, or less if the base was trained on "
+            "less; tiny: 224; train: at most 8192 with the sinks).",
         ),
     ] = None,
     sinks: Annotated[
-        int | None, typer.Option("--sinks", min=0, help="First tokens kept exactly (default: 128; tiny: 32).")
+        int | None,
+        typer.Option(
+            "--sinks", min=0, help="First tokens kept exactly (default: the adapter's, else 128, or less; tiny: 32)."
+        ),
     ] = None,
     quantized: common.QuantizedOption = None,
     bits: Annotated[
@@ -176,8 +182,11 @@ class BenchOptions:
         """What to compare, and sinks + window."""
         from ahn import memory
         from ahn.bench.methods import WINDOW, make_methods
-        from ahn.config import DEFAULT_SINKS
+        from ahn.bench.model import config_of
+        from ahn.config import AHNConfig
+        from ahn.shape import trained_length
 
+        trained = trained_length(config_of(self.model))
         names = None if self.methods is None else [name.strip() for name in self.methods.split(",")]
         window, sinks = self.window, self.sinks
         if self.model == "tiny":
@@ -188,9 +197,11 @@ class BenchOptions:
                 raise AHNError("Memories are trained without quantized tokens: leave --quantized out of `bench train`.")
             quantized = 0
             names = names or (None if self.adapter else list(memory.recurrent()))
-            window = window or TRAINED_TOTAL - (DEFAULT_SINKS if sinks is None else sinks)
-        chosen = make_methods(names, window, sinks, self.adapter, quantized, self._bits())
-        (exact,) = make_methods([WINDOW], window, sinks, self.adapter)
+            usual = AHNConfig.for_base(trained)
+            sinks = usual.sinks if sinks is None else sinks
+            window = window or max(min(TRAINED_TOTAL, usual.lossless) - sinks, 1)
+        chosen = make_methods(names, window, sinks, self.adapter, quantized, self._bits(), trained)
+        (exact,) = make_methods([WINDOW], window, sinks, self.adapter, trained=trained)
         assert exact.config is not None
         if measurement == "train" and names is None:
             chosen = [method for method in chosen if method.trainable]

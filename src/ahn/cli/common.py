@@ -56,7 +56,7 @@ WindowOption = Annotated[
         "--window",
         "--sliding-window",
         min=1,
-        help="Last tokens kept exactly (default: the adapter's, else what the base bears: 32640, or less).",
+        help="Last tokens kept exactly (default: the adapter's, else 32640, or less if the base was trained on less).",
     ),
 ]
 SinksOption = Annotated[

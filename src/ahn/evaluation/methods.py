@@ -96,7 +96,7 @@ def apply(model: PreTrainedModel, method: str, **reach: Unpack[Reach]) -> None:
     """Change a loaded model, with or without an AHN, so that it works as a method says.
 
     Args:
-        reach: in place of the attached AHN's, or of what the base bears.
+        reach: in place of the attached AHN's, or of what follows the base.
 
     Raises:
         AHNError: "ahn" without an AHN, or no window is left beside the slots.
