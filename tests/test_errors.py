@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +32,12 @@ REQUIRES = [
 def test_install_command(url: str | None, extra: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(read_text=lambda name: url, requires=REQUIRES)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
+    monkeypatch.setattr(sys, "executable", "/home/me/a b/bin/python")
+    monkeypatch.setattr(shutil, "which", lambda name: "/home/me/a b/bin/pip")
     assert install_command(extra) == f"pip install {command}"
+    for pip in (None, "/usr/bin/pip"):  # the environment is not activated: another's pip would take it elsewhere
+        monkeypatch.setattr(shutil, "which", lambda name, pip=pip: pip)
+        assert install_command(extra) == f"'/home/me/a b/bin/python' -m pip install {command}"
 
 
 def test_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

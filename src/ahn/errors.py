@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import reprlib
 import shlex
+import shutil
+import sys
 from typing import Any
 
 
@@ -51,8 +53,15 @@ def install_command(extra: str) -> str:
     source = json.loads(own.read_text("direct_url.json") or "{}")
     if source.get("dir_info", {}).get("editable"):
         checkout = url2pathname(urlparse(source["url"]).path)
-        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
-    return " ".join(["pip install", *map(shlex.quote, _requirements(own.requires or [], extra))])
+        return f"{_pip()} install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    return " ".join([_pip(), "install", *map(shlex.quote, _requirements(own.requires or [], extra))])
+
+
+def _pip() -> str:
+    """This Python's pip, by its short name where a shell finds it by that: an environment need not be activated."""
+    found = shutil.which("pip")
+    here = found is not None and os.path.dirname(found) == os.path.dirname(sys.executable)
+    return "pip" if here else f"{shlex.quote(sys.executable)} -m pip"
 
 
 def _requirements(requires: list[str], extra: str) -> list[str]:

@@ -95,9 +95,11 @@ def run(
 ) -> None:
     """Run tasks with a model.
 
-    Each task and configuration has its own folder in --out. A run that was interrupted goes on when the same command
-    is given again, and a finished one is not repeated. Start it on several GPUs with
+    Each task and configuration has its own folder in --out. After a run that
+    was interrupted the same command goes on from there; what is finished is
+    not repeated. Start it on several GPUs with
 
+    \b
       accelerate launch $(which ahn) eval TASK… --model …
     """
     from ahn.evaluation import runner

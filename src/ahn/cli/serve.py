@@ -37,7 +37,7 @@ AgeOption = Annotated[
     float | None, typer.Option("--max-age", help="Hours after which an unused conversation goes (default: never).")
 ]
 QueueOption = Annotated[
-    int, typer.Option("--queue", min=1, help="Requests that may wait; more are told to come again.")
+    int, typer.Option("--queue", min=1, help="Requests that may wait beyond --conversations; more get error 429.")
 ]
 
 

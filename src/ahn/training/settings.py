@@ -64,7 +64,7 @@ class Settings:
     cutoff_len: int = _setting(24576, "Cut samples to this many tokens (plain text: into pieces of it).")
     streaming: bool = _setting(False, "Read and tokenise while training; for data larger than the disk.")
     strict: bool = _setting(False, "Stop at the first bad row instead of skipping it.")
-    preprocessing_num_workers: int | None = _setting(None, "Processes that tokenise (default: one a core, up to 16).")
+    preprocessing_num_workers: int | None = _setting(None, "Processes that tokenise (default: one per core, up to 16).")
     overwrite_cache: bool = _setting(False, "Tokenise again even if it was done before.")
 
     loss_type: str | None = _setting(
