@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -38,6 +39,8 @@ GPU_CHUNK = 8192
 """Tokens that a GPU reads at once while nobody writes."""
 SMALLEST = {"cpu": 32, "cuda": 512}
 """Tokens of a chunk between two steps: fewer take no less time."""
+FUSED = 1024
+"""Tokens from which on a GPU gains more by compiled norms, rotations and MLPs than its host loses by calling them."""
 SCORES = 256
 """Tokens whose scores of the whole vocabulary are worked with at once."""
 log = logging.getLogger(__name__)
@@ -153,7 +156,7 @@ class PromptReader:
             job.cache = copy.deepcopy(self._empty)
         tokens = torch.tensor([job.tokens.ids[job.read : stop].tolist()], device=self.model.device)
         options = {"use_cache": True, "logits_to_keep": keep, private.CACHE: job.cache}
-        with leaves_fused(self.model):
+        with leaves_fused(self.model) if stop - job.read >= FUSED else contextlib.nullcontext():
             logits: Tensor = self.model(input_ids=tokens, **options).logits[0]
         job.read = stop
         return logits
