@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -23,6 +24,8 @@ def in_other_processes(function: Callable[[int], None], ranks: int = 1, timeout:
         torch.set_num_threads(
             1
         )  # a forked process makes its own pool: now, before threads that load weights race for it
+        if (compiling := sys.modules.get("torch._inductor.async_compile")) is not None:
+            compiling.AsyncCompile.pool.cache_clear()  # its threads are not forked: whoever compiles would wait
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if ranks > 1:
