@@ -17,6 +17,7 @@ FROM python:${PYTHON}-slim
 ARG DEVICE=cpu
 COPY constraints.txt /tmp/constraints.txt
 # Triton compiles its kernels' launchers with a C compiler; torch's CPU build is a tenth of the other's size.
+# hadolint ignore=DL3008
 RUN if [ "$DEVICE" = cuda ]; then \
         apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
     else \
@@ -24,8 +25,9 @@ RUN if [ "$DEVICE" = cuda ]; then \
     fi
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /wheels/ahn-*.whl)[smollm2,serve,train]"
-RUN useradd --create-home ahn
-USER ahn
+RUN useradd --create-home --uid 1000 ahn
+# By its number, so that a cluster sees that it is not root.
+USER 1000
 WORKDIR /home/ahn
 ENTRYPOINT ["ahn"]
 CMD ["--help"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ahn.training.arguments import parse
 
@@ -102,6 +103,25 @@ def test_what_the_image_copies_is_there_and_reaches_the_builder() -> None:
 def test_the_image_installs_what_there_is() -> None:
     extras = re.findall(r"\[([\w,-]+)\]\"$", (ROOT / "Dockerfile").read_text(), flags=re.M)
     assert extras and set(extras[0].split(",")) <= set(project()["project"]["optional-dependencies"])
+
+
+def test_image_and_workflows_take_what_is_supported_and_there() -> None:
+    """Their Pythons are those that pyproject.toml names, the tested pairs the Makefile's, and the files exist."""
+    classifiers = project()["project"]["classifiers"]
+    pythons = {word for line in classifiers if re.fullmatch(r"3\.\d+", word := line.rpartition(" ")[2])}
+    image = re.search(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text(), flags=re.M)
+    assert image and image[1] in pythons
+    workflows = {path.name: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/workflows/*.yml")}
+    jobs = [job for workflow in workflows.values() for job in workflow["jobs"].values()]
+    steps = [step for job in jobs for step in job["steps"]]
+    named = {str(step["with"]["python-version"]) for step in steps if "python-version" in step.get("with", {})}
+    matrix = workflows["versions.yml"]["jobs"]["core"]["strategy"]["matrix"]
+    assert named - {"${{ matrix.python }}"} <= pythons and set(matrix["python"]) == pythons
+    for name in ("transformers", "torch"):
+        listed = re.search(rf"^{name.upper()} := (.+)$", (ROOT / "Makefile").read_text(), flags=re.M)
+        assert listed and listed[1].split() == matrix[name]
+    files = [word for step in steps for word in re.findall(r"(?<!\S)(?:\.ci|tests)/\S+", step.get("run", ""))]
+    assert len(files) > 5 and all((ROOT / name).exists() for name in files)
 
 
 def test_shipped_configurations_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
