@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
+pytest.importorskip("aiohttp")
 
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, Chunks, FrontAlone, ReplicaLostError, answered, ask
+from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, FrontAlone, ReplicaLostError, answered, ask, line
 
 JSON = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
 
@@ -27,27 +27,15 @@ async def whole(answer: Answer) -> bytes:
         answer.close()
 
 
-def test_chunks_come_in_any_pieces() -> None:
-    draw, parts = random.Random(0), [b"data: 1\n\n", b"\r\n0\r\n\r\n", bytes(3000), b"x"]
-    sent = b"".join(b"%x;name=value\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-    for _ in range(50):
-        chunks, found, place = Chunks(), b"", 0
-        while place < len(sent):
-            assert not chunks.done
-            size = draw.choice([1, 2, 7, 4000])
-            found += chunks.take(sent[place : place + size])
-            place += size
-        assert chunks.done and found == b"".join(parts)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_is_passed_on(live_fake: Callable[..., Any], stream: bool) -> None:
     server, _ = live_fake()
     body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 3, "stream": stream}).encode()
 
     async def go() -> tuple[int, dict[bytes, bytes], bytes]:
-        given = await ask(("127.0.0.1", server.port), "POST", b"/v1/completions", JSON, body)
-        return given.status, dict(answered(given.headers)), await whole(given)
+        async with line() as session:
+            given = await ask(session, ("127.0.0.1", server.port), "POST", b"/v1/completions", JSON, body)
+            return given.status, dict(answered(given.headers)), await whole(given)
 
     status, headers, content = asyncio.run(go())
     assert status == 200 and not {b"connection", b"transfer-encoding", b"date"} & headers.keys()
@@ -71,18 +59,49 @@ def test_what_breaks_off_is_lost(said: bytes) -> None:
         writer.close()
 
     async def go() -> None:
-        async with await asyncio.start_server(replica, "127.0.0.1", 0) as server:
-            await whole(await ask(server.sockets[0].getsockname(), "GET", b"/", JSON, b""))
+        async with await asyncio.start_server(replica, "127.0.0.1", 0) as server, line() as session:
+            await whole(await ask(session, server.sockets[0].getsockname(), "GET", b"/", JSON, b""))
 
     with pytest.raises(ReplicaLostError):
         asyncio.run(go())
+
+
+def test_a_request_is_passed_on_as_it_came() -> None:
+    """Path and query to the byte, the client's headers, and nothing that it had not said."""
+    came: list[bytes] = []
+
+    async def replica(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(3))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def go() -> None:
+        async with await asyncio.start_server(replica, "127.0.0.1", 0) as server, line() as session:
+            where = server.sockets[0].getsockname()
+            await whole(
+                await ask(session, where, "PUT", b"//a%2Fb/%C3%A9?x=%20+&x", [*JSON, (b"x-a", b"\xe9")], b"abc")
+            )
+
+    asyncio.run(go())
+    said, *headers = came[0].partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
+    assert said == b"put //a%2fb/%c3%a9?x=%20+&x http/1.1" and came[0].endswith(b"abc")
+    names = {header.partition(b":")[0] for header in headers}
+    assert b"host: 127.0.0.1" in headers and names <= {
+        b"host",
+        b"content-type",
+        b"x-a",
+        b"content-length",
+        b"connection",
+    }
 
 
 def test_a_replica_that_is_gone_is_lost() -> None:
     async def go() -> None:
         async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as server:
             address = server.sockets[0].getsockname()
-        await ask(address, "GET", b"/", JSON, b"")
+        async with line() as session:
+            await ask(session, address, "GET", b"/", JSON, b"")
 
     with pytest.raises(ReplicaLostError):
         asyncio.run(go())

@@ -18,7 +18,7 @@ from ahn.serve.api.settings import ServerSettings
 from ahn.serve.api.wire import StreamedResponse, answer, event, unless_gone
 from ahn.serve.replicas.pages import merged
 from ahn.serve.replicas.routing import routing_key
-from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, ReplicaLostError, answered, ask
+from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, ReplicaLostError, answered, ask, line
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
 NUMBER = b"x-request-id"
@@ -31,7 +31,8 @@ def make_front(replicas: DeploymentHandle, secret: str, settings: ServerSettings
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with line() as app.state.session:
+            yield
         await asyncio.to_thread(stop)
 
     app = FastAPI(lifespan=life, openapi_url=None)
@@ -73,7 +74,9 @@ async def forwarded(replicas: DeploymentHandle, secret: str, request: Request) -
     target = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
     try:
         address = await replicas.options(session_id=key).address.remote()
-        given = await unless_gone(request, ask(address, request.method, target, headers, body))
+        given = await unless_gone(
+            request, ask(request.app.state.session, address, request.method, target, headers, body)
+        )
     except (RayError, RayServeException, ReplicaLostError) as error:
         raise _lost() from error
     response = StreamedResponse(_body(given), given.close, status_code=given.status)

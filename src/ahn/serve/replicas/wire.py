@@ -5,18 +5,18 @@ Ray says where a replica is; an object of Ray's for every token would cost more 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hmac
 from collections.abc import AsyncIterator, Iterable, Sequence
 
+import aiohttp
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from yarl import URL
 
 SECRET, ROUTE = b"x-ahn-front", b"x-ahn-route"
 """Headers in which the front says who it is, and the key of a request's conversation."""
 OF_A_CONNECTION = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer"}
-READ = 1 << 16
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -52,10 +52,17 @@ class FrontAlone:
 class Answer:
     """What a replica answers; `close` is to be called when no more of it is wanted."""
 
-    status: int
-    headers: Headers
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+    response: aiohttp.ClientResponse
+
+    @property
+    def status(self) -> int:
+        """Of HTTP."""
+        return self.response.status
+
+    @property
+    def headers(self) -> Headers:
+        """As they came, their names in lower case."""
+        return [(name.lower(), value) for name, value in self.response.raw_headers]
 
     async def body(self) -> AsyncIterator[bytes]:
         """As it comes: what came together comes together.
@@ -63,94 +70,47 @@ class Answer:
         Raises:
             ReplicaLostError: it ended too early.
         """
-        named = dict(self.headers)
-        chunked = b"chunked" in named.get(b"transfer-encoding", b"")
-        parts = Chunks() if chunked else Counted(int(named.get(b"content-length", 0)))
-        while not parts.done:
-            if not (came := await self._read()):
-                raise ReplicaLostError("The connection was closed.")
-            if content := parts.take(came):
-                yield content
-
-    async def _read(self) -> bytes:
         try:
-            return await self.reader.read(READ)
-        except OSError as error:
+            async for content in self.response.content.iter_any():
+                yield content
+        except (aiohttp.ClientError, OSError) as error:
             raise ReplicaLostError(str(error)) from error
 
     def close(self) -> None:
         """The connection is no longer needed."""
-        self.writer.close()
+        self.response.close()
 
 
-class Counted:
-    """A body of a known length."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-
-    @property
-    def done(self) -> bool:
-        """Whether all has come."""
-        return not self._left
-
-    def take(self, came: bytes) -> bytes:
-        """The content in some bytes."""
-        content = came[: self._left]
-        self._left -= len(content)
-        return content
+def line() -> aiohttp.ClientSession:
+    """What requests to replicas are made with: a connection for each, for as long as it takes, and nothing added."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+    )
 
 
-class Chunks:
-    """A body in chunks, each with its length before it."""
-
-    def __init__(self) -> None:
-        self.done = False
-        self._rest = b""
-
-    def take(self, came: bytes) -> bytes:
-        """The content in some bytes: of whole chunks."""
-        held, place, content = self._rest + came, 0, []
-        while (line := held.find(b"\r\n", place)) >= 0:
-            size = int(held[place:line].partition(b";")[0], 16)
-            start, place_after = line + 2, line + 4 + size
-            if len(held) < place_after:
-                break
-            content.append(held[start : start + size])
-            place = place_after
-            if not size:
-                self.done = True
-                break
-        self._rest = held[place:]
-        return b"".join(content)
-
-
-async def ask(address: tuple[str, int], method: str, target: bytes, headers: Headers, body: bytes) -> Answer:
+async def ask(
+    session: aiohttp.ClientSession, address: tuple[str, int], method: str, target: bytes, headers: Headers, body: bytes
+) -> Answer:
     """A replica's answer to a request, up to its body.
+
+    Args:
+        session: made by `line`.
+        target: path and query as they came.
 
     Raises:
         ReplicaLostError: there is nobody, or the answer ended too early.
     """
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    where = URL(f"http://{host}:{address[1]}{target.decode('latin-1')}", encoded=True)
+    passed = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in _passed(headers)]
     try:
-        reader, writer = await asyncio.open_connection(*address)
-    except OSError as error:
+        return Answer(await session.request(method, where, headers=passed, data=body, allow_redirects=False))
+    except (aiohttp.ClientError, OSError) as error:
         raise ReplicaLostError(str(error)) from error
-    try:
-        lines = [b"%s %s HTTP/1.1" % (method.encode(), target)]
-        lines += [b"%s: %s" % pair for pair in [*_passed(headers), (b"content-length", b"%d" % len(body))]]
-        writer.write(b"\r\n".join([*lines, b"connection: close", b"", b""]))
-        writer.write(body)
-        await writer.drain()
-        head = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-        answered = [line.split(b": ", 1) for line in head[1:-2]]
-        named = [(name.lower(), value) for name, value in answered]
-        return Answer(int(head[0].split()[1]), named, reader, writer)
-    except (OSError, asyncio.IncompleteReadError) as error:
-        writer.close()
-        raise ReplicaLostError(str(error)) from error
-    except BaseException:
-        writer.close()
-        raise
 
 
 def _passed(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
