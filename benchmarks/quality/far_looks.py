@@ -2,14 +2,16 @@
 
     python benchmarks/quality/make_chats.py --out far.jsonl --split evaluation --kinds number --most 1 \\
         --near 57000 --length 65536 --count 20
-    python benchmarks/quality/far_looks.py --out looks.jsonl --chats far=far.jsonl --texts prose=moby-dick:8192:16
+    python benchmarks/quality/make_chats.py --out learn.jsonl --length 8192 --count 64 --seed 5
+    python benchmarks/quality/far_looks.py --out looks.jsonl --chats far=far.jsonl --texts prose=moby-dick:8192:16 \\
+        --learn learn.jsonl
 
 Each text is read once with sinks and window alone, and its last tokens then look at everything before the window in
 each of the ways of `looks()` (`real/looks.py`). A chat has one question at its end: the answer counts if each of its
 tokens is the likeliest after the true ones before it. Of a plain text the loss of its last 240 tokens is kept; looks
-that choose by what is asked choose by the 240 before them. A line of `--out` is one text with the results of all
-looks; what is there is not done again, and no text is begun after `--seconds`. The table is printed last. It simulates:
-nothing of it is in the package.
+that choose by what is asked choose by the 240 before them. A run begins with a line of `--out` of kind "run"; each
+other line is one text with the results of all looks. What is there is not done again, and no text is begun after
+`--seconds`. The table is printed last. It simulates: nothing of it is in the package.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import re
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -29,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from real import reading
 from real.looks import Look, Memory, Reader
+from real.sharing import learned, ranks
 from real.ways import weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -37,37 +41,37 @@ from ahn.cli.env import environment
 from ahn.memory.retained_tokens import Scorer
 
 ORDER = Path(__file__).parents[1] / "results" / "smollm2-simulation.jsonl"
-NOTHING, FULL = "sinks + window", "full attention"
+RUN, NOTHING, FULL = "run", "sinks + window", "full attention"
 TAIL = 480
 """Tokens at the end of a plain text that look; the loss is of the second half of them."""
 AROUND = (40, 16)
 """Tokens before and after an answer in the text that belong to its fact."""
 FINDERS = 10
 """Heads over whose attention to the fact the mean is taken."""
+LEARNED = (5, 6, 7, 8)
+"""Layers whose inputs tell one score a token for all heads."""
+NOT_RANKED = ("all", "score", "oracle", "found")
+"""Choices that do not rate blocks, or only once they are asked."""
 Result = dict[str, Any]
 
 
 def looks() -> list[Look]:
-    """All that are compared, the plainest of each kind first."""
-    plain = Look()
-    found = [plain, Look("true", 4096), *(Look("one", d) for d in (600, 1024, 1536, 2560))]
-    found += [Look("block", d) for d in (256, 512, 2048, 4096)]
-    found += [dataclasses.replace(plain, heads=n) for n in (5, 10, 20, 30, 45)]
-    found += [Look("one", 1024, n) for n in (10, 20)]
-    for heads in (90, 20, 10):
-        found += [Look(heads=heads, sharp=s) for s in (1.15, 1.3, 1.5, 2.0, "log")]
-        found += [Look(heads=heads, sharp=s, steady=True) for s in (1.3, 1.5, 2.0, 3.0)]
-        found += [Look(heads=heads, top=k) for k in (16, 64, 256, 1024)]
-    found += [Look(bias=b) for b in (0.5, 1.0)] + [Look(heads=20, bias=0.5), Look(sharp=1.5, bias=0.5)]
-    found += [Look(top=k, sharp=1.3) for k in (64, 256)] + [Look(top=4096), Look(top=64, steady=True)]
-    found += [Look(choice="score", slots=4096), Look(heads=20, choice="score", slots=18432)]
-    found += [Look(choice="oracle", slots=k) for k in (1024, 4096, 16384)]
-    found += [Look(heads=20, choice="oracle", slots=18432), Look(choice="oracle", slots=4096, top=256)]
-    found += [Look(choice="blocks", slots=4096, finders=n) for n in (10, 20)]
-    found += [Look(choice="found", slots=k, finders=n) for n in (3, 5, 10, 20) for k in (256, 1024, 4096)]
-    found += [Look(choice="found", slots=1024, finders=n, sharp=2.0) for n in (5, 10)]
-    found += [Look(tail=TAIL), Look(heads=20, tail=TAIL), Look(heads=20, sharp=1.5, tail=TAIL)]
-    found += [Look(reading=True), Look(heads=20, reading=True)]
+    """All that are compared: what showed something in a first run of ninety, and choices that could be built."""
+    found = [Look(), Look("true", 4096), Look("one", 1024), Look(choice="score", slots=4096)]
+    found += [Look(choice="found", slots=1024, finders=5)]
+    few = Look(heads=20, sharp=2.0, steady=True)
+    wide = dataclasses.replace(few, place="one")
+    found += [few, wide, dataclasses.replace(few, sharp=1.5)]
+    found += [dataclasses.replace(few, choice="score", slots=slots) for slots in (2048, 4096, 8192, 18432)]
+    found += [dataclasses.replace(few, choice="found", slots=1024, finders=5)]
+    ideal = {"choice": "blocks", "slots": 4096, "finders": 10}
+    found += [Look(**ideal), dataclasses.replace(few, **ideal), dataclasses.replace(wide, **ideal)]
+    found += [dataclasses.replace(few, **ideal | {"slots": slots}) for slots in (2048, 8192, 18432)]
+    choices = [{"choice": "layer blocks"}, {"choice": "head blocks"}]
+    choices += [{"choice": "blocks so far", "finders": 10}, {"choice": "blocks", "finders": 10, "layer": 7}]
+    choices += [{"choice": "learned", "layer": layer} for layer in LEARNED]
+    for choice in choices:
+        found += [dataclasses.replace(look, slots=4096, **choice) for look in (Look(), few)]
     return found
 
 
@@ -101,7 +105,8 @@ class Looks:
 
     def chat(self, text: Text, done: Result, also_read: bool) -> Result:
         """Of each look: whether the answer is right, how many of its tokens are, the share of the attention of
-        `FINDERS` heads that goes to the fact when they are due, and in how many heads the fact is whole."""
+        `FINDERS` heads that goes to the fact when they are due, in how many heads the fact is whole, and of looks that
+        rate blocks how many are rated above the answer's, median over heads that see any."""
         found: Result = {}
         places = torch.arange(text.answer.start, text.answer.stop)
         target = text.ids[places]
@@ -117,6 +122,12 @@ class Looks:
             shares = [seen.shares[pair] for pair in self.reader.order[:FINDERS] if pair in seen.shares]
             share = round(sum(shares) / FINDERS, 4)
             found[name] = [bool(right.all()), int(right.sum()), share, sum(seen.held.values())]
+            if look and look.choice not in NOT_RANKED:
+                place = slice(
+                    text.fact.start + AROUND[0] - self.reader.sinks, text.fact.stop - AROUND[1] - self.reader.sinks
+                )
+                ratings = [x for x in self.reader.ratings(look, memory) if x is not None]
+                found[name].append(float(torch.cat([ranks(x, place) for x in ratings]).float().median()))
         return found
 
     def text(self, text: Text, done: Result, also_read: bool) -> Result:
@@ -182,8 +193,20 @@ def run(options: argparse.Namespace) -> bool:
     order = next(row["order"] for row in map(json.loads, ORDER.open()) if row.get("part") == "rank")
     scorers = _scorers(model, Path(shipped.resolve_adapter(options.model, options.adapter, "retained")))
     reader = Reader(model, options.window, options.sinks, [(layer, head) for layer, head in order], scorers)
-    every = Looks(model, reader, [look for look in looks() if re.search(options.only, look.name)])
+    some = [look for look in looks() if re.search(options.only, look.name)]
+    if options.learn:
+        torch.manual_seed(0)
+        lines = [json.loads(line)["messages"] for line in options.learn.read_text(encoding="utf-8").splitlines()]
+        shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in lines]
+        encoded = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+        reader.learned = learned(reader, map(torch.tensor, encoded), LEARNED, FINDERS)
+    else:
+        some = [look for look in some if look.choice != "learned"]
+    every = Looks(model, reader, some)
     rows = rows_of(options.out)
+    with options.out.open("a", encoding="utf-8") as out:
+        kept = {name: getattr(options, name) for name in ("model", "window", "sinks")}
+        out.write(json.dumps({"kind": RUN, **kept, **environment()}) + "\n")
     print(f"{len(every.looks)} looks; ready after {time.perf_counter() - began:.1f} s", flush=True)
     for kind, number, text in texts(tokenizer, options):
         started = time.perf_counter()
@@ -195,7 +218,7 @@ def run(options: argparse.Namespace) -> bool:
         seconds = round(time.perf_counter() - started, 1)
         row = {"kind": kind, "number": number, "length": len(text.ids), "looks": found, "seconds": seconds}
         with options.out.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row | {"model": options.model, **environment()}) + "\n")
+            out.write(json.dumps(row) + "\n")
         print(f"{kind:8s} {number:3d} {seconds:7.1f} s", flush=True)
     return True
 
@@ -205,7 +228,8 @@ def rows_of(file: Path) -> dict[tuple[str, int], Result]:
     found: dict[tuple[str, int], Result] = defaultdict(dict)
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         row = json.loads(line)
-        found[row["kind"], row["number"]] |= row["looks"]
+        if row["kind"] != RUN:
+            found[row["kind"], row["number"]] |= row["looks"]
     return found
 
 
@@ -226,7 +250,9 @@ def table(rows: dict[tuple[str, int], Result]) -> str:
                 parts.append(
                     f"{kind} {right:2d} of {count:2d} ({tokens / count:.1f} tokens, {100 * share / count:4.1f} %, "
                 )
-                parts[-1] += f"{held / count:4.1f} heads)"
+                parts[-1] += f"{held / count:4.1f} heads"
+                above = [x[4] for x in some if len(x) > 4]
+                parts[-1] += f", {statistics.median(above):.0f} blocks above)" if above else ")"
             else:
                 parts.append(f"{kind} {sum(some) / len(some):.4f}")
         lines.append("  ".join(parts))
@@ -247,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--texts", type=named, action="append", default=[], help="KIND=TEXT:TOKENS:COUNT")
     parser.add_argument("--count", type=int, default=40, help="chats of a file, at most")
+    parser.add_argument("--learn", type=Path, help="chats of the training split that teach one score for all heads")
     parser.add_argument("--only", default="", help="looks whose names match this expression")
     parser.add_argument("--reading", default="", help="kinds that are also read with the looks; commas between")
     parser.add_argument("--seconds", type=float, default=500, help="begin no text later")

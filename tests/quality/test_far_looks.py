@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import far_looks
-from real.looks import Look, Reader
+from real.looks import BLOCK, Look, Reader
+from real.sharing import learn, learned, ranks
 
 from ahn.memory.retained_tokens import Scorer
 
@@ -62,10 +63,13 @@ def test_without_a_look_only_the_window_is_seen(model: PreTrainedModel) -> None:
 def test_choices_hold_what_they_say(model: PreTrainedModel) -> None:
     ids, ours, places, fact = tokens(1, 400)[0], reader(model, sinks=2), torch.arange(396, 400), slice(30, 36)
     memory = ours.read(ids[:380])
-    for choice in ("score", "blocks", "oracle", "found"):
+    for choice in ("score", "oracle", "blocks", "head blocks", "layer blocks", "found"):
         look = Look(choice=choice, slots=128, finders=2, heads=len(ours.order))
+        count = 128 + (0 if choice in ("score", "oracle") else 370 % BLOCK)  # and the block that is filling
         for at, keys in zip(ours._choice(look, ids, memory, 390, fact), memory.keys, strict=True):
-            assert at.shape[1] == 128 and (at.diff(dim=1) > 0).all() and 0 <= at.min() <= at.max() < keys.shape[1] - 10
+            assert (
+                at.shape[1] == count and (at.diff(dim=1) > 0).all() and 0 <= at.min() <= at.max() < keys.shape[1] - 10
+            )
         found = ours.look(look, ids, memory, places, 390, fact)
         assert choice != "oracle" or all(found.held.values())
         assert all(0 <= share <= 1 for share in found.shares.values())
@@ -92,3 +96,77 @@ def test_every_look_at_a_chat_and_a_text_is_a_row(model: PreTrainedModel) -> Non
 def test_all_looks_have_names_of_their_own() -> None:
     names = [look.name for look in far_looks.looks()]
     assert len(set(names)) == len(names)
+
+
+@torch.no_grad()
+def test_whose_scores_choose_blocks() -> None:
+    """Of every choice by scores: the blocks of each layer, from scores added up one by one."""
+    model = base("llama", num_hidden_layers=3)
+    ids, ours, text = tokens(1, 400)[0], reader(model, sinks=2), model.config
+    layers, heads = text.num_hidden_layers, text.num_key_value_heads
+    ours.order = [(2, 0), (1, heads - 1), (0, 0)]
+    ours.learned = {1: Scorer(text.hidden_size, 1)}
+    memory = ours.read(ids[:380])
+
+    def best(chances: list[torch.Tensor]) -> list[int]:
+        sums = [sum(float(x[n * BLOCK : (n + 1) * BLOCK].sum()) for x in chances) for n in range(370 // BLOCK)]
+        return sorted(sorted(range(len(sums)), key=lambda n: -sums[n])[:2])
+
+    def chosen(**changed: object) -> list[list[list[int]]]:
+        look = Look(slots=128, **changed)  # type: ignore[arg-type]
+        every = ours._choice(look, ids, memory, 390, None)
+        assert every is not None
+        return [[at[: 2 * BLOCK : BLOCK].div(BLOCK).long().tolist() for at in found] for found in every]
+
+    chances = [x[:, 2:-WINDOW].sigmoid() for x in memory.scores]
+    order = [chances[layer][head] for layer, head in ours.order]
+    assert chosen(choice="head blocks") == [[best([x]) for x in chances[n]] for n in range(layers)]
+    assert chosen(choice="layer blocks") == [[best(list(chances[n]))] for n in range(layers)]
+    assert chosen(choice="blocks", finders=2) == [[best(order[:2])]] * layers
+    assert chosen(choice="blocks", finders=2, layer=1) == [[[]]] + [[best(order[1:2])]] * (layers - 1)
+    upto = [[n for n, (layer, _) in enumerate(ours.order[:2]) if layer <= number] for number in range(layers)]
+    assert chosen(choice="blocks so far", finders=2) == [
+        [best([order[n] for n in some]) if some else []] for some in upto
+    ]
+    own = ours.learned[1](next(x for n, x, _, _ in ours.layers(ids[:380]) if n == 1)[None])[0, 0, 2:-WINDOW].sigmoid()
+    assert chosen(choice="learned", layer=1) == [[[]]] + [[best([own])]] * (layers - 1)
+
+
+@torch.no_grad()
+def test_layers_before_a_shared_choice_see_sinks_and_window(model: PreTrainedModel) -> None:
+    ids, ours, places = tokens(1, 400)[0], reader(model, sinks=2), torch.arange(396, 400)
+    last = model.config.num_hidden_layers
+    ours.learned = {last: Scorer(model.config.hidden_size, 1)}
+    memory = ours.read(ids[:380])
+    memory.learned[last] = torch.zeros(1, 380)
+    look = Look(choice="learned", slots=128, layer=last)
+    nothing = ours.look(None, ids, memory, places, 390)
+    torch.testing.assert_close(ours.look(look, ids, memory, places, 390).logits, nothing.logits)
+
+
+def test_one_score_is_learned_from_many(model: PreTrainedModel) -> None:
+    """What a layer's own heads say together: most of its variance is told."""
+    ours = reader(model, sinks=2)
+    ours.order = [(1, head) for head in range(model.config.num_key_value_heads)]
+    with torch.no_grad():
+        for parameter in ours.scorers[1].parameters():
+            parameter *= 3
+    texts, held_out = tokens(4, 300), tokens(1, 300, seed=9)[0]
+    torch.manual_seed(0)
+    found = learned(ours, texts, [1], 2, steps=200, batch=512)[1]
+    x = next(x for n, x, _, _ in ours.layers(held_out) if n == 1)
+    wanted = ours.scored(ours.scorers[1], x).sigmoid().mean(0)
+    told = ours.scored(found, x)[0].sigmoid()
+    assert float((told - wanted).square().mean()) < 0.25 * float(wanted.var())
+    blind = learn(torch.zeros_like(x), wanted, steps=50)
+    assert float((ours.scored(blind, x * 0)[0].sigmoid() - wanted).square().mean()) > 0.5 * float(wanted.var())
+
+
+def test_ranks_count_blocks_above_the_facts_worst() -> None:
+    ratings = torch.zeros(2, 6 * BLOCK + 5)
+    for block, total in enumerate((5, 1, 4, 2, 3, 0)):
+        ratings[0, block * BLOCK + 7] = total
+    ratings[1] = -ratings[0]
+    ratings[:, 6 * BLOCK :] = 100  # the block that is filling is none of them
+    assert ranks(ratings, slice(2 * BLOCK + 3, 3 * BLOCK)).tolist() == [1, 4]
+    assert ranks(ratings, slice(2 * BLOCK + 3, 3 * BLOCK + 1)).tolist() == [3, 4]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,15 @@ class Look:
         bias: far scores are lowered by it times log(n / `TRAINED`), if n is more.
         top: each query sees so many far tokens a key head, those with its highest scores; 0 for all.
         choice: which far tokens there are: "all"; "score": the `slots` best of each key head by the scorers of retained
-            tokens; "blocks": the same tokens in all heads, whole blocks, by scores added up over the first `finders`
-            heads; "oracle": as "score", the place of the fact always among them; "found": the same blocks in all heads,
-            those that the queries asked for `asked` look at most, in the first `finders` heads.
+            tokens; "oracle": as "score", the place of the fact always among them. The others choose whole blocks, and
+            the block that is filling is there besides: "head blocks": each key head by its own scores; "layer blocks":
+            each layer by those of its heads, added up; "blocks": all by those of the first `finders` heads;
+            "blocks so far": each layer by those of them up to this layer; "learned": all by the one learned score that
+            the input of `layer` gives; "found": all those that the queries asked for `asked` look at most, in the first
+            `finders` heads.
         slots: tokens that are chosen.
         finders: key heads that choose.
+        layer: layers before it see sinks and window alone, and of "blocks" only finding heads up to it choose; 0: all.
         tail: tokens before the reply that look already; those before them were read with sinks and window alone,
         reading: unless all of the text is read with this look.
     """
@@ -61,6 +65,7 @@ class Look:
     choice: str = "all"
     slots: int = 0
     finders: int = 0
+    layer: int = 0
     tail: int = 96
     reading: bool = False
 
@@ -74,6 +79,7 @@ class Look:
         parts += [f"top {self.top}"] if self.top else []
         parts += [f"{self.choice} {self.slots}"] if self.choice != "all" else []
         parts += [f"by {self.finders}"] if self.finders else []
+        parts += [f"from layer {self.layer}"] if self.layer else []
         parts += [f"tail {self.tail}"] if self.tail != Look.tail else []
         parts += ["while reading"] if self.reading else []
         return ", ".join(parts)
@@ -81,15 +87,27 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What reading a text of n tokens leaves by layer: keys before RoPE and values (Hkv, n, P), scores (Hkv, n)."""
+    """What reading a text of n tokens leaves by layer: keys before RoPE and values (Hkv, n, P), scores (Hkv, n).
+
+    Attributes:
+        learned: (1, n) the learned scores of those layers that have any.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     scores: list[Tensor]
+    learned: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def before(self, n: int) -> Memory:
         """The first n tokens of it."""
-        return Memory(*([x[:, :n] for x in part] for part in (self.keys, self.values, self.scores)))
+        parts = ([x[:, :n] for x in part] for part in (self.keys, self.values, self.scores))
+        return Memory(*parts, {number: x[:, :n] for number, x in self.learned.items()})
+
+
+def blocks_of(ratings: Tensor, choice: str) -> Tensor:
+    """(H, n // `BLOCK`) of ratings (H, n) those of whole blocks: their sums; of what queries look at the best."""
+    whole = ratings[:, : ratings.shape[1] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
+    return whole.amax(2) if choice == "found" else whole.sum(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +132,7 @@ class Reader:
     Args:
         order: (layer, key head), those first that find what is far.
         scorers: of retained tokens, by layer; none: choices by score cannot be asked for.
+        learned: scorers of one score a token for all heads, by the layer whose input they score.
     """
 
     def __init__(
@@ -123,9 +142,10 @@ class Reader:
         sinks: int,
         order: Sequence[tuple[int, int]],
         scorers: Sequence[Scorer] = (),
+        learned: Mapping[int, Scorer] | None = None,
     ) -> None:
         self.model, self.decoder, self.window, self.sinks = model, model.get_decoder(), window, sinks
-        self.order, self.scorers = list(order), scorers
+        self.order, self.scorers, self.learned = list(order), scorers, learned or {}
         text = model.config
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         self.head_dim = text.head_dim or text.hidden_size // self.heads
@@ -137,17 +157,33 @@ class Reader:
     def read(self, ids: Tensor, look: Look | None = None) -> Memory:
         """Read a text ids (n,) with sinks and window, and what is far besides if there is a look."""
         memory = Memory([], [], [])
+        for number, inputs, k, v in self.layers(ids, look):
+            memory.keys.append(k)
+            memory.values.append(v)
+            if self.scorers:
+                memory.scores.append(self.scored(self.scorers[number], inputs))
+            if number in self.learned:
+                memory.learned[number] = self.scored(self.learned[number], inputs)
+        return memory
+
+    @torch.no_grad()
+    def layers(self, ids: Tensor, look: Look | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """While a text ids (n,) is read, of each layer: number, input (n, D), keys before RoPE and values (Hkv, n, P).
+
+        What comes after the last layer that is taken is not worked out.
+        """
         x = self.decoder.embed_tokens(ids.to(self.device))
         for number, layer in enumerate(self.decoder.layers):
             inputs = layer.input_layernorm(x)
             q, k, v = self._project(layer, inputs)
-            memory.keys.append(k)
-            memory.values.append(v)
-            if self.scorers:
-                memory.scores.append(self.scorers[number](inputs[None])[0].float())
+            yield number, inputs, k, v
             out = self._windowed(q, k, v) if look is None else self._looking(number, look, q, k, v)
             x = self._after(layer, x, out)
-        return memory
+
+    @torch.no_grad()
+    def scored(self, scorer: Scorer, inputs: Tensor) -> Tensor:
+        """(H, n) float32 of a layer's input (n, D)."""
+        return scorer(inputs[None])[0].float()
 
     def _project(self, layer: torch.nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (Hq, n, P), keys and values (Hkv, n, P) before RoPE."""
@@ -286,10 +322,9 @@ class Reader:
         scores = scores.masked_fill(own > own[S + W :, None], float("-inf"))
         value = value[:, None].float()
         heads = [] if look is None else self._looking_heads(number, look.heads)
-        everything = torch.arange(start - W - S, device=self.device)[None]
-        if look is None or not heads or not everything.numel():
-            return (scores.softmax(-1) @ value).flatten(0, 1), None, everything
-        at = everything if choice is None else choice
+        at = torch.arange(start - W - S, device=self.device)[None] if choice is None else choice
+        if look is None or not heads or not at.numel():
+            return (scores.softmax(-1) @ value).flatten(0, 1), None, at
         far_key, far_value = (x[:, S : start - W] for x in (k, v))
         at_heads = at.expand(self.kv_heads, -1)[heads]
         if choice is None:
@@ -336,29 +371,50 @@ class Reader:
 
     def _choice(self, look: Look, ids: Tensor, memory: Memory, asked: int, fact: slice | None) -> list[Tensor] | None:
         """Per layer (Hkv or 1, m) the far tokens that there are, in their order, counted from the first; None: all."""
-        start = memory.keys[0].shape[1]
-        n = start - self.window - self.sinks
+        n = memory.keys[0].shape[1] - self.window - self.sinks
         count = min(look.slots, n)
         if look.choice == "all" or count == n:
             return None
-        layers = len(memory.keys)
-        if look.choice in ("score", "oracle"):
-            scores = [x[:, self.sinks : start - self.window] for x in memory.scores]
-            if look.choice == "oracle" and fact is not None:
-                scores = [x.clone() for x in scores]
-                for x in scores:
-                    x[:, fact.start - self.sinks : fact.stop - self.sinks] = float("inf")
-            return [x.topk(count, dim=1).indices.sort(dim=1).values for x in scores]
-        if look.choice == "blocks":
-            best = torch.stack([memory.scores[layer][head] for layer, head in self.order[: look.finders]])
-            ratings = best[:, self.sinks : start - self.window].sigmoid().sum(0)
+        if look.choice == "found":
+            ratings: list[Tensor | None] = [self._looked_at(look, ids, memory, asked)[None]] * len(memory.keys)
         else:
-            ratings = self._looked_at(look, ids, memory, asked)
-        blocks = F.pad(ratings, (0, -n % BLOCK)).unflatten(0, (-1, BLOCK))
-        blocks = blocks.sum(1) if look.choice == "blocks" else blocks.amax(1)
-        chosen = blocks.topk(max(1, count // BLOCK)).indices.sort().values
-        at = (chosen[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
-        return [at[at < n][None]] * layers
+            ratings = self.ratings(look, memory)
+        found = []
+        for rating in ratings:
+            if rating is None:
+                found.append(torch.empty(1, 0, dtype=torch.long, device=self.device))
+            elif look.choice in ("score", "oracle"):
+                if look.choice == "oracle" and fact is not None:
+                    rating = rating.clone()
+                    rating[:, fact.start - self.sinks : fact.stop - self.sinks] = float("inf")
+                found.append(rating.topk(count, dim=1).indices.sort(dim=1).values)
+            else:
+                best = blocks_of(rating, look.choice).topk(max(1, count // BLOCK), dim=1).indices.sort(dim=1).values
+                at = (best[..., None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten(1)
+                filling = torch.arange(n // BLOCK * BLOCK, n, device=self.device)
+                found.append(torch.cat([at, filling.expand(len(at), -1)], dim=1))
+        return found
+
+    def ratings(self, look: Look, memory: Memory) -> list[Tensor | None]:
+        """Per layer (Hkv or 1, n) by what a look chooses that does not ask the question; None: it sees none."""
+        far = slice(self.sinks, memory.scores[0].shape[1] - self.window)
+        layers = range(len(memory.scores))
+        scores = [x[:, far] for x in memory.scores]
+        if look.choice in ("score", "oracle"):
+            return list(scores)
+        if look.choice == "learned":
+            shared = memory.learned[look.layer][:, far].sigmoid()
+            return [shared if number >= look.layer else None for number in layers]
+        if look.choice == "head blocks":
+            return [x.sigmoid() for x in scores]
+        if look.choice == "layer blocks":
+            return [x.sigmoid().sum(0, keepdim=True) for x in scores]
+        found: list[Tensor | None] = []
+        for number in layers:
+            last = number if look.choice == "blocks so far" else look.layer or len(layers)
+            chances = [scores[layer][head].sigmoid() for layer, head in self.order[: look.finders] if layer <= last]
+            found.append(sum(chances)[None] if chances and number >= look.layer else None)
+        return found
 
     def _looked_at(self, look: Look, ids: Tensor, memory: Memory, asked: int) -> Tensor:
         """(n,) how much the tokens that ask look at each far token, in the heads that find."""
