@@ -267,6 +267,15 @@ def test_a_prompt_may_be_too_long(serve: Callable[..., Any]) -> None:
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("path, own", [("/v1/chat/completions", {"messages": HI}), ("/v1/responses", {"input": "Hi."})])
+def test_who_does_not_say_how_much_gets_what_there_is_room_for(
+    serve: Callable[..., Any], path: str, own: dict[str, Any]
+) -> None:
+    assert serve(prompt=20).post(path, **own).json()["usage"]["total_tokens"] == 20
+    refused = serve(prompt=2).post(path, **own)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_other_hosts_are_refused_where_nothing_else_protects(serve: Callable[..., Any]) -> None:
     served = serve()
     assert served.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403

@@ -83,10 +83,9 @@ class Chatting:
         wanted, field = fields.max_completion_tokens, "max_completion_tokens"
         if wanted is None:
             wanted, field = fields.max_tokens, "max_tokens"
-        new = service.new_tokens(wanted, field, DEFAULT)
         turn = await session_turn(service, owner, fields.session_id, [each.message() for each in fields.messages])
         prompt = await asyncio.to_thread(service.text.prompt, turn.messages)
-        service.check_prompt(prompt, new, "messages")
+        new = service.new_tokens(wanted, field, DEFAULT, [prompt], "messages")
         options = sampling(service, fields, new, fields.top_logprobs if fields.logprobs else None)
         requests = []
         for n in range(fields.n):

@@ -53,12 +53,10 @@ class Completing:
     @classmethod
     async def begin(cls, service: Service, fields: CompletionFields, owner: str) -> Completing:
         """Check a request and hand it to the engine."""
-        new = service.new_tokens(fields.max_tokens, "max_tokens", DEFAULT)
         given = _several(fields.prompt)
         check_choices(service, fields.n * len(given))
         prompts = await asyncio.to_thread(_tokenised, service, given)
-        for prompt in prompts:
-            service.check_prompt(prompt, new, "prompt")
+        new = service.new_tokens(fields.max_tokens, "max_tokens", DEFAULT, prompts, "prompt")
         options = sampling(service, fields, new, fields.logprobs)
         if fields.echo and fields.logprobs is not None:
             options = dataclasses.replace(options, prompt_logprobs=fields.logprobs)

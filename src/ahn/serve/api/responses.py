@@ -79,10 +79,9 @@ class Responding:
         Args:
             route: with which the response's id begins: of several replicas, the conversation's has it from there.
         """
-        new = service.new_tokens(fields.max_output_tokens, "max_output_tokens", DEFAULT)
         turn = await response_turn(service, owner, fields.previous_response_id, fields.instructions, _messages(fields))
         prompt = await asyncio.to_thread(service.text.prompt, turn.messages)
-        service.check_prompt(prompt, new, "input")
+        new = service.new_tokens(fields.max_output_tokens, "max_output_tokens", DEFAULT, [prompt], "input")
         form = fields.text.format if fields.text is not None else None
         options = dataclasses.replace(
             _sampling(service.defaults, fields),

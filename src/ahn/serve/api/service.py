@@ -56,26 +56,30 @@ class Service:
             said = f"The model {ascii(name)[:100]} does not exist here; there is {self.settings.model!r}."
             raise APIProblem(404, said, "model", "model_not_found")
 
-    def new_tokens(self, wanted: int | None, field: str, default: int | None = None) -> int:
-        """Tokens to write at most.
+    def new_tokens(
+        self, wanted: int | None, field: str, default: int, prompts: Sequence[Sequence[int]], source: str
+    ) -> int:
+        """Tokens to write at most: what is wanted, else the default or as many as there is room for.
+
+        Args:
+            field: which says what is wanted.
+            source: which says the prompts.
 
         Raises:
-            APIProblem: more are wanted than this server writes.
+            APIProblem: this server does not write so many, or a conversation is empty or longer than allowed.
         """
         limit = self.settings.new_tokens
         if wanted is not None and wanted > limit:
             raise APIProblem(400, f"{field}: this server writes at most {limit} tokens.", field, "invalid_value")
-        return min(limit, default or limit) if wanted is None else wanted
-
-    def check_prompt(self, prompt: Sequence[int], new: int, field: str) -> None:
-        """Raises APIProblem for a conversation that is empty or longer than allowed."""
-        if not prompt:
-            raise APIProblem(400, f"{field}: there is nothing to read.", field, "invalid_value")
-        if len(prompt) + new > self.settings.prompt:
-            said = (
-                f"{field}: {len(prompt)} tokens and {new} to write are more than this server's {self.settings.prompt}."
-            )
-            raise APIProblem(400, said, field, "context_length_exceeded")
+        if not all(prompts):
+            raise APIProblem(400, f"{source}: there is nothing to read.", source, "invalid_value")
+        longest = max(map(len, prompts))
+        room = self.settings.prompt - longest
+        new = wanted if wanted is not None else max(1, min(limit, default, room))
+        if new > room:
+            said = f"{source}: {longest} tokens and {new} to write are more than this server's {self.settings.prompt}."
+            raise APIProblem(400, said, source, "context_length_exceeded")
+        return new
 
     async def processors(self, form: ResponseFormat | TextFormat | None) -> tuple[Any, ...]:
         """What keeps a reply to the form that is asked for; for one reply.
