@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ahn.cli import serve
 from ahn.errors import install_command
 
 installed = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="the extra serve is not installed")
@@ -57,6 +58,17 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(
     assert "key" in ahn_cli("serve", "--api-key", "two words").err
     assert ahn_cli("serve", "--port", 70000).code == 2
     assert "--max-age" in ahn_cli("serve", "--max-age", 0).err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_directory_that_others_can_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "open").mkdir()
+    for name, mode in (("open", 0o755), ("closed", 0o700)):
+        if name == "open":
+            (tmp_path / name).chmod(mode)
+        directory = serve._directory(tmp_path / name)
+        assert directory is not None and directory.stat().st_mode & 0o777 == mode
+        assert ("chmod 700" in capsys.readouterr().err) == (name == "open")
 
 
 @installed

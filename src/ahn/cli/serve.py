@@ -187,6 +187,8 @@ def _directory(path: Path | None) -> Path | None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise AHNError(f"Conversations cannot be kept in {directory}: {error.strerror}.") from error
+    if os.name == "posix" and directory.stat().st_mode & 0o077:  # it was there before; several users may share it
+        common.err.print(f"Other users of this machine may read what is said in {directory}: chmod 700 stops that.")
     return directory
 
 
