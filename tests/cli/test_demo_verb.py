@@ -10,6 +10,7 @@ import pytest
 import speaking
 
 from ahn import tiny
+from ahn.cli.common import out
 from ahn.cli.demo import BEST
 from ahn.demo.methods import FULL, WINDOW_ONLY
 
@@ -44,6 +45,8 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
         "figure.png",
     ):
         assert text in " ".join(shown.out.split())
+    introduced = shown.out.strip().partition("\n\n")[0].splitlines()
+    assert len(introduced) > 1 and max(map(len, introduced)) <= out.width
 
 
 @pytest.mark.slow

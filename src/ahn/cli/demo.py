@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ahn.cli import common
 from ahn.cli.generate import read_text
+from ahn.cli.terminal import visible
 from ahn.files import check_folder
 
 if TYPE_CHECKING:
@@ -188,12 +190,12 @@ def _introduce(subject: DemoSubject) -> None:
         names += f" and {len(subject.documents) - NAMED:,} more"
     count = "1 document" if len(subject.documents) == 1 else f"{len(subject.documents):,} documents"
     unseen = " that it was not trained on" if subject.is_tiny else ""
-    common.out.print(f"\n{subject.name}", style="bold", end="")
-    common.out.print(
+    said = (
         f" ({parameters / 1e6:,.1f} M parameters, frozen) reads "
         f"{count} of {length:,} tokens{unseen}: {names}. {config.sinks} sinks and a "
         f"window of {config.window} cover 1/{length / config.lossless:.0f} of each.\n"
     )
+    common.out.print(Text.assemble("\n", (visible(subject.name), "bold"), visible(said)))
 
 
 def _table(comparison: Comparison) -> Table:
