@@ -138,7 +138,7 @@ class OwnServer:
 
     def states(self) -> list[KeptState]:
         """All that are kept."""
-        return list(self.store._states.values())
+        return list(self.store._index)
 
     def forget_shorter(self) -> None:
         """Forget all states but the one that has read most."""

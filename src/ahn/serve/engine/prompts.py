@@ -39,7 +39,7 @@ GPU_CHUNK = 8192
 """Tokens that a GPU reads at once while nobody writes."""
 SMALLEST = {"cpu": 32, "cuda": 512}
 """Tokens of a chunk between two steps: fewer take no less time."""
-FUSED = 1024
+FUSED = 4096
 """Tokens from which on a GPU gains more by compiled norms, rotations and MLPs than its host loses by calling them."""
 SCORES = 256
 """Tokens whose scores of the whole vocabulary are worked with at once."""
