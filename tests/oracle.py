@@ -121,20 +121,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: list[int]) -> Tensor:
 # -- retained tokens: per key head the tokens with the highest scores, seen beside sinks and window --------------------
 
 
-def scores(w: Weights, x: Tensor) -> Tensor:
-    """x (B, L, D) to (B, Hkv, L), rounded to bfloat16."""
+def scores(w: Weights, x: Tensor, together: bool = False) -> Tensor:
+    """x (B, L, D) to (B, Hkv, L), rounded to bfloat16; `together`: heads have the mean of their logits' sigmoids."""
     hidden = F.silu(x @ w["scorer.inner.weight"].T + w["scorer.inner.bias"])
     logits = x @ w["scorer.direct.weight"].T + hidden @ w["scorer.outer.weight"].T + w["scorer.outer.bias"]
+    if together:
+        logits = torch.sigmoid(logits).mean(-1, keepdim=True).expand_as(logits)
     return logits.transpose(1, 2).bfloat16().to(x.dtype)
 
 
-def retained(score: list[float], left: list[int], slots: int) -> list[int]:
+def retained(score: list[float], left: list[int], slots: int, passage: int = 1) -> list[int]:
     """Which of the tokens at positions `left`, in the order in which they left the window, one head still sees.
 
-    What left up to the last full block is sorted as a whole, once: the package goes from block to block.
+    What left up to the last full block is sorted as a whole, once: the package goes from block to block. The tokens of
+    a passage have their mean score, rounded to bfloat16.
     """
     block = min(128, max(1, slots // 8))
     full = len(left) - len(left) % block
+    score = list(score)
+    for start in range(0, full, passage):
+        places = left[start : start + passage]
+        mean = torch.tensor([score[place] for place in places]).mean().bfloat16().item()
+        for place in places:
+            score[place] = mean
     best = sorted(left[:full], key=lambda position: (-score[position], position))
     return sorted(best[: slots - block]) + left[full:]
 
@@ -150,14 +159,22 @@ def anchor(t: int, reach: int) -> int:
 
 
 def _attend_retained(
-    q: Tensor, k: Tensor, moved: Tensor, v: Tensor, score: Tensor, exact: list[int], left: list[int], slots: int
+    q: Tensor,
+    k: Tensor,
+    moved: Tensor,
+    v: Tensor,
+    score: Tensor,
+    exact: list[int],
+    left: list[int],
+    case: Mapping[str, Any],
 ) -> Tensor:
     """One query q (B, H, P) over exact tokens, with keys k, and retained ones, with keys `moved`; (B, H, L, P)."""
     length, k, v = k.shape[2], torch.cat([k, moved], 2), torch.cat([v, v], 2)
     out = torch.empty_like(q)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            seen = exact + [length + position for position in retained(score[b, h].tolist(), left, slots)]
+            stay = retained(score[b, h].tolist(), left, case["slots"], case.get("passage", 1))
+            seen = exact + [length + position for position in stay]
             out[b, h] = _attend(q[b, h][None, None], k[b, h][None, None], v[b, h][None, None], seen)[0, 0]
     return out
 
@@ -186,7 +203,8 @@ def _mixer(
     values = _project(x, attention, "v_proj", kv_heads)
     v = values.repeat_interleave(heads // kv_heads, 1)
     keeps = case["ahn"] == "RetainedTokens"
-    score = scores(memory, x).repeat_interleave(heads // kv_heads, 1) if keeps else x
+    together = case.get("passage", 1) > 1
+    score = scores(memory, x, together).repeat_interleave(heads // kv_heads, 1) if keeps else x
     write, read = MEMORIES.get(case["ahn"], (None, None))
     written_k, written_v = (keys, values) if write is routed_write else (k, v)
     B, _, L, P = q.shape
@@ -198,7 +216,7 @@ def _mixer(
             left = list(range(sinks, leaves + 1))
             moved = _rotate(raw_keys, case["rope_theta"], anchor(t, case.get("near", 0)))
             moved = moved.repeat_interleave(heads // kv_heads, 1)
-            y = _attend_retained(q[:, :, t], k, moved, v, score, seen, left, case["slots"])
+            y = _attend_retained(q[:, :, t], k, moved, v, score, seen, left, case)
         else:
             y = _attend(q[:, :, t], k, v, seen)
         if write is not None and read is not None and leaves >= sinks:

@@ -73,6 +73,10 @@ class AHNConfig:
             Few heads of a model find what was said long ago (`ahn.training.heads`): with as many bytes, these can keep
             several times as many tokens. None: all heads. As `slots`, of use to such a memory alone.
 
+        passage: so many tokens next to each other are kept or forgotten together, by the mean of their scores over all
+            heads of the layer that keep tokens; 1 lets each token of each key head stay by itself. It divides what is
+            kept, and the block of up to 128 that is exact. As `slots`, of use to such a memory alone.
+
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
     """
@@ -87,13 +91,15 @@ class AHNConfig:
     quantized: int = 0
     slots: int = DEFAULT_SLOTS
     slot_heads: tuple[tuple[int, int], ...] | None = None
+    passage: int = 1
     max_distance: int | None = None
     key_bits: int = 4
     value_bits: int = 2
     keys_before_rope: bool = True
 
     def __post_init__(self) -> None:
-        for name, minimum in (("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0), ("slots", 2)):
+        numbers = ("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0), ("slots", 2), ("passage", 1)
+        for name, minimum in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {reprlib.repr(value)}.")

@@ -104,6 +104,38 @@ def test_each_head_keeps_its_own(counted: int, monkeypatch: pytest.MonkeyPatch) 
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("counted", [1, 64])
+def test_passages_stay_and_go_whole(counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ahn.layout.blocks.COUNTED", counted)
+    monkeypatch.setattr("ahn.layout.blocks.QUERIES", 9)
+    window, sinks, length, slots, passage = 5, 2, 150, 48, 3
+    fn = RetainedTokens(D, H, P, HKV, slots=slots, bits=(16, 16), passage=passage)
+    score = torch.randn(1, 1, length).expand(1, HKV, length).bfloat16().float()
+    made = shown(fn, Visibility(window, sinks, 0, length, CPU), numbered(1, length), score)
+    for query in range(window + sinks, length):
+        left = list(range(sinks, query - window + 1))
+        stay = seen(made, 0, 0, query)
+        assert stay == seen(made, 0, 1, query) == oracle.retained(score[0, 0].tolist(), left, slots, passage)
+        whole = [token for token in stay if token - sinks < len(left) // fn.block * fn.block]
+        assert all((token - sinks) % passage == n % passage for n, token in enumerate(whole))
+
+
+@pytest.mark.parametrize(("slots", "passage"), [(24, 2), (48, 4), (4096, 3), (4096, 256)])
+def test_passages_fill_blocks_and_what_is_kept(slots: int, passage: int) -> None:
+    with pytest.raises(AHNError, match=f"passage={passage} must divide"):
+        RetainedTokens(D, H, P, HKV, slots=slots, passage=passage)
+
+
+def test_passages_have_scores_of_all_heads_and_no_bias() -> None:
+    fn = RetainedTokens(D, H, P, HKV, slots=16, passage=2)
+    for parameter in fn.parameters():
+        parameter.data += torch.randn_like(parameter)
+    x = torch.randn(2, 7, D)
+    score = fn.write_gates(x)["score"]
+    expected = fn.logits(x).sigmoid().mean(1, keepdim=True).bfloat16().float()
+    assert torch.equal(score, expected.expand(2, HKV, 7))
+
+
 def test_the_state_is_what_the_last_query_sees() -> None:
     window, sinks, length = 5, 2, 80
     fn, view = fresh(), Visibility(window, sinks, 0, length, CPU)

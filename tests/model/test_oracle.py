@@ -65,18 +65,25 @@ def test_options_follow_the_specification(
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("distance", [0, 64], ids=["own", "near"])
-@given(window=st.integers(1, 10), sinks=st.integers(0, 4), prefill=st.integers(1, 40), slots=st.integers(2, 26))
-@settings(max_examples=5, deadline=None)
+@given(
+    window=st.integers(1, 10),
+    sinks=st.integers(0, 4),
+    prefill=st.integers(1, 40),
+    kept=st.one_of(st.tuples(st.integers(2, 26), st.just(1)), st.sampled_from([(16, 2), (18, 2), (24, 3), (36, 4)])),
+)
+@settings(max_examples=8, deadline=None)
 def test_retained_tokens_follow_the_definition(
-    family: str, distance: int, window: int, sinks: int, prefill: int, slots: int
+    family: str, distance: int, window: int, sinks: int, prefill: int, kept: tuple[int, int]
 ) -> None:
-    """Seen at their own positions, or never from farther than a quarter of what the base knows."""
+    """At own positions, or never seen from farther than a quarter of what the base knows; alone or in passages."""
+    slots, passage = kept
     model = adapted(
         family,
         memory="retained",
         window=window,
         sinks=sinks,
         slots=slots,
+        passage=passage,
         max_distance=distance,
         key_bits=16,
         value_bits=16,
@@ -85,7 +92,7 @@ def test_retained_tokens_follow_the_definition(
     case = config.to_dict() | {"ahn": "RetainedTokens", "rope_theta": config.rope_parameters["rope_theta"]}
     weights = {name: x.double() for name, x in model.state_dict().items()}
     with torch.no_grad():
-        case |= {"slots": slots, "near": max(16, window + sinks + 4) if distance else 0}
+        case |= {"slots": slots, "passage": passage, "near": max(16, window + sinks + 4) if distance else 0}
         expected, _, _ = oracle.decoder(case, weights, ids, window, sinks)
         cache = AHNCache.for_model(model)
         parts = [model(ids[:, :prefill], past_key_values=cache).logits]

@@ -69,11 +69,12 @@ class Ways:
         config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
         return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
 
-    def retained(self, slots: int, bits: tuple[int, int], tier: int = 0) -> Iterator[Method]:
+    def retained(self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1) -> Iterator[Method]:
         """Retained tokens, alone or behind a tier, if their scores are there.
 
         Args:
             slots: tokens a key head if all keep some; where few do, each keeps so many more.
+            passage: tokens that stay or go together.
         """
         if self.scores is None:
             return
@@ -83,7 +84,9 @@ class Ways:
         kept = "exact" if bits == (16, 16) else f"{bits[0]}/{bits[1]}"
         name = f"retained {slots} {kept}" + (f" behind a tier of {tier}" if tier else "")
         name += "" if few is None else f", in {len(few)} heads"
+        name += "" if passage == 1 else f", passages of {passage}"
         config = self.config("retained", slots=each, key_bits=bits[0], value_bits=bits[1], quantized=tier)
+        config = config.replace(passage=passage)
         yield Method(name, config.replace(slot_heads=few), weights)
 
     def recurrent(self) -> Iterator[Method]:
@@ -102,6 +105,7 @@ class Ways:
         yield Method(WINDOW, self.config("window_only"))
         yield self.tier(rest, (4, 2))
         yield from self.retained(4096, (4, 2))
+        yield from self.retained(4096, (4, 2), passage=64)
         yield from self.retained(2048, (4, 2), tier=2048)
         yield from self.retained(1024, (16, 16))
         yield self.tier(rest, (3, 2))
@@ -111,6 +115,7 @@ class Ways:
     def beyond(self) -> Iterator[Method]:
         """For facts asked beyond the trained length."""
         yield Method(FULL)
+        yield from self.retained(4096, (4, 2), passage=64)
         yield from self.retained(4096, (4, 2))
         yield from self.retained(2048, (4, 2), tier=2048)
         yield Method(WINDOW, self.config("window_only"))
@@ -123,3 +128,4 @@ class Ways:
         yield Method(WINDOW, self.config("window_only"))
         yield self.tier(self.shape.rest, (4, 2))
         yield from self.retained(4096, (4, 2))
+        yield from self.retained(4096, (4, 2), passage=64)

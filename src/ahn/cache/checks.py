@@ -56,7 +56,9 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
         config = AHNConfig.saved(block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
-    kept = ("slots", "slot_heads", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
+    kept = (
+        ("slots", "slot_heads", "passage", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
+    )
     for name in ("memory", "router", "q_proj", "full_attention_layers", *kept):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(

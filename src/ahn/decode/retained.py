@@ -55,7 +55,8 @@ class RetainedSteps:
         keys = next(iter(states.values())).window.keys
         self.angles = keys.new_zeros(len(keys), 2, 2, keys.shape[-1], dtype=precise(keys.dtype))
         self.seen: dict[int, SeenTokens] = {}
-        room = max(1, self.config.reach - self.lossless) if self.config.reach else 0
+        weighed = self.config.reach and self.config.passage == 1
+        room = max(1, self.config.reach - self.lossless) if weighed else 0
         for index, state in states.items():
             if not self.memories[index].slot_heads:
                 continue

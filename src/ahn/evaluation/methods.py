@@ -154,6 +154,8 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
             del settings[name]
     if config.slot_heads is None:
         del settings["slot_heads"]
+    if config.passage == 1:
+        del settings["passage"]
     shared = slots if config.memory in memory.baselines() else 0  # a trained memory's are its state
     return found | settings | {"slots": slots, "budget": config.lossless + shared}
 

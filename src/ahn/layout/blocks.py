@@ -2,7 +2,7 @@
 
 A row's first G tokens that leave the window are its block 0, the next G its block 1. When a block is full, M of the
 tokens kept before and of its own stay, those with the highest scores, per head and of equal scores the older. Until
-then its tokens are all there.
+then its tokens are all there. Where passages stay or go together, each token of a full block has its passage's score.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ class TokenBlocks:
     Args:
         rows: B.
         kept, block: M and G.
+        passage: how many tokens have one score in a full block; it divides M and G.
     """
 
     view: Visibility
     rows: int
     kept: int
     block: int
+    passage: int = 1
 
     @classmethod
-    def of(cls, view: Visibility, rows: int, kept: int, block: int) -> TokenBlocks:
+    def of(cls, view: Visibility, rows: int, kept: int, block: int, passage: int = 1) -> TokenBlocks:
         """The same for all layers of a forward."""
-        key = cls, rows, kept, block
+        key = cls, rows, kept, block, passage
         if key not in view.shared:
-            view.shared[key] = cls(view, rows, kept, block)
+            view.shared[key] = cls(view, rows, kept, block, passage)
         return view.shared[key]
 
     @property
@@ -136,6 +138,24 @@ class TokenBlocks:
     def own(self) -> Tensor:
         """(B, 1, G + m) the block, from `begun` on, of the tokens in the block and of those that leave now."""
         return self.number // self.block - self.begun[:, None, None]
+
+    def by_passage(self, scores: Tensor) -> Tensor:
+        """Scores (B, Hkv, M + G + m) with the mean of its passage for each token whose block is filled here."""
+        if self.passage == 1 or not self.most:
+            return scores
+        places, real = self._in_blocks
+        own = scores.gather(2, places.expand(-1, scores.shape[1], -1)).unflatten(2, (-1, self.passage))
+        mean = own.float().mean(3, keepdim=True).expand_as(own).flatten(2).to(scores.dtype)
+        spare = scores.new_zeros(*scores.shape[:2], 1)  # for what is in no full block
+        at = torch.where(real, places, scores.shape[2]).expand_as(mean)
+        return torch.cat([scores, spare], dim=2).scatter(2, at, mean)[:, :, :-1]
+
+    @cached_property
+    def _in_blocks(self) -> tuple[Tensor, Tensor]:
+        """The places of all tokens of the blocks that are filled here, (B, 1, most · G), and whether they are any."""
+        every = [self._places(self.begun + number) for number in range(self.most)]
+        numbers, places = (torch.cat(x, dim=1)[:, None] for x in zip(*every, strict=True))
+        return places, numbers < (self.later // self.block * self.block)[:, None, None]
 
     def fates(self, scores: Tensor, positions: Tensor) -> Fates:
         """Who is forgotten when.
@@ -248,10 +268,12 @@ class TextPiece:
     def bias(self) -> Tensor | None:
         """(B or 1, n) float32 of the scores, by which kept tokens weigh no more than those of a text of trained length.
 
+        Passages are text, of which the base has seen as much: nothing is taken from them.
+
         The logarithm of how many tokens have left in such a text, over how many have left now; None where it is 0.
         """
         view = self.blocks.view
-        if not view.reach or view.total <= view.reach:
+        if not view.reach or view.total <= view.reach or self.blocks.passage > 1:
             return None
         return (max(1, view.reach - view.lossless) / self._left[:, 0, :, 0].clamp_min(1)).clamp_max(1).log()
 

@@ -71,7 +71,14 @@ def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
     """A new memory for a layer of a model of this shape."""
     kind, heads = get(config.memory), config.heads_of(layer)
     sizes = shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads
-    return kind(*sizes, q_proj=config.q_proj, slots=config.slots, bits=config.tier_bits, slot_heads=heads)
+    return kind(
+        *sizes,
+        q_proj=config.q_proj,
+        slots=config.slots,
+        bits=config.tier_bits,
+        slot_heads=heads,
+        passage=config.passage,
+    )
 
 
 def by_published_name(published: str) -> type[Memory]:

@@ -83,6 +83,7 @@ class Memory(nn.Module):
         slots: tokens per key head that a memory holds which keeps tokens; others have no use for it.
         bits: likewise, per number of these tokens' keys and values: 2, 3, 4, or `EXACT`.
         slot_heads: likewise, the key heads that keep tokens; None for all.
+        passage: likewise, how many tokens are kept or forgotten together.
     """
 
     name: ClassVar[str]
@@ -116,10 +117,11 @@ class Memory(nn.Module):
         slots: int = DEFAULT_SLOTS,
         bits: tuple[int, int] = (EXACT, EXACT),
         slot_heads: tuple[int, ...] | None = None,
+        passage: int = 1,
     ) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
-        self.slots, self.bits = slots, bits
+        self.slots, self.bits, self.passage = slots, bits, passage
         self.slot_heads = range(self.kv_heads) if slot_heads is None else slot_heads
 
     @property

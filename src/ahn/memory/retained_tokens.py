@@ -13,9 +13,13 @@ of the tokens kept before and those of the block stay (of equal scores the older
 (`ahn.layout.blocks`). So a query sees the best M of all that had left up to the last full block, and whatever left
 since: that exactly, the others exactly or at a few bits per number.
 
+With `AHNConfig.passage` so many tokens next to each other stay or go together, in all heads of a layer, by the mean of
+their scores: text that hangs together, as the base has always seen it.
+
 The base never saw so many salient tokens at once as the best M of a text that is much longer than what it was trained
 on: its attention to them grows with the text, and its predictions get worse. So beyond the trained length they weigh
-together what as large a share of a text of the trained length would (`ahn.layout.blocks.TextPiece.bias`).
+together what as large a share of a text of the trained length would (`ahn.layout.blocks.TextPiece.bias`). Passages need
+none of that.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ahn.errors import AHNError
 from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
 from ahn.layout.evicted import Evicted
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
@@ -76,6 +81,12 @@ class RetainedTokens(Memory):
         super().__init__(*sizes, **options)
         self.scorer = Scorer(self.hidden_size, len(self.slot_heads)) if self.slot_heads else None
         self._chosen: dict[torch.device, Tensor] = {}
+        if self.block % self.passage or self.kept % self.passage:
+            raise AHNError(
+                f"passage={self.passage} must divide the {self.block} tokens of a block and the {self.kept} that are "
+                f"kept beside it, of slots={self.slots}. A power of two up to 128 fits slots of 8 times as many, or of "
+                "a multiple of that."
+            )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -129,7 +140,10 @@ class RetainedTokens(Memory):
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
         # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
-        scores, chosen = self.logits(x).bfloat16().float(), self.chosen(x.device)
+        scores, chosen = self.logits(x), self.chosen(x.device)
+        if self.passage > 1 and self.slot_heads:
+            scores = scores.sigmoid().mean(1, keepdim=True).expand_as(scores)
+        scores = scores.bfloat16().float()
         if chosen is None:
             return {"score": scores}
         # Of all key heads, as gates are: what waits in the window does not depend on the layer.
@@ -161,13 +175,14 @@ class RetainedTokens(Memory):
         state = state or self.empty_slots(left.key, view.window)
         gates = {name: self._own(gate) for name, gate in left.gates.items()}
         left = Evicted(self._own(left.key), self._own(left.value), gates)
-        blocks = TokenBlocks.of(view, left.key.shape[0], self.kept, self.block)
+        blocks = TokenBlocks.of(view, left.key.shape[0], self.kept, self.block, self.passage)
         new = blocks.positions[:, None].expand(-1, left.key.shape[1], -1)
         scores, positions = (
             torch.cat([held, x.to(held.dtype)], dim=2)
             for held, x in ((state["scores"], left.gates["score"]), (state["positions"], new))
         )
         with torch.no_grad():
+            scores = blocks.by_passage(scores)
             fates = blocks.fates(scores, positions)
             stay = blocks.staying(fates, blocks.most)
         after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}

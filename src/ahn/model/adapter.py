@@ -61,6 +61,11 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
             f"The memory {config.memory!r} does not say that its heads can be held by several processes "
             "(`heads_apart`): load the model without tensor parallelism, or choose another memory."
         )
+    if share.parallel and config.passage > 1:
+        raise AHNError(
+            "With tensor parallelism each key head keeps tokens by itself: load the model on one device, or with "
+            "passage=1."
+        )
     if share.parallel and config.slot_heads is not None:
         raise AHNError(
             "With tensor parallelism all heads keep tokens: load the model on one device, or with slot_heads=None."
