@@ -36,10 +36,12 @@ AnyTrainer = TypeVar("AnyTrainer", bound=type)
 # operators below it return both. Each: query, key, value (B, H, n, P); the output and float32 sums (B, H, n).
 
 
-def attention_of_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    """torch's kernel for a CPU."""
+def attention_of_cpu(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """torch's kernel for a CPU; it alone takes a mask (B or 1, H or 1, n, T), which is added to the scores."""
     out, score = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, scale=scaling
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
     )
     return out, score
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ahn import private
+from ahn.attend import merge
 from ahn.attend.merge import Part
 
 QUERIES = 1024
@@ -19,12 +22,22 @@ def part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: fl
 
     Args:
         query: (B, Hq, n, P); key, value: (B, Hkv, C, P) with Hq a multiple of Hkv.
-        visible: (B or 1, 1 or Hkv, n, C) bool.
+        visible: (B or 1, 1 or Hkv, n, C') bool, of the last C' keys; all queries see those before.
         scaling: of the scores.
     """
+    first = key.shape[2] - visible.shape[-1]
+    if first and query.device.type == "cpu":
+        certain = Part(*private.attention_of_cpu(query, key[:, :, :first], value[:, :, :first], False, scaling))
+        return merge.joined([certain, part(query, key[:, :, first:], value[:, :, first:], visible, scaling)])
+    visible = of_all_keys(visible, key.shape[2])
     pairs = zip(query.split(QUERIES, dim=2), visible.split(QUERIES, dim=2), strict=True)
     parts = [_part(some, key, value, seen, scaling) for some, seen in pairs]
     return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def of_all_keys(visible: Tensor, count: int) -> Tensor:
+    """Of the last of so many keys (B, H, n, C') as one of all (B, H, n, C): those before are seen."""
+    return F.pad(visible, (count - visible.shape[-1], 0), value=True) if visible.shape[-1] < count else visible
 
 
 def joined(parts: list[Part]) -> Part:
@@ -33,6 +46,8 @@ def joined(parts: list[Part]) -> Part:
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
+    if query.device.type == "cpu":
+        return _on_cpu(query, key, value, visible, scaling)
     B, Hkv, C, P = key.shape
     n = query.shape[2]
     scores = _scores(query.reshape(B * Hkv, -1, P), key.reshape(B * Hkv, C, P)).view(B, Hkv, -1, n, C)
@@ -41,6 +56,17 @@ def _part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: f
     weights = scores.sub_(highest).exp_().to(value.dtype).view(B * Hkv, -1, C)
     out = (weights @ value.reshape(B * Hkv, C, P)).view(B, -1, n, P)
     return Part(out, highest.float().view(B, -1, n))
+
+
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
+    """By torch's own kernel, for which each key head is a row of the batch: its query heads share one mask."""
+    B, Hkv, C, P = key.shape
+    n = query.shape[2]
+    mask = (~visible).to(torch.promote_types(query.dtype, torch.float32)).mul_(UNSEEN)
+    mask = mask.expand(B, Hkv, n, C).reshape(B * Hkv, 1, n, C)
+    key, value = (x.reshape(B * Hkv, 1, C, P) for x in (key, value))
+    out, score = private.attention_of_cpu(query.reshape(B * Hkv, -1, n, P), key, value, False, scaling, mask)
+    return Part(out.reshape(B, -1, n, P), score.float().reshape(B, -1, n))
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def attend(
         new = (keys[:, :, cached:], values[:, :, cached:])
         return merge([_part(query, *old, False, scaling), _part(query, *new, True, scaling), *more])
     size = min(BLOCK, view.window - 1, *(band.width - 1 for band in tier))
-    size -= size % WHOLE if size > WHOLE else 0
+    # Whole tiles where there are many; else equal blocks: one of few queries would go through as many keys for little.
+    size = size - size % WHOLE if size > WHOLE else -(-n // -(-n // size))
     edges = {edge for band in tier for edge in band.edges() if 0 < edge < n}
     blocks = []
     for start, stop in itertools.pairwise(sorted({*range(0, n, size), n} | edges)):

@@ -188,6 +188,14 @@ class TokenBlocks:
         there = (self.filled < full) & (fates.forgotten > full)
         return there.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, : self.kept]
 
+    def lasting(self, fates: Fates, full: int) -> Tensor:
+        """`staying`, those that stay longest first."""
+        if not self.most:
+            return self.staying(fates, full)
+        there = (self.filled < full) & (fates.forgotten > full)
+        order = fates.forgotten.masked_fill(~there, -1).argsort(dim=2, descending=True, stable=True)
+        return order[:, :, : self.kept]
+
     def pieces(self, spans: Sequence[tuple[int, int]]) -> list[TextPiece]:
         """All queries: those of each span (first, beyond the last) in one or several pieces."""
         key = tuple(spans)
@@ -203,7 +211,7 @@ class TokenBlocks:
         view = self.view
         if view.padded:  # every row has numbers of its own: all places
             every = torch.arange(self.kept, self.slots + view.evicted, device=view.device)
-            return [TextPiece(self, first, last, 0, every, len(every) if self.most else 0)]
+            return [TextPiece(self, first, last, 0, every, len(every) if self.most else 0, 0)]
         return [self._piece(at, min(at + QUERIES, last)) for at in range(first, last, QUERIES)]
 
     def _piece(self, first: int, last: int) -> TextPiece:
@@ -215,7 +223,9 @@ class TokenBlocks:
         coded = max(0, self._full(view.seen + last) * self.block - start)
         numbers = torch.arange(start, max(start, stop), device=view.device)
         held, new = self.kept + numbers % self.block, self.slots + numbers - before
-        return TextPiece(self, first, last, full - begun, torch.where(numbers < before, held, new), coded)
+        # Every block that is filled takes the place of as many tokens, once there are M.
+        certain = max(0, self.kept - coded) if start >= self.kept else 0
+        return TextPiece(self, first, last, full - begun, torch.where(numbers < before, held, new), coded, certain)
 
     def after(self, x: Tensor, kept: Tensor, empty: int) -> Tensor:
         """What is in the slots after this forward of x (B, Hkv, M + G + m); `empty` where there is no token."""
@@ -255,6 +265,7 @@ class TextPiece:
         full: blocks that are filled before the first query reads.
         places: (T,) of tokens in the text's order, from the block that was filling then on.
         coded: so many of them may be seen after their block is full.
+        certain: of the M tokens every query sees at least so many.
     """
 
     blocks: TokenBlocks
@@ -263,6 +274,7 @@ class TextPiece:
     full: int
     places: Tensor
     coded: int
+    certain: int
 
     @cached_property
     def bias(self) -> Tensor | None:
@@ -307,7 +319,7 @@ class TextPiece:
         return self.blocks.own[:, :, self.places - self.blocks.kept].unsqueeze(2)
 
     def kept(self, positions: Tensor, forgotten: Tensor) -> Tensor:
-        """(B, Hkv, n, M) which query sees which token that stayed before; their positions and fates are (B, Hkv, M)."""
+        """(B, Hkv, n, T) which query sees which token that stayed before, of positions and fates (B, Hkv, T)."""
         return self._full < forgotten.masked_fill(positions < 0, -NEVER).unsqueeze(2)
 
     def after(self, forgotten: Tensor) -> Tensor:

@@ -73,18 +73,30 @@ class Rotation:
         cos, sin = self._angles(y, positions, known)
         if back:
             cos, sin = (cos, -sin) if self.scale == 1 else (cos / self.scale**2, -sin / self.scale**2)
-        turned, _ = self.apply(y, y[:, :1], cos, sin)  # it turns two things, and of the other something small
+        turned, _ = self.apply(y, y[:, :0], cos, sin)  # it turns two things; there is no other
         return turned.view(x.shape).to(x.dtype)
 
     def _angles(self, y: Tensor, positions: Tensor, known: Known | None) -> tuple[Tensor, Tensor]:
         key = id(positions), y.dtype
-        if known is None or key not in known:
-            # A model may lie on several devices, and its rotary embedding on the first.
-            cos, sin = (part.to(y.device) for part in self.angles(y, positions))
-            if known is None:
-                return cos, sin
-            known[key] = positions, cos, sin  # with the positions, or another tensor might get their id
+        if known is None:
+            return self._looked_up(y, positions) if y.device.type == "cpu" else self._made(y, positions)
+        if key not in known:
+            known[key] = positions, *self._made(y, positions)  # with the positions, or another might get their id
         return known[key][1:]
+
+    def _made(self, y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # A model may lie on several devices, and its rotary embedding on the first.
+        cos, sin = (part.to(y.device) for part in self.angles(y, positions))
+        return cos, sin
+
+    def _looked_up(self, y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where positions come more than once, as of each head: a copy is cheaper than a cosine."""
+        first = positions.min()
+        every = torch.arange(int(first), int(positions.max()) + 1, device=positions.device)[None]
+        if every.numel() >= positions.numel():
+            return self._made(y, positions)
+        cos, sin = (part[0].index_select(0, (positions - first).flatten()) for part in self._made(y, every))
+        return cos.unflatten(0, positions.shape), sin.unflatten(0, positions.shape)
 
 
 def anchors(positions: Tensor, reach: int) -> Tensor:

@@ -41,7 +41,8 @@ class SeenKeys:
     Attributes:
         first, last: of the queries, and one beyond.
         key, value: (B, Hkv, C, P).
-        visible: (B or 1, 1 or Hkv, last - first, C) bool, which of the queries sees which of them.
+        visible: (B or 1, 1 or Hkv, last - first, C') bool, which of the queries sees which of the last C' of them; all
+            see those before.
         bias: (B or 1, last - first) float32, added to the scores of all these keys; None for nothing.
         heads: (h,) the key heads that see them, where `key`, `value` and `visible` are of these alone; None for all.
     """

@@ -186,7 +186,7 @@ class RetainedTokens(Memory):
             fates = blocks.fates(scores, positions)
             stay = blocks.staying(fates, blocks.most)
         after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
-        key = left.key if anchored is None else anchored.rotation.undo(left.key, new.clamp_min(0))
+        key = left.key if anchored is None else anchored.rotation.undo(left.key, blocks.positions.clamp_min(0))
         keys, later_keys = self._tokens("key", key, blocks, state, stay)
         values, later_values = self._tokens("value", left.value, blocks, state, stay)
         pieces = self._seen(blocks, fates, keys, values, anchored)
@@ -239,16 +239,16 @@ class RetainedTokens(Memory):
         return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate), p.bias, heads) for p, k, v, *fate in split]
 
     def _places(self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, exact: int) -> Tensor:
-        """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see."""
-        stayed = blocks.staying(fates, piece.full)
+        """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see, first those that it does."""
+        stayed = blocks.lasting(fates, piece.full)
         own = [piece.places[: piece.coded], piece.places + exact] if self._coded else [piece.places]
         return torch.cat([stayed, *(x.expand(*stayed.shape[:2], -1) for x in own)], dim=2)
 
     def _visible(self, piece: TextPiece, positions: Tensor, forgotten: Tensor) -> Tensor:
-        """Which of the piece's queries sees which of `_places`."""
-        M, coded = self.kept, piece.coded
+        """Which of the piece's queries sees which of `_places`, after those that all see."""
+        M, coded, first = self.kept, piece.coded, piece.certain
         heads = *forgotten.shape[:2], -1, -1
-        kept = piece.kept(positions[:, :, :M], forgotten[:, :, :M])
+        kept = piece.kept(positions[:, :, first:M], forgotten[:, :, first:M])
         after, filling = piece.after(forgotten[:, :, M : M + coded]), piece.filling.expand(heads)
         if self._coded:
             return torch.cat([kept, after, filling], dim=3)

@@ -313,10 +313,11 @@ def _among_all(part: Part, heads: Tensor, query: Tensor) -> Part:
 
 def _of_all_heads(more: SeenKeys, count: int) -> Seen:
     """A memory's keys for so many key heads: those that are not its own have zeros that nobody sees."""
+    visible = masked.of_all_keys(more.visible, more.key.shape[2])
     if more.heads is None:
-        return Seen(more.key, more.value, more.visible)
+        return Seen(more.key, more.value, visible)
     all_heads = []
-    for x in (more.key, more.value, more.visible.expand(-1, len(more.heads), -1, -1)):
+    for x in (more.key, more.value, visible.expand(-1, len(more.heads), -1, -1)):
         empty = x.new_zeros(x.shape[0], count, *x.shape[2:])
         all_heads.append(empty.index_copy(1, more.heads, x))
     return Seen(*all_heads)
