@@ -11,14 +11,18 @@ from ahn.attend import masked
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("first", [0, 4], ids=lambda first: f"{first} seen by all")
 @torch.no_grad()
-def test_it_is_torchs_attention(dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_torchs_attention(
+    dtype: torch.dtype, shape: tuple[int, int], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(masked, "QUERIES", 5)
     query = torch.randn(2, 6, 13, 8, dtype=dtype)
     key, value = (torch.randn(2, 3, 11, 8, dtype=dtype) for _ in range(2))
     visible = torch.rand(*shape, 13, 11) < 0.4
     visible[:, :, 3] = False
-    found = masked.part(query, key, value, visible, 0.7)
+    visible[..., :first] = True
+    found = masked.part(query, key, value, visible[..., first:], 0.7)
     exact = [x.double().repeat_interleave(2, 1) for x in (key, value)]
     seen = visible.expand(2, 3, -1, -1).repeat_interleave(2, 1)
     scores = (query.double() @ exact[0].mT * 0.7).masked_fill(~seen, -torch.inf)

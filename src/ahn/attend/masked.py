@@ -27,7 +27,7 @@ def part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: fl
     """
     first = key.shape[2] - visible.shape[-1]
     if first and query.device.type == "cpu":
-        certain = Part(*private.attention_of_cpu(query, key[:, :, :first], value[:, :, :first], False, scaling))
+        certain = _on_cpu(query, key[:, :, :first], value[:, :, :first], None, scaling)
         return merge.joined([certain, part(query, key[:, :, first:], value[:, :, first:], visible, scaling)])
     visible = of_all_keys(visible, key.shape[2])
     pairs = zip(query.split(QUERIES, dim=2), visible.split(QUERIES, dim=2), strict=True)
@@ -58,12 +58,13 @@ def _part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: f
     return Part(out, highest.float().view(B, -1, n))
 
 
-def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Part:
     """By torch's own kernel, for which each key head is a row of the batch: its query heads share one mask."""
     B, Hkv, C, P = key.shape
-    n = query.shape[2]
-    mask = (~visible).to(torch.promote_types(query.dtype, torch.float32)).mul_(UNSEEN)
-    mask = mask.expand(B, Hkv, n, C).reshape(B * Hkv, 1, n, C)
+    n, mask = query.shape[2], None
+    if visible is not None:
+        mask = (~visible).to(torch.promote_types(query.dtype, torch.float32)).mul_(UNSEEN)
+        mask = mask.expand(B, Hkv, n, C).reshape(B * Hkv, 1, n, C)
     key, value = (x.reshape(B * Hkv, 1, C, P) for x in (key, value))
     out, score = private.attention_of_cpu(query.reshape(B * Hkv, -1, n, P), key, value, False, scaling, mask)
     return Part(out.reshape(B, -1, n, P), score.float().reshape(B, -1, n))

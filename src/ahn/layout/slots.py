@@ -16,6 +16,13 @@ def gather(x: Tensor, slots: Tensor) -> Tensor:
     return x.transpose(1, 2)[rows, slots].transpose(1, 2)
 
 
+def gather_per_head(x: Tensor, slots: Tensor) -> Tensor:
+    """x (B, H, T, P) at slots (B, H, U) of each head: (B, H, U, P), copied vector by vector, as `torch.gather` does not."""
+    B, H, T, P = x.shape
+    heads = torch.arange(B * H, device=x.device).view(B, H, 1)
+    return x.reshape(-1, P).index_select(0, (slots + T * heads).flatten()).view(B, H, -1, P)
+
+
 @dataclasses.dataclass(frozen=True)
 class Slots:
     """Fixed places for decoding: the token at position p of its row lies in slot p < S, or in S + (p - S) mod W.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ahn.layout.blocks import TokenBlocks
+from ahn.layout.slots import gather_per_head
 from ahn.ops.quantize import code_bytes, decode, encode, precise
 from ahn.shape import EXACT
 
@@ -71,6 +72,5 @@ class Kept:
 
     def take(self, places: Tensor) -> Kept:
         """Of the tokens at places (B, Hkv, M)."""
-        index = places[..., None].expand(*places.shape, self.numbers.shape[-1])
         scales = None if self.scales is None else self.scales.gather(2, places)
-        return Kept(self.numbers.gather(2, index), scales, self.offset)
+        return Kept(gather_per_head(self.numbers, places), scales, self.offset)

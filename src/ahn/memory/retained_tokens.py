@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ahn.errors import AHNError
 from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
 from ahn.layout.evicted import Evicted
+from ahn.layout.slots import gather_per_head
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
 from ahn.shape import EXACT
@@ -228,8 +229,7 @@ class RetainedTokens(Memory):
         sizes, places = [x.shape[2] for x in chosen], torch.cat(chosen, dim=2)
         at = torch.where(places < blocks.slots + blocks.view.evicted, places, places - exact) if exact else places
         positions = fates.positions.gather(2, at)
-        index = places[..., None].expand(*places.shape, keys.shape[-1])
-        keys, values = keys.gather(2, index), values.gather(2, index)
+        keys, values = gather_per_head(keys, places), gather_per_head(values, places)
         if anchored is not None:
             parts = [(piece.first, size) for piece, size in zip(pieces, sizes, strict=True)]
             keys = anchored.turn(keys, positions.clamp_min(0), parts)
