@@ -108,7 +108,7 @@ def test_a_message_that_was_stopped_leaves_a_conversation(before: int, monkeypat
     talk = Talk(speaking.CHATML, monkeypatch)
     if before:
         talk.say("Hello", "Hi there")
-    monkeypatch.setattr("ahn.cli.session.PATIENCE", 7)
+    monkeypatch.setattr("ahn.measure.reading.CPU_CHUNK", 7)
     interrupt = Interrupt()
     ids = talk.turns.next_input("one two three four five six seven eight")
 
@@ -137,7 +137,7 @@ def test_a_text_becomes_the_beginning_of_the_next_message(
         talk.say("Hello", "Hi there")
     start = talk.session.seen
     texts = ["Call me Ishmael.", "Some years ago"]
-    monkeypatch.setattr("ahn.cli.session.PATIENCE", 3)  # one of them is the last token before the text
+    monkeypatch.setattr("ahn.measure.reading.CPU_CHUNK", 3)  # one of them is the last token before the text
     for number, text in enumerate(texts):
         file = tmp_path / str(number)
         file.write_text(f"\ufeff{text}\n\n")

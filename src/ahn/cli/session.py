@@ -33,8 +33,6 @@ TINY_MEMORY = "gated_deltanet"
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
 SINKS_WITHOUT_MEMORY = 32
-PATIENCE = 64
-"""Tokens of a chunk on a CPU where Ctrl-C is waited for: between two chunks a conversation can be stopped and kept."""
 LONG = 1 << 16
 """Characters of a text that is tokenised in a thread of its own, so that the program can be stopped meanwhile."""
 
@@ -116,10 +114,7 @@ class Session:
         first = len(self._ids)
         self._ids += ids
         told = first
-        size = chunk_size(self.model)
-        if interrupt is not None and self.model.device.type == "cpu":
-            size = min(size, PATIENCE)
-        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1, size):
+        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1):
             advance(read - told)
             told = read
             if interrupt is not None and interrupt.wanted:
@@ -130,14 +125,14 @@ class Session:
 
     def save(self, file: str) -> None:
         """Write the cache with all that was read and written to a file."""
-        for _ in self._feed(self.cache.seen - self._before, len(self._ids), chunk_size(self.model)):
+        for _ in self._feed(self.cache.seen - self._before, len(self._ids)):
             pass
         self.reset(self.cache)
         self.cache.save(file)
 
     @torch.inference_mode()
-    def _feed(self, start: int, stop: int, size: int) -> Iterator[int]:
-        for read, _ in in_chunks(self.model, self.cache, self._ids, start, stop, size):
+    def _feed(self, start: int, stop: int) -> Iterator[int]:
+        for read, _ in in_chunks(self.model, self.cache, self._ids, start, stop, chunk_size(self.model)):
             yield read
 
     @torch.no_grad()

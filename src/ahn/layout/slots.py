@@ -17,7 +17,7 @@ def gather(x: Tensor, slots: Tensor) -> Tensor:
 
 
 def gather_per_head(x: Tensor, slots: Tensor) -> Tensor:
-    """x (B, H, T, P) at slots (B, H, U) of each head: (B, H, U, P), copied vector by vector, as `torch.gather` does not."""
+    """x (B, H, T, P) at slots (B, H, U) of each head: (B, H, U, P); vectors are copied whole, not number by number."""
     B, H, T, P = x.shape
     heads = torch.arange(B * H, device=x.device).view(B, H, 1)
     return x.reshape(-1, P).index_select(0, (slots + T * heads).flatten()).view(B, H, -1, P)
