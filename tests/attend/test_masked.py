@@ -33,3 +33,16 @@ def test_it_is_torchs_attention(
     assert relative_error(found.score[some].double(), scores.logsumexp(-1)[some]) < 8 * unit
     assert found.score.dtype == torch.float32 and (found.score[~some] < -1e29).all()
     assert torch.isfinite(found.out).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 4])
+def test_no_key_to_choose_from(first: int) -> None:
+    query, key = torch.randn(2, 6, 5, 8), torch.randn(2, 3, first, 8)
+    found = masked.part(query, key, key, torch.ones(1, 1, 5, 0, dtype=torch.bool), 0.7)
+    if first:
+        repeated = key.repeat_interleave(2, 1)
+        wanted = torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated, scale=0.7)
+        assert relative_error(found.out, wanted) < 1e-6
+    else:
+        assert (found.out == 0).all() and (found.score < -1e29).all()

@@ -62,6 +62,8 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, s
     """By torch's own kernel, for which each key head is a row of the batch: its query heads share one mask."""
     B, Hkv, C, P = key.shape
     n, mask = query.shape[2], None
+    if not C:  # the kernel divides by their number
+        return Part(torch.zeros_like(query), query.new_full(query.shape[:3], UNSEEN, dtype=torch.float32))
     if visible is not None:
         mask = (~visible).to(torch.promote_types(query.dtype, torch.float32)).mul_(UNSEEN)
         mask = mask.expand(B, Hkv, n, C).reshape(B * Hkv, 1, n, C)
