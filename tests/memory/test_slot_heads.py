@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn import costs
+from ahn.attend.masked import of_all_keys
 from ahn.errors import AHNError
 from ahn.memory.retained_tokens import RetainedTokens
 
@@ -54,7 +55,8 @@ def masked(model: PreTrainedModel, form: dict[str, Any], monkeypatch: pytest.Mon
     def hidden(self: RetainedTokens, *args: Any) -> Tensor:
         found = visible(self, *args)
         shown: Tensor | None = getattr(self, "shown", None)
-        return found if shown is None else found & shown[:, None, None]
+        # All keys: none is seen by every head.
+        return found if shown is None else of_all_keys(found, args[1].shape[2]) & shown[:, None, None]
 
     monkeypatch.setattr(RetainedTokens, "_visible", hidden)
     return other
