@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
+from ahn.layout.anchors import anchor_at, anchor_moves, anchor_step, near_reach
 
 if TYPE_CHECKING:
     from ahn.layout.visibility import Visibility
@@ -40,13 +41,14 @@ class Rotation:
     apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     scale: float = 1.0
 
-    def turn(self, x: Tensor, positions: Tensor, known: Known | None = None) -> Tensor:
+    def turn(self, x: Tensor, positions: Tensor, known: Known | None = None, table: Angles | None = None) -> Tensor:
         """x (B, H, T, P) from before RoPE to these positions, (B or 1, T) or (B or 1, H, T).
 
         Args:
             known: angles of positions that come again, layer after layer, in the very same tensor.
+            table: angles of all these positions.
         """
-        return self._turned(x, positions, known, back=False)
+        return self._turned(x, positions, known, back=False, table=table)
 
     def undo(self, x: Tensor, positions: Tensor, known: Known | None = None) -> Tensor:
         """x (B, H, T, P) at these positions, (B or 1, T) or (B or 1, H, T), to before RoPE; the inverse of `turn`."""
@@ -63,14 +65,16 @@ class Rotation:
         # Keys have the scale from their turn to position 0.
         return (turned if self.scale == 1 else turned * self.scale).to(query.dtype)
 
-    def _turned(self, x: Tensor, positions: Tensor, known: Known | None, back: bool) -> Tensor:
+    def _turned(
+        self, x: Tensor, positions: Tensor, known: Known | None, back: bool, table: Angles | None = None
+    ) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)  # turned more than once, rounded once
         y = x.to(precise)
         if positions.dim() == 3:  # each head has its own
             y = y.flatten(0, 1).unsqueeze(1)
             positions = positions.expand(x.shape[0], x.shape[1], -1).flatten(0, 1)
             known = None
-        cos, sin = self._angles(y, positions, known)
+        cos, sin = self._angles(y, positions, known) if table is None else table.at(positions)
         if back:
             cos, sin = (cos, -sin) if self.scale == 1 else (cos / self.scale**2, -sin / self.scale**2)
         turned, _ = self.apply(y, y[:, :0], cos, sin)  # it turns two things; there is no other
@@ -79,24 +83,30 @@ class Rotation:
     def _angles(self, y: Tensor, positions: Tensor, known: Known | None) -> tuple[Tensor, Tensor]:
         key = id(positions), y.dtype
         if known is None:
-            return self._looked_up(y, positions) if y.device.type == "cpu" else self._made(y, positions)
+            return self.angles_at(y, positions)
         if key not in known:
-            known[key] = positions, *self._made(y, positions)  # with the positions, or another might get their id
+            known[key] = positions, *self.angles_at(y, positions)  # with the positions, or another might get their id
         return known[key][1:]
 
-    def _made(self, y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        # A model may lie on several devices, and its rotary embedding on the first.
-        cos, sin = (part.to(y.device) for part in self.angles(y, positions))
+    def angles_at(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`angles` on the device of x: a model may lie on several, and its rotary embedding on the first."""
+        cos, sin = (part.to(x.device) for part in self.angles(x, positions))
         return cos, sin
 
-    def _looked_up(self, y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The same where positions come more than once, as of each head: a copy is cheaper than a cosine."""
-        first = positions.min()
-        every = torch.arange(int(first), int(positions.max()) + 1, device=positions.device)[None]
-        if every.numel() >= positions.numel():
-            return self._made(y, positions)
-        cos, sin = (part[0].index_select(0, (positions - first).flatten()) for part in self._made(y, every))
-        return cos.unflatten(0, positions.shape), sin.unflatten(0, positions.shape)
+
+@dataclasses.dataclass(frozen=True)
+class Angles:
+    """Cosines and sines (T, P') of positions from `first` on: of keys with positions per head few are different."""
+
+    first: int
+    cos: Tensor
+    sin: Tensor
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T, P') each at positions (N, T)."""
+        rows = (positions - self.first).flatten()
+        cos, sin = (x.index_select(0, rows).unflatten(0, positions.shape) for x in (self.cos, self.sin))
+        return cos, sin
 
 
 def anchors(positions: Tensor, reach: int) -> Tensor:
@@ -122,11 +132,14 @@ class Anchored:
         anchors: (B or 1, n) of each query: a key before it is seen there.
         spans: the queries, first and beyond the last, between two moves of an anchor, in order. A text that is read in
             chunks has one (`ahn.model.chunks`).
+        places: first and beyond the last of the positions at which keys are seen; None where they may be many, or
+            each row has its own.
     """
 
     rotation: Rotation
     anchors: Tensor
     spans: tuple[tuple[int, int], ...]
+    places: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, view: Visibility) -> Anchored | None:
@@ -144,7 +157,8 @@ class Anchored:
             moves = ((found[:, 1:] != found[:, :-1]).any(0).nonzero()[:, 0] + 1).tolist()
         else:
             moves = [position - view.seen for position in anchor_moves(view.seen, view.total - 1, reach)]
-        return cls(view.rotation, found, tuple(itertools.pairwise([0, *moves, view.length])))
+        places = None if view.padded else (anchor_at(view.seen, reach), view.total)
+        return cls(view.rotation, found, tuple(itertools.pairwise([0, *moves, view.length])), places)
 
     def turn(self, keys: Tensor, positions: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
         """Keys from before RoPE to where some of the queries see them.
@@ -155,4 +169,19 @@ class Anchored:
         """
         queries, counts = zip(*parts, strict=True)
         seen = [self.anchors[:, query, None].expand(-1, count) for query, count in zip(queries, counts, strict=True)]
-        return self.rotation.turn(keys, positions.maximum(torch.cat(seen, dim=1)[:, None]))
+        return self.rotation.turn(keys, positions.maximum(torch.cat(seen, dim=1)[:, None]), table=self._table(keys))
+
+    def _table(self, keys: Tensor) -> Angles | None:
+        """For all layers."""
+        if self.places is None:
+            return None
+        precise = torch.promote_types(keys.dtype, torch.float32)
+        if precise not in self._tables:
+            every = torch.arange(*self.places, device=keys.device)[None]
+            cos, sin = self.rotation.angles_at(keys.new_zeros(1, dtype=precise), every)
+            self._tables[precise] = Angles(self.places[0], cos[0], sin[0])
+        return self._tables[precise]
+
+    @cached_property
+    def _tables(self) -> dict[torch.dtype, Angles]:
+        return {}
