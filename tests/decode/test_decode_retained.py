@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 from ahn.decode import runner
 from ahn.decode.retained import RetainedSteps
+from ahn.layout.evicted import Evicted
+from ahn.memory.retained_tokens import RetainedTokens
 
 BLOCKS = 12
 """Blocks of two tokens that fill in a test, of which seven are kept."""
@@ -69,6 +71,22 @@ def test_steps_are_ordinary_ones(form: str, architecture: str, graphs: Graphs) -
     # The kernels take these as they lie in memory.
     found = [x for seen in talk.cache.captured.retained.seen.values() for x in vars(seen).values()]
     assert all(x.is_contiguous() for x in found if isinstance(x, torch.Tensor))
+
+
+def test_rows_are_decided_when_their_own_blocks_fill(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not all of a batch whenever one of them does, which in a large batch is nearly every step."""
+    rows: list[int] = []
+    decide = RetainedTokens.extra_keys
+    talk = Talk(shared("codes, bounded"), 2)
+    talk.read([LOSSLESS + 5, LOSSLESS + 4])
+
+    def counted(memory: RetainedTokens, left: Evicted, *given: Any) -> Any:
+        rows.append(len(left.key))
+        return decide(memory, left, *given)
+
+    monkeypatch.setattr(RetainedTokens, "extra_keys", counted)
+    talk.steps(8)  # blocks are of two tokens: one of the rows fills one in each step
+    assert graphs.replays == 8 and rows == [1] * 8 * len(talk.cache.memory_layers)
 
 
 @pytest.mark.sample(8)

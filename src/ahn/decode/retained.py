@@ -87,18 +87,23 @@ class RetainedSteps:
             return
         lengths = [int(length) for length in cache.progress.row_lengths().expand(len(self.angles)).tolist()]
         goes_on = [True] * len(lengths) if real is None else real.tolist()
-        fills = any(on and self._to_fill(length) == 0 for length, on in zip(lengths, goes_on, strict=True))
-        if fills:
-            self._decide(cache, states, None if all(goes_on) else real)
+        filling = [row for row, length in enumerate(lengths) if goes_on[row] and self._to_fill(length) == 0]
+        if filling:
+            self._decide(cache, states, None if all(goes_on) else real, self._rows(filling))
         anchor = [anchor_at(length, self.reach) if self.reach else 0 for length in lengths]
-        if fills or anchor != self.anchor:
-            self._show(states, anchor)
+        before: list[int | None] = [*self.anchor] or [None] * len(anchor)
+        if changed := [row for row, at in enumerate(anchor) if row in filling or at != before[row]]:
+            self._show(states, anchor, self._rows(changed))
         after = [length + on for length, on in zip(lengths, goes_on, strict=True)]
         self.until = min(min(self._to_fill(length), self._to_move(length, self.reach)) for length in after)
 
     def renew(self) -> None:
         """Others have changed the memories: nothing is where it was."""
         self.until, self.anchor = 0, []
+
+    def _rows(self, some: list[int]) -> Tensor | None:
+        """Numbers of rows; None for all of the batch."""
+        return None if len(some) == len(self.angles) else torch.tensor(some, device=self.angles.device)
 
     def _to_fill(self, length: int) -> int:
         """Steps before the one that fills a block of a row of this length."""
@@ -112,25 +117,31 @@ class RetainedSteps:
         at, last = max(0, length - 1), length + reach
         return next(iter(anchor_moves(at, last, reach)), last) - length
 
-    def _decide(self, cache: AHNCache, states: Mapping[int, LayerState], real: Tensor | None) -> None:
-        """As in an ordinary forward over the new token, which each row's block then has lost or holds already."""
-        view = self._view(cache, real)
+    def _decide(
+        self, cache: AHNCache, states: Mapping[int, LayerState], real: Tensor | None, rows: Tensor | None
+    ) -> None:
+        """As in an ordinary forward over the new token, in the rows whose block it fills: the others' lies as it is."""
+        every = self._view(cache, real)
+        view = every if rows is None else self._view(cache, None, rows)
         anchored = Anchored.of(view.delayed)
         for index, state in states.items():
             memory = self.memories[index]
             if not memory.slot_heads:
                 continue
-            left = without_padding(self._leaving(state, view, self.rotates[index]), memory.closed_gates, view.delayed)
-            made = memory.extra_keys(left, view.delayed, state.memory, anchored if self.rotates[index] else None)
+            left = _of_rows(self._leaving(state, every, self.rotates[index]), rows)
+            left = without_padding(left, memory.closed_gates, view.delayed)
+            own = {name: x if rows is None else x[rows] for name, x in state.memory.items()}
+            made = memory.extra_keys(left, view.delayed, own, anchored if self.rotates[index] else None)
             assert made is not None
             for name, x in state.memory.items():
-                x.copy_(made.state[name])
+                _put(x, rows, made.state[name])
 
-    def _view(self, cache: AHNCache, real: Tensor | None) -> Visibility:
+    def _view(self, cache: AHNCache, real: Tensor | None, rows: Tensor | None = None) -> Visibility:
         config, device = self.config, self.angles.device
         before = after = cache.progress.padding
         if real is not None or before is not None:
             before = (before or Padding.none(len(self.angles), device)).to(device)
+            before = before if rows is None else before.map(lambda x: x[rows])
             new = torch.ones_like(before.ended) if real is None else real.to(device)
             after = before.advance(new[:, None], cache.seen)
         sizes = config.window, config.sinks, cache.seen, 1, device
@@ -157,14 +168,35 @@ class RetainedSteps:
         gates = {name: gather(gate, slot).float() for name, gate in tier.gates.items()}
         return Evicted(key.to(dtype), value.to(dtype), gates)
 
-    def _show(self, states: Mapping[int, LayerState], anchor: list[int]) -> None:
-        """Put all kept tokens where queries of each row see them."""
+    def _show(self, states: Mapping[int, LayerState], anchor: list[int], rows: Tensor | None) -> None:
+        """Put all kept tokens of some rows where their queries see them."""
         self.anchor = anchor
         nearest = torch.tensor(anchor, device=self.angles.device)[:, None, None]
+        nearest = nearest if rows is None else nearest[rows]
         for index, seen in self.seen.items():
             state = states[index]
             dtype = state.window.keys.dtype
-            for kept, block, name in ((seen.keys, seen.block_keys, "key"), (seen.values, seen.block_values, "value")):
-                kept.copy_(torch.cat([Kept.of(state.memory, name).decoded(dtype), block], dim=2))
+            own = {name: x if rows is None else x[rows] for name, x in state.memory.items()}
+            keys, values = (
+                torch.cat([Kept.of(own, name).decoded(dtype), own[f"block_{name}s"]], dim=2)
+                for name in ("key", "value")
+            )
             if self.rotation is not None and self.rotates[index]:
-                seen.keys.copy_(self.rotation.turn(seen.keys, seen.positions.clamp_min(0).maximum(nearest)))
+                keys = self.rotation.turn(keys, own["positions"].clamp_min(0).maximum(nearest))
+            _put(seen.keys, rows, keys)
+            _put(seen.values, rows, values)
+
+
+def _of_rows(left: Evicted, rows: Tensor | None) -> Evicted:
+    """Of some rows; of all for None."""
+    if rows is None:
+        return left
+    return Evicted(left.key[rows], left.value[rows], {name: x[rows] for name, x in left.gates.items()})
+
+
+def _put(whole: Tensor, rows: Tensor | None, x: Tensor) -> None:
+    """Let some rows, or all, be x, in place: a graph reads them."""
+    if rows is None:
+        whole.copy_(x)
+    else:
+        whole[rows] = x.to(whole.dtype)
