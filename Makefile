@@ -37,7 +37,7 @@ test-all: $(VENV)/installed-test-all
 
 # What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/pytest -m '' tests/gpu tests/attend tests/layout/test_copies.py tests/ops
+	$(BIN)/pytest -m '' tests/gpu tests/attend tests/layout/test_copies.py tests/ops tests/training/test_training_gpu.py
 
 # Oldest and newest supported versions of what private parts are used of (src/ahn/private.py), each pair in an
 # environment of its own that lies over $(VENV): one pair alone with, for example,

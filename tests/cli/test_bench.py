@@ -37,6 +37,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_everything_side_by_side(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--model", small, *SMALL, "--context", "50", "--batch", "1", "--out", out)
+    options = (*options, "--no-activation-checkpointing")
     measurements = ("prefill", "decode", "memory", "throughput", "train")
     result = ahn_cli("bench", *measurements, *options, "--methods", "full-dynamic,full-static,window,mamba2")
     assert result.code == 0, result.err
@@ -47,6 +48,7 @@ def test_everything_side_by_side(ahn_cli: Any, small: Path, tmp_path: Path) -> N
     assert run["ceilings"]["copy_times"]
     assert [row["measurement"] for row in found] == [name for name in measurements for _ in range(4)]
     assert {row["run"] for row in found} == {run["run"]}
+    assert found[-1]["measurement"] == "train" and found[-1]["activation_checkpointing"] is False
     assert [row["status"] for row in found] == ["ok"] * 16 + ["unsupported"] * 3 + ["ok"]
     assert sorted(file.name for file in out.iterdir()) == ["length.png", "rows.jsonl", "table.txt", "throughput.png"]
     assert (out / "table.txt").read_text() == result.out
