@@ -15,11 +15,15 @@ DEFAULT_WINDOW = 32640
 DEFAULT_SINKS = 128
 MIN_DISTANCE = 16
 """The least `max_distance`, below which nothing could move in steps."""
+LIMIT = 1 << 40
+"""More tokens than this no conversation, window or tier has; sums and products of them stay within 64 bits."""
 MODEL_TYPE = "ahn"
 """The model type of a merged checkpoint in its `config.json`, so that nobody loads it without its memory."""
 ARCHITECTURE = "AHNForCausalLM"
 SAVED_BLOCK, PUBLISHED_NAME = "ahn", "_ahn_implementation"
 """By which of its fields a `config.json` is one of a model with a memory: ours has both, a published one the second."""
+OF_MEMORY = ("memory", "router", "q_proj", "full_attention_layers")
+"""Fields without which what a layer keeps means something else."""
 BITS = (2, 3, 4)
 """Per number of a token's keys or values in codes."""
 BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False}
@@ -103,6 +107,8 @@ class AHNConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise AHNError(f"AHNConfig.{name} must be an integer ≥ {minimum}, got {reprlib.repr(value)}.")
+            if value > LIMIT:
+                raise AHNError(f"AHNConfig.{name} can be {LIMIT} at most, got {reprlib.repr(value)}.")
         for name in ("key_bits", "value_bits"):
             value, allowed = getattr(self, name), BITS if self.quantized else (*BITS, EXACT)
             if type(value) is not int or value not in allowed:
@@ -113,7 +119,7 @@ class AHNConfig:
                 raise AHNError(f"AHNConfig.{name} must be True or False, got {reprlib.repr(getattr(self, name))}.")
         if self.max_distance is not None and (type(self.max_distance) is not int or not self._distance_fits()):
             raise AHNError(
-                f"AHNConfig.max_distance must be 0, None or an integer from {MIN_DISTANCE}, "
+                f"AHNConfig.max_distance must be 0, None or an integer from {MIN_DISTANCE} to {LIMIT}, "
                 f"got {reprlib.repr(self.max_distance)}."
             )
         layers = self.full_attention_layers
@@ -131,7 +137,7 @@ class AHNConfig:
         return None if self.slot_heads is None else tuple(head for at, head in self.slot_heads if at == layer)
 
     def _distance_fits(self) -> bool:
-        return self.max_distance == 0 or (self.max_distance or 0) >= MIN_DISTANCE
+        return self.max_distance == 0 or MIN_DISTANCE <= (self.max_distance or 0) <= LIMIT
 
     @property
     def reach(self) -> int:

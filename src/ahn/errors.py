@@ -14,10 +14,10 @@ class AHNError(ValueError):
     """Something the caller can fix: a wrong path, shape, window or model. The message says what to do."""
 
 
-def check_path(path: Any) -> None:
-    """Raises AHNError if something is not the name of a directory."""
+def check_path(path: Any, of: str = "a directory or a Hub id") -> None:
+    """Raises AHNError if something is not a name, or a path, of what it is said to be."""
     if not isinstance(path, str | os.PathLike):
-        raise AHNError(f"This takes a directory or a Hub id as a string or a path, not {named(path)}.")
+        raise AHNError(f"This takes {of} as a string or a path, not {named(path)}.")
 
 
 def named(thing: Any) -> str:

@@ -98,6 +98,8 @@ def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> No
     module.__dict__["_parameters"] = dict.fromkeys(module._parameters) | parameters
 
 
+REPLICATE = "_replicate_for_data_parallel"
+"""What torch.nn.DataParallel calls for a copy of a module on another GPU."""
 OUTPUT_HOOKS = "transformers.utils.output_capturing"
 """The module whose hooks collect what a forward is asked for besides its logits."""
 

@@ -207,6 +207,18 @@ def test_a_copy_is_a_fork(memory: str, length: int) -> None:
     assert fork.seen == cache.seen == length + 9
 
 
+@torch.no_grad()
+def test_a_cache_is_pickled_without_its_model() -> None:
+    model, file = student(), io.BytesIO()
+    cache = start(model, tokens(2, 30))
+    torch.save(cache, file)
+    assert len(file.getvalue()) < 20 * cache.nbytes()
+    file.seek(0)
+    found = torch.load(file, weights_only=False)
+    assert found.model is None
+    assert torch.equal(go_on(model, found, 2), go_on(model, cache, 2))
+
+
 CHANGES: dict[str, tuple[Callable[[AHNCache], object], list[int]]] = {
     "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
     "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
@@ -440,9 +452,20 @@ def test_wrong_caches_are_refused() -> None:
     with ahn.disabled(model), pytest.raises(AHNError, match="an AHNCache is of no use"):
         model(ids, past_key_values=cache)
     assert torch.equal(go_on(model, copy.deepcopy(cache), 1), expected), "a refusal changes nothing"
+    deeper = ahn.attach(base(num_hidden_layers=3), model.ahn_config)
+    with pytest.raises(AHNError, match="made for another model or memory"):
+        deeper(ids, past_key_values=cache)
     ahn.detach(model)
     with pytest.raises(AHNError, match="adapter enabled"):
         model(ids, past_key_values=cache)
+    ahn.attach(model, ahn.AHNConfig(memory="mamba2", window=9, sinks=2))
+    with pytest.raises(AHNError, match="made for another model or memory"):
+        model(ids, past_key_values=cache)
+    for name in (None, 5):
+        with pytest.raises(AHNError, match="takes a file as a string or a path"):
+            AHNCache.load(name, model)  # type: ignore[arg-type]
+        with pytest.raises(AHNError, match="takes a file as a string or a path"):
+            start(model, ids).save(name)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

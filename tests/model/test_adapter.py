@@ -287,6 +287,8 @@ def test_set_window() -> None:
         ({"full_attention_layers": (-1,)}, "layer indices ≥ 0"),
         ({"full_attention_layers": 3}, "layer indices ≥ 0"),
         ({"memory": "lstm"}, "Unknown memory 'lstm'"),
+        ({"window": 2**70}, "window can be 1099511627776 at most"),
+        ({"max_distance": 2**70}, "integer from 16 to 1099511627776"),
     ],
 )
 def test_configurations_are_checked(values: dict[str, Any], message: str) -> None:

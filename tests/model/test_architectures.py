@@ -26,7 +26,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", sorted(REFUSED.keys() & set(TYPES)))  # older versions lack some
 def test_what_cannot_work_is_refused_before_anything_is_changed(model_type: str) -> None:
     model = build(model_type)
     before = set(model.state_dict())

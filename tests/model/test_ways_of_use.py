@@ -249,6 +249,21 @@ def test_continuous_batching_is_refused() -> None:
         model.generate_batch([[1, 2, 3]])
 
 
+def test_copies_in_threads_are_refused() -> None:
+    """What torch.nn.DataParallel makes for the second GPU: it would run what is on the first."""
+    model = adapted(window=13, sinks=3)
+    with pytest.raises(AHNError, match="DataParallel copies a model to each GPU without its memory"):
+        model._replicate_for_data_parallel()
+    ahn.detach(model)
+    model._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_memory_is_in_the_mode_of_its_layer(training: bool) -> None:
+    model = ahn.attach(base().train(training), ahn.AHNConfig(window=13, sinks=3, router=True))
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_models_that_attend_in_both_directions_are_refused() -> None:
     for plain in (base(is_causal=False), base("gemma3", use_bidirectional_attention=True)):
         with pytest.raises(AHNError, match="attends in both directions"):

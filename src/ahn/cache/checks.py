@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from ahn import memory
-from ahn.config import AHNConfig
+from ahn.config import LIMIT, OF_MEMORY, AHNConfig
 from ahn.errors import AHNError
 from ahn.ops.quantize import code_bytes
 from ahn.shape import ModelShape
 
-LIMIT = 1 << 40
-"""More tokens than this no conversation, window or tier has; sums and products of them stay within 64 bits."""
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
 DTYPES[torch.bool] = "BOOL"
@@ -59,7 +57,7 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
     kept = (
         ("slots", "slot_heads", "passage", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
     )
-    for name in ("memory", "router", "q_proj", "full_attention_layers", *kept):
+    for name in (*OF_MEMORY, *kept):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(
                 f"{where} was written with another base model or adapter: {name} {reprlib.repr(there)}, "

@@ -14,7 +14,7 @@ from ahn.cache import file, other
 from ahn.cache.layer import AHNLayer
 from ahn.cache.origin import origin
 from ahn.cache.progress import Progress, new_columns
-from ahn.config import AHNConfig
+from ahn.config import OF_MEMORY, AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_at
 from ahn.layout.rotation import Rotation, anchors
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 """What one side said: its `role` and the `content`."""
+
+
+class _ModelOf(weakref.ref["PreTrainedModel"]):
+    """The model that a cache was made for. A copy of the cache has the same; one that was pickled has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ModelOf:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class AHNCache(Cache):
@@ -61,7 +71,7 @@ class AHNCache(Cache):
         self._view: Visibility | None = None  # of the latest forward
         self.parts: list[ForwardPart] = []
         self.rows: int | None = None
-        self._model: weakref.ref[PreTrainedModel] | None = None
+        self._model: _ModelOf | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, batch_size: int | None = None, offloading: bool = False) -> AHNCache:
@@ -84,7 +94,7 @@ class AHNCache(Cache):
             layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
         cache = cls(config, layers, offloading)
         cache.rows = batch_size
-        cache._model = weakref.ref(model)  # `save` names the model; a copy of the cache must not copy the model
+        cache._model = _ModelOf(model)  # `save` names the model; a copy of the cache must not copy the model
         return cache
 
     @property
@@ -96,6 +106,12 @@ class AHNCache(Cache):
     def model(self) -> PreTrainedModel | None:
         """The model it was made for, None if that is gone."""
         return None if self._model is None else self._model()
+
+    def belongs_to(self, model: PreTrainedModel) -> bool:
+        """Whether its layers and memory are of this model's kind. Which weights wrote them a file knows (`save`)."""
+        config: AHNConfig = model.ahn_config
+        alike = all(getattr(self.config, name) == getattr(config, name) for name in OF_MEMORY)
+        return alike and len(self.layers) == len(model.get_decoder().layers)
 
     @property
     def seen(self) -> int:

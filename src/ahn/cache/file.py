@@ -33,7 +33,7 @@ from ahn.cache.checks import (
 from ahn.cache.origin import check_origin, first_fingerprint
 from ahn.cache.transfer import THREADS, Transfer
 from ahn.config import AHNConfig
-from ahn.errors import AHNError
+from ahn.errors import AHNError, check_path
 from ahn.files import json_object, replacing
 from ahn.shape import ModelShape
 
@@ -57,6 +57,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
     Raises:
         AHNError: it cannot be written; a file that was there is unchanged.
     """
+    check_path(path, "a file")
     path = Path(path)
     whole = {"format": FORMAT, **description, "origin": of}
     # In a safetensors file each tensor is to lie at a multiple of the size of its numbers.
@@ -101,6 +102,7 @@ def read(
     Raises:
         AHNError: the file is missing, damaged or not a conversation, or it was made with another base or adapter.
     """
+    check_path(path, "a file")
     path = Path(path)
     if not path.exists():
         raise AHNError(f"There is no cache file {path}.")

@@ -196,10 +196,10 @@ def _add_memory(
     with torch.device(device):
         whole = memory.make(config, shape, index).float()
         fn = _own_heads(whole, config, shape, share, index) if share.parallel else whole
-        layer.ahn = ahn = AHN(fn)
+        layer.ahn = ahn = AHN(fn).train(layer.training)
         router = None
         if config.router and isinstance(fn, memory.RecurrentMemory):
-            layer.ahn_router = router = Router(fn.heads)
+            layer.ahn_router = router = Router(fn.heads).train(layer.training)
     return ahn, router
 
 

@@ -64,6 +64,7 @@ def wrap(model: PreTrainedModel) -> None:
     if hasattr(model, "generate"):
         model.generate = Wrapped(model, "generate", _generate)
         model.init_continuous_batching = Wrapped(model, "init_continuous_batching", _refuse_batching)
+    setattr(model, private.REPLICATE, Wrapped(model, private.REPLICATE, _refuse_replicas))
     model.save_pretrained = Wrapped(model, "save_pretrained", pushing.save_pretrained)
     model.push_to_hub = Wrapped(model, "push_to_hub", pushing.push)
 
@@ -72,7 +73,7 @@ def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     private.reset_forward(model, Wrapped)
     private.reset_forward(model.get_decoder(), packing.Separate)
-    for name in ("generate", "init_continuous_batching", "save_pretrained", "push_to_hub"):
+    for name in ("generate", "init_continuous_batching", private.REPLICATE, "save_pretrained", "push_to_hub"):
         if isinstance(model.__dict__.get(name), Wrapped):
             delattr(model, name)
 
@@ -124,6 +125,13 @@ def _refuse_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     raise AHNError(
         "transformers' continuous batching (generate_batch, transformers serve) keeps pages of keys and values, which "
         "have no place for a memory: use `ahn serve`, or generate."
+    )
+
+
+def _refuse_replicas(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    raise AHNError(
+        "torch.nn.DataParallel copies a model to each GPU without its memory; the Trainer uses it on several GPUs. "
+        "Start one process for each (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
     )
 
 

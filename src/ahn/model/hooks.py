@@ -146,6 +146,11 @@ class DecoderHook:
                 f"A model with an AHN needs an AHNCache, got {type(cache).__name__}; pass none, or "
                 "ahn.AHNCache.for_model(model)."
             )
+        if cache is not None and not cache.belongs_to(self.model):
+            raise AHNError(
+                "This cache was made for another model or memory: read the text with this one, into "
+                "ahn.AHNCache.for_model(model)."
+            )
         config: AHNConfig = self.model.ahn_config if cache is None else cache.config
         if self.model._ahn.share.parallel and torch.is_grad_enabled():
             raise AHNError(

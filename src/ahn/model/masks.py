@@ -69,4 +69,4 @@ def of_images(mask: Any) -> bool:
 def of_tokens(mask: Any) -> Any:
     """The caller's mask of tokens, also where what is around the decoder has made it one for each kind of layer."""
     one = mask.get("full_attention") if isinstance(mask, dict) else mask
-    return one.of_tokens if isinstance(one, LazyMask) else one
+    return one.of_tokens if isinstance(one, LazyMask) else mask
