@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,26 @@ def triton() -> Iterator[None]:
         if not torch.cuda.is_available():
             bounds.guard(patch)
         yield
+
+
+@pytest.fixture
+def bfloat16_products(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels multiply numbers: of bfloat16 Triton's own interpreter multiplies the bit patterns."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def exact(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def product(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return multiply(self, exact(a), exact(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
 
 
 @pytest.fixture

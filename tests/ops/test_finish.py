@@ -75,6 +75,12 @@ def test_finish(name: str, B: int, heads: int, tokens: int, P: int, router: bool
     check(name, made(RULES[name], B, heads, tokens, P, router), FLOAT32)
 
 
+def kernels(exact: Tensor, o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
+    from ahn.ops.scan import finish_kernel
+
+    return finish_kernel.AddedRead.apply(exact, o, read.gamma, read.norm, read.o_proj, rule)
+
+
 @pytest.mark.sample(6)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize(("B", "heads", "tokens", "P"), [(1, 1, 1, 16), (2, 3, 65, 16), slow(2, 2, 300, 32)])
@@ -91,15 +97,20 @@ def test_added_to_exact_attention(
     shape, dims = ((B, before + tokens, P, heads), (2, 3)) if before == 1 else ((B, heads, before + tokens, P), (1, 2))
     given["exact"] = torch.randn(shape, generator=r).transpose(*dims)
     wanted = output_and_gradients(added(plain), {part: x.double() for part, x in given.items()}, rule)
-
-    def kernels(exact: Tensor, o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
-        from ahn.ops.scan import finish_kernel
-
-        return finish_kernel.AddedRead.apply(exact, o, read.gamma, read.norm, read.o_proj, rule)
-
     found = output_and_gradients(kernels, {part: x.to(DEVICE) for part, x in given.items()}, rule)
     errors = {part: relative_error(found[part].double().cpu(), x) for part, x in wanted.items()}
     assert max(errors.values()) < FLOAT32, errors
+
+
+@pytest.mark.usefixtures("triton", "poisoned", "bfloat16_products")
+def test_added_in_bfloat16() -> None:
+    rule = RULES["deltanet"]
+    given = made(rule, 1, 2, 65, 16, router=False) | {"exact": torch.randn(1, 70, 2, 16)}
+    given |= {name: given[name].bfloat16() for name in ("o", "exact")}
+    wanted = output_and_gradients(added(plain), {part: x.double() for part, x in given.items()}, rule)
+    found = output_and_gradients(kernels, {part: x.to(DEVICE) for part, x in given.items()}, rule)
+    errors = {part: relative_error(found[part].double().cpu(), x) for part, x in wanted.items()}
+    assert max(errors.values()) < 4 * 2**-7, errors  # rounded at most four times on the way, by the interpreter to zero
 
 
 def added(function):
