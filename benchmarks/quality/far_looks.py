@@ -66,7 +66,8 @@ def looks() -> list[Look]:
     found += [dataclasses.replace(few, choice="found", slots=1024, finders=5)]
     ideal = {"choice": "blocks", "slots": 4096, "finders": 10}
     found += [Look(**ideal), dataclasses.replace(few, **ideal), dataclasses.replace(wide, **ideal)]
-    found += [dataclasses.replace(few, **ideal | {"slots": slots}) for slots in (2048, 8192, 18432)]
+    found += [dataclasses.replace(few, **ideal | {"slots": slots}) for slots in (2048, 8192)]
+    found += [dataclasses.replace(few, **ideal | {"finders": finders}) for finders in (1, 3)]
     choices = [{"choice": "layer blocks"}, {"choice": "head blocks"}]
     choices += [{"choice": "blocks so far", "finders": 10}, {"choice": "blocks", "finders": 10, "layer": 7}]
     choices += [{"choice": "learned", "layer": layer} for layer in LEARNED]
@@ -83,6 +84,11 @@ class Text:
     reply: int
     answer: slice | None = None
     fact: slice | None = None
+
+    @property
+    def said(self) -> slice:
+        """Where in the text the answer stands."""
+        return slice(self.fact.start + AROUND[0], self.fact.stop - AROUND[1])
 
 
 def chat_of(tokenizer: Any, line: dict[str, Any]) -> Text:
@@ -123,9 +129,7 @@ class Looks:
             share = round(sum(shares) / FINDERS, 4)
             found[name] = [bool(right.all()), int(right.sum()), share, sum(seen.held.values())]
             if look and look.choice not in NOT_RANKED:
-                place = slice(
-                    text.fact.start + AROUND[0] - self.reader.sinks, text.fact.stop - AROUND[1] - self.reader.sinks
-                )
+                place = slice(text.said.start - self.reader.sinks, text.said.stop - self.reader.sinks)
                 ratings = [x for x in self.reader.ratings(look, memory) if x is not None]
                 found[name].append(float(torch.cat([ranks(x, place) for x in ratings]).float().median()))
         return found
@@ -168,6 +172,25 @@ def _scorers(model: PreTrainedModel, adapter: Path) -> list[Scorer]:
     return found
 
 
+def reader_of(name: str, adapter: str | None = None, window: int = 480, sinks: int = 32) -> tuple[Reader, Any]:
+    """Of a model by name, with the scorers of an adapter or those that ship; and the model's tokenizer."""
+    path = shipped.resolve(name)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    order = next(row["order"] for row in map(json.loads, ORDER.open()) if row.get("part") == "rank")
+    scorers = _scorers(model, Path(shipped.resolve_adapter(name, adapter, "retained")))
+    return Reader(model, window, sinks, [(layer, head) for layer, head in order], scorers), tokenizer
+
+
+def shown(tokenizer: Any, file: Path) -> list[torch.Tensor]:
+    """The chats of a file as tokens (n,)."""
+    lines = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in lines]
+    return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def texts(tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[str, int, Text]]:
     """Kind, number and text, the kinds in turn, so that what is done first says a little of each."""
     each: dict[str, list[Text]] = {}
@@ -185,24 +208,14 @@ def texts(tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[str, in
 def run(options: argparse.Namespace) -> bool:
     """Do what is not done; whether nothing is left."""
     began = time.perf_counter()
-    path = shipped.resolve(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    order = next(row["order"] for row in map(json.loads, ORDER.open()) if row.get("part") == "rank")
-    scorers = _scorers(model, Path(shipped.resolve_adapter(options.model, options.adapter, "retained")))
-    reader = Reader(model, options.window, options.sinks, [(layer, head) for layer, head in order], scorers)
+    reader, tokenizer = reader_of(options.model, options.adapter, options.window, options.sinks)
     some = [look for look in looks() if re.search(options.only, look.name)]
     if options.learn:
         torch.manual_seed(0)
-        lines = [json.loads(line)["messages"] for line in options.learn.read_text(encoding="utf-8").splitlines()]
-        shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in lines]
-        encoded = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
-        reader.learned = learned(reader, map(torch.tensor, encoded), LEARNED, FINDERS)
+        reader.learned = learned(reader, shown(tokenizer, options.learn), LEARNED, FINDERS)
     else:
         some = [look for look in some if look.choice != "learned"]
-    every = Looks(model, reader, some)
+    every = Looks(reader.model, reader, some)
     rows = rows_of(options.out)
     with options.out.open("a", encoding="utf-8") as out:
         kept = {name: getattr(options, name) for name in ("model", "window", "sinks")}

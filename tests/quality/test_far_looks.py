@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import far_looks
+import far_ranks
 from real.looks import BLOCK, Look, Reader
 from real.sharing import learn, learned, ranks
 
@@ -170,3 +171,36 @@ def test_ranks_count_blocks_above_the_facts_worst() -> None:
     ratings[:, 6 * BLOCK :] = 100  # the block that is filling is none of them
     assert ranks(ratings, slice(2 * BLOCK + 3, 3 * BLOCK)).tolist() == [1, 4]
     assert ranks(ratings, slice(2 * BLOCK + 3, 3 * BLOCK + 1)).tolist() == [3, 4]
+
+
+def test_ranks_from_pieces_are_those_of_the_text(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a token that all scorers rate high: nothing is above its block, and everything above one without it."""
+    monkeypatch.setattr(far_ranks, "LAYERS", (1,))
+    monkeypatch.setattr(far_ranks, "choices", lambda: {"heads": Look(choice="head blocks", slots=64)})
+    torch.manual_seed(0)
+    ours, ids = reader(model, sinks=2), torch.randint(10, 60, (9000,))
+    ids[6000:6020] = 3
+    facts = [slice(5990, 6030), slice(3000, 3040)]
+    monkeypatch.setattr(far_looks, "AROUND", (10, 10))
+    chats = [far_looks.Text(ids, 8000, slice(8010, 8020), fact) for fact in facts]
+    assert chats[0].said == slice(6000, 6020)
+
+    def scored(scorer: Scorer, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs - planted).abs().sum(-1).lt(1e-4).float().expand(2, -1) * 9 - 4
+
+    planted = model.get_decoder().layers[0].input_layernorm(model.get_input_embeddings().weight[3])
+    monkeypatch.setattr(ours, "scored", scored)
+    asked = []
+    for number, text in enumerate(chats):
+        parts = far_ranks.pieces(text, 2, number)
+        assert all((part.start - 2) % BLOCK == 0 for part in parts) and parts[0].stop > text.fact.stop
+        segments = torch.tensor([[part.start for part in parts], [part.stop for part in parts]])
+        found = {"segments": segments}
+        for k, part in enumerate(parts):
+            some = far_ranks.read(ours, torch.cat([ids[:2], ids[part]]), 2)
+            found |= {f"{k}.{name}": x for name, x in some.items()}
+        asked.append(found)
+    [(name, above, others)] = far_ranks.ranked(ours, chats, asked)
+    assert name == "heads" and others > 40
+    heads = model.config.num_key_value_heads
+    assert (above[0, :heads] == 0).all() and (above[:, heads:] == 0).all()  # the second layer's inputs are others
