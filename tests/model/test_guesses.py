@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import EVERYTHING, adapted, base, tokens
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -19,6 +21,12 @@ WINDOW, SINKS = 13, 3
 LOSSLESS = WINDOW + SINKS
 TIE = 1e-4
 """Logits closer than this, relative to the largest, are in no order: float32 in another order of operations."""
+
+SLIDES_WRONG = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"),
+    reason="a sliding layer of transformers that reads twice while it records has more keys than its mask: the base "
+    "alone fails as well",
+)
 
 
 def student(architecture: str = "qwen3", seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -109,7 +117,7 @@ def test_beyond_what_the_base_was_trained_on() -> None:
         assert_greedy(model, greedy(model, repeating(30), 60, prompt_lookup_num_tokens=7), 30)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3", pytest.param("gemma3", marks=SLIDES_WRONG)])
 def test_a_conversation_goes_on_with_guesses_and_without(architecture: str) -> None:
     """Gemma 3 has layers of its own that see the last 6 tokens."""
     model, ids = student(architecture, quantized=5), repeating(20)
@@ -150,6 +158,20 @@ def test_padding_and_inspection_are_refused_before_anything_is_read() -> None:
     assert not read
     with ahn.inspect.record(model), pytest.raises(AHNError, match="cannot look on while tokens may be taken out"):
         greedy(model, ids, 30, prompt_lookup_num_tokens=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pads", [0, 2])
+def test_a_conversation_goes_on_with_guesses_from_its_new_tokens_alone(pads: int) -> None:
+    """transformers cuts the mask to as many columns as it was given tokens; before 5.20 also a mask of ones."""
+    model, before, new = student(window=60), repeating(20), repeating(12)
+    mask = (torch.arange(32)[None] >= pads).long()
+    texts = []
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        cache = ahn.AHNCache.for_model(model)
+        model(before, attention_mask=mask[:, :20], past_key_values=cache)
+        texts.append(greedy(model, new, 15, attention_mask=mask, past_key_values=cache, **options))
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("name", ["use_mtp", "assistant_early_exit"])

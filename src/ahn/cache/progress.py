@@ -27,6 +27,8 @@ class Progress:
         undoable: of the next forward's tokens only the last so many; None for all.
         given_again: the next forward is given so many tokens that were read before: transformers' generation does not
             look whether a cache has read some of a prompt where tokens are guessed ahead.
+        whole_mask: (B, columns) of the text that is gone on with, where `generate` is given the end of its tokens
+            alone: transformers cuts a mask to as many columns as it has tokens where they are guessed ahead.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class Progress:
         self.anchor: tuple[int, ...] = (0,)
         self.waiting, self.recording, self.given_again = 0, False, 0
         self.undoable: int | None = None
+        self.whole_mask: Tensor | None = None
         self._recorded = 0  # tokens read since `crop` was called
         self._padding: Padding | None = None
         self._padding_behind = False

@@ -168,10 +168,11 @@ def _recording(model: PreTrainedModel, kwargs: dict[str, Any], drafts: bool) -> 
         mask = kwargs.get("attention_mask")
         length = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else ids.shape[1]
         cache.progress.given_again = max(0, ids.shape[1] - (length - cache.seen))
+        cache.progress.whole_mask = mask if length > ids.shape[1] else None
     try:
         yield
     finally:
-        cache.progress.given_again = 0
+        cache.progress.given_again, cache.progress.whole_mask = 0, None
         for layer in cache.layers:
             if hasattr(layer, "record_past") and not drafts:
                 layer.record_past = before
@@ -184,6 +185,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if isinstance(cache, AHNCache) and cache.progress.given_again:
         kwargs = _new_tokens(kwargs, cache.progress.given_again)
         cache.progress.given_again = 0
+    if isinstance(cache, AHNCache) and isinstance(kwargs.get("attention_mask"), Tensor):
+        kwargs = _whole_mask(kwargs, cache)
     if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and model._ahn.enabled:
         raise AHNError(
             "A model with an AHN cannot be exported or traced: what it computes depends on how much was read. Export "
@@ -226,6 +229,15 @@ def _new_tokens(kwargs: dict[str, Any], first: int) -> dict[str, Any]:
     length = kwargs["input_ids"].shape[1]
     own = {name: x for name, x in kwargs.items() if name in _PER_TOKEN and isinstance(x, Tensor)}
     return kwargs | {name: x[..., first:] for name, x in own.items() if x.shape[-1] == length}
+
+
+def _whole_mask(kwargs: dict[str, Any], cache: AHNCache) -> dict[str, Any]:
+    """With the mask's columns for what the cache had read, where transformers cut them off."""
+    mask, ids = cache.progress.whole_mask, kwargs.get("input_ids")
+    if mask is None or ids is None:
+        return kwargs
+    columns = cache.seen + ids.shape[1]
+    return kwargs | {"attention_mask": F.pad(mask[:, :columns], (0, max(0, columns - mask.shape[1])), value=1)}
 
 
 def _from_the_start(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
