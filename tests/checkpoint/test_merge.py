@@ -234,6 +234,25 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, base: Path, adapt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_code_that_a_base_comes_with_is_not_the_merged_models(
+    tmp_path: Path, base: Path, adapter: Path, copy: Copy
+) -> None:
+    """It knows no memory: whoever loads with trust_remote_code would have full attention without a word."""
+    source = copy(base)
+    config = json.loads((source / "config.json").read_text())
+    own = config | {"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (source / "config.json").write_text(json.dumps(own))
+    (source / "own.py").write_text("raise SystemExit")
+    merge(source, adapter, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert loaded.ahn_config is not None
+    loaded.save_pretrained(tmp_path / "saved")
+    for folder in ("out", "saved"):
+        assert "auto_map" not in json.loads((tmp_path / folder / "config.json").read_text())
+    split(tmp_path / "out", tmp_path / "parts")
+    assert json.loads((tmp_path / "parts" / "base" / "config.json").read_text()) == own
+
+
 def test_only_files_that_belong_to_the_model_are_copied(tmp_path: Path, base: Path, adapter: Path, copy: Copy) -> None:
     source = copy(base)
     for name in ("pytorch_model.bin", "model.gguf", "consolidated.safetensors", ".gitattributes"):

@@ -169,6 +169,21 @@ def test_default_window_follows_the_base() -> None:
         ahn.attach(base(1), ahn.AHNConfig(window=60, sinks=4))
 
 
+@pytest.mark.parametrize(
+    ("trained", "said"), [(8192, "window 3968 and sinks 128"), (131_072, "window 32640 and sinks 128")]
+)
+def test_a_window_that_follows_the_base_is_said(trained: int, said: str) -> None:
+    model = base(1)
+    model.config.max_position_embeddings = trained
+    with pytest.warns(UserWarning, match=f"{said} follow the {trained} positions of the base") as told:
+        ahn.attach(model)
+    assert len(told) == 1 and told[0].filename == __file__
+    config = ahn.detach(model) and ahn.AHNConfig.for_base(trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ahn.attach(model, config).ahn_config.window == config.window
+
+
 @pytest.mark.parametrize(("rope", "length"), [("default", 64), ("linear", 64), ("yarn", 64), ("llama3", 64)])
 def test_trained_length(rope: str, length: int) -> None:
     assert trained_length(base(1, rope).config) == length

@@ -377,6 +377,16 @@ def test_another_tokenizer_is_not_gone_on_with(tiny_model: Path, tiny_data: Path
 
 
 @pytest.mark.slow
+def test_a_window_that_follows_the_base_is_said(train: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        train(max_steps=1)
+    assert caplog.text.count("window 1920, sinks 128: they follow the base, trained on 4096.") == 1
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        train(max_steps=1, window=100, sinks=4, overwrite_output_dir=True)
+    assert "follow the base" not in caplog.text
+
+
 def test_changed_settings_are_said(train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(max_steps=2)
     with caplog.at_level(logging.WARNING):

@@ -39,8 +39,9 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
 
     Args:
         model: a decoder with standard attention (Qwen2, Qwen3, Llama, Mistral, Phi-3, OLMo, Gemma 3, …).
-        config: window, sinks, memory; None takes `AHNConfig.for_base`, which follows the base. Its `max_distance`
-            None becomes the length that the base was trained on, or 0 where its RoPE cannot be turned back.
+        config: window, sinks, memory; None takes `AHNConfig.for_base`, which follows the base, with a warning that
+            says what it chose. `max_distance` None becomes the length that the base was trained on, or 0 where its
+            RoPE cannot be turned back.
 
     Returns:
         The same model object.
@@ -49,6 +50,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         AHNError: the model already has one, or its architecture lacks something an AHN needs (the message says what).
     """
     given, model = model, unwrapped(model)
+    chosen = config is None
     config = AHNConfig.for_base(trained_length(model.config)) if config is None else config
     AHNConfig.check(config)
     if getattr(model, "_ahn", None) is not None:
@@ -92,6 +94,12 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     model.ahn_config = config
     chunks.wrap(model)
     use_kernel(model, attention.NAME)
+    if chosen:
+        warnings.warn(
+            f"No configuration was given: window {config.window} and sinks {config.sinks} follow "
+            f"{_positions(trained)}. Choose others with ahn.AHNConfig(window=…, sinks=…).",
+            stacklevel=2,
+        )
     return given
 
 
@@ -182,6 +190,11 @@ def _bounded(config: AHNConfig, rotation: Rotation | None, trained: int | None) 
             "max_distance=0."
         )
     return config
+
+
+def _positions(trained: int | None) -> str:
+    """What the base was trained on, in words."""
+    return "a base that does not say its length" if trained is None else f"the {trained} positions of the base"
 
 
 def _for_rotation(config: AHNConfig, rotation: Rotation | None) -> AHNConfig:

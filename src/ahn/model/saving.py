@@ -28,7 +28,7 @@ from ahn.files import expanded, write_json
 from ahn.memory.layer import added_parameters
 
 BASE_NAME = "base_model_name_or_path"
-TYPED = ("model_type", "architectures")
+TYPED = ("model_type", "architectures", "auto_map")
 """What a checkpoint says of itself; its block keeps the base model's as `base_…`.
 
 Without the prefix a configuration class of transformers would take the block for its own, and default sizes with it.
@@ -117,7 +117,8 @@ def saved_config(model: PreTrainedModel, directory: Path, settings: AHNConfig | 
 
 def with_ahn(base_config: dict[str, Any], settings: AHNConfig, base_name: str | None) -> dict[str, Any]:
     """The base model's configuration as it is saved beside AHN weights."""
-    return base_config | {
+    kept = {name: value for name, value in base_config.items() if name not in TYPED}
+    return kept | {
         PUBLISHED_NAME: memory.get(settings.memory).published_name,
         "use_ahn_router": settings.router,
         "use_q_proj": settings.q_proj,

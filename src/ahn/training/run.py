@@ -256,7 +256,11 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
     )
     model = load_base(base, dtype=_dtype(trainer), attn_implementation=_kernel(settings), **place)
     model.config.name_or_path = model.name_or_path = shipped.base_name(str(settings.model_name_or_path))
-    ahn.attach(model, settings.config_for(trained_length(model.config)))
+    trained = trained_length(model.config)
+    config = settings.config_for(trained)
+    if None in (settings.window, settings.sinks):
+        logger.info("window %d, sinks %d: they follow the base, trained on %s.", config.window, config.sinks, trained)
+    ahn.attach(model, config)
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)
     return model
