@@ -51,7 +51,7 @@ def hostile(tmp_path: Path) -> Path:
     return model
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow  # a process for each verb
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_runs_code_beside_a_model_that_needs_none(verb: str, hostile: Path, tmp_path: Path) -> None:
     """The same folder, of an architecture that transformers has: it works without its code, or says one sentence."""

@@ -129,6 +129,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         torch.manual_seed(7)
         ahn.attach(fresh, ahn.AHNConfig(window=6, sinks=2))
         torch.save(dict(ahn.adapter_parameters(fresh)), folder / f"fresh{rank}.pt")
+        torch.distributed.barrier()  # the first process holds the store, which the other may still talk to
         torch.distributed.destroy_process_group()
 
     assert in_other_processes(share, ranks=2, timeout=300) == [0, 0]
