@@ -19,6 +19,9 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
+LONGEST = 400
+"""Lines of a module."""
+
 
 def imports(tree: ast.AST, inside_functions: bool) -> Iterator[str]:
     """Modules of the package that are imported at run time; imports for type checkers alone do not count."""
@@ -47,6 +50,11 @@ def edges(inside_functions: bool) -> dict[str, set[str]]:
 def test_every_room_is_listed() -> None:
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert sorted(ROOMS) == sorted(found - {"__init__"})
+
+
+def test_no_module_is_long() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}
 
 
 def test_imports_go_to_rooms_above() -> None:

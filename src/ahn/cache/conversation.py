@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from ahn.cache import file, other
 from ahn.cache.layer import AHNLayer
-from ahn.cache.origin import origin
+from ahn.cache.origin import ModelOf, origin
 from ahn.cache.progress import Progress, new_columns
 from ahn.config import OF_MEMORY, AHNConfig
 from ahn.errors import AHNError
@@ -30,16 +29,6 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 """What one side said: its `role` and the `content`."""
-
-
-class _ModelOf(weakref.ref["PreTrainedModel"]):
-    """The model that a cache was made for. A copy of the cache has the same; one that was pickled has none."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ModelOf:
-        return self
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
 
 
 class AHNCache(Cache):
@@ -71,7 +60,7 @@ class AHNCache(Cache):
         self._view: Visibility | None = None  # of the latest forward
         self.parts: list[ForwardPart] = []
         self.rows: int | None = None
-        self._model: _ModelOf | None = None
+        self._model: ModelOf | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, batch_size: int | None = None, offloading: bool = False) -> AHNCache:
@@ -94,7 +83,7 @@ class AHNCache(Cache):
             layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
         cache = cls(config, layers, offloading)
         cache.rows = batch_size
-        cache._model = _ModelOf(model)  # `save` names the model; a copy of the cache must not copy the model
+        cache._model = ModelOf(model)  # `save` names the model; a copy of the cache must not copy the model
         return cache
 
     @property

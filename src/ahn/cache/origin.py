@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
+import weakref
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 SAMPLE = 256
 """Numbers that are looked at in each of the base model's tensors, evenly spaced."""
+
+
+class ModelOf(weakref.ref["PreTrainedModel"]):
+    """The model that a cache was made for. A copy of the cache has the same; one that was pickled has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelOf:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def origin(model: PreTrainedModel) -> dict[str, Any]:

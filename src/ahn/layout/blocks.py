@@ -280,9 +280,8 @@ class TextPiece:
     def bias(self) -> Tensor | None:
         """(B or 1, n) float32 of the scores, by which kept tokens weigh no more than those of a text of trained length.
 
-        Passages are text, of which the base has seen as much: nothing is taken from them.
-
-        The logarithm of how many tokens have left in such a text, over how many have left now; None where it is 0.
+        The logarithm of how many tokens have left in such a text, over how many have left now; None where it is 0, and
+        for passages: they are text, of which the base has seen as much.
         """
         view = self.blocks.view
         if not view.reach or view.total <= view.reach or self.blocks.passage > 1:

@@ -20,6 +20,7 @@ from ahn.cache.conversation import AHNCache
 from ahn.serve.engine.batch import Batch, make_batch
 from ahn.serve.engine.jobs import PromptReading, RequestJob, said
 from ahn.serve.engine.keeper import Keeper, Rest
+from ahn.serve.engine.pace import finish
 from ahn.serve.engine.prefixes import SeenBlocks
 from ahn.serve.engine.prompts import WORTH, PromptReader
 from ahn.serve.engine.sampling import Chosen, choose
@@ -254,6 +255,8 @@ class Scheduler:
             self._deliver()
             logits = logits if len(rows) == len(self.running) else logits[rows]
             chosen = choose(logits, [job.chooser for job in writing]) if writing else []
+            if not writing:  # which waits for the device, as the step's time has to
+                finish(self.model.device)
             self.prompts.pace.stepped(time.perf_counter() - start)
         except Exception as error:
             self._begin_again(error)
