@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -75,7 +76,22 @@ def looks() -> list[Look]:
     choices += [{"choice": "learned", "layer": layer} for layer in LEARNED]
     for choice in choices:
         found += [dataclasses.replace(look, slots=4096, **choice) for look in (Look(), few)]
-    return found
+    chosen = {"choice": "blocks", "finders": 1, "slots": 4096}
+    places = (
+        ("true", 7680),
+        ("true", 4096),
+        ("one", 4096),
+        ("one", 2048),
+        ("one", 1024),
+        ("one", 512),
+        ("block", 4096),
+    )
+    for place, distance in places:
+        found += [dataclasses.replace(x, place=place, distance=distance, **chosen) for x in (Look(), few)]
+    for place, sharp in itertools.product(("block", "one"), (1.0, 1.5)):
+        look = dataclasses.replace(few, place=place, sharp=sharp, steady=sharp != 1, **chosen)
+        found += [look, dataclasses.replace(look, slots=16384), dataclasses.replace(look, heads=45, slots=8192)]
+    return list(dict.fromkeys(found))
 
 
 @dataclasses.dataclass(frozen=True)
