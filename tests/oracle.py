@@ -122,7 +122,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: list[int]) -> Tensor:
 
 
 def scores(w: Weights, x: Tensor, together: bool = False) -> Tensor:
-    """x (B, L, D) to (B, Hkv, L), rounded to bfloat16; `together`: heads have the mean of their logits' sigmoids."""
+    """x (B, L, D) to (B, Hkv, L), rounded to bfloat16; `together`: heads have the mean of their logits' sigmoids.
+
+    (B, 1, L) where one layer scores for all heads: these are then what all later layers are `given`.
+    """
     hidden = F.silu(x @ w["scorer.inner.weight"].T + w["scorer.inner.bias"])
     logits = x @ w["scorer.direct.weight"].T + hidden @ w["scorer.outer.weight"].T + w["scorer.outer.bias"]
     if together:
@@ -184,9 +187,18 @@ def _part(w: Weights, prefix: str) -> Weights:
 
 
 def _mixer(
-    case: Mapping[str, Any], w: Weights, x: Tensor, window: int, sinks: int, states_at: list[int]
+    case: Mapping[str, Any],
+    w: Weights,
+    x: Tensor,
+    window: int,
+    sinks: int,
+    states_at: list[int],
+    score: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Attention plus memory of one layer with input x (B, L, D): output (B, L, D), keys, states after `states_at`."""
+    """Attention plus memory of one layer with input x (B, L, D): output (B, L, D), keys, states after `states_at`.
+
+    Retained tokens are kept by `score` (B, Hkv or 1, L); none where it is None.
+    """
     attention, memory, router = _part(w, "self_attn."), _part(w, "ahn.fn."), _part(w, "ahn_router.")
     heads, kv_heads = case["num_attention_heads"], case["num_key_value_heads"]
     q = own_q = _project(x, attention, "q_proj", heads)
@@ -202,9 +214,7 @@ def _mixer(
     k = keys.repeat_interleave(heads // kv_heads, 1)
     values = _project(x, attention, "v_proj", kv_heads)
     v = values.repeat_interleave(heads // kv_heads, 1)
-    keeps = case["ahn"] == "RetainedTokens"
-    together = case.get("passage", 1) > 1
-    score = scores(memory, x, together).repeat_interleave(heads // kv_heads, 1) if keeps else x
+    score = None if score is None else score.expand(-1, kv_heads, -1).repeat_interleave(heads // kv_heads, 1)
     write, read = MEMORIES.get(case["ahn"], (None, None))
     written_k, written_v = (keys, values) if write is routed_write else (k, v)
     B, _, L, P = q.shape
@@ -212,7 +222,7 @@ def _mixer(
     for t in range(L):
         seen = sorted(set(range(min(sinks, t + 1))) | set(range(max(0, t - window + 1), t + 1)))
         leaves = t - window
-        if keeps:
+        if score is not None:
             left = list(range(sinks, leaves + 1))
             moved = _rotate(raw_keys, case["rope_theta"], anchor(t, case.get("near", 0)))
             moved = moved.repeat_interleave(heads // kv_heads, 1)
@@ -246,10 +256,13 @@ def decoder(
     eps = case["rms_norm_eps"]
     hidden = w["model.embed_tokens.weight"][ids]
     all_keys, all_states = [], []
+    score, first = None, case.get("score_layer")
     for i in range(case["num_hidden_layers"]):
         layer = _part(w, f"model.layers.{i}.")
         x = _rms(hidden, layer["input_layernorm.weight"], eps)
-        y, keys, states = _mixer(case, layer, x, window, sinks, list(states_at))
+        if case["ahn"] == "RetainedTokens" and first in (None, i):
+            score = scores(_part(layer, "ahn.fn."), x, case.get("passage", 1) > 1)
+        y, keys, states = _mixer(case, layer, x, window, sinks, list(states_at), score)
         hidden = hidden + y
         x = _rms(hidden, layer["post_attention_layernorm.weight"], eps)
         gated = F.silu(x @ layer["mlp.gate_proj.weight"].T) * (x @ layer["mlp.up_proj.weight"].T)

@@ -76,11 +76,16 @@ class Study:
     @cached_property
     def ways(self) -> Ways:
         o = self.options
-        return Ways(Shape(o.window, o.sinks, o.length, self.scores, self._adapters), self.model)
+        return Ways(Shape(o.window, o.sinks, o.length, self.scores, self._adapters, self.shared_scores), self.model)
 
     @property
     def scores(self) -> Path:
         return self.options.adapter or self.out / "scores"
+
+    @property
+    def shared_scores(self) -> Path | None:
+        layer = self.options.score_layer
+        return None if layer is None else self.out / f"scores-of-layer-{layer}"
 
     @property
     def rows(self) -> list[Result]:
@@ -92,7 +97,11 @@ class Study:
         if "chats" in self.options.only:
             yield from self._chats()
         if "scores" in self.options.only and not self.options.adapter:
-            yield Item("scores", "scores of retained tokens", self._learn)
+            heads = self.options.heads
+            yield Item("scores", "scores of retained tokens", lambda: self._learn(self.scores, heads=heads))
+        if "scores" in self.options.only and (path := self.shared_scores):
+            layer = self.options.score_layer
+            yield Item("scores", f"scores of layer {layer}", lambda: self._learn(path, score_layer=layer))
         if "memories" in self.options.only:
             for name in self._adapters:
                 yield Item("memories", name, lambda name=name: self._distil(name))
@@ -138,12 +147,11 @@ class Study:
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
-    def _learn(self) -> Result:
+    def _learn(self, out: Path, **scorers: int | None) -> Result:
         o = self.options
         return train_scores.trained(
-            self.path, self._file("train"), self.out / "scores", o.train_chats, o.window, o.sinks, o.steps,
-            seed=o.seed, heads=o.heads,
-        )  # fmt: skip
+            self.path, self._file("train"), out, o.train_chats, o.window, o.sinks, o.steps, seed=o.seed, **scorers
+        )
 
     # -- memories -------------------------------------------------------------------------------------------------
 
@@ -289,6 +297,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ruler-samples", type=int, default=100, help="of each task")
     parser.add_argument("--part", default="1/1", help="only each n-th thing to do, beginning with the k-th: k/n")
     parser.add_argument("--heads", type=int, help="key heads that keep tokens (default: all)")
+    parser.add_argument("--score-layer", type=int, help="also with scores of this layer for all heads")
     parser.add_argument("--seed", type=int, default=0, help="of the training of scores")
     parser.add_argument("--memories", default="deltanet,gated_deltanet,mamba2,routed_deltanet", help="commas between")
     parser.add_argument("--memory-steps", type=int, default=200, help="of their training, of --batch texts each")

@@ -6,7 +6,8 @@
 The base reads each chat once with full attention; per layer the attention's input of every token and whether later
 queries look at it most are kept (600 bytes a token and layer for SmolLM2). Then all scorers learn from random tokens
 of all chats, many passes in seconds, where `ahn train` makes one pass, chat by chat. With `--heads` only so many key
-heads keep tokens: those that find the answers of the first chats (`ahn.training.heads`).
+heads keep tokens: those that find the answers of the first chats (`ahn.training.heads`). With `--score-layer` one score
+a token is for all heads of that layer and of later ones, and learns from `--teachers` such heads.
 """
 
 from __future__ import annotations
@@ -37,17 +38,19 @@ ASKED = 32
 
 
 @torch.no_grad()
-def gathered(model: PreTrainedModel, chats: list[Tensor], window: int, sinks: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Per layer: attention inputs (N, D) bfloat16, and in how many of `looks.SHARES` for each key head, (N, Hkv)."""
+def gathered(
+    model: PreTrainedModel, chats: list[Tensor], window: int, sinks: int, teachers: looks.Teachers = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per scorer: attention inputs (N, D) bfloat16, and in how many of `looks.SHARES` for each of its heads, (N, h)."""
     inputs: list[list[Tensor]] = []
     targets: list[list[Tensor]] = []
     set_window(model, max(map(len, chats)), 0)  # nothing leaves: full attention
     for ids in chats:
-        watch = looks._Watch(window, None)
+        watch = looks.Watch(model, window, None, teachers)
         with observed(model, watch, first=True):
             model.get_decoder()(ids[None].to(model.device), use_cache=False)
         counted = slice(sinks, len(ids) - window)
-        for n, (_, x, looked) in enumerate(watch.seen):
+        for n, (_, x, looked) in enumerate(watch.lessons()):
             if n == len(inputs):
                 inputs.append([])
                 targets.append([])
@@ -64,7 +67,7 @@ def learn(
 ) -> float:
     """Fit every layer's scorer; returns how many of the most looked-at tokens are found, mean of the last steps."""
     memories = [layer.ahn.fn for layer in model.get_decoder().layers if hasattr(layer, "ahn")]
-    memories = [memory for memory in memories if memory.slot_heads]
+    memories = [memory for memory in memories if memory.scorer is not None]
     parameters = [parameter for memory in memories for parameter in memory.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -74,7 +77,8 @@ def learn(
         some = torch.randint(0, len(inputs[0]), (batch,), device=model.device)
         losses = []
         for memory, x, target in zip(memories, inputs, targets, strict=True):
-            logits, wanted = memory.logits(x[some].float()[None])[0].T, target[some]
+            wanted = target[some]
+            logits = memory.logits(x[some].float()[None])[0].T.expand_as(wanted)
             losses.append(F.binary_cross_entropy_with_logits(logits, wanted / len(looks.SHARES)))
             if step >= steps - last:
                 best = logits.detach() >= logits.detach().quantile(1 - looks.SHARES[0], dim=0, keepdim=True)
@@ -104,7 +108,8 @@ def found_heads(
 
 def trained(
     path: str, chats: Path, out: Path, count: int | None, window: int, sinks: int, steps: int,
-    batch: int = 8192, lr: float = 3e-3, seed: int = 0, heads: int | None = None,
+    batch: int = 8192, lr: float = 3e-3, seed: int = 0, heads: int | None = None, score_layer: int | None = None,
+    teachers: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the scores of a model for the first chats of a file, write the adapter, and say what was done."""
     torch.manual_seed(seed)
@@ -113,16 +118,19 @@ def trained(
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     model = ahn.attach(base.to(device).eval(), ahn.AHNConfig("retained", window, sinks))
     began = time.perf_counter()
-    if heads:
-        chosen = found_heads(model, reading.read_chats(tokenizer, chats, ASKED), window, sinks, heads)
-        print(f"{heads} key heads: {' '.join(f'{layer}.{head}' for layer, head in chosen)}", flush=True)
-        config = model.ahn_config.replace(slot_heads=chosen)
+    some: looks.Teachers = ()
+    if heads or score_layer is not None:
+        asked = reading.read_chats(tokenizer, chats, ASKED)
+        some = found_heads(model, asked, window, sinks, heads or teachers)
+        print(f"{len(some)} key heads: {' '.join(f'{layer}.{head}' for layer, head in some)}", flush=True)
+        config = model.ahn_config.replace(slot_heads=some if heads else None, score_layer=score_layer)
         model = ahn.attach(ahn.detach(model), config)
     with chats.open(encoding="utf-8") as lines:
         rows = [json.loads(line)["messages"] for line in itertools.islice(lines, count)]
     shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
     encoded = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
-    inputs, targets = gathered(model, [torch.tensor(ids) for ids in encoded], window, sinks)
+    some = () if heads else some
+    inputs, targets = gathered(model, [torch.tensor(ids) for ids in encoded], window, sinks, some)
     read = time.perf_counter() - began
     print(f"{len(rows)} chats read, {len(inputs[0]):,} tokens, {read:.1f} s", flush=True)
     recall = learn(model, inputs, targets, steps, batch, lr)
@@ -132,7 +140,7 @@ def trained(
     return {
         "chats": len(rows), "tokens": len(inputs[0]), "read_seconds": round(read, 1), "recall": recall,
         "steps": steps, "batch": batch, "lr": lr, "seed": seed, "learn_seconds": round(learned, 1),
-        "heads": model.ahn_config.slot_heads,
+        "heads": model.ahn_config.slot_heads, "score_layer": score_layer, "teachers": some,
     }  # fmt: skip
 
 
@@ -149,6 +157,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heads", type=int, help="key heads that keep tokens (default: all)")
+    parser.add_argument("--score-layer", type=int, help="layer that scores for all heads (default: each layer its own)")
+    parser.add_argument("--teachers", type=int, default=1, help="heads from which it learns")
     options = vars(parser.parse_args())
     path = shipped.resolve(options.pop("model"))
     print(json.dumps(trained(path, **options)))

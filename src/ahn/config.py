@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypedDict
 
 from ahn.errors import AHNError
@@ -76,10 +76,12 @@ class AHNConfig:
         slot_heads: the key heads that keep tokens, as pairs (layer, key head); the others see sinks and window alone.
             Few heads of a model find what was said long ago (`ahn.training.heads`): with as many bytes, these can keep
             several times as many tokens. None: all heads. As `slots`, of use to such a memory alone.
-
         passage: so many tokens next to each other are kept or forgotten together, by the mean of their scores over all
             heads of the layer that keep tokens; 1 lets each token of each key head stay by itself. It divides what is
             kept, and the block of up to 128 that is exact. As `slots`, of use to such a memory alone.
+        score_layer: the layer whose attention input gives each token one score, by which all key heads of this layer
+            and of all later ones keep the same tokens; layers before it keep none. None: each layer scores for itself.
+            As `slots`, of use to such a memory alone.
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
@@ -96,6 +98,7 @@ class AHNConfig:
     slots: int = DEFAULT_SLOTS
     slot_heads: tuple[tuple[int, int], ...] | None = None
     passage: int = 1
+    score_layer: int | None = None
     max_distance: int | None = None
     key_bits: int = 4
     value_bits: int = 2
@@ -128,13 +131,41 @@ class AHNConfig:
         object.__setattr__(self, "full_attention_layers", tuple(sorted(set(layers))))
         if self.slot_heads is not None:
             object.__setattr__(self, "slot_heads", _pairs(self.slot_heads))
+        self._check_score_layer()
         from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
 
         memory.get(self.memory)
 
     def heads_of(self, layer: int) -> tuple[int, ...] | None:
         """The key heads of a layer that keep tokens; None for all."""
+        if self.score_layer is not None and layer < self.score_layer:
+            return ()
         return None if self.slot_heads is None else tuple(head for at, head in self.slot_heads if at == layer)
+
+    def check_layers(self, with_memory: Collection[int]) -> None:
+        """Raises AHNError if no layer of a model scores tokens, given its layers that have a memory."""
+        if self.score_layer is not None and self.score_layer not in with_memory:
+            raise AHNError(
+                f"score_layer is {self.score_layer}, which is no layer with a memory; those of this model are "
+                f"{', '.join(map(str, with_memory))}."
+            )
+
+    def _check_score_layer(self) -> None:
+        layer = self.score_layer
+        if layer is None:
+            return
+        if type(layer) is not int or layer < 0:
+            raise AHNError(f"AHNConfig.score_layer must be None or a layer's index ≥ 0, got {reprlib.repr(layer)}.")
+        if self.slot_heads is not None:
+            raise AHNError(
+                "AHNConfig.score_layer lets all heads of later layers keep the same tokens, and slot_heads only some "
+                "of them: leave one of the two out."
+            )
+        if layer in self.full_attention_layers:
+            raise AHNError(
+                f"AHNConfig.score_layer = {layer} is among full_attention_layers, which have no memory that could "
+                "score tokens."
+            )
 
     def _distance_fits(self) -> bool:
         return self.max_distance == 0 or MIN_DISTANCE <= (self.max_distance or 0) <= LIMIT

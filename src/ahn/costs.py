@@ -202,7 +202,8 @@ class _MemorySizes:
 def _all_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT16_BYTES) -> list[_MemorySizes]:
     """Of each layer that has a memory."""
     layers = shape.memory_layers(ahn_config.full_attention_layers)
-    if ahn_config.slot_heads is None:
+    ahn_config.check_layers(layers)
+    if ahn_config.slot_heads is None and ahn_config.score_layer is None:
         return [_memory_sizes(shape, ahn_config, layers[0], width)] * len(layers)
     return [_memory_sizes(shape, ahn_config, layer, width) for layer in layers]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from captured import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, shared, traces
-from models import awaken, base, tokens
+from models import FEW, awaken, base, tokens
 from support.effort import slow
 from talk import Talk
 
@@ -47,6 +47,16 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: li
     talk.steps(2)
     talk.check(TOLERANCE)
     assert len(compiled) == 6, "another batch size"
+
+
+def test_layers_before_at_and_after_the_one_that_scores_compile_once_each(compiled: list[torch.fx.Graph]) -> None:
+    config = ahn.AHNConfig("retained", WINDOW, SINKS, **FEW, passage=2, score_layer=1)
+    model = awaken(ahn.attach(base(num_hidden_layers=5), config))
+    talk = Talk(model, 2)
+    talk.read([20, 13])
+    talk.steps(20)
+    talk.check(TOLERANCE)
+    assert sum(any(node.target is torch.ops.ahn.step.default for node in graph.nodes) for graph in compiled) == 3
 
 
 @pytest.mark.parametrize("options", [{"disable": True}, slow({"backend": "eager"})], ids=["not traced", "traced"])

@@ -31,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "codes, bounded": {"key_bits": 4, "value_bits": 2, "max_distance": 80},
     "behind a tier": {"quantized": 5, "max_distance": 96},
     "passages": {"key_bits": 4, "value_bits": 2, "max_distance": 80, "slots": 34, "passage": 2},
+    "one score": {"key_bits": 4, "value_bits": 2, "max_distance": 80, "slots": 34, "passage": 2, "score_layer": 0},
     "few heads": {"key_bits": 4, "value_bits": 2, "max_distance": 80, "slot_heads": ((1, 0),)},
     "behind a tier after RoPE": {"quantized": 5, "max_distance": 0, "keys_before_rope": False},
 }

@@ -10,9 +10,10 @@ from golden import expected as published
 from golden import name as case_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MEMORIES, adapted, tokens
+from models import MEMORIES, adapted, awaken, base, tokens
 from support.effort import examples
 
+import ahn
 from ahn import AHNCache, memory
 
 TOLERANCE = 1e-4  # float32, of the published numbers and of the package
@@ -65,6 +66,7 @@ def test_options_follow_the_specification(
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("distance", [0, 64], ids=["own", "near"])
+@pytest.mark.parametrize("first", [None, 1])
 @given(
     window=st.integers(1, 10),
     sinks=st.integers(0, 4),
@@ -73,26 +75,20 @@ def test_options_follow_the_specification(
 )
 @settings(max_examples=8, deadline=None)
 def test_retained_tokens_follow_the_definition(
-    family: str, distance: int, window: int, sinks: int, prefill: int, kept: tuple[int, int]
+    family: str, first: int | None, distance: int, window: int, sinks: int, prefill: int, kept: tuple[int, int]
 ) -> None:
-    """At own positions, or never seen from farther than a quarter of what the base knows; alone or in passages."""
+    """At own positions, or never seen from farther than a quarter of what the base knows; alone or in passages; by
+    scores of all heads of all layers, or of one layer for all."""
     slots, passage = kept
-    model = adapted(
-        family,
-        memory="retained",
-        window=window,
-        sinks=sinks,
-        slots=slots,
-        passage=passage,
-        max_distance=distance,
-        key_bits=16,
-        value_bits=16,
-    )
+    layers = {} if first is None else {"num_hidden_layers": 3}
+    kept_by = {"slots": slots, "passage": passage, "score_layer": first}
+    reach = ahn.AHNConfig("retained", window, sinks, max_distance=distance, key_bits=16, value_bits=16, **kept_by)
+    model = awaken(ahn.attach(base(family, **layers), reach))
     config, ids = model.config, tokens(2, 41)
     case = config.to_dict() | {"ahn": "RetainedTokens", "rope_theta": config.rope_parameters["rope_theta"]}
     weights = {name: x.double() for name, x in model.state_dict().items()}
     with torch.no_grad():
-        case |= {"slots": slots, "passage": passage, "near": max(16, window + sinks + 4) if distance else 0}
+        case |= kept_by | {"near": max(16, window + sinks + 4) if distance else 0}
         expected, _, _ = oracle.decoder(case, weights, ids, window, sinks)
         cache = AHNCache.for_model(model)
         parts = [model(ids[:, :prefill], past_key_values=cache).logits]

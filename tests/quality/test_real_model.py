@@ -90,10 +90,10 @@ def test_an_answer_is_recalled_where_every_token_is_likeliest() -> None:
 
 
 def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
-    model = ahn.attach(base(), ahn.AHNConfig("retained", 24, 8))
-    ahn.save_adapter(model, tmp_path / "scores")
+    for folder, first in (("scores", None), ("shared", 1)):
+        ahn.save_adapter(ahn.attach(base(), ahn.AHNConfig("retained", 24, 8, score_layer=first)), tmp_path / folder)
     model = base()
-    ways = Ways(Shape(24, 8, 300, tmp_path / "scores"), model)
+    ways = Ways(Shape(24, 8, 300, tmp_path / "scores", shared=tmp_path / "shared"), model)
     for some in (ways.within, ways.beyond, ways.book):
         found = list(some())
         assert len({way.name for way in found}) == len(found) and any("retained" in way.name for way in found)
@@ -101,8 +101,11 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
     without = Ways(Shape(24, 8, 300, tmp_path / "none"), model)
     assert not [way for way in without.within() if "retained" in way.name]
     (kept,) = ways.retained(64, (4, 2), tier=16)
-    with kept.on(model), torch.no_grad():
-        assert torch.isfinite(model(tokens(1, 200)).logits).all()
+    (shared,) = ways.retained(64, (4, 2), passage=8, shared=True)
+    assert shared.name == "retained 64 4/2, passages of 8, scores of layer 1" and shared.config.score_layer == 1
+    for way in (kept, shared):
+        with way.on(model), torch.no_grad():
+            assert torch.isfinite(model(tokens(1, 200)).logits).all()
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.processes import in_other_processes
-from tiny_run import flags
+from tiny_run import flags, words, write_rows
 from tiny_student import freeze_base, student, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -126,14 +126,14 @@ def test_parts_add_up_and_padding_counts_for_nothing() -> None:
 
 
 @torch.no_grad()
-def planted() -> PreTrainedModel:
+def planted(**config: Any) -> PreTrainedModel:
     """A Llama whose keys of six tokens of the vocabulary are so large that some query always looks at them."""
     model = models.base("llama")
     embedding, direction = model.get_input_embeddings().weight, F.normalize(torch.randn(32), dim=0)
     embedding[2:8] += 4 * direction
     for layer in model.model.layers:
         layer.self_attn.k_proj.weight += torch.randn(16, 1) @ direction[None]
-    return ahn.attach(model, ahn.AHNConfig(memory="retained", window=WINDOW, sinks=SINKS))
+    return ahn.attach(model, ahn.AHNConfig(memory="retained", window=WINDOW, sinks=SINKS, **config))
 
 
 def test_scores_find_planted_tokens() -> None:
@@ -152,6 +152,61 @@ def test_scores_find_planted_tokens() -> None:
     assert float(after.loss) < 0.3669 < float(before.loss), "the entropy of 12 %: what blind scores reach at best"
     assert float(before.recall) < 0.25 and float(after.recall) > 0.5, (before, after)
     assert (model.ahn_config.window, model.ahn_config.sinks) == (WINDOW, SINKS)
+
+
+def test_a_score_for_all_heads_learns_from_its_teachers() -> None:
+    """As if each teacher had a score of its own, and all of them were the same."""
+    every, one = (
+        freeze_base(ahn.attach(models.base(), ahn.AHNConfig("retained", WINDOW, SINKS, score_layer=first)))
+        for first in (None, 0)
+    )
+    ids, teachers = models.tokens(2, 40), ((1, 0), (0, 1), (1, 1))
+    watches = [looks.Watch(every, WINDOW, None), looks.Watch(one, WINDOW, None, teachers)]
+    for model, watch in zip((every, one), watches, strict=True):
+        ahn.model.adapter.set_window(model, 40, 0)
+        with torch.no_grad(), ahn.model.attached.observed(model, watch, first=True):
+            model.get_decoder()(ids, use_cache=False)
+    own, ((memory, x, looked),) = watches[0].lessons(), watches[1].lessons()
+    assert memory is one.model.layers[0].ahn.fn and torch.equal(x, own[0][1])
+    assert torch.equal(looked, torch.stack([own[0][2][:, 1], own[1][2][:, 0], own[1][2][:, 1]], dim=1))  # by layers
+    counted = slice(SINKS, 40 - WINDOW)
+    logits = memory.logits(x)[..., counted]
+    some = torch.zeros(2, 3, 40, dtype=torch.bool)
+    some[..., counted] = True
+    wanted = looks.grades(looked, some)[..., counted].float().mean(1, keepdim=True) / len(SHARES)
+    found = looks_loss(one, ids, WINDOW, SINKS, teachers=teachers)
+    expected = F.binary_cross_entropy_with_logits(logits, wanted)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=0)
+    found.loss.backward()
+    assert all(p.grad is not None for p in ahn.adapter_parameters(one).values())
+    for model, given in ((one, ()), (every, teachers)):
+        with pytest.raises(AHNError, match="teachers"):
+            looks_loss(model, ids, WINDOW, SINKS, teachers=given)
+
+
+def test_the_block_that_a_teacher_looks_at_gets_the_highest_score() -> None:
+    """Of five blocks of ten tokens, the one in which words are said that queries always look at."""
+    model = planted(score_layer=0)
+    optimizer = torch.optim.Adam(list(ahn.adapter_parameters(freeze_base(model)).values()), lr=1e-2)
+
+    def texts(seed: int) -> tuple[Tensor, Tensor]:
+        ids = models.tokens(8, 50 + SINKS + WINDOW, seed).clamp_min(8)
+        block = torch.randint(5, (8,), generator=torch.Generator().manual_seed(seed))
+        for row, number in enumerate(block.tolist()):
+            ids[row, SINKS + 10 * number + 3 : SINKS + 10 * number + 7] = torch.tensor([2, 5, 3, 7])
+        return ids, block
+
+    for step in range(60):
+        found = looks_loss(model, texts(step)[0], WINDOW, SINKS, teachers=((1, 0),))
+        optimizer.zero_grad()
+        found.loss.backward()
+        optimizer.step()
+    ids, block = texts(1000)
+    with torch.no_grad():
+        gates = model.model.layers[0].ahn.fn
+        x = model.model.layers[0].input_layernorm(model.get_input_embeddings()(ids))
+        score = gates.logits(x).sigmoid()[:, 0, SINKS : SINKS + 50].unflatten(1, (5, 10)).mean(2)
+    assert torch.equal(score.argmax(1), block)
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -182,6 +237,32 @@ def test_a_finished_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> No
         assert torch.isfinite(model(tokens(1, 300)).logits).all()
 
 
+def test_a_run_finds_its_teachers_and_goes_on_with_them(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ahn")
+    chats = [
+        [{"role": "user", "content": f"{said} {words(60, seed)}"}, {"role": "assistant", "content": said}]
+        for seed in range(12)
+        for said in [words(6, 100 + seed)]
+    ]
+    data = write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    given = {
+        "ahn_implementation": "RetainedTokens", "slots": 40, "passage": 5, "score_layer": 0, "score_teachers": 2,
+        "sliding_window_type": "fixed", "sliding_window": 40, "save_total_limit": 1,
+    }  # fmt: skip
+    run(flags(tiny_model, data, tmp_path / "out", **given))
+    assert "taught by 0.0 1.0" in caplog.text
+    model = ahn.from_pretrained(tmp_path / "out", base=tiny_model)
+    assert (model.ahn_config.score_layer, model.ahn_config.passage) == (0, 5)
+    assert all("layers.0." in name for name in ahn.adapter_parameters(model))
+    caplog.clear()
+    run(flags(tiny_model, data, tmp_path / "out", **given | {"max_steps": 6}, resume_from_checkpoint=True))
+    assert "taught by" not in caplog.text, "they are those of the checkpoint"
+    with pytest.raises(AHNError, match="No reply says again"):
+        run(flags(tiny_model, write_rows(tmp_path / "texts.jsonl", [{"text": words(99, 1)}]), tmp_path / "no", **given))
+
+
 @pytest.mark.slow
 def test_resumed_bits_are_the_same(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     def train(output: Path, **more: Any) -> None:
@@ -205,6 +286,10 @@ def test_resumed_bits_are_the_same(tiny_model: Path, tiny_data: Path, tmp_path: 
         ({"ahn_implementation": "RetainedTokens", "loss_type": "kl"}, "learns by attention alone"),
         ({"ahn_implementation": "GatedDeltaNet", "loss_type": "attention"}, "learns by kl, ce, distill"),
         ({"ahn_implementation": "RetainedTokens", "use_q_proj": True}, "are for recurrent memories"),
+        ({"score_layer": 0}, "passage and score_layer are for RetainedTokens"),
+        ({"passage": 2}, "passage and score_layer are for RetainedTokens"),
+        ({"ahn_implementation": "RetainedTokens", "score_layer": 0, "streaming": True}, "leave streaming out"),
+        ({"ahn_implementation": "RetainedTokens", "score_layer": 0, "score_teachers": 0}, "at least 1"),
     ],
 )
 def test_refused(given: dict[str, Any], message: str) -> None:

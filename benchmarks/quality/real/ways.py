@@ -23,6 +23,7 @@ class Shape:
         window, sinks: tokens kept exactly.
         length: tokens of a text.
         scores: directory of the adapter with the scores of retained tokens; None leaves its ways out.
+        shared: likewise of one whose layer `AHNConfig.score_layer` scores for all heads.
         memories: directories of the adapters of recurrent memories; those that are not there are left out.
     """
 
@@ -31,6 +32,7 @@ class Shape:
     length: int
     scores: Path | None
     memories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    shared: Path | None = None
 
     @property
     def lossless(self) -> int:
@@ -55,30 +57,35 @@ class Ways:
 
     def __init__(self, shape: Shape, model: PreTrainedModel) -> None:
         self.shape, self.model = shape, model
-        self._scores: tuple[Mapping[str, Tensor], ahn.AHNConfig] | None = None
+        self._scores: dict[Path, tuple[Mapping[str, Tensor], ahn.AHNConfig]] = {}
 
-    @property
-    def scores(self) -> tuple[Mapping[str, Tensor], ahn.AHNConfig] | None:
+    def scores(self, directory: Path | None) -> tuple[Mapping[str, Tensor], ahn.AHNConfig] | None:
         """The scores of retained tokens and their configuration, if they are there."""
-        if self._scores is None and self.shape.scores is not None and self.shape.scores.is_dir():
-            self._scores = weights_of(self.model, self.shape.scores)
-        return self._scores
+        if directory is None or not directory.is_dir():
+            return None
+        if directory not in self._scores:
+            self._scores[directory] = weights_of(self.model, directory)
+        return self._scores[directory]
 
     def tier(self, tokens: int, bits: tuple[int, int]) -> Method:
         """The tier alone."""
         config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
         return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
 
-    def retained(self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1) -> Iterator[Method]:
+    def retained(
+        self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1, shared: bool = False
+    ) -> Iterator[Method]:
         """Retained tokens, alone or behind a tier, if their scores are there.
 
         Args:
             slots: tokens a key head if all keep some; where few do, each keeps so many more.
             passage: tokens that stay or go together.
+            shared: by one layer's scores for all heads.
         """
-        if self.scores is None:
+        found = self.scores(self.shape.shared if shared else self.shape.scores)
+        if found is None:
             return
-        weights, trained = self.scores
+        weights, trained = found
         few, text = trained.slot_heads, self.model.config
         each = slots if few is None else slots * text.num_hidden_layers * text.num_key_value_heads // len(few)
         kept = "exact" if bits == (16, 16) else f"{bits[0]}/{bits[1]}"
@@ -86,8 +93,9 @@ class Ways:
         name += "" if few is None else f", in {len(few)} heads"
         name += "" if passage == 1 else f", passages of {passage}"
         config = self.config("retained", slots=each, key_bits=bits[0], value_bits=bits[1], quantized=tier)
-        config = config.replace(passage=passage)
-        yield Method(name, config.replace(slot_heads=few), weights)
+        name += "" if trained.score_layer is None else f", scores of layer {trained.score_layer}"
+        config = config.replace(passage=passage, slot_heads=few, score_layer=trained.score_layer)
+        yield Method(name, config, weights)
 
     def recurrent(self) -> Iterator[Method]:
         """Recurrent memories that were trained."""
@@ -106,6 +114,7 @@ class Ways:
         yield self.tier(rest, (4, 2))
         yield from self.retained(4096, (4, 2))
         yield from self.retained(4096, (4, 2), passage=64)
+        yield from self.retained(4096, (4, 2), passage=64, shared=True)
         yield from self.retained(2048, (4, 2), tier=2048)
         yield from self.retained(1024, (16, 16))
         yield self.tier(rest, (3, 2))
@@ -115,6 +124,7 @@ class Ways:
     def beyond(self) -> Iterator[Method]:
         """For facts asked beyond the trained length."""
         yield Method(FULL)
+        yield from self.retained(4096, (4, 2), passage=64, shared=True)
         yield from self.retained(4096, (4, 2), passage=64)
         yield from self.retained(4096, (4, 2))
         yield from self.retained(2048, (4, 2), tier=2048)
@@ -129,3 +139,4 @@ class Ways:
         yield self.tier(self.shape.rest, (4, 2))
         yield from self.retained(4096, (4, 2))
         yield from self.retained(4096, (4, 2), passage=64)
+        yield from self.retained(4096, (4, 2), passage=64, shared=True)

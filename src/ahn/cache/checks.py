@@ -24,6 +24,8 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 DTYPES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
 DTYPES[torch.bool] = "BOOL"
 """By what names safetensors calls them."""
+OF_TOKENS = ("slots", "slot_heads", "passage", "score_layer", "key_bits", "value_bits")
+"""Fields without which what a memory of tokens keeps means something else."""
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -54,9 +56,7 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
         config = AHNConfig.saved(block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
-    kept = (
-        ("slots", "slot_heads", "passage", "key_bits", "value_bits") if memory.get(of_model.memory).moves_keys else ()
-    )
+    kept = OF_TOKENS if memory.get(of_model.memory).moves_keys else ()
     for name in (*OF_MEMORY, *kept):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(

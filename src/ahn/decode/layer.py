@@ -29,6 +29,7 @@ class StepForward:
         sinks: of the cache.
         seen: W + C, tokens that a query sees besides the sinks: what is older is in the memory.
         turn: of the tier's keys, where they are kept as before RoPE.
+        given: (B, Hkv) the new token's scores, where one layer writes them for all later ones.
     """
 
     positions: Tensor
@@ -36,6 +37,7 @@ class StepForward:
     sinks: int
     seen: int
     turn: TierTurn | None = None
+    given: Tensor | None = None
 
 
 def step_attention(
@@ -63,7 +65,7 @@ def step_attention(
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight, memory.routes)
     elif isinstance(memory, RetainedTokens):
-        gates = {name: Gate(score[:, :, 0]) for name, score in memory.write_gates(x).items()}
+        gates = {"score": Gate(_score(memory, x, step))}
     state = layer.ahn.step_state
     assert state is not None
     new = [x[:, :, 0] for x in (query, key, value)]
@@ -84,3 +86,15 @@ def step_attention(
         layer.ahn.step_seen,
     )
     return out[:, None], None
+
+
+def _score(memory: RetainedTokens, x: Tensor, step: StepForward) -> Tensor:
+    """(B, Hkv) of the new token, as `ForwardContext.gates` has it."""
+    if memory.scores == "given":
+        assert step.given is not None
+        return step.given
+    score = memory.write_gates(x)["score"][:, :, 0]
+    if memory.scores == "made":
+        assert step.given is not None
+        step.given.copy_(score)
+    return score

@@ -156,6 +156,8 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
         del settings["slot_heads"]
     if config.passage == 1:
         del settings["passage"]
+    if config.score_layer is None:
+        del settings["score_layer"]
     shared = slots if config.memory in memory.baselines() else 0  # a trained memory's are its state
     return found | settings | {"slots": slots, "budget": config.lossless + shared}
 

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import reprlib
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -69,16 +69,23 @@ def get(name: str) -> type[Memory]:
 
 def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
     """A new memory for a layer of a model of this shape."""
-    kind, heads = get(config.memory), config.heads_of(layer)
+    kind = get(config.memory)
     sizes = shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads
     return kind(
         *sizes,
         q_proj=config.q_proj,
         slots=config.slots,
         bits=config.tier_bits,
-        slot_heads=heads,
         passage=config.passage,
+        **_of_tokens(config, layer) if kind.moves_keys else {},
     )
+
+
+def _of_tokens(config: AHNConfig, layer: int) -> dict[str, Any]:
+    """Which heads of a layer keep tokens, and by whose scores."""
+    first = config.score_layer
+    scores = "own" if first is None or layer < first else "made" if layer == first else "given"
+    return {"slot_heads": config.heads_of(layer), "scores": scores}
 
 
 def by_published_name(published: str) -> type[Memory]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,8 @@ class Memory(nn.Module):
         bits: likewise, per number of these tokens' keys and values: 2, 3, 4, or `EXACT`.
         slot_heads: likewise, the key heads that keep tokens; None for all.
         passage: likewise, how many tokens are kept or forgotten together.
+        scores: likewise, by what: each key head's "own" scores, one for all heads that is "made" here, or one that is
+            "given" by an earlier layer.
     """
 
     name: ClassVar[str]
@@ -119,10 +121,11 @@ class Memory(nn.Module):
         bits: tuple[int, int] = (EXACT, EXACT),
         slot_heads: tuple[int, ...] | None = None,
         passage: int = 1,
+        scores: Literal["own", "made", "given"] = "own",
     ) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
-        self.slots, self.bits, self.passage = slots, bits, passage
+        self.slots, self.bits, self.passage, self.scores = slots, bits, passage, scores
         self.slot_heads = range(self.kv_heads) if slot_heads is None else slot_heads
 
     @property

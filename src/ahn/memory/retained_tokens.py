@@ -16,6 +16,10 @@ since: that exactly, the others exactly or at a few bits per number.
 With `AHNConfig.passage` so many tokens next to each other stay or go together, in all heads of a layer, by the mean of
 their scores: text that hangs together, as the base has always seen it.
 
+With `AHNConfig.score_layer` there is one score a token, which that layer's scorer gives, and all heads of it and of the
+layers after it keep the same tokens: what hangs together across layers is found together. Layers before it keep none,
+for they have attended before anybody knows the score. It learns from the heads that find.
+
 The base never saw so many salient tokens at once as the best M of a text that is much longer than what it was trained
 on: its attention to them grows with the text, and its predictions get worse. So beyond the trained length they weigh
 together what as large a share of a text of the trained length would (`ahn.layout.blocks.TextPiece.bias`). Passages need
@@ -80,7 +84,8 @@ class RetainedTokens(Memory):
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.scorer = Scorer(self.hidden_size, len(self.slot_heads)) if self.slot_heads else None
+        scored = {"own": len(self.slot_heads), "made": 1, "given": 0}[self.scores]
+        self.scorer = Scorer(self.hidden_size, scored) if scored else None
         self._chosen: dict[torch.device, Tensor] = {}
         if self.block % self.passage or self.kept % self.passage:
             raise AHNError(
@@ -133,23 +138,29 @@ class RetainedTokens(Memory):
         return places.index_copy_(0, chosen, torch.arange(len(chosen), dtype=torch.int32, device=device))
 
     def logits(self, x: Tensor) -> Tensor:
-        """How much queries beyond the window will look at tokens with attention input x (B, n, D): (B, Hkv, n)."""
+        """How much queries beyond the window will look at tokens with attention input x (B, n, D): (B, Hkv, n).
+
+        (B, 1, n) where one score is for all heads.
+        """
         if self.scorer is None:
             return x.new_zeros(x.shape[0], 0, x.shape[1], dtype=torch.float32)
         logits: Tensor = self.scorer(x).float()
         return logits
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
-        scores, chosen = self.logits(x), self.chosen(x.device)
-        if self.passage > 1 and self.slot_heads:
-            scores = scores.sigmoid().mean(1, keepdim=True).expand_as(scores)
-        scores = scores.bfloat16().float()
-        if chosen is None:
-            return {"score": scores}
+        """As for every memory. Zeros where no head keeps tokens, and where scores are given: `ForwardContext.gates`."""
         # Of all key heads, as gates are: what waits in the window does not depend on the layer.
-        every = scores.new_zeros(len(x), self.kv_heads, x.shape[1])
-        return {"score": every.index_copy(1, chosen, scores)}
+        every = len(x), self.kv_heads, x.shape[1]
+        if self.scorer is None:
+            return {"score": torch.zeros(every, device=x.device)}
+        scores, chosen = self.logits(x), self.chosen(x.device)
+        if self.passage > 1:
+            scores = scores.sigmoid().mean(1, keepdim=True)
+        # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
+        scores = scores.bfloat16().float()
+        if scores.shape[1] < len(self.slot_heads):  # one for all
+            scores = scores.expand(-1, len(self.slot_heads), -1)
+        return {"score": scores if chosen is None else scores.new_zeros(every).index_copy(1, chosen, scores)}
 
     def slot_bytes(self, window: int, width: int) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[width]

@@ -72,6 +72,11 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         raise AHNError(
             "With tensor parallelism all heads keep tokens: load the model on one device, or with slot_heads=None."
         )
+    if share.parallel and config.score_layer is not None:
+        raise AHNError(
+            "With tensor parallelism each layer scores for itself: load the model on one device, or with "
+            "score_layer=None."
+        )
     decoder, layers = decoder_layers(model)
     kernel = private.attention_kernel(decoder.config)
     if kernel == attention.NAME:
@@ -115,6 +120,7 @@ def attachable(model: PreTrainedModel, config: AHNConfig) -> dict[int, nn.Module
     check_decoder(decoder)
     makes_masks(model, decoder)
     with_memory = shape.memory_layers(config.full_attention_layers)
+    config.check_layers(with_memory)
     for layer, head in config.slot_heads or ():
         if layer not in with_memory or head >= shape.kv_heads:
             raise AHNError(

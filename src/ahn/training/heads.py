@@ -92,6 +92,8 @@ def _asked(row: int, ids: Tensor, real: Tensor, labels: Tensor, window: int, sin
     places, no_sink = torch.arange(len(ids), device=ids.device), real & (real.cumsum(0) > sinks)
     found = []
     for first, last in _runs(labels):
+        if first < window:  # nothing was said so long before it
+            continue
         said = _said_before(ids, first, last, window)
         for some in torch.arange(max(first, 1), last, device=ids.device).split(QUERIES):
             close = (some[:, None] - torch.arange(first, last, device=ids.device)).abs() <= NEAR

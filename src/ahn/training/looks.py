@@ -4,11 +4,15 @@ Shapes: B batch, L tokens, Hq query heads, Hkv key heads, P head dim. Queries be
 as the largest probability that any of them gives it. For every token and key head the target is in how many of `SHARES`
 it is, over their number: the shares of all tokens that are looked at most. So scores learn an order, and any number of
 the best can be kept. Nothing of size L × L exists for all heads and queries at once.
+
+Where one layer's score is for all heads (`AHNConfig.score_layer`), it learns where heads look that find what was said
+long ago, *teachers* (`ahn.training.heads`), of whichever layers: what they look at is what must not be forgotten.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,8 @@ from ahn.training.distillation import Batch, model_inputs, unpack
 from ahn.training.losses import ATTENTION, IGNORED, nothing_counts, to_device
 
 SHARES = (0.12, 0.04, 0.013)
+Teachers: TypeAlias = tuple[tuple[int, int], ...]
+"""Heads as `AHNConfig.slot_heads` has them: (layer, key head)."""
 NUMBERS = 1 << 26
 """So many probabilities exist at once, each of 4 bytes."""
 
@@ -37,7 +43,7 @@ class Looks(NamedTuple):
     """
 
     loss: Tensor
-    """Binary cross entropy of the scores, nats per token and key head, mean over layers."""
+    """Binary cross entropy of the scores, nats per token and key head, mean over layers; with teachers over these."""
     recall: Tensor
     """Of the first of `SHARES`, the part that as many of the highest scores find; that share is chance."""
     valid: int
@@ -45,7 +51,13 @@ class Looks(NamedTuple):
 
 
 def looks_loss(
-    model: PreTrainedModel, batch: Batch, window: int, sinks: int, count: int | None = None, start: int = 0
+    model: PreTrainedModel,
+    batch: Batch,
+    window: int,
+    sinks: int,
+    count: int | None = None,
+    start: int = 0,
+    teachers: Teachers = (),
 ) -> Looks:
     """What the scorers of `RetainedTokens` know of where this batch's queries look.
 
@@ -55,9 +67,10 @@ def looks_loss(
         window, sinks: W and S: tokens among the sinks, and those that no query beyond the window sees, do not count.
         count: tokens that count in all parts of a larger batch, of which this one may have none.
         start: position of each row's first token.
+        teachers: (layer, key head) of which a score for all heads learns; `AHNConfig.score_layer` needs some.
 
     Raises:
-        AHNError: a malformed batch, or nothing that counts.
+        AHNError: a malformed batch, nothing that counts, or teachers where each head has its own scores or the reverse.
     """
     ids, mask, labels = unpack(batch)
     counted = counted_tokens(labels, mask, window, sinks)
@@ -65,7 +78,7 @@ def looks_loss(
     if not (count or valid):
         raise nothing_counts(window + sinks, ids.shape[1])
     inputs = model_inputs(model, ids, mask, start)
-    watch = _Watch(window, inputs.get("attention_mask"))
+    watch = Watch(model, window, inputs.get("attention_mask"), teachers)
     set_window(model, ids.shape[1], 0)  # nothing leaves it: the base model's own full attention
     try:
         with torch.no_grad(), observed(model, watch, first=True):
@@ -75,7 +88,7 @@ def looks_loss(
     device = inputs["input_ids"].device
     counted = to_device(counted, device)
     # Here and not while the model runs: activation checkpointing would run it again for the scores' gradient.
-    losses = [_of_layer(*seen, counted.to(seen[2].device)) for seen in watch.seen]
+    losses = [_of_layer(*seen, counted.to(seen[2].device)) for seen in watch.lessons()]
     loss, recall = torch.stack([torch.stack([x.to(device) for x in pair]) for pair in losses]).mean(0).unbind()
     return Looks(loss / (count or valid), recall.detach() / (count or valid), valid)
 
@@ -92,12 +105,25 @@ def counted_tokens(labels: Tensor, mask: Tensor | None, window: int, sinks: int)
     return real & beyond & (labels != IGNORED).any(1, keepdim=True)
 
 
-class _Watch(Observer):
-    """Keeps, of each layer whose memory keeps tokens, the memory, its input and how much the tokens are looked at."""
+class Watch(Observer):
+    """Keeps what scorers are to learn from a forward of the base model's own full attention.
 
-    def __init__(self, window: int, mask: Tensor | None) -> None:
-        self.window, self.mask = window, mask
-        self.seen: list[tuple[RetainedTokens, Tensor, Tensor]] = []
+    Args:
+        window, mask: as for `most_looked`.
+        teachers: as for `looks_loss`.
+    """
+
+    def __init__(self, model: PreTrainedModel, window: int, mask: Tensor | None, teachers: Teachers = ()) -> None:
+        first = model.ahn_config.score_layer
+        if bool(teachers) != (first is not None):
+            raise AHNError(
+                f"Layer {first} scores for all heads, and learns from teachers: name the heads (ahn.training.heads)."
+                if first is not None
+                else "Every head learns its own scores here; teachers are for AHNConfig.score_layer."
+            )
+        self.window, self.mask, self.teachers = window, mask, teachers
+        self._scored: list[tuple[RetainedTokens, Tensor]] = []
+        self._looked: list[Tensor] = []
 
     def attending(self, layer: LayerContext, call: AttentionCall) -> None:
         memory = layer.ahn.fn
@@ -105,14 +131,26 @@ class _Watch(Observer):
             raise AHNError(f"The loss {ATTENTION} teaches scores to RetainedTokens; this model's memory has none.")
         if own_scores(call.kwargs):
             raise AHNError(f"{type(call.module).__name__} has learned sinks or a soft cap, unknown to this loss.")
-        if not memory.slot_heads:
-            return
-        query, key, chosen = call.query, call.key, memory.chosen(call.key.device)
-        if chosen is not None:
-            query = query.unflatten(1, (key.shape[1], -1)).index_select(1, chosen).flatten(1, 2)
-            key = key.index_select(1, chosen)
-        looked = most_looked(query, key, call.scaling, self.window, self.mask)
-        self.seen.append((memory, layer.x, looked))
+        heads: Sequence[int] = memory.slot_heads
+        if self.teachers:
+            heads = [head for at, head in self.teachers if at == layer.index]
+        if memory.scorer is not None:
+            self._scored.append((memory, layer.x))
+        if heads:
+            query, key = call.query, call.key
+            if len(heads) < key.shape[1]:
+                chosen = torch.tensor(heads, device=key.device)
+                query = query.unflatten(1, (key.shape[1], -1)).index_select(1, chosen).flatten(1, 2)
+                key = key.index_select(1, chosen)
+            self._looked.append(most_looked(query, key, call.scaling, self.window, self.mask))
+
+    def lessons(self) -> list[tuple[RetainedTokens, Tensor, Tensor]]:
+        """Of each memory with a scorer: the memory, its input (B, L, D), and how much heads look, (B, heads, L)."""
+        looked = self._looked
+        if self.teachers:
+            device = self._scored[0][1].device
+            looked = [torch.cat([x.to(device) for x in looked], dim=1)]
+        return [(memory, x, some) for (memory, x), some in zip(self._scored, looked, strict=True)]
 
 
 def most_looked(query: Tensor, key: Tensor, scaling: float, window: int, mask: Tensor | None = None) -> Tensor:
@@ -144,9 +182,9 @@ def most_looked(query: Tensor, key: Tensor, scaling: float, window: int, mask: T
 
 
 def _of_layer(memory: RetainedTokens, x: Tensor, looked: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens that count: the cross entropy, mean over key heads, and the recall of each token's row."""
+    """Sums over the tokens that count: the cross entropy and the recall of each token's row, means over key heads."""
     counted = counted[:, None].expand_as(looked)
-    logits = memory.logits(x)
+    logits = memory.logits(x).expand_as(looked)
     target = highest(looked, counted, SHARES[0])
     found = highest(logits.detach(), counted, SHARES[0])
     error = F.binary_cross_entropy_with_logits(logits, grades(looked, counted) / len(SHARES), reduction="none")

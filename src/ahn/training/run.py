@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
@@ -28,7 +29,9 @@ from ahn.shape import ModelShape, trained_length
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments
 from ahn.training.card import draw_curves, write_card
-from ahn.training.data import check_tokenizer, load_data
+from ahn.training.data import Collator, Data, Stream, check_tokenizer, load_data
+from ahn.training.heads import copied, most_copying
+from ahn.training.looks import Teachers
 from ahn.training.settings import Settings
 from ahn.training.sharding import is_true
 from ahn.training.student import Student
@@ -38,6 +41,10 @@ logger = logging.getLogger("ahn")
 
 DIGESTS = "data_digests"
 """Name, among the settings in a checkpoint, of what tells its samples and tokenizer from others."""
+TEACHERS = "teachers"
+"""Likewise, of the heads from which a score for all heads learns."""
+ASKED = 32
+"""Samples whose replies tell which heads these are."""
 FREE = (
     "notes",
     "accept_changed_data",
@@ -94,15 +101,16 @@ def run(arguments: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> dict
         for change in checkpoints.changed_settings(before, shared_settings(arguments)):
             logger.warning("resuming with another setting than before: %s.", change)
         logger.info("resuming from %s.", checkpoint)
+    teachers = score_teachers(model, settings, data, checkpoint)
     trainer = DistillationTrainer(
-        Student(model, str(settings.loss_type), settings.use_normalized_l2),
+        Student(model, str(settings.loss_type), settings.use_normalized_l2, teachers=teachers),
         trainer_arguments,
         data,
         settings.schedule(trainer_arguments.seed),
         settings.evaluation_draw,
         settings.config_for(trained_length(model.config)),
         tokenizer.pad_token_id or 0,
-        shared_settings(arguments) | {DIGESTS: data.digests},
+        shared_settings(arguments) | {DIGESTS: data.digests, TEACHERS: teachers},
     )
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -219,7 +227,8 @@ def base_directory(settings: Settings) -> Path:
 def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises AHNError if the model has no embedding for some token, or was not made for samples or positions as far."""
     whole = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    ModelShape.from_config(whole).memory_layers(settings.ahn_config.full_attention_layers)  # raises
+    wanted = settings.ahn_config
+    wanted.check_layers(ModelShape.from_config(whole).memory_layers(wanted.full_attention_layers))  # both raise
     kernel = settings.attn_implementation
     if kernel and "/" not in kernel and kernel not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
         raise AHNError(f"attn_implementation {kernel} is no attention kernel of transformers: try sdpa or eager.")
@@ -264,6 +273,26 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)
     return model
+
+
+def score_teachers(model: PreTrainedModel, settings: Settings, data: Data, checkpoint: Path | None) -> Teachers:
+    """The heads that teach `score_layer`: those of the checkpoint, or those that find most in the first samples.
+
+    Raises:
+        AHNError: no reply of these samples says again what was said long before.
+    """
+    if settings.score_layer is None:
+        return ()
+    if checkpoint is not None:
+        return tuple((layer, head) for layer, head in checkpoints.read_run_settings(checkpoint)[TEACHERS])
+    collate, draw, samples = Collator(0), settings.evaluation_draw, data.train
+    assert not isinstance(samples, Stream)  # by `Settings`
+    batches = (collate([samples[row]]) for row in range(min(ASKED, len(samples))))
+    found = [most_copying(copied(model, batches, draw.window, draw.sinks), settings.score_teachers)]
+    teachers: Teachers = broadcast_object_list(found)[0]  # the same in all processes, whatever the last digits
+    names = " ".join(f"{layer}.{head}" for layer, head in teachers)
+    logger.info("layer %d scores tokens for all heads, taught by %s (layer.head).", settings.score_layer, names)
+    return teachers
 
 
 def shared_settings(arguments: Arguments) -> dict[str, Any]:

@@ -52,6 +52,14 @@ class Settings:
     )
     sinks: int | None = _setting(None, "Likewise its sinks (default: 128, or less).")
     slots: int = _setting(DEFAULT_SLOTS, "For RetainedTokens: tokens that it holds per layer and key head.")
+    passage: int = _setting(1, "Likewise, how many tokens next to each other are kept or forgotten together.")
+    score_layer: int | None = _setting(
+        None,
+        "Likewise, the layer that scores tokens for all heads of it and of later layers (default: each layer its own).",
+    )
+    score_teachers: int = _setting(
+        1, "With score_layer: from how many heads the score learns, those that find most of what replies say again."
+    )
 
     dataset: str | None = _setting(
         None, "Training data: files, folders, Hub ids, chatqa2 or stdlib; several with commas between."
@@ -123,6 +131,8 @@ class Settings:
             router=self.use_ahn_router,
             q_proj=self.use_q_proj,
             slots=self.slots,
+            passage=self.passage,
+            score_layer=self.score_layer,
         )
 
     @property
@@ -189,6 +199,13 @@ class Settings:
             )
         if not recurrent and (self.use_ahn_router or self.use_q_proj):
             raise AHNError(f"use_ahn_router and use_q_proj are for recurrent memories, not {self.ahn_implementation}.")
+        if recurrent and (self.passage > 1 or self.score_layer is not None):
+            raise AHNError(f"passage and score_layer are for RetainedTokens, not {self.ahn_implementation}.")
+        if self.score_layer is not None and self.streaming:
+            raise AHNError(
+                "score_layer needs samples that are there before training begins, to find its teachers in: leave "
+                "streaming out."
+            )
         if recurrent:
             parse_loss(self.loss_type)
 
@@ -201,6 +218,7 @@ class Settings:
             "sliding_window": 2,
             "memory_positions": 0,
             "val_size": 0,
+            "score_teachers": 1,
         }
         minima |= {"preprocessing_num_workers": 1}
         for name, minimum in minima.items():

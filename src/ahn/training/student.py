@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ahn.errors import AHNError
 from ahn.model.adapter import adapter_parameters
 from ahn.training.distillation import Distillation, check_head, distillation_loss
-from ahn.training.looks import Looks, counted_tokens, looks_loss
+from ahn.training.looks import Looks, Teachers, counted_tokens, looks_loss
 from ahn.training.losses import ATTENTION, CHUNK, IGNORED, next_tokens, valid_positions
 
 UNUSED = ".fn.D"
@@ -45,12 +45,20 @@ class Student(nn.Module):
         loss: "kl", "ce", "distill" or a sum, or "attention" for a memory of tokens.
         use_normalized_l2: see `distillation_loss`.
         chunk: positions whose logits exist at once.
+        teachers: see `looks_loss`.
     """
 
-    def __init__(self, model: PreTrainedModel, loss: str = "kl", use_normalized_l2: bool = False, chunk: int = CHUNK):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss: str = "kl",
+        use_normalized_l2: bool = False,
+        chunk: int = CHUNK,
+        teachers: Teachers = (),
+    ) -> None:
         super().__init__()
         self.model = model
-        self.loss, self.use_normalized_l2, self.chunk = loss, use_normalized_l2, chunk
+        self.loss, self.use_normalized_l2, self.chunk, self.teachers = loss, use_normalized_l2, chunk, teachers
         self._head_checked = False
         model.requires_grad_(False)
         memory = adapter_parameters(model)
@@ -70,7 +78,8 @@ class Student(nn.Module):
     def forward(self, part: MicroBatch) -> Distillation | Looks:
         """The share of this micro-batch in the step's losses; see `distillation_loss` and `looks_loss`."""
         if self.loss == ATTENTION:
-            return looks_loss(self.model, part.batch, part.window, part.sinks, part.count, part.start)
+            drawn = part.window, part.sinks, part.count, part.start
+            return looks_loss(self.model, part.batch, *drawn, self.teachers)
         if not self._head_checked:  # here, where a sharded model's weights are whole
             check_head(self.model)
             self._head_checked = True
