@@ -16,7 +16,7 @@ import ahn
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 REFUSED = {
-    "bamba": "BambaMixer does not go on where the last chunk",
+    "bamba": "BambaModel does not go on where the last chunk",
     "diffllama": "DiffLlamaAttention attends 2 times per layer",
     "doge": "DogeAttention makes an attention mask of its own",
     "dory": "DoryAttention keeps keys and values in layer self.layer_idx [+] cache_offset of the cache",

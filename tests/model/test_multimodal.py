@@ -260,3 +260,45 @@ def test_guesses_about_a_text_with_images_that_see_themselves_are_refused() -> N
     model = awaken(ahn.attach(gemma("gemma3"), within()))
     with pytest.raises(ahn.AHNError, match="generate without guesses"):
         model.generate(**pictured("gemma3"), max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
+
+
+# -- models that make a cache around their decoder ---------------------------------------------------------------------
+
+
+def small(kind: str) -> PreTrainedModel:
+    import transformers
+
+    eyes = {name: x for name, x in EYES.items() if name != "model_type"} | {"image_size": 16}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=TEXT | {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        vision_config=eyes,
+        scale_factor=2,
+        image_token_id=IMAGE,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("kind", ["SmolVLM", "Idefics3"])
+@torch.no_grad()
+def test_a_cache_that_is_made_around_the_decoder_is_ours(kind: str) -> None:
+    ids = torch.cat([tokens(1, 10), torch.full((1, 4), IMAGE), tokens(1, 30, seed=2)], dim=1)
+    pixels = torch.randn(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    plain, given = small(kind), {"input_ids": ids, "pixel_values": pixels}
+    expected, text = plain(**given).logits, plain.generate(**given, max_new_tokens=5, do_sample=False)
+    model = awaken(ahn.attach(small(kind), ahn.AHNConfig(window=60, sinks=3)))
+    assert torch.equal(model(**given).logits, expected)
+    assert torch.equal(model.generate(**given, max_new_tokens=5, do_sample=False), text)
+    ahn.set_window(model, 13, 3)
+    whole = model(**given, use_cache=False).logits
+    output = model(**given)
+    assert isinstance(output.past_key_values, AHNCache)
+    assert relative_error(output.logits, whole) < TOLERANCE
+    assert relative_error(model.model(**given).last_hidden_state, model.model(**given, use_cache=False)[0]) < TOLERANCE
+    packed = {"input_ids": ids[:, 14:].repeat(1, 2), "position_ids": torch.arange(30).repeat(2)[None]}
+    alone = model(ids[:, 14:], use_cache=False).logits
+    assert relative_error(model(**packed).logits[:, 30:], alone) < TOLERANCE, "each document as if alone"
+    with ahn.disabled(model):
+        assert torch.equal(model(**given).logits, expected)

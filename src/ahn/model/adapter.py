@@ -22,10 +22,10 @@ from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.memory.share import Share
 from ahn.model import attention, chunks
 from ahn.model.attached import Adapter
-from ahn.model.hooks import AttentionHook, DecoderHook, KernelHook, take_over_kernel, use_kernel
+from ahn.model.hooks import AttentionHook, CacheHook, DecoderHook, KernelHook, take_over_kernel, use_kernel
 from ahn.model.positions import rotation_of, steady_up_to
 from ahn.model.saving import warn_of_peft
-from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_masks
+from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_caches, makes_masks
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
 from ahn.wrappers import attached, unwrapped
@@ -94,6 +94,8 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     if (around := makes_masks(model, decoder)) is not None:
         adapter.makes_masks = True
         adapter.handles.append(around.register_forward_pre_hook(KernelHook(model)))
+    for part in makes_caches(model, decoder):
+        adapter.handles.append(part.register_forward_pre_hook(CacheHook(model), with_kwargs=True))
     adapter.handles.append(model.register_state_dict_pre_hook(warn_of_peft))
     model._ahn = adapter
     model.ahn_config = config

@@ -64,6 +64,20 @@ class KernelHook:
 
 
 @dataclasses.dataclass
+class CacheHook:
+    """Before a cache is made around the decoder: it is to be ours; rows of several documents are read without one."""
+
+    model: PreTrainedModel
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kwargs = chunks.by_name(type(module).forward, args, kwargs)
+        if self.model._ahn.enabled and kwargs.get(private.CACHE) is None and packing.wants_cache(self.model, kwargs):
+            several = bool(packing.documents(self.model, kwargs))
+            kwargs |= {"use_cache": False} if several else {private.CACHE: AHNCache.for_model(self.model)}
+        return (), kwargs
+
+
+@dataclasses.dataclass
 class DecoderHook:
     """Before the decoder's forward: make the cache if one is wanted, and decide what this forward sees."""
 

@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,8 @@ from ahn import private
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
 
-_UNLIKE_ITSELF = ("BambaMixer",)
-"""Layers that go on with another result than that of the whole text in transformers itself, up to 5.24."""
+_UNLIKE_ITSELF = ("BambaModel",)
+"""Parts that go on with another result than that of the whole text in transformers itself, up to 5.24."""
 
 _TAKES_MASKS = "if not isinstance(causal_mask_mapping := attention_mask, dict):"
 """How a decoder asks whether it was given a mask for each kind of layer."""
@@ -90,10 +91,7 @@ def makes_masks(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
     Raises:
         AHNError: the decoder does not take the masks that are made for it as they are.
     """
-    inside = next(name for name, part in model.named_modules() if part is decoder)
-    while inside:
-        inside = inside.rpartition(".")[0]
-        around = model.get_submodule(inside)
+    for around in _around(model, decoder):
         name = type(around).__name__
         if "_mask_mapping" not in _source(type(around).forward, name):
             continue
@@ -104,6 +102,19 @@ def makes_masks(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
             )
         return around
     return None
+
+
+def makes_caches(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
+    """What is around the decoder and makes a cache for it where none is given (Idefics3, SmolVLM)."""
+    return [x for x in _around(model, decoder) if "DynamicCache(" in _source(type(x).forward, type(x).__name__)]
+
+
+def _around(model: PreTrainedModel, decoder: nn.Module) -> Iterator[nn.Module]:
+    """What the decoder is in, from the inside out."""
+    inside = next(name for name, part in model.named_modules() if part is decoder)
+    while inside:
+        inside = inside.rpartition(".")[0]
+        yield model.get_submodule(inside)
 
 
 @functools.cache
