@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +98,9 @@ MODULES = ("processing_utils", "models.auto.modeling_auto")
         "import ahn",
         "import transformers",
         "from transformers import AutoModelForCausalLM",
+        # as `transformers serve`: the class is asked for before the module of the Auto classes of models is there
+        "import ahn, sys, transformers\ntransformers.AutoConfig.from_pretrained(sys.argv[1])\n"
+        "transformers.AHNForCausalLM",
     ],
 )
 def test_the_order_of_imports_does_not_matter(merged: Path, first: str) -> None:
@@ -348,6 +354,66 @@ def test_a_pickled_model_loads_in_a_new_process(base: Path, tmp_path: Path, way:
         Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr
+
+
+SERVE = "import ahn; from transformers.cli.transformers import main; main()"
+
+
+@pytest.mark.slow
+def test_transformers_serve_reads_with_the_memory(tmp_path: Path) -> None:
+    httpx = pytest.importorskip("httpx")
+    whole = merge(tiny.path(), tiny.adapter_path("deltanet"), tmp_path / "merged")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(whole, dtype="float32"),
+        AutoTokenizer.from_pretrained(whole),
+    )
+    model.ahn_config = model.ahn_config.replace(window=28, sinks=4)
+    model.save_pretrained(whole)
+    text = "import os\nname = 'x'\n" * 12
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected, without = (
+        each.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        for each in (model, AutoModelForCausalLM.from_pretrained(tiny.path(), dtype="float32"))
+    )
+    assert not torch.equal(expected, without)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVE, "serve", "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            for _ in range(600):
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(f"http://127.0.0.1:{port}/health")
+                    break
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            request = {"model": str(whole), "prompt": text, "max_tokens": 12, "temperature": 0}
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=request, timeout=120)
+        finally:
+            server.terminate()
+    assert answer.status_code == 200, (tmp_path / "log").read_text()
+    assert answer.json()["choices"][0]["text"] == tokenizer.decode(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"packing": True, "packing_strategy": "bfd"}, {"gradient_checkpointing": True}]
+)
+def test_trl_trains_the_memory_of_a_checkpoint(settings: dict[str, object], tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    whole = merge(tiny.path(), tiny.adapter_path("deltanet"), tmp_path / "merged")
+    rows = datasets.Dataset.from_list([{"text": "import os\nprint(os.name)\n" * 20}] * 4)
+    options = {"gradient_checkpointing": False, "max_length": 128, "max_steps": 1, "bf16": False, "use_cpu": True}
+    given = options | {"report_to": [], "save_strategy": "no"} | settings
+    trainer = trl.SFTTrainer(str(whole), args=trl.SFTConfig(str(tmp_path / "run"), **given), train_dataset=rows)
+    ahn.set_window(trainer.model, 28, 4)
+    before = {name: p.detach().clone() for name, p in ahn.adapter_parameters(trainer.model).items()}
+    trainer.train()
+    assert before and not any(torch.equal(p, before[n]) for n, p in ahn.adapter_parameters(trainer.model).items())
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved")), logits(trainer.model.eval()))
 
 
 # -- other Auto classes, and what is given beside the name -------------------------------------------------------------

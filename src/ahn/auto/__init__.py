@@ -88,6 +88,7 @@ def _register_config() -> None:
     from ahn.auto.classes import AHNModelConfig
 
     CONFIG_MAPPING.register(MODEL_TYPE, AHNModelConfig, exist_ok=True)
+    _name_model()
 
 
 def _register_model() -> None:
@@ -97,14 +98,13 @@ def _register_model() -> None:
 
     for loader in LOADERS:
         getattr(modeling_auto, loader.auto_class).register(AHNModelConfig, loader, exist_ok=True)
-    _name_model()
 
 
 def _name_model() -> None:
-    """Where trainers look up what a config.json calls it."""
+    """Where trainers and `transformers serve` look up what a config.json calls it."""
     import transformers
 
-    if f"{PACKAGE}modeling_auto" in sys.modules:
+    if f"{PACKAGE}configuration_auto" in sys.modules:
         from ahn.auto.classes import AHNForCausalLM
 
         setattr(transformers, ARCHITECTURE, AHNForCausalLM)
