@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import bounds, effort
+from support import bounds, effort, interpreting
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and in processes that tests start: sums in another order have other bits
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -42,6 +43,7 @@ def triton() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             bounds.guard(patch)
+            interpreting.hasten(patch)
         yield
 
 
