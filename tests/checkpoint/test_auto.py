@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -87,6 +88,59 @@ def test_as_trainers_look_it_up(merged: Path, wanted: torch.Tensor) -> None:
     assert torch.equal(logits(getattr(transformers, name).from_pretrained(merged)), wanted)
 
 
+def save(model: PreTrainedModel, way: str, folder: Path) -> Path:
+    """A model as its user saves it; the file says what it is, the configuration in memory stays the base's."""
+    if way == "save_adapter":
+        ahn.save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder, max_shard_size="20KB" if way == "shards" else "5GB")
+    assert model.config.model_type == "qwen2" and "save_pretrained" not in vars(model.config)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "ahn"
+    return folder
+
+
+BEFORE_AHN = """
+import sys, torch, transformers, peft
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
+merged, wanted, tests, *saved = sys.argv[1:]
+
+assert Qwen2ForCausalLM.from_pretrained(merged).config.hidden_size == 32
+try:
+    AutoModelForCausalLM.from_pretrained(merged)
+except ValueError as error:
+    assert "model type `ahn`" in str(error), error
+else:
+    raise AssertionError("loaded by a transformers that does not know it")
+
+owners = [peft.PeftModel, PreTrainedConfig, transformers.PreTrainedModel, AutoConfig, AutoModelForCausalLM]
+before = [dict(vars(owner)) for owner in owners]
+import ahn
+for owner, was in zip(owners, before):
+    assert [key for key in was if vars(owner)[key] is not was[key]] == [], owner
+
+sys.path.append(tests)
+from tiny_checkpoints import logits
+for path, (numbers, config) in zip([merged, *saved], torch.load(wanted, weights_only=False), strict=True):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(logits(model), numbers) and model.ahn_config == config, path
+"""
+
+
+def test_a_process_before_and_after_it_imports_ahn(merged: Path, base: Path, tmp_path: Path) -> None:
+    """Before, no class loads it in silence: Auto classes do not know the type; classes of base models take the base's
+    own sizes, warn of the type, and list the weights that they do not know. Importing replaces nothing of others. After
+    it, whatever a model saved is loaded with its memory.
+    """
+    models = {way: attached(base, router=True) for way in ("save_pretrained", "save_adapter", "shards")}
+    models["without parameters"] = attached(base, memory="window_only")
+    saved = [save(model, way, tmp_path / way) for way, model in models.items()]
+    wanted = [(logits(model), model.ahn_config) for model in (from_pretrained(merged), *models.values())]
+    torch.save(wanted, tmp_path / "wanted")
+    done = run(BEFORE_AHN, merged, tmp_path / "wanted", Path(__file__).parent, *saved)
+    assert done.returncode == 0, done.stderr
+    assert "type `ahn` to instantiate a model of type `qwen2`" in done.stderr and "UNEXPECTED" in done.stderr
+
+
 MODULES = ("processing_utils", "models.auto.modeling_auto")
 
 
@@ -112,29 +166,6 @@ def test_the_order_of_imports_does_not_matter(merged: Path, first: str) -> None:
         merged,
     )
     assert done.stdout == "gated_deltanet\nahn.auto.classes\n", done.stderr
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("saved_by", ["save_pretrained", "save_adapter", "shards", "without parameters"])
-def test_what_a_model_saves_is_never_a_plain_model(base: Path, tmp_path: Path, saved_by: str) -> None:
-    model = attached(base, memory="window_only") if saved_by == "without parameters" else attached(base, router=True)
-    if saved_by == "save_adapter":
-        ahn.save_adapter(model, tmp_path / "saved")
-    else:
-        model.save_pretrained(tmp_path / "saved", max_shard_size="20KB" if saved_by == "shards" else "5GB")
-    assert model.config.model_type == "qwen2" and "save_pretrained" not in vars(model.config)
-    torch.save((logits(model), model.ahn_config), tmp_path / "wanted")
-    done = run(
-        "import ahn, sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\nsys.path.append(sys.argv[3])\n"
-        "from tiny_checkpoints import logits\nwanted, config = torch.load(sys.argv[2], weights_only=False)\n"
-        "assert torch.equal(logits(model), wanted) and model.ahn_config == config",
-        tmp_path / "saved",
-        tmp_path / "wanted",
-        Path(__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "saved/config.json").read_text())["model_type"] == "ahn"
 
 
 def test_saving_twice_and_detaching(base: Path, tmp_path: Path) -> None:
@@ -289,30 +320,6 @@ def test_configurations_of_others_may_have_such_names() -> None:
     config = Qwen2Config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=9)
     config.memory, config.sinks, config.window = "lstm", 4, 8
     assert type(Qwen2Model(config)) is Qwen2Model
-
-
-def test_nothing_of_others_is_replaced() -> None:
-    done = run(
-        "import peft, transformers\nfrom transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig\n"
-        "owners = [peft.PeftModel, PreTrainedConfig, transformers.PreTrainedModel, AutoConfig, AutoModelForCausalLM]\n"
-        "before = [dict(vars(owner)) for owner in owners]\nimport ahn\n"
-        "print([key for owner, was in zip(owners, before) for key in was if vars(owner)[key] is not was[key]])"
-    )
-    assert done.stdout == "[]\n", done.stderr
-
-
-def test_without_ahn_no_class_loads_it_in_silence(merged: Path) -> None:
-    """Auto classes do not know the type. Classes of base models take the base's own sizes, warn of the type, and list
-    the weights that they do not know.
-    """
-    done = run(
-        "import sys\nfrom transformers import AutoModelForCausalLM, Qwen2ForCausalLM\n"
-        "assert Qwen2ForCausalLM.from_pretrained(sys.argv[1]).config.hidden_size == 32\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1])",
-        merged,
-    )
-    assert done.returncode == 1 and "model type `ahn`" in done.stderr, done.stderr
-    assert "type `ahn` to instantiate a model of type `qwen2`" in done.stderr and "UNEXPECTED" in done.stderr
 
 
 def test_configurations_from_before_name_the_base_without_a_prefix(
