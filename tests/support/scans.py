@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.scan import reference
-from ahn.ops.step.reference import _read_out
+from ahn.ops.step.reference import read_out
 from support.kernels import DEVICE, RULES
 
 # Float32 with full-precision products: a chunk's system of 64 equations, sums of 64 terms in another order.
@@ -51,7 +51,7 @@ def expected(query, key, value, write, decay, state, rule, read, share=None):
         read.norm.double(),
         read.o_proj.double(),
     )
-    return _read_out(merged, rule, flat).double().view(B, m, H, P).transpose(1, 2), state
+    return read_out(merged, rule, flat).double().view(B, m, H, P).transpose(1, 2), state
 
 
 def several_states(

@@ -43,6 +43,7 @@ class AHNCache(Cache):
         rows: sequences of the batch; None before the first forward, which decides.
         parts: of the latest forward, where tokens wait beside the window; see `ahn.layout.waiting`.
         captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
+        several: likewise, steps of several tokens.
         ahead: what knows of a step that may have to be taken back, while `generate` runs, or None. Copies have none.
         messages: what was said, for whoever keeps it here; it goes into the file with the rest and is never read by the
             model.
@@ -56,6 +57,7 @@ class AHNCache(Cache):
         for layer in self.memory_layers.values():
             layer.progress = self.progress
         self.captured: Any = None
+        self.several: Any = None
         self.ahead: Any = None
         self._view: Visibility | None = None  # of the latest forward
         self.parts: list[ForwardPart] = []
@@ -109,7 +111,7 @@ class AHNCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph would go on changing the tensors of the original.
-        return vars(self) | {"captured": None, "ahead": None}
+        return vars(self) | {"captured": None, "several": None, "ahead": None}
 
     def begin(
         self,
@@ -129,7 +131,7 @@ class AHNCache(Cache):
             AHNError: another batch size, a mask of another shape or with padding between real tokens, padding where
                 tokens are to wait, or an earlier forward stopped halfway.
         """
-        self._check_layers_agree()
+        self.check_layers_agree()
         self.check_batch(batch)
         # A cache that was moved as a whole comes to where the model is: a layer when its turn comes, see `update`.
         padding = self.progress.padding
@@ -178,7 +180,7 @@ class AHNCache(Cache):
 
     def enter_slots(self) -> Tensor:
         """Lay every layer out in fixed slots; returns the real tokens that each row has read, (B or 1,)."""
-        self._check_layers_agree()
+        self.check_layers_agree()
         lengths = self.progress.row_lengths()
         for layer in self.memory_layers.values():
             layer.enter_slots(lengths)
@@ -228,8 +230,8 @@ class AHNCache(Cache):
         if self.offloading:
             layer.offload()
 
-    def _check_layers_agree(self) -> None:
-        """An interrupt amid a forward (Ctrl-C, out of memory) leaves layers that have read different tokens."""
+    def check_layers_agree(self) -> None:
+        """Raises AHNError if a forward stopped halfway (Ctrl-C, no memory): layers have read different tokens."""
         seen = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         waiting = {layer.visibility is not None for layer in self.memory_layers.values()}
         if len(seen) > 1 or len(waiting) > 1 or any(layer.under_way for layer in self.memory_layers.values()):

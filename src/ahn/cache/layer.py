@@ -159,7 +159,7 @@ class AHNLayer(CacheLayerMixin):
         """The state of tier and memory after the forward."""
         assert self.state is not None
         memory = {name: x.detach() for name, x in memory.items()}
-        self.state = LayerState(self.window, tier, memory, self.state.sinks)
+        self.state = LayerState(self.window, tier, memory, self.state.sinks, self.state.beside)
 
     @torch.no_grad()
     def place_sinks(self, anchor: tuple[int, ...], rotation: Rotation | None) -> None:
@@ -184,20 +184,48 @@ class AHNLayer(CacheLayerMixin):
 
     def enter_slots(self, lengths: Tensor) -> None:
         """Lay the window out in fixed slots; lengths (B or 1,) real tokens of each row before now."""
+        if self.beside:
+            self.leave_slots()
         if not self.window.in_slots:
             slots, seen = Slots(self.config.window, self.config.sinks), self.progress.seen
             self._lay_out(lambda x: slots.from_columns(x, seen, lengths.to(x.device)), in_slots=True)
 
+    def enter_slots_beside(self, places: int) -> None:
+        """Lay the window of a single row out in slots, and what waits into so many places beside it, if not done."""
+        assert self.state is not None
+        waiting, slots = self.progress.waiting, Slots(self.config.window, self.config.sinks)
+        window, first = self.window, self.progress.seen - waiting
+        if not window.in_slots:
+            held, read = min(first, self.config.lossless), torch.tensor([first])
+            self._lay_out(lambda x: slots.from_columns(x[:, :, :held], first, read.to(x.device)), in_slots=True)
+            self.state.beside = window.map(lambda x: _padded(x[:, :, held:], places))
+        elif self.state.beside is None:
+            self.state.beside = window.map(lambda x: _padded(x[:, :, :0], places))
+
+    @property
+    def beside(self) -> int:
+        """So many tokens lie beside the slots."""
+        return 0 if self.state is None or self.state.beside is None else self.progress.beside
+
     def leave_slots(self) -> None:
-        """Bring the window back into columns."""
-        if self.window.in_slots:
-            slots, seen = Slots(self.config.window, self.config.sinks), self.progress.seen
-            lengths = self.progress.row_lengths()
-            self._lay_out(lambda x: slots.to_columns(x, seen, lengths.to(x.device)), in_slots=False)
+        """Bring the window back into columns, with what lies beside it."""
+        if not self.window.in_slots:
+            return
+        assert self.state is not None
+        slots, seen, last = Slots(self.config.window, self.config.sinks), self.progress.seen, self.beside
+        lengths, beside = self.progress.row_lengths() - last, self.state.beside
+        self._lay_out(lambda x: slots.to_columns(x, seen - last, lengths.to(x.device)), in_slots=False)
+        if last and beside is not None:
+            window, beside = self.state.window, beside.map(lambda x: x[:, :, :last])
+            gates = {name: torch.cat([gate, beside.gates[name]], dim=2) for name, gate in window.gates.items()}
+            keys, values = (
+                torch.cat(pair, dim=2) for pair in ((window.keys, beside.keys), (window.values, beside.values))
+            )
+            self.state.window = WindowState(keys, values, gates)
 
     def _lay_out(self, change: Change, in_slots: bool) -> None:
         assert self.state is not None
-        self.state.window = self.window.map(change)
+        self.state.window, self.state.beside = self.window.map(change), None
         self.state.window.in_slots = in_slots
 
     def own_memory(self) -> None:
@@ -275,7 +303,7 @@ class AHNLayer(CacheLayerMixin):
             AHNError: it would have to take out of the memory again what is written there.
         """
         self.check_crop(tokens_to_remove)
-        if tokens_to_remove and self.state is not None:
+        if tokens_to_remove and self.state is not None and -tokens_to_remove > self.beside:
             self.leave_slots()
             self.state.window = self.window.map(lambda x: x[:, :, :tokens_to_remove])
 
@@ -300,6 +328,11 @@ def _where(numbers: tuple[int, ...], number: int, x: Tensor, y: Tensor) -> Tenso
     if all(equal) or not any(equal):
         return x.clone() if equal[0] else y
     return torch.where(torch.tensor(equal, device=x.device)[:, None, None, None], x, y)
+
+
+def _padded(x: Tensor, places: int) -> Tensor:
+    """x (B, H, n, ...) in memory of its own, with zeros behind it."""
+    return torch.cat([x, x.new_zeros(*x.shape[:2], places - x.shape[2], *x.shape[3:])], dim=2)
 
 
 def _take(x: Tensor, slot: Tensor) -> Tensor:

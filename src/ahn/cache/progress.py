@@ -23,6 +23,8 @@ class Progress:
             step changes it in place.
         anchor: by how far the sinks of each row (or of all rows) are moved along; see `Visibility.anchor`.
         waiting: the last so many tokens wait beside the window: `crop` can take them out again.
+        beside: so many of the last tokens, all that wait among them, lie beside slots (`LayerState.beside`): captured
+            steps of several tokens put them there.
         recording: what is read now may have to be taken out, until `crop` is called.
         undoable: of the next forward's tokens only the last so many; None for all.
         given_again: the next forward is given so many tokens that were read before: transformers' generation does not
@@ -39,7 +41,7 @@ class Progress:
         self.seen = 0
         self.lengths: Tensor | None = None
         self.anchor: tuple[int, ...] = (0,)
-        self.waiting, self.recording, self.given_again = 0, False, 0
+        self.waiting, self.beside, self.recording, self.given_again = 0, 0, False, 0
         self.undoable: int | None = None
         self.whole_mask: Tensor | None = None
         self._recorded = 0  # tokens read since `crop` was called
@@ -85,7 +87,7 @@ class Progress:
         """A forward is over."""
         self._recorded = self.to_record(view.length)
         self.waiting = min(self._recorded, max(0, view.total - view.lossless))
-        self.seen, self.padding, self.anchor = view.total, view.after, view.anchor
+        self.seen, self.padding, self.anchor, self.beside = view.total, view.after, view.anchor, 0
         self.lengths = view.lengths_after if view.in_slots else None
 
     def finish_step(self, lengths: Tensor, masked: bool) -> None:
@@ -98,9 +100,22 @@ class Progress:
         self.seen, self.lengths = self.seen + 1, lengths
         self._padding_behind |= masked
 
+    def finish_several(self, length: int, beside: int, lossless: int) -> None:
+        """A captured step of several tokens is over, or what lay beside the slots has come into them (length 0).
+
+        Args:
+            beside: tokens that lie beside the slots now.
+            lossless: columns up to which nothing leaves the window.
+        """
+        if length:
+            self._recorded = self.to_record(length)
+        self.seen, self.beside, self.lengths = self.seen + length, beside, None
+        self.waiting = min(beside, max(0, self.seen - lossless))
+
     def crop(self, columns: int) -> None:
         """The last columns of the batch were forgotten, none of which had left the window for good."""
         self.waiting, self._recorded = max(0, self.waiting - columns), 0
+        self.beside = max(0, self.beside - columns)
         if not columns:
             return
         padding = self.padding  # worked out from what was read before anything was forgotten

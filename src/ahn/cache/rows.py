@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ahn.cache import other, tier
+from ahn.cache import other, tier, waiting
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
 from ahn.cache.transfer import Transfer
@@ -223,6 +223,8 @@ def _model_of(caches: Sequence[AHNCache]) -> PreTrainedModel:
         raise AHNError(
             "A conversation with tokens that wait to be taken out cannot be in a batch; read one more before."
         )
+    for cache in caches:
+        waiting.leave_slots(cache)
     return first
 
 

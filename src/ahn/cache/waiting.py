@@ -1,4 +1,4 @@
-"""A layer of a cache in one part of a forward (`ahn.layout.waiting`)."""
+"""Tokens that wait beside the window: in one part of a forward (`ahn.layout.waiting`), and beside fixed slots."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
+from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
 from ahn.layout.state import LayerState, Tensors, TierState
 from ahn.layout.waiting import ForwardPart
@@ -43,3 +44,26 @@ class LayerPart:
         """As `AHNLayer.keep`, where it stays."""
         if self.part.stays:
             self.layer.keep(tier, memory)
+
+
+def enter_slots(cache: AHNCache, places: int) -> None:
+    """Lay a conversation of one row without padding out in slots, with so many places beside them.
+
+    At most so many tokens wait.
+    """
+    cache.check_layers_agree()
+    layers = cache.memory_layers.values()
+    if not all(layer.window.in_slots for layer in layers):
+        for layer in layers:
+            layer.leave_slots()
+        cache.progress.beside = cache.progress.waiting
+    for layer in layers:
+        layer.enter_slots_beside(places)
+        layer.own_memory()
+
+
+def leave_slots(cache: AHNCache) -> None:
+    """Bring layers with tokens beside their slots back into columns, for whoever knows slots alone."""
+    for layer in cache.memory_layers.values():
+        if layer.beside:
+            layer.leave_slots()

@@ -1,6 +1,10 @@
-"""Decoding on a GPU: one token for every row is one replay of a captured CUDA graph over buffers that never move."""
+"""Decoding on a GPU: one token for every row, or a few of one row, are a replay of a captured CUDA graph.
+
+Its buffers never move.
+"""
 
 from ahn.decode.ahead import loop
-from ahn.decode.runner import MORE_OUTPUTS, asked, forward, runs
+from ahn.decode.runner import MORE_OUTPUTS, asked, runs
+from ahn.decode.several import forward
 
 __all__ = ["MORE_OUTPUTS", "asked", "forward", "loop", "runs"]

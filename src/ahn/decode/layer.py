@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from ahn.memory import RecurrentMemory
@@ -13,6 +14,7 @@ from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead
 from ahn.ops.step.operator import layer_step
+from ahn.ops.step.several import layer_read
 from ahn.ops.step.turn import TierTurn
 
 if TYPE_CHECKING:
@@ -38,6 +40,56 @@ class StepForward:
     seen: int
     turn: TierTurn | None = None
     given: Tensor | None = None
+
+
+@dataclasses.dataclass
+class SeveralForward:
+    """The same for several tokens of one conversation, see `ahn.ops.step.several`.
+
+    Attributes:
+        start, held: (1,) tokens in the slots, and beside them before these are read.
+        sinks: of the cache.
+        seen: W.
+    """
+
+    start: Tensor
+    held: Tensor
+    sinks: int
+    seen: int
+
+
+def several_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: SeveralForward,
+    layer: LayerContext,
+    scaling: float,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over fixed slots and what lies beside them, plus the memory's read.
+
+    Args:
+        query: (1, Hq, N, P); key, value: (1, Hkv, N, P).
+
+    Returns:
+        (1, N, Hq, P), and None for the weights that the kernel never writes down.
+    """
+    memory, x = layer.ahn.fn, layer.x
+    rule = read = None
+    if isinstance(memory, RecurrentMemory):
+        rule, N = memory.step_rule(), x.shape[1]
+        weight = None
+        if layer.router is not None:
+            places = step.start + step.held + torch.arange(N, device=x.device)
+            weight = layer.router(((places - (step.seen + step.sinks) + 1) / step.seen)[None])
+        own = query if memory.q_proj is None else memory_query(module, memory, x, layer.rope, N)
+        read = StepRead(own, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight, memory.routes)
+    state = layer.ahn.step_state
+    assert state is not None
+    gates = memory.write_gates(x)
+    out = layer_read(query, key, value, gates, step.start, step.held, state, step.sinks, scaling, rule, read)
+    return out, None
 
 
 def step_attention(

@@ -43,7 +43,7 @@ def runs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         return False
     ids, cache = kwargs["input_ids"], kwargs[private.CACHE]
     runner: Runner | None = cache.captured
-    return (runner is not None and runner.fits(model, cache, ids)) or _can_capture(model, cache, ids)
+    return (runner is not None and runner.fits(model, cache, ids)) or can_capture(model, cache, ids)
 
 
 def _is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
@@ -51,9 +51,12 @@ def _is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     ids, cache = kwargs.get("input_ids"), kwargs.get(private.CACHE)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not on_gpu(ids):
         return False
-    if not isinstance(cache, AHNCache) or torch.is_grad_enabled() or model.training or not model._ahn.enabled:
-        return False
-    if cache.in_parts:
+    return isinstance(cache, AHNCache) and not cache.in_parts and plain(model, kwargs)
+
+
+def plain(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is for inference alone and is asked for nothing but logits."""
+    if torch.is_grad_enabled() or model.training or not model._ahn.enabled:
         return False
     if kwargs.get("labels") is not None or kwargs.get("inputs_embeds") is not None:
         return False
@@ -73,7 +76,8 @@ def on_gpu(ids: Tensor) -> bool:
     return ids.is_cuda and has_triton()
 
 
-def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
+def can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
+    """Whether a step of this conversation can be recorded."""
     layers, decoder = cache.memory_layers, model.get_decoder()
     if on_several_devices(model):
         return False
@@ -130,7 +134,7 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     runner: Runner | None = cache.captured
     fits = runner is not None and runner.fits(model, cache, ids)
-    if not fits and not _can_capture(model, cache, ids):
+    if not fits and not can_capture(model, cache, ids):
         return None
     new = new_columns(mask, cache.seen, 1)
     if runner is None or not fits:
@@ -141,7 +145,7 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     cache.place_sinks(model._ahn.rotation)
     real = None if new is None else new[:, -1]
     if runner.retained is not None:
-        runner.retained.begin(cache, _states(cache), real)
+        runner.retained.begin(cache, states_of(cache), real)
     logits = runner(ids, kwargs.get("position_ids"), real)
     cache.progress.finish_step(runner.positions, masked=new is not None)
     return CausalLMOutputWithPast(logits=logits, **{private.CACHE: cache})
@@ -186,7 +190,7 @@ class Runner:
             self.positions, self.offset = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
             self.active = torch.zeros(batch, dtype=torch.bool, device=device)
             cache.enter_slots()
-            states, config, rotation = _states(cache), cache.config, self.adapter.rotation
+            states, config, rotation = states_of(cache), cache.config, self.adapter.rotation
             if config.quantized:
                 for state in states.values():
                     state.tier = state.tier or tier.empty(config.quantized, state.window, config.tier_bits)
@@ -226,7 +230,7 @@ class Runner:
         moved = self.attention.o_proj.weight.data_ptr() != self.weight.data_ptr()
         if len(ids) != len(self.ids) or model._ahn is not self.adapter or moved:
             return False
-        states = _states(cache).values()
+        states = states_of(cache).values()
         if not all(state.window.in_slots for state in states):
             return False
         return [[id(x) for x in _rings(state)] for state in states] == [[id(x()) for x in own] for own in self.rings]
@@ -240,7 +244,7 @@ class Runner:
         self.positions.copy_(cache.enter_slots())
         self.offset.copy_(cache.columns_before())
         cache.progress.lengths = self.positions
-        for state, own in zip(_states(cache).values(), self.memories, strict=True):
+        for state, own in zip(states_of(cache).values(), self.memories, strict=True):
             for name, x in own.items():
                 if state.memory[name] is not x:
                     x.copy_(state.memory[name])
@@ -274,7 +278,7 @@ def _retained(model: PreTrainedModel, cache: AHNCache, states: dict[int, LayerSt
     return RetainedSteps(layers, cache, model._ahn.rotation, states)
 
 
-def _states(cache: AHNCache) -> dict[int, LayerState]:
+def states_of(cache: AHNCache) -> dict[int, LayerState]:
     """Of all layers, each of which has read something."""
     return {index: layer.state for index, layer in cache.memory_layers.items() if layer.state is not None}
 

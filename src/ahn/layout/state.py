@@ -121,18 +121,22 @@ class LayerState:
         tier: None where there is none, or while nothing has left the window.
         memory: the memory's own tensors by name, after everything that was written; empty before the first write.
         sinks: (B, Hkv, S, P) keys of the sinks at their own positions, once the window has them at others.
+        beside: places for G tokens that were read after those in the window's slots, each tensor (B, H, G, ...) in
+            order; `Progress.beside` says how many are taken. Only where the window lies in slots.
     """
 
     window: WindowState
     tier: TierState | None = None
     memory: Tensors = dataclasses.field(default_factory=dict)
     sinks: Tensor | None = None
+    beside: WindowState | None = None
 
     def map(self, change: Change) -> LayerState:
         """Each tensor changed in the same way."""
         tier = None if self.tier is None else self.tier.map(change)
         sinks = None if self.sinks is None else change(self.sinks)
-        return LayerState(self.window.map(change), tier, _mapped(self.memory, change), sinks)
+        beside = None if self.beside is None else self.beside.map(change)
+        return LayerState(self.window.map(change), tier, _mapped(self.memory, change), sinks, beside)
 
     def tensors(self) -> Tensors:
         """All tensors by the names that they have in a file, the sinks at their own positions."""

@@ -18,7 +18,7 @@ from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
 from ahn.cache.tier import Passed
 from ahn.cache.waiting import LayerPart
-from ahn.decode.layer import StepForward, step_attention
+from ahn.decode.layer import SeveralForward, StepForward, several_attention, step_attention
 from ahn.errors import AHNError
 from ahn.layout.evicted import Evicted, without_padding
 from ahn.layout.state import Tensors, TierState
@@ -48,7 +48,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask,
-    ahn_forward: ForwardContext | BaseForward | StepForward | None = None,
+    ahn_forward: ForwardContext | BaseForward | StepForward | SeveralForward | None = None,
     ahn_layer: LayerContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -73,6 +73,9 @@ def attention(
     if isinstance(ahn_forward, StepForward):
         assert ahn_layer is not None
         return step_attention(module, query, key, value, ahn_forward, ahn_layer, call.scaling)
+    if isinstance(ahn_forward, SeveralForward):
+        assert ahn_layer is not None
+        return several_attention(module, query, key, value, ahn_forward, ahn_layer, call.scaling)
     if isinstance(ahn_forward, BaseForward) or ahn_layer is None:  # this layer keeps the base model's attention
         return _as_base(call, ahn_forward.kernel, attention_mask)
     forward = ahn_forward.on(query.device)

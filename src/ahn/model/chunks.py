@@ -192,14 +192,14 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             "A model with an AHN cannot be exported or traced: what it computes depends on how much was read. Export "
             "the base (ahn.detach), or use torch.compile."
         )
+    if isinstance(cache, AHNCache):
+        cache.progress.undoable = _undoable(kwargs.get("logits_to_keep", 0))
     if (step := decode.forward(model, kwargs)) is not None:
         return step
     if model._ahn.makes_masks:
         kwargs = _from_the_start(kwargs, cache)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
-        if isinstance(cache, AHNCache):
-            cache.progress.undoable = _undoable(kwargs.get("logits_to_keep", 0))
         return packing.forward(model, model, **kwargs) if model.get_decoder() is model else base(model, **kwargs)
     if cache is None:
         cache = kwargs[private.CACHE] = AHNCache.for_model(model)

@@ -16,7 +16,7 @@ from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.cache.progress import new_columns
 from ahn.config import AHNConfig
-from ahn.decode.layer import StepForward
+from ahn.decode.layer import SeveralForward, StepForward
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.layout.visibility import Padding, Visibility
@@ -38,7 +38,7 @@ class AttentionHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if "ahn_forward" not in kwargs or isinstance(kwargs["ahn_forward"], BaseForward):
             return None
-        step = isinstance(kwargs["ahn_forward"], StepForward)
+        step = isinstance(kwargs["ahn_forward"], StepForward | SeveralForward)
         cache = None if step else kwargs.get(private.CACHE)
         kwargs["ahn_layer"] = LayerContext(
             index=-1 if step else self.layer_idx,

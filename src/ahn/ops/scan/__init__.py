@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ahn.errors import AHNError
 from ahn.ops import backend
+from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.scan import chunked, reference
 
-__all__ = ["decay_rule", "delta_rule", "has_kernel", "with_read", "write_and_read"]
+__all__ = ["decay_rule", "delta_rule", "has_kernel", "with_read", "write", "write_and_read"]
 
 
 def _choose(length: int) -> ModuleType:
@@ -93,6 +94,20 @@ def write_and_read(
             parts = read.gamma, read.norm, read.o_proj
             return finish_kernel.AddedRead.apply(exact, o, *parts, rule), state
         return with_read(exact, finish_kernel.finish(o, rule, read)), state
+
+
+def write(
+    key: Tensor, value: Tensor, gate: Tensor, decay: Tensor | None, state: Tensor, rule: StepRule, routes: Routes | None
+) -> Tensor:
+    """The state after m tokens, as `write_and_read` has it, in kernels, without gradients; arguments as there."""
+    from ahn.ops.scan import kernel
+
+    if routes is not None:
+        key, gate = routes.keys(key, gate)
+    gate, decay = gate.contiguous(), None if decay is None else decay.contiguous()
+    with torch.cuda.device(key.device):
+        sizes = kernel.kernel_sizes(key, key, value, gate, decay, None)
+        return kernel.write_all(key, value, gate, decay, state, rule, sizes).state
 
 
 def with_read(exact: Tensor | None, read: Tensor) -> Tensor:

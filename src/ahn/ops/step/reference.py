@@ -110,8 +110,8 @@ def step(
         gone_key, gone_value, strength, fade = (None if x is None else x.float() for x in leaving)
         assert gone_key is not None and gone_value is not None and strength is not None
         token = memory_query, gone_key, gone_value, strength, fade
-        o = _write_and_read(*token, state.memory["state"], rule, read.routes)
-        memory_read = _read_out(o, rule, read)
+        o = write_and_read_token(*token, state.memory["state"], rule, read.routes)
+        memory_read = read_out(o, rule, read)
     left = positions - T - (0 if tier is None else tier.keys.codes.shape[2]) + 1
     if seen is not None:
         gone_key, gone_value, score, _ = leaving
@@ -241,7 +241,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: floa
     return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def _write_and_read(
+def write_and_read_token(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -257,7 +257,7 @@ def _write_and_read(
         mapped, strength = routes.keys(key.unsqueeze(2), write.unsqueeze(2))
         query, share = routes.queries(query.to(precise(query.dtype)).unsqueeze(2))
         query = repeated(query[:, :, 0], heads, routes.states)
-        o = _write_and_read(query, mapped[:, :, 0], value, strength[:, :, 0], decay, state, rule, None)
+        o = write_and_read_token(query, mapped[:, :, 0], value, strength[:, :, 0], decay, state, rule, None)
         return joined(o.unsqueeze(2), share, heads)[:, :, 0]
     key, value = (x.repeat_interleave(state.shape[1] // x.shape[1], dim=1) for x in (key, value))
     k_hat, q_hat = (x.float() * _inverse_norm(x, rule.l2_eps) for x in (key, query))
@@ -274,7 +274,7 @@ def _inverse_norm(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.float().square().sum(-1, keepdim=True) + eps)
 
 
-def _read_out(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
+def read_out(o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
     """Norm, gate and the projection of each head, of a raw read o (B, Hq, P): float32 of the same shape."""
     B, H, P = o.shape
     gate = F.silu(read.gamma.float())[..., None]
