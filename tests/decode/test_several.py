@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from captured import LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, shared
+from engines import alone, ask, engine, prompt, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import RULED, adapted, tokens
@@ -30,6 +31,7 @@ import ahn
 from ahn import AHNCache
 from ahn.cache import rows
 from ahn.decode import runner, several
+from ahn.serve.engine.batch import FixedBatch
 
 MEMORIES = (*RULED, "window_only")
 PLACES = 8
@@ -303,3 +305,39 @@ def test_what_no_graph_can_do(why: str, graphs: Graphs) -> None:
         talk.crop(1)
     assert graphs == Graphs()
     talk.check(TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])
+def test_a_turn_is_read_as_a_conversation_joins_a_batch(memory: str, graphs: Graphs) -> None:
+    """From whatever length, beside others, also over the place where sinks move; graphs are recorded once."""
+    model = adapted(memory=memory, window=32, sinks=SINKS, max_distance=64, prefill_chunk_size=16)
+    batch = FixedBatch(model, 4, turns=True)
+    for n, (first, turn) in enumerate([(3, 9), (34, 40), (58, 20), (90, 16)]):
+        ids = tokens(1, first + turn + 1, seed=n)
+        cache = AHNCache.for_model(model)
+        model(ids[:, :first], past_key_values=cache)
+        batch.add(cache, ids[0, first:-1].tolist())
+        assert cache.seen == first, "what is kept stays as it is"
+        logits = batch.step([5] * n + ids[0, -1:].tolist())
+        expected = model(ids, past_key_values=AHNCache.for_model(model)).logits[0, -1]
+        torch.testing.assert_close(logits[-1], expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert batch._room is not None and len(batch._room.several.graphs) == 1, "places for 32 tokens, so steps of 16"
+    assert graphs.captures == 2 + 3, "of the turns, and of 1, 2 and 4 rows"
+
+
+def test_an_engine_reads_turns_so(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = adapted(window=16, sinks=2, prefill_chunk_size=16)
+    monkeypatch.setattr(
+        "ahn.serve.engine.scheduler.make_batch", lambda of, rows, like: FixedBatch(of, rows, turns=True)
+    )
+    text, said = prompt(60, seed=1), prompt(11, seed=2)
+    with engine(of, conversations=2) as running:
+        ask(running, text, 1)
+        other = running.submit(request(prompt(20), 60))
+        next(delta for delta in other if delta.tokens)
+        one = ask(running, [*text, *said], 5)
+        other.cancel()
+        batch = running.scheduler.batch
+        assert one.cached == 60 and batch is not None and batch._room is not None
+    assert one.tokens == alone(of, [*text, *said], 5)

@@ -114,6 +114,22 @@ def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
     set_read(batch, read, anchors)
 
 
+def lay(room: AHNCache, alone: AHNCache) -> None:
+    """Write a conversation over one that `reserve` made for a single row, in place, as if that had always been it.
+
+    Raises:
+        AHNError: as `put`.
+    """
+    model = _model_of([room, alone])
+    for index in room.memory_layers:
+        state = _state(_laid_in_slots(room, index))
+        source = _parts_in_slots(alone, index, _memory(model, index), state.sinks is not None)
+        for name, x in _parts(state).items():
+            x.copy_(source[name])
+    room.progress.clear()
+    room.progress.seen, room.progress.anchor = alone.seen, _anchors(alone)
+
+
 def move(batch: AHNCache, source: int, target: int) -> None:
     """Write one row of a batch over another, in place."""
     for index in batch.memory_layers:

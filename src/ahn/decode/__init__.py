@@ -5,6 +5,6 @@ Its buffers never move.
 
 from ahn.decode.ahead import loop
 from ahn.decode.runner import MORE_OUTPUTS, asked, runs
-from ahn.decode.several import forward
+from ahn.decode.several import forward, possible, prepare
 
-__all__ = ["MORE_OUTPUTS", "asked", "forward", "loop", "runs"]
+__all__ = ["MORE_OUTPUTS", "asked", "forward", "loop", "possible", "prepare", "runs"]

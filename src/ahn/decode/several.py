@@ -62,16 +62,24 @@ def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWit
     return CausalLMOutputWithPast(logits=_wanted(found, kwargs.get("logits_to_keep", 0)), **{private.CACHE: cache})
 
 
-def prepare(model: PreTrainedModel, cache: AHNCache) -> bool:
+def prepare(model: PreTrainedModel, cache: AHNCache, sizes: tuple[int, ...] = SIZES) -> bool:
     """Let short turns of a conversation of one row be read in captured steps, if they can be; else only guesses are.
 
     It takes seconds, which a conversation of a few turns never gets back.
+
+    Args:
+        sizes: tokens of the steps, some of `SIZES`: each is captured when a turn first needs it.
     """
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    if not runner.on_gpu(ids) or not _can_capture(model, cache, ids):
+    if cache.rows != 1 or cache.progress.padding is not None or not possible(model, cache):
         return False
-    cache.several = SeveralSteps(model, cache)
+    cache.several = SeveralSteps(model, cache, sizes)
     return True
+
+
+def possible(model: PreTrainedModel, cache: AHNCache) -> bool:
+    """Whether there are such steps of a conversation like this one."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    return runner.on_gpu(ids) and _can_capture(model, cache, ids)
 
 
 def _prepared(
@@ -96,7 +104,7 @@ def _prepared(
         steps = cache.several = None
         if not progress.recording or not _can_capture(model, cache, ids):
             return None
-        if max(progress.waiting, progress.beside) + _size(length) > _places(cache.config):
+        if max(progress.waiting, progress.beside) + _size(length, SIZES) > _places(cache.config):
             return None
         cache.check_batch(rows)
         steps = cache.several = SeveralSteps(model, cache)
@@ -110,8 +118,8 @@ def _places(config: AHNConfig) -> int:
     return max((size for size in SIZES if size <= config.window), default=0)
 
 
-def _size(length: int) -> int:
-    return next(size for size in SIZES if size >= length)
+def _size(length: int, sizes: tuple[int, ...]) -> int:
+    return next((size for size in sizes if size >= length), sizes[-1])
 
 
 def _pieces(model: PreTrainedModel, cache: AHNCache, length: int) -> list[tuple[int, int]]:
@@ -124,7 +132,7 @@ def _pieces(model: PreTrainedModel, cache: AHNCache, length: int) -> list[tuple[
 
 def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     config: AHNConfig = cache.config
-    if config.quantized or not _places(config) or cache.progress.padding is not None or cache.rows != 1:
+    if config.quantized or not _places(config):
         return False
     if not runner.can_capture(model, cache, ids):
         return False
@@ -149,11 +157,12 @@ class SeveralSteps:
         graphs: how to repeat a step of so many tokens, its ids and positions (1, N), and its logits (1, N, V).
     """
 
-    def __init__(self, model: PreTrainedModel, cache: AHNCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: AHNCache, sizes: tuple[int, ...] = SIZES) -> None:
         # Held for the same reasons as a `Runner` holds them.
         self.adapter, self.attention = model._ahn, model.get_decoder().layers[0].self_attn
         self.weight = self.attention.o_proj.weight.detach()
         self.places = _places(cache.config)
+        self.sizes = tuple(size for size in sizes if size <= self.places)
         device = model.get_output_embeddings().weight.device
         with torch.inference_mode(False):
             self.start, self.held = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
@@ -182,13 +191,14 @@ class SeveralSteps:
 
     def size(self, length: int) -> int:
         """Of the step that reads so many tokens: one that is there already, if it is not too large."""
-        wanted = _size(length)
+        wanted = _size(length, self.sizes)
         return min((size for size in self.graphs if wanted <= size <= 2 * wanted), default=wanted)
 
     def have_place(self, pieces: list[tuple[int, int]], progress: Progress) -> bool:
         """Whether these steps, one after the other, have a place for what they read."""
         beside = [progress.beside + (start if progress.recording else 0) for start, _ in pieces]
-        return all(n + self.size(stop - start) <= self.places for n, (start, stop) in zip(beside, pieces, strict=True))
+        fit = (n + self.size(stop - start) <= self.places for n, (start, stop) in zip(beside, pieces, strict=True))
+        return all(stop - start <= self.sizes[-1] for start, stop in pieces) and all(fit)
 
     def read(self, model: PreTrainedModel, cache: AHNCache, ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Logits (1, n, V) of new tokens, for which there is a place."""

@@ -12,6 +12,9 @@ from ahn import decode, private
 from ahn.cache import rows
 from ahn.cache.conversation import AHNCache
 
+TURNS = (16, 64)
+"""Tokens of captured steps in which turns are read: fewer take as long, and each size takes seconds to prepare."""
+
 
 class Batch:
     """Rows of a cache that is made anew when one joins or leaves.
@@ -22,9 +25,11 @@ class Batch:
         read: tokens that each row has read.
         sizes: numbers of rows that are prepared once each.
         by_steps: so many tokens of a prompt are read sooner by steps than by a forward of their own.
+        turns: tokens that a captured step of several of one conversation reads; none where there is no such step.
     """
 
     by_steps = 0
+    turns: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -40,8 +45,12 @@ class Batch:
         """Whether steps of all these rows, and of fewer, have nothing left to prepare."""
         return True
 
-    def add(self, alone: AHNCache) -> None:
-        """A conversation becomes the last row; nothing has changed if this fails."""
+    def add(self, alone: AHNCache, rest: Sequence[int] = ()) -> None:
+        """A conversation becomes the last row; nothing has changed if this fails.
+
+        Args:
+            rest: tokens that it is to read before, where there are `turns`.
+        """
         self._cache = rows.join([alone] if self._cache is None else [self._cache, alone])
         self.read.append(alone.seen)
 
@@ -59,6 +68,17 @@ class Batch:
             self._cache.batch_select_indices(torch.tensor(left))
         else:
             self._cache = None
+
+    def prepare(self, like: AHNCache) -> None:
+        """Capture what a GPU repeats, for an empty batch of conversations like this one."""
+        for count in self.turns:
+            self.add(like, [0] * count)
+            self.empty()
+        for size in self.sizes:
+            while len(self) < size:
+                self.add(like)
+            self.step([0] * size)
+        self.empty()
 
     def empty(self) -> None:
         """All rows leave."""
@@ -91,12 +111,16 @@ class FixedBatch(Batch):
 
     Args:
         capacity: rows.
+        turns: whether one more row is held, in which a conversation reads a turn in captured steps of several tokens.
     """
 
     by_steps = 64  # an ordinary forward takes a host 150 ms on Qwen2.5-3B's shape, a captured step 2.2
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, turns: bool = False) -> None:
         super().__init__(model)
+        if turns:
+            self.turns, self.by_steps = TURNS, 256
+        self._room: AHNCache | None = None
         self.sizes = [*(1 << n for n in range((capacity - 1).bit_length())), capacity]
         self._views: dict[int, AHNCache] = {}
         self._view: AHNCache | None = None
@@ -109,10 +133,11 @@ class FixedBatch(Batch):
     def _size(self) -> int:
         return next(size for size in self.sizes if size >= len(self.read))
 
-    def add(self, alone: AHNCache) -> None:
+    def add(self, alone: AHNCache, rest: Sequence[int] = ()) -> None:
         if self._cache is None:
             self._cache = rows.reserve(alone, self.sizes[-1])
         self._settle()
+        alone = self._with(alone, rest) if rest else alone
         rows.put(self._cache, len(self.read), alone)
         self.read.append(alone.seen)
 
@@ -135,7 +160,7 @@ class FixedBatch(Batch):
 
     def clear(self) -> None:
         super().clear()
-        self._views, self._view = {}, None
+        self._views, self._view, self._room = {}, None, None
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         if self._view is None:
@@ -144,6 +169,20 @@ class FixedBatch(Batch):
         logits = self._forward(self._view, [*tokens, *[0] * spare], [*self.read, *[0] * spare])
         self.read = [read + 1 for read in self.read]
         return logits[: len(self.read)]
+
+    def _with(self, alone: AHNCache, rest: Sequence[int]) -> AHNCache:
+        """A conversation that has read some tokens more; until the next one does."""
+        room = self._room or rows.reserve(alone, 1)
+        self._room = None  # not to be used again if what follows fails
+        rows.lay(room, alone)
+        if room.several is None or not room.several.fits(self.model, room):
+            decode.prepare(self.model, room, self.turns)
+        most = room.several.sizes[-1]
+        for start in range(0, len(rest), most):
+            ids = torch.tensor([rest[start : start + most]], device=self.model.device)
+            self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{private.CACHE: room})
+        self._room = room
+        return room
 
     def _of_size(self, size: int) -> AHNCache:
         """The first rows of the batch, as they are now."""
@@ -168,5 +207,6 @@ def make_batch(model: PreTrainedModel, capacity: int, like: AHNCache) -> Batch:
         like: a conversation that has read something.
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    captured = decode.runs(model, {"input_ids": ids, private.CACHE: rows.join([like])})
-    return FixedBatch(model, capacity) if captured else Batch(model)
+    alone = rows.join([like])
+    captured = decode.runs(model, {"input_ids": ids, private.CACHE: alone})
+    return FixedBatch(model, capacity, decode.possible(model, alone)) if captured else Batch(model)

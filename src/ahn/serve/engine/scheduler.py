@@ -2,7 +2,8 @@
 
 One thread owns the model. Prompts are read alone, and what is read is a conversation of its own until it joins the
 batch with its last token still to be read: the step that reads it gives the reply's first token. Where steps are
-captured, a conversation that goes on with a few tokens joins at once, and reads them in steps beside the others.
+captured, a conversation that goes on with a few tokens joins at once, and reads them in a step of several tokens, or,
+where there is none, in steps beside the others.
 """
 
 from __future__ import annotations
@@ -110,11 +111,7 @@ class Scheduler:
             return
         cache = self.prompts.read_tokens([0] * (min(self.model.ahn_config.lossless, WARM) + 512))
         self.batch = make_batch(self.model, self.conversations, cache)
-        for size in self.batch.sizes:
-            while len(self.batch) < size:
-                self.batch.add(cache)
-            self.batch.step([0] * size)
-        self.batch.empty()
+        self.batch.prepare(cache)
 
     # -- one turn --------------------------------------------------------------------------------------------------
 
@@ -212,16 +209,20 @@ class Scheduler:
         """Those whose prompt is read go on with a reply."""
         for job in [job for job in self.reading if isinstance(job, RequestJob)]:
             if job.arrived_whole and (job.read == job.target or self._by_steps(job)):
+                alone, others = job.read < job.target, bool(self.running)
                 self._guarded(job, self._start)
+                if alone and others and self.batch is not None and self.batch.turns:
+                    return  # the others take a step first
 
     def _by_steps(self, job: PromptReading) -> bool:
         """Whether what is left of a prompt is read in steps: that takes less time, and no time of others' replies."""
         if self.batch is None or job.cache is None or not isinstance(job, RequestJob):
             return False
-        left = job.target - job.read
-        if not 0 < left <= self.batch.by_steps or not job.read or job.fresh or not job.request.options.max_tokens:
+        left, turns = job.target - job.read, self.batch.turns
+        most = turns[-1] if turns and self.running else self.batch.by_steps
+        if not 0 < left <= most or not job.read or job.fresh or not job.request.options.max_tokens:
             return False
-        later = left * self.prompts.pace.piece if self.running else 0.0
+        later = left * self.prompts.pace.piece if self.running and not turns else 0.0
         return later <= LATER and not any(job.read < cut < job.target for cut in job.cuts)
 
     def _start(self, job: RequestJob) -> None:
@@ -237,7 +238,9 @@ class Scheduler:
             self.batch = make_batch(self.model, self.conversations, job.cache)
         if not job.written:
             self.prompts.tokens_read += job.target - job.read
-        self.batch.add(job.cache)
+        rest = job.ids[job.read : job.target] if self.batch.turns else ()
+        self.batch.add(job.cache, rest)
+        job.read += len(rest)
         job.cache = None
         self.running.append(job)
         self.reading.remove(job)
