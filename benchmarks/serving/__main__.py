@@ -10,7 +10,8 @@ Weights of shapes are random, the memory is new, and prompts are random token id
 
 - `read`: seconds to the first token of a text that is read anew;
 - `second_turn`: the same of a turn that goes on from it, with its state on the GPU, in the CPU's memory, in a file that
-  the system still has in memory, and in one that it has not;
+  the system still has in memory, and in one that it has not; on a GPU also as it was when such a turn was read by a
+  step for each of its tokens (`device_by_steps`);
 - `throughput`: tokens per second of N conversations together; ours beside steps of the same batch with nothing around
   them;
 - `pace`: seconds between a reply's tokens while others' texts of the same length are read;

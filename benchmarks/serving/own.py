@@ -140,6 +140,23 @@ class OwnServer:
         """All that are kept."""
         return list(self.store._index)
 
+    @property
+    def reads_turns(self) -> bool:
+        """Whether a turn of few tokens is read in captured steps of several."""
+        batch = self.engine.scheduler.batch
+        return batch is not None and bool(batch.turns)
+
+    @contextlib.contextmanager
+    def token_by_token(self) -> Iterator[None]:
+        """Inside the block such turns are read by a captured step for each token, as it was before."""
+        batch = self.engine.scheduler.batch
+        assert batch is not None
+        turns, batch.turns = batch.turns, ()
+        try:
+            yield
+        finally:
+            batch.turns = turns
+
     def forget_shorter(self) -> None:
         """Forget all states but the one that has read most."""
         self.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -73,12 +74,18 @@ class Questions:
         found: Row = {"read_anew_s": first.times[0], "finished_after_s": first.ended}
         if self.own is not None:
             found["state_bytes"] = self.own.states()[0].nbytes
-        for place in ("device", "memory", "disk", "cold") if self.own is not None else ("kept",):
+        places = ("kept",) if self.own is None else ("device", "memory", "disk", "cold")
+        if self.own is not None and self.own.reads_turns:
+            places = ("device", "device_by_steps", *places[1:])
+        for place in places:
             times = []
             for _ in range(self.repeats):
+                way: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
                 if self.own is not None:
-                    self.own.move(place)
-                heard = self.ask(Asked([text, self.text(16)], 2))[0]
+                    self.own.move(place.removesuffix("_by_steps"))
+                    way = self.own.token_by_token() if place.endswith("_by_steps") else way
+                with way:
+                    heard = self.ask(Asked([text, self.text(16)], 2))[0]
                 if heard.cached is not None and heard.cached < 0.9 * self.context:
                     raise RuntimeError(f"The text was read again ({place}): {heard.cached} tokens were known.")
                 times.append(heard.times[0])
