@@ -24,6 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "codes, bounded": {"max_distance": 256},
     "behind a tier": {"max_distance": 512, "quantized": 48},
     "few heads": {"max_distance": 256, "slot_heads": ((1, 1),)},
+    "one score": {"max_distance": 256, "passage": 4, "score_layer": 0},
 }
 
 
