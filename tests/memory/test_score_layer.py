@@ -70,6 +70,10 @@ def test_all_heads_keep_the_same_tokens_and_earlier_layers_none() -> None:
     kept = states[FIRST]["positions"]
     assert all(torch.equal(state["positions"], kept) for state in states[FIRST:])
     assert torch.equal(kept[:, 0], kept[:, 1]) and not torch.equal(kept[0], kept[1])
+    # What waits is written in place, and taken by kernels, as it lies in memory.
+    assert all(layer.window.gates["score"].is_contiguous() for layer in cache.layers)
+    gates = [layer.ahn.fn.write_gates(torch.randn(2, 5, 32).double())["score"] for layer in model.model.layers]
+    assert all(gate.is_contiguous() and gate.shape == (2, 2, 5) for gate in gates)
     names = {name.split(".fn.")[0] for name in ahn.adapter_parameters(model)}
     assert names == {f"model.layers.{FIRST}.ahn"}
 

@@ -123,8 +123,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         words = refusals(model, folder, models.tokens(1, LENGTH))
         words |= {name: said(lambda name=name: ahn.attach(divided(folder / name))) for name in ("phi3", "one head")}
         fresh = divided(folder / "qwen3")
-        few = ahn.AHNConfig("retained", window=6, sinks=2, slot_heads=((0, 1),))
-        words["few heads"] = said(lambda: ahn.attach(fresh, few))
+        for name, own in (("few heads", {"slot_heads": ((0, 1),)}), ("one score", {"score_layer": 0})):
+            some = ahn.AHNConfig("retained", window=6, sinks=2, **own)
+            words[name] = said(lambda some=some: ahn.attach(fresh, some))
         torch.save(words, folder / f"words{rank}.pt")
         torch.manual_seed(7)
         ahn.attach(fresh, ahn.AHNConfig(window=6, sinks=2))
@@ -185,6 +186,7 @@ def test_each_holds_its_heads_of_the_memory(folder: Path) -> None:
         ("whole", "merge base and adapter with ahn merge"),
         ("phi3", "leaves no process heads of its own (qkv_proj colwise_gather_output"),
         ("few heads", "all heads keep tokens: load the model on one device, or with slot_heads=None"),
+        ("one score", "each layer scores for itself: load the model on one device, or with score_layer=None"),
         ("one head", "2 processes cannot share 1 key heads evenly"),
     ],
 )

@@ -146,7 +146,7 @@ def _score(memory: RetainedTokens, x: Tensor, step: StepForward) -> Tensor:
         assert step.given is not None
         return step.given
     score = memory.write_gates(x)["score"][:, :, 0]
-    if memory.scores == "made":
-        assert step.given is not None
-        step.given.copy_(score)
-    return score
+    if memory.scores == "own":
+        return score
+    assert step.given is not None
+    return step.given.copy_(score)

@@ -156,10 +156,10 @@ class RetainedTokens(Memory):
         scores, chosen = self.logits(x), self.chosen(x.device)
         if self.passage > 1:
             scores = scores.sigmoid().mean(1, keepdim=True)
-        # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
-        scores = scores.bfloat16().float()
         if scores.shape[1] < len(self.slot_heads):  # one for all
             scores = scores.expand(-1, len(self.slot_heads), -1)
+        # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
+        scores = scores.bfloat16().float()
         return {"score": scores if chosen is None else scores.new_zeros(every).index_copy(1, chosen, scores)}
 
     def slot_bytes(self, window: int, width: int) -> int:
