@@ -1,4 +1,4 @@
-"""Kernels of a training step, heads of 128, compile for GPUs that are not there and fit into their shared memory."""
+"""Kernels of training and of several tokens at once, heads of 128, compile for GPUs that are not there and fit them."""
 
 from __future__ import annotations
 
@@ -22,5 +22,14 @@ def test_shared_memory(capability: int, shared_memory: int) -> None:
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     wanted = json.loads(done.stdout.splitlines()[-1])
-    assert {"_add_read", "_add_read_backward", "_forward", "_backward_keys", "_states"} < set(wanted)
+    assert {
+        "_add_read",
+        "_add_read_backward",
+        "_forward",
+        "_backward_keys",
+        "_states",
+        "_gather",
+        "_attend",
+        "_keep",
+    } < set(wanted)
     assert max(wanted.values()) <= shared_memory, wanted

@@ -1,4 +1,6 @@
-"""Compile what a layer's training step runs for a GPU that is not there: `python -m support.compiling 89 101376`.
+"""Compile what a layer's training step and a captured step of several tokens run, for a GPU that is not there.
+
+    python -m support.compiling 89 101376
 
 The arguments are a compute capability and the shared memory of one program in bytes. A line of JSON says of each kernel
 how much it wants. In a process of its own: elsewhere on a CPU Triton interprets.
@@ -37,6 +39,42 @@ def layer(attention: Any, scan: Any, P: int) -> None:
     out.sum().backward()
 
 
+@torch.no_grad()
+def several_tokens(P: int) -> None:
+    """A captured step of 8 tokens and of 64, with every kind of memory, and what settles them."""
+    from ahn.layout.state import LayerState, WindowState
+    from ahn.ops.routes import Routes
+    from ahn.ops.rule import StepRead
+    from ahn.ops.step import several_kernel
+
+    Hq, Hkv, S, W, G = 4, 2, 4, 300, 64
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    cases = ("gated_deltanet", 8, 1), ("gated_deltanet", 64, 1), ("deltanet", 8, 2), ("mamba2", 8, 1)
+    for name, N, states in (*cases, ("window_only", 8, 1)):
+        rule = RULES[name]
+        writers = Hq if states == 1 else Hkv
+        names = [] if rule is None else [gate for gate in (rule.write, rule.decay) if gate]
+        window, beside = (
+            WindowState(normal(1, Hkv, T, P), normal(1, Hkv, T, P), {gate: normal(1, writers, T) for gate in names})
+            for T in (S + W, G)
+        )
+        state = LayerState(window, None, {"state": torch.zeros(1, writers * states, P, P)}, None, beside)
+        finish = routes = None
+        if rule is not None:
+            norm, weight = torch.ones(Hq * P if rule.across_heads else P), torch.rand(1, Hq, N)
+            sizes = (Hq, P, P), (Hkv, P, P), (Hq, P, states), (Hkv, P, states)
+            routes = Routes(*(normal(*size) for size in sizes)) if states > 1 else None
+            finish = StepRead(normal(1, Hq, N, P), normal(1, N, Hq).mT, weight, norm, normal(Hq, P, P), routes)
+        new = normal(1, Hq, N, P), normal(1, Hkv, N, P), normal(1, Hkv, N, P)
+        counts = torch.tensor([400]), torch.tensor([0])
+        gates = {gate: torch.rand(1, writers, N) for gate in names}
+        several_kernel.read(*new, gates, *counts, state, S, P**-0.5, rule, finish)
+        several_kernel.settle(*counts, state, S, rule, routes)
+
+
 def main(capability: int, shared_memory: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -52,7 +90,7 @@ def main(capability: int, shared_memory: int) -> None:
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **settings)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        wanted[self.fn.__name__] = kernel.metadata.shared
+        wanted[self.fn.__name__] = max(kernel.metadata.shared, wanted.get(self.fn.__name__, 0))
         return kernel
 
     triton.runtime.JITFunction.run = compiled
@@ -67,6 +105,7 @@ def main(capability: int, shared_memory: int) -> None:
     spans.supported = lambda query: True
     torch.cuda.device = lambda device: contextlib.nullcontext()
     layer(spans, scan, P=128)
+    several_tokens(P=128)
     print(json.dumps(wanted))
 
 

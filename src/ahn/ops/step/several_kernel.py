@@ -6,7 +6,10 @@ all query heads that share a key head are rows of one product.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +26,6 @@ from ahn.ops.step.reference import gates_of
 
 TILE_BYTES = 16384  # keys that a program looks at together
 ROWS = 64  # queries of a program
-PROGRAMS_A_PROCESSOR = 2  # of attention; each holds ROWS queries and their sums in registers
 MOST_PARTS = 128
 COLUMNS = 32  # of a head that a program joins
 TOKENS = 16  # that a program gathers
@@ -35,6 +37,7 @@ def _gather(
     beside_keys, beside_values, beside_write, beside_decay, start, held,
     gone_key, gone_value, gone_write, gone_decay, queries, gammas, weights,
     slots, sinks, stride_kh, stride_kt, stride_vh, stride_vt,
+    query_h, query_n, key_h, key_n, value_h, value_n, write_h, write_n, decay_h, decay_n, gamma_h, gamma_n,
     NEW: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WRITERS: tl.constexpr,
     P: tl.constexpr, MEMORY: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +60,9 @@ def _gather(
             gone = tl.load(values + at, mask=leaves[:, None], other=0.0)
             tl.store(gone_value + to, gone, mask=(j < PLACES)[:, None])
         if NEW > 0:
-            own = (h * NEW + i)[:, None] * P + p[None, :]
+            own = h * key_h + i[:, None] * key_n + p[None, :]
             tl.store(beside_keys + to, tl.load(key + own, mask=new[:, None]), mask=new[:, None])
+            own = h * value_h + i[:, None] * value_n + p[None, :]
             tl.store(beside_values + to, tl.load(value + own, mask=new[:, None]), mask=new[:, None])
     if MEMORY:
         if h < WRITERS:
@@ -68,24 +72,27 @@ def _gather(
                 gone = tl.load(decay_ring + h * slots + slot, mask=leaves, other=0.0)
                 tl.store(gone_decay + h * PLACES + j, gone.to(tl.float32), mask=j < PLACES)
             if NEW > 0:
-                tl.store(beside_write + h * PLACES + j, tl.load(write + h * NEW + i, mask=new), mask=new)
+                tl.store(beside_write + h * PLACES + j, tl.load(write + h * write_h + i * write_n, mask=new), mask=new)
                 if decay_ring is not None:
-                    tl.store(beside_decay + h * PLACES + j, tl.load(decay + h * NEW + i, mask=new), mask=new)
-        if (NEW > 0) & (h < HEADS):
-            own = (h * NEW + i)[:, None] * P + p[None, :]
-            q = tl.load(query + own, mask=new[:, None], other=0.0)
-            tl.store(queries + to, q, mask=(j < PLACES)[:, None])
-            gate = tl.load(gamma + h * NEW + i, mask=new, other=0.0)
-            tl.store(gammas + h * PLACES + j, gate.to(tl.float32), mask=j < PLACES)
-            if weight is not None:
-                share = tl.load(weight + h * NEW + i, mask=new, other=0.0)
-                tl.store(weights + h * PLACES + j, share.to(tl.float32), mask=j < PLACES)
+                    tl.store(
+                        beside_decay + h * PLACES + j, tl.load(decay + h * decay_h + i * decay_n, mask=new), mask=new
+                    )
+        if NEW > 0:
+            own = h * query_h + i[:, None] * query_n + p[None, :]
+            if h < HEADS:
+                q = tl.load(query + own, mask=new[:, None], other=0.0)
+                tl.store(queries + to, q, mask=(j < PLACES)[:, None])
+                gate = tl.load(gamma + h * gamma_h + i * gamma_n, mask=new, other=0.0)
+                tl.store(gammas + h * PLACES + j, gate.to(tl.float32), mask=j < PLACES)
+                if weight is not None:
+                    share = tl.load(weight + h * NEW + i, mask=new, other=0.0)
+                    tl.store(weights + h * PLACES + j, share.to(tl.float32), mask=j < PLACES)
 
 
 @triton.jit
 def _attend(
     query, keys, values, beside_keys, beside_values, start, held, partial, score,
-    slots, sinks, scaling, per_part, stride_kh, stride_kt, stride_vh, stride_vt,
+    slots, sinks, scaling, per_part, query_h, query_n, stride_kh, stride_kt, stride_vh, stride_vt,
     NEW: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +103,8 @@ def _attend(
     read, count = tl.load(start).to(tl.int32), tl.load(held).to(tl.int32)
     later = count + r % NEW
     row = head * GROUPS * NEW + r
-    q = tl.load(query + row[:, None] * P + p[None, :], mask=mine[:, None], other=0.0)
+    own = (row // NEW * query_h + row % NEW * query_n)[:, None] + p[None, :]
+    q = tl.load(query + own, mask=mine[:, None], other=0.0)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, P], tl.float32)
@@ -208,25 +216,29 @@ def read(
     assert beside is not None
     _, heads, new, P = query.shape
     key_heads, slots = window.keys.shape[1:3]
-    query = query.contiguous()
+    query = _with_whole_heads(query)
     gone = _gathered(start, held, window, beside, sinks, rule, (key, value, gates), finish)
-    parts = _parts(key_heads * triton.cdiv(heads // key_heads * new, ROWS), slots, processors)
-    block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
-    per_part = triton.cdiv(triton.cdiv(slots, parts), block) * block
-    rows = min(ROWS, max(16, triton.next_power_of_2(heads // key_heads * new)))
-    partial = torch.empty(heads * new, parts + 1, P, dtype=torch.float32, device=query.device)
-    score = torch.empty(heads * new, parts + 1, dtype=torch.float32, device=query.device)
-    _attend[parts + 1, key_heads, triton.cdiv(heads // key_heads * new, rows)](
-        query, window.keys, window.values, beside.keys, beside.values, start, held, partial, score,
-        slots, sinks, scaling, per_part, *_strides(window),
-        NEW=new, PLACES=beside.keys.shape[2], PARTS=parts, GROUPS=heads // key_heads, ROWS=rows, P=P, BLOCK=block,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
-    )  # fmt: skip
     reads = None
     if rule is not None and finish is not None:
         own = dataclasses.replace(finish, query=gone.query, gamma=gone.gamma, weight=gone.weight)
         evicted = gone.key, gone.value, gone.write, gone.decay
-        reads, _ = scan.write_and_read(gone.query, *evicted, state.memory["state"], rule, own)
+        with _aside(query.device):
+            reads, _ = scan.write_and_read(gone.query, *evicted, state.memory["state"], rule, own)
+    rows = min(ROWS, max(16, triton.next_power_of_2(heads // key_heads * new)))
+    blocks = triton.cdiv(heads // key_heads * new, rows)
+    parts = _parts(key_heads, blocks, slots, processors)
+    block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
+    per_part = triton.cdiv(triton.cdiv(slots, parts), block) * block
+    partial = torch.empty(heads * new, parts + 1, P, dtype=torch.float32, device=query.device)
+    score = torch.empty(heads * new, parts + 1, dtype=torch.float32, device=query.device)
+    _attend[parts + 1, key_heads, blocks](
+        query, window.keys, window.values, beside.keys, beside.values, start, held, partial, score,
+        slots, sinks, scaling, per_part, *query.stride()[1:3], *_strides(window),
+        NEW=new, PLACES=beside.keys.shape[2], PARTS=parts, GROUPS=heads // key_heads, ROWS=rows, P=P, BLOCK=block,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if reads is not None and query.is_cuda:
+        torch.cuda.current_stream().wait_stream(_stream(query.device))
     out = torch.empty(1, new, heads, P, dtype=query.dtype, device=query.device)
     columns = min(COLUMNS, P)
     _join[heads * new, P // columns](
@@ -289,10 +301,10 @@ def _gathered(
     rings, own = gates_of(window.gates, rule), gates_of(beside.gates, rule)
     key = value = write = decay = None
     if new is not None:
-        key, value = new[0].contiguous(), new[1].contiguous()
-        write, decay = (None if x is None else x.contiguous() for x in gates_of(new[2], rule))
+        key, value = map(_with_whole_heads, new[:2])
+        write, decay = gates_of(new[2], rule)
     query, gamma, weight = (None, None, None) if finish is None else (finish.query, finish.gamma, finish.weight)
-    query, gamma, weight = (None if x is None else x.contiguous() for x in (query, gamma, weight))
+    query, weight = None if query is None else _with_whole_heads(query), None if weight is None else weight.contiguous()
     heads = 0 if query is None else query.shape[1]
     writers = 0 if rings[0] is None else rings[0].shape[1]
     like, device = beside.keys, start.device
@@ -309,16 +321,48 @@ def _gathered(
         query, key, value, write, decay, gamma, weight, window.keys, window.values, *rings,
         beside.keys, beside.values, *own, start, held,
         gone.key, gone.value, gone.write, gone.decay, gone.query, gone.gamma, gone.weight,
-        window.keys.shape[2], sinks, *_strides(window),
+        window.keys.shape[2], sinks, *_strides(window), *_steps(query, key, value, write, decay, gamma),
         NEW=0 if key is None else key.shape[2], PLACES=places, HEADS=heads, KEY_HEADS=key_heads, WRITERS=writers, P=P,
         MEMORY=rule is not None, TOKENS=TOKENS,
     )  # fmt: skip
     return gone
 
 
-def _parts(rows: int, slots: int, processors: int) -> int:
-    """Of the slots, a power of two, so that so many rows of programs keep all multiprocessors busy."""
-    wanted = max(1, PROGRAMS_A_PROCESSOR * processors // rows)
+def _with_whole_heads(x: Tensor) -> Tensor:
+    """x (1, H, N, P) with the numbers of a head next to each other."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _steps(*given: Tensor | None) -> list[int]:
+    """From head to head and from token to token of each tensor (1, H, N, ...)."""
+    return [step for x in given for step in ((0, 0) if x is None else x.stride()[1:3])]
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """What is launched in the block begins now, beside what follows it; in a graph these become two branches."""
+    if device.type != "cuda":
+        yield
+        return
+    side = _stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One that nobody else is given: others take theirs from those of ordinary priority, which are few and shared."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _parts(key_heads: int, blocks: int, slots: int, processors: int) -> int:
+    """Of the slots, a power of two, so that all multiprocessors are busy.
+
+    Where one block of rows holds all queries, keys are read once, and a program for each multiprocessor has enough of
+    them under way; the memory's scan then finds room beside it. Else products count, and there are two.
+    """
+    wanted = max(1, (1 if blocks == 1 else 2) * processors // (key_heads * blocks))
     return min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(slots, ROWS)), 1 << (wanted.bit_length() - 1))
 
 
