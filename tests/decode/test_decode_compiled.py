@@ -49,6 +49,7 @@ def test_layers_compile_once(memory: str, options: dict[str, bool], compiled: li
     assert len(compiled) == 6, "another batch size"
 
 
+@pytest.mark.slow
 def test_layers_before_at_and_after_the_one_that_scores_compile_once_each(compiled: list[torch.fx.Graph]) -> None:
     config = ahn.AHNConfig("retained", WINDOW, SINKS, **FEW, passage=2, score_layer=1)
     model = awaken(ahn.attach(base(num_hidden_layers=5), config))

@@ -46,6 +46,7 @@ def read(model: PreTrainedModel, ids: Tensor, counts: list[int], mask: Tensor | 
     return torch.cat(logits, dim=1), cache
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_whole_chunks_steps_and_padded_agree(form: str) -> None:
@@ -131,6 +132,7 @@ def test_rows_come_and_go() -> None:
         assert (found[row] - alone[0]).abs().max() < 1e-4 * alone.abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_guesses_that_wait_change_nothing() -> None:
     model, ids = scored("bounded"), tokens(1, 6).repeat(1, 10)
@@ -138,6 +140,7 @@ def test_guesses_that_wait_change_nothing() -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5), plain)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "gemma3", "gpt_oss"])
 @torch.no_grad()
 def test_models_of_other_kinds(architecture: str) -> None:

@@ -209,6 +209,7 @@ def test_layers_without_a_memory_get_their_mask_too() -> None:
     compare(one, two, ids, mask)
 
 
+@pytest.mark.slow
 def test_scores_of_a_layer_reach_those_on_another_device() -> None:
     config = {"slots": 16, "passage": 2, "score_layer": 0, "prefill_chunk_size": 4, "max_distance": 0}
     one = models.adapted("qwen3", memory="retained", window=6, sinks=2, **config)
