@@ -12,8 +12,8 @@ from golden import relative_error
 from support.modeling import norm
 from torch import Tensor, nn
 
-import ahn.ops.step.product  # noqa: F401  (registers the operator)
 from ahn.decode.fusion import fuse
+from ahn.ops.step.product import FEW
 
 K, N = 24, 12
 Products = list[dict[str, Any]]
@@ -38,11 +38,12 @@ def fused(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Products]:
         return torch.compile(function, backend=backend, dynamic=False)(*inputs), found
 
 
-def vector() -> Tensor:
-    return torch.randn(1, 1, K)
+def vector(tokens: int = 1) -> Tensor:
+    return torch.randn(1, tokens, K)
 
 
-def test_a_whole_layer_is_four_products() -> None:
+@pytest.mark.parametrize("tokens", [1, 3, FEW])
+def test_a_whole_layer_is_four_products(tokens: int) -> None:
     def layer(
         x: Tensor, first: Tensor, q: Tensor, bias: Tensor, k: Tensor, o: Tensor, second: Tensor, gate: Tensor,
         up: Tensor, down: Tensor,
@@ -54,7 +55,7 @@ def test_a_whole_layer_is_four_products() -> None:
         return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
 
     shapes = [(K,), (N, K), (N,), (N, K), (K, N), (K,), (2 * N, K), (2 * N, K), (K, 2 * N)]
-    inputs = [vector(), *(torch.randn(shape) for shape in shapes)]
+    inputs = [vector(tokens), *(torch.randn(shape) for shape in shapes)]
     found, products = fused(layer, *inputs)
     assert relative_error(found, layer(*inputs)) < 1e-5
     assert [len(p["weights"]) for p in products] == [2, 1, 2, 1]
@@ -133,7 +134,7 @@ def test_what_cannot_be_taken_in_is_still_right(near: Callable[..., Tensor]) -> 
     assert not any(p["residual"] is not None for p in products)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, K), (1, 3, K)])
+@pytest.mark.parametrize("shape", [(2, 1, K), (1, FEW + 1, K)])
 def test_several_rows_stay_matrix_products(shape: tuple[int, ...]) -> None:
     linear = nn.Linear(K, N)
     x = torch.randn(shape)

@@ -106,11 +106,13 @@ def test_turns_in_pieces_are_the_whole_forward(memory: str, first: int, graphs: 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_layers_share_compiled_code(memory: str, compiled: list[torch.fx.Graph]) -> None:
-    talk = _turning(shared(memory=memory, options=True))
+    talk = _turning(shared(memory=memory))
     for count in (PLACES, 3, 5):
         talk.read([count])
     whole = [graph for graph in compiled if any(node.target is torch.ops.ahn.several.default for node in graph.nodes)]
     assert len(whole) == 1, "of one layer for all"
+    products = [node for node in whole[0].nodes if node.target is torch.ops.ahn.product.default]
+    assert len(products) == 4, "as in a step of one token"
     talk.check(TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""Products of one vector: the kernel against plain torch, plain torch against torch's modules."""
+"""Products of one vector and of a few: the kernel against plain torch, plain torch against torch's modules."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def test_the_plain_form_is_a_layers_own_chain() -> None:
     gated = F.silu(F.linear(normed, first, bias)) * F.linear(normed, second) + residual
     found = product(x, [first, second], [bias, None], norm, 1e-5, True, residual)
     assert relative_error(found, gated.flatten()) < FLOAT32
+    several = torch.randn(1, 3, 24)
+    each = torch.stack(
+        [product(several[:, i : i + 1], [first, second], [bias, None], norm, 1e-5, True, residual) for i in range(3)]
+    )
+    found = product(several, [first, second], [bias, None], norm, 1e-5, True, residual.expand(1, 3, 5))
+    assert relative_error(found, each) < FLOAT32
     chained = torch.cat([F.linear(x, first), F.linear(x, second, bias)], -1).flatten()
     assert relative_error(product(x, [first, second], [None, bias], None, 0.0, False, None), chained) < FLOAT32
 
@@ -50,6 +56,13 @@ def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     biases = [made(size) if data.draw(st.booleans()) else None for size in sizes]
     norm = made(K) if data.draw(st.booleans()) else None
     residual = made(sizes[0] if silu else sum(sizes)) if data.draw(st.booleans()) else None
+    vectors = data.draw(st.integers(1, 16))
+    if vectors > 1:
+        residual = None if residual is None else made(vectors, len(residual))
+        arguments = (made(vectors, K), weights, biases, norm, 1e-5, silu, residual)
+        found = product_kernel.products(*arguments, features=data.draw(st.sampled_from([0, 64, 128])))
+        assert relative_error(found.cpu(), reference(*arguments).cpu()) < FLOAT32
+        return
     arguments = (made(K), weights, biases, norm, 1e-5, silu, residual)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(product_kernel, "tile", lambda K, silu: tile)

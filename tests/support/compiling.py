@@ -75,6 +75,17 @@ def several_tokens(P: int) -> None:
         several_kernel.settle(*counts, state, S, rule, routes)
 
 
+def several_products(K: int) -> None:
+    """What stands around attention in a step of 8 tokens, in half and in full precision."""
+    from ahn.ops.step import product_kernel
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x, norm, square, wide = (torch.randn(shape, dtype=dtype) for shape in ((8, K), (K,), (K, K), (K, 4 * K)))
+        product_kernel.products(x, [square, square], [norm, None], norm, 1e-6, False, None)
+        product_kernel.products(x, [square, square], [None, None], norm, 1e-6, True, None)
+        product_kernel.products(wide[:8], [wide], [None], None, 0.0, False, x)
+
+
 def main(capability: int, shared_memory: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -106,6 +117,7 @@ def main(capability: int, shared_memory: int) -> None:
     torch.cuda.device = lambda device: contextlib.nullcontext()
     layer(spans, scan, P=128)
     several_tokens(P=128)
+    several_products(K=1024)
     print(json.dumps(wanted))
 
 

@@ -1,17 +1,17 @@
-"""Every linear map of a single token becomes `ahn.ops.step.product`.
+"""Every linear map of a single token, or of a few of one conversation, becomes `ahn.ops.step.product`.
 
-Maps of the same vector together, with the RMSNorm before them, with `silu(gate) · up` between two of them, and with the
-sum that adds one to the residual stream.
+Maps of the same vectors together, with the RMSNorm before them, with `silu(gate) · up` between two of them, and with
+the sum that adds one to the residual stream.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-import ahn.ops.step.product  # noqa: F401  (registers the operator)
 from ahn import private
 from ahn.decode.fusion.graph import (
     ADD,
@@ -27,6 +27,7 @@ from ahn.decode.fusion.graph import (
     uncast,
     value,
 )
+from ahn.ops.step.product import FEW
 
 
 class _Gated(NamedTuple):
@@ -48,7 +49,7 @@ def fuse_products(graph: fx.Graph) -> None:
     """Rewrite the graph in place; what is of no use any more stays in it."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if _of_one_vector(node):
+        if _of_few_vectors(node):
             groups.setdefault(uncast(node.args[0]), []).append(node)
     for linears in groups.values():
         _replace(graph, linears)
@@ -75,7 +76,7 @@ def _replace(graph: fx.Graph, linears: list[fx.Node]) -> None:
         begin = 0
         for linear in linears:
             count = value(linear).shape[-1]
-            _stand_in(graph, linear, graph.call_method("narrow", (y, 0, begin, count)))
+            _stand_in(graph, linear, graph.call_method("narrow", (y, -1, begin, count)))
             begin += count
 
 
@@ -86,12 +87,13 @@ def _stand_in(graph: fx.Graph, node: fx.Node, y: fx.Node) -> None:
     node.replace_all_uses_with(new)
 
 
-def _of_one_vector(node: fx.Node) -> bool:
-    """A linear map of a single row, by a matrix that is an input of the graph and in the row's precision."""
+def _of_few_vectors(node: fx.Node) -> bool:
+    """A linear map of a few tokens of one row, by a matrix that is an input of the graph and in their precision."""
     if node.target not in private.LINEAR:
         return False
     x, *rest = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
-    if value(x).numel() != value(x).shape[-1]:
+    *rows, tokens, _ = (1, *value(x).shape)
+    if math.prod(rows) != 1 or tokens > FEW:
         return False
     parts = [part for part in rest if part is not None]
     return all(is_input(part) and value(part).dtype == value(x).dtype for part in parts)

@@ -227,6 +227,7 @@ def read(
     rows = min(ROWS, max(16, triton.next_power_of_2(heads // key_heads * new)))
     blocks = triton.cdiv(heads // key_heads * new, rows)
     parts = _parts(key_heads, blocks, slots, processors)
+    stages = 3 if query.element_size() == 2 else 2
     block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
     per_part = triton.cdiv(triton.cdiv(slots, parts), block) * block
     partial = torch.empty(heads * new, parts + 1, P, dtype=torch.float32, device=query.device)
@@ -235,7 +236,7 @@ def read(
         query, window.keys, window.values, beside.keys, beside.values, start, held, partial, score,
         slots, sinks, scaling, per_part, *query.stride()[1:3], *_strides(window),
         NEW=new, PLACES=beside.keys.shape[2], PARTS=parts, GROUPS=heads // key_heads, ROWS=rows, P=P, BLOCK=block,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
     )  # fmt: skip
     if reads is not None and query.is_cuda:
         torch.cuda.current_stream().wait_stream(_stream(query.device))
