@@ -44,6 +44,26 @@ def test_greedy_text_is_generates_with_the_models_own_settings(settings: dict[st
         assert generated(session, ids, max_new_tokens=20, do_sample=False) != session.written
 
 
+def test_settings_about_text_or_of_outputs_are_no_mistake() -> None:
+    """`stop_strings` want the tokenizer, `return_dict_in_generate` gives another kind of output."""
+    session = speaking.session()
+    ids = session.encode(TEXT, start=True)
+    session.read(ids)
+    whole = session.copy().write(Sampling(20))
+    stop = whole[4:8]
+    session.model.generation_config.update(stop_strings=[stop], return_dict_in_generate=True, output_scores=True)
+    text = session.write(Sampling(20))
+    assert stop in text and len(text) < len(whole) and whole.startswith(text)
+
+
+def test_settings_that_want_code_from_the_hub_are_one_sentence() -> None:
+    session = speaking.session()
+    session.read(session.encode(TEXT, start=True))
+    session.model.generation_config.update(penalty_alpha=0.6, top_k=4)
+    with pytest.raises(AHNError, match=r"generation settings \(generation_config.json\) do not work here: Contrastive"):
+        session.write(Sampling(4))
+
+
 def test_a_second_turn_goes_on_as_generate_does() -> None:
     session = speaking.session()
     session.model.generation_config.update(repetition_penalty=1.5)

@@ -202,6 +202,12 @@ def test_settings_of_the_model_stay_in_force(memory: methods.Evaluated) -> None:
     assert generation.repetition_penalty == 50.0
     assert not set(answer) & set(prompt)
     assert len(set(answer)) == len(answer)
+    model.generation_config.update(return_dict_in_generate=True, stop_strings=["never said"])
+    try:
+        ((_, again),) = Reader(model, tokenizer=memory.tokenizer).answers({0: prompt}, generation)
+    finally:
+        model.generation_config.update(return_dict_in_generate=None, stop_strings=None)
+    assert again == answer
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
+from ahn.serve.api.building import sampling_defaults
 from ahn.serve.engine.sampling import Chooser, choose, cut
 from ahn.serve.request import SamplingOptions
 
@@ -170,3 +173,12 @@ def test_options_are_not_changed() -> None:
     before = dataclasses.replace(options)
     choose(logits(1), [Chooser(options, [1], 1, CPU)])
     assert options == before
+
+
+def test_a_penalty_of_the_models_settings_holds_without_sampling() -> None:
+    """As in `generate`; the others are about draws."""
+    settings = transformers.GenerationConfig(repetition_penalty=1.3, top_k=7)
+    model = SimpleNamespace(generation_config=settings)
+    assert sampling_defaults(model) == SamplingOptions(repetition_penalty=1.3)
+    settings.do_sample = True
+    assert sampling_defaults(model) == SamplingOptions(repetition_penalty=1.3, top_k=7)

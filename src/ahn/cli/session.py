@@ -22,7 +22,7 @@ from ahn.cli.main import ABANDONED
 from ahn.cli.writing import CONTEXT, Interrupt, Pieces, Sampling
 from ahn.config import Reach, overridden
 from ahn.errors import AHNError
-from ahn.evaluation.reader import end_tokens
+from ahn.evaluation.reader import end_tokens, generated
 from ahn.measure.reading import chunk_size, in_chunks
 
 if TYPE_CHECKING:
@@ -148,8 +148,10 @@ class Session:
         streamer = Pieces(self.tokenizer, self._ids[-CONTEXT:], show)
         with torch.random.fork_rng(devices=_devices(self.model)):
             torch.manual_seed(sampling.seed)
-            output = self.model.generate(
-                tokens,
+            output = generated(
+                self.model,
+                self.tokenizer,
+                input_ids=tokens,
                 attention_mask=torch.ones(1, self.seen, dtype=torch.long, device=tokens.device),
                 streamer=streamer,
                 stopping_criteria=None if interrupt is None else [interrupt],

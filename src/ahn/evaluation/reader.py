@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ahn import private
+from ahn.errors import AHNError
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 
 if TYPE_CHECKING:
@@ -63,10 +65,16 @@ class Reader:
     Args:
         model: with an AHN or without.
         progress: called with (tokens of a prompt read so far, its tokens).
+        tokenizer: for generation settings of the model that are about text, such as `stop_strings`.
     """
 
-    def __init__(self, model: PreTrainedModel, progress: Callable[[int, int], None] = lambda read, total: None) -> None:
-        self.model, self.progress = model, progress
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        progress: Callable[[int, int], None] = lambda read, total: None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.model, self.progress, self.tokenizer = model, progress, tokenizer
         self.chunk = chunk_size(model)
 
     @torch.inference_mode()
@@ -109,15 +117,31 @@ class Reader:
         rest = max(read, len(ids) - self.chunk)
         self._read(ids, cache, read, rest, of=len(ids))
         tokens = torch.tensor([ids], device=self.model.device)
-        output = self.model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), **{private.CACHE: cache}, **generation.arguments()
-        )
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), private.CACHE: cache}
+        output = generated(self.model, self.tokenizer, **given, **generation.arguments())
         self.progress(len(ids), len(ids))
         return output[0, len(ids) :].tolist()
 
     def _read(self, ids: list[int], cache: Any, start: int, stop: int, of: int | None = None) -> None:
         for read, _ in in_chunks(self.model, cache, ids, start, stop, self.chunk):
             self.progress(read, of or stop)
+
+
+def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
+    """Token ids (1, length) of `model.generate`, prompt first, with the model's own settings beside the arguments.
+
+    Raises:
+        AHNError: settings that transformers refuses, such as those that want code from the Hub.
+    """
+    try:
+        return model.generate(**arguments, tokenizer=tokenizer, return_dict_in_generate=False)
+    except AHNError:
+        raise
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise AHNError(
+            f"The model's generation settings (generation_config.json) do not work here: {reason}"
+        ) from error
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

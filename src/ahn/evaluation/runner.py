@@ -76,7 +76,7 @@ def run(
         AHNError: data are malformed (all of them are checked before a task begins), or results cannot be written.
     """
     worker, watcher = worker or Worker.from_environment(), watcher or Watcher()
-    reader = Reader(evaluated.model, watcher.read)
+    reader = Reader(evaluated.model, watcher.read, evaluated.tokenizer)
     open_jobs: list[Job] = []
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:

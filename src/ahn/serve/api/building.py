@@ -109,8 +109,8 @@ def build(
 def sampling_defaults(model: PreTrainedModel) -> SamplingOptions:
     """How a model's settings say that tokens are drawn; OpenAI's defaults where they do not say that they are."""
     settings = model.generation_config
-    if not settings.do_sample:
-        return SamplingOptions()
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    names = ["repetition_penalty"]  # which holds however they are chosen
+    if settings.do_sample:
+        names += ["temperature", "top_p", "top_k", "min_p"]
     given = {name: getattr(settings, name, None) for name in names}
     return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
