@@ -136,6 +136,17 @@ def test_saving_replaces_an_adapter_but_no_other_model(tmp_path: Path, base: Pat
     assert same_bits(all_tensors(own), before)
 
 
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path, base: Path) -> None:
+    """`save_pretrained` of transformers logs it, writes nothing and goes on."""
+    model = attached(base)
+    (tmp_path / "file").write_text("mine")
+    for save in (lambda path: save_adapter(model, path), model.save_pretrained):
+        for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+            with pytest.raises(ahn.AHNError, match=r"is a file|cannot be written: Not a directory"):
+                save(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_failed_save_leaves_the_old_adapter(adapter: Path, copy: Copy, base: Path, monkeypatch: Any) -> None:
     def fail(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")

@@ -180,6 +180,15 @@ def test_transformers_options_reach_transformers(adapter: Path, merged: Path) ->
         assert (model.ahn_config.window, model.ahn_config.sinks) == (8, 2)
 
 
+def test_a_device_that_torch_was_built_without(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(ahn.AHNError, match=r"cannot load .*: Torch not compiled with CUDA"):
+        from_pretrained(merged, device_map="cuda")
+
+
 def test_plain_models_and_wrong_bases_are_refused(
     tmp_path: Path, base: Path, adapter: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +210,7 @@ def test_a_base_with_absent_weights_is_refused(base: Path, adapter: Path, copy: 
         from_pretrained(adapter, base=holed)
     wrong = edit_weights(copy(adapter), lambda tensors: None)
     reshaped = edit_weights(holed, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
-    with pytest.raises(ahn.AHNError, match="cannot load"):
+    with pytest.raises(ahn.AHNError, match=r"cannot load"):
         from_pretrained(wrong, base=reshaped)
 
 

@@ -149,6 +149,21 @@ def test_a_memory_that_peft_has_adapted_is_not_saved_as_one(tmp_path: Any) -> No
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_memory_that_peft_has_copied_is_refused(tmp_path: Any) -> None:
+    """The copy would be trained, the original read: so no gradient came, and the file held what nobody had changed."""
+    wrapped = _lora(adapted(window=13, sinks=3), modules_to_save=["ahn"], task_type="CAUSAL_LM")
+    with pytest.raises(AHNError, match="modules_to_save has copied the memory"):
+        wrapped(tokens(1, 8))
+    with pytest.raises(AHNError, match="PEFT has adapted the memory itself"):
+        ahn.save_adapter(wrapped, tmp_path / "adapter")
+
+
+def test_a_conversation_of_a_model_with_other_sizes_is_refused() -> None:
+    cache = ahn.AHNCache.for_model(adapted("llama", window=13, sinks=3))
+    with pytest.raises(AHNError, match="made for another model"):
+        adapted(window=13, sinks=3)(tokens(1, 8), past_key_values=cache)
+
+
 def test_a_wrapper_without_an_ahn_is_refused() -> None:
     for call in (ahn.detach, ahn.adapter_parameters, ahn.AHNCache.for_model):
         with pytest.raises(AHNError, match=r"no AHN; call ahn\.attach"):

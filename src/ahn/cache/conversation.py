@@ -102,6 +102,8 @@ class AHNCache(Cache):
         """Whether its layers and memory are of this model's kind. Which weights wrote them a file knows (`save`)."""
         config: AHNConfig = model.ahn_config
         alike = all(getattr(self.config, name) == getattr(config, name) for name in OF_MEMORY)
+        if (made := self.model) is not None and made is not model:
+            alike = alike and ModelShape.from_config(made.config) == ModelShape.from_config(model.config)
         return alike and len(self.layers) == len(model.get_decoder().layers)
 
     @property

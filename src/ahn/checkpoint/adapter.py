@@ -16,7 +16,7 @@ from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.validate import check_tensors, finite_tensors
 from ahn.config import AHNConfig, Reach
 from ahn.errors import AHNError, check_path
-from ahn.files import expanded, read_json, write_json, write_tensors
+from ahn.files import check_folder, expanded, read_json, write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
 from ahn.model.saving import saved_config
 from ahn.wrappers import attached, unwrapped
@@ -47,7 +47,8 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     settings = model.ahn_config
     if not parameters:
         raise AHNError(f"The memory {settings.memory!r} has no parameters: attach() recreates it without a file.")
-    if adapted := [name for name in parameters if ".lora_" in name or ".base_layer." in name]:
+    marks = (".lora_", ".base_layer.", ".modules_to_save.")
+    if adapted := [name for name in parameters if any(mark in name for mark in marks)]:
         raise AHNError(
             f"PEFT has adapted the memory itself ({adapted[0]}), which has no file of its own for that: give PEFT "
             r"exclude_modules=r'.*\.ahn\..*', which leaves the memory alone."
@@ -55,6 +56,7 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
     occupied = (path / INDEX).exists() or (path / WEIGHTS).exists()
     if occupied and Checkpoint.open(path).kind != "adapter":
         raise AHNError(f"{path} holds the weights of another model: choose another directory.")
+    check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
     write_tensors(path / WEIGHTS, tensors, {"format": "pt"})

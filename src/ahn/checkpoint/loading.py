@@ -39,6 +39,17 @@ from ahn.model import attention
 from ahn.model.saving import BASE_NAME, base_config
 
 PathLike = str | os.PathLike[str]
+_LOADING = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What loading raises; the last is torch's, about a device that it was built without."""
 HUB = ("cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -227,7 +238,7 @@ def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Pr
     with _without_load_report():
         try:
             model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
-        except (ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        except _LOADING as error:
             raise unreadable(path, error) from error
     absent = sorted(info["missing_keys"])
     inside = f"{model.base_model_prefix}." if model.get_decoder() is not model else ""

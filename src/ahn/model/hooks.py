@@ -26,6 +26,9 @@ from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext, LayerContext
 from ahn.model.positions import check_steady, rotates
 
+PEFTS_COPIES = "modules_to_save"
+"""What a module has that PEFT put in the place of another one, with copies of it."""
+
 
 @dataclasses.dataclass
 class AttentionHook:
@@ -139,6 +142,12 @@ class DecoderHook:
         """accelerate has offloaded the memory with the base, with hooks on modules that nobody calls: it is small."""
         layers = [layer for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
         first_and_last = layers[:: max(1, len(layers) - 1)]
+        if any(hasattr(layer.ahn, PEFTS_COPIES) for layer in first_and_last):
+            raise AHNError(
+                "PEFT's modules_to_save has copied the memory, and the copy would never be read or trained. Leave the "
+                "memory out of it, set requires_grad of ahn.adapter_parameters(model).values() to train it beside "
+                "PEFT's part, and save it by ahn.save_adapter."
+            )
         if not any(x.device.type == "meta" for layer in first_and_last for x in layer.ahn.parameters()):
             return
         for layer in layers:

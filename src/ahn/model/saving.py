@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME
 from ahn import memory
 from ahn.config import ARCHITECTURE, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
 from ahn.errors import AHNError
-from ahn.files import expanded, write_json
+from ahn.files import check_folder, expanded, write_json
 from ahn.memory.layer import added_parameters
 
 BASE_NAME = "base_model_name_or_path"
@@ -51,8 +51,9 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
     """`model.save_pretrained`: base model and AHN in one checkpoint, for `ahn.from_pretrained` and the Auto classes.
 
     Raises:
-        AHNError: a state dict was given that lacks parameters of the AHN.
+        AHNError: a state dict was given that lacks parameters of the AHN, or the directory cannot be written.
     """
+    check_folder(expanded(save_directory))  # transformers logs that it is a file, and goes on
     model._ahn.share.check_whole("Saving a model with its memory", "merge base and adapter with ahn merge")
     given = args[1] if len(args) > 1 else kwargs.get("state_dict")
     if given is not None and (absent := [name for name in added_parameters(model) if name not in given]):
