@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from support import architectures
 from support.architectures import TYPES, build, judge, row
 
 import ahn
@@ -33,6 +34,17 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(model_type: str)
     with pytest.raises(ahn.AHNError, match=REFUSED[model_type]):
         ahn.attach(model, ahn.AHNConfig(window=9, sinks=2))
     assert set(model.state_dict()) == before and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("changes", [{"num_kv_shared_layers": 2}, {"attention_k_eq_v": True}])
+def test_keys_and_values_of_other_layers_are_refused(
+    changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the published small ones of Gemma 4; a layer without keys or values of its own has nothing to remember."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    monkeypatch.setitem(architectures._OF_TYPE, "gemma4_text", layers | changes)
+    with pytest.raises(ahn.AHNError, match=r"has no (k_proj, )?v_proj"):
+        ahn.attach(build("gemma4_text"), ahn.AHNConfig(window=9, sinks=2))
 
 
 @pytest.mark.sample(1)

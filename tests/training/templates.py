@@ -90,7 +90,14 @@ R1 = (  # asks for thoughts in the prompt, and shows those of no turn
     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
 
+PARTS = (  # as of models that see images, which leave a string out without a word
+    "{% for m in messages %}{{ m.role | capitalize }}:{% for part in m.content %}"
+    "{% if part.type == 'text' %} {{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
 STYLES = {
+    "parts": Style(PARTS, ("<end_of_utterance>",), " R<end_of_utterance>"),
     "chatml": Style(CHATML, ("<|im_start|>", "<|im_end|>"), "R<|im_end|>"),
     "gemma": Style(GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>"), "R<end_of_turn>"),
     "phi3": Style(PHI3, ("<|user|>", "<|assistant|>", "<|end|>"), "R<|end|>"),

@@ -100,11 +100,9 @@ class AHNCache(Cache):
 
     def belongs_to(self, model: PreTrainedModel) -> bool:
         """Whether its layers and memory are of this model's kind. Which weights wrote them a file knows (`save`)."""
-        config: AHNConfig = model.ahn_config
-        alike = all(getattr(self.config, name) == getattr(config, name) for name in OF_MEMORY)
-        if (made := self.model) is not None and made is not model:
-            alike = alike and ModelShape.from_config(made.config) == ModelShape.from_config(model.config)
-        return alike and len(self.layers) == len(model.get_decoder().layers)
+        made, alike = self.model or model, len(self.layers) == len(model.get_decoder().layers)
+        alike &= all(getattr(self.config, name) == getattr(model.ahn_config, name) for name in OF_MEMORY)
+        return alike and (made is model or ModelShape.from_config(made.config) == ModelShape.from_config(model.config))
 
     @property
     def seen(self) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.errors import AHNError
 from ahn.evaluation.task import Task, Truncation
+from ahn.measure.parts import as_shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +40,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], a
     Raises:
         AHNError: the template refuses them, or is broken.
     """
+    shown = as_shown(tokenizer, messages)
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options)
+        text: str = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **options)
     except Exception as error:  # jinja2's errors, and what templates raise by themselves
         raise AHNError(f"The chat template refuses this conversation: {error}") from error
     return text

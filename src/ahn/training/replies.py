@@ -18,6 +18,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
+from ahn.measure.parts import as_shown
 from ahn.training.messages import THOUGHTS, BadRowError, Message
 from ahn.training.records import Conversation
 
@@ -84,9 +85,10 @@ class Renderer:
         return Rendered(text, spans, tuple(self._unused(conversation, text)))
 
     def _template(self, conversation: Conversation, messages: list[Message], prompt: bool = False) -> str:
+        shown = as_shown(self.tokenizer, messages)
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **conversation.options
+                shown, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **conversation.options
             )
         except Exception as error:  # jinja2's errors, and what templates raise by themselves
             raise BadRowError(f"the chat template refuses it: {error}") from None
