@@ -54,5 +54,5 @@ def spread(cases: list[pytest.Function], n: int) -> list[pytest.Function]:
 
 
 def _values(case: pytest.Function) -> list[tuple[str, str]]:
-    """Each parameter with its value's name: `callspec.indices` has the place of the value among all."""
-    return [(name, str(place)) for name, place in case.callspec.indices.items()]
+    """Each parameter with what tells its value from the others: `callspec.indices` would be the case's own number."""
+    return [(name, repr(value)) for name, value in case.callspec.params.items()]
