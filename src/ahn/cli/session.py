@@ -19,7 +19,7 @@ from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
 from ahn.cli.main import ABANDONED
-from ahn.cli.writing import CONTEXT, Interrupt, Pieces, Sampling
+from ahn.cli.writing import Interrupt, Pieces, Sampling
 from ahn.config import Reach, overridden
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
@@ -145,7 +145,7 @@ class Session:
         whole = sampling.lookup or not self._before
         new = self._ids if whole else self._ids[self.cache.seen - self._before :]
         tokens = torch.tensor([new], device=self.model.device)
-        streamer = Pieces(self.tokenizer, self._ids[-CONTEXT:], show)
+        streamer = Pieces(self.tokenizer, self._ids, show)
         with torch.random.fork_rng(devices=_devices(self.model)):
             torch.manual_seed(sampling.seed)
             output = generated(

@@ -16,12 +16,10 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ahn.errors import AHNError
+from ahn.serve.engine.text import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CONTEXT = 8
-"""Tokens decoded together with a new one: what a token looks like depends on its neighbours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,35 +102,26 @@ class Pieces(BaseStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int], show: Callable[[str], Any]) -> None:
-        self.tokenizer, self.show = tokenizer, show
-        self.ids = list(before)
-        self.context, self.shown = 0, len(self.ids)
-        self.text = ""
+        self.stream, self.show = TextStream(tokenizer, before), show
         self._prompt_is_next = True  # `generate` begins with the prompt
+
+    @property
+    def text(self) -> str:
+        """All that was shown."""
+        return self.stream.text
 
     def put(self, value: Tensor) -> None:
         """Called by `generate` with token ids."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
-        self.ids += value.flatten().tolist()
-        now = self._new_text()
-        if now and not now.endswith("\ufffd"):  # that is a character still without its last byte
-            self._show(now)
-            self.context, self.shown = max(0, self.shown - CONTEXT), len(self.ids)
+        for token in value.flatten().tolist():
+            self._show(self.stream.add(token))
 
     def end(self) -> None:
         """Called by `generate` after the last token."""
-        if rest := self._new_text():
-            self._show(rest)
+        self._show(self.stream.end())
 
     def _show(self, piece: str) -> None:
-        self.text += piece
-        self.show(piece)
-
-    def _new_text(self) -> str:
-        before, now = (
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for ids in (self.ids[self.context : self.shown], self.ids[self.context :])
-        )
-        return now[len(before) :]
+        if piece:
+            self.show(piece)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from ahn.errors import AHNError
 from ahn.evaluation.prompt import render
+from ahn.evaluation.reader import common_prefix
+from ahn.serve.engine.text import CONTEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +26,6 @@ LONG = 4096
 """Characters from which on a piece's token ids are remembered."""
 REMEMBERED = 1 << 23
 """Token ids that are remembered over all pieces (32 MiB)."""
-CONTEXT = 8
-"""Tokens decoded together with a reply: what its first one looks like depends on those before it."""
 
 
 class ChatText:
@@ -130,7 +130,7 @@ class ChatText:
                 return list(prompt)
             start = not self.template
             upto, whole = (self.ids(text, start) for text in (closed[: place + len(said.strip())], closed))
-            return whole[: _shared(upto, whole)]
+            return whole[: common_prefix([upto, whole])]
 
         return known
 
@@ -146,8 +146,3 @@ class ChatText:
             list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
