@@ -132,7 +132,7 @@ def test_gradients_of_a_part_beside_the_whole(part: bool, monkeypatch: pytest.Mo
     """What a memory takes of queries and keys, with attention by kernels over all of them, in layers that are alike."""
     asked, blocks = [], spans_blocks.blocks
     monkeypatch.setattr(spans_blocks, "blocks", lambda *given: asked.append(given) or blocks(*given))
-    case = made(2, 2, 2, 40, 50, 16, 3, (False, False)).to(DEVICE)
+    case = made(1, 2, 2, 40, 50, 16, 3, (False, False)).to(DEVICE)
     columns = spans.Columns(case.until, 40)
     found = []
     for apart in (False, True):
@@ -148,7 +148,7 @@ def test_gradients_of_a_part_beside_the_whole(part: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("triton")
 def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
-    case = made(2, 2, 2, 40, 50, 16, 3, (True, True)).to(DEVICE)
+    case = made(2, 1, 2, 40, 50, 16, 3, (True, True)).to(DEVICE)
     once, twice = results(kernels, case), results(kernels, case)
     assert all(torch.equal(x, twice[name]) for name, x in once.items())
     for name in ("query", "key", "value"):

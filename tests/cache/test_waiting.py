@@ -57,7 +57,7 @@ def test_what_is_read_is_taken_out_and_read_again(architecture: str, memory: str
     """Forwards of any sizes and crops of any sizes, sometimes several in a row, sometimes none."""
     draw, talk = random.Random(memory), Talk(student(architecture, memory=memory, quantized=quantized), 1)
     talk.cache.activate_past_recording()
-    for _ in range(25):
+    for _ in range(15):
         for _ in range(draw.choice((1, 1, 2))):
             talk.read([draw.choice((1, 1, 2, 4, 7, 20))])
         recorded = talk.cache.progress.waiting

@@ -144,7 +144,7 @@ def test_a_process_before_and_after_it_imports_ahn(merged: Path, base: Path, tmp
 MODULES = ("processing_utils", "models.auto.modeling_auto")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

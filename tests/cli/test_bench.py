@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ahn.bench import ceilings
 from ahn.cli.bench import BenchOptions, numbers
 from ahn.errors import AHNError
 
@@ -24,7 +25,8 @@ SMALL = ("--window", 20, "--sinks", 4, "--new-tokens", 2, "--device", "cpu")
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(ceilings, "REPEATS", 1)
     file = tmp_path / "small.json"
     file.write_text(json.dumps(SHAPE))
     return file

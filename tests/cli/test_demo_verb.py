@@ -10,18 +10,20 @@ import pytest
 import speaking
 
 from ahn import tiny
+from ahn.cli import demo
 from ahn.cli.common import out
 from ahn.cli.demo import BEST
 from ahn.demo.methods import FULL, WINDOW_ONLY
 
 WINDOW, SINKS = speaking.WINDOW, speaking.SINKS
 LOSSLESS = WINDOW + SINKS
-LENGTH = 200
+LENGTH = 120
 
 FEW_BITS = "4/2 bits"  # of new memories; those that ship are from before there were more than two
 
 
-def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
+def test_the_verb(ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "NEW_TOKENS", 16)
     saved = speaking.save(tmp_path / "model")
     options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH, "--documents", 2)
     own = ("--model", saved.base, "--adapter", saved.adapter, *options)
@@ -40,7 +42,7 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path) -> None:
         "reads 2 documents",
         "sinks + window",
         "writes on after",
-        "4/2 bits: also the 200 tokens",
+        f"4/2 bits: also the {LENGTH} tokens",
         "the memory behind 4/2 bits got nothing",
         "figure.png",
     ):

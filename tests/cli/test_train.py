@@ -14,7 +14,7 @@ from ahn.cli import common
 from ahn.training.arguments import parse
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALLER = ["--max_steps", "5", "--cutoff_len", "130", "--max_eval_samples", "6", "--learning_rate", "0.006"]
+SMALLER = ["--max_steps", "4", "--cutoff_len", "130", "--max_eval_samples", "2", "--learning_rate", "0.006"]
 
 
 def test_help(ahn_cli: Any) -> None:
@@ -42,7 +42,7 @@ def test_the_debug_run_learns_and_its_adapter_loads(ahn_cli: Any, tmp_path: Path
     assert model.ahn_config.memory == "gated_deltanet" and model.ahn_config.window == 48
     assert (tmp_path / "out" / "loss.png").exists() and (tmp_path / "out" / "README.md").exists()
     again = ahn_cli("train", CONFIGS / "debug.yaml", "--output_dir", tmp_path / "out")
-    assert again.code == 1 and "holds an earlier run (checkpoint-5)" in again.err
+    assert again.code == 1 and "holds an earlier run (checkpoint-4)" in again.err
 
 
 def test_mistakes_are_one_line(ahn_cli: Any) -> None:

@@ -17,6 +17,7 @@ from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graph
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import adapted, awaken, base, tokens
+from support.effort import examples
 from support.turns import assert_same_layers
 from talk import Talk
 from torch import Tensor
@@ -47,6 +48,7 @@ def test_steps_are_the_whole_forward(architecture: str, memory: str, graphs: Gra
     assert_same_layers(talk.cache, whole)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("memory", CAPTURED)
 @pytest.mark.parametrize("length", [LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, 2 * LOSSLESS])
 def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) -> None:
@@ -58,6 +60,7 @@ def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) 
     assert graphs.replays == 4
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("memory", CAPTURED)
 @pytest.mark.parametrize("explicit", [True, False], ids=["positions given", "positions by default"])
 def test_rows_with_padding_of_their_own(memory: str, explicit: bool, graphs: Graphs) -> None:
@@ -83,13 +86,14 @@ def test_rows_with_padding_of_their_own(memory: str, explicit: bool, graphs: Gra
 def test_greedy_tokens_are_those_without_graphs(memory: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, mask = shared(memory=memory), tokens(3, 10), torch.ones(3, 10, dtype=torch.long)
     ids[1, :4], mask[1, :4] = 0, 0
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False}
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
     found = model.generate(ids, **options)
-    assert graphs == Graphs(captures=1, replays=59)
+    assert graphs == Graphs(captures=1, replays=29)
     monkeypatch.setattr(runner, "on_gpu", lambda ids: False)
     assert torch.equal(found, model.generate(ids, **options))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_beam_search_reorders_the_buffers_of_one_graph(
     memory: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
@@ -124,7 +128,7 @@ def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> No
     events=st.lists(st.sampled_from(sorted(EVENTS)), min_size=1, max_size=6),
     explicit=st.booleans(),
 )
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(4, 8), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_course_of_a_conversation(memory: str, lengths: list[int], events: list[str], explicit: bool) -> None:
     converse(Talk(shared(memory=memory), len(lengths), explicit=explicit), lengths, events)
 

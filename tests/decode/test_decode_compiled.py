@@ -81,7 +81,8 @@ def test_what_a_user_compiled_stays_compiled(options: dict[str, Any], compiled: 
     assert [part._compiled_call_impl for part in parts] == theirs
 
 
-@pytest.mark.parametrize("architecture", [slow("qwen2"), "qwen3", slow("llama")])
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_a_layer_is_our_operators_and_nothing_else(
     architecture: str, memory: str, compiled: list[torch.fx.Graph]

@@ -53,7 +53,7 @@ def saved(tmp_path: Path, architecture: str, **changes: Any) -> Path:
     return tmp_path / architecture
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("architecture", ["qwen3", slow("qwen2")])
 def test_steps_are_captured_in_each_process(architecture: str, tmp_path: Path, graphs: Graphs) -> None:
     folder = saved(tmp_path, architecture)
 

@@ -46,9 +46,9 @@ def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Gra
     model = shared(memory, name, bool(options))
     talk = Talk(model, 2)
     talk.read([5, 5])
-    talk.steps(3 * SEEN)
+    talk.steps(2 * SEEN)
     talk.check(TOLERANCE)
-    assert graphs == Graphs(captures=1, replays=3 * SEEN)
+    assert graphs == Graphs(captures=1, replays=2 * SEEN)
     whole = AHNCache.for_model(model)
     with torch.no_grad():
         model(torch.tensor(talk.rows), past_key_values=whole)
@@ -69,6 +69,7 @@ def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) 
     assert graphs.replays == 4
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
     """Rows meet each edge at different steps; one starts with no token at all; rows pause while others go on."""
@@ -86,7 +87,7 @@ def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
     assert graphs == Graphs(captures=2, replays=12 + SEEN)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5), (SEEN + 2, SEEN - 2, 3)], ids=str)
 def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:
@@ -104,8 +105,9 @@ def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes() is None and talk.cache.captured is not None
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("memory", "form"), [("gated_deltanet", TWO_BITS), ("window_only", TWO_BITS), ("deltanet", {})]
+    ("memory", "form"), [("gated_deltanet", TWO_BITS), ("deltanet", {}), ("window_only", TWO_BITS)]
 )
 def test_a_layer_is_our_operators_and_nothing_else(
     memory: str, form: dict[str, Any], compiled: list[torch.fx.Graph]
@@ -184,8 +186,8 @@ def test_what_a_graph_reads_lives_as_long_as_it(memory: str, graphs: Graphs, mon
 FORMS: dict[str, dict[str, Any]] = {
     "default": {"max_distance": 0},
     "bounded": {"max_distance": 40},  # reach 24: of the seven tokens of the tier the query sees three at their distance
-    "3/2 bits": {"key_bits": 3, "max_distance": 60},
-    "4/4 bits": {"value_bits": 4, "max_distance": 60},
+    "3/2 bits": {"key_bits": 3, "max_distance": 40},
+    "4/4 bits": {"value_bits": 4, "max_distance": 40},
     "2/2 bits": {"key_bits": 2},
     "4/2 bits after RoPE": {"keys_before_rope": False},
 }
@@ -205,7 +207,7 @@ def test_other_forms(form: str, memory: str, architecture: str, graphs: Graphs) 
     talk, other, excused = Talk(model, 2), Talk(model, 2), 0
     for one in (talk, other):
         one.read([5, 3])
-    for step in range(5 * SEEN):
+    for step in range(2 * SEEN):
         talk.steps(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runner, "on_gpu", lambda ids: False)
@@ -216,8 +218,8 @@ def test_other_forms(form: str, memory: str, architecture: str, graphs: Graphs) 
             continue
         found, expected = (torch.cat([row[-1] for row in one._logits]) for one in (talk, other))
         assert relative_error(found, expected) < TOLERANCE, step
-    assert graphs == Graphs(captures=1, replays=5 * SEEN)
-    # Offsets are float32, 6e-8 apart where they round differently: one of 1520 scales lies with a chance of 4 % so near
+    assert graphs == Graphs(captures=1, replays=2 * SEEN)
+    # Offsets are float32, 6e-8 apart where they round differently: one of 608 scales lies with a chance of 2 % so near
     # to the edge of its 2^-8 wide place.
     assert excused <= 2
     assert_same_layers(talk.cache, other.cache)

@@ -46,7 +46,7 @@ def with_window(model: PreTrainedModel, window: int, sinks: int, chunk: int = 10
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @given(window=st.integers(1, 12), sinks=st.integers(0, 5), pieces=pieces, chunk=st.integers(1, 9))
-@settings(max_examples=examples(3, 6), deadline=None)
+@settings(max_examples=examples(1, 6), deadline=None)
 @example(window=7, sinks=3, pieces=[1] * 40, chunk=1)
 @example(window=5, sinks=2, pieces=[8, 1, 1, 1, 9, 1, 1, 4, 1], chunk=3)
 def test_whole_is_chunks_is_steps(memory: str, window: int, sinks: int, pieces: list[int], chunk: int) -> None:

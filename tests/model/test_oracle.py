@@ -73,7 +73,7 @@ def test_options_follow_the_specification(
     prefill=st.integers(1, 40),
     kept=st.one_of(st.tuples(st.integers(2, 26), st.just(1)), st.sampled_from([(16, 2), (18, 2), (24, 3), (36, 4)])),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(4, 8), deadline=None)
 def test_retained_tokens_follow_the_definition(
     family: str, first: int | None, distance: int, window: int, sinks: int, prefill: int, kept: tuple[int, int]
 ) -> None:

@@ -64,6 +64,7 @@ SHORT = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("kind", SHORT)
 @pytest.mark.parametrize("lengths", [[130], [5, 7, 40, 1, 1, 64, 12]], ids=len)
 @torch.no_grad()

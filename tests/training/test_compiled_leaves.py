@@ -55,7 +55,7 @@ def losses_and_gradients(length: int, compiled: bool) -> tuple[Tensor, dict[str,
 @pytest.mark.usefixtures("compiler")
 def test_same_gradients_and_no_compilation_for_another_length() -> None:
     graphs = []
-    for length in (30, 41, 57):
+    for length in (30, 41):
         found, gradients = losses_and_gradients(length, compiled=True)
         expected, wanted = losses_and_gradients(length, compiled=False)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -65,9 +65,10 @@ def test_same_gradients_and_no_compilation_for_another_length() -> None:
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5 * scale)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0, "nothing was compiled"
-    assert graphs[1:] == [graphs[0]] * 2
+    assert graphs[1] == graphs[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("memory", RECURRENT)
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
