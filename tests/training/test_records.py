@@ -29,6 +29,8 @@ def messages(row: Any) -> list[dict[str, Any]]:
     [
         ({"messages": [USER, REPLY]}, [USER, REPLY]),
         ({"conversations": SHAREGPT}, [USER, REPLY]),
+        ({"messages": json.dumps([USER, REPLY])}, [USER, REPLY]),  # as tables hold it
+        ({"messages": [USER | {"role": "User"}, REPLY | {"role": "ASSISTANT"}]}, [USER, REPLY]),
         ({"conversations": SHAREGPT, "system": "s"}, [SYSTEM, USER, REPLY]),
         ({"conversations": SHAREGPT, "system": ""}, [USER, REPLY]),
         ({"messages": [SYSTEM, USER, REPLY], "system": "another"}, [SYSTEM, USER, REPLY]),
@@ -126,7 +128,8 @@ def test_thoughts(thoughts: Any) -> None:
         (3, "a int instead of an object"),
         ({}, "it has nothing"),
         ({"content": "x"}, "it has content"),
-        ({"messages": "hello"}, "not a list of messages"),
+        ({"messages": "hello"}, "messages is not JSON"),
+        ({"messages": '{"role": "user"}'}, "not a list of messages"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": ["hello"]}, "a message is not an object"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),

@@ -49,7 +49,7 @@ def message(raw: Any) -> tuple[Message, bool]:
     if not isinstance(raw, dict):
         raise BadRowError("a message is not an object")
     name = raw.get("role", raw.get("from"))
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise BadRowError(f"unknown role {name!r}")
     calls = _calls(raw, name)
@@ -103,7 +103,7 @@ def _calls(raw: dict[str, Any], name: Any) -> list[Message]:
     if raw.get("function_call"):
         calls = [raw["function_call"]]
     if name == "function_call":
-        value = _json(raw.get("value", raw.get("content")), "function_call")
+        value = from_json(raw.get("value", raw.get("content")), "function_call")
         calls = value if isinstance(value, list) else [value]
     if not isinstance(calls, list):
         raise BadRowError("tool_calls is not a list")
@@ -116,7 +116,7 @@ def _call(call: Any) -> Message:
         raise BadRowError("a call of a function has no name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", "the arguments of a call")
+        arguments = from_json(arguments or "{}", "the arguments of a call")
     found = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return found | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
 
@@ -127,13 +127,18 @@ def tools_of(value: Any, name: str) -> list[Any]:
     Raises:
         BadRowError: not a list, nor JSON of one.
     """
-    tools = _json(value, name) if isinstance(value, str) else value
+    tools = from_json(value, name) if isinstance(value, str) else value
     if not isinstance(tools, list) or any(not isinstance(tool, dict) for tool in tools):
         raise BadRowError(f"{name} is not a list of functions")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _json(value: Any, name: str) -> Any:
+def from_json(value: Any, name: str) -> Any:
+    """What a text says that is to be JSON.
+
+    Raises:
+        BadRowError: it is not.
+    """
     try:
         return json.loads(value)
     except (ValueError, TypeError, RecursionError):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from ahn.training.messages import BadRowError, Message, message, text_of, tools_of
+from ahn.training.messages import BadRowError, Message, from_json, message, text_of, tools_of
 
 RAW_NAMES = {"bytes", "form", "where"}
 """Columns of a row that was not decoded yet."""
@@ -88,6 +88,9 @@ def normalise(row: Any) -> Record:
     if not isinstance(row, dict):
         raise BadRowError(f"a {type(row).__name__} instead of an object")
     row = {name: value for name, value in row.items() if value is not None}
+    for name in {"messages", "conversations"} & row.keys():
+        if isinstance(row[name], str):  # the cell of a table
+            row[name] = from_json(row[name], name)
     used: Used = set()
     content = _content(row, used)
     _check_encoding(content)

@@ -20,7 +20,7 @@ from ahn.training.replies import Renderer
 
 KEPT, SHORT, IDLE, BAD = "kept", "short", "idle", "bad"
 """What became of a row. Short: `shortest` tokens or fewer. Idle: long, but with nothing to learn late enough."""
-VERSION = 2
+VERSION = 3
 """Of what is made of a row: a cached result of another version is not used."""
 EDGE = 64
 """Tokens that stay on either side of what is cut out of a conversation: turns begin and questions end there."""
