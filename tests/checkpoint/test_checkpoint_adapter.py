@@ -147,6 +147,22 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path, base: P
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_what_could_not_be_loaded_is_not_saved(adapter: Path, copy: Copy, base: Path) -> None:
+    old = copy(adapter)
+    before = all_tensors(old)
+    model = attached(base, router=True)
+    weight = next(p for name, p in ahn.adapter_parameters(model).items() if name.endswith("fn.o_proj.weight"))
+    kept = weight.detach().clone()
+    weight.data[0, 0] = torch.inf
+    with pytest.raises(ahn.AHNError, match=r"fn.o_proj.weight holds NaN or infinite values.* is not saved"):
+        save_adapter(model, old)
+    weight.data.copy_(kept)
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].ahn.fn.o_proj)
+    with pytest.raises(ahn.AHNError, match=r"not what 'gated_deltanet' has \(layers.0.ahn.fn.o_proj.*weight_norm"):
+        save_adapter(model, old)
+    assert same_bits(all_tensors(old), before)
+
+
 def test_a_failed_save_leaves_the_old_adapter(adapter: Path, copy: Copy, base: Path, monkeypatch: Any) -> None:
     def fail(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")

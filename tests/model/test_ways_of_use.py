@@ -159,7 +159,8 @@ def test_a_memory_that_peft_has_copied_is_refused(tmp_path: Any) -> None:
 
 
 def test_a_conversation_of_a_model_with_other_sizes_is_refused() -> None:
-    cache = ahn.AHNCache.for_model(adapted("llama", window=13, sinks=3))
+    other = adapted("llama", window=13, sinks=3)
+    cache = ahn.AHNCache.for_model(other)
     with pytest.raises(AHNError, match="made for another model"):
         adapted(window=13, sinks=3)(tokens(1, 8), past_key_values=cache)
 

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, short_name
 from ahn.checkpoint.format import check_base, read_settings, report_window
 from ahn.checkpoint.hub import local_directory
-from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.checkpoint.validate import check_tensors, expected_shapes, finite_tensors
 from ahn.config import AHNConfig, Reach
 from ahn.errors import AHNError, check_path
 from ahn.files import check_folder, expanded, read_json, write_json, write_tensors
 from ahn.model.adapter import adapter_parameters, attach, detach
 from ahn.model.saving import saved_config
+from ahn.shape import ModelShape
 from ahn.wrappers import attached, unwrapped
 
 PathLike = str | os.PathLike[str]
@@ -37,7 +38,8 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
         The directory.
 
     Raises:
-        AHNError: the model has no AHN or its memory no parameters, or `directory` holds another model.
+        AHNError: the model has no AHN, its memory has no parameters or such as would not load again, or `directory`
+            holds another model.
     """
     check_path(directory)
     path = expanded(directory)
@@ -53,6 +55,14 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
             f"PEFT has adapted the memory itself ({adapted[0]}), which has no file of its own for that: give PEFT "
             r"exclude_modules=r'.*\.ahn\..*', which leaves the memory alone."
         )
+    wanted = expected_shapes(ModelShape.from_config(model.config), settings)
+    if unlike := sorted(wanted.items() ^ {short_name(name): tuple(p.shape) for name, p in parameters.items()}.items()):
+        raise AHNError(
+            f"The memory's parameters are not what {settings.memory!r} has ({unlike[0][0]}), so their file would not "
+            "load: undo what was put on its modules (weight_norm, pruning, …) before it is saved."
+        )
+    if broken := [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]:
+        raise AHNError(f"{broken[0]} holds NaN or infinite values, the memory is unusable and is not saved.")
     occupied = (path / INDEX).exists() or (path / WEIGHTS).exists()
     if occupied and Checkpoint.open(path).kind != "adapter":
         raise AHNError(f"{path} holds the weights of another model: choose another directory.")
