@@ -188,7 +188,7 @@ class AHNLayer(CacheLayerMixin):
             self.leave_slots()
         if not self.window.in_slots:
             slots, seen = Slots(self.config.window, self.config.sinks), self.progress.seen
-            self._lay_out(lambda x: slots.from_columns(x, seen, lengths.to(x.device)), in_slots=True)
+            self._lay_out(lambda x: slots.from_columns(x, seen, lengths), in_slots=True)
 
     def enter_slots_beside(self, places: int) -> None:
         """Lay the window of a single row out in slots, and what waits into so many places beside it, if not done."""
@@ -197,7 +197,7 @@ class AHNLayer(CacheLayerMixin):
         window, first = self.window, self.progress.seen - waiting
         if not window.in_slots:
             held, read = min(first, self.config.lossless), torch.tensor([first])
-            self._lay_out(lambda x: slots.from_columns(x[:, :, :held], first, read.to(x.device)), in_slots=True)
+            self._lay_out(lambda x: slots.from_columns(x[:, :, :held], first, read), in_slots=True)
             self.state.beside = window.map(lambda x: _padded(x[:, :, held:], places))
         elif self.state.beside is None:
             self.state.beside = window.map(lambda x: _padded(x[:, :, :0], places))

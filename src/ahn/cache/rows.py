@@ -19,7 +19,7 @@ from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
 from ahn.cache.transfer import Transfer
 from ahn.errors import AHNError
-from ahn.layout.slots import Slots
+from ahn.layout.slots import Placed, Slots
 from ahn.layout.state import LayerState, Tensors
 from ahn.layout.visibility import Padding
 from ahn.memory.base import Memory
@@ -44,11 +44,12 @@ def join(caches: Sequence[AHNCache]) -> AHNCache:
     lengths = torch.cat([_lengths(cache) for cache in caches])
     seen = max(int(lengths.max()), caches[0].config.lossless + 1)
     joined = _like(caches[0], model)
+    in_slots = [_InSlots(cache, model) for cache in caches]
     needs_sinks = {i for cache in caches for i, layer in cache.memory_layers.items() if _state(layer).sinks is not None}
     for index, layer in enumerate(joined.layers):
         rows = [cache.layers[index] for cache in caches]
         if isinstance(layer, AHNLayer):
-            parts = [_parts_in_slots(cache, index, _memory(model, index), index in needs_sinks) for cache in caches]
+            parts = [own.parts(index, index in needs_sinks) for own in in_slots]
             layer.state = _from_parts({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
         else:
@@ -100,11 +101,11 @@ def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
     Raises:
         AHNError: as `join`; or a layer of the batch has no memory, and its size depends on what was read.
     """
-    model = _model_of([batch, alone])
+    in_slots = _InSlots(alone, _model_of([batch, alone]))
     _check_every_layer_has_memory(batch)
     for index in batch.memory_layers:
         state = _state(_laid_in_slots(batch, index))
-        source = _parts_in_slots(alone, index, _memory(model, index), True)
+        source = in_slots.parts(index, True)
         if state.sinks is None and _state(alone.memory_layers[index]).sinks is not None:
             state.sinks = state.window.keys[:, :, : batch.config.sinks].clone()
         for name, x in _parts(state).items():
@@ -120,10 +121,10 @@ def lay(room: AHNCache, alone: AHNCache) -> None:
     Raises:
         AHNError: as `put`.
     """
-    model = _model_of([room, alone])
+    in_slots = _InSlots(alone, _model_of([room, alone]))
     for index in room.memory_layers:
         state = _state(_laid_in_slots(room, index))
-        source = _parts_in_slots(alone, index, _memory(model, index), state.sinks is not None)
+        source = in_slots.parts(index, state.sinks is not None)
         for name, x in _parts(state).items():
             x.copy_(source[name])
     room.progress.clear()
@@ -304,24 +305,34 @@ def _from_parts(named: Tensors) -> LayerState:
     return state
 
 
-def _parts_in_slots(cache: AHNCache, index: int, memory: Memory, with_sinks: bool) -> Tensors:
-    """Of a layer, with what a longer row of the batch has and this one does not have yet."""
-    config, state = cache.config, _state(cache.memory_layers[index])
-    window = state.window
-    if not window.in_slots:
-        slots, read = Slots(config.window, config.sinks), _lengths(cache)
-        window = window.map(lambda x: slots.from_columns(x, cache.seen, read.to(x.device)))
-    low_bit, held = state.tier, state.memory
-    if config.quantized and low_bit is None:
-        low_bit = tier.empty(config.quantized, window, config.tier_bits)
-    if not held:
-        keys = window.keys
-        held = memory.init_state(len(keys), keys.device)
-        held = held | memory.empty_slots(keys, config.window + config.quantized)
-    sinks = state.sinks
-    if with_sinks and sinks is None:
-        sinks = window.keys[:, :, : config.sinks]
-    return _parts(LayerState(window, low_bit, held, sinks))
+class _InSlots:
+    """A conversation's layers as they lie in slots, with what a longer row of a batch has and this one not yet."""
+
+    def __init__(self, cache: AHNCache, model: PreTrainedModel) -> None:
+        self.cache, self.model = cache, model
+        self._placed: dict[torch.device, Placed] = {}
+
+    def parts(self, index: int, with_sinks: bool) -> Tensors:
+        """All tensors of a layer by name."""
+        config, state = self.cache.config, _state(self.cache.memory_layers[index])
+        window = state.window if state.window.in_slots else state.window.map(self._laid)
+        low_bit, held, memory = state.tier, state.memory, _memory(self.model, index)
+        if config.quantized and low_bit is None:
+            low_bit = tier.empty(config.quantized, window, config.tier_bits)
+        if not held:
+            keys = window.keys
+            held = memory.init_state(len(keys), keys.device)
+            held = held | memory.empty_slots(keys, config.window + config.quantized)
+        sinks = state.sinks
+        if with_sinks and sinks is None:
+            sinks = window.keys[:, :, : config.sinks]
+        return _parts(LayerState(window, low_bit, held, sinks))
+
+    def _laid(self, x: Tensor) -> Tensor:
+        if x.device not in self._placed:
+            slots, cache = Slots(self.cache.config.window, self.cache.config.sinks), self.cache
+            self._placed[x.device] = slots.placed(cache.seen, cache.progress.row_lengths(), x.device)
+        return self._placed[x.device].of(x)
 
 
 def _alone(state: LayerState, batch: AHNCache, length: int, anchor: int, memory: Memory) -> LayerState:

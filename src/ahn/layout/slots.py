@@ -24,6 +24,26 @@ def gather_per_head(x: Tensor, slots: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Placed:
+    """A conversation's way from columns into slots.
+
+    Attributes:
+        columns: (B or 1, T) of each slot.
+        empty: (B or 1, T) True for slots without a token; None where there are none.
+    """
+
+    columns: Tensor
+    empty: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, H, columns, ...) in slots, in memory of its own."""
+        found = gather(x, self.columns).contiguous()
+        if self.empty is None:
+            return found
+        return found.masked_fill_(self.empty[:, None].reshape(len(self.empty), 1, -1, *[1] * (x.dim() - 3)), 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Slots:
     """Fixed places for decoding: the token at position p of its row lies in slot p < S, or in S + (p - S) mod W.
 
@@ -45,16 +65,21 @@ class Slots:
             seen: columns of the batch so far.
             read: (B or 1,) real tokens of each row.
         """
-        slots, read = self._range(x.device), read[:, None]
+        return self.placed(seen, read, x.device).of(x)
+
+    def placed(self, seen: int, read: Tensor, device: torch.device) -> Placed:
+        """Which columns come into which slots, for all tensors of a conversation; arguments as `from_columns`."""
+        # A GPU is not asked whether slots are empty; of rows without padding the host knows.
+        full = read.device.type == "cpu" and bool((read >= self.sinks + self.window).all())
+        slots, read = self._range(device), read.to(device)[:, None]
         latest = read - 1 - (read - 1 - slots) % self.window
         position = torch.where(slots < self.sinks, slots, latest)
         held = (position < read) & (position >= slots)
         column = position + seen - read
         if seen > self.sinks + self.window:
             column = torch.where(slots < self.sinks, slots, column - (seen - self.window) + self.sinks)
-        found = gather(x, column.clamp(0, x.shape[2] - 1)).contiguous()
-        # In place, whether there are empty slots or not: a GPU is not asked.
-        return found.masked_fill_(~held[:, None].reshape(held.shape[0], 1, -1, *[1] * (x.dim() - 3)), 0)
+        columns = min(seen, self.sinks + self.window)
+        return Placed(column.clamp(0, columns - 1), None if full else ~held)
 
     def to_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
         """The inverse of `from_columns`; columns of padding hold whatever is there."""
