@@ -89,6 +89,21 @@ def test_an_answer_is_recalled_where_every_token_is_likeliest() -> None:
     assert reading.recalled(model, [reading.Asked(ids, answers)])[0] == [True, True, False]
 
 
+@pytest.mark.parametrize("memory", [None, "window_only", "retained"])
+def test_chats_of_different_lengths_are_read_together_as_alone(memory: str | None) -> None:
+    model = base() if memory is None else adapted(memory=memory, window=6, sinks=2)
+    chats = []
+    for n, length in enumerate((31, 40, 28)):
+        ids = tokens(1, length, seed=n)[0]
+        best = reading.logits_before(model, ids[None], torch.arange(1, length), None)[0].argmax(-1)
+        at = 12 + 3 * n
+        ids = torch.cat([ids[: length - at], best[length - at - 1 : length - at], ids[length - at + 1 :]])
+        chats.append(reading.Asked(ids, [slice(length - at, length - at + 1), slice(length - 3, length)]))
+    alone, size = reading.recalled(model, chats)
+    assert True in alone and False in alone
+    assert reading.recalled(model, chats, batch=2) == (alone, size)
+
+
 def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
     for folder, first in (("scores", None), ("shared", 1)):
         ahn.save_adapter(ahn.attach(base(), ahn.AHNConfig("retained", 24, 8, score_layer=first)), tmp_path / folder)
