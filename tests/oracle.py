@@ -124,7 +124,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: list[int]) -> Tensor:
 def scores(w: Weights, x: Tensor, together: bool = False) -> Tensor:
     """x (B, L, D) to (B, Hkv, L), rounded to bfloat16; `together`: heads have the mean of their logits' sigmoids.
 
-    (B, 1, L) where one layer scores for all heads: these are then what all later layers are `given`.
+    (B, 1, L) where one layer scores for all heads of all layers.
     """
     hidden = F.silu(x @ w["scorer.inner.weight"].T + w["scorer.inner.bias"])
     logits = x @ w["scorer.direct.weight"].T + hidden @ w["scorer.outer.weight"].T + w["scorer.outer.bias"]
@@ -253,16 +253,36 @@ def decoder(
         ids: (B, L) token ids.
         window, sinks: W and S; a window of L or more is full attention.
     """
+    *found, own = _read(case, w, ids, window, sinks, states_at, None)
+    while case.get("score_layer") is not None:
+        # What a token sees hangs on scores of tokens that left before: each reading has them right for W tokens more.
+        before, (*found, own) = own, _read(case, w, ids, window, sinks, states_at, own)
+        if torch.equal(own, before):
+            break
+    logits, keys, states = found
+    return logits, keys, states
+
+
+def _read(
+    case: Mapping[str, Any],
+    w: Weights,
+    ids: Tensor,
+    window: int,
+    sinks: int,
+    states_at: tuple[int, ...],
+    given: Tensor | None,
+) -> tuple[Tensor, list[Tensor], list[list[Tensor]], Tensor | None]:
+    """`decoder` where the scores of one layer are `given` to all, and what that layer's scores are then."""
     eps = case["rms_norm_eps"]
     hidden = w["model.embed_tokens.weight"][ids]
     all_keys, all_states = [], []
-    score, first = None, case.get("score_layer")
+    own, first = None, case.get("score_layer")
     for i in range(case["num_hidden_layers"]):
         layer = _part(w, f"model.layers.{i}.")
         x = _rms(hidden, layer["input_layernorm.weight"], eps)
         if case["ahn"] == "RetainedTokens" and first in (None, i):
-            score = scores(_part(layer, "ahn.fn."), x, case.get("passage", 1) > 1)
-        y, keys, states = _mixer(case, layer, x, window, sinks, list(states_at), score)
+            own = scores(_part(layer, "ahn.fn."), x, case.get("passage", 1) > 1)
+        y, keys, states = _mixer(case, layer, x, window, sinks, list(states_at), own if first is None else given)
         hidden = hidden + y
         x = _rms(hidden, layer["post_attention_layernorm.weight"], eps)
         gated = F.silu(x @ layer["mlp.gate_proj.weight"].T) * (x @ layer["mlp.up_proj.weight"].T)
@@ -270,4 +290,4 @@ def decoder(
         all_keys.append(keys)
         all_states.append(states)
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return _rms(hidden, w["model.norm.weight"], eps) @ head.T, all_keys, all_states
+    return _rms(hidden, w["model.norm.weight"], eps) @ head.T, all_keys, all_states, own

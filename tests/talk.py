@@ -74,13 +74,16 @@ class Talk:
     def error(self, reference: PreTrainedModel | None = None) -> float:
         """Largest relative error of a row's logits so far, against an uncached forward of the row alone.
 
+        Where one layer scores tokens for all, which takes a cache, against all of the row at once.
+
         Args:
             reference: the model of that forward; None takes the conversation's own.
         """
         reference, errors = reference or self.model, [0.0]
+        cached = getattr(getattr(reference, "ahn_config", None), "score_layer", None) is not None
         for own, logits in zip(self.rows, self._logits, strict=True):
             if own:
-                expected = reference(torch.tensor([own], device=reference.device), use_cache=False).logits[0]
+                expected = reference(torch.tensor([own], device=reference.device), use_cache=cached).logits[0]
                 errors.append(relative_error(torch.cat(logits), expected.float().cpu()))
         return float("nan") if any(map(math.isnan, errors)) else max(errors)
 

@@ -182,11 +182,13 @@ class Study:
             each, row["cache_bytes"] = reading.text_losses(self.model, ids, o.lossless, o.batch)
             row |= {f"{kind}_loss": sum(each) / len(each), f"{kind}_losses": [round(x, 5) for x in each]}
         for name in ("one", "several"):
-            row |= self._found(name, o.chats)
+            row |= self._found(method, name, o.chats)
         return row | {"length": o.length}
 
-    def _found(self, name: str, most: int) -> Result:
-        right, size = reading.recalled(self.model, reading.read_chats(self.tokenizer, self._file(name), most))
+    def _found(self, method: Method, name: str, most: int) -> Result:
+        # One score for all layers is read for in chunks of a window: one chat alone would leave a GPU waiting.
+        batch = self.options.batch if method.config and method.config.score_layer is not None else 1
+        right, size = reading.recalled(self.model, reading.read_chats(self.tokenizer, self._file(name), most), batch)
         return {f"{name}_right": sum(right), f"{name}_asked": len(right), f"{name}_found": right, "cache_bytes": size}
 
     def _ruler(self, method: Method) -> Result:
@@ -194,7 +196,7 @@ class Study:
         return {"ruler": scores, "length": self.options.ruler_length}
 
     def _far(self, method: Method) -> Result:
-        return self._found("far", self.options.far_chats) | {"length": self.options.far_length}
+        return self._found(method, "far", self.options.far_chats) | {"length": self.options.far_length}
 
     def _book(self, method: Method) -> Result:
         ids = self._book_ids[: self.options.book_tokens]

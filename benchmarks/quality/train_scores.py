@@ -7,7 +7,7 @@ The base reads each chat once with full attention; per layer the attention's inp
 queries look at it most are kept (600 bytes a token and layer for SmolLM2). Then all scorers learn from random tokens
 of all chats, many passes in seconds, where `ahn train` makes one pass, chat by chat. With `--heads` only so many key
 heads keep tokens: those that find the answers of the first chats (`ahn.training.heads`). With `--score-layer` one score
-a token is for all heads of that layer and of later ones, and learns from `--teachers` such heads.
+a token is for all heads of all layers, and learns from `--teachers` such heads.
 """
 
 from __future__ import annotations

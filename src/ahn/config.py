@@ -79,9 +79,10 @@ class AHNConfig:
         passage: so many tokens next to each other are kept or forgotten together, by the mean of their scores over all
             heads of the layer that keep tokens; 1 lets each token of each key head stay by itself. It divides what is
             kept, and the block of up to 128 that is exact. As `slots`, of use to such a memory alone.
-        score_layer: the layer whose attention input gives each token one score, by which all key heads of this layer
-            and of all later ones keep the same tokens; layers before it keep none. None: each layer scores for itself.
-            As `slots`, of use to such a memory alone.
+        score_layer: the layer whose attention input gives each token one score, by which all key heads of all layers
+            keep the same tokens; None: each layer scores for itself. A score is wanted when its token leaves the
+            window, and then before the first layer runs: a forward has no more new tokens than the window. As `slots`,
+            of use to such a memory alone.
 
     Raises:
         AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
@@ -138,8 +139,6 @@ class AHNConfig:
 
     def heads_of(self, layer: int) -> tuple[int, ...] | None:
         """The key heads of a layer that keep tokens; None for all."""
-        if self.score_layer is not None and layer < self.score_layer:
-            return ()
         return None if self.slot_heads is None else tuple(head for at, head in self.slot_heads if at == layer)
 
     def check_layers(self, with_memory: Collection[int]) -> None:
@@ -156,16 +155,16 @@ class AHNConfig:
             return
         if type(layer) is not int or layer < 0:
             raise AHNError(f"AHNConfig.score_layer must be None or a layer's index ≥ 0, got {reprlib.repr(layer)}.")
-        if self.slot_heads is not None:
-            raise AHNError(
-                "AHNConfig.score_layer lets all heads of later layers keep the same tokens, and slot_heads only some "
-                "of them: leave one of the two out."
-            )
         if layer in self.full_attention_layers:
             raise AHNError(
                 f"AHNConfig.score_layer = {layer} is among full_attention_layers, which have no memory that could "
                 "score tokens."
             )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that are read at once when tokens leave the window."""
+        return self.prefill_chunk_size if self.score_layer is None else min(self.prefill_chunk_size, self.window)
 
     def _distance_fits(self) -> bool:
         return self.max_distance == 0 or MIN_DISTANCE <= (self.max_distance or 0) <= LIMIT

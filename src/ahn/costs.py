@@ -203,7 +203,7 @@ def _all_sizes(shape: ModelShape, ahn_config: AHNConfig, width: int = BFLOAT16_B
     """Of each layer that has a memory."""
     layers = shape.memory_layers(ahn_config.full_attention_layers)
     ahn_config.check_layers(layers)
-    if ahn_config.slot_heads is None and ahn_config.score_layer is None:
+    if ahn_config.slot_heads is None and ahn_config.score_layer is None:  # parameters differ by layer too
         return [_memory_sizes(shape, ahn_config, layers[0], width)] * len(layers)
     return [_memory_sizes(shape, ahn_config, layer, width) for layer in layers]
 

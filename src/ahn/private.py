@@ -31,6 +31,15 @@ if TYPE_CHECKING:
 Call = Callable[..., Any]
 AnyTrainer = TypeVar("AnyTrainer", bound=type)
 
+# -- torch: many copies at once ------------------------------------------------------------------------------------
+# A captured step copies small tensors of all layers; each copy alone would be a kernel of its own.
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source into its target."""
+    torch._foreach_copy_(targets, sources)
+
+
 # -- torch: attention that also says its log-sum-exp ---------------------------------------------------------------
 # F.scaled_dot_product_attention returns the output alone; to merge parts of a softmax the sum is needed as well. The
 # operators below it return both. Each: query, key, value (B, H, n, P); the output and float32 sums (B, H, n).

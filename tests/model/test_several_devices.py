@@ -82,6 +82,8 @@ class Placed(Tensor):
         if "device" in kwargs:
             kwargs["device"] = CPU
         result = func(*_plain(args), **_plain(kwargs))
+        if not func._schema.returns:
+            return None
         return args[0] if func._schema.is_mutable else _placed(result, place)
 
 

@@ -38,7 +38,7 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
 
     warm = context
     if method.config is not None:
-        warm = min(context, method.config.lossless + WARM_CHUNKS * min(size, method.config.prefill_chunk_size))
+        warm = min(context, method.config.lossless + WARM_CHUNKS * min(size, method.config.chunk))
     warmup = seconds(device, lambda: read(warm))
     release(device)
     start = time.process_time()

@@ -17,6 +17,7 @@ from ahn.config import OF_MEMORY, AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_at
 from ahn.layout.rotation import Rotation, anchors
+from ahn.layout.state import give_scores
 from ahn.layout.visibility import Padding, Visibility
 from ahn.layout.waiting import ForwardPart, split
 from ahn.shape import ModelShape
@@ -84,8 +85,7 @@ class AHNCache(Cache):
             module = model.get_decoder().layers[index].self_attn
             layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
         cache = cls(config, layers, offloading)
-        cache.rows = batch_size
-        cache._model = ModelOf(model)  # `save` names the model; a copy of the cache must not copy the model
+        cache.rows, cache._model = batch_size, ModelOf(model)  # `save` names it; a copy of the cache must not copy it
         return cache
 
     @property
@@ -226,6 +226,7 @@ class AHNCache(Cache):
         layer.under_way = False
         if layer is self.layers[max(self.memory_layers)]:
             assert self._view is not None
+            give_scores({at: x.state for at, x in self.memory_layers.items() if x.state}, self.config.score_layer)
             self.progress.finish(self._view)
         if self.offloading:
             layer.offload()
@@ -265,8 +266,7 @@ class AHNCache(Cache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.progress.clear()
-        self.messages = []
-        self.rows = None
+        self.messages, self.rows = [], None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""

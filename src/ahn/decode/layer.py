@@ -31,7 +31,6 @@ class StepForward:
         sinks: of the cache.
         seen: W + C, tokens that a query sees besides the sinks: what is older is in the memory.
         turn: of the tier's keys, where they are kept as before RoPE.
-        given: (B, Hkv) the new token's scores, where one layer writes them for all later ones.
     """
 
     positions: Tensor
@@ -39,7 +38,6 @@ class StepForward:
     sinks: int
     seen: int
     turn: TierTurn | None = None
-    given: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -117,7 +115,7 @@ def step_attention(
         gamma = memory.read_gate(x)[:, :, 0]
         read = StepRead(own[:, :, 0], gamma, weight, memory.step_norm, memory.o_proj.weight, memory.routes)
     elif isinstance(memory, RetainedTokens):
-        gates = {"score": Gate(_score(memory, x, step))}
+        gates = {name: Gate(score[:, :, 0]) for name, score in memory.write_gates(x).items()}
     state = layer.ahn.step_state
     assert state is not None
     new = [x[:, :, 0] for x in (query, key, value)]
@@ -138,15 +136,3 @@ def step_attention(
         layer.ahn.step_seen,
     )
     return out[:, None], None
-
-
-def _score(memory: RetainedTokens, x: Tensor, step: StepForward) -> Tensor:
-    """(B, Hkv) of the new token, as `ForwardContext.gates` has it."""
-    if memory.scores == "given":
-        assert step.given is not None
-        return step.given
-    score = memory.write_gates(x)["score"][:, :, 0]
-    if memory.scores == "own":
-        return score
-    assert step.given is not None
-    return step.given.copy_(score)

@@ -25,7 +25,7 @@ from ahn.decode.layer import StepForward
 from ahn.decode.retained import RetainedSteps
 from ahn.decode.twin import possible, states_lent, twin_of
 from ahn.layout.rotation import Rotation
-from ahn.layout.state import LayerState, WindowState
+from ahn.layout.state import LayerState, give_scores
 from ahn.memory import RecurrentMemory
 from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops import has_triton
@@ -117,12 +117,6 @@ def _turn(rotation: Rotation, keys: Tensor, config: AHNConfig) -> TierTurn:
     return TierTurn.of(rotation, like, len(keys), config.window, config.sinks, config.quantized, config.tier_reach)
 
 
-@torch.inference_mode(False)
-def _given(window: WindowState) -> Tensor:
-    """Where a step's scores stand for later layers, (B, Hkv)."""
-    return torch.zeros(window.keys.shape[:2], device=window.keys.device)
-
-
 def forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """One token per row by replaying the conversation's graph, which the first call captures; None where `runs` is not.
 
@@ -202,8 +196,6 @@ class Runner:
         self.memories = [state.memory for state in states.values()]
         self.catch_up(cache)
         self.step = step = StepForward(self.positions, self.active, config.sinks, config.window + config.quantized)
-        if config.score_layer is not None:
-            step.given = _given(next(iter(states.values())).window)
         if rotation is not None and config.quantized and config.keys_before_rope:
             step.turn = _turn(rotation, next(iter(states.values())).window.keys, config)
         inputs = {"input_ids": self.ids, "position_ids": self.position_ids, private.CACHE: StepCache()}
@@ -219,6 +211,7 @@ class Runner:
                 self.retained.update(rotation, self.positions)
             with states_lent(twin, states, seen):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
+            give_scores(states, config.score_layer)
             self.positions += self.active
             return logits
 

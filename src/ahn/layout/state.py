@@ -10,11 +10,13 @@ the tier.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from ahn import private
 
 Tensors: TypeAlias = dict[str, Tensor]
 Change: TypeAlias = Callable[[Tensor], Tensor]
@@ -162,6 +164,26 @@ class LayerState:
         memory = _under({name: x for name, x in named.items() if not name.startswith(_TIER)}, _MEMORY)
         window = WindowState(named["keys"], named["values"], _under(named, _GATES))
         return cls(window, TierState.from_tensors(tier) if tier else None, memory)
+
+
+def give_scores(states: Mapping[int, LayerState], layer: int | None) -> None:
+    """Put the write gates of one layer's window beside the windows of all, which hold the same tokens.
+
+    Args:
+        states: by layer, after a forward.
+        layer: `AHNConfig.score_layer`.
+    """
+    if layer is None or len(states) == 1:
+        return
+    gates = states[layer].window.gates
+    windows = [state.window for at, state in states.items() if at != layer]
+    for name, gate in gates.items():
+        if states[layer].window.in_slots:  # a captured step knows these very tensors
+            own = [window.gates[name] for window in windows]
+            private.copy_all(own, [gate.to(x.device) for x in own])
+        else:
+            for window in windows:
+                window.gates[name] = gate.to(window.gates[name].device, copy=True)
 
 
 def _mapped(named: Tensors, change: Change) -> Tensors:

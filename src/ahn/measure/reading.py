@@ -36,7 +36,7 @@ def bytes_of_cache(cache: Cache) -> int:
 def chunk_size(model: PreTrainedModel) -> int:
     """Tokens to read at once where only the last logits are wanted."""
     config = getattr(model, "ahn_config", None)
-    size = CHUNK if config is None else config.prefill_chunk_size
+    size = CHUNK if config is None else config.chunk
     return min(size, CPU_CHUNK) if model.device.type == "cpu" else size
 
 

@@ -83,8 +83,7 @@ def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
 
 def _of_tokens(config: AHNConfig, layer: int) -> dict[str, Any]:
     """Which heads of a layer keep tokens, and by whose scores."""
-    first = config.score_layer
-    scores = "own" if first is None or layer < first else "made" if layer == first else "given"
+    scores = "own" if config.score_layer is None else "made" if layer == config.score_layer else "given"
     return {"slot_heads": config.heads_of(layer), "scores": scores}
 
 

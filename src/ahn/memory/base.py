@@ -86,7 +86,7 @@ class Memory(nn.Module):
         slot_heads: likewise, the key heads that keep tokens; None for all.
         passage: likewise, how many tokens are kept or forgotten together.
         scores: likewise, by what: each key head's "own" scores, one for all heads that is "made" here, or one that is
-            "given" by an earlier layer.
+            "given" by another layer.
     """
 
     name: ClassVar[str]

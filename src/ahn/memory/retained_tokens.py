@@ -16,9 +16,10 @@ since: that exactly, the others exactly or at a few bits per number.
 With `AHNConfig.passage` so many tokens next to each other stay or go together, in all heads of a layer, by the mean of
 their scores: text that hangs together, as the base has always seen it.
 
-With `AHNConfig.score_layer` there is one score a token, which that layer's scorer gives, and all heads of it and of the
-layers after it keep the same tokens: what hangs together across layers is found together. Layers before it keep none,
-for they have attended before anybody knows the score. It learns from the heads that find.
+With `AHNConfig.score_layer` there is one score a token, which that layer's scorer gives, and all heads of all layers
+keep the same tokens: what hangs together across layers is found together. It learns from the heads that find. Layers
+before it can know the score, for it is wanted only when its token leaves the window: no forward has more new tokens
+than the window, and after each the scores of its tokens are put beside every layer's window (`AHNCache.finish`).
 
 The base never saw so many salient tokens at once as the best M of a text that is much longer than what it was trained
 on: its attention to them grows with the text, and its predictions get worse. So beyond the trained length they weigh
@@ -148,16 +149,18 @@ class RetainedTokens(Memory):
         return logits
 
     def write_gates(self, x: Tensor) -> dict[str, Tensor]:
-        """As for every memory. Zeros where no head keeps tokens, and where scores are given: `ForwardContext.gates`."""
+        """As for every memory. Zeros where no head keeps tokens, and where scores are given: later, by the cache."""
         # Of all key heads, as gates are: what waits in the window does not depend on the layer.
         every = len(x), self.kv_heads, x.shape[1]
         if self.scorer is None:
             return {"score": torch.zeros(every, device=x.device)}
-        scores, chosen = self.logits(x), self.chosen(x.device)
+        scores = self.logits(x)
         if self.passage > 1:
             scores = scores.sigmoid().mean(1, keepdim=True)
-        if scores.shape[1] < len(self.slot_heads):  # one for all
-            scores = scores.expand(-1, len(self.slot_heads), -1)
+        chosen = None if self.scores == "made" else self.chosen(x.device)
+        heads = self.kv_heads if chosen is None else len(chosen)
+        if scores.shape[1] < heads:
+            scores = scores.expand(-1, heads, -1)
         # Rounded to what a score has where it waits, so that every way to read a text compares the same numbers.
         scores = scores.bfloat16().float()
         return {"score": scores if chosen is None else scores.new_zeros(every).index_copy(1, chosen, scores)}
@@ -188,21 +191,43 @@ class RetainedTokens(Memory):
         gates = {name: self._own(gate) for name, gate in left.gates.items()}
         left = Evicted(self._own(left.key), self._own(left.value), gates)
         blocks = TokenBlocks.of(view, left.key.shape[0], self.kept, self.block, self.passage)
-        new = blocks.positions[:, None].expand(-1, left.key.shape[1], -1)
-        scores, positions = (
-            torch.cat([held, x.to(held.dtype)], dim=2)
-            for held, x in ((state["scores"], left.gates["score"]), (state["positions"], new))
-        )
-        with torch.no_grad():
-            scores = blocks.by_passage(scores)
-            fates = blocks.fates(scores, positions)
-            stay = blocks.staying(fates, blocks.most)
-        after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
+        fates, stay, after = self._decided(blocks, state, left.gates["score"])
         key = left.key if anchored is None else anchored.rotation.undo(left.key, blocks.positions.clamp_min(0))
         keys, later_keys = self._tokens("key", key, blocks, state, stay)
         values, later_values = self._tokens("value", left.value, blocks, state, stay)
         pieces = self._seen(blocks, fates, keys, values, anchored)
         return MemoryKeys(pieces, after | later_keys | later_values)
+
+    @torch.no_grad()
+    def _decided(
+        self, blocks: TokenBlocks, state: dict[str, Tensor], score: Tensor
+    ) -> tuple[Fates, Tensor, dict[str, Tensor]]:
+        """What becomes of all tokens, the places of those that stay, and scores and positions afterwards.
+
+        Where one layer scores for all heads it is worked out for the first of them, once a forward.
+        """
+        heads, shared = score.shape[1], blocks.view.shared
+        one, key = self.scores != "own", (RetainedTokens, len(score))
+        if one and key in shared:
+            fates, stay, after = shared[key]
+        else:
+            asked = slice(0, 1) if one else slice(None)
+            new = blocks.positions[:, None].expand(-1, 1 if one else heads, -1)
+            scores, positions = (
+                torch.cat([held[:, asked], x.to(held.dtype)], dim=2)
+                for held, x in ((state["scores"], score[:, asked]), (state["positions"], new))
+            )
+            scores = blocks.by_passage(scores)
+            fates = blocks.fates(scores, positions)
+            stay = blocks.staying(fates, blocks.most)
+            after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
+            if one:
+                shared[key] = fates, stay, after
+        if one:
+            fates = Fates(*(x.expand(-1, heads, -1) for x in (fates.positions, fates.forgotten)))
+            stay = stay.expand(-1, heads, -1)
+            after = {name: x.expand(-1, heads, -1).contiguous() for name, x in after.items()}
+        return fates, stay, after
 
     def _own(self, x: Tensor) -> Tensor:
         """Of x (B, Hkv, m, ...) for all key heads that of those which keep tokens."""

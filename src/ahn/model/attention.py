@@ -108,7 +108,7 @@ def _in_parts(call: AttentionCall, forward: ForwardContext, layer: LayerContext)
     """The same where tokens wait beside the window: the parts of the forward one after the other."""
     cache_layer, taken, results = layer.cache_layer, 0, []
     assert isinstance(cache_layer, AHNLayer)
-    cache_layer.take(call.key, call.value, forward.gates(layer))
+    cache_layer.take(call.key, call.value, layer.ahn.fn.write_gates(layer.x))
     for part, own in forward.in_parts:
         held, new = LayerPart(cache_layer, part), slice(taken, taken + part.queries)
         query = _after_zeros(call.query[:, :, new], own.visibility.length, dim=2)
@@ -162,7 +162,7 @@ def _as_base(call: AttentionCall, kernel: str, mask: Any) -> tuple[Tensor, Tenso
 def _evict(call: AttentionCall, forward: ForwardContext, layer: LayerContext, route: Route) -> _Left:
     """Take from the window what leaves it, through the tier, and let the memory make its keys of it."""
     view, memory, tier_view = forward.visibility, layer.ahn.fn, forward.tier(layer.rotates)
-    evicted, tier_state, state = _from_window(call, layer, view, forward.gates(layer))
+    evicted, tier_state, state = _from_window(call, layer, view)
     passed = None
     if tier_view is not None and view.evicted:
         bits, ways = forward.config.tier_bits, (route.tier_in_order, route.tier_raw)
@@ -176,9 +176,10 @@ def _evict(call: AttentionCall, forward: ForwardContext, layer: LayerContext, ro
 
 
 def _from_window(
-    call: AttentionCall, layer: LayerContext, view: Visibility, gates: Tensors
+    call: AttentionCall, layer: LayerContext, view: Visibility
 ) -> tuple[Evicted, TierState | None, Tensors]:
     """The tokens that leave the window, and the layer's tier and memory before this forward."""
+    gates = layer.ahn.fn.write_gates(layer.x) if layer.gates is None else layer.gates
     if layer.cache_layer is None:
         evicted_gates = {name: view.evicted_slots(gate) for name, gate in gates.items()}
         key, value = call.of_memory[1:] if call.of_memory else map(view.evicted_slots, (call.key, call.value))

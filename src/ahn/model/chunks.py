@@ -280,7 +280,7 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     if model._ahn.steady is not None and seen + length > model._ahn.steady:
         return []  # each chunk would have angles of its own
     # While nothing leaves the window it is exactly the base model's own forward.
-    size = config.prefill_chunk_size if seen + length > config.lossless else length
+    size = config.chunk if seen + length > config.lossless else length
     full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
     cuts = {*range(0, full, size), *range(full, length, size), length}
     if config.reach and model._ahn.rotation is not None:

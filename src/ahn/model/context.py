@@ -14,7 +14,6 @@ from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
 from ahn.cache.waiting import LayerPart
 from ahn.config import AHNConfig
-from ahn.errors import AHNError
 from ahn.layout.rotation import Anchored
 from ahn.layout.state import Tensors
 from ahn.layout.tier import TierView
@@ -65,8 +64,6 @@ class ForwardContext:
     observers: tuple[Observer, ...] = ()
     parts: Sequence[ForwardPart] = ()
     """Where tokens wait beside the window; see `ahn.layout.waiting`."""
-    given: dict[torch.device, Tensors] = dataclasses.field(default_factory=dict)
-    """Write gates that one layer made for all later ones (`AHNConfig.score_layer`), by the devices that have them."""
 
     def on(self, device: torch.device) -> ForwardContext:
         """The same for layers on another device, made once for all of them."""
@@ -81,32 +78,6 @@ class ForwardContext:
         """Each part with what its layers are told."""
         device = self.visibility.device
         return [(x, dataclasses.replace(self, visibility=x.view.on(device), parts=())) for x in self.parts]
-
-    def gates(self, layer: LayerContext) -> Tensors:
-        """Write gates of the new tokens in a layer on this context's device.
-
-        Raises:
-            AHNError: they are an earlier layer's, which has not run in this forward.
-        """
-        if layer.gates is not None:
-            return layer.gates
-        memory, device = layer.ahn.fn, layer.x.device
-        if memory.scores != "given":
-            gates = memory.write_gates(layer.x)
-            if memory.scores == "made":
-                # Who stays carries no gradient, and whoever runs this layer again for its own finds the same numbers.
-                self.given.clear()
-                self.given[device] = {name: gate.detach() for name, gate in gates.items()}
-            return gates
-        if not self.given:
-            raise AHNError(
-                f"Layer {layer.index} keeps tokens by the scores of layer {self.config.score_layer}, which has not run "
-                "in this forward: layers cannot be left out or run in another process."
-            )
-        if device not in self.given:
-            some = next(iter(self.given.values()))
-            self.given[device] = {name: gate.to(device) for name, gate in some.items()}
-        return self.given[device]
 
     def route(self, query: Tensor, base_mask: LazyMask | None, layer: LayerContext, kwargs: dict[str, Any]) -> Route:
         """How layers like this one compute exact attention in this forward; chosen when the first of them asks."""

@@ -55,7 +55,7 @@ class Settings:
     passage: int = _setting(1, "Likewise, how many tokens next to each other are kept or forgotten together.")
     score_layer: int | None = _setting(
         None,
-        "Likewise, the layer that scores tokens for all heads of it and of later layers (default: each layer its own).",
+        "Likewise, the layer that scores tokens for all heads of all layers (default: each layer its own).",
     )
     score_teachers: int = _setting(
         1, "With score_layer: from how many heads the score learns, those that find most of what replies say again."

@@ -59,7 +59,7 @@ class PromptReader:
     def __init__(self, model: PreTrainedModel, store: StateStore, keeper: Keeper, chunk: int | None) -> None:
         self.model, self.store, self.keeper = model, store, keeper
         on_cpu = model.device.type == "cpu"
-        largest = chunk or min(model.ahn_config.prefill_chunk_size, CPU_CHUNK if on_cpu else GPU_CHUNK)
+        largest = chunk or min(model.ahn_config.chunk, CPU_CHUNK if on_cpu else GPU_CHUNK)
         self.pace = Pace(largest, SMALLEST.get(model.device.type, 512))
         self.tokens_read = self.tokens_cached = 0
         self._layers = decoder_layers(model)[1]
