@@ -226,7 +226,7 @@ class RetainedTokens(Memory):
         if one:
             fates = Fates(*(x.expand(-1, heads, -1) for x in (fates.positions, fates.forgotten)))
             stay = stay.expand(-1, heads, -1)
-            after = {name: x.expand(-1, heads, -1).contiguous() for name, x in after.items()}
+            after = {name: x.repeat(1, heads, 1) for name, x in after.items()}  # each layer writes its own in place
         return fates, stay, after
 
     def _own(self, x: Tensor) -> Tensor:
