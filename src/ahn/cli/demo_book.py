@@ -70,7 +70,7 @@ def read_a_book(
     if quantized:
         tier = plain.replace(quantized=quantized)
         methods.append(Method(f"{quantized:,} at {tier.tier_label}", tier))
-    for adapter in adapters or smollm2.adapters():
+    for adapter in adapters or smollm2.adapters()[:1]:
         methods.append(_memory(str(shipped.resolve_adapter("smollm2", adapter)), window, sinks))
     questions = make_questions(tokenizer, book, QUESTIONS, PAGES)
     trained = model.config.max_position_embeddings

@@ -53,7 +53,7 @@ def path(gguf: str | os.PathLike[str] | None = None) -> Path:
 
 
 def adapters() -> tuple[str, ...]:
-    """The memories that are shipped for it, some of `ahn.memory.names()`; there may be none."""
+    """The memories that are shipped for it, the usual one first; there may be none."""
     return tuple(sorted(file.parent.name for file in _ADAPTERS.glob("*/model.safetensors")))
 
 
