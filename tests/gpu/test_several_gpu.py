@@ -9,12 +9,14 @@ from functools import cache
 
 import pytest
 import torch
+from golden import relative_error
 from models import awaken, base, tokens
 from talk import Talk
 from transformers import PreTrainedModel
 
 import ahn
 from ahn.decode import runner, several
+from ahn.serve.engine.batch import make_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -121,3 +123,20 @@ def test_on_the_second_device() -> None:
     talk = _guesses(model, 700)
     assert talk.cache.several is not None and talk.cache.several.start.device.index == 1
     assert talk.error(reference) < 0.1
+
+
+@torch.no_grad()
+def test_a_turn_is_read_as_a_conversation_joins_a_batch() -> None:
+    model = made()
+    reference, batch = copy.deepcopy(model).float().cpu(), None
+    for n, (first, turn) in enumerate([(500, 5), (350, 64), (900, 150)]):
+        ids = tokens(1, first + turn + 1, seed=n)
+        conversation = ahn.AHNCache.for_model(model)
+        model(ids[:, :first].cuda(), past_key_values=conversation)
+        batch = batch or make_batch(model, 3, conversation)
+        assert batch.turns
+        batch.add(conversation, ids[0, first:-1].tolist())
+        logits = batch.step([5] * n + ids[0, -1:].tolist())[-1].float().cpu()
+        expected = reference(ids, use_cache=False).logits[0, -1]
+        assert relative_error(logits, expected) < 0.1
+    assert batch is not None and set(batch._room.several.graphs) == {16, 64}

@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
@@ -104,14 +105,14 @@ class Engine:
             EngineBusy: too many wait, or the engine is closing.
             AHNError: the request cannot be done.
         """
-        self._check(request)
+        ids = self._check(request)
         if self._closing or self._dead:
             raise EngineBusy("The server is stopping.", 5.0)
         if (waiting := self.scheduler.taken - self.scheduler.conversations) >= self.queue:
             rounds = math.ceil(waiting / self.scheduler.conversations)
             raise EngineBusy(f"{waiting} requests are waiting already.", max(1.0, rounds * self.scheduler.seconds))
         reply = Reply()
-        job = RequestJob(request, reply, self.tokenizer, self.ends, self.model.device)
+        job = RequestJob(request, ids, reply, self.tokenizer, self.ends, self.model.device)
         reply.on_cancel = self.scheduler.wake
         self.scheduler.put(job)
         if self._dead:  # it died meanwhile
@@ -205,7 +206,8 @@ class Engine:
         self._ready.set_result(None)
         return True
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest) -> NDArray[np.integer[Any]]:
+        """The prompt's ids, (L,); as an array once: a list of 131 072 takes 5 ms each time."""
         length = len(request.prompt)
         if not 0 < length <= self.max_prompt:
             raise AHNError(f"A prompt has 1 to {self.max_prompt:,} tokens here, this one has {length:,}.")
@@ -216,6 +218,7 @@ class Engine:
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.vocabulary:
             raise AHNError(f"Token ids are whole numbers from 0 to {self.vocabulary - 1} for this model.")
         check_options(request.options, self.vocabulary)
+        return ids
 
 
 def check_options(o: SamplingOptions, vocabulary: int) -> None:

@@ -6,9 +6,11 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
@@ -51,6 +53,9 @@ class PromptReading:
 class RequestJob(PromptReading):
     """A request from its arrival to its last delta.
 
+    Args:
+        prompt: (L,) ids of the request's prompt.
+
     Attributes:
         ids: of prompt and reply; all but the last are read, once the prompt is.
         cached: tokens of the prompt that a kept state had read.
@@ -64,15 +69,15 @@ class RequestJob(PromptReading):
     def __init__(
         self,
         request: GenerationRequest,
+        prompt: NDArray[np.integer[Any]],
         reply: Reply,
         tokenizer: PreTrainedTokenizerBase,
         ends: Sequence[int],
         device: torch.device,
     ) -> None:
-        prompt = Prefixes(request.prompt)
-        super().__init__(request.owner, prompt, len(prompt) - 1)
+        super().__init__(request.owner, Prefixes(prompt), len(prompt) - 1)
         self.request, self.reply, self.ends = request, reply, frozenset(ends)
-        self.ids: list[int] = prompt.ids.tolist()
+        self.ids: list[int] = prompt.tolist()
         self.prompt_length = len(self.ids)
         self.chooser = Chooser(request.options, self.ids, self.prompt_length, device)
         self.text = TextStream(tokenizer, self.ids[-16:], request.options.stop)

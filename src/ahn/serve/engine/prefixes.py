@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 BLOCK = 64
 """Prompts are seen to part at multiples of so many tokens."""
@@ -19,7 +21,7 @@ class Prefixes:
         ids: (L,) the prompt's token ids.
     """
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> None:
         self.ids = np.asarray(ids, dtype="<u4")
         self._known: dict[int, str] = {}
 
