@@ -10,11 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+import ahn
 from ahn import smollm2
 from ahn.errors import AHNError
 from ahn.smollm2 import gguf, hub, made
+
+SHAPE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "rope_parameters"),
+)
+"""What a memory's shape depends on."""
 
 
 def test_from_a_named_file_then_from_what_was_made(
@@ -149,3 +158,20 @@ def test_a_memory_that_is_not_shipped() -> None:
     assert isinstance(smollm2.adapters(), tuple)
     with pytest.raises(AHNError, match="ships no window_only"):
         smollm2.adapter_path("window_only")
+
+
+@pytest.mark.parametrize("name", [pytest.param("retained", marks=pytest.mark.slow), "retained-passages"])
+@torch.no_grad()
+def test_a_memory_that_ships_is_read_and_chooses(name: str) -> None:
+    """Onto the model's shape with random weights."""
+    directory = smollm2.adapter_path(name)
+    config = AutoConfig.from_pretrained(directory)
+    base = LlamaForCausalLM(
+        LlamaConfig(**{field: getattr(config, field) for field in SHAPE} | {"vocab_size": 64, "intermediate_size": 8})
+    )
+    model = ahn.load_adapter(base.eval(), directory, window=20, sinks=4, quantized=0)
+    cache = ahn.AHNCache.for_model(model)
+    model(torch.arange(60)[None], past_key_values=cache)
+    positions = [layer.state.memory["positions"] for layer in cache.memory_layers.values()]
+    assert len(positions) == 30 and all(int(x.max()) == 60 - 20 - 1 for x in positions)
+    assert smollm2.adapters()[0] == "retained", "what --model smollm2 takes by itself"

@@ -42,7 +42,7 @@ def read_a_book(
     """Read, ask, print a table, write results.json and figure.png.
 
     Args:
-        adapters: directories or names of memories; none takes those that ship.
+        adapters: directories or names of memories; none takes the first of those that ship.
         reach: window and sinks.
         quantized: tokens before the window that one more row sees at a few bits; 0 for no such row.
 
