@@ -331,7 +331,9 @@ class _InSlots:
     def _laid(self, x: Tensor) -> Tensor:
         if x.device not in self._placed:
             slots, cache = Slots(self.cache.config.window, self.cache.config.sinks), self.cache
-            self._placed[x.device] = slots.placed(cache.seen, cache.progress.row_lengths(), x.device)
+            lengths = cache.progress.row_lengths()  # without padding the host knows them
+            full = lengths.device.type == "cpu" and bool((lengths >= cache.config.lossless).all())
+            self._placed[x.device] = slots.placed(cache.seen, lengths, x.device, full)
         return self._placed[x.device].of(x)
 
 

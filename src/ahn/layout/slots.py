@@ -67,10 +67,13 @@ class Slots:
         """
         return self.placed(seen, read, x.device).of(x)
 
-    def placed(self, seen: int, read: Tensor, device: torch.device) -> Placed:
-        """Which columns come into which slots, for all tensors of a conversation; arguments as `from_columns`."""
-        # A GPU is not asked whether slots are empty; of rows without padding the host knows.
-        full = read.device.type == "cpu" and bool((read >= self.sinks + self.window).all())
+    def placed(self, seen: int, read: Tensor, device: torch.device, full: bool = False) -> Placed:
+        """Which columns come into which slots, for all tensors of a conversation.
+
+        Args:
+            seen, read: as of `from_columns`.
+            full: no slot is empty, as far as the caller knows; a GPU is not asked.
+        """
         slots, read = self._range(device), read.to(device)[:, None]
         latest = read - 1 - (read - 1 - slots) % self.window
         position = torch.where(slots < self.sinks, slots, latest)
