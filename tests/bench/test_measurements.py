@@ -79,6 +79,7 @@ def test_a_generate_that_fails_does_not_take_the_step_with_it(stand: Stand, monk
     assert row["seconds"] > 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_memory(stand: Stand, name: str) -> None:
     row = measured(memory, stand, name)
@@ -96,7 +97,7 @@ def test_throughput(stand: Stand, name: str) -> None:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("name", ahn.memory.recurrent())
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_train(stand: Stand, name: str, checkpointing: bool) -> None:
     stand = dataclasses.replace(
         stand, settings=dataclasses.replace(stand.settings, activation_checkpointing=checkpointing)

@@ -79,7 +79,7 @@ class Rows:
         self.alone = [self.alone[row] for row in order]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("memory", "quantized"), KINDS)
 def test_rows_of_any_length_step_together(memory: str, quantized: int) -> None:
     rows = Rows(student(memory, quantized), [1, LOSSLESS - 1, LOSSLESS + QUANTIZED, 40])

@@ -110,6 +110,7 @@ def test_mistakes_are_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_quantized_tokens_are_measured_and_shown(ahn_cli: Any, small: Path, tmp_path: Path) -> None:
     given = ("--model", small, *SMALL, "--methods", "window", "--context", "50", "--quantized", "12")
     result = ahn_cli("bench", "decode", *given, "--out", tmp_path)

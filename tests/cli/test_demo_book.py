@@ -17,6 +17,7 @@ from ahn.demo.methods import FULL, WINDOW_ONLY
 TEXT = "".join(f"The ship number {n} came into the harbour. Nobody saw it on that day in May. " for n in range(400))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", [True, False])
 def test_the_verb(memory: bool, ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = speaking.save(tmp_path, speaking.CHATML)

@@ -30,7 +30,7 @@ from ahn.decode import runner
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "phi3", "qwen3 without router and q_proj"])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_steps_are_the_whole_forward(architecture: str, memory: str, graphs: Graphs) -> None:
@@ -82,6 +82,7 @@ def test_rows_with_padding_of_their_own(memory: str, explicit: bool, graphs: Gra
     assert graphs == Graphs(captures=2, replays=19)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_greedy_tokens_are_those_without_graphs(memory: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, mask = shared(memory=memory), tokens(3, 10), torch.ones(3, 10, dtype=torch.long)

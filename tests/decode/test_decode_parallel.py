@@ -53,6 +53,7 @@ def saved(tmp_path: Path, architecture: str, **changes: Any) -> Path:
     return tmp_path / architecture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3", slow("qwen2")])
 def test_steps_are_captured_in_each_process(architecture: str, tmp_path: Path, graphs: Graphs) -> None:
     folder = saved(tmp_path, architecture)
@@ -68,6 +69,7 @@ def test_steps_are_captured_in_each_process(architecture: str, tmp_path: Path, g
     assert in_other_processes(share, ranks=2) == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3", slow("qwen2")])
 def test_layers_share_compiled_code(architecture: str, tmp_path: Path, compiled: list[torch.fx.Graph]) -> None:
     """One graph for all four layers, one each for the angles and the last norm. A layer has two sums over processes."""

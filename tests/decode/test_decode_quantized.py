@@ -193,7 +193,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
 @pytest.mark.parametrize("form", FORMS)

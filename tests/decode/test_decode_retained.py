@@ -49,7 +49,7 @@ def compare(talk: Talk, other: Talk) -> None:
     assert_same_layers(talk.cache, other.cache)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_are_ordinary_ones(form: str, architecture: str, graphs: Graphs) -> None:

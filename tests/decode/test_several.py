@@ -67,7 +67,7 @@ def assert_whole(talk: Talk) -> None:
     assert_same_layers(talk.cache, whole)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("first", [2, LOSSLESS - 3, LOSSLESS, 40])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "phi3", "qwen3 without router and q_proj"])
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -200,6 +200,7 @@ def test_the_figure_shows_the_mean_and_the_range_over_documents(comparison: Comp
     assert "1 document" in comparison_figure(single, "x").get_suptitle()
 
 
+@pytest.mark.slow
 def test_the_gap(words: Any, documents: list[Document]) -> None:
     """A memory that does nothing wins nothing back; and if the window loses nothing there is no gap."""
     model = speaking.model(words)

@@ -68,6 +68,7 @@ def test_a_client_that_sends_no_body_is_told(live_fake: Callable[..., Any]) -> N
     assert said.startswith(b"HTTP/1.1 408") and b'"error"' in said
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
 def test_a_server_that_stops_says_so(live_fake: Callable[..., Any], path: str, stream: bool) -> None:

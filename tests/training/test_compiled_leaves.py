@@ -68,7 +68,7 @@ def test_same_gradients_and_no_compilation_for_another_length() -> None:
     assert graphs[1] == graphs[0]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", RECURRENT)
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
@@ -123,6 +123,7 @@ def test_blocks_that_overlap_leave_nothing_behind(same: bool) -> None:
     assert (traces(first), traces(second)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_two_threads_compile_at_once() -> None:
