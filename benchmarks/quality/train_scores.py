@@ -160,6 +160,8 @@ def main() -> None:
     parser.add_argument("--score-layer", type=int, help="layer that scores for all heads (default: each layer its own)")
     parser.add_argument("--teachers", type=int, default=1, help="heads from which it learns")
     options = vars(parser.parse_args())
+    if options["heads"] and options["score_layer"] is not None:
+        parser.error("--heads and --score-layer: scores of each head, or one for all")
     path = shipped.resolve(options.pop("model"))
     print(json.dumps(trained(path, **options)))
 

@@ -162,9 +162,16 @@ class AHNConfig:
             )
 
     @property
+    def scores_for_all(self) -> int | None:
+        """`score_layer` where the memory keeps tokens; others have no use for it."""
+        from ahn import memory  # as in `__post_init__`
+
+        return self.score_layer if memory.get(self.memory).moves_keys else None
+
+    @property
     def chunk(self) -> int:
         """Tokens of a prompt that are read at once when tokens leave the window."""
-        return self.prefill_chunk_size if self.score_layer is None else min(self.prefill_chunk_size, self.window)
+        return self.prefill_chunk_size if self.scores_for_all is None else min(self.prefill_chunk_size, self.window)
 
     def _distance_fits(self) -> bool:
         return self.max_distance == 0 or MIN_DISTANCE <= (self.max_distance or 0) <= LIMIT

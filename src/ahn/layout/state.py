@@ -171,7 +171,7 @@ def give_scores(states: Mapping[int, LayerState], layer: int | None) -> None:
 
     Args:
         states: by layer, after a forward.
-        layer: `AHNConfig.score_layer`.
+        layer: `AHNConfig.scores_for_all`.
     """
     if layer is None or len(states) == 1:
         return
