@@ -94,3 +94,15 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 def positions(mask: Tensor) -> Tensor:
     """Position ids of a left-padded batch with mask (B, L), as `generate` makes them."""
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def read(model: PreTrainedModel, ids: Tensor, counts: list[int], mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    """Logits (B, L, V) of a text that is read in parts of so many tokens, and the cache after it."""
+    cache, done, logits = ahn.AHNCache.for_model(model), 0, []
+    for count in counts:
+        own = {} if mask is None else {"attention_mask": mask[:, : done + count]}
+        if mask is not None:
+            own["position_ids"] = positions(mask)[:, done : done + count]
+        logits.append(model(ids[:, done : done + count], past_key_values=cache, use_cache=True, **own).logits)
+        done += count
+    return torch.cat(logits, dim=1), cache

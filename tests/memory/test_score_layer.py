@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import awaken, base, positions, tokens
-from torch import Tensor
-from transformers import PreTrainedModel
+from models import awaken, base, read, tokens
 
 import ahn
 from ahn import costs
@@ -33,17 +31,6 @@ def scored(form: str = "codes", first: int = FIRST, architecture: str = "qwen3",
     """In float64: a number on the edge of two codes falls to either side."""
     config = ahn.AHNConfig("retained", **SHAPE | FORMS[form], score_layer=first)
     return awaken(ahn.attach(base(architecture, num_hidden_layers=layers), config)).double()
-
-
-def read(model: PreTrainedModel, ids: Tensor, counts: list[int], mask: Tensor | None = None) -> tuple[Tensor, Any]:
-    cache, done, logits = ahn.AHNCache.for_model(model), 0, []
-    for count in counts:
-        own = {} if mask is None else {"attention_mask": mask[:, : done + count]}
-        if mask is not None:
-            own["position_ids"] = positions(mask)[:, done : done + count]
-        logits.append(model(ids[:, done : done + count], past_key_values=cache, use_cache=True, **own).logits)
-        done += count
-    return torch.cat(logits, dim=1), cache
 
 
 @pytest.mark.sample(2)

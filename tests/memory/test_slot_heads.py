@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, base, positions, tokens
+from models import adapted, base, read, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -62,17 +62,6 @@ def masked(model: PreTrainedModel, form: dict[str, Any], monkeypatch: pytest.Mon
     return other
 
 
-def read(model: PreTrainedModel, ids: Tensor, counts: list[int], mask: Tensor | None = None) -> Tensor:
-    cache, done, logits = ahn.AHNCache.for_model(model), 0, []
-    for count in counts:
-        own = {} if mask is None else {"attention_mask": mask[:, : done + count]}
-        if mask is not None:
-            own["position_ids"] = positions(mask)[:, done : done + count]
-        logits.append(model(ids[:, done : done + count], past_key_values=cache, use_cache=True, **own).logits)
-        done += count
-    return torch.cat(logits, dim=1)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_other_heads_see_sinks_and_window_alone(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +70,7 @@ def test_other_heads_see_sinks_and_window_alone(form: str, monkeypatch: pytest.M
     other = masked(model, FORMS[form], monkeypatch).double()
     model.double()
     for counts in ([60], [20, 12, *[1] * 8, 20]):
-        found, expected = read(model, ids, counts), read(other, ids, counts)
+        found, expected = read(model, ids, counts)[0], read(other, ids, counts)[0]
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -89,13 +78,13 @@ def test_other_heads_see_sinks_and_window_alone(form: str, monkeypatch: pytest.M
 @torch.no_grad()
 def test_whole_chunks_steps_and_padded_agree(form: str) -> None:
     model, ids = some_of(FORMS[form]), tokens(2, 60)
-    whole = read(model, ids, [60])
+    whole = read(model, ids, [60])[0]
     tolerance = 1e-4 * whole.abs().max()
     for counts in ([7, 23, 30], [45, *[1] * 15]):
-        assert (read(model, ids, counts) - whole).abs().max() < tolerance
+        assert (read(model, ids, counts)[0] - whole).abs().max() < tolerance
     padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(65) >= torch.tensor([[5], [5]])).long()
-    assert (read(model, padded, [30, 35], mask)[:, 5:] - whole).abs().max() < tolerance
+    assert (read(model, padded, [30, 35], mask)[0][:, 5:] - whole).abs().max() < tolerance
 
 
 @torch.no_grad()
@@ -106,7 +95,7 @@ def test_all_heads_named_are_all_heads() -> None:
     for name, parameter in ahn.adapter_parameters(plain).items():
         parameter.data = parameters[name].data
     ids = tokens(1, 60)
-    assert torch.equal(read(named, ids, [30, 30]), read(plain, ids, [30, 30]))
+    assert torch.equal(read(named, ids, [30, 30])[0], read(plain, ids, [30, 30])[0])
 
 
 @torch.no_grad()
