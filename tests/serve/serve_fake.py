@@ -30,7 +30,7 @@ class FakeReply:
         return self._deltas()
 
     async def _deltas(self) -> AsyncIterator[Delta]:
-        prompt, options = list(self.request.prompt), self.request.options
+        prompt, options = [int(token) for token in self.request.prompt], self.request.options
         yield Delta(read=len(prompt) // 2)
         first = Delta(read=len(prompt))
         if options.prompt_logprobs is not None:

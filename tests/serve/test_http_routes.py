@@ -46,7 +46,7 @@ def test_a_stream_says_what_the_whole_says(served: Any) -> None:
 
 
 def test_completions_of_several_prompts_echo_with_probabilities(served: Any) -> None:
-    ids = [served.service.text.ids(text) for text in ("One two three", "Four")]
+    ids = [served.service.text.ids(text).tolist() for text in ("One two three", "Four")]
     body = served.post(
         "/v1/completions", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
     ).json()
@@ -56,6 +56,26 @@ def test_completions_of_several_prompts_echo_with_probabilities(served: Any) -> 
         assert choice["text"] == "".join(choice["logprobs"]["tokens"])
         assert choice["logprobs"]["text_offset"][-1] == len("".join(choice["logprobs"]["tokens"][:-1]))
     assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+@pytest.mark.parametrize("prompt", [[1, 2.5], [1, "a" * 10_000], [None], [-1], [1 << 31], [[1], [2, -3]], ["a", 5], 7])
+def test_token_ids_are_checked_at_once(served: Any, prompt: Any) -> None:
+    error = served.post("/v1/completions", prompt=prompt).json()["error"]
+    assert error["param"] == "prompt" and "token ids from 0 to 2147483647" in error["message"]
+
+
+def test_a_prompt_is_a_text_or_ids_or_several(served: Any) -> None:
+    for prompt, several in (
+        ("ab", ["ab"]),
+        ([5, 6], [[5, 6]]),
+        (["ab", "c"], ["ab", "c"]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+    ):
+        del served.engine.replies[:]
+        served.post("/v1/completions", prompt=prompt, max_tokens=1)
+        given = [reply.request.prompt.tolist() for reply in served.engine.replies]
+        text = served.service.text
+        assert given == [text.ids(one, start=True).tolist() if isinstance(one, str) else one for one in several]
 
 
 def test_a_session_needs_only_what_is_new(served: Any) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,7 +29,8 @@ def logits(rows: int, seed: int = 0) -> Tensor:
 
 
 def chooser(ids: list[int] | None = None, prompt: int = 3, **options: Any) -> Chooser:
-    return Chooser(SamplingOptions(**options), ids or [1, 2, 3], prompt, CPU)
+    ids = ids or [1, 2, 3]
+    return Chooser(SamplingOptions(**options), np.array(ids[:prompt]), ids[prompt:], CPU)
 
 
 def reference(options: SamplingOptions, ids: list[int], scores: Tensor) -> Tensor:
@@ -65,17 +67,16 @@ def test_each_row_is_cut_as_by_transformers() -> None:
     changed = torch.stack([row.changed(own) for row, own in zip(rows, scores, strict=True)])
     kept = cut(changed, [row.options for row in rows])
     for row, own, before in zip(rows, kept, scores, strict=True):
-        torch.testing.assert_close(own, reference(row.options, row.ids, before))
+        torch.testing.assert_close(own, reference(row.options, [*row.prompt.tolist(), *row.reply], before))
 
 
 def test_presence_and_frequency_are_of_the_reply_alone() -> None:
-    ids = [5, 5, 5, 8, 9, 8]
-    row, scores = chooser(ids, prompt=3, presence_penalty=0.5, frequency_penalty=0.25), logits(1)[0]
+    row, scores = chooser([5, 5, 5, 8, 9, 8], prompt=3, presence_penalty=0.5, frequency_penalty=0.25), logits(1)[0]
     wanted = scores.clone()
     wanted[8] -= 0.5 + 2 * 0.25
     wanted[9] -= 0.5 + 0.25
     torch.testing.assert_close(row.changed(scores), wanted)
-    ids.append(9)
+    row.reply.append(9)
     wanted[9] -= 0.25
     torch.testing.assert_close(row.changed(scores), wanted)
 
@@ -171,7 +172,7 @@ def test_where_nothing_is_allowed_is_an_error() -> None:
 def test_options_are_not_changed() -> None:
     options = SamplingOptions(logit_bias={1: 2.0})
     before = dataclasses.replace(options)
-    choose(logits(1), [Chooser(options, [1], 1, CPU)])
+    choose(logits(1), [Chooser(options, np.array([1]), [], CPU)])
     assert options == before
 
 

@@ -15,8 +15,8 @@ from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.service import Service, identity, seeded, usage
 from ahn.serve.api.sessions import Turn, session_turn, turn_name
-from ahn.serve.api.wire import DONE, answer, comment, event, event_stream, unless_gone
-from ahn.serve.request import Delta, GenerationRequest, SamplingOptions
+from ahn.serve.api.wire import DONE, JSONRoute, answer, comment, event, event_stream, unless_gone
+from ahn.serve.request import Delta, GenerationRequest, SamplingOptions, TokenIds
 
 DEFAULT = 1024
 """Tokens of a reply where a request does not say it."""
@@ -24,7 +24,7 @@ DEFAULT = 1024
 
 def router(service: Service) -> APIRouter:
     """The route, for a service."""
-    routes = APIRouter(tags=["chat"])
+    routes = APIRouter(tags=["chat"], route_class=JSONRoute)
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(fields: ChatFields, request: Request) -> Response:
@@ -71,7 +71,7 @@ class Chatting:
     service: Service
     fields: ChatFields
     turn: Turn
-    prompt: list[int]
+    prompt: TokenIds
     running: RunningReplies
     id: str = dataclasses.field(default_factory=lambda: identity("chatcmpl-"))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))

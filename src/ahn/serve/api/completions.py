@@ -16,8 +16,8 @@ from ahn.serve.api.fields import CompletionFields
 from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.service import Service, finite, identity, seeded, usage
-from ahn.serve.api.wire import DONE, answer, comment, event, event_stream, unless_gone
-from ahn.serve.request import Delta, GenerationRequest, TokenLogprobs
+from ahn.serve.api.wire import DONE, JSONRoute, answer, comment, event, event_stream, unless_gone
+from ahn.serve.request import Delta, GenerationRequest, TokenIds, TokenLogprobs
 
 DEFAULT = 16
 """Tokens of a continuation where a request does not say it, as OpenAI has it."""
@@ -25,7 +25,7 @@ DEFAULT = 16
 
 def router(service: Service) -> APIRouter:
     """The route, for a service."""
-    routes = APIRouter(tags=["completions"])
+    routes = APIRouter(tags=["completions"], route_class=JSONRoute)
 
     @routes.post("/v1/completions")
     async def completions(fields: CompletionFields, request: Request) -> Response:
@@ -45,7 +45,7 @@ class Completing:
 
     service: Service
     fields: CompletionFields
-    prompts: list[list[int]]
+    prompts: list[TokenIds]
     running: RunningReplies
     id: str = dataclasses.field(default_factory=lambda: identity("cmpl-"))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -53,9 +53,8 @@ class Completing:
     @classmethod
     async def begin(cls, service: Service, fields: CompletionFields, owner: str) -> Completing:
         """Check a request and hand it to the engine."""
-        given = _several(fields.prompt)
-        check_choices(service, fields.n * len(given))
-        prompts = await asyncio.to_thread(_tokenised, service, given)
+        check_choices(service, fields.n * len(fields.prompt))
+        prompts = await asyncio.to_thread(_tokenised, service, fields.prompt)
         new = service.new_tokens(fields.max_tokens, "max_tokens", DEFAULT, prompts, "prompt")
         options = sampling(service, fields, new, fields.logprobs)
         if fields.echo and fields.logprobs is not None:
@@ -140,11 +139,5 @@ class Completing:
         return usage([len(prompt) for prompt in self.prompts], self.running.written, self.fields.n)
 
 
-def _several(prompt: Any) -> list[str] | list[list[int]]:
-    """The prompts of a request, which may name a single one."""
-    one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
-    return [prompt] if one else prompt
-
-
-def _tokenised(service: Service, given: list[str] | list[list[int]]) -> list[list[int]]:
-    return [service.text.ids(each, start=True) if isinstance(each, str) else list(each) for each in given]
+def _tokenised(service: Service, given: Sequence[str | TokenIds]) -> list[TokenIds]:
+    return [service.text.ids(each, start=True) if isinstance(each, str) else each for each in given]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from array import array
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from ahn.serve.api.settings import NAME, RESPONSE
 
 Finite = Field(allow_inf_nan=False)
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=128)]
 
 
@@ -168,10 +172,33 @@ class ChatFields(SamplingFields):
         return self
 
 
+def _prompts(value: Any) -> list[str | NDArray[np.int32]]:
+    """The prompts of a request, which may name a single one; token ids are checked at once, as there may be many."""
+    several = isinstance(value, list) and value and isinstance(value[0], str | list)
+    return [one if isinstance(one, str) else _token_ids(one) for one in (value if several else [value])]
+
+
+def _token_ids(value: Any) -> NDArray[np.int32]:
+    with contextlib.suppress(TypeError, OverflowError):
+        ids = np.frombuffer(array("i", value), np.int32) if isinstance(value, list) else None
+        if ids is not None and (not len(ids) or ids.min() >= 0):
+            return ids
+    raise PydanticCustomError("prompt", "It must be a text, token ids from 0 to 2147483647, or a list of either")
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}}
+_SEVERAL = {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _IDS]}}
+Prompts = Annotated[
+    list[str | NDArray[np.int32]],
+    PlainValidator(_prompts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _IDS, _SEVERAL]}),
+]
+
+
 class CompletionFields(SamplingFields):
     """`POST /v1/completions`; a prompt is a text or token ids, and there may be several."""
 
-    prompt: str | list[Id] | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[Id]], Field(min_length=1)]
+    prompt: Prompts
     echo: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     best_of: Annotated[int | None, Field(ge=1)] = None

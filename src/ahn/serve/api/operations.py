@@ -72,7 +72,7 @@ def router(service: Service) -> APIRouter:
             ids = await asyncio.to_thread(service.text.prompt, given)
         else:
             ids = await asyncio.to_thread(service.text.ids, fields.prompt or "", fields.add_special_tokens)
-        return answer({"count": len(ids), "max_model_len": service.settings.prompt, "tokens": ids})
+        return answer({"count": len(ids), "max_model_len": service.settings.prompt, "tokens": ids.tolist()})
 
     return routes
 

@@ -18,13 +18,13 @@ from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.service import Service, identity, usage
 from ahn.serve.api.sessions import Turn, response_turn
 from ahn.serve.api.settings import RESPONSE
-from ahn.serve.api.wire import answer, comment, event, event_stream, unless_gone
-from ahn.serve.request import Delta, GenerationRequest, SamplingOptions
+from ahn.serve.api.wire import JSONRoute, answer, comment, event, event_stream, unless_gone
+from ahn.serve.request import Delta, GenerationRequest, SamplingOptions, TokenIds
 
 
 def router(service: Service) -> APIRouter:
     """The routes, for a service."""
-    routes = APIRouter(prefix="/v1/responses", tags=["responses"])
+    routes = APIRouter(prefix="/v1/responses", tags=["responses"], route_class=JSONRoute)
 
     @routes.post("")
     async def create_response(fields: ResponsesFields, request: Request) -> Response:
@@ -66,7 +66,7 @@ class Responding:
     service: Service
     fields: ResponsesFields
     turn: Turn
-    prompt: list[int]
+    prompt: TokenIds
     id: str
     running: RunningReplies
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))

@@ -17,7 +17,7 @@ from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.replies import RunningReplies, WrittenReply
 from ahn.serve.api.settings import ServerSettings
 from ahn.serve.api.texts import ChatText
-from ahn.serve.request import GenerationRequest, SamplingOptions, TokenLogprobs
+from ahn.serve.request import GenerationRequest, SamplingOptions, TokenIds, TokenLogprobs
 
 if TYPE_CHECKING:
     from ahn.serve.api.grammar import Grammars
@@ -56,9 +56,7 @@ class Service:
             said = f"The model {ascii(name)[:100]} does not exist here; there is {self.settings.model!r}."
             raise APIProblem(404, said, "model", "model_not_found")
 
-    def new_tokens(
-        self, wanted: int | None, field: str, default: int, prompts: Sequence[Sequence[int]], source: str
-    ) -> int:
+    def new_tokens(self, wanted: int | None, field: str, default: int, prompts: Sequence[TokenIds], source: str) -> int:
         """Tokens to write at most: what is wanted, else the default or as many as there is room for.
 
         Args:
@@ -71,7 +69,7 @@ class Service:
         limit = self.settings.new_tokens
         if wanted is not None and wanted > limit:
             raise APIProblem(400, f"{field}: this server writes at most {limit} tokens.", field, "invalid_value")
-        if not all(prompts):
+        if not min(map(len, prompts)):
             raise APIProblem(400, f"{source}: there is nothing to read.", source, "invalid_value")
         longest = max(map(len, prompts))
         room = self.settings.prompt - longest

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ahn.errors import AHNError
 from ahn.evaluation.prompt import render
-from ahn.evaluation.reader import common_prefix
+from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.text import CONTEXT
+from ahn.serve.request import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +45,7 @@ class ChatText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.template = bool(getattr(tokenizer, "chat_template", None))
-        self._known: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._known: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
         self._size, self._lock = 0, threading.Lock()
         self._special = self._separators()
 
@@ -54,11 +57,11 @@ class ChatText:
             return None
         pattern = re.compile("(" + "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) + ")")
         sample = f"A text, {marks[0]} and another\n{marks[-1]}\n\n  of 3 pieces{marks[0]}.{marks[-1]}"
-        apart = [token for piece in pattern.split(sample) for token in self._tokenise(piece)]
-        return pattern if apart == self._tokenise(sample) else None
+        apart = np.concatenate([self._tokenise(piece) for piece in pattern.split(sample)])
+        return pattern if np.array_equal(apart, self._tokenise(sample)) else None
 
-    def ids(self, text: str, start: bool = False) -> list[int]:
-        """Token ids of a text; at the `start` of one with the tokenizer's own first token, if it has one.
+    def ids(self, text: str, start: bool = False) -> NDArray[np.int32]:
+        """Token ids (L,) of a text; at the `start` of one with the tokenizer's own first token, if it has one.
 
         Raises:
             AHNError: the text is no valid Unicode.
@@ -69,21 +72,20 @@ class ChatText:
             raise AHNError(f"The text is no valid Unicode (character {error.start + 1:,} of it).") from error
         if start or self._special is None or len(text) < LONG:
             return self._tokenise(text, start)
-        return [token for piece in self._special.split(text) for token in self._piece(piece)]
+        return np.concatenate([self._piece(piece) for piece in self._special.split(text)])
 
-    def _tokenise(self, text: str, start: bool = False) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"]
-        return ids
+    def _tokenise(self, text: str, start: bool = False) -> NDArray[np.int32]:
+        return np.array(self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"], np.int32)
 
-    def _piece(self, text: str) -> Sequence[int]:
+    def _piece(self, text: str) -> NDArray[np.int32]:
         if len(text) < LONG:
-            return self._tokenise(text) if text else []
+            return self._tokenise(text)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         with self._lock:
             if (found := self._known.get(key)) is not None:
                 self._known.move_to_end(key)
                 return found
-        ids = array("i", self._tokenise(text))
+        ids = self._tokenise(text)
         with self._lock:
             if key not in self._known:
                 self._known[key] = ids
@@ -92,8 +94,8 @@ class ChatText:
                 self._size -= len(self._known.popitem(last=False)[1])
         return ids
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the next reply begins.
+    def prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+        """Token ids (L,) of a conversation, up to where the next reply begins.
 
         Raises:
             AHNError: the template refuses the messages, or a text is no valid Unicode.
@@ -112,8 +114,8 @@ class ChatText:
         return text if ask else text + "\n"
 
     def known_as(
-        self, messages: Sequence[Message], prompt: Sequence[int], stop: Sequence[str]
-    ) -> Callable[[Sequence[int]], list[int]]:
+        self, messages: Sequence[Message], prompt: TokenIds, stop: Sequence[str]
+    ) -> Callable[[Sequence[int]], TokenIds]:
         """For a reply's token ids: those with which the next turn's prompt will begin, up to the end of the reply.
 
         Args:
@@ -122,27 +124,26 @@ class ChatText:
             stop: texts before which the reply ends.
         """
 
-        def known(reply: Sequence[int]) -> list[int]:
+        def known(reply: Sequence[int]) -> TokenIds:
             said = self.reply(prompt, reply, stop)
             closed = self.rendered([*messages, {"role": "assistant", "content": said}], ask=False)
             place = closed.rfind(said.strip()) if said.strip() else -1
             if place < 0:
-                return list(prompt)
+                return prompt
             start = not self.template
             upto, whole = (self.ids(text, start) for text in (closed[: place + len(said.strip())], closed))
-            return whole[: common_prefix([upto, whole])]
+            return whole[: Prefixes(upto).shared(Prefixes(whole))]
 
         return known
 
-    def reply(self, prompt: Sequence[int], reply: Sequence[int], stop: Sequence[str] = ()) -> str:
+    def reply(self, prompt: TokenIds, reply: Sequence[int], stop: Sequence[str] = ()) -> str:
         """A reply's text, up to a stop text."""
-        before = list(prompt[-CONTEXT:])
+        before = [int(token) for token in prompt[-CONTEXT:]]
         text = self.decode([*before, *reply])[len(self.decode(before)) :]
         return text[: min([place for mark in stop if (place := text.find(mark)) >= 0], default=len(text))]
 
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+    def decode(self, ids: TokenIds, special: bool = False) -> str:
         """The text of token ids; `special` shows special tokens too."""
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
+        numbers = np.asarray(ids).tolist()
+        text: str = self.tokenizer.decode(numbers, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return text

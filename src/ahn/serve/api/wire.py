@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +17,35 @@ from ahn.serve.api.problems import APIProblem
 
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
+
+
+class JSONRequest(Request):
+    """A request whose JSON is read in half the time."""
+
+    async def json(self) -> Any:
+        """The body.
+
+        Raises:
+            ValueError: it is no JSON.
+        """
+        body = await self.body()
+        try:
+            return from_json(body)
+        except ValueError:
+            return json.loads(body)  # it says better what is wrong, or takes what is only unusual
+
+
+class JSONRoute(APIRoute):
+    """A route whose requests are `JSONRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI has it."""
+        handler = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            return await handler(JSONRequest(request.scope, request.receive))
+
+        return handled
 
 
 def dumped(value: Any) -> str:

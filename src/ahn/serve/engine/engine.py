@@ -207,7 +207,7 @@ class Engine:
         return True
 
     def _check(self, request: GenerationRequest) -> NDArray[np.integer[Any]]:
-        """The prompt's ids, (L,); as an array once: a list of 131 072 takes 5 ms each time."""
+        """The prompt's ids, (L,)."""
         length = len(request.prompt)
         if not 0 < length <= self.max_prompt:
             raise AHNError(f"A prompt has 1 to {self.max_prompt:,} tokens here, this one has {length:,}.")

@@ -17,7 +17,7 @@ from ahn.errors import AHNError
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.reply import Reply
 from ahn.serve.engine.sampling import Chooser, Chosen
-from ahn.serve.engine.text import TextStream
+from ahn.serve.engine.text import CONTEXT, TextStream
 from ahn.serve.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class RequestJob(PromptReading):
         prompt: (L,) ids of the request's prompt.
 
     Attributes:
-        ids: of prompt and reply; all but the last are read, once the prompt is.
+        new: ids of the reply; all but the last of prompt and reply are read, once the prompt is.
         cached: tokens of the prompt that a kept state had read.
         waits_for: another that is reading what this one begins with, and up to where.
         known: the state that it goes on from, as long as no copy of it is under way.
@@ -77,10 +77,10 @@ class RequestJob(PromptReading):
     ) -> None:
         super().__init__(request.owner, Prefixes(prompt), len(prompt) - 1)
         self.request, self.reply, self.ends = request, reply, frozenset(ends)
-        self.ids: list[int] = prompt.tolist()
-        self.prompt_length = len(self.ids)
-        self.chooser = Chooser(request.options, self.ids, self.prompt_length, device)
-        self.text = TextStream(tokenizer, self.ids[-16:], request.options.stop)
+        self.prompt = self.tokens.ids
+        self.new: list[int] = []
+        self.chooser = Chooser(request.options, self.prompt, self.new, device)
+        self.text = TextStream(tokenizer, self.prompt[-CONTEXT:].tolist(), request.options.stop)
         self.cached = 0
         self.waits_for: tuple[RequestJob, int] | None = None
         self.known: KeptState | None = None
@@ -90,12 +90,27 @@ class RequestJob(PromptReading):
         self.arrived = time.monotonic()
         self.finish: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
-        self.written = 0
+
+    @property
+    def ids(self) -> NDArray[np.uint32]:
+        """(L,) of prompt and reply."""
+        return np.concatenate([self.prompt, np.array(self.new, self.prompt.dtype)])
+
+    @property
+    def next_token(self) -> int:
+        """The first that is not read."""
+        place = self.read - len(self.prompt)
+        return int(self.prompt[place]) if place < 0 else self.new[place]
+
+    @property
+    def on_last(self) -> bool:
+        """Whether only the last token of prompt and reply is not read."""
+        return self.read + 1 == len(self.prompt) + len(self.new)
 
     @property
     def fresh(self) -> bool:
         """Whether the prompt has to be read anew, so that its logits come by."""
-        return self.request.options.prompt_logprobs is not None and not self.written
+        return self.request.options.prompt_logprobs is not None and not self.new
 
     @property
     def arrived_whole(self) -> bool:
@@ -105,29 +120,28 @@ class RequestJob(PromptReading):
     @property
     def reply_ids(self) -> list[int]:
         """What was written, without an end token that ended it."""
-        ids = self.ids[self.prompt_length :]
-        return ids[:-1] if self.finish == "stop" and not self.text.stopped and ids and ids[-1] in self.ends else ids
+        ended = self.finish == "stop" and not self.text.stopped and self.new and self.new[-1] in self.ends
+        return self.new[:-1] if ended else self.new
 
     def begin_again(self) -> None:
         """Read prompt and reply once more, after a fault that was not this request's own."""
         self.faults += 1
         self.tokens = Prefixes(self.ids)
-        self.target, self.read, self.cache = len(self.ids) - 1, 0, None
+        self.target, self.read, self.cache = len(self.tokens) - 1, 0, None
         self.waits_for = self.known = self.loading = None
         self.cuts = set()
 
     def progress(self) -> Delta:
         """How much of the prompt is read."""
-        return Delta(read=min(self.read, self.prompt_length), cached=self.cached)
+        return Delta(read=min(self.read, len(self.prompt)), cached=self.cached)
 
     def take(self, token: int) -> None:
         """The next token is written; `finish` is set if that is enough to see that it was the last."""
         options = self.request.options
-        self.ids.append(token)
-        self.written += 1
+        self.new.append(token)
         if token in self.ends and not options.ignore_eos:
             self.finish = "stop"
-        elif self.written >= options.max_tokens:
+        elif len(self.new) >= options.max_tokens:
             self.finish = "length"
 
     def delta(self, chosen: Chosen) -> Delta:
@@ -148,7 +162,7 @@ class RequestJob(PromptReading):
 
     def _delta(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> Delta:
         prompt, self.prompt_logprobs = tuple(self.prompt_logprobs), []
-        read = min(self.read, self.prompt_length) if not tokens else self.prompt_length
+        read = min(self.read, len(self.prompt)) if not tokens else len(self.prompt)
         return Delta(text, tokens, logprobs, prompt, read, self.cached, self.finish)
 
 

@@ -49,7 +49,7 @@ class Keeper:
         """A request is finished; its last delta comes when what is to be kept of it is safe.
 
         Args:
-            cache: has read all but the last of `job.ids`; None to keep nothing.
+            cache: has read all but the last token of prompt and reply; None to keep nothing.
         """
         if cache is None or not cache.seen or not job.request.keep:
             self._over(job, delta)
@@ -109,37 +109,32 @@ class Keeper:
 
     def _close(self, job: RequestJob, cache: AHNCache, delta: Delta) -> None:
         """Find out which tokens the kept state should have read, and have it read them."""
-        own, wanted = job.ids[: job.read], self._wanted(job)
-        if wanted == own:
-            self._keep(job, cache, delta, Prefixes(own))
-            return
-        tokens = Prefixes(wanted)
-        if wanted[: len(own)] == own:
-            rest = Rest(job.owner, tokens, len(wanted), cache, len(own), job=job, delta=delta)
+        own = Prefixes(job.ids[: job.read])
+        tokens = self._wanted(job) or own
+        if own.shared(tokens) == len(own):
+            rest = Rest(job.owner, tokens, len(tokens), cache, len(own), job=job, delta=delta)
         else:
-            before = self.store.find(job.owner, tokens, len(wanted))
+            before = self.store.find(job.owner, tokens, len(tokens))
             start = None if before is None else self.store.open(before)
             read = 0 if before is None else before.note.length
-            rest = Rest(job.owner, tokens, len(wanted), start, read, job=job, delta=delta)
-        if rest.target - rest.read > 4 * job.written + REREAD:  # what it began with is no longer kept
-            self._keep(job, cache, delta, Prefixes(own))
+            rest = Rest(job.owner, tokens, len(tokens), start, read, job=job, delta=delta)
+        if rest.target - rest.read > 4 * len(job.new) + REREAD:  # what it began with is no longer kept
+            self._keep(job, cache, delta, own)
             return
         if rest.read == rest.target and rest.cache is not None:
             self._keep(job, rest.cache, delta, tokens)
         else:
             self._read(rest)
 
-    def _wanted(self, job: RequestJob) -> list[int]:
-        """With which tokens a later prompt will begin that goes on from this reply."""
-        prompt, reply = job.ids[: job.prompt_length], job.reply_ids
-        if job.request.known_as is not None and job.written:
+    def _wanted(self, job: RequestJob) -> Prefixes | None:
+        """With which tokens a later prompt will begin that goes on from this reply; None for those that are read."""
+        if job.request.known_as is not None and job.new:
             try:
-                if wanted := [int(token) for token in job.request.known_as(reply)]:
+                if len(wanted := Prefixes(job.request.known_as(job.reply_ids))):
                     return wanted
             except Exception:
                 log.warning("How a reply will be known could not be found out; it is read again", exc_info=True)
-        own = job.ids[: job.read]
-        return prompt + reply[: job.text.whole_tokens()] if job.text.stopped else own
+        return Prefixes(job.ids[: len(job.prompt) + job.text.whole_tokens()]) if job.text.stopped else None
 
     def _keep(self, job: RequestJob, cache: AHNCache, delta: Delta, tokens: Prefixes) -> None:
         name = job.request.name

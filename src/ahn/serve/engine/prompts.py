@@ -74,7 +74,7 @@ class PromptReader:
 
     def _go_on_from(self, job: RequestJob, known: KeptState | None) -> None:
         job.read = 0 if known is None else known.note.length
-        if not job.written:
+        if not job.new:
             self.tokens_cached += job.read - job.cached
             job.cached = job.read
         job.known = known
@@ -116,7 +116,7 @@ class PromptReader:
         if isinstance(job, RequestJob):
             if all_logits:
                 _note_logprobs(job, logits, first)
-            if not job.written:
+            if not job.new:
                 self.tokens_read += stop - first
                 job.reply.put(job.progress())
         if stop in job.cuts:
@@ -140,7 +140,7 @@ class PromptReader:
     def read_single(self, job: RequestJob) -> Tensor:
         """Read a prompt's only token; logits (1, V) of the next one."""
         if job.fresh:
-            job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
+            job.prompt_logprobs.append(TokenLogprobs(job.next_token, None))
         return self._forward(job, 1, 1)
 
     def read_tokens(self, ids: Sequence[int]) -> AHNCache:
@@ -172,10 +172,10 @@ class PromptReader:
 def _note_logprobs(job: RequestJob, logits: Tensor, first: int) -> None:
     count = job.request.options.prompt_logprobs or 0
     if not first:
-        job.prompt_logprobs.append(TokenLogprobs(job.ids[0], None))
+        job.prompt_logprobs.append(TokenLogprobs(int(job.prompt[0]), None))
     for start in range(0, len(logits), SCORES):
         scores = logits[start : start + SCORES].float()
         if not bool(scores.isfinite().all()):
             raise AHNError("The model's scores are not numbers.")
-        following = job.ids[first + start + 1 : first + start + 1 + len(scores)]
+        following = job.prompt[first + start + 1 : first + start + 1 + len(scores)].tolist()
         job.prompt_logprobs += logprobs_of(scores, following, [count] * len(scores))

@@ -8,10 +8,14 @@ processors, in their order: temperature, top-k, top-p, min-p.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ahn.serve.request import SamplingOptions, TokenLogprobs
@@ -36,12 +40,14 @@ class Chooser:
     """Options of one row, with what they have to remember.
 
     Args:
-        ids: of prompt and reply so far; the list grows with the reply.
-        prompt: how many of them are the prompt's.
+        prompt: (L,) ids of the prompt.
+        reply: ids of the reply so far; the list grows.
     """
 
-    def __init__(self, options: SamplingOptions, ids: list[int], prompt: int, device: torch.device) -> None:
-        self.options, self.ids, self.prompt, self.device = options, ids, prompt, device
+    def __init__(
+        self, options: SamplingOptions, prompt: NDArray[np.integer[Any]], reply: list[int], device: torch.device
+    ) -> None:
+        self.options, self.prompt, self.reply, self.device = options, prompt, reply, device
         self._random = random.Random(options.seed)  # None: from the system
         self._present: Tensor | None = None
         self._counts: Tensor | None = None
@@ -67,10 +73,15 @@ class Chooser:
         if self._bias is not None:
             scores = scores.index_add(0, *self._bias)
         scores = self._penalised(scores)
-        for processor in self.options.processors:
-            ids = torch.tensor([self.ids], device=self.device)
-            scores = processor(ids, scores[None])[0]
+        if self.options.processors:
+            ids = torch.cat([self._prompt_ids, torch.tensor(self.reply, dtype=torch.long, device=self.device)])[None]
+            for processor in self.options.processors:
+                scores = processor(ids, scores[None])[0]
         return scores
+
+    @functools.cached_property
+    def _prompt_ids(self) -> Tensor:
+        return torch.from_numpy(self.prompt.astype(np.int64)).to(self.device)
 
     def _penalised(self, scores: Tensor) -> Tensor:
         o = self.options
@@ -87,11 +98,11 @@ class Chooser:
         if self._present is None or self._counts is None:
             self._present = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
             self._counts = torch.zeros(vocabulary, device=self.device)
-        new = torch.tensor(self.ids[self._noted :], dtype=torch.long, device=self.device)
+            self._present[self._prompt_ids] = True
+        new = torch.tensor(self.reply[self._noted :], dtype=torch.long, device=self.device)
         self._present[new] = True
-        reply = new[max(0, self.prompt - self._noted) :]
-        self._counts.index_add_(0, reply, torch.ones(len(reply), device=self.device))
-        self._noted = len(self.ids)
+        self._counts.index_add_(0, new, torch.ones(len(new), device=self.device))
+        self._noted = len(self.reply)
         return self._present, self._counts
 
 

@@ -236,9 +236,9 @@ class Scheduler:
         assert job.cache is not None
         if self.batch is None:
             self.batch = make_batch(self.model, self.conversations, job.cache)
-        if not job.written:
+        if not job.new:
             self.prompts.tokens_read += job.target - job.read
-        rest = job.ids[job.read : job.target] if self.batch.turns else ()
+        rest = job.tokens.ids[job.read : job.target].tolist() if self.batch.turns else ()
         self.batch.add(job.cache, rest)
         job.read += len(rest)
         job.cache = None
@@ -251,10 +251,10 @@ class Scheduler:
             return False
         assert self.batch is not None
         start = time.perf_counter()
-        rows = [row for row, job in enumerate(self.running) if job.read + 1 == len(job.ids)]
+        rows = [row for row, job in enumerate(self.running) if job.on_last]
         writing = [self.running[row] for row in rows]  # the others still read their prompts
         try:
-            logits = self.batch.step([job.ids[job.read] for job in self.running])
+            logits = self.batch.step([job.next_token for job in self.running])
             self._deliver()
             logits = logits if len(rows) == len(self.running) else logits[rows]
             chosen = choose(logits, [job.chooser for job in writing]) if writing else []
