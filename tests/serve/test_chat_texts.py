@@ -10,6 +10,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken
+
 from ahn.errors import AHNError
 from ahn.serve.api import texts
 from ahn.serve.api.texts import ChatText
@@ -53,6 +57,65 @@ def test_pieces_have_the_ids_of_the_whole(text: ChatText, monkeypatch: pytest.Mo
     monkeypatch.setattr(text, "_tokenise", counted)
     assert text.ids(text.rendered(TALK, ask=True)).tolist() == whole
     assert not any(long)  # all long ones were remembered
+
+
+def words_of(seed: int) -> str:
+    draw = random.Random(seed)
+    words = [
+        "the",
+        "don't",
+        "Ünï",
+        "中文",
+        "42",
+        "x1",
+        "...",
+        "e\u0301",
+        "\u00b2",
+        "<|im_end|>",
+        "_a",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "🎉",
+    ]
+    return "".join(draw.choice(words) + draw.choice(["", " ", " ", "\n"]) for _ in range(400))
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_long_text_is_tokenised_in_pieces_as_it_is_whole(
+    text: ChatText, start: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert text._by_words
+    monkeypatch.setattr(texts, "LONG", 30)
+    for seed in range(20):
+        known, more = words_of(seed), " and more words of it" * 3
+        assert text.ids(known, start).tolist() == text._tokenise(known, start).tolist(), seed
+        before = set(text._known)
+        assert text.ids(known + more, start).tolist() == text._tokenise(known + more, start).tolist(), seed
+        assert len(set(text._known) - before) < 5  # what it begins with was remembered
+
+
+def test_a_tokenizer_that_looks_across_words_gets_whole_texts(tokenizer: Any) -> None:
+    lines = Split("\n", "isolated")
+    for how in (None, lines, Sequence([lines, ByteLevel(use_regex=False)])):
+        changed = copy.deepcopy(tokenizer)
+        changed.backend_tokenizer.pre_tokenizer = how
+        assert not ChatText(changed)._by_words
+    for token in (AddedToken("New York"), AddedToken("Mask", rstrip=True)):
+        changed = copy.deepcopy(tokenizer)
+        changed.add_tokens([token])
+        assert not ChatText(changed)._by_words
+
+
+def test_a_tokenizer_that_ends_texts_gets_whole_texts(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        "$0 <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    text = ChatText(changed)
+    long = "word " * 2000
+    assert text._first is None and text.ids(long, start=True).tolist() == text._tokenise(long, start=True).tolist()
 
 
 def test_what_is_remembered_is_bounded(text: ChatText, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,8 @@ APART = "\n\n"
 """Between messages that follow each other with no reply between them, for a model without a chat template."""
 LONG = 4096
 """Characters from which on a piece's token ids are remembered."""
+BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])")
+"""Where tokenizers that look at words look no further: behind a letter, before a space or new line and a letter."""
 REMEMBERED = 1 << 23
 """Token ids that are remembered over all pieces (32 MiB)."""
 
@@ -38,8 +41,8 @@ class ChatText:
     `ahn chat`: a reply follows the message, the next message begins a new line, and messages with no reply between
     them are set apart by an empty line.
 
-    Every turn sends the whole conversation again, so the token ids of long pieces between two special tokens are
-    remembered: special tokens part a text before it is tokenised, and a piece means the same wherever it stands.
+    Every turn sends the whole conversation again, so the token ids of long pieces are remembered. A piece means the
+    same wherever it stands: special tokens part a text before it is tokenised, and with most tokenizers so do words.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,6 +63,33 @@ class ChatText:
         apart = np.concatenate([self._tokenise(piece) for piece in pattern.split(sample)])
         return pattern if np.array_equal(apart, self._tokenise(sample)) else None
 
+    @functools.cached_property
+    def _by_words(self) -> bool:
+        """Whether this tokenizer never looks across `BETWEEN_WORDS`; tried with what is known to matter to some."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.pre_tokenizer is None:
+            return False
+        added = self.tokenizer.added_tokens_decoder.values()
+        if any(BETWEEN_WORDS.search(f"a{t}a") or (t.rstrip and str(t)[-1:].isalpha()) for t in added):
+            return False
+
+        def words(text: str) -> list[str]:
+            plain = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+            return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(plain)]
+
+        letters = "aTé中"
+        left = [before + a for before in ("", "I'", "1", ". ", "\n\n", "_", "-a") for a in letters]
+        right = [
+            space + a + after for space in " \n" for a in letters for after in ("", "'s", "1", ". ", "\n", "\u0301")
+        ]
+        return all(words(a + b) == words(a) + words(b) for a in left for b in right)
+
+    @functools.cached_property
+    def _first(self) -> NDArray[np.int32] | None:
+        """What this tokenizer puts before a text of its own accord; None if it does more than that."""
+        bare, whole = self._tokenise("a"), self._tokenise("a", start=True)
+        return whole[: len(whole) - len(bare)] if np.array_equal(whole[len(whole) - len(bare) :], bare) else None
+
     def ids(self, text: str, start: bool = False) -> NDArray[np.int32]:
         """Token ids (L,) of a text; at the `start` of one with the tokenizer's own first token, if it has one.
 
@@ -70,9 +100,19 @@ class ChatText:
             text.encode()
         except UnicodeEncodeError as error:
             raise AHNError(f"The text is no valid Unicode (character {error.start + 1:,} of it).") from error
-        if start or self._special is None or len(text) < LONG:
+        if len(text) < LONG or (start and self._first is None):
             return self._tokenise(text, start)
-        return np.concatenate([self._piece(piece) for piece in self._special.split(text)])
+        parts = [text] if self._special is None else self._special.split(text)
+        ids = [self._piece(piece) for part in parts for piece in self._pieces(part)]
+        return np.concatenate([self._first, *ids] if start and self._first is not None else ids)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Pieces of at least `LONG` characters but for the last, the same ones whatever follows later."""
+        place = 0
+        while self._by_words and (cut := BETWEEN_WORDS.search(text, place + LONG)):
+            yield text[place : cut.start()]
+            place = cut.start()
+        yield text[place:]
 
     def _tokenise(self, text: str, start: bool = False) -> NDArray[np.int32]:
         return np.array(self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"], np.int32)
