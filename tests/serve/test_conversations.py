@@ -56,21 +56,23 @@ def test_a_state_can_be_gone_on_from_more_than_once() -> None:
             assert got.cached == 53 and got.tokens == alone(OF, ids, 6)
 
 
-def test_many_forks_have_few_copies_beside_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_forks_have_few_copies_beside_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most, right = 0, PromptReader.ready
 
     def counted(self: PromptReader, readings: Sequence[Any]) -> list[Any]:
         nonlocal most
         ready = right(self, readings)
-        most = max(most, sum(reading.cache is not None for reading in readings))
+        most = max(most, sum(reading.cache is not None and not reading.lent for reading in readings))
         return ready
 
-    with engine(OF, conversations=12) as running:
+    with engine(OF, conversations=12, state_dir=tmp_path, state_bytes=0) as running:
         first = ask(running, prompt(50), 4)
         forks = [[*prompt(50), *first.tokens, *prompt(3, seed=seed)] for seed in range(12)]
         monkeypatch.setattr(PromptReader, "ready", counted)
+        for state in running.store._index:
+            state.cache = None
         got = [whole(reply) for reply in [running.submit(request(ids, 6)) for ids in forks]]
-    assert most == APART
+    assert 0 < most <= APART
     assert [(one.cached, one.tokens) for one in got] == [(53, alone(OF, ids, 6)) for ids in forks]
 
 

@@ -19,7 +19,7 @@ from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
 from ahn.cache.transfer import Transfer
 from ahn.errors import AHNError
-from ahn.layout.slots import Placed, Slots
+from ahn.layout.slots import Placed, Slots, gather
 from ahn.layout.state import LayerState, Tensors
 from ahn.layout.visibility import Padding
 from ahn.memory.base import Memory
@@ -63,14 +63,15 @@ def join(caches: Sequence[AHNCache]) -> AHNCache:
 def take(batch: AHNCache, row: int, device: torch.device) -> AHNCache:
     """A copy of one row on a device as a conversation of its own, as if it had always been alone."""
     model, length, anchor = _model_of([batch]), lengths(batch)[row], _anchors(batch)[row]
-    alone = _like(batch, model)
+    alone, slots = _like(batch, model), Slots(batch.config.window, batch.config.sinks)
+    columns = slots.of_columns(length, torch.tensor([length], device=_lengths(batch).device))  # once for all tensors
     for index, layer in enumerate(alone.layers):
         if not isinstance(layer, AHNLayer):
             other.take(batch.layers[index], layer, row, length)
             continue
         parts = _parts(_state(_laid_in_slots(batch, index)))
-        state = _from_parts({name: x[row : row + 1].clone() for name, x in parts.items()})
-        layer.state = _alone(state, batch, length, anchor, _memory(model, index)).map(lambda x: x.to(device))
+        state = _from_parts({name: x[row : row + 1] for name, x in parts.items()})
+        layer.state = _alone(state, batch, length, anchor, columns, _memory(model, index), device)
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
     alone.rows = 1
     alone.progress.seen, alone.progress.anchor = length, (anchor,)
@@ -106,7 +107,7 @@ def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
     for index in batch.memory_layers:
         state = _state(_laid_in_slots(batch, index))
         source = in_slots.parts(index, True)
-        if state.sinks is None and _state(alone.memory_layers[index]).sinks is not None:
+        if state.sinks is None and _state(alone.layers[index]).sinks is not None:
             state.sinks = state.window.keys[:, :, : batch.config.sinks].clone()
         for name, x in _parts(state).items():
             x[row : row + 1].copy_(source[name])
@@ -145,7 +146,7 @@ def prefix(batch: AHNCache, rows: int) -> AHNCache:
     """A batch of the first rows of another that `reserve` made: its tensors are views of the other's."""
     first = _like(batch, _model_of([batch]))
     for index, layer in first.memory_layers.items():
-        layer.state = _from_parts({name: x[:rows] for name, x in _parts(_state(batch.memory_layers[index])).items()})
+        layer.state = _from_parts({name: x[:rows] for name, x in _parts(_state(batch.layers[index])).items()})
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
     first.rows = rows
     set_read(first, lengths(batch)[:rows], _anchors(batch)[:rows])
@@ -172,7 +173,7 @@ def refresh(batch: AHNCache, first: AHNCache) -> None:
     """
     count = row_count(first)
     for index, layer in first.memory_layers.items():
-        whole, own = _parts(_state(batch.memory_layers[index])), _parts(_state(_laid_in_slots(first, index)))
+        whole, own = _parts(_state(batch.layers[index])), _parts(_state(_laid_in_slots(first, index)))
         same = {name for name, x in whole.items() if name in own and own[name].data_ptr() == x.data_ptr()}
         layer.state = _from_parts({name: own[name] if name in same else x[:count] for name, x in whole.items()})
     first.progress.anchor = _anchors(batch)[:count]
@@ -287,8 +288,9 @@ def _state(layer: AHNLayer) -> LayerState:
 
 def _laid_in_slots(batch: AHNCache, index: int) -> AHNLayer:
     """A layer of a batch; a step in which a tier begins has left the batch in columns."""
-    layer = batch.memory_layers[index]
-    layer.enter_slots(_lengths(batch))
+    layer: AHNLayer = batch.layers[index]
+    if not layer.window.in_slots or layer.beside:
+        layer.enter_slots(_lengths(batch))
     return layer
 
 
@@ -314,13 +316,13 @@ class _InSlots:
 
     def parts(self, index: int, with_sinks: bool) -> Tensors:
         """All tensors of a layer by name."""
-        config, state = self.cache.config, _state(self.cache.memory_layers[index])
+        config, state = self.cache.config, _state(self.cache.layers[index])
         window = state.window if state.window.in_slots else state.window.map(self._laid)
-        low_bit, held, memory = state.tier, state.memory, _memory(self.model, index)
+        low_bit, held = state.tier, state.memory
         if config.quantized and low_bit is None:
             low_bit = tier.empty(config.quantized, window, config.tier_bits)
         if not held:
-            keys = window.keys
+            keys, memory = window.keys, _memory(self.model, index)
             held = memory.init_state(len(keys), keys.device)
             held = held | memory.empty_slots(keys, config.window + config.quantized)
         sinks = state.sinks
@@ -337,13 +339,21 @@ class _InSlots:
         return self._placed[x.device].of(x)
 
 
-def _alone(state: LayerState, batch: AHNCache, length: int, anchor: int, memory: Memory) -> LayerState:
-    """A row's state in columns, without what it has only for its neighbours' sake."""
+def _alone(
+    state: LayerState, batch: AHNCache, length: int, anchor: int, columns: Tensor, memory: Memory, device: torch.device
+) -> LayerState:
+    """A copy of a row's state in columns, without what it has only for its neighbours' sake."""
     config, keys = batch.config, state.window.keys
-    slots, read = Slots(config.window, config.sinks), torch.tensor([length], device=keys.device)
-    window = state.window.map(lambda x: slots.to_columns(x, length, read).contiguous())
+    if columns.device != keys.device:  # a model may be spread over several
+        columns = columns.to(keys.device)
+
+    def copied_to(x: Tensor) -> Tensor:
+        return x.to(device, copy=True)
+
+    window = state.window.map(lambda x: gather(x, columns).to(device))
     window.in_slots = False
-    low_bit = state.tier if length > config.lossless else None
+    low_bit = state.tier.map(copied_to) if state.tier is not None and length > config.lossless else None
     written = length > config.lossless + config.quantized
     held = state.memory if written else memory.init_state(1, keys.device)
-    return LayerState(window, low_bit, held, state.sinks if anchor else None)
+    sinks = copied_to(state.sinks) if anchor and state.sinks is not None else None
+    return LayerState(window, low_bit, {name: copied_to(x) for name, x in held.items()}, sinks)

@@ -86,7 +86,11 @@ class Slots:
 
     def to_columns(self, x: Tensor, seen: int, read: Tensor) -> Tensor:
         """The inverse of `from_columns`; columns of padding hold whatever is there."""
-        column = torch.arange(min(seen, self.sinks + self.window), device=x.device)[None]
+        return gather(x, self.of_columns(seen, read))
+
+    def of_columns(self, seen: int, read: Tensor) -> Tensor:
+        """(B or 1, columns) in which slot each column's token lies."""
+        column = torch.arange(min(seen, self.sinks + self.window), device=read.device)[None]
         index = column
         if seen > self.sinks + self.window:
             index = torch.where(column < self.sinks, column, column - self.sinks + seen - self.window)
@@ -94,7 +98,7 @@ class Slots:
         slot = self.of(position)
         if seen > self.sinks + self.window:
             slot = torch.where(column < self.sinks, column, slot)
-        return gather(x, slot)
+        return slot
 
     def _range(self, device: torch.device) -> Tensor:
         return torch.arange(self.sinks + self.window, device=device)[None]

@@ -35,6 +35,7 @@ class PromptReading:
         target: up to where it is read.
         read: how far it is; the cache has read so many.
         cuts: where a copy is kept on the way.
+        lent: the cache is a kept state, which does not change: who reads on takes a copy.
     """
 
     owner: str
@@ -43,6 +44,7 @@ class PromptReading:
     cache: AHNCache | None = None
     read: int = 0
     cuts: set[int] = dataclasses.field(default_factory=set)
+    lent: bool = False
 
     def next_stop(self, chunk: int) -> int:
         """Up to where the next chunk goes: to a multiple of its size, as kernels know the shapes that come again."""
@@ -60,8 +62,8 @@ class RequestJob(PromptReading):
         new: ids of the reply; all but the last of prompt and reply are read, once the prompt is.
         cached: tokens of the prompt that a kept state had read.
         waits_for: another that is reading what this one begins with, and up to where.
-        known: the state that it goes on from, as long as no copy of it is under way.
-        loading: that copy, on its way from the disk.
+        known: the state that it goes on from, until it is lent or on its way.
+        loading: a copy of it, on its way from elsewhere.
         faults: how often it had to begin again.
         kept: digests of what was kept of it so far.
     """
@@ -129,7 +131,7 @@ class RequestJob(PromptReading):
         self.tokens = Prefixes(self.ids)
         self.target, self.read, self.cache = len(self.tokens) - 1, 0, None
         self.waits_for = self.known = self.loading = None
-        self.cuts = set()
+        self.cuts, self.lent = set(), False
 
     def progress(self) -> Delta:
         """How much of the prompt is read."""

@@ -16,7 +16,7 @@ from ahn.serve.engine.files import Note
 from ahn.serve.engine.index import KeptState
 from ahn.serve.engine.jobs import PromptReading, RequestJob
 from ahn.serve.engine.prefixes import Prefixes
-from ahn.serve.engine.store import StateStore, place
+from ahn.serve.engine.store import StateStore
 from ahn.serve.request import Delta
 
 REREAD = 1024
@@ -74,15 +74,8 @@ class Keeper:
         self._pool.submit(self.store.trim)
 
     def open(self, state: KeptState) -> Future[AHNCache]:
-        """A copy of a state to go on with: at once where the model is, later from elsewhere."""
-        if state.cache is None or (place(state) == "memory" and self.store.model.device.type != "cpu"):
-            return self._opening.submit(self._opened, state)
-        there: Future[AHNCache] = Future()
-        try:
-            there.set_result(self.store.open(state))
-        except AHNError as error:
-            there.set_exception(error)
-        return there
+        """A copy of a state that is elsewhere, to go on with."""
+        return self._opening.submit(self._opened, state)
 
     def _opened(self, state: KeptState) -> AHNCache:
         cache = self.store.open(state)

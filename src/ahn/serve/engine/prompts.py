@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ahn import private
 from ahn.cache.conversation import AHNCache
+from ahn.cache.rows import copied
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.measure.reading import CPU_CHUNK
@@ -51,13 +52,16 @@ class PromptReader:
 
     Args:
         chunk: tokens that are read at once while nobody writes; None takes what suits the device.
+        news: called when a state has arrived.
 
     Attributes:
         tokens_read, tokens_cached: of prompts, since the start: read, and found to have been read before.
     """
 
-    def __init__(self, model: PreTrainedModel, store: StateStore, keeper: Keeper, chunk: int | None) -> None:
-        self.model, self.store, self.keeper = model, store, keeper
+    def __init__(
+        self, model: PreTrainedModel, store: StateStore, keeper: Keeper, chunk: int | None, news: Callable[[], None]
+    ) -> None:
+        self.model, self.store, self.keeper, self._news = model, store, keeper, news
         on_cpu = model.device.type == "cpu"
         largest = chunk or min(model.ahn_config.chunk, CPU_CHUNK if on_cpu else GPU_CHUNK)
         self.pace = Pace(largest, SMALLEST.get(model.device.type, 512))
@@ -84,8 +88,11 @@ class PromptReader:
         jobs = [job for job in readings if isinstance(job, RequestJob)]
         about_to_join = sum(job.loading is not None or self._soon_read(job) for job in jobs)
         for job in jobs:
-            if job.known is not None and about_to_join < APART:
+            if job.known is not None and (cache := self.store.at_hand(job.known)) is not None:
+                job.cache, job.lent, job.known = cache, True, None
+            elif job.known is not None and about_to_join < APART:
                 job.loading, job.known = self.keeper.open(job.known), None
+                job.loading.add_done_callback(lambda _: self._news())
                 about_to_join += 1
             if job.loading is not None and job.loading.done():
                 self._arrived(job, job.loading)
@@ -93,7 +100,7 @@ class PromptReader:
         return [job for job in there if job.read < job.target]
 
     def _soon_read(self, job: RequestJob) -> bool:
-        return job.cache is not None and job.target - job.read <= self.pace.largest
+        return job.cache is not None and not job.lent and job.target - job.read <= self.pace.largest
 
     def _arrived(self, job: RequestJob, loading: Future[AHNCache]) -> None:
         job.loading = None
@@ -154,6 +161,8 @@ class PromptReader:
         """Logits (n, V) of the last `keep` tokens up to `stop`, of all for 0."""
         if job.cache is None:
             job.cache = copy.deepcopy(self._empty)
+        elif job.lent:
+            job.cache, job.lent = copied(job.cache, self.model.device), False
         tokens = torch.tensor([job.tokens.ids[job.read : stop].tolist()], device=self.model.device)
         options = {"use_cache": True, "logits_to_keep": keep, private.CACHE: job.cache}
         with leaves_fused(self.model) if stop - job.read >= FUSED else contextlib.nullcontext():

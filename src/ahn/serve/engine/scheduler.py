@@ -54,7 +54,7 @@ class Scheduler:
 
     def __init__(self, model: PreTrainedModel, store: StateStore, conversations: int, chunk: int | None) -> None:
         self.model, self.store, self.conversations = model, store, conversations
-        self._changed = threading.Condition()
+        self._changed = threading.Event()
         self._inbox: collections.deque[PromptReading] = collections.deque()
         self.waiting: list[RequestJob] = []
         self.reading: list[PromptReading] = []
@@ -62,7 +62,7 @@ class Scheduler:
         self.batch: Batch | None = None
         self.closing: set[RequestJob] = set()
         self.keeper = Keeper(store, self.put, self._closed)
-        self.prompts = PromptReader(model, store, self.keeper, chunk)
+        self.prompts = PromptReader(model, store, self.keeper, chunk, self.wake)
         self._seen = SeenBlocks()
         self._turns, self.seconds = 0, 1.0
         self._deferring = model.device.type != "cpu"
@@ -74,14 +74,12 @@ class Scheduler:
 
     def put(self, reading: PromptReading) -> None:
         """New work."""
-        with self._changed:
-            self._inbox.append(reading)
-            self._changed.notify_all()
+        self._inbox.append(reading)
+        self._changed.set()
 
     def wake(self) -> None:
         """Something has changed."""
-        with self._changed:
-            self._changed.notify_all()
+        self._changed.set()
 
     def _closed(self, job: RequestJob) -> None:
         self.seconds += 0.1 * (time.monotonic() - job.arrived - self.seconds)
@@ -118,6 +116,7 @@ class Scheduler:
     @torch.no_grad()
     def turn(self) -> None:
         """Take in what has come, read a chunk, take a step; wait if there is nothing to do."""
+        self._changed.clear()
         self._collect()
         self._drop_cancelled()
         self._admit()
@@ -126,9 +125,7 @@ class Scheduler:
         busy |= self._step()
         self._expire()
         if not busy:
-            with self._changed:
-                if not self._inbox:
-                    self._changed.wait(0.02 if self.waiting or self.reading else 0.5)
+            self._changed.wait(0.02 if self.waiting or self.reading else 0.5)
 
     def _collect(self) -> None:
         while self._inbox:
@@ -277,7 +274,7 @@ class Scheduler:
                 continue
             job.take(one.token)
             self.tokens_written += 1
-            if self._deferring and job.finish is None and not job.request.options.stop:
+            if self._deferring and job.finish is None and len(job.new) > 1 and not job.request.options.stop:
                 self._undelivered.append((job, one))
                 continue
             delta = job.delta(one)

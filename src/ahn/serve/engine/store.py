@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache
 from ahn.cache.origin import origin
@@ -94,6 +96,11 @@ class StateStore:
         self._scan()
         with self._lock:
             return self._index.named.get((owner, name))
+
+    def at_hand(self, state: KeptState) -> AHNCache | None:
+        """A state itself, which must not be changed, if it lies where the model is."""
+        cache = state.cache
+        return cache if cache is not None and _device(cache).type == self.model.device.type else None
 
     def open(self, state: KeptState) -> AHNCache:
         """A copy to go on with, from memory or disk; `trim` when there is time.
@@ -355,7 +362,11 @@ def _last_used(state: KeptState) -> float:
 
 
 def place(state: KeptState) -> Literal["device", "memory", "disk"]:
-    if state.cache is None:
+    cache = state.cache
+    if cache is None:
         return "disk"
-    keys = next(iter(state.cache.memory_layers.values())).keys
-    return "memory" if keys.device.type == "cpu" else "device"
+    return "memory" if _device(cache).type == "cpu" else "device"
+
+
+def _device(cache: AHNCache) -> torch.device:
+    return next(iter(cache.memory_layers.values())).keys.device
