@@ -290,7 +290,9 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))
     devices = [device for one in hooks if (device := getattr(one, "execution_device", None)) is not None]
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return torch.device("cpu")  # torch's own quantized modules pack theirs, and compute nowhere else
     return torch.device(devices[0]) if devices and weight.is_meta else weight.device
 
 

@@ -36,3 +36,18 @@ def attached(model: Any) -> Any:
     if getattr(inner, "_ahn", None) is None:
         raise AHNError("This model has no AHN; call ahn.attach(model, ahn.AHNConfig(...)) first.")
     return inner
+
+
+def attention_of(model: PreTrainedModel, index: int) -> Any:
+    """The attention of a layer of an adapted model.
+
+    Raises:
+        AHNError: layers were taken out, copied or moved since.
+    """
+    layers = model.get_decoder().layers
+    if index >= len(layers) or getattr(getattr(layers[index], "ahn", None), "index", None) != index:
+        raise AHNError(
+            "The model's layers are not those that its AHN was attached to: detach it (ahn.detach) before layers are "
+            "taken out, copied or moved, let model.config say what is left, and attach anew."
+        )
+    return layers[index].self_attn

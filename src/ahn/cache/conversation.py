@@ -21,7 +21,7 @@ from ahn.layout.state import give_scores
 from ahn.layout.visibility import Padding, Visibility
 from ahn.layout.waiting import ForwardPart, split
 from ahn.shape import ModelShape
-from ahn.wrappers import attached
+from ahn.wrappers import attached, attention_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +82,7 @@ class AHNCache(Cache):
         text_config = model.config.get_text_config(decoder=True)
         layers: list[Any] = list(DynamicCache(config=text_config).layers)
         for index in ModelShape.from_config(text_config).memory_layers(config.full_attention_layers):
-            module = model.get_decoder().layers[index].self_attn
+            module = attention_of(model, index)
             layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
         cache = cls(config, layers, offloading)
         cache.rows, cache._model = batch_size, ModelOf(model)  # `save` names it; a copy of the cache must not copy it

@@ -103,6 +103,8 @@ class AHNLayer(CacheLayerMixin):
         self.visibility = view = view.on(key_states.device)
         if self.state is None:
             self.lazy_initialization(key_states, value_states)
+        elif (self.keys.dtype, self.values.dtype) != (key_states.dtype, value_states.dtype):
+            self.state = self.state.like(key_states, value_states)  # autocast began or ended, or the model was cast
         self.place_sinks(view.anchor, view.rotation)
         if not view.in_slots:
             self.leave_slots()

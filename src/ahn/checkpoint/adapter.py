@@ -61,6 +61,11 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
             f"The memory's parameters are not what {settings.memory!r} has ({unlike[0][0]}), so their file would not "
             "load: undo what was put on its modules (weight_norm, pruning, …) before it is saved."
         )
+    if packed := [name for name, parameter in parameters.items() if type(parameter.data) is not torch.Tensor]:
+        raise AHNError(
+            f"{packed[0]} is a {type(parameters[packed[0]].data).__name__}, no plain tensor, and would not load: save "
+            "the adapter before the model is quantized, or quantize the base alone."
+        )
     if broken := [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]:
         raise AHNError(f"{broken[0]} holds NaN or infinite values, the memory is unusable and is not saved.")
     occupied = (path / INDEX).exists() or (path / WEIGHTS).exists()

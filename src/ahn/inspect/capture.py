@@ -44,7 +44,13 @@ def record(model: PreTrainedModel) -> Iterator[Trace]:
         if memory.step_rule() is None:
             raise AHNError(f"{memory.name} states no step_rule, so what it adds to its state is not known here.")
         weight = model.get_decoder().layers[index].self_attn.o_proj.weight
-        if weight.dim() != 2 or weight.shape[1] != memory.heads * memory.head_dim or not weight.is_floating_point():
+        plain = isinstance(weight, Tensor) and type(weight.data) is Tensor
+        if (
+            not plain
+            or weight.dim() != 2
+            or weight.shape[1] != memory.heads * memory.head_dim
+            or not weight.is_floating_point()
+        ):
             raise AHNError("The model's o_proj is no plain matrix; load it without quantisation to look into it.")
     trace = Trace()
     with observed(model, _Recorder(trace), first=False):

@@ -140,6 +140,20 @@ class LayerState:
         beside = None if self.beside is None else self.beside.map(change)
         return LayerState(self.window.map(change), tier, _mapped(self.memory, change), sinks, beside)
 
+    def like(self, keys: Tensor, values: Tensor) -> LayerState:
+        """With exact tokens in the dtypes of new ones, whose keys and values may differ under autocast."""
+
+        def change(x: Tensor) -> Tensor:
+            return x.to(keys.dtype)
+
+        window, beside = (
+            None if x is None else dataclasses.replace(x.map(change), values=x.values.to(values.dtype))
+            for x in (self.window, self.beside)
+        )
+        assert window is not None
+        tier = None if self.tier is None else dataclasses.replace(self.tier, gates=_mapped(self.tier.gates, change))
+        return LayerState(window, tier, self.memory, None if self.sinks is None else change(self.sinks), beside)
+
     def tensors(self) -> Tensors:
         """All tensors by the names that they have in a file, the sinks at their own positions."""
         keys = self.window.keys

@@ -56,7 +56,7 @@ class Kept:
             unbiased: see `encode`.
         """
         if self.scales is None or self.offset is None:
-            return Kept(torch.cat([self.numbers, exact], dim=2))
+            return Kept(torch.cat([self.numbers.to(exact.dtype), exact], dim=2))
         mean = blocks.first(exact).to(precise(exact.dtype)).mean(2).float()
         offset = torch.where(blocks.beginning[:, None, None], mean, self.offset)
         bits = 8 * self.numbers.shape[-1] // exact.shape[-1]
@@ -66,7 +66,7 @@ class Kept:
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """(B, Hkv, T, P) of this type."""
         if self.scales is None or self.offset is None:
-            return self.numbers
+            return self.numbers.to(dtype)
         bits = 8 * self.numbers.shape[-1] // self.offset.shape[-1]
         return (decode(self.numbers, self.scales, dtype, bits) + self.offset.unsqueeze(2)).to(dtype)
 

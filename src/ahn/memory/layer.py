@@ -11,11 +11,11 @@ from ahn.ops.step.retained import SeenTokens
 
 
 class AHN(nn.Module):
-    """Holds a layer's memory as `fn`."""
+    """Holds a layer's memory as `fn`, and the layer's index when it was attached."""
 
-    def __init__(self, fn: Memory) -> None:
+    def __init__(self, fn: Memory, index: int) -> None:
         super().__init__()
-        self.fn = fn
+        self.fn, self.index = fn, index
         self.step_state: LayerState | None = None
         """Of the conversation, in a module that captured steps run with (`ahn.decode.twin`)."""
         self.step_seen: SeenTokens | None = None

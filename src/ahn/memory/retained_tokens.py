@@ -247,7 +247,7 @@ class RetainedTokens(Memory):
         stand side by side, (B, Hkv, M [+ G + m] + G + m, P), the codes first.
         """
         held = Kept.of(state, name)
-        exact = torch.cat([state[f"block_{name}s"], new], dim=2)
+        exact = torch.cat([state[f"block_{name}s"].to(new.dtype), new], dim=2)
         all_kept = held.joined(exact, blocks, unbiased=name == "key") if blocks.most or not self._coded else held
         shown = all_kept.decoded(new.dtype)
         if self._coded:

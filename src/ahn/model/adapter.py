@@ -152,6 +152,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     use_kernel(model, adapter.kernel)
     for handle in adapter.handles:
         handle.remove()
+    adapter.handles.clear()
     chunks.unwrap(model)
     _, layers = decoder_layers(model)
     for layer in layers:
@@ -217,7 +218,7 @@ def _add_memory(
     with torch.device(device):
         whole = memory.make(config, shape, index).float()
         fn = _own_heads(whole, config, shape, share, index) if share.parallel else whole
-        layer.ahn = ahn = AHN(fn).train(layer.training)
+        layer.ahn = ahn = AHN(fn, index).train(layer.training)
         router = None
         if config.router and isinstance(fn, memory.RecurrentMemory):
             layer.ahn_router = router = Router(fn.heads).train(layer.training)

@@ -41,8 +41,14 @@ class Wrapped:
         self.model, self.name, self.ours = model, name, ours
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self.model, "_ahn", None) is None:  # detached, inside what somebody put around this meanwhile
+        adapter = getattr(self.model, "_ahn", None)
+        if adapter is None:  # detached, inside what somebody put around this meanwhile
             return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        if not adapter.handles:
+            raise AHNError(
+                "The AHN was taken off through a shallow copy of this model (copy.copy), which has the same modules: "
+                "load the model afresh, or copy with copy.deepcopy."
+            )
         return self.ours(self.model, *args, **kwargs)
 
     @property
@@ -299,10 +305,13 @@ def _check_lengths(mask: Any, positions: Any, seen: int, length: int) -> None:
 
 
 def _not_tokens_alone(model: PreTrainedModel, kwargs: dict[str, Any], length: int) -> bool:
-    """Whether a prompt has images or the like, or positions follow from what the model noted of an earlier one."""
+    """Whether a prompt has images or the like, or what a token does depends on more than the tokens before it: on what
+    the model noted of an earlier prompt, or on how much comes at once."""
     kinds = [x[:, -length:] for name in _KINDS if isinstance(x := kwargs.get(name), Tensor)]
     if model._ahn.makes_masks and any(bool(x.any()) for x in kinds):
         return True
+    if any(getattr(x, "alora_invocation_tokens", None) for x in (getattr(model, "peft_config", None) or {}).values()):
+        return True  # PEFT's aLoRA counts, from the end of what a forward reads, where it begins to act
     others = (x for name, x in kwargs.items() if name not in _OF_TOKENS)
     return hasattr(model.base_model, "rope_deltas") or any(isinstance(x, Tensor | dict | list) for x in others)
 

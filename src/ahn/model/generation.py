@@ -38,6 +38,7 @@ def checked(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNConfig) -
         _check_guesses(model, kwargs, config, before)
         _check_padding(model, kwargs, config, before)
         check_steady(model._ahn.steady, before, _length(model, kwargs, before))
+    _check_healing(model, kwargs)
     kind = _asked(model, kwargs, "cache_implementation")
     if kind not in (None, "dynamic", "hybrid"):
         warnings.warn(
@@ -69,6 +70,16 @@ def _check_guesses(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNCo
         raise AHNError(
             "Guessing tokens ahead (prompt_lookup_num_tokens, assistant_model) beyond window + sinks = "
             f"{config.lossless} tokens takes a prompt without padding. Leave it out: a single row needs none."
+        )
+
+
+def _check_healing(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """transformers makes the prompt's tokens anew, with padding for the token that begins a text."""
+    tokenizer = kwargs.get("tokenizer")
+    known = None not in (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None))
+    if _asked(model, kwargs, "token_healing") and not known:
+        raise AHNError(
+            "token_healing needs tokenizer=, with a bos_token and a pad_token: the prompt is read by it anew."
         )
 
 

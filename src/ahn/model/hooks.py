@@ -148,6 +148,12 @@ class DecoderHook:
                 "memory out of it, set requires_grad of ahn.adapter_parameters(model).values() to train it beside "
                 "PEFT's part, and save it by ahn.save_adapter."
             )
+        if any(callable(getattr(part, "weight", None)) for layer in first_and_last for part in layer.ahn.modules()):
+            raise AHNError(
+                "torch's quantization has replaced projections of the memory, which is small and needs its own "
+                "numbers: quantize the base before ahn.attach or ahn.load_adapter, or name the modules to quantize "
+                "without those below `ahn`."
+            )
         if not any(x.device.type == "meta" for layer in first_and_last for x in layer.ahn.parameters()):
             return
         for layer in layers:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
@@ -51,13 +52,19 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
     """`model.save_pretrained`: base model and AHN in one checkpoint, for `ahn.from_pretrained` and the Auto classes.
 
     Raises:
-        AHNError: a state dict was given that lacks parameters of the AHN, or the directory cannot be written.
+        AHNError: a state dict was given that lacks parameters of the AHN, the base's weights are packed in a way that
+            no file holds, or the directory cannot be written.
     """
     check_folder(expanded(save_directory))  # transformers logs that it is a file, and goes on
     model._ahn.share.check_whole("Saving a model with its memory", "merge base and adapter with ahn merge")
     given = args[1] if len(args) > 1 else kwargs.get("state_dict")
     if given is not None and (absent := [name for name in added_parameters(model) if name not in given]):
         raise AHNError(f"The state dict to save lacks {len(absent)} tensors of the AHN, the first is {absent[0]}.")
+    if packed := [name for name, x in (given or model.state_dict()).items() if not isinstance(x, Tensor)]:
+        raise AHNError(
+            f"{packed[0]} is no tensor: torch's quantization has packed the base's weights, which no checkpoint holds. "
+            "Save the memory alone (ahn.save_adapter), or the model before it is quantized."
+        )
     with _own_configuration(model) as written:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if not written and getattr(model, "_hf_peft_config_loaded", False):
