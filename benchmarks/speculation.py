@@ -287,7 +287,7 @@ def _loaded(
     if options.model in SHAPES:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         base, words = load(options.model, True, device, dtype).model, AutoTokenizer.from_pretrained(tiny.path())
-        return ahn.attach(base, ahn.AHNConfig(memory=options.memory, **reach)), words
+        return ahn.attach(base, ahn.AHNConfig(memory=options.memory, **reach)).to(dtype), words
     path = options.model or str(smollm2.path())
     if options.adapter:
         return ModelSource.open(path, options.adapter, **reach).load_ready(str(device), None)

@@ -111,8 +111,6 @@ def test_layers_share_compiled_code(memory: str, compiled: list[torch.fx.Graph])
         talk.read([count])
     whole = [graph for graph in compiled if any(node.target is torch.ops.ahn.several.default for node in graph.nodes)]
     assert len(whole) == 1, "of one layer for all"
-    products = [node for node in whole[0].nodes if node.target is torch.ops.ahn.product.default]
-    assert len(products) == 4, "as in a step of one token"
     talk.check(TOLERANCE)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.effort import examples
 from support.kernels import DEVICE, INTERPRETED
 
-from ahn.ops.step.product import product, reference
+from ahn.ops.step.product import FEW, partial_products, parts, product, products, reference
 
 # Float32: sums of up to 300 terms in another order.
 FLOAT32 = 1e-5
@@ -24,14 +24,15 @@ def test_the_plain_form_is_a_layers_own_chain() -> None:
     gated = F.silu(F.linear(normed, first, bias)) * F.linear(normed, second) + residual
     found = product(x, [first, second], [bias, None], norm, 1e-5, True, residual)
     assert relative_error(found, gated.flatten()) < FLOAT32
-    several = torch.randn(1, 3, 24)
-    each = torch.stack(
-        [product(several[:, i : i + 1], [first, second], [bias, None], norm, 1e-5, True, residual) for i in range(3)]
-    )
-    found = product(several, [first, second], [bias, None], norm, 1e-5, True, residual.expand(1, 3, 5))
-    assert relative_error(found, each) < FLOAT32
     chained = torch.cat([F.linear(x, first), F.linear(x, second, bias)], -1).flatten()
     assert relative_error(product(x, [first, second], [None, bias], None, 0.0, False, None), chained) < FLOAT32
+
+
+def in_poison(r: torch.Generator, *shape: int) -> torch.Tensor:
+    """Normal numbers inside a larger buffer of NaN, so that a read beyond the end shows."""
+    room = torch.full((shape[0] + 8, *shape[1:]), torch.nan)
+    room[: shape[0]] = torch.randn(*shape, generator=r)
+    return room.to(DEVICE)[: shape[0]]
 
 
 @pytest.mark.usefixtures("triton")
@@ -47,24 +48,49 @@ def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     sizes = [sizes[0]] * 2 if silu else sizes
 
     def made(*shape: int) -> torch.Tensor:
-        """Inside a larger buffer of NaN, so that a read beyond the end shows."""
-        room = torch.full((shape[0] + 8, *shape[1:]), torch.nan)
-        room[: shape[0]] = torch.randn(*shape, generator=r)
-        return room.to(DEVICE)[: shape[0]]
+        return in_poison(r, *shape)
 
     weights = [made(size, K) for size in sizes]
     biases = [made(size) if data.draw(st.booleans()) else None for size in sizes]
     norm = made(K) if data.draw(st.booleans()) else None
     residual = made(sizes[0] if silu else sum(sizes)) if data.draw(st.booleans()) else None
-    vectors = data.draw(st.integers(1, 16))
-    if vectors > 1:
-        residual = None if residual is None else made(vectors, len(residual))
-        arguments = (made(vectors, K), weights, biases, norm, 1e-5, silu, residual)
-        found = product_kernel.products(*arguments, features=data.draw(st.sampled_from([0, 64, 128])))
-        assert relative_error(found.cpu(), reference(*arguments).cpu()) < FLOAT32
-        return
     arguments = (made(K), weights, biases, norm, 1e-5, silu, residual)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(product_kernel, "tile", lambda K, silu: tile)
         found = product_kernel.product(*arguments)
     assert relative_error(found.cpu(), reference(*arguments).cpu()) < FLOAT32
+
+
+def test_several_vectors_are_one_after_another() -> None:
+    x, residual = torch.randn(1, 3, 24), torch.randn(3, 5)
+    weights, biases = [torch.randn(5, 24), torch.randn(5, 24)], [torch.randn(5), None]
+    for silu in (False, True):
+        each = torch.stack([product(x[:, i], weights, biases, None, 0.0, silu, None) for i in range(3)])
+        assert relative_error(products(x, weights, biases, silu), each) < FLOAT32
+    whole = partial_products(x, weights[0]).sum(0) + residual
+    assert relative_error(whole, reference(x, weights[:1], [None], None, 0.0, False, residual)) < FLOAT32
+
+
+@pytest.mark.parametrize(("shape", "count"), [((2048, 2048), 4), ((2048, 11008), 8), ((2, 100), 1), ((22016, 2048), 1)])
+def test_parts_keep_a_gpu_busy(shape: tuple[int, int], count: int) -> None:
+    """Of the two last matrices of a layer of Qwen2.5-3B, for 132 multiprocessors; short and long ones stay whole."""
+    assert parts(torch.empty(shape)) == count
+
+
+@pytest.mark.usefixtures("triton")
+@given(data=st.data())
+@settings(max_examples=examples(4, 25) if INTERPRETED else 10, deadline=None)
+def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) -> None:
+    from ahn.ops.step import products_kernel
+
+    r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    K, silu, vectors = data.draw(st.integers(1, 300)), data.draw(st.booleans()), data.draw(st.integers(1, FEW))
+    sizes = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))
+    sizes = [sizes[0]] * 2 if silu else sizes
+    x, weights = in_poison(r, vectors, K), [in_poison(r, size, K) for size in sizes]
+    biases = [in_poison(r, size) if data.draw(st.booleans()) else None for size in sizes]
+    rounds = data.draw(st.sampled_from([64, 256]))
+    found = products_kernel.products(x, weights, biases, silu, rounds)
+    assert relative_error(found.cpu(), reference(x, weights, biases, None, 0.0, silu, None).cpu()) < FLOAT32
+    found = products_kernel.partial_products(x, weights[0], data.draw(st.integers(1, 5)), rounds).sum(0)
+    assert relative_error(found.cpu(), reference(x, weights[:1], [None], None, 0.0, False, None).cpu()) < FLOAT32

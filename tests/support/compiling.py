@@ -77,13 +77,13 @@ def several_tokens(P: int) -> None:
 
 def several_products(K: int) -> None:
     """What stands around attention in a step of 8 tokens, in half and in full precision."""
-    from ahn.ops.step import product_kernel
+    from ahn.ops.step import products_kernel
 
     for dtype in (torch.bfloat16, torch.float32):
-        x, norm, square, wide = (torch.randn(shape, dtype=dtype) for shape in ((8, K), (K,), (K, K), (K, 4 * K)))
-        product_kernel.products(x, [square, square], [norm, None], norm, 1e-6, False, None)
-        product_kernel.products(x, [square, square], [None, None], norm, 1e-6, True, None)
-        product_kernel.products(wide[:8], [wide], [None], None, 0.0, False, x)
+        x, bias, weight, wide = (torch.randn(shape, dtype=dtype) for shape in ((8, K), (K,), (K, K), (K, 4 * K)))
+        products_kernel.products(x, [weight, weight], [bias, None], False)
+        products_kernel.products(x, [weight, weight], [None, None], True)
+        products_kernel.partial_products(torch.randn(8, 4 * K, dtype=dtype), wide, 4)
 
 
 def main(capability: int, shared_memory: int) -> None:

@@ -1,13 +1,14 @@
-"""Every linear map of a single token, or of a few of one conversation, becomes `ahn.ops.step.product`.
+"""Every linear map of a single token, or of a few tokens or rows, becomes an operator of `ahn.ops.step.product`.
 
-Maps of the same vectors together, with the RMSNorm before them, with `silu(gate) · up` between two of them, and with
-the sum that adds one to the residual stream.
+Maps of the same vectors together, with `silu(gate) · up` between two of them. Of a single vector also with the RMSNorm
+before them and the sum that adds one to the residual stream; of several, torch.compile makes one pass of that sum, of
+the parts in which the map comes, and of the norm after it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -52,32 +53,63 @@ def fuse_products(graph: fx.Graph) -> None:
         if _of_few_vectors(node):
             groups.setdefault(uncast(node.args[0]), []).append(node)
     for linears in groups.values():
-        _replace(graph, linears)
+        replace = _replace if _vectors(linears[0]) == 1 else _replace_several
+        replace(graph, linears, _gated(linears), _added(linears))
 
 
-def _replace(graph: fx.Graph, linears: list[fx.Node]) -> None:
+def _replace(graph: fx.Graph, linears: list[fx.Node], gated: _Gated | None, added: _Added | None) -> None:
     """All linear maps of one vector by one operator, which takes in what it can."""
     root = uncast(linears[0].args[0])  # now, when what came before has been replaced
     norm = find_norm(root) or Norm(root, None, 0.0)
-    gated, added = _gated(linears), _added(linears)
     if gated is not None:
         linears = [gated.gate, gated.up]
     # Where the first of them stands, x is known, and the weights are inputs; a residual may be known later.
     place = linears[0] if added is None else added.node
     with graph.inserting_before(place if gated is None else gated.node):
-        weights, biases = ([argument(x, at, name) for x in linears] for at, name in ((1, "weight"), (2, "bias")))
+        weights, biases = _inputs(linears)
         residual = None if added is None else added.residual
         product = torch.ops.ahn.product.default
         y = graph.call_function(product, (norm.x, weights, biases, norm.weight, norm.eps, gated is not None, residual))
-        whole = gated or added
-        if whole is not None:
-            _stand_in(graph, whole.node, y)
+        _stand_in_for_all(graph, linears, gated or added, y)
+
+
+def _replace_several(graph: fx.Graph, linears: list[fx.Node], gated: _Gated | None, added: _Added | None) -> None:
+    """All linear maps of the same few vectors by one operator."""
+    if gated is not None:
+        linears = [gated.gate, gated.up]
+    x, (weights, biases) = uncast(linears[0].args[0]), _inputs(linears)
+    place = linears[0] if added is None else added.node
+    with graph.inserting_before(place if gated is None else gated.node):
+        if added is None:
+            y = graph.call_function(torch.ops.ahn.products.default, (x, weights, biases, gated is not None))
+            _stand_in_for_all(graph, linears, gated, y)
             return
-        begin = 0
-        for linear in linears:
-            count = value(linear).shape[-1]
-            _stand_in(graph, linear, graph.call_method("narrow", (y, -1, begin, count)))
-            begin += count
+        y = graph.call_function(torch.ops.ahn.partial_products.default, (x, weights[0]))
+        y = graph.call_method("sum", (y, 0))
+        y = y if biases[0] is None else graph.call_function(torch.add, (y, biases[0]))
+        y = graph.call_method("view", (y, tuple(value(added.node).shape)))
+        y = graph.call_function(torch.add, (added.residual, y))
+        y = graph.call_method("to", (y, value(added.node).dtype))
+        y.meta.update(added.node.meta)
+        added.node.replace_all_uses_with(y)
+
+
+def _inputs(linears: list[fx.Node]) -> tuple[list[Any], list[Any]]:
+    """Weights and biases of linear maps."""
+    weights, biases = ([argument(x, at, name) for x in linears] for at, name in ((1, "weight"), (2, "bias")))
+    return weights, biases
+
+
+def _stand_in_for_all(graph: fx.Graph, linears: list[fx.Node], whole: _Gated | _Added | None, y: fx.Node) -> None:
+    """Put y in the place of the node that it is the whole of, or its columns in the places of linear maps."""
+    if whole is not None:
+        _stand_in(graph, whole.node, y)
+        return
+    begin = 0
+    for linear in linears:
+        count = value(linear).shape[-1]
+        _stand_in(graph, linear, graph.call_method("narrow", (y, -1, begin, count)))
+        begin += count
 
 
 def _stand_in(graph: fx.Graph, node: fx.Node, y: fx.Node) -> None:
@@ -87,13 +119,19 @@ def _stand_in(graph: fx.Graph, node: fx.Node, y: fx.Node) -> None:
     node.replace_all_uses_with(new)
 
 
+def _vectors(linear: fx.Node) -> int:
+    return math.prod(value(linear.args[0]).shape[:-1])
+
+
 def _of_few_vectors(node: fx.Node) -> bool:
-    """A linear map of a few tokens of one row, by a matrix that is an input of the graph and in their precision."""
+    """A linear map of a few vectors, by a matrix that is an input of the graph and in their precision.
+
+    In float32 several vectors stay a matrix product: tensor cores have no such precision.
+    """
     if node.target not in private.LINEAR:
         return False
     x, *rest = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
-    *rows, tokens, _ = (1, *value(x).shape)
-    if math.prod(rows) != 1 or tokens > FEW:
+    if _vectors(node) > (FEW if value(x).dtype.itemsize == 2 else 1):
         return False
     parts = [part for part in rest if part is not None]
     return all(is_input(part) and value(part).dtype == value(x).dtype for part in parts)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 FEW = 16
 """Vectors at most: with more of them what each program reads again of these outweighs the weights."""
+_ROWS, _SHORTEST, _MOST_PARTS = 64, 512, 8
 
 
 def reference(
@@ -21,15 +22,14 @@ def reference(
     silu: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """`product` in plain torch, rounded once, at its end."""
+    """`product` in plain torch, of any number of vectors: (M, N), rounded once, at its end."""
     v = x.reshape(-1, weights[0].shape[1]).float()
     if norm is not None:
         v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * norm.float()
     parts = [v @ weight.float().mT for weight in weights]
     parts = [y if bias is None else y + bias.float() for y, bias in zip(parts, biases, strict=True)]
     y = F.silu(parts[0]) * parts[1] if silu else torch.cat(parts, dim=1)
-    y = (y if residual is None else y + residual.reshape(y.shape).float()).to(x.dtype)
-    return y[0] if len(y) == 1 else y
+    return (y if residual is None else y + residual.reshape(y.shape).float()).to(x.dtype)
 
 
 @torch.library.custom_op("ahn::product", mutates_args=())
@@ -42,27 +42,26 @@ def product(
     silu: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """Several linear maps of M vectors, accumulated in float32.
+    """Several linear maps of one vector, accumulated in float32.
 
     Args:
-        x: M · K numbers in any shape, up to `FEW` vectors one after another.
+        x: K numbers in any shape.
         weights: (N_i, K) each, of x's dtype.
         biases: (N_i,) or None, one for each weight.
         norm: (K,) weight of an RMSNorm that x goes through first, or None.
         eps: of that norm.
         silu: there are two maps of one size, and the result is `silu(first) · second`.
-        residual: M · N numbers in any shape that are added to the result, or None.
+        residual: N numbers in any shape that are added to the result, or None.
 
     Returns:
-        (M, N), the maps one after another, or one of them with `silu`; (N,) of a single vector.
+        (N,), the maps one after another, or one of them with `silu`.
     """
     if not x.is_cuda:
-        return reference(x, weights, biases, norm, eps, silu, residual)
+        return reference(x, weights, biases, norm, eps, silu, residual)[0]
     from ahn.ops.step import product_kernel
 
     with torch.cuda.device(x.device):
-        run = product_kernel.product if x.numel() == x.shape[-1] else product_kernel.products
-        return run(x, weights, biases, norm, eps, silu, residual)
+        return product_kernel.product(x, weights, biases, norm, eps, silu, residual)
 
 
 @product.register_fake
@@ -75,6 +74,66 @@ def _(
     silu: bool,
     residual: Tensor | None,
 ) -> Tensor:
+    return x.new_empty(weights[0].shape[0] if silu else sum(weight.shape[0] for weight in weights))
+
+
+@torch.library.custom_op("ahn::products", mutates_args=())
+def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool) -> Tensor:
+    """Several linear maps of M vectors, up to `FEW`, accumulated in float32.
+
+    What stands before and after them (a norm, a residual sum) is left to others: it is work on few numbers, which here
+    every program would do again.
+
+    Args:
+        x: M · K numbers in any shape, one vector after another.
+        weights, biases, silu: as for `product`.
+
+    Returns:
+        (M, N), the maps side by side, or one of them with `silu`.
+    """
+    if not x.is_cuda:
+        return reference(x, weights, biases, None, 0.0, silu, None)
+    from ahn.ops.step import products_kernel
+
+    with torch.cuda.device(x.device):
+        return products_kernel.products(x, weights, biases, silu)
+
+
+@products.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool) -> Tensor:
     count = weights[0].shape[0] if silu else sum(weight.shape[0] for weight in weights)
-    rows = x.numel() // weights[0].shape[1]
-    return x.new_empty(count) if rows == 1 else x.new_empty(rows, count)
+    return x.new_empty(x.numel() // weights[0].shape[1], count)
+
+
+@torch.library.custom_op("ahn::partial_products", mutates_args=())
+def partial_products(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear map of M vectors in S parts of the features, (S, M, N) float32: the result is their sum.
+
+    A matrix with few rows gives too few programs to keep a GPU busy. Whoever adds to the result anyway, as a residual
+    sum and a norm do, adds the parts up in the same pass.
+
+    Args:
+        x: M · K numbers in any shape, one vector after another.
+        weight: (N, K) of x's dtype.
+    """
+    if not x.is_cuda:
+        width = -(-weight.shape[1] // parts(weight))
+        pieces = x.reshape(-1, weight.shape[1]).float().split(width, -1), weight.float().split(width, -1)
+        return torch.stack([v @ w.mT for v, w in zip(*pieces, strict=True)])
+    from ahn.ops.step import products_kernel
+
+    with torch.cuda.device(x.device):
+        return products_kernel.partial_products(x, weight, parts(weight))
+
+
+@partial_products.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    count, features = weight.shape
+    return x.new_empty(parts(weight), x.numel() // features, count, dtype=torch.float32)
+
+
+def parts(weight: Tensor) -> int:
+    """S of `partial_products`: two programs for each multiprocessor, if none then has fewer than 512 features."""
+    processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 132
+    count, features = weight.shape
+    return max(1, min(2 * processors // -(-count // _ROWS), features // _SHORTEST, _MOST_PARTS))
