@@ -91,6 +91,14 @@ def test_a_session_needs_only_what_is_new(served: Any) -> None:
     assert served.service.text.decode(served.engine.replies[-1].request.prompt) == "Who am I?"
 
 
+def test_a_session_keeps_nothing_that_is_not_to_be_stored(served: Any) -> None:
+    first = served.chat("My name is Ada.", session_id="s").json()["choices"][0]["message"]["content"]
+    served.chat("Forget this.", session_id="s", store=False)
+    served.chat("Who am I?", session_id="s", stream=True)
+    prompt = served.service.text.decode(served.engine.replies[-1].request.prompt)
+    assert prompt == f"My name is Ada.{first}\nWho am I?"
+
+
 def test_the_whole_conversation_in_a_session_is_not_added_to_it(served: Any) -> None:
     said = served.chat("One.", session_id="s").json()["choices"][0]["message"]["content"]
     whole = [
@@ -112,8 +120,18 @@ def test_responses_go_on_from_each_other_and_can_be_forked_and_deleted(served: A
     assert served.client.get(f"/v1/responses/{first['id']}").json() == first
     assert served.client.delete(f"/v1/responses/{first['id']}").json()["deleted"]
     assert served.client.get(f"/v1/responses/{first['id']}").status_code == 404
+    streamed = served.client.get(f"/v1/responses/{first['id']}?stream=true")
+    assert streamed.status_code == 400 and streamed.json()["error"]["param"] == "stream"
     gone = served.post("/v1/responses", input="Four?", previous_response_id=first["id"])
     assert gone.status_code == 404 and gone.json()["error"]["param"] == "previous_response_id"
+
+
+def test_what_a_response_said_can_be_sent_back(served: Any) -> None:
+    first = served.post("/v1/responses", input="One.", max_output_tokens=3, top_logprobs=1).json()
+    assert first["output"][0]["content"][0]["logprobs"]
+    again = [{"role": "user", "content": "One."}, *first["output"], {"role": "user", "content": "Two?"}]
+    response = served.post("/v1/responses", input=again, max_output_tokens=3)
+    assert response.status_code == 200, response.text
 
 
 def test_events_of_a_response(served: Any) -> None:

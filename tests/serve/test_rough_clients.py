@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
@@ -66,6 +67,39 @@ def test_a_client_that_sends_no_body_is_told(live_fake: Callable[..., Any]) -> N
     connection.sendall(head("/tokenize", 100) + b"{")
     said = b"".join(iter(lambda: connection.recv(65536), b""))
     assert said.startswith(b"HTTP/1.1 408") and b'"error"' in said
+
+
+def test_headers_without_end_are_refused(live_fake: Callable[..., Any]) -> None:
+    server, _ = live_fake()
+    sent = 0
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection, contextlib.suppress(OSError):
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Long: ")
+        while sent < 50 << 20:
+            connection.sendall(b"a" * (1 << 18))
+            sent += 1 << 18
+            time.sleep(0.01)
+    assert sent < 20 << 20
+
+
+def test_a_client_of_http_1_0(live_fake: Callable[..., Any]) -> None:
+    """Load balancers ask so, without a host; a stream is not in chunks, and ends with the connection."""
+    server, _ = live_fake()
+    assert said(server, b"GET /health HTTP/1.0\r\n\r\n").startswith("HTTP/1.1 200")
+    raw = json.dumps({"prompt": "a b", "max_tokens": 2, "stream": True}).encode()
+    answer = said(server, head("/v1/completions", len(raw)).replace(b"HTTP/1.1", b"HTTP/1.0") + raw)
+    assert "chunked" not in answer and answer.endswith("data: [DONE]\n\n")
+
+
+def said(server: Any, request: bytes) -> str:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+def test_a_connection_is_idle_for_longer_than_clients_keep_it(live_fake: Callable[..., Any]) -> None:
+    """Pools of httpx keep theirs for 5 seconds, nginx for 60: who asks as it is closed gets an error."""
+    server, _ = live_fake()
+    assert server._server.config.timeout_keep_alive > 60
 
 
 @pytest.mark.sample(3)

@@ -169,6 +169,10 @@ def test_where_nothing_is_allowed_is_an_error() -> None:
     assert all("No token" in (chosen[i].error or "") for i in (0, 1)) and chosen[2].error is None
 
 
+def test_seeds_below_zero_are_their_own() -> None:
+    assert len({chooser(temperature=1.0, seed=seed).draw() for seed in (-2, -1, 0, 1, 2)}) == 5
+
+
 def test_options_are_not_changed() -> None:
     options = SamplingOptions(logit_bias={1: 2.0})
     before = dataclasses.replace(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -185,6 +186,8 @@ def _directory(path: Path | None) -> Path | None:
     directory = expanded(path)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):  # it may be read-only
+            pass
     except OSError as error:
         raise AHNError(f"Conversations cannot be kept in {directory}: {error.strerror}.") from error
     if os.name == "posix" and directory.stat().st_mode & 0o077:  # it was there before; several users may share it

@@ -25,6 +25,12 @@ STOP = 20.0
 CLOSE = 5.0
 """Seconds that clients then have to take it, and the engine for what it is in the middle of."""
 
+IDLE = 75
+"""Seconds that a connection may be idle: longer than clients and proxies keep theirs (5 and 60), or some of them would
+ask just as it is closed."""
+PROTOCOL: dict[str, Any] = {"http": "h11", "ws": "none"}
+"""Of uvicorn, whatever is installed: httptools takes headers of any size, and answers HTTP/1.0 in chunks."""
+
 
 def make_app(service: Service) -> FastAPI:
     """The app for a service whose engine was started; when the app ends, engine and messages are closed.
@@ -66,8 +72,8 @@ class StoppingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, stop: float = STOP, **options: Any) -> None:
-        patience = math.ceil(stop + CLOSE)
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=patience, ws="none", **options))
+        options |= {"timeout_graceful_shutdown": math.ceil(stop + CLOSE), "timeout_keep_alive": IDLE}
+        super().__init__(uvicorn.Config(app, **PROTOCOL, **options))
         self._close = functools.partial(app.state.close, stop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -118,7 +118,7 @@ class Chatting:
         yield DONE
 
     async def _keep(self) -> None:
-        if self.turn.session is not None:  # a session's request has one reply
+        if self.turn.session is not None and self.fields.store:  # a session's request has one reply
             await self.turn.keep(self.service, self.running.written[0].text, turn_name())
 
     def _event(self, n: int, delta: Delta) -> str:

@@ -42,6 +42,7 @@ class TextPart(KnownFields):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
+    logprobs: list[Any] = []  # of a reply that is sent back
 
 
 def _joined(content: Any) -> Any:

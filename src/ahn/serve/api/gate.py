@@ -65,7 +65,7 @@ class RequestGate:
 
     def _refused(self, scope: Scope, headers: Headers) -> APIProblem | None:
         """Why a request may not pass; decided before anything of its body is read."""
-        if self.settings.local and _host(headers.get("host", "")) not in LOOPBACK:
+        if self.settings.local and "host" in headers and _host(headers["host"]) not in LOOPBACK:  # browsers send it
             return APIProblem(403, "This server answers only to names of this machine.", code="host_not_allowed")
         if scope["path"] not in OPEN and self.settings.owner(_key(headers)) is None:
             said = "A key is needed: Authorization: Bearer KEY."

@@ -36,8 +36,11 @@ def router(service: Service) -> APIRouter:
         return answer(await unless_gone(request, responding.whole()))
 
     @routes.get("/{response_id}")
-    async def get_response(response_id: str, request: Request) -> Response:
+    async def get_response(response_id: str, request: Request, stream: bool = False) -> Response:
         """A response that was kept."""
+        if stream:
+            said = "stream: what is finished is not streamed again."
+            raise APIProblem(400, said, "stream", "unsupported_parameter")
         shown = await asyncio.to_thread(service.store.shown, request.state.owner, response_id)
         if shown is None:
             raise _unknown(response_id)

@@ -48,7 +48,8 @@ class Chooser:
         self, options: SamplingOptions, prompt: NDArray[np.integer[Any]], reply: list[int], device: torch.device
     ) -> None:
         self.options, self.prompt, self.reply, self.device = options, prompt, reply, device
-        self._random = random.Random(options.seed)  # None: from the system
+        # None: from the system. Python would take -1 and 1 for the same.
+        self._random = random.Random(None if options.seed is None else options.seed % (1 << 64))
         self._present: Tensor | None = None
         self._counts: Tensor | None = None
         self._noted = 0

@@ -12,7 +12,7 @@ from typing import Any, cast
 import ray
 import uvicorn
 
-from ahn.serve.api.app import CLOSE, make_app
+from ahn.serve.api.app import CLOSE, PROTOCOL, make_app
 from ahn.serve.api.building import bound
 from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.service import Service
@@ -50,8 +50,8 @@ class Replica:
         self._address: tuple[str, int] = place.getsockname()[:2]
         app = FrontAlone(make_app(self._service), secret)
         # Without its lifespan: the front's ends everything.
-        options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_level": "warning", "server_header": False}
-        self._server = uvicorn.Server(uvicorn.Config(app, **options))
+        options: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "server_header": False}
+        self._server = uvicorn.Server(uvicorn.Config(app, **PROTOCOL, **options))
         threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True).start()
 
     def address(self) -> tuple[str, int]:
