@@ -186,7 +186,7 @@ class Study:
         return row | {"length": o.length}
 
     def _found(self, method: Method, name: str, most: int) -> Result:
-        # One score for all layers is read for in chunks of a window: one chat alone would leave a GPU waiting.
+        # Where one score is for all layers a text is read in chunks of a window: one chat alone leaves a GPU waiting.
         batch = self.options.batch if method.config and method.config.score_layer is not None else 1
         right, size = reading.recalled(self.model, reading.read_chats(self.tokenizer, self._file(name), most), batch)
         return {f"{name}_right": sum(right), f"{name}_asked": len(right), f"{name}_found": right, "cache_bytes": size}

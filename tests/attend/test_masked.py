@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden import relative_error
 
-from ahn.attend import masked
+from ahn.attend import masked, merge
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -22,7 +22,7 @@ def test_it_is_torchs_attention(
     visible = torch.rand(*shape, 13, 11) < 0.4
     visible[:, :, 3] = False
     visible[..., :first] = True
-    found = masked.part(query, key, value, visible[..., first:], 0.7)
+    found = merge.joined(masked.parts(query, key, value, visible[..., first:], 0.7))
     exact = [x.double().repeat_interleave(2, 1) for x in (key, value)]
     seen = visible.expand(2, 3, -1, -1).repeat_interleave(2, 1)
     scores = (query.double() @ exact[0].mT * 0.7).masked_fill(~seen, -torch.inf)
@@ -39,7 +39,7 @@ def test_it_is_torchs_attention(
 @pytest.mark.parametrize("first", [0, 4])
 def test_no_key_to_choose_from(first: int) -> None:
     query, key = torch.randn(2, 6, 5, 8), torch.randn(2, 3, first, 8)
-    found = masked.part(query, key, key, torch.ones(1, 1, 5, 0, dtype=torch.bool), 0.7)
+    found = merge.joined(masked.parts(query, key, key, torch.ones(1, 1, 5, 0, dtype=torch.bool), 0.7))
     if first:
         repeated = key.repeat_interleave(2, 1)
         wanted = torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated, scale=0.7)

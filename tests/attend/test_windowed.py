@@ -45,7 +45,8 @@ def test_parts_of_other_keys_are_joined_to_every_block(monkeypatch: pytest.Monke
     masks = [torch.rand(1, 2, 40, 7) < 0.5, torch.rand(2, 2, 40, 7) < 0.5]
     masks[1][:, :, :20] = False
     monkeypatch.setattr(masked, "QUERIES", 16)
-    parts = [masked.part(query, *pair, seen, 0.3) for pair, seen in zip((others[:2], others[2:]), masks, strict=True)]
+    pairs = zip((others[:2], others[2:]), masks, strict=True)
+    parts = [part for pair, seen in pairs for part in masked.parts(query, *pair, seen, 0.3)]
     found = windowed.attend(query, keys, values, view, 0.3, [], parts)
     mask = torch.cat([x.expand(2, 2, -1, -1) for x in (view.mask, *masks)], 3).repeat_interleave(2, 1)
     both = (keys, *others[::2]), (values, *others[1::2])

@@ -250,7 +250,7 @@ def test_bands_read_later_chunks(form: tuple[int, int, bool], quantized: int, mo
     def refused(*arguments: object) -> None:
         raise AssertionError("a dense mask")
 
-    monkeypatch.setattr("ahn.model.route._with_more_keys", refused)
+    monkeypatch.setattr("ahn.model.more_keys.with_more_keys", refused)
     read(model, ids[:, 11:], [4, 17, 1, 1, 15], cache)
     with pytest.raises(AssertionError, match="a dense mask"):  # a tier that one step would not fill
         fresh = ahn.AHNCache.for_model(model)

@@ -47,6 +47,26 @@ def test_whole_chunks_steps_and_padded_agree(form: str) -> None:
     assert (read(model, padded, [30, 35], mask)[0][:, 5:] - whole).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("first", [None, FIRST])
+@torch.no_grad()
+def test_a_padded_chunk_is_read_at_once_wherever_far_tokens_move(first: int | None) -> None:
+    """Each row sees its far tokens move every 16 tokens, at a column of its own; a chunk has 9 of them, or 16."""
+    config = ahn.AHNConfig("retained", **SHAPE, max_distance=256, score_layer=first)
+    model = awaken(ahn.attach(base(num_hidden_layers=2), config)).double()
+    rows = [tokens(1, length, seed)[0] for seed, length in enumerate((120, 113, 107))]
+    alone = [read(model, row[None], [len(row)])[0][0] for row in rows]
+    mask = torch.stack([torch.arange(120) >= 120 - len(row) for row in rows]).long()
+    ids = torch.stack([torch.nn.functional.pad(row, (120 - len(row), 0)) for row in rows])
+    forwards: list[int] = []
+    handle = model.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    together, _ = read(model, ids, [120], mask)
+    handle.remove()
+    for row, found in zip(alone, together, strict=True):
+        assert (found[-len(row) :] - row).abs().max() < 1e-4 * row.abs().max()
+    size = 16 if first is None else 9
+    assert len(forwards) == -(-11 // size) + -(-(120 - 11) // size)
+
+
 @torch.no_grad()
 def test_all_heads_of_all_layers_keep_the_same_tokens() -> None:
     model, ids = scored(), tokens(2, 90)

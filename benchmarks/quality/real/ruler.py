@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ahn.evaluation.prompt import encode
 from ahn.evaluation.task import Sample
 from ahn.evaluation.tasks import tasks
 from ahn.files import write_text
+from ahn.measure.reading import new_cache
 
 AT_ONCE = 34
 """Prompts that are read, and answers that are written, at the same time: a third of a hundred."""
@@ -55,10 +57,21 @@ def scores(model: PreTrainedModel, tokenizer: Any, file: Path, most: int | None 
 
 
 def _replies(model: PreTrainedModel, tokenizer: Any, asked: list[dict[str, Any]]) -> list[str]:
-    """Greedy replies to prompts of one task, which are of about one length: padding costs little."""
-    prompts = {"input_ids": [one["ids"] for one in asked]}
-    padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    """Greedy replies to prompts of one task, which are of about one length.
+
+    As much as all of them have is read without padding, which is faster; what is left of each comes behind padding.
+    """
+    common = min(len(one["ids"]) for one in asked) - 1
+    first = torch.tensor([one["ids"][:common] for one in asked], device=model.device)
+    rest = {"input_ids": [one["ids"][common:] for one in asked]}
+    padded = tokenizer.pad(rest, padding_side="left", return_tensors="pt").to(model.device)
+    cache = new_cache(model, len(asked))
+    if common:
+        model(first, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    ids, mask = padded["input_ids"], F.pad(padded["attention_mask"], (common, 0), value=1)
     most = max(one["new_tokens"] for one in asked)
-    said = model.generate(**padded, max_new_tokens=most, do_sample=False)
-    texts: list[str] = tokenizer.batch_decode(said[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+    said = model.generate(
+        torch.cat([first, ids], dim=1), attention_mask=mask, past_key_values=cache, max_new_tokens=most, do_sample=False
+    )
+    texts: list[str] = tokenizer.batch_decode(said[:, common + ids.shape[1] :], skip_special_tokens=True)
     return texts

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn import private
-from ahn.attend import merge
+from ahn.attend import windowed
 from ahn.attend.merge import Part
 
 QUERIES = 1024
@@ -17,8 +17,8 @@ UNSEEN = -1e30
 NaN."""
 
 
-def part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
-    """Attention of n queries over C keys, without gradients.
+def parts(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> list[Part]:
+    """Attention of n queries over C keys, without gradients: over those that all see apart, where a kernel does them.
 
     Args:
         query: (B, Hq, n, P); key, value: (B, Hkv, C, P) with Hq a multiple of Hkv.
@@ -26,13 +26,13 @@ def part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: fl
         scaling: of the scores.
     """
     first = key.shape[2] - visible.shape[-1]
-    if first and query.device.type == "cpu":
-        certain = _on_cpu(query, key[:, :, :first], value[:, :, :first], None, scaling)
-        return merge.joined([certain, part(query, key[:, :, first:], value[:, :, first:], visible, scaling)])
+    certain = []
+    if first and (query.device.type == "cpu" or windowed.supported(query)):
+        certain = [_certain(query, key[:, :, :first], value[:, :, :first], scaling)]
+        key, value = key[:, :, first:], value[:, :, first:]
     visible = of_all_keys(visible, key.shape[2])
     pairs = zip(query.split(QUERIES, dim=2), visible.split(QUERIES, dim=2), strict=True)
-    parts = [_part(some, key, value, seen, scaling) for some, seen in pairs]
-    return parts[0] if len(parts) == 1 else joined(parts)
+    return [*certain, joined([_part(some, key, value, seen, scaling) for some, seen in pairs])]
 
 
 def of_all_keys(visible: Tensor, count: int) -> Tensor:
@@ -42,7 +42,15 @@ def of_all_keys(visible: Tensor, count: int) -> Tensor:
 
 def joined(parts: list[Part]) -> Part:
     """Parts of queries that follow each other."""
+    if len(parts) == 1:
+        return parts[0]
     return Part(torch.cat([part.out for part in parts], dim=2), torch.cat([part.score for part in parts], dim=2))
+
+
+def _certain(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Part:
+    if query.device.type == "cpu":
+        return _on_cpu(query, key, value, None, scaling)
+    return Part(*private.flash_attention(query, key, value, False, scaling))
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:

@@ -92,6 +92,11 @@ class TokenBlocks:
         real = self.numbers >= self.before[:, None]
         return torch.where(real, self.numbers + self.view.sinks, -1)
 
+    @cached_property
+    def turned(self) -> Tensor:
+        """`positions` of which angles are known, padding's too: one tensor for all layers."""
+        return self.positions.clamp_min(0)
+
     def _places(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """Of the tokens of each row's block (B,) of that number: their numbers and places, (B, G)."""
         numbers = block[:, None] * self.block + torch.arange(self.block, device=block.device)
@@ -246,6 +251,13 @@ class TokenBlocks:
     def beginning(self) -> Tensor:
         """(B,) rows whose first block is filled in this forward."""
         return (self.before < self.block) & (self.later >= self.block)
+
+    @cached_property
+    def begins(self) -> bool:
+        """Whether there is such a row; without padding no GPU is waited for."""
+        if self.view.padded:
+            return bool(self.beginning.any())
+        return self._full(self.view.seen) == 0 < self._full(self.view.total)
 
     @cached_property
     def _first(self) -> Tensor:

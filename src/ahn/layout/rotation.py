@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -130,8 +130,9 @@ class Anchored:
     Attributes:
         rotation: of the base model.
         anchors: (B or 1, n) of each query: a key before it is seen there.
-        spans: the queries, first and beyond the last, between two moves of an anchor, in order. A text that is read in
-            chunks has one (`ahn.model.chunks`).
+        spans: the queries, first and beyond the last, of one piece after the other: without padding those between two
+            moves of an anchor, with it as many as one step of an anchor, in which that of no row moves twice.
+        step: by how far an anchor moves in padded rows, each at a query of its own; 0 without padding.
         places: first and beyond the last of the positions at which keys are seen; None where they may be many, or
             each row has its own.
     """
@@ -139,6 +140,7 @@ class Anchored:
     rotation: Rotation
     anchors: Tensor
     spans: tuple[tuple[int, int], ...]
+    step: int = 0
     places: tuple[int, int] | None = None
 
     @classmethod
@@ -153,23 +155,32 @@ class Anchored:
         reach = near_reach(view.reach, view.lossless)
         # Padding has no position: it goes with the first token of its row.
         found = anchors(view.query_positions.maximum(view.lengths_before[:, None]), reach)
-        if view.padded and view.length > 1:
-            moves = ((found[:, 1:] != found[:, :-1]).any(0).nonzero()[:, 0] + 1).tolist()
-        else:
-            moves = [position - view.seen for position in anchor_moves(view.seen, view.total - 1, reach)]
-        places = None if view.padded else (anchor_at(view.seen, reach), view.total)
-        return cls(view.rotation, found, tuple(itertools.pairwise([0, *moves, view.length])), places)
+        if view.padded:
+            step = anchor_step(reach)
+            return cls(view.rotation, found, tuple(_pairs(range(0, view.length, step), view.length)), step)
+        moves = [position - view.seen for position in anchor_moves(view.seen, view.total - 1, reach)]
+        places = anchor_at(view.seen, reach), view.total
+        return cls(view.rotation, found, tuple(_pairs([0, *moves], view.length)), places=places)
 
-    def turn(self, keys: Tensor, positions: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
-        """Keys from before RoPE to where some of the queries see them.
+    def phases(self, first: int, last: int) -> list[AnchorPhase]:
+        """The anchors of these queries, one of `spans`. Where rows are padded a GPU is waited for."""
+        begun = self.anchors[:, first]
+        if not self.step:
+            return [AnchorPhase(begun)]
+        moved = (self.anchors[:, first:last] - begun[:, None]) // self.step
+        if not (most := int(moved.max())):
+            return [AnchorPhase(begun)]
+        return [AnchorPhase(begun + number * self.step, moved == number) for number in range(most + 1)]
 
-        Args:
-            keys: (B, Hkv, T, P) of tokens at positions (B, Hkv, T).
-            parts: a query, and how many of the keys are seen as it sees them, of one part of the keys after the other.
-        """
-        queries, counts = zip(*parts, strict=True)
-        seen = [self.anchors[:, query, None].expand(-1, count) for query, count in zip(queries, counts, strict=True)]
-        return self.rotation.turn(keys, positions.maximum(torch.cat(seen, dim=1)[:, None]), table=self._table(keys))
+    def turn(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys (B, Hkv, T, P) from before RoPE to positions (B, Hkv, T), or (B, T), in all layers the same tensor."""
+        if positions.dim() == 2:
+            return self.rotation.turn(keys, positions, self._known)
+        return self.rotation.turn(keys, positions, table=self._table(keys))
+
+    def undo(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys (B, Hkv, m, P) at positions (B or 1, m), in all layers the same tensor, to before RoPE."""
+        return self.rotation.undo(keys, positions, self._known)
 
     def _table(self, keys: Tensor) -> Angles | None:
         """For all layers."""
@@ -183,5 +194,27 @@ class Anchored:
         return self._tables[precise]
 
     @cached_property
+    def _known(self) -> Known:
+        return {}
+
+    @cached_property
     def _tables(self) -> dict[torch.dtype, Angles]:
         return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorPhase:
+    """Queries between two moves of their row's anchor.
+
+    Attributes:
+        anchor: (B or 1,).
+        queries: (B, n) which of a piece's they are; None for all.
+    """
+
+    anchor: Tensor
+    queries: Tensor | None = None
+
+
+def _pairs(starts: Iterable[int], stop: int) -> Iterator[tuple[int, int]]:
+    """First and beyond the last of what begins at each start and ends where the next begins."""
+    return itertools.pairwise([*starts, stop])

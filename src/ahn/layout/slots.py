@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from ahn.layout.copies import take
 
 
 def gather(x: Tensor, slots: Tensor) -> Tensor:
@@ -16,11 +19,33 @@ def gather(x: Tensor, slots: Tensor) -> Tensor:
     return x.transpose(1, 2)[rows, slots].transpose(1, 2)
 
 
-def gather_per_head(x: Tensor, slots: Tensor) -> Tensor:
-    """x (B, H, T, P) at slots (B, H, U) of each head: (B, H, U, P); vectors are copied whole, not number by number."""
-    B, H, T, P = x.shape
-    heads = torch.arange(B * H, device=x.device).view(B, H, 1)
-    return x.reshape(-1, P).index_select(0, (slots + T * heads).flatten()).view(B, H, -1, P)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picked:
+    """Tokens that are taken out of several tensors, each with as many tokens.
+
+    Attributes:
+        places: (B, H or 1, U) of each head, or of all heads of a row.
+    """
+
+    places: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, H, T, ...) at the places: (B, H, U, ...); vectors are copied whole, not number by number."""
+        B, H, T = x.shape[:3]
+        if x.dim() == 3:
+            return x.gather(2, self.places.expand(-1, H, -1))
+        return take(x.reshape(1, 1, B * H * T, -1), self._rows(H, T)).view(B, H, -1, x.shape[3])
+
+    def _rows(self, heads: int, tokens: int) -> Tensor:
+        """(B · H · U,) the places where heads and rows lie one behind the other."""
+        if (heads, tokens) not in self._known:
+            first = torch.arange(0, len(self.places) * heads * tokens, tokens, device=self.places.device)
+            self._known[heads, tokens] = (self.places + first.view(-1, heads, 1)).flatten()
+        return self._known[heads, tokens]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], Tensor]:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ahn.layout.blocks import TokenBlocks
-from ahn.layout.slots import gather_per_head
+from ahn.layout.slots import Picked
 from ahn.ops.quantize import code_bytes, decode, encode, precise
 from ahn.shape import EXACT
 
@@ -57,8 +57,10 @@ class Kept:
         """
         if self.scales is None or self.offset is None:
             return Kept(torch.cat([self.numbers.to(exact.dtype), exact], dim=2))
-        mean = blocks.first(exact).to(precise(exact.dtype)).mean(2).float()
-        offset = torch.where(blocks.beginning[:, None, None], mean, self.offset)
+        offset = self.offset
+        if blocks.begins:
+            mean = blocks.first(exact).to(precise(exact.dtype)).mean(2).float()
+            offset = torch.where(blocks.beginning[:, None, None], mean, offset)
         bits = 8 * self.numbers.shape[-1] // exact.shape[-1]
         codes, scales = encode(exact.to(precise(exact.dtype)) - offset.unsqueeze(2), unbiased, bits)
         return Kept(torch.cat([self.numbers, codes], dim=2), torch.cat([self.scales, scales], dim=2), offset)
@@ -70,7 +72,7 @@ class Kept:
         bits = 8 * self.numbers.shape[-1] // self.offset.shape[-1]
         return (decode(self.numbers, self.scales, dtype, bits) + self.offset.unsqueeze(2)).to(dtype)
 
-    def take(self, places: Tensor) -> Kept:
-        """Of the tokens at places (B, Hkv, M)."""
-        scales = None if self.scales is None else self.scales.gather(2, places)
-        return Kept(gather_per_head(self.numbers, places), scales, self.offset)
+    def take(self, picked: Picked) -> Kept:
+        """Of some of the tokens."""
+        scales = None if self.scales is None else picked.of(self.scales)
+        return Kept(picked.of(self.numbers), scales, self.offset)

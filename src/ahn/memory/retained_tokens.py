@@ -29,6 +29,7 @@ none of that.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from ahn.errors import AHNError
 from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
 from ahn.layout.evicted import Evicted
-from ahn.layout.slots import gather_per_head
+from ahn.layout.slots import Picked
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
 from ahn.shape import EXACT
@@ -65,6 +66,41 @@ class Scorer(nn.Module):
         """In the scorer's own precision."""
         x = x.to(self.direct.weight.dtype)
         return (self.direct(x) + self.outer(nn.functional.silu(self.inner(x)))).transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShownPiece:
+    """Some queries of a forward, and the tokens that they may see.
+
+    Attributes:
+        text: the queries.
+        places: (B, h, U) of the tokens; h is 1 where all heads see the same.
+        at: (B, h, U) the positions at which they are seen.
+        visible: (B, h, n, C') as in `SeenKeys`.
+    """
+
+    text: TextPiece
+    places: Tensor
+    at: Tensor
+    visible: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """What becomes of the tokens in a forward.
+
+    Attributes:
+        stay: those that are kept afterwards.
+        after: the state's `scores` and `positions` afterwards.
+        seen: those of all pieces, one behind the other.
+        at: (B, h, U) the positions at which these are seen, (B, U) where one score is for all heads.
+    """
+
+    stay: Picked
+    after: dict[str, Tensor]
+    seen: Picked
+    at: Tensor
+    pieces: list[ShownPiece]
 
 
 class RetainedTokens(Memory):
@@ -191,43 +227,71 @@ class RetainedTokens(Memory):
         gates = {name: self._own(gate) for name, gate in left.gates.items()}
         left = Evicted(self._own(left.key), self._own(left.value), gates)
         blocks = TokenBlocks.of(view, left.key.shape[0], self.kept, self.block, self.passage)
-        fates, stay, after = self._decided(blocks, state, left.gates["score"])
-        key = left.key if anchored is None else anchored.rotation.undo(left.key, blocks.positions.clamp_min(0))
-        keys, later_keys = self._tokens("key", key, blocks, state, stay)
-        values, later_values = self._tokens("value", left.value, blocks, state, stay)
-        pieces = self._seen(blocks, fates, keys, values, anchored)
-        return MemoryKeys(pieces, after | later_keys | later_values)
+        choice = self._choice(blocks, state, left.gates["score"], anchored)
+        key = left.key if anchored is None else anchored.undo(left.key, blocks.turned)
+        keys, later_keys = self._tokens("key", key, blocks, state, choice.stay)
+        values, later_values = self._tokens("value", left.value, blocks, state, choice.stay)
+        after = choice.after
+        if self.scores != "own":  # each layer writes its own in place
+            after = {name: x.repeat(1, len(self.slot_heads), 1) for name, x in after.items()}
+        return MemoryKeys(self._seen(choice, keys, values, anchored), after | later_keys | later_values)
+
+    def _choice(
+        self, blocks: TokenBlocks, state: dict[str, Tensor], score: Tensor, anchored: Anchored | None
+    ) -> Choice:
+        """Who stays and who is seen: each layer's own, or, where one scores for all heads, the first's once a forward.
+
+        Layers that do not turn keys see the same tokens, none of them elsewhere.
+        """
+        if self.scores == "own":
+            return self._chosen_by(blocks, state, score, anchored)
+        shared, key = blocks.view.shared, (RetainedTokens, len(score), anchored is None)
+        if key not in shared:
+            first = {name: state[name][:, :1] for name in ("scores", "positions")}
+            shared[key] = self._chosen_by(blocks, first, score[:, :1], anchored)
+        found: Choice = shared[key]
+        return found
 
     @torch.no_grad()
-    def _decided(
-        self, blocks: TokenBlocks, state: dict[str, Tensor], score: Tensor
-    ) -> tuple[Fates, Tensor, dict[str, Tensor]]:
-        """What becomes of all tokens, the places of those that stay, and scores and positions afterwards.
+    def _chosen_by(
+        self, blocks: TokenBlocks, state: dict[str, Tensor], score: Tensor, anchored: Anchored | None
+    ) -> Choice:
+        """By the scores (B, h, m) of those that leave and those in the state, of all heads or of one for all."""
+        new = blocks.positions[:, None].expand(-1, score.shape[1], -1)
+        scores, positions = (
+            torch.cat([state[name], x.to(state[name].dtype)], dim=2)
+            for name, x in (("scores", score), ("positions", new))
+        )
+        scores = blocks.by_passage(scores)
+        fates = blocks.fates(scores, positions)
+        stay = blocks.staying(fates, blocks.most)
+        after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
+        behind = self.block + blocks.view.evicted if self._coded and blocks.most else 0
+        spans = ((0, blocks.view.length),) if anchored is None else anchored.spans
+        pieces = [self._piece(blocks, fates, piece, behind, anchored) for piece in blocks.pieces(spans)]
+        places, at = (torch.cat(x, dim=2) for x in zip(*((piece.places, piece.at) for piece in pieces), strict=True))
+        return Choice(Picked(stay), after, Picked(places), at if self.scores == "own" else at[:, 0], pieces)
 
-        Where one layer scores for all heads it is worked out for the first of them, once a forward.
+    def _piece(
+        self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, behind: int, anchored: Anchored | None
+    ) -> ShownPiece:
+        """What some of the queries see.
+
+        Args:
+            behind: how far exact tokens are behind their codes in `_tokens`.
         """
-        heads, shared = score.shape[1], blocks.view.shared
-        one, key = self.scores != "own", (RetainedTokens, len(score))
-        if one and key in shared:
-            fates, stay, after = shared[key]
-        else:
-            asked = slice(0, 1) if one else slice(None)
-            new = blocks.positions[:, None].expand(-1, 1 if one else heads, -1)
-            scores, positions = (
-                torch.cat([held[:, asked], x.to(held.dtype)], dim=2)
-                for held, x in ((state["scores"], score[:, asked]), (state["positions"], new))
-            )
-            scores = blocks.by_passage(scores)
-            fates = blocks.fates(scores, positions)
-            stay = blocks.staying(fates, blocks.most)
-            after = {"scores": blocks.after(scores, stay, 0), "positions": blocks.after(positions, stay, -1)}
-            if one:
-                shared[key] = fates, stay, after
-        if one:
-            fates = Fates(*(x.expand(-1, heads, -1) for x in (fates.positions, fates.forgotten)))
-            stay = stay.expand(-1, heads, -1)
-            after = {name: x.repeat(1, heads, 1) for name, x in after.items()}  # each layer writes its own in place
-        return fates, stay, after
+        places = self._places(blocks, fates, piece, behind)
+        own = torch.where(places < blocks.slots + blocks.view.evicted, places, places - behind) if behind else places
+        positions, forgotten = fates.positions.gather(2, own), fates.forgotten.gather(2, own)
+        visible = self._visible(piece, positions, forgotten)
+        if anchored is None:
+            return ShownPiece(piece, places, positions, visible)
+        phases = anchored.phases(piece.first, piece.last)
+        at = [positions.clamp_min(0).maximum(phase.anchor[:, None, None]) for phase in phases]
+        if len(phases) > 1:  # the same tokens as often, each time for other queries
+            own_phase = [phase.queries[:, None, :, None] for phase in phases if phase.queries is not None]
+            visible = torch.cat([visible & queries for queries in own_phase], dim=3)
+        return ShownPiece(piece, places.repeat(1, 1, len(phases)), torch.cat(at, dim=2), visible)
 
     def _own(self, x: Tensor) -> Tensor:
         """Of x (B, Hkv, m, ...) for all key heads that of those which keep tokens."""
@@ -239,7 +303,7 @@ class RetainedTokens(Memory):
         return self.bits != (EXACT, EXACT)
 
     def _tokens(
-        self, name: str, new: Tensor, blocks: TokenBlocks, state: dict[str, Tensor], stay: Tensor
+        self, name: str, new: Tensor, blocks: TokenBlocks, state: dict[str, Tensor], stay: Picked
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Keys or values in all places, and as they are kept afterwards.
 
@@ -255,29 +319,19 @@ class RetainedTokens(Memory):
         later = all_kept.take(stay) if blocks.most else held
         return shown, later.tensors(name) | {f"block_{name}s": blocks.block_after(exact)}
 
-    def _seen(
-        self, blocks: TokenBlocks, fates: Fates, keys: Tensor, values: Tensor, anchored: Anchored | None
-    ) -> list[SeenKeys]:
+    def _seen(self, choice: Choice, keys: Tensor, values: Tensor, anchored: Anchored | None) -> list[SeenKeys]:
         """What each piece of the queries sees, of keys and values that `_tokens` gave."""
-        pieces = blocks.pieces(((0, blocks.view.length),) if anchored is None else anchored.spans)
-        exact = keys.shape[2] - fates.positions.shape[2]  # how far exact tokens are behind their codes
-        chosen = [self._places(blocks, fates, piece, exact) for piece in pieces]
-        sizes, places = [x.shape[2] for x in chosen], torch.cat(chosen, dim=2)
-        at = torch.where(places < blocks.slots + blocks.view.evicted, places, places - exact) if exact else places
-        positions = fates.positions.gather(2, at)
-        keys, values = gather_per_head(keys, places), gather_per_head(values, places)
+        keys, values = choice.seen.of(keys), choice.seen.of(values)
         if anchored is not None:
-            parts = [(piece.first, size) for piece, size in zip(pieces, sizes, strict=True)]
-            keys = anchored.turn(keys, positions.clamp_min(0), parts)
-        forgotten = fates.forgotten.gather(2, at)
-        split = zip(pieces, *(x.split(sizes, dim=2) for x in (keys, values, positions, forgotten)), strict=True)
-        heads = self.chosen(keys.device)
-        return [SeenKeys(p.first, p.last, k, v, self._visible(p, *fate), p.bias, heads) for p, k, v, *fate in split]
+            keys = anchored.turn(keys, choice.at)
+        heads, sizes = self.chosen(keys.device), [piece.places.shape[2] for piece in choice.pieces]
+        split = zip(choice.pieces, keys.split(sizes, dim=2), values.split(sizes, dim=2), strict=True)
+        return [SeenKeys(x.text.first, x.text.last, k, v, x.visible, x.text.bias, heads) for x, k, v in split]
 
-    def _places(self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, exact: int) -> Tensor:
+    def _places(self, blocks: TokenBlocks, fates: Fates, piece: TextPiece, behind: int) -> Tensor:
         """(B, Hkv, M [+ coded] + T) where in `_tokens` the keys are that a piece may see, first those that it does."""
         stayed = blocks.lasting(fates, piece.full)
-        own = [piece.places[: piece.coded], piece.places + exact] if self._coded else [piece.places]
+        own = [piece.places[: piece.coded], piece.places + behind] if self._coded else [piece.places]
         return torch.cat([stayed, *(x.expand(*stayed.shape[:2], -1) for x in own)], dim=2)
 
     def _visible(self, piece: TextPiece, positions: Tensor, forgotten: Tensor) -> Tensor:

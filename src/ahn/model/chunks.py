@@ -21,7 +21,7 @@ from ahn.cache.progress import check_mask
 from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
-from ahn.layout.anchors import anchor_moves, near_reach
+from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
 from ahn.model import generation, packing, pushing
 
 _OF_TOKENS = {
@@ -286,13 +286,11 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     if model._ahn.steady is not None and seen + length > model._ahn.steady:
         return []  # each chunk would have angles of its own
     # While nothing leaves the window it is exactly the base model's own forward.
-    size = config.chunk if seen + length > config.lossless else length
+    size = _most(config, mask, seen + length) if seen + length > config.lossless else length
     full = min(max(config.lossless - seen, 0), length)  # a chunk either fills the window or finds it full
     cuts = {*range(0, full, size), *range(full, length, size), length}
-    if config.reach and model._ahn.rotation is not None:
-        for reach in _reaches(config, mask):
-            if seen + length > reach:
-                cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, reach)}
+    if config.reach and model._ahn.rotation is not None and seen + length > config.reach:
+        cuts |= {column - seen for column in _anchor_moves(mask, seen, seen + length, config.reach)}
     return list(itertools.pairwise(sorted(cuts | _gaps(mask, length))))
 
 
@@ -316,15 +314,13 @@ def _not_tokens_alone(model: PreTrainedModel, kwargs: dict[str, Any], length: in
     return hasattr(model.base_model, "rope_deltas") or any(isinstance(x, Tensor | dict | list) for x in others)
 
 
-def _reaches(config: AHNConfig, attention_mask: Any) -> list[int]:
-    """From how far is seen what has one place in a chunk: sinks, and in padded rows the tokens that a memory moves.
-
-    Without padding such a memory gives every piece of a chunk keys of its own.
-    """
+def _most(config: AHNConfig, attention_mask: Any, total: int) -> int:
+    """Tokens of a chunk: in padded rows no more than in which far keys move once, at a column of each row's own."""
     padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and not bool(attention_mask.all())
-    if not (padded and memory.get(config.memory).moves_keys):
-        return [config.reach]
-    return [config.reach, near_reach(config.reach, config.lossless + config.quantized)]
+    if not (padded and config.reach and memory.get(config.memory).moves_keys):
+        return config.chunk
+    near = near_reach(config.reach, config.lossless + config.quantized)
+    return min(config.chunk, anchor_step(near)) if total > near else config.chunk
 
 
 def _anchor_moves(attention_mask: Any, seen: int, total: int, reach: int) -> set[int]:

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn.attend import masked, spans, windowed
+from ahn.attend import spans, windowed
 from ahn.attend.merge import Part, merge
 from ahn.cache import tier
 from ahn.cache.tier import Passed, Seen
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.memory.base import MemoryKeys, SeenKeys
+from ahn.model import more_keys
 from ahn.model.masks import LazyMask
 
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
@@ -92,14 +93,16 @@ class Masked(Route):
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
         key, value, mask = call.key, call.value, self.mask
         if passed is not None:
-            key, value, mask = _with_more_keys(key, value, mask, passed.near)
+            mask = more_keys.with_more_masks(mask, key.shape[2], passed.near)
+            key, value = more_keys.with_more_keys(key, value, passed.near)
         if passed is not None and passed.far is not None:
             # One softmax over keys that meet the query in two ways: each has numbers of its own to meet.
             P, far = call.query.shape[-1], passed.far
             query = torch.cat([call.query, passed.far_query(call.query)], dim=-1)
             call = dataclasses.replace(call, query=query, kwargs=call.kwargs | {"scaling": call.scaling})
             more = Seen(F.pad(far.key, (P, 0)), far.value, far.visible)
-            key, value, mask = _with_more_keys(F.pad(key, (0, P)), value, mask, more)
+            mask = more_keys.with_more_masks(mask, key.shape[2], more)
+            key, value = more_keys.with_more_keys(F.pad(key, (0, P)), value, more)
         if made is None:
             return self._run(call, key, value, mask)
         return together([self._piece(call, key, value, mask, more) for more in made.pieces])
@@ -111,19 +114,29 @@ class Masked(Route):
         some = slice(more.first, more.last)
         call = dataclasses.replace(call, query=call.query[:, :, some])
         mask = None if mask is None else mask[:, :, some]
-        own = _of_all_heads(more, key.shape[1])
+        own = more_keys.of_all_heads(more, key.shape[1])
         own = dataclasses.replace(own, key=F.pad(own.key, (0, key.shape[-1] - own.key.shape[-1])))
-        key, value, mask = _with_more_keys(key, value, mask, own)
-        if more.bias is not None:
-            assert mask is not None
-            mask = _with_bias(mask, more.bias, own.key.shape[2], call.query.dtype)
-        return self._run(call, key, value, mask)
+        known, whole = self._latest.get(more.first, (None, None))
+        if known is None or known is not more.visible:
+            whole = more_keys.with_more_masks(mask, key.shape[2], own)
+            assert whole is not None
+            if more.bias is not None:
+                whole = more_keys.with_bias(whole, more.bias, own.key.shape[2], call.query.dtype)
+            if whole.shape[1] == 1 and more.heads is None:
+                whole = more_keys.aligned(more_keys.as_added(whole, self.kernel, call.query.dtype))
+                self._latest[more.first] = more.visible, whole
+        return self._run(call, *more_keys.with_more_keys(key, value, own), whole)
+
+    @cached_property
+    def _latest(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each piece what a memory let all heads see, and the mask with it: the next layer's may be the same."""
+        return {}
 
     def _run(self, call: AttentionCall, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         if self.boolean and mask is not None and mask.shape[1] > 1:
             return self._per_head(call, key, value, mask)
         if self.boolean:
-            mask = _as_kernel_mask(mask, self.kernel, call.query.dtype)
+            mask = more_keys.as_kernel_mask(mask, self.kernel, call.query.dtype)
         run = kernel_function(self.kernel, call.module)
         return run(call.module, call.query, key, value, mask, **call.kwargs)
 
@@ -131,7 +144,7 @@ class Masked(Route):
         """With a mask (B or 1, Hkv, n, T), of which kernels want a copy per query head: some queries at a time."""
         run, groups, results = kernel_function(self.kernel, call.module), call.query.shape[1] // mask.shape[1], []
         for query, part in zip(call.query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True):
-            own = _as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
+            own = more_keys.as_kernel_mask(part.repeat_interleave(groups, dim=1), self.kernel, query.dtype)
             results.append(run(call.module, query, key, value, own, **call.kwargs))
         return together(results)
 
@@ -144,7 +157,7 @@ class Windowed(Route):
     tier_in_order: ClassVar[bool] = True
 
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
-        tier, more = _bands(call, passed), _parts_of_memory(call, made)
+        tier, more = _bands(call, passed), more_keys.parts_of_memory(call.query, call.key.shape[1], made, call.scaling)
         out = windowed.attend(call.query, call.key, call.value, self.view, call.scaling, tier, more)
         return out.transpose(1, 2), None
 
@@ -162,7 +175,8 @@ class Spanned(Route):
     def attend(self, call: AttentionCall, passed: Passed | None, made: MemoryKeys | None) -> Attended:
         parts = [spans.part(call.query, call.key, call.value, self._window, call.scaling)]
         parts += [self._band(band, call.scaling) for band in _bands(call, passed)]
-        return merge([*parts, *_parts_of_memory(call, made)]).transpose(1, 2), None
+        parts += more_keys.parts_of_memory(call.query, call.key.shape[1], made, call.scaling)
+        return merge(parts).transpose(1, 2), None
 
     @cached_property
     def _window(self) -> spans.Columns:
@@ -285,44 +299,6 @@ def _bands(call: AttentionCall, passed: Passed | None) -> list[windowed.Band]:
     return bands
 
 
-def _parts_of_memory(call: AttentionCall, made: MemoryKeys | None) -> list[Part]:
-    """Attention over the keys that a memory has made."""
-    if made is None:
-        return []
-    parts = []
-    for x in made.pieces:
-        query = call.query[:, :, x.first : x.last]
-        heads = None if x.heads is None else _query_heads(x.heads, query.shape[1] // call.key.shape[1])
-        own = query if heads is None else query.index_select(1, heads)
-        part = masked.part(own, x.key, x.value, x.visible, call.scaling)
-        part = part if x.bias is None else Part(part.out, part.score + x.bias[:, None])
-        parts.append(part if heads is None else _among_all(part, heads, query))
-    return [parts[0] if len(parts) == 1 else masked.joined(parts)]
-
-
-def _query_heads(key_heads: Tensor, groups: int) -> Tensor:
-    """The query heads that share these key heads, in order."""
-    return (key_heads[:, None] * groups + torch.arange(groups, device=key_heads.device)).flatten()
-
-
-def _among_all(part: Part, heads: Tensor, query: Tensor) -> Part:
-    """A part of these heads as one of all of query (B, Hq, n, P): the others see none of its keys."""
-    score = part.score.new_full(query.shape[:3], masked.UNSEEN)
-    return Part(torch.zeros_like(query).index_copy(1, heads, part.out), score.index_copy(1, heads, part.score))
-
-
-def _of_all_heads(more: SeenKeys, count: int) -> Seen:
-    """A memory's keys for so many key heads: those that are not its own have zeros that nobody sees."""
-    visible = masked.of_all_keys(more.visible, more.key.shape[2])
-    if more.heads is None:
-        return Seen(more.key, more.value, visible)
-    all_heads = []
-    for x in (more.key, more.value, visible.expand(-1, len(more.heads), -1, -1)):
-        empty = x.new_zeros(x.shape[0], count, *x.shape[2:])
-        all_heads.append(empty.index_copy(1, more.heads, x))
-    return Seen(*all_heads)
-
-
 def _spans_apply(view: Visibility, query: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether kernels that know spans can do this forward without a cache: the student's while it learns."""
     unpadded = view.evicted > 0 and not view.padded and not view.moved and not view.quantized
@@ -353,32 +329,3 @@ def together(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tenso
     known = [x for x in weights if x is not None]
     same = len(known) == len(weights) and len({x.shape[-1] for x in known}) == 1
     return torch.cat(outputs, dim=1), torch.cat(known, dim=2) if same else None
-
-
-def _with_more_keys(
-    key: Tensor, value: Tensor, mask: Tensor | None, more: Seen
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values with more before them, and the mask (B or 1, 1 or Hkv, n, T) of all; None where all are seen."""
-    known = more.visible if mask is None else mask
-    if known is not None:
-        parts = [
-            known.new_ones(1, 1, known.shape[2], x.shape[2]) if visible is None else visible
-            for x, visible in ((more.key, more.visible), (key, mask))
-        ]
-        batch, heads = (max(part.shape[dim] for part in parts) for dim in (0, 1))
-        mask = torch.cat([part.expand(batch, heads, -1, -1) for part in parts], dim=-1)
-    return torch.cat([more.key, key], dim=2), torch.cat([more.value, value], dim=2), mask
-
-
-def _as_kernel_mask(mask: Tensor | None, kernel: str, dtype: torch.dtype) -> Tensor | None:
-    """A boolean mask as "sdpa" takes it, or as "eager" adds it to the scores; one that is added already stays."""
-    if mask is None or kernel == "sdpa" or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _with_bias(mask: Tensor, bias: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (B or 1, 1 or Hkv, n, T) as one that is added, with bias (B or 1, n) for the first of the keys."""
-    batch = max(mask.shape[0], bias.shape[0])
-    added = F.pad(bias.to(dtype)[:, None, :, None].expand(-1, -1, -1, keys), (0, mask.shape[-1] - keys))
-    return added.expand(batch, *mask.shape[1:]).masked_fill(~mask, torch.finfo(dtype).min)

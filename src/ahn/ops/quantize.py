@@ -72,11 +72,12 @@ def encode(x: Tensor, unbiased: bool, bits: int = BITS) -> tuple[Tensor, Tensor]
     """
     group = per_group(bits)
     y = rotate(x.to(precise(x.dtype)))
-    deviation = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_tiny(y))
+    square = y.square()
+    deviation = square.mean(-1, keepdim=True).sqrt().clamp_min(_tiny(y))
     code = _between(y / deviation, bits)
     level = _numbers(LEVELS[bits], y.dtype, y.device)[code]
     product = (y * level).sum(-1)
-    scale = y.square().sum(-1) / product.clamp_min(_tiny(y)) if unbiased else product / level.square().sum(-1)
+    scale = square.sum(-1) / product.clamp_min(_tiny(y)) if unbiased else product / level.square().sum(-1)
     return _packed(code.unflatten(-1, (-1, group)), bits).flatten(-2), scale.bfloat16()
 
 
@@ -107,8 +108,9 @@ def decode_rotated(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int =
 
 def _packed(code: Tensor, bits: int) -> Tensor:
     """Groups of codes (..., G), as many as fill whole bytes, to these bytes (..., G · bits / 8)."""
-    word = (code << bits * torch.arange(code.shape[-1], device=code.device)).sum(-1, keepdim=True)
-    return (word >> 8 * torch.arange(code.shape[-1] * bits // 8, device=code.device) & 255).to(torch.uint8)
+    count = code.shape[-1] * bits // 8
+    word = (code << _shifts(code.shape[-1], bits, code.device)).sum(-1, keepdim=True)
+    return (word if count == 1 else word >> _shifts(count, 8, code.device) & 255).to(torch.uint8)
 
 
 def _unpacked(groups: Tensor, bits: int) -> Tensor:
@@ -132,6 +134,13 @@ def _tiny(x: Tensor) -> float:
 def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(len(numbers),); kept, since bringing them to a GPU waits for all that it has to do."""
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _shifts(count: int, by: int, device: torch.device) -> Tensor:
+    """(count,) by how many bits each of several numbers in a word is shifted."""
+    return by * torch.arange(count, device=device)
 
 
 @lru_cache(maxsize=16)
