@@ -101,14 +101,14 @@ def _inputs(linears: list[fx.Node]) -> tuple[list[Any], list[Any]]:
 
 
 def _stand_in_for_all(graph: fx.Graph, linears: list[fx.Node], whole: _Gated | _Added | None, y: fx.Node) -> None:
-    """Put y in the place of the node that it is the whole of, or its columns in the places of linear maps."""
+    """Put y in the place of the node that it is the whole of, or its parts in the places of linear maps."""
     if whole is not None:
         _stand_in(graph, whole.node, y)
         return
     begin = 0
     for linear in linears:
-        count = value(linear).shape[-1]
-        _stand_in(graph, linear, graph.call_method("narrow", (y, -1, begin, count)))
+        count = value(linear).numel()
+        _stand_in(graph, linear, graph.call_method("narrow", (y, 0, begin, count)))
         begin += count
 
 

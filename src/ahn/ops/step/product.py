@@ -89,10 +89,11 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
         weights, biases, silu: as for `product`.
 
     Returns:
-        (M, N), the maps side by side, or one of them with `silu`.
+        (M · N,), the (M, N_i) of each map one after another, so that nobody has to copy them, or one with `silu`.
     """
     if not x.is_cuda:
-        return reference(x, weights, biases, None, 0.0, silu, None)
+        y = reference(x, weights, biases, None, 0.0, silu, None)
+        return y.flatten() if silu else torch.cat([own.flatten() for own in y.split([len(w) for w in weights], 1)])
     from ahn.ops.step import products_kernel
 
     with torch.cuda.device(x.device):
@@ -102,7 +103,7 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 @products.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool) -> Tensor:
     count = weights[0].shape[0] if silu else sum(weight.shape[0] for weight in weights)
-    return x.new_empty(x.numel() // weights[0].shape[1], count)
+    return x.new_empty(x.numel() // weights[0].shape[1] * count)
 
 
 @torch.library.custom_op("ahn::partial_products", mutates_args=())

@@ -41,7 +41,7 @@ def _sums(
 
 @triton.jit
 def _products(
-    x, weights, biases, rows, out, features, total, vectors,
+    x, weights, biases, rows, out, features, vectors,
     COUNT: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _products(
         within = of_both.to(tl.int64) * features + tl.where(i < HALF, 0, apart)
         at = weights[0] + tl.multiple_of(within, ALIGNED)[:, None]
         n = block * HALF + tl.arange(0, HALF)
-        real, first = n < rows[0], 0
+        real, count, first = n < rows[0], rows[0], 0
         b = tl.load(biases[0] + n, mask=n < (BIASED & 1) * rows[0], other=0.0).to(tl.float32)
         b_up = tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
         wait(PDL)
@@ -74,7 +74,7 @@ def _products(
         wait(PDL)
         at = weight + n.to(tl.int64)[:, None] * features
         y = _sums(x, at, real, vectors, features, 0, features, VECTORS, ROWS, FEATURES, STAGES) + b[:, None]
-    to = m[None, :] * total + (first + n)[:, None]
+    to = (first * vectors + m * count)[None, :] + n[:, None]
     tl.store(out + to, y, mask=(m < vectors)[None, :] & real[:, None])
 
 
@@ -103,13 +103,13 @@ def products(
     vectors, counts = x.numel() // K, tuple(weight.shape[0] for weight in weights)
     total = counts[0] if silu else sum(counts)
     held = tuple(weight.contiguous() for weight in weights)
-    out = torch.empty(vectors, total, dtype=x.dtype, device=x.device)
+    out = torch.empty(vectors * total, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(counts[0], ROWS // 2) if silu else sum(triton.cdiv(count, ROWS) for count in counts)
     # Where there is no bias, a pointer that is never read.
     given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     _products[blocks,](
-        x.contiguous(), held, given, counts, out, K, total, vectors,
+        x.contiguous(), held, given, counts, out, K, vectors,
         COUNT=len(counts), BIASED=biased, SILU=silu, VECTORS=FEW, ROWS=ROWS, FEATURES=round_bytes // x.element_size(),
         STAGES=STAGES, ALIGNED=_aligned(held), num_warps=4, **dependent_launch.options(x),
     )  # fmt: skip
