@@ -9,8 +9,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from support import effort
 
@@ -67,6 +69,22 @@ def test_a_client_that_sends_no_body_is_told(live_fake: Callable[..., Any]) -> N
     connection.sendall(head("/tokenize", 100) + b"{")
     said = b"".join(iter(lambda: connection.recv(65536), b""))
     assert said.startswith(b"HTTP/1.1 408") and b'"error"' in said
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_turns_of_a_session_that_come_at_once_follow_each_other(live_fake: Callable[..., Any], stream: bool) -> None:
+    server, engine = live_fake(pause=0.02)
+
+    def ask(text: str) -> None:
+        body = {"messages": [{"role": "user", "content": text}], "session_id": "s", "max_tokens": 3, "stream": stream}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(ask, ("One. ", "Two. ", "Three. ")))
+    ask("Four.")
+    said = server.service.text.decode(engine.replies[-1].request.prompt)
+    assert all(text in said for text in ("One.", "Two.", "Three."))
+    assert not server.service._sessions  # nothing is left of it
 
 
 def test_headers_without_end_are_refused(live_fake: Callable[..., Any]) -> None:

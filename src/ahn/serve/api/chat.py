@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
@@ -30,10 +31,16 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(fields: ChatFields, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(fields.model)
-        chat = await Chatting.begin(service, fields, request.state.owner)
-        if fields.stream:
-            return event_stream(chat.events(), chat.running.cancel)
-        return answer(await unless_gone(request, chat.whole()))
+        with contextlib.ExitStack() as end:
+            if fields.session_id is not None:
+                lock = service.session(request.state.owner, fields.session_id)
+                await lock.acquire()
+                end.callback(lock.release)
+            chat = await Chatting.begin(service, fields, request.state.owner)
+            end.callback(chat.running.cancel)
+            if fields.stream:
+                return event_stream(chat.events(), end.pop_all().close)
+            return answer(await unless_gone(request, chat.whole()))
 
     return routes
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,13 @@ class Service:
     full_bytes: Callable[[int], int] = lambda tokens: 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     _tokens: dict[int, tuple[str, bytes]] = dataclasses.field(default_factory=dict)
+    _sessions: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = dataclasses.field(
+        default_factory=weakref.WeakValueDictionary
+    )
+
+    def session(self, owner: str, name: str) -> asyncio.Lock:
+        """What a turn of a session holds: two at once would go on from the same place, and one would be lost."""
+        return self._sessions.setdefault((owner, name), asyncio.Lock())
 
     def check_model(self, name: str | None) -> None:
         """Raises APIProblem for a model that is not served here."""
