@@ -174,4 +174,4 @@ def test_a_memory_that_ships_is_read_and_chooses(name: str) -> None:
     model(torch.arange(60)[None], past_key_values=cache)
     positions = [layer.state.memory["positions"] for layer in cache.memory_layers.values()]
     assert len(positions) == 30 and all(int(x.max()) == 60 - 20 - 1 for x in positions)
-    assert smollm2.adapters()[0] == "retained", "what --model smollm2 takes by itself"
+    assert smollm2.adapters()[0] == "retained-passages", "what --model smollm2 takes by itself"

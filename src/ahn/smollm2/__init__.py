@@ -19,6 +19,7 @@ GGUF = "AHN_SMOLLM2_GGUF"
 """Environment variable that names a file to make the model from, as the argument of `path`."""
 
 _ADAPTERS = Path(__file__).parent / "adapters"
+_USUAL = "retained-passages"
 
 
 def path(gguf: str | os.PathLike[str] | None = None) -> Path:
@@ -54,7 +55,8 @@ def path(gguf: str | os.PathLike[str] | None = None) -> Path:
 
 def adapters() -> tuple[str, ...]:
     """The memories that are shipped for it, the usual one first; there may be none."""
-    return tuple(sorted(file.parent.name for file in _ADAPTERS.glob("*/model.safetensors")))
+    found = sorted(file.parent.name for file in _ADAPTERS.glob("*/model.safetensors"))
+    return tuple(sorted(found, key=lambda name: name != _USUAL))
 
 
 def adapter_path(memory: str) -> Path:
