@@ -60,6 +60,7 @@ class FakeEngine:
         self.busy = self.dead = False
         self.replies: list[FakeReply] = []
         self.lock = threading.Lock()
+        self.store = self
 
     def submit(self, request: GenerationRequest) -> FakeReply:
         if self.busy:
@@ -84,7 +85,7 @@ class FakeEngine:
             raise AHNError("unknown")
         path.write_text(json.dumps(messages))
 
-    def load(self, owner: str, name: str, path: Path) -> list[dict[str, str]]:
+    def take_in(self, owner: str, name: str, path: Path) -> list[dict[str, str]]:
         try:
             messages: list[dict[str, str]] = json.loads(path.read_text())
         except ValueError as error:

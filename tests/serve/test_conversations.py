@@ -123,10 +123,17 @@ def test_owners_see_their_own_alone() -> None:
         ask(running, prompt(60), 4, owner="a", name="mine")
         assert ask(running, prompt(60), 4, owner="b").cached == 0
         assert ask(running, prompt(60), 4, owner="a").cached == 59
-        assert {info.name for info in running.conversations("a")} == {"mine", None}
-        assert all(info.name is None for info in running.conversations("b")) and running.conversations("c") == []
-        assert not running.forget("b", "mine") and running.forget("a", "mine") and not running.forget("a", "mine")
-        assert running.conversations("a") == []
+        assert {info.name for info in running.store.conversations("a")} == {"mine", None}
+        assert (
+            all(info.name is None for info in running.store.conversations("b"))
+            and running.store.conversations("c") == []
+        )
+        assert (
+            not running.store.forget("b", "mine")
+            and running.store.forget("a", "mine")
+            and not running.store.forget("a", "mine")
+        )
+        assert running.store.conversations("a") == []
         assert ask(running, prompt(60), 4, owner="a").cached == 0
         both = [running.submit(request(prompt(100), 3, owner=owner)) for owner in "xy"]
         assert [whole(reply).cached for reply in both] == [0, 0]
@@ -141,7 +148,7 @@ def test_what_is_not_to_be_kept_is_not() -> None:
 
 def test_memory_is_bounded_and_the_latest_stay() -> None:
     with engine(OF) as running:
-        one = ask(running, prompt(60), 4).finish and running.conversations("")[0]
+        one = ask(running, prompt(60), 4).finish and running.store.conversations("")[0]
     assert one
     size = sum(one.parts.values())
     with engine(OF, state_bytes=4 * size) as running:
@@ -240,14 +247,14 @@ def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
     with engine(OF, state_dir=tmp_path) as running:
         got = ask(running, prompt(60), 4, owner="me", name="talk")
     with engine(OF, state_dir=tmp_path) as running:
-        (info, *_) = [info for info in running.conversations("me") if info.name]
+        (info, *_) = [info for info in running.store.conversations("me") if info.name]
         assert (info.name, info.tokens, info.where) == ("talk", 63, "disk") and sum(info.parts.values()) > 0
         ids = later(prompt(60), got.tokens)
         after = ask(running, ids, 5, owner="me")
         assert after.cached == 63 and after.tokens == alone(OF, ids, 5)
-        assert running.forget("me", "talk")
+        assert running.store.forget("me", "talk")
     with engine(OF, state_dir=tmp_path) as running:
-        assert all(info.name is None for info in running.conversations("me"))
+        assert all(info.name is None for info in running.store.conversations("me"))
 
 
 def test_what_leaves_memory_comes_back_from_disk(tmp_path: Path) -> None:
@@ -271,7 +278,7 @@ def test_two_engines_share_a_folder(tmp_path: Path) -> None:
         got = ask(one, prompt(60), 4, name="talk")
         after = ask(other, later(prompt(60), got.tokens), 4, name="talk")
         assert after.cached == 63
-        assert one.forget("", "talk")
+        assert one.store.forget("", "talk")
         assert other.store.named("", "talk") is None
 
 
@@ -334,46 +341,46 @@ def test_export_and_load(tmp_path: Path) -> None:
     file, said = tmp_path / "talk.safetensors", [{"role": "user", "content": "Hi."}]
     with engine(OF) as running:
         got = ask(running, prompt(60), 4, owner="me", name="talk")
-        running.export("me", "talk", file, said)
+        running.store.export("me", "talk", file, said)
         with pytest.raises(AHNError, match="no conversation"):
-            running.export("you", "talk", file)
+            running.store.export("you", "talk", file)
     assert AHNCache.load(file, OF).seen == 63 and AHNCache.load(file, OF).messages == said
     with engine(OF) as running:
-        assert running.load("you", "copy", file) == said
-        assert [info.name for info in running.conversations("you")] == ["copy"]
+        assert running.store.take_in("you", "copy", file) == said
+        assert [info.name for info in running.store.conversations("you")] == ["copy"]
         ids = later(prompt(60), got.tokens)
         after = ask(running, ids, 4, owner="you")
         assert after.cached == 63 and after.tokens == alone(OF, ids, 4)
         with pytest.raises(AHNError, match="no cache file"):
-            running.load("you", "none", tmp_path / "none")
+            running.store.take_in("you", "none", tmp_path / "none")
     with engine(model(quantized=12)) as running, pytest.raises(AHNError, match="other settings"):
-        running.load("you", "copy", file)
+        running.store.take_in("you", "copy", file)
     with engine(model(quantized=6, seed=1)) as running, pytest.raises(AHNError, match="another base model"):
-        running.load("you", "copy", file)
+        running.store.take_in("you", "copy", file)
     plain = AHNCache.for_model(OF)
     with torch.no_grad():
         OF(torch.tensor([prompt(5)]), past_key_values=plain)
     plain.save(file)
     with engine(OF) as running, pytest.raises(AHNError, match="say"):
-        running.load("you", "copy", file)
+        running.store.take_in("you", "copy", file)
 
 
 def test_conversations_in_which_the_same_was_said_are_two(tmp_path: Path) -> None:
     def names(running: Engine) -> set[str | None]:
-        return {info.name for info in running.conversations("")} - {None}
+        return {info.name for info in running.store.conversations("")} - {None}
 
     with engine(OF, state_dir=tmp_path) as running:
         ask(running, prompt(60), 4)
         for name in ("first", "second"):
             ask(running, prompt(60), 4, name=name)
-        running.export("", "first", tmp_path / "file")
-        running.load("", "third", tmp_path / "file")
+        running.store.export("", "first", tmp_path / "file")
+        running.store.take_in("", "third", tmp_path / "file")
         assert names(running) == {"first", "second", "third"}
-        assert running.forget("", "second") and not running.forget("", "second")
+        assert running.store.forget("", "second") and not running.store.forget("", "second")
     with engine(OF, state_dir=tmp_path) as running:
         assert names(running) == {"first", "third"}
-        running.export("", "first", tmp_path / "file")
-        assert running.forget("", "first") and running.forget("", "third")
+        running.store.export("", "first", tmp_path / "file")
+        assert running.store.forget("", "first") and running.store.forget("", "third")
         assert names(running) == set() and not [path for path in state_files(tmp_path) if len(path.stem) > 41]
 
 

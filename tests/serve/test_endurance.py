@@ -55,7 +55,7 @@ def test_killed_at_any_moment_every_finished_turn_is_there(tmp_path: Path) -> No
             more = [*ids, *reply, *prompt(3, seed=7)]
             got = ask(running, more, 3)
             assert got.cached == len(ids) + len(reply) - 1 and got.tokens == alone(of, more, 3)
-        names = {info.name for info in running.conversations("")}
+        names = {info.name for info in running.store.conversations("")}
         assert {f"talk-{number}" for number in latest} <= names
 
 

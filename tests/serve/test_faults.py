@@ -61,7 +61,7 @@ def test_scores_that_are_not_numbers(temperature: float) -> None:
             got = whole(reply)
             assert got.finish == "error" and "not numbers" in (got.error or "") and got.tokens == []
         assert ask(running, bad, 6, prompt_logprobs=0).finish == "error"
-    assert not any(info.tokens > 40 for info in running.conversations(""))  # nothing of it is kept
+    assert not any(info.tokens > 40 for info in running.store.conversations(""))  # nothing of it is kept
 
 
 def test_a_chunk_that_fails(caplog: pytest.LogCaptureFixture) -> None:

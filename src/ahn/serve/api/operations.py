@@ -160,7 +160,7 @@ def _unknown(name: str) -> APIProblem:
 
 def _newest(service: Service, owner: str) -> dict[str, ConversationInfo]:
     """By name, the newest state of each: older ones are kept as long as there is room, to be forked."""
-    kept = sorted(service.engine.conversations(owner), key=lambda info: info.used)
+    kept = sorted(service.engine.store.conversations(owner), key=lambda info: info.used)
     return {info.name: info for info in kept if info.name is not None}
 
 
@@ -171,7 +171,7 @@ def _shown(service: Service, info: ConversationInfo) -> dict[str, Any]:
 
 async def _close(service: Service, owner: str, session: str) -> None:
     known = await asyncio.to_thread(service.store.close_session, owner, session)
-    state = await asyncio.to_thread(service.engine.forget, owner, session)
+    state = await asyncio.to_thread(service.engine.store.forget, owner, session)
     if not known and not state:
         said = f"There is no session {ascii(session)[:150]}."
         raise APIProblem(404, said, "session_id", "session_not_found")
@@ -180,7 +180,7 @@ async def _close(service: Service, owner: str, session: str) -> None:
 def _export(service: Service, owner: str, name: str, directory: Path) -> Path:
     turn = name if name.startswith(RESPONSE) else service.store.head(owner, name)
     said = [] if turn is None else service.store.messages(owner, turn) or []
-    service.engine.export(owner, name, directory / "state", said)
+    service.engine.store.export(owner, name, directory / "state", said)
     return directory / "state"
 
 
@@ -192,7 +192,7 @@ async def _received(chunks: AsyncIterator[bytes], file: Path) -> None:
 
 def _import(service: Service, owner: str, name: str, file: Path) -> dict[str, Any]:
     """Raises AHNError for a file that is no exported conversation, or one of another model."""
-    said = service.engine.load(owner, name, file)
+    said = service.engine.store.take_in(owner, name, file)
     turn = turn_name() if said else None
     if turn is not None:
         service.store.add(owner, turn, said, session=name)

@@ -52,7 +52,7 @@ def router(service: Service) -> APIRouter:
         owner = request.state.owner
         if not await asyncio.to_thread(service.store.delete, owner, response_id):
             raise _unknown(response_id)
-        await asyncio.to_thread(service.engine.forget, owner, response_id)
+        await asyncio.to_thread(service.engine.store.forget, owner, response_id)
         return answer({"id": response_id, "object": "response", "deleted": True})
 
     return routes

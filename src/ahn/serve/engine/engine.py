@@ -10,7 +10,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +25,11 @@ from ahn.serve.engine.jobs import RequestJob
 from ahn.serve.engine.reply import Reply
 from ahn.serve.engine.scheduler import Scheduler
 from ahn.serve.engine.store import StateStore
-from ahn.serve.request import ConversationInfo, EngineBusy, EngineStats, GenerationRequest, SamplingOptions
+from ahn.serve.request import EngineBusy, EngineStats, GenerationRequest, SamplingOptions
 from ahn.wrappers import attached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ahn.cache.conversation import Message
 
 __all__ = ["Engine", "EngineBusy", "Reply"]
 FAULTS = 3
@@ -54,6 +51,9 @@ class Engine:
         queue: requests that may wait, beyond those that have a row at once.
         max_prompt: tokens of the longest prompt.
         chunk: tokens of a prompt that are read at once while nobody writes; None takes what suits the device.
+
+    Attributes:
+        store: the conversations between two requests, for any thread to list, forget, bring out and take in.
 
     Raises:
         AHNError: the model has no AHN, or `state_dir` cannot be made.
@@ -118,30 +118,6 @@ class Engine:
         if self._dead:  # it died meanwhile
             self.scheduler.end_all("error", "The server's engine has stopped.")
         return reply
-
-    def forget(self, owner: str, name: str) -> bool:
-        """Forget a conversation; returns whether there was one."""
-        return self.store.forget(owner, name)
-
-    def export(self, owner: str, name: str, path: Path, messages: Sequence[Message] = ()) -> None:
-        """Write a conversation, with what was said, to a file that `load`, or `AHNCache.load`, takes.
-
-        Raises:
-            AHNError: there is no such conversation, or the file cannot be written.
-        """
-        self.store.export(owner, name, path, messages)
-
-    def load(self, owner: str, name: str, path: Path) -> list[Message]:
-        """Take up a conversation that `export` wrote, under a name of this owner's; returns what was said.
-
-        Raises:
-            AHNError: the file is missing, damaged, of another model, or was not written by `export`.
-        """
-        return self.store.take_in(owner, name, path)
-
-    def conversations(self, owner: str) -> list[ConversationInfo]:
-        """What is kept for an owner, the latest first."""
-        return self.store.conversations(owner)
 
     def stats(self) -> EngineStats:
         """Counts of now, and since the engine was made."""

@@ -258,7 +258,7 @@ class StateStore:
 
     # -- files of a user's -----------------------------------------------------------------------------------------
 
-    def export(self, owner: str, name: str, path: Path, messages: Sequence[Message]) -> None:
+    def export(self, owner: str, name: str, path: Path, messages: Sequence[Message] = ()) -> None:
         """Write a conversation to a file that `take_in` takes.
 
         Raises:
