@@ -35,6 +35,23 @@ def test_it_is_torchs_attention(
     assert torch.isfinite(found.out).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)
+@torch.no_grad()
+def test_written_out_as_on_a_gpu_it_is_the_same(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The last query sees none."""
+    query = torch.randn(2, 6, 13, 8, dtype=dtype)
+    key, value = (torch.randn(2, 3, 11, 8, dtype=dtype) for _ in range(2))
+    visible = torch.rand(*shape, 13, 11) < 0.4
+    visible[..., :12, 2], visible[..., 12, :] = True, False
+    found = masked.written_out(query, key, value, visible, 0.7)
+    (expected,) = masked.parts(query, key, value, visible, 0.7)
+    unit = 2**-8 if dtype == torch.bfloat16 else 2e-7  # weights are rounded as well
+    assert relative_error(found.out[:, :, :12], expected.out[:, :, :12]) < 8 * unit
+    assert relative_error(found.score[:, :, :12], expected.score[:, :, :12]) < 8 * unit
+    assert (found.score[:, :, 12] < -1e29).all() and torch.isfinite(found.out).all()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("first", [0, 4])
 def test_no_key_to_choose_from(first: int) -> None:

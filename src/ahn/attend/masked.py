@@ -54,16 +54,18 @@ def _certain(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Part:
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
-    if query.device.type == "cpu":
-        return _on_cpu(query, key, value, visible, scaling)
+    return (_on_cpu if query.device.type == "cpu" else written_out)(query, key, value, visible, scaling)
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Part:
+    """With all scores in memory, which is what takes the time: they are gone through as seldom as can be."""
     B, Hkv, C, P = key.shape
     n = query.shape[2]
     scores = _scores(query.reshape(B * Hkv, -1, P), key.reshape(B * Hkv, C, P)).view(B, Hkv, -1, n, C)
     scores = scores.mul_(scaling).masked_fill_(~visible.unsqueeze(2), UNSEEN)
-    highest = scores.logsumexp(-1, keepdim=True)
-    weights = scores.sub_(highest).exp_().to(value.dtype).view(B * Hkv, -1, C)
+    weights = scores.softmax(-1).to(value.dtype).view(B * Hkv, -1, C)
     out = (weights @ value.reshape(B * Hkv, C, P)).view(B, -1, n, P)
-    return Part(out, highest.float().view(B, -1, n))
+    return Part(out, scores.logsumexp(-1).float().view(B, -1, n))
 
 
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Part:

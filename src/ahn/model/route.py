@@ -115,7 +115,8 @@ class Masked(Route):
         call = dataclasses.replace(call, query=call.query[:, :, some])
         mask = None if mask is None else mask[:, :, some]
         own = more_keys.of_all_heads(more, key.shape[1])
-        own = dataclasses.replace(own, key=F.pad(own.key, (0, key.shape[-1] - own.key.shape[-1])))
+        if missing := key.shape[-1] - own.key.shape[-1]:  # a far tier's numbers
+            own = dataclasses.replace(own, key=F.pad(own.key, (0, missing)))
         known, whole = self._latest.get(more.first, (None, None))
         if known is None or known is not more.visible:
             whole = more_keys.with_more_masks(mask, key.shape[2], own)
