@@ -47,6 +47,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU; of an H100 where kernels are interpreted, so that they share their work out as there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
 def has_triton() -> bool:
     """Whether our kernels can run: with Triton (torch brings it along on Linux) and a C compiler that it calls."""
     compilers = (os.environ.get("CC", ""), "gcc", "clang")

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.layout.state import LayerState
+from ahn.ops.backend import multiprocessors
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step import dependent_launch, retained_kernel, tier_kernel
@@ -224,10 +225,11 @@ def step(
     rotation: StepRotation | None = None,
     turn: TierTurn | None = None,
     seen: SeenTokens | None = None,
-    processors: int = 132,
+    processors: int | None = None,
 ) -> Tensor:
     """See `ahn.ops.step.step`; float32 tensors are multiplied in full precision."""
     window, tier = state.window, state.tier
+    processors = processors or multiprocessors(query.device)
     write_ring, decay_ring = gates_of(window.gates, rule)
     B, HEADS, P = query.shape
     HKV, slots = window.keys.shape[1:3]

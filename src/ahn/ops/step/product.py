@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn.ops.backend import multiprocessors
+
 FEW = 16
 """Vectors at most: with more of them what each program reads again of these outweighs the weights."""
 _ROWS, _SHORTEST, _MOST_PARTS = 64, 512, 8
@@ -135,6 +137,5 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 def parts(weight: Tensor) -> int:
     """S of `partial_products`: two programs for each multiprocessor, if none then has fewer than 512 features."""
-    processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 132
     count, features = weight.shape
-    return max(1, min(2 * processors // -(-count // _ROWS), features // _SHORTEST, _MOST_PARTS))
+    return max(1, min(2 * multiprocessors(weight.device) // -(-count // _ROWS), features // _SHORTEST, _MOST_PARTS))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ahn.layout.state import LayerState, Tensors, WindowState
 from ahn.ops import scan
+from ahn.ops.backend import multiprocessors
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step.head_kernel import slot_of
@@ -209,7 +210,7 @@ def read(
     scaling: float,
     rule: StepRule | None,
     finish: StepRead | None,
-    processors: int = 132,
+    processors: int | None = None,
 ) -> Tensor:
     """See `ahn.ops.step.several.read`; float32 tensors are multiplied in full precision."""
     window, beside = state.window, state.beside
@@ -226,7 +227,7 @@ def read(
             reads, _ = scan.write_and_read(gone.query, *evicted, state.memory["state"], rule, own)
     rows = min(ROWS, max(16, triton.next_power_of_2(heads // key_heads * new)))
     blocks = triton.cdiv(heads // key_heads * new, rows)
-    parts = _parts(key_heads, blocks, slots, processors)
+    parts = _parts(key_heads, blocks, slots, processors or multiprocessors(query.device))
     stages = 3 if query.element_size() == 2 else 2
     block = min(64, max(16, TILE_BYTES // (P * window.keys.element_size())))
     per_part = triton.cdiv(triton.cdiv(slots, parts), block) * block
