@@ -19,20 +19,24 @@ Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
 
 
+def parsed(body: bytes) -> Any:
+    """What JSON says, in half the time that Python's own reader takes.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    try:
+        return from_json(body)
+    except ValueError:
+        return json.loads(body)  # it says better what is wrong, or takes what is only unusual
+
+
 class JSONRequest(Request):
-    """A request whose JSON is read in half the time."""
+    """A request whose JSON is `parsed`."""
 
     async def json(self) -> Any:
-        """The body.
-
-        Raises:
-            ValueError: it is no JSON.
-        """
-        body = await self.body()
-        try:
-            return from_json(body)
-        except ValueError:
-            return json.loads(body)  # it says better what is wrong, or takes what is only unusual
+        """The body."""
+        return parsed(await self.body())
 
 
 class JSONRoute(APIRoute):
