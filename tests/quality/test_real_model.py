@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import speaking
 import torch
-from models import adapted, base, tokens
+from models import adapted, awaken, base, tokens
 from transformers import PreTrainedTokenizerBase
 
 import ahn
@@ -123,14 +123,16 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
             assert torch.isfinite(model(tokens(1, 200)).logits).all()
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("memory", [None, "window_only", "retained"])
 @torch.no_grad()
 def test_answers_to_ruler_are_the_models_greedy_ones(
-    words: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attached: bool
+    words: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str | None
 ) -> None:
     model, file = base(vocab_size=len(words)), tmp_path / "ruler.jsonl"
-    if attached:
-        ahn.attach(model, ahn.AHNConfig("window_only", window=13, sinks=3))
+    if memory:
+        kept = {"slots": 32, "passage": 2, "score_layer": 1, "key_bits": 16, "value_bits": 16, "max_distance": 128}
+        config = ahn.AHNConfig(memory, window=13, sinks=3, **kept if memory == "retained" else {})
+        awaken(ahn.attach(model, config))
     prompts = [torch.randint(5, len(words), (length,)) for length in (60, 47, 55)]
     new = [model.generate(x[None], max_new_tokens=6, do_sample=False)[0, len(x) :] for x in prompts]
     said = [words.decode(x, skip_special_tokens=True) for x in new]

@@ -163,7 +163,12 @@ class Anchored:
         return cls(view.rotation, found, tuple(_pairs([0, *moves], view.length)), places=places)
 
     def phases(self, first: int, last: int) -> list[AnchorPhase]:
-        """The anchors of these queries, one of `spans`. Where rows are padded a GPU is waited for."""
+        """The anchors of these queries, one of `spans`. Where rows are padded a GPU is waited for, once."""
+        if (first, last) not in self._phases:
+            self._phases[first, last] = self._between(first, last)
+        return self._phases[first, last]
+
+    def _between(self, first: int, last: int) -> list[AnchorPhase]:
         begun = self.anchors[:, first]
         if not self.step:
             return [AnchorPhase(begun)]
@@ -192,6 +197,10 @@ class Anchored:
             cos, sin = self.rotation.angles_at(keys.new_zeros(1, dtype=precise), every)
             self._tables[precise] = Angles(self.places[0], cos[0], sin[0])
         return self._tables[precise]
+
+    @cached_property
+    def _phases(self) -> dict[tuple[int, int], list[AnchorPhase]]:
+        return {}
 
     @cached_property
     def _known(self) -> Known:
