@@ -28,6 +28,8 @@ BITS = (2, 3, 4)
 """Per number of a token's keys or values in codes."""
 BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False}
 """What files mean that do not say it: they are older than these settings, and were trained and measured so."""
+OF_KEPT_TOKENS: dict[str, Any] = {"slots": DEFAULT_SLOTS, "slot_heads": None, "passage": 1, "score_layer": None}
+"""Fields that only memories which keep tokens have a use for, and their values with others."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can be loaded to be used."""
 
@@ -54,7 +56,8 @@ class AHNConfig:
         window: number of most recent tokens kept exactly (W ≥ 1).
         sinks: number of first tokens kept exactly (S ≥ 0). `window + sinks` is the lossless total.
         full_attention_layers: indices of layers that keep full attention and get no memory.
-        router: learn, per head, how much the memory's read counts as more tokens are written.
+        router: learn, per head, how much the memory's read counts as more tokens are written. Memories that are not
+            recurrent have no read of their own, and neither this nor `q_proj`.
         q_proj: learn, per head, a projection of the query that reads the memory.
         prefill_chunk_size: tokens processed at once when a prompt is longer than the lossless total. A trade of
             speed against peak memory; the result is the same to float tolerance.
@@ -70,22 +73,23 @@ class AHNConfig:
         max_distance: from how far a query may see a sink, in tokens. A base model breaks at distances that it was not
             trained on, so sinks move along behind a text that is longer (`reach`; docs/concepts.md, "Any length").
             None: what the base was trained on, filled in by `attach`. 0: sinks keep their own positions, as published.
-        slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); other memories have no
-            use for it. Up to 128 of them are exact, the others as `key_bits` and `value_bits` say, with 6 bytes for
-            score and position: by default the bytes of 1 024 window tokens (bfloat16, head dimension 64).
+        slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); with another memory
+            this field and the next three are refused. Up to 128 of them are exact, the others as `key_bits` and
+            `value_bits` say, with 6 bytes for score and position: by default the bytes of 1 024 window tokens
+            (bfloat16, head dimension 64).
         slot_heads: the key heads that keep tokens, as pairs (layer, key head); the others see sinks and window alone.
             Few heads of a model find what was said long ago (`ahn.training.heads`): with as many bytes, these can keep
-            several times as many tokens. None: all heads. As `slots`, of use to such a memory alone.
+            several times as many tokens. None: all heads.
         passage: so many tokens next to each other are kept or forgotten together, by the mean of their scores over all
             heads of the layer that keep tokens; 1 lets each token of each key head stay by itself. It divides what is
-            kept, and the block of up to 128 that is exact. As `slots`, of use to such a memory alone.
+            kept, and the block of up to 128 that is exact.
         score_layer: the layer whose attention input gives each token one score, by which all key heads of all layers
             keep the same tokens; None: each layer scores for itself. A score is wanted when its token leaves the
-            window, and then before the first layer runs: a forward has no more new tokens than the window. As `slots`,
-            of use to such a memory alone.
+            window, and then before the first layer runs: a forward has no more new tokens than the window.
 
     Raises:
-        AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
+        AHNError: a number is out of range, a layer index is negative, the memory's name is unknown, or the memory has
+            no use for a field that was given.
     """
 
     memory: str = "gated_deltanet"
@@ -133,9 +137,12 @@ class AHNConfig:
         if self.slot_heads is not None:
             object.__setattr__(self, "slot_heads", _pairs(self.slot_heads))
         self._check_score_layer()
-        from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
-
-        memory.get(self.memory)
+        useless = [name for name, default in _without_use(self.memory).items() if getattr(self, name) != default]
+        if useless:
+            raise AHNError(
+                f"AHNConfig.{useless[0]} is for memories that keep tokens, such as 'retained'; {self.memory!r} has no "
+                "use for it: leave it out."
+            )
 
     def heads_of(self, layer: int) -> tuple[int, ...] | None:
         """The key heads of a layer that keep tokens; None for all."""
@@ -162,16 +169,9 @@ class AHNConfig:
             )
 
     @property
-    def scores_for_all(self) -> int | None:
-        """`score_layer` where the memory keeps tokens; others have no use for it."""
-        from ahn import memory  # as in `__post_init__`
-
-        return self.score_layer if memory.get(self.memory).moves_keys else None
-
-    @property
     def chunk(self) -> int:
         """Tokens of a prompt that are read at once when tokens leave the window."""
-        return self.prefill_chunk_size if self.scores_for_all is None else min(self.prefill_chunk_size, self.window)
+        return self.prefill_chunk_size if self.score_layer is None else min(self.prefill_chunk_size, self.window)
 
     def _distance_fits(self) -> bool:
         return self.max_distance == 0 or MIN_DISTANCE <= (self.max_distance or 0) <= LIMIT
@@ -192,12 +192,12 @@ class AHNConfig:
 
     @classmethod
     def saved(cls, settings: Mapping[str, Any]) -> AHNConfig:
-        """From the fields in a file, which may be older than some of them.
+        """From the fields in a file, which may be older than some of them, and hold some that its memory never used.
 
         Raises:
             AHNError: as for `AHNConfig` itself.
         """
-        return cls(**BEFORE | dict(settings))
+        return cls(**BEFORE | dict(settings) | _without_use(settings.get("memory", cls.memory)))
 
     @property
     def lossless(self) -> int:
@@ -246,8 +246,15 @@ class AHNConfig:
             raise AHNError(f"This takes an ahn.AHNConfig(window=…, sinks=…), not {reprlib.repr(config)}.")
 
     def replace(self, **changes: Any) -> AHNConfig:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, validated again; what another memory has no use for is as in a new one."""
+        return dataclasses.replace(self, **_without_use(changes.get("memory", self.memory)) | changes)
+
+
+def _without_use(name: str) -> dict[str, Any]:
+    """The fields that a memory has no use for, with the values that they have then."""
+    from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
+
+    return {} if memory.get(name).keeps_tokens else OF_KEPT_TOKENS
 
 
 def _pairs(given: Any) -> tuple[tuple[int, int], ...]:

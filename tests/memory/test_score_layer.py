@@ -173,18 +173,6 @@ def test_observers_see_scores_given() -> None:
     assert set(seen) == set(range(LAYERS))
 
 
-@pytest.mark.parametrize("memory", ["gated_deltanet", "ct_max"])
-@torch.no_grad()
-def test_other_memories_have_no_use_for_it(memory: str) -> None:
-    """Their gates are each layer's own, and what is read at once is not bounded."""
-    config, ids = ahn.AHNConfig(memory, 9, 2, prefill_chunk_size=16), tokens(2, 40)
-    found = []
-    for layer in (None, 1):
-        model = awaken(ahn.attach(base(num_hidden_layers=LAYERS), config.replace(score_layer=layer)))
-        found.append(torch.cat([read(model, ids, [25, *[1] * 5, 10])[0], model(ids, use_cache=False).logits]))
-    assert torch.equal(*found)
-
-
 @torch.no_grad()
 def test_no_more_tokens_than_the_window_come_at_once() -> None:
     model, ids = scored("exact"), tokens(1, 60)

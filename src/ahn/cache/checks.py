@@ -56,7 +56,7 @@ def read_config(description: Mapping[str, Any], of_model: AHNConfig, where: str)
         config = AHNConfig.saved(block)
     except (AHNError, TypeError) as error:
         raise AHNError(f"{where} is damaged: {error}") from error
-    kept = OF_TOKENS if memory.get(of_model.memory).moves_keys else ()
+    kept = OF_TOKENS if memory.get(of_model.memory).keeps_tokens else ()
     for name in (*OF_MEMORY, *kept):
         if (there := getattr(config, name)) != (here := getattr(of_model, name)):
             raise AHNError(

@@ -226,7 +226,7 @@ class AHNCache(Cache):
         layer.under_way = False
         if layer is self.layers[max(self.memory_layers)]:
             assert self._view is not None
-            give_scores({at: x.state for at, x in self.memory_layers.items() if x.state}, self.config.scores_for_all)
+            give_scores({at: x.state for at, x in self.memory_layers.items() if x.state}, self.config.score_layer)
             self.progress.finish(self._view)
         if self.offloading:
             layer.offload()

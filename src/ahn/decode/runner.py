@@ -211,7 +211,7 @@ class Runner:
                 self.retained.update(rotation, self.positions)
             with states_lent(twin, states, seen):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
-            give_scores(states, config.scores_for_all)
+            give_scores(states, config.score_layer)
             self.positions += self.active
             return logits
 

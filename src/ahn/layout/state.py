@@ -185,7 +185,7 @@ def give_scores(states: Mapping[int, LayerState], layer: int | None) -> None:
 
     Args:
         states: by layer, after a forward.
-        layer: `AHNConfig.scores_for_all`.
+        layer: `AHNConfig.score_layer`.
     """
     if layer is None or len(states) == 1:
         return

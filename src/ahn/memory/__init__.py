@@ -77,7 +77,7 @@ def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
         slots=config.slots,
         bits=config.tier_bits,
         passage=config.passage,
-        **_of_tokens(config, layer) if kind.moves_keys else {},
+        **_of_tokens(config, layer) if kind.keeps_tokens else {},
     )
 
 

@@ -100,6 +100,8 @@ class Memory(nn.Module):
     """What it writes and reads depends on where a token stands, and not on the distances between tokens alone."""
     moves_keys: ClassVar[bool] = False
     """Its keys are seen where the base knows them, and no farther away: it wants to know who sees what from where."""
+    keeps_tokens: ClassVar[bool] = False
+    """It keeps tokens as they are: `AHNConfig.slots`, `slot_heads`, `passage` and `score_layer` are for it alone."""
     forgets: ClassVar[bool] = False
     """What leaves the window has no further effect."""
     heads_apart: ClassVar[bool] = False

@@ -116,7 +116,7 @@ class RetainedTokens(Memory):
     name = "retained"
     published_name = "RetainedTokens"
     closed_gates = {"score": float("-inf")}  # noqa: RUF012  (a constant of the class)
-    moves_keys = True
+    moves_keys = keeps_tokens = True
     heads_apart = True
 
     def __init__(self, *sizes: Any, **options: Any) -> None:

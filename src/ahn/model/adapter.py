@@ -72,7 +72,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         raise AHNError(
             "With tensor parallelism all heads keep tokens: load the model on one device, or with slot_heads=None."
         )
-    if share.parallel and config.scores_for_all is not None:
+    if share.parallel and config.score_layer is not None:
         raise AHNError(
             "With tensor parallelism each layer scores for itself: load the model on one device, or with "
             "score_layer=None."

@@ -192,9 +192,9 @@ class DecoderHook:
                 "with quantized=0 (ahn.set_window(model, window, sinks, quantized=0)), or read under torch.no_grad()."
             )
         seen = 0 if cache is None else cache.seen
-        if config.scores_for_all is not None and length > max(config.lossless - seen, config.window):
+        if config.score_layer is not None and length > max(config.lossless - seen, config.window):
             raise AHNError(
-                f"These {length} tokens cannot be read at once: layer {config.scores_for_all} scores tokens for all "
+                f"These {length} tokens cannot be read at once: layer {config.score_layer} scores tokens for all "
                 f"layers, and at most {config.window} new ones (the window) may come together. Pass token ids with a "
                 "cache (the default), under torch.no_grad() and without asking for hidden states, and they are read "
                 "in parts; or load the adapter with a larger window."

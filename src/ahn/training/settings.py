@@ -120,13 +120,10 @@ class Settings:
             trained: positions that the base was trained on.
         """
         chosen_reach = {"window": self.window, "sinks": self.sinks}
-        names = memory.names()
-        name = self.ahn_implementation
-        chosen = name if name in names else memory.by_published_name(name).name
         return AHNConfig.for_base(
             trained,
             **{name: value for name, value in chosen_reach.items() if value is not None},
-            memory=chosen,
+            memory=self.memory_name,
             full_attention_layers=_layers(self.fa_layer_ids),
             router=self.use_ahn_router,
             q_proj=self.use_q_proj,
@@ -136,9 +133,15 @@ class Settings:
         )
 
     @property
+    def memory_name(self) -> str:
+        """The memory's name in `AHNConfig`."""
+        name = self.ahn_implementation
+        return name if name in memory.names() else memory.by_published_name(name).name
+
+    @property
     def decays(self) -> bool:
         """Whether the memory's states decay."""
-        return "decay" in memory.get(self.ahn_config.memory).closed_gates
+        return "decay" in memory.get(self.memory_name).closed_gates
 
     @property
     def horizons(self) -> tuple[float, float] | None:
@@ -189,7 +192,7 @@ class Settings:
             raise AHNError("eval_dataset and val_size both say what is held out; leave one of them out.")
 
     def _check_loss(self) -> None:
-        recurrent = self.ahn_config.memory in memory.recurrent()
+        recurrent = self.memory_name in memory.recurrent()
         if self.loss_type is None:
             self.loss_type = "kl" if recurrent else ATTENTION
         if (self.loss_type == ATTENTION) == recurrent:
@@ -199,8 +202,8 @@ class Settings:
             )
         if not recurrent and (self.use_ahn_router or self.use_q_proj):
             raise AHNError(f"use_ahn_router and use_q_proj are for recurrent memories, not {self.ahn_implementation}.")
-        if recurrent and (self.passage > 1 or self.score_layer is not None):
-            raise AHNError(f"passage and score_layer are for RetainedTokens, not {self.ahn_implementation}.")
+        if recurrent and (self.slots != DEFAULT_SLOTS or self.passage > 1 or self.score_layer is not None):
+            raise AHNError(f"slots, passage and score_layer are for RetainedTokens, not {self.ahn_implementation}.")
         if self.score_layer is not None and self.streaming:
             raise AHNError(
                 "score_layer needs samples that are there before training begins, to find its teachers in: leave "
@@ -229,7 +232,7 @@ class Settings:
             raise AHNError(f"val_size must be a share below 1 or a whole number of rows, got {self.val_size}.")
 
     def _check_positions(self) -> None:
-        sees = memory.get(self.ahn_config.memory).sees_positions
+        sees = memory.get(self.memory_name).sees_positions
         if sees and self.memory_positions <= self.cutoff_len:
             self.notes.append(
                 f"{self.ahn_implementation} sees positions, and learns none from cutoff_len {self.cutoff_len:,} on; "
