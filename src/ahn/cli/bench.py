@@ -16,6 +16,7 @@ from ahn.files import check_folder
 
 if TYPE_CHECKING:
     from ahn.bench.runner import Plan
+    from ahn.config import AHNConfig
     from ahn.measure.method import Method
 
 TINY_WINDOW, TINY_SINKS = 224, 32
@@ -27,6 +28,11 @@ BATCHES, TINY_BATCHES = (1, 4, 16, 32, 64, 100), (1, 4, 16)
 """Conversations of `throughput` when none are asked for."""
 NEW_TOKENS, BUDGET = {"cpu": 8}, {"cpu": 2.0}
 """Steps in a repetition, and seconds after which a row is not repeated again; elsewhere `BenchSettings`' own."""
+USED = {
+    "new_tokens": {"decode", "memory", "throughput"}, "real_prefill": {"decode", "throughput"},
+    "profile": {"prefill", "decode", "train"}, "no_activation_checkpointing": {"train"},
+}  # fmt: skip
+"""Options that are for some measurements alone, and these."""
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -136,10 +142,21 @@ def command(
     from ahn import shipped
 
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
+    of_all: dict[str, Any] = {"new_tokens": new_tokens, "real_prefill": real_prefill, "profile": profile}
+    of_all |= {"no_activation_checkpointing": not activation_checkpointing}
+    if not names:
+        of_all |= {"adapter": adapter, "methods": methods, "window": window, "sinks": sinks, "quantized": quantized}
+        of_all |= {"bits": bits, "context": context, "batch": batch, "device": device, "dtype": dtype}
+        common.refuse_useless("for a report", **of_all, model=model != "tiny", random_weights=random_weights)
+    for name, measured in USED.items():
+        if not measured & set(names):
+            common.refuse_useless("without " + " or ".join(sorted(measured)), **{name: of_all[name]})
     if names:
         adapter = adapter and shipped.resolve_adapter(model, adapter)
         options = BenchOptions(model, adapter, methods, window, sinks, quantized, bits, context, batch)
         plans = [options.plan(name) for name in names]
+        if not any(_has_codes(method.config) for plan in plans for method in plan.methods):
+            common.refuse_useless("where no token is kept in codes (--quantized, the memory retained)", bits=bits)
         check_folder(out)
         given = {
             "new_tokens": new_tokens,
@@ -150,6 +167,12 @@ def command(
         }
         _measure(plans, model, random_weights, given, out, device, dtype)
     _report(out)
+
+
+def _has_codes(config: AHNConfig | None) -> bool:
+    from ahn import memory
+
+    return config is not None and (config.quantized > 0 or memory.get(config.memory).keeps_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from ahn.cli.terminal import SafeConsole
 from ahn.config import DTYPES
+from ahn.errors import AHNError
 
 out = SafeConsole()
 err = SafeConsole(stderr=True)
@@ -84,6 +85,21 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help=f"{', '.join(DTYPES)} (default: float32 on a CPU, else the checkpoint's own)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def refuse_useless(why: str, **given: Any) -> None:
+    """Refuse options that were given and change nothing.
+
+    Args:
+        why: where they do not, after "changes nothing".
+        given: by the options' names; what is False, 0, empty or None was not given.
+
+    Raises:
+        AHNError: one was given.
+    """
+    for name, value in given.items():
+        if value not in (None, False, 0, [], ()):
+            raise AHNError(f"--{name.replace('_', '-')} changes nothing {why}: leave it out.")
 
 
 def print_json(value: Any) -> None:

@@ -117,6 +117,7 @@ def command(
     check_folder(out)
     if model is not None and shipped.known(model) is smollm2:
         reach, book = (window or demo_book.WINDOW, sinks), None if text is None else str(text)
+        common.refuse_useless("where one book is read", documents=documents != DOCUMENTS)
         tier = demo_book.QUANTIZED if quantized is None else quantized
         demo_book.read_a_book(adapter or [], book, reach, tier, length, out, device, dtype, as_json)
         return

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 MethodOption = Annotated[
-    str, typer.Option("--method", help="ahn, or a baseline with as many keys: window, full, ct-max, ct-avg.")
+    str,
+    typer.Option(
+        "--method",
+        help="ahn, or a baseline with as many keys: window, ct-max, ct-avg; or full, which sees all.",
+    ),
 ]
 TextOption = Annotated[
     Path | None,
@@ -105,7 +109,7 @@ def run(
     from ahn.evaluation import runner
     from ahn.evaluation.results import averages
     from ahn.evaluation.task import Options
-    from ahn.evaluation.tasks import check
+    from ahn.evaluation.tasks import check, without_use
     from ahn.evaluation.tasks import tasks as find
     from ahn.evaluation.workers import Worker
 
@@ -120,6 +124,10 @@ def run(
     Options(**options, seed=seed)  # mistakes show before the model is loaded
     for spec in tasks:
         check(spec)
+    useless = without_use(tasks)
+    typed = {"lengths": "length", "depths": "depth"}
+    given = {typed.get(name, name): value for name, value in (options | {"seed": seed}).items() if name in useless}
+    common.refuse_useless("for " + ", ".join(tasks), **given)
     evaluated = _load(
         method, model, adapter, device or worker.device(), dtype, window=window, sinks=sinks, quantized=quantized
     )

@@ -33,10 +33,10 @@ TopPOption = Annotated[
     float | None,
     typer.Option(
         "--top-p",
-        help="Draw only among the tokens that make up this probability (default: the model's generation settings).",
+        help="Draw, among the tokens that make up this probability (default: the model's generation settings).",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the draws; where none are made it changes nothing.")]
 LookupOption = Annotated[
     int,
     typer.Option(

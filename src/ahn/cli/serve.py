@@ -97,6 +97,7 @@ def command(
         raise AHNError(f"Anyone who reaches {host} could use the model: set {KEYS}, or leave --host out.")
     if max_age is not None and not max_age > 0:
         raise AHNError(f"--max-age must be more than 0 hours, got {max_age}.")
+    common.refuse_useless("without --state-dir", disk_mib=None if state_dir else disk_mib)
     settings = ServerSettings(
         model=served_name(model, adapter),
         keys=keys,

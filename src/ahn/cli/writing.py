@@ -28,6 +28,7 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most probable token.
+        top_p: tokens are drawn, among those that make up this probability.
         lookup: so many tokens at once are guessed to be what followed the last words earlier in the text; 0 for none.
 
     Raises:
@@ -45,6 +46,8 @@ class Sampling:
             self.top_p is not None and not 0 < self.top_p <= 1
         ):
             raise AHNError(f"The temperature must be ≥ 0 and top-p in (0, 1], got {self.temperature} and {self.top_p}.")
+        if self.temperature == 0 and self.top_p is not None:
+            raise AHNError("top-p chooses among tokens to draw, and temperature 0 draws none: leave one of them out.")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise AHNError(f"The seed must fit into 64 bits, got {self.seed}.")
 
@@ -55,11 +58,11 @@ class Sampling:
         chosen |= {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
         if self.lookup:
             chosen["prompt_lookup_num_tokens"] = self.lookup
-        if self.temperature is not None:
-            chosen["do_sample"] = self.temperature > 0
+        if self.temperature is not None or self.top_p is not None:
+            chosen["do_sample"] = self.temperature != 0
         if self.temperature:
             chosen["temperature"] = self.temperature
-        if self.top_p is not None and self.temperature != 0:
+        if self.top_p is not None:
             chosen["top_p"] = self.top_p
         return chosen
 

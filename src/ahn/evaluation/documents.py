@@ -39,6 +39,8 @@ def load(tokenizer: Any, source: Path | None = None, length: int | None = None, 
     Raises:
         AHNError: the file cannot be read or has no such book, or the text has fewer than `length` tokens, or than 2.
     """
+    if number and (source is None or source.suffix != ".jsonl"):
+        raise AHNError("--book chooses a text of JSON lines: give --text FILE.jsonl, or leave --book out.")
     name, text = _held_out() if source is None else _read(expanded(source), number)
     ids = tokenizer(text, verbose=False)["input_ids"][:length]
     if len(ids) < max(2, length or 0):

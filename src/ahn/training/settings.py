@@ -102,6 +102,12 @@ class Settings:
         if self.use_normalized_l2 and "distill" not in str(self.loss_type):
             # The published script sets it with the loss "kl", where it changes nothing.
             self.notes.append("use_normalized_l2 changes nothing without the loss distill")
+        if self.score_teachers != 1 and self.score_layer is None:
+            self.notes.append("score_teachers changes nothing without score_layer")
+        if self.max_eval_samples and not (self.eval_dataset or self.val_size):
+            self.notes.append("max_eval_samples changes nothing without eval_dataset or val_size")
+        if self.streaming and (self.overwrite_cache or self.preprocessing_num_workers):
+            self.notes.append("overwrite_cache and preprocessing_num_workers change nothing for a stream")
         self._check_window()
         self.ahn_config  # noqa: B018  (raises)
         self.horizons  # noqa: B018  (raises)

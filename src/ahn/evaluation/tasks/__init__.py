@@ -23,6 +23,11 @@ BENCHMARKS = {
     "recall": "ahn.evaluation.tasks.recall",
 }
 """First part of a task's name -> module."""
+OF_QUESTIONS, OF_GENERATED = {"data_dir", "protocol_dir", "max_length"}, {"haystack", "lengths", "samples", "seed"}
+USES = dict.fromkeys(("lveval", "infinitebench", "longbench"), OF_QUESTIONS) | {
+    "ruler": OF_GENERATED | {"data_dir"}, "needle": OF_GENERATED | {"depths"}, "recall": OF_GENERATED,
+}  # fmt: skip
+"""First part of a task's name -> fields of `Options` that change such a task; `profile` is noted with every result."""
 
 
 def tasks(spec: str, **options: Any) -> list[Task]:
@@ -52,6 +57,16 @@ def check(spec: str) -> None:
     # "lveval/128k" leaves out the task between benchmark and length
     if not any(set(parts) <= set(name.split("/")[1:]) for name in module.names()):
         raise AHNError(f"There is no task {spec!r}; `ahn eval list` names all there are.")
+
+
+def without_use(specs: Sequence[str]) -> set[str]:
+    """The fields of `Options` that change none of these tasks, each of which `check` has let pass."""
+    used = set[str]()
+    for module, parts in map(_module, specs):
+        (benchmark,) = (name for name, path in BENCHMARKS.items() if path == module.__name__)
+        named = bool(parts) and hasattr(module, "LENGTH") and bool(module.LENGTH.fullmatch(parts[-1]))
+        used |= USES[benchmark] - ({"lengths"} if named else set())
+    return (OF_QUESTIONS | OF_GENERATED | {"depths"}) - used
 
 
 def names() -> list[str]:
