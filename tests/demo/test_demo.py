@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import speaking
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 
 import ahn
@@ -84,6 +86,22 @@ def test_short_texts_are_joined_or_refused(words: Any) -> None:
         make_documents(words, short, 5, 5000, 8)
     with pytest.raises(AHNError, match="--length 32 or more"):
         make_documents(words, short, 5, 31, 16)
+
+
+def test_each_document_begins_as_the_base_was_trained(words: Any) -> None:
+    """A base that was trained with a token before every text fails without it."""
+    tokenizer = copy.deepcopy(words)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    made, _ = make_documents(tokenizer, held_out_text()[:1], 3, LENGTH, LOSSLESS)
+    assert [document.text.ids.count(tokenizer.bos_token_id) for document in made] == [1, 1, 1]
+    assert all(len(document.text.ids) == LENGTH and document.text.ids[0] == tokenizer.bos_token_id for document in made)
+    for document in made:
+        assert all(
+            tokenizer.decode(document.text.ids[fact.answer]).strip() == fact.value for fact in document.text.facts
+        )
 
 
 def test_a_tokenizer_that_cannot_ask_leaves_facts_out(monkeypatch: pytest.MonkeyPatch, words: Any) -> None:

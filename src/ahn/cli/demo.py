@@ -176,7 +176,9 @@ def _subject(
     first = adapters[0] if adapters else None
     session = open_session(model, first, device, dtype, window=window, sinks=sinks, quantized=0)
     lossless = sum(reach)
-    made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
+    with common.progress() as bar:
+        bar.add_task("tokenising", total=None)
+        made, no_facts = make_documents(session.tokenizer, texts, documents, length or LONGER * lossless, lossless)
     methods = make_methods(session.model, adapters[1:], quantized)
     return DemoSubject(name, session.model, session.tokenizer, methods, made, no_facts)
 

@@ -55,13 +55,14 @@ def read_a_book(
     from ahn.demo.book import book_figure, make_questions, read_book
     from ahn.demo.methods import FULL, WINDOW_ONLY
     from ahn.measure.method import Method
+    from ahn.measure.tokens import token_ids
 
     length = (length or LENGTH) // BIN * BIN
     if length < 2 * BIN:
         raise AHNError(f"--length must be at least {2 * BIN:,}.")
     name, book = _book(text)
     model, tokenizer = ModelSource.open(shipped.resolve("smollm2")).load_ready(device, dtype, memory=False)
-    ids = tokenizer(book, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, book, special=False)
     if len(ids) < max(length, QUESTIONS * PAGES):
         raise AHNError(f"{name} has {len(ids):,} tokens; a text of {max(length, QUESTIONS * PAGES):,} is needed.")
     window, sinks = reach

@@ -14,6 +14,7 @@ from ahn.config import Reach
 from ahn.evaluation.runner import Watcher
 
 if TYPE_CHECKING:
+    from ahn.evaluation.documents import LongDocument
     from ahn.evaluation.methods import Evaluated
     from ahn.evaluation.task import Task
 
@@ -161,11 +162,10 @@ def perplexity(
     as_json: common.JsonOption = False,
 ) -> None:
     """Measure the perplexity of a long document by position, with the memory that it takes."""
-    from ahn.evaluation import documents
     from ahn.evaluation import perplexity as measured
 
     evaluated = _load(method, model, adapter, device, dtype, window=window, sinks=sinks, quantized=quantized)
-    document = documents.load(evaluated.tokenizer, text, length, book)
+    document = _document(evaluated, text, length, book)
     with common.progress() as bar:
         reading = bar.add_task("reading", total=len(document.ids))
         result = measured.run(evaluated, document, out, advance=lambda tokens: bar.advance(reading, tokens))
@@ -190,10 +190,10 @@ def gradients(
     as_json: common.JsonOption = False,
 ) -> None:
     """Find out which forgotten tokens matter: gradients of the distillation loss, which `report` draws on the text."""
-    from ahn.evaluation import documents, gradient_probe
+    from ahn.evaluation import gradient_probe
 
     evaluated = _load(method, model, adapter, device, dtype, window=window, sinks=sinks, quantized=0)
-    document = documents.load(evaluated.tokenizer, text, length, book)
+    document = _document(evaluated, text, length, book)
     _print_figures(gradient_probe.run(evaluated, document, out, answer, loss), out, as_json)
 
 
@@ -250,6 +250,14 @@ def _load(
 
     model, adapter, device = named_or_shipped(model, adapter, device)
     return methods.load(method, model, adapter, device, dtype, **reach)
+
+
+def _document(evaluated: Evaluated, text: Path | None, length: int | None, book: int) -> LongDocument:
+    from ahn.evaluation import documents
+
+    with common.progress() as bar:
+        bar.add_task("tokenising", total=None)
+        return documents.load(evaluated.tokenizer, text, length, book)
 
 
 def _print_figures(result: dict[str, Any], out: Path, as_json: bool) -> None:

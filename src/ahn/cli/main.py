@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError, installed_version
+from ahn.measure.tokens import ABANDONED
 
 VERBS = {
     "demo": "See a memory work: real text far beyond the window, on this machine.",
@@ -57,8 +58,6 @@ TEXTS = ("--prompt", "--system")
 """Options whose value may be empty."""
 NARROW = 100
 """Columns that the boxes of help need to show every option with its whole name."""
-ABANDONED = "ahn-tokeniser"
-"""Name of a thread that may outlive what waited for it."""
 
 
 class LazyGroup(TyperGroup):

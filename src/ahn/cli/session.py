@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -18,12 +16,12 @@ import torch
 from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
-from ahn.cli.main import ABANDONED
 from ahn.cli.writing import Interrupt, Pieces, Sampling
 from ahn.config import Reach, overridden
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
 from ahn.measure.reading import chunk_size, in_chunks
+from ahn.measure.tokens import LONG, in_a_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,8 +31,6 @@ TINY_MEMORY = "gated_deltanet"
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
 SINKS_WITHOUT_MEMORY = 32
-LONG = 1 << 16
-"""Characters of a text that is tokenised in a thread of its own, so that the program can be stopped meanwhile."""
 
 
 class Session:
@@ -90,7 +86,7 @@ class Session:
             return tokenise()
         with common.progress() as bar:
             bar.add_task("tokenising", total=None)
-            return _in_a_thread(tokenise)
+            return in_a_thread(tokenise)
 
     def read(
         self,
@@ -183,20 +179,6 @@ class Session:
 def _devices(model: PreTrainedModel) -> list[int]:
     """The GPUs whose random numbers `generate` draws from."""
     return [model.device.index or 0] if model.device.type == "cuda" else []
-
-
-def _in_a_thread(work: Callable[[], Any]) -> Any:
-    """The result of a piece of work that would not let Ctrl-C through."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=ABANDONED, daemon=True).start()
-    return future.result()
 
 
 def open_session(

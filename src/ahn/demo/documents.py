@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ahn.errors import AHNError
+from ahn.measure.tokens import around, token_ids
 from ahn.tiny.facts import Fact, FactText, FactWriter
 
 FACTS = 32
@@ -51,10 +52,11 @@ def make_documents(
         )
     writer, reason = _fact_writer(tokenizer)
     facts = 0 if writer is None else min(FACTS, length // (4 * writer.cost), len(writer.keys))
-    bare = length - (facts * writer.cost if writer is not None else 0)
+    begin, _ = around(tokenizer)
+    bare = length - len(begin) - (facts * writer.cost if writer is not None else 0)
     encoded: list[tuple[str, list[int]]] = []
     for name, text in texts:
-        encoded.append((name, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+        encoded.append((name, token_ids(tokenizer, text, special=False)))
         if sum(len(ids) >= bare for _, ids in encoded) == count:
             break  # a document of each is enough
     pieces = list(_pieces(encoded, bare, count)) or list(_pieces([_joined(encoded)], bare, count))
@@ -65,6 +67,7 @@ def make_documents(
         )
     documents = []
     for number, (name, ids) in enumerate(pieces):
+        ids = [*begin, *ids]  # a piece begins as texts did when the base was trained
         with_facts = FactText(ids, [], [])
         if writer is not None:
             with_facts = writer.write(ids, facts, random.Random(f"{SEED}-{number}"), min_distance=lossless)

@@ -11,6 +11,7 @@ from ahn.errors import AHNError
 from ahn.evaluation import data
 from ahn.evaluation.data import DataFile, DataLines
 from ahn.files import expanded, read_text
+from ahn.measure.tokens import token_ids
 from ahn.tiny.corpus import held_out_text
 
 TITLES = ("short_book_title", "title")
@@ -42,7 +43,7 @@ def load(tokenizer: Any, source: Path | None = None, length: int | None = None, 
     if number and (source is None or source.suffix != ".jsonl"):
         raise AHNError("--book chooses a text of JSON lines: give --text FILE.jsonl, or leave --book out.")
     name, text = _held_out() if source is None else _read(expanded(source), number)
-    ids = tokenizer(text, verbose=False)["input_ids"][:length]
+    ids = token_ids(tokenizer, text)[:length]
     if len(ids) < max(2, length or 0):
         raise AHNError(f"{name} has only {len(ids)} tokens: give a longer text, or a smaller --length.")
     return LongDocument(name, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), ids)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.errors import AHNError
 from ahn.evaluation.task import Task, Truncation
 from ahn.measure.parts import as_shown
+from ahn.measure.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,7 @@ def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple
         text = render(tokenizer, message, ask=True, enable_thinking=False)
     # A template that starts with the first token of a text itself must not get a second one.
     first = tokenizer.bos_token
-    ids = tokenizer(text, add_special_tokens=not (first and text.startswith(first)), verbose=False)["input_ids"]
-    return ids, shortened
+    return token_ids(tokenizer, text, special=not (first and text.startswith(first))), shortened
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool, **options: Any) -> str:
@@ -56,7 +56,7 @@ def shorten(prompt: str, how: Truncation, max_new_tokens: int, tokenizer: PreTra
     Raises:
         AHNError: the limit leaves nothing.
     """
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, prompt)
     parts = kept(ids, how, max_new_tokens)
     if len(ids) <= how.limit:
         return prompt, False

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
+from ahn.measure.tokens import around
 from ahn.training.messages import BadRowError, printable
 from ahn.training.records import Conversation, Record, decode, normalise
 from ahn.training.replies import Renderer
@@ -102,7 +103,7 @@ class RowTokenizer:
         return KEPT if piece.learn[self.smallest_total + 1 :].any() else IDLE
 
     def _text(self, text: str) -> list[Piece]:
-        before, after = self._specials
+        before, after = self._around
         ids = [*self._encoded(text), *after]
         length = max(1, self.cutoff - len(before))
         # Each piece begins as texts did when the base was trained; only the last one ends as they did.
@@ -116,11 +117,8 @@ class RowTokenizer:
         return ids
 
     @functools.cached_property
-    def _specials(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
-        bare, whole = self._encoded("x"), self.tokenizer("x", verbose=False)["input_ids"]
-        starts = [n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare]
-        return (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts else ([], [])
+    def _around(self) -> tuple[list[int], list[int]]:
+        return around(self.tokenizer)
 
     @functools.cached_property
     def _render(self) -> Renderer:

@@ -15,6 +15,7 @@ from ahn.errors import AHNError
 from ahn.evaluation.prompt import render
 from ahn.evaluation.task import Options, Sample, Task
 from ahn.evaluation.tasks.haystack import Haystack
+from ahn.measure.tokens import token_ids
 from ahn.tiny.facts import KEYS, VALUES
 
 Made = TypeVar("Made")
@@ -96,7 +97,7 @@ class Prompter:
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt."""
-        return len(self.tokenizer(prompt, verbose=False)["input_ids"])
+        return len(token_ids(self.tokenizer, prompt))
 
     def settings(self) -> dict[str, Any]:
         """How messages became prompts."""
