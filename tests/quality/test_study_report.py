@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
+import redraw
+from stages import figures
 from stages.intervals import bootstrap
 from stages.recipe import Context, Run
 from stages.recipes import STUDY
@@ -137,3 +139,17 @@ def test_the_parts_of_the_gap_add_up_to_what_is_won_back(folder: Path) -> None:
     lines = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     first = next(line for line in lines if (line["method"], line["seed"]) == ("deltanet", 0))
     assert first["won_back_by_repeat"] == [0.02, 0.04, 0.14]
+
+
+def test_figures_say_how_many_texts_and_what_the_spread_is(folder: Path) -> None:
+    figure = figures.cost(Results(RECIPE, folder))
+    assert figure is not None
+    assert "texts" in figure.get_suptitle()
+    words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert {"sinks + window", "deltanet", "upright: lowest to highest seed"} <= set(words)
+
+
+@pytest.mark.slow
+def test_committed_rows_draw_the_figures_of_the_page(tmp_path: Path) -> None:
+    redraw.main(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"study-{name}.png" for name in redraw.SHOWN)

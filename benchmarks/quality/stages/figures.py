@@ -1,25 +1,33 @@
-"""The figures of the report. Colours are of Okabe and Ito, and two of Tol: colour-blind readers can tell them apart."""
+"""The figures of the report, in the style and the colours of `ahn.measure.plots`.
+
+`won_back` and `ablations` need losses of single sequences, which only the folder of a run has; `redraw.py` draws the
+others from the rows in benchmarks/results.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ahn.measure import plots
 from ahn.measure.intervals import wilson
-from ahn.measure.plots import MUTED, new_figure, save
+from ahn.measure.plots import DASHED, INK, MUTED, WIDTH, finish, new_figure, save
 
 from .rows import FULL, WINDOW, Group, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#332288", "#882255", "#0072b2", "#d55e00")
+_NAMED = ("gated_deltanet", "deltanet", "mamba2", "routed_deltanet", "bits", "bits + memory", "retained")
+COLOURS = (*(plots.COLOURS[name] for name in _NAMED), plots.AHN)
 MARKERS = "D^vPpXso*"
-FIXED = {FULL: ("#000000", "-"), WINDOW: (MUTED, "-"), "ct_max": (MUTED, "--"), "ct_avg": (MUTED, ":")}
+FIXED = {FULL: (plots.FULL, "-"), WINDOW: (MUTED, "-"), "ct_max": (MUTED, "--"), "ct_avg": (MUTED, ":")}
 """Colour and line of what has no parameters: no marks, so that the others stand out."""
+SHADE = "shade: lowest to highest seed"
 NAMES = {FULL: "full attention", WINDOW: "sinks + window", "ct_max": "CT-max", "ct_avg": "CT-avg"}
 
 
@@ -27,7 +35,8 @@ def draw(results: Results, folder: Path) -> list[str]:
     """Draw every figure that there are numbers for; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for function in (cost, won_back, recall, positions, repeats, far, needles, ablations):
+    whole = all("chunk_losses" in row for group in results.groups for row in group.seeds)
+    for function in (cost, recall, positions, repeats, far, needles, *((won_back, ablations) if whole else ())):
         figure = function(results)
         if figure is not None:
             save(figure, folder / f"{function.__name__}.png")
@@ -42,14 +51,18 @@ def cost(results: Results) -> Figure | None:
     """
     context, most = results.places(far=False)[-1]
     kept = ", ".join(str(budget) for length, budget in results.places(far=False) if length == context)
-    figure, (losses, facts) = new_figure(2, f"Loss and facts by bytes of the cache; {kept} tokens kept, {context} read")
+    title = f"Loss and facts by bytes of the cache; {kept} tokens kept, {context} read, {_texts(results, context)}"
+    figure, (losses, facts) = new_figure(2, title)
     for method in _methods(results, baselines=True):
         groups = [group for group in results.groups if group.method == method and group.context == context]
         if method != FULL and groups:
             kib = [group.cache_bytes / 1024 for group in groups]
-            style = _style(results, groups[0]) | {"linewidth": 1.4}
-            losses.plot(kib, [group.loss_above_full(most) for group in groups], **style)
-            facts.plot(kib, [100 * group.recalled_from(most) for group in groups], **style)
+            style = _style(results, groups[0])
+            seeds = [[dataclasses.replace(group, seeds=[row]) for row in group.seeds] for group in groups]
+            for axis, value in ((losses, _loss), (facts, _recalled)):
+                axis.plot(kib, [value(group, most) for group in groups], **style)
+                single = [[value(group, most) for group in each] for each in seeds]
+                axis.vlines(kib, list(map(min, single)), list(map(max, single)), color=style["color"], linewidth=WIDTH)
     losses.set_ylabel("nats a token above full attention's")
     facts.set_ylabel("% recalled")
     losses.set_title(f"Loss from token {most} on (lower is better)", fontsize=10, loc="left")
@@ -59,7 +72,7 @@ def cost(results: Results) -> Figure | None:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_xlabel("KiB of cache at the end, states and all")
-    _legend(figure, losses)
+    finish(figure, [losses, facts], ["upright: lowest to highest seed"])
     return figure
 
 
@@ -86,34 +99,37 @@ def won_back(results: Results) -> Figure | None:
 def recall(results: Results) -> Figure | None:
     """Facts recalled by distance, a panel a budget."""
     places = results.places(far=False)
-    figure, axes = new_figure(len(places), "Facts recalled, by how long ago they were stated")
+    asked = sum(number for _, number in results.at(*places[0])[0].first["recall"].values())
+    figure, axes, into = _panels(places, f"Facts recalled, by how long ago they were stated: {asked:,} facts")
     for axis, (context, budget) in zip(axes, places, strict=True):
         groups = _shown(results, context, budget)
         buckets = list(groups[0].first["recall"])
         edges = [*map(int, buckets), context]
         for number, group in enumerate(groups):
-            shares = [hits / asked for hits, asked in map(group.recall, buckets)]
-            ends = np.array([wilson(*group.recall(bucket)) for bucket in buckets]).T
-            x = np.arange(len(buckets)) + 0.07 * (number - len(groups) / 2)
-            errors = 100 * np.abs(ends - shares)
-            axis.errorbar(x, 100 * np.array(shares), errors, **_style(results, group), capsize=2, linewidth=1.4)
+            shares = np.array([hits / asked for hits, asked in map(group.recall, buckets)])
+            lows, highs = np.array([wilson(*group.recall(bucket)) for bucket in buckets]).T
+            x, style = np.arange(len(buckets)) + 0.07 * (number - len(groups) / 2), _style(results, group)
+            axis.plot(x, 100 * shares, **style)
+            axis.vlines(x, 100 * lows, 100 * highs, color=style["color"], linewidth=1)
         axis.axhline(100 * groups[0].first["recall_chance"], color=MUTED, linestyle=":", linewidth=1)
         axis.set_xticks(range(len(buckets)), [f"≤{_short(high)}" for high in edges[1:]])
-        axis.axvline(sum(edge <= budget for edge in edges[1:]) - 0.5, color=MUTED, linestyle="--", linewidth=1)
-        axis.set_xlabel("tokens ago (dashed: the budget; dotted: chance)")
+        axis.axvline(sum(edge <= budget for edge in edges[1:]) - 0.5, color=MUTED, linestyle=DASHED, linewidth=1)
+        axis.set_xlabel("tokens ago")
         axis.set_ylabel("% recalled")
         axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
-    _legend(figure, axes[0])
+    notes = ["upright: 95 % intervals over facts", "dashed, upright: tokens kept", "dotted, level: chance"]
+    finish(figure, axes, notes, into)
     return figure
 
 
 def positions(results: Results) -> Figure | None:
     """Loss above full attention's by position in the text, a panel a budget."""
     places = results.places(far=False)
-    figure, axes = new_figure(len(places), "Loss above full attention's, by position (lower is better)")
+    title = f"Loss above full attention's, by position (lower is better): {_texts(results, places[0][0])}"
+    figure, axes, into = _panels(places, title)
     for axis, (context, budget) in zip(axes, places, strict=True):
         _by_position(results, axis, context, budget)
-    _legend(figure, axes[0])
+    finish(figure, axes, [SHADE], into)
     return figure
 
 
@@ -122,31 +138,32 @@ def far(results: Results) -> Figure | None:
     places = results.places(far=True)
     if not places:
         return None
-    figure, axes = new_figure(len(places), "Loss by position in long texts (lower is better)")
+    figure, axes, into = _panels(places, "Loss by position in long texts (lower is better)")
     for axis, (context, budget) in zip(axes, places, strict=True):
         _by_position(results, axis, context, budget, above=False)
-    _legend(figure, axes[0])
+    finish(figure, axes, [SHADE], into)
     return figure
 
 
 def repeats(results: Results) -> Figure | None:
     """Loss above full attention's by how long ago a pair of tokens was last seen, a panel a budget."""
     places = results.places(far=False)
-    title = "Loss above full attention's, by how long ago the token last followed the same token (lower is better)"
-    figure, axes = new_figure(len(places), title)
+    title = "Loss above full attention's, by how long ago the token last followed the same token\n"
+    title += f"(lower is better): {_texts(results, places[0][0])}"
+    figure, axes, into = _panels(places, title)
     for axis, (context, budget) in zip(axes, places, strict=True):
         groups = _shown(results, context, budget)
         names = [name for name in groups[0].full["loss_by_repeat"]]
         base = np.array([groups[0].full["loss_by_repeat"][name][0] for name in names])
         for group in groups:
-            losses = np.mean([[row["loss_by_repeat"][name][0] for name in names] for row in group.seeds], axis=0)
-            axis.plot(range(len(names)), losses - base, **_style(results, group), linewidth=1.4)
+            losses = np.array([[row["loss_by_repeat"][name][0] for name in names] for row in group.seeds]) - base
+            _with_range(axis, range(len(names)), losses, _style(results, group))
         highs = [*names[2:], str(context)]
         axis.set_xticks(range(len(names)), ["never", *[f"≤{_short(int(high))}" for high in highs]])
         axis.set_xlabel("tokens ago")
         axis.set_ylabel("nats a token")
         axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
-    _legend(figure, axes[0])
+    finish(figure, axes, [SHADE], into)
     return figure
 
 
@@ -160,20 +177,23 @@ def needles(results: Results) -> Figure | None:
         return None
     lengths = sorted({length for found in cells.values() for length, _ in found})
     depths = sorted({depth for found in cells.values() for _, depth in found})
-    rows = 1 + (len(cells) > 6)
+    rows = -(-len(cells) // 5)
     columns = -(-len(cells) // rows)
-    figure, axes = new_figure(columns, f"% of single facts found, {budget} tokens kept exactly", rows)
-    figure.set_size_inches(1.2 + (0.6 + 0.38 * len(lengths)) * columns, 1 + 2.2 * rows)
+    asked = [group.needles(length, depth)[1] for group in results.groups if group.budget == budget
+             for length, grid in group.first["needles"].items() for depth in grid]  # fmt: skip
+    texts = f"{min(asked)} to {max(asked)} texts in each cell" if len(set(asked)) > 1 else f"{asked[0]} texts a cell"
+    figure, axes = new_figure(columns, f"% of single facts found, {budget} tokens kept exactly: {texts}", rows)
+    figure.set_size_inches(1.2 + (0.9 + 0.42 * len(lengths)) * columns, 1 + 2.4 * rows)
     for axis in axes[len(cells) :]:
         axis.set_visible(False)
     for number, (axis, (method, found)) in enumerate(zip(axes, cells.items(), strict=False)):
         grid = np.array([[found.get((length, depth), np.nan) for length in lengths] for depth in depths])
         axis.grid(False)
-        image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
         for (row, column), share in np.ndenumerate(grid):
             if not np.isnan(share):
-                ink = "white" if share < 0.5 else "black"
-                axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
+                ink = "white" if share >= 0.5 else INK
+                axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=8)
         axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], fontsize=8)
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if number % columns == 0 else [])
         axis.set_title(NAMES.get(method, method), fontsize=9)
@@ -190,7 +210,8 @@ def ablations(results: Results) -> Figure | None:
         return None
     budgets = sorted({group.budget for group, _ in pairs})
     names = list(dict.fromkeys(group.method for group, _ in pairs))
-    figure, axes = new_figure(2, "Trained in other ways: difference to the recipe's own (positive is worse)")
+    texts = _texts(results, pairs[0][0].context)
+    figure, axes = new_figure(2, f"Trained in other ways: difference to the recipe's own (positive is worse): {texts}")
     figure.set_figheight(1.6 + 0.45 * len(names))
     for axis, key, title in zip(axes, ("chunk_losses", "chunk_kl"), ("loss", "KL from full attention"), strict=True):
         for group, reference in pairs:
@@ -203,16 +224,46 @@ def ablations(results: Results) -> Figure | None:
         axis.axvline(0, color=MUTED, linewidth=1)
         axis.set_xlabel("thousandths of a nat a token")
         axis.set_title(title, fontsize=10, loc="left")
-    _legend(figure, axes[0])
+    finish(figure, axes, ["lines: 95 % intervals"])
     return figure
+
+
+def _panels(places: Sequence[tuple[int, int]], title: str) -> tuple[Figure, list[Any], Any]:
+    """A panel for each context and budget, and one for the legend where it fills the last row; else None."""
+    rows = 1 + (len(places) > 2)
+    figure, axes = new_figure(-(-len(places) // rows), title, rows)
+    return figure, axes[: len(places)], axes[len(places)] if len(axes) > len(places) else None
+
+
+def _loss(group: Group, first: int) -> float:
+    return group.loss_above_full(first)
+
+
+def _recalled(group: Group, first: int) -> float:
+    return 100 * group.recalled_from(first)
+
+
+def _texts(results: Results, context: int) -> str:
+    """How many texts of this length were read; losses are of the tokens beyond the budget in each."""
+    group = next(group for group in results.groups if group.context == context)
+    tokens = sum(number for _, number in group.full["loss_by_repeat"].values())
+    return f"{round(tokens / (context - group.budget))} texts"
+
+
+def _with_range(axis: Any, x: Sequence[float], seeds: np.ndarray, style: dict[str, Any]) -> None:
+    """The mean over seeds (S, N) as a line, and their range as a shade."""
+    axis.plot(x, seeds.mean(0), **style)
+    if len(seeds) > 1:
+        axis.fill_between(x, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _by_position(results: Results, axis: Any, context: int, budget: int, above: bool = True) -> None:
     top = 0.0
     for group in _shown(results, context, budget):
-        losses = group.mean("loss_by_position") - (np.array(group.full["loss_by_position"]) if above else 0)
-        middle = (np.arange(len(losses)) + 0.5) * group.first["position_size"]
-        axis.plot(middle, losses, **_style(results, group) | {"markersize": 3}, linewidth=1.4)
+        rows = np.array([row["loss_by_position"] for row in group.seeds])
+        losses = rows - (np.array(group.full["loss_by_position"]) if above else 0)
+        middle = (np.arange(losses.shape[1]) + 0.5) * group.first["position_size"]
+        _with_range(axis, middle, losses, _style(results, group) | {"markersize": 3})
         top = max(top, losses.max() if group.method != FULL else 0.0)
     low = axis.get_ylim()[0]
     axis.set_ylim(low, top + 0.08 * (top - low))  # full attention may leave it beyond the lengths that the base knows
@@ -249,13 +300,13 @@ def _style(results: Results, group: Group) -> dict[str, Any]:
     name = {"label": NAMES.get(group.method, group.method)}
     if group.method in FIXED:
         colour, line = FIXED[group.method]
-        return name | {"color": colour, "linestyle": line, "marker": ""}
+        return name | {"color": colour, "linestyle": line, "linewidth": WIDTH, "marker": ""}
     alike = results.reference(group.method) or group.method
     kinds = [results.reference(method) or method for method in _methods(results) if method not in FIXED]
     number = list(dict.fromkeys(kinds)).index(alike)
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     changed = {"linestyle": "--", "markerfacecolor": "white"} if alike != group.method else {}
-    return name | {"color": colour, "marker": marker, "markersize": 5} | changed
+    return name | {"color": colour, "linewidth": WIDTH, "marker": marker, "markersize": 5} | changed
 
 
 def _whisker(
@@ -269,11 +320,6 @@ def _whisker(
 def _names(axis: Any, methods: Sequence[str]) -> None:
     axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
-
-
-def _legend(figure: Figure, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
 
 
 def _short(tokens: float) -> str:
