@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypedDict
 
@@ -74,9 +75,9 @@ class AHNConfig:
             trained on, so sinks move along behind a text that is longer (`reach`; docs/concepts.md, "Any length").
             None: what the base was trained on, filled in by `attach`. 0: sinks keep their own positions, as published.
         slots: tokens per layer and key head that a memory holds which keeps tokens ("retained"); with another memory
-            this field and the next three are refused. Up to 128 of them are exact, the others as `key_bits` and
-            `value_bits` say, with 6 bytes for score and position: by default the bytes of 1 024 window tokens
-            (bfloat16, head dimension 64).
+            this field and the next three stay at their defaults, with a warning. Up to 128 of them are exact, the
+            others as `key_bits` and `value_bits` say, with 6 bytes for score and position: by default the bytes of
+            1 024 window tokens (bfloat16, head dimension 64).
         slot_heads: the key heads that keep tokens, as pairs (layer, key head); the others see sinks and window alone.
             Few heads of a model find what was said long ago (`ahn.training.heads`): with as many bytes, these can keep
             several times as many tokens. None: all heads.
@@ -88,8 +89,7 @@ class AHNConfig:
             window, and then before the first layer runs: a forward has no more new tokens than the window.
 
     Raises:
-        AHNError: a number is out of range, a layer index is negative, the memory's name is unknown, or the memory has
-            no use for a field that was given.
+        AHNError: a number is out of range, a layer index is negative, or the memory's name is unknown.
     """
 
     memory: str = "gated_deltanet"
@@ -137,11 +137,14 @@ class AHNConfig:
         if self.slot_heads is not None:
             object.__setattr__(self, "slot_heads", _pairs(self.slot_heads))
         self._check_score_layer()
-        useless = [name for name, default in _without_use(self.memory).items() if getattr(self, name) != default]
+        useless = {name: x for name, x in _without_use(self.memory).items() if getattr(self, name) != x}
+        for name, default in useless.items():  # no error: one set of fields is used for several memories
+            object.__setattr__(self, name, default)
         if useless:
-            raise AHNError(
-                f"AHNConfig.{useless[0]} is for memories that keep tokens, such as 'retained'; {self.memory!r} has no "
-                "use for it: leave it out."
+            warnings.warn(
+                f"AHNConfig.{', '.join(useless)}: for memories that keep tokens, such as 'retained'; {self.memory!r} "
+                "has no use for it.",
+                stacklevel=3,
             )
 
     def heads_of(self, layer: int) -> tuple[int, ...] | None:

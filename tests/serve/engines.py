@@ -37,7 +37,8 @@ def text(ids: Iterable[int]) -> str:
 def model(seed: int = 0, **config: Any) -> PreTrainedModel:
     """Of one layer: what several layers do together is tested without an engine."""
     own = {"window": WINDOW, "sinks": SINKS, "memory": "gated_deltanet"} | config
-    few = FEW | ({"key_bits": 4, "value_bits": 2} if config.get("quantized") else {})
+    few = FEW if own["memory"] == "retained" else {}
+    few = few | ({"key_bits": 4, "value_bits": 2} if config.get("quantized") else {})
     return awaken(ahn.attach(base(seed=seed, num_hidden_layers=1), ahn.AHNConfig(**few | own)))
 
 
