@@ -46,7 +46,8 @@ class FakeReply:
             token = prompt[number % len(prompt)]
             logprobs = () if options.logprobs is None else (TokenLogprobs(token, -0.5, ((token, -0.5),)),)
             self.given += 1
-            yield dataclasses.replace(first, text=self.text.decode([token]), tokens=(token,), logprobs=logprobs)
+            text = self.text.decode([token]).replace("\ufffd", "")  # as the engine holds parts of characters back
+            yield dataclasses.replace(first, text=text, tokens=(token,), logprobs=logprobs)
             first = Delta(read=len(prompt))
         yield dataclasses.replace(first, finish="cancelled" if self.cancelled else "length")
 

@@ -223,6 +223,12 @@ def test_tokens_that_are_parts_of_a_character(served: Any) -> None:
         "x",
     ]
     assert given["text_offset"] == [0, 0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 5]
+    streamed = events(served.post("/v1/completions", **asked, stream=True))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    assert {name: [one for part in parts for one in part[name]] for name in given} == given
+    response = events(served.post("/v1/responses", input=text, top_logprobs=1, max_output_tokens=len(ids), stream=True))
+    deltas = [event["logprobs"] for event in response if event["type"] == "response.output_text.delta"]
+    assert [one for part in deltas for one in part] == response[-1]["response"]["output"][0]["content"][0]["logprobs"]
     chat = served.chat(text, logprobs=True, max_tokens=len(ids)).json()["choices"][0]["logprobs"]["content"]
     assert bytes(byte for token in chat for byte in token["bytes"]).decode() == text
 

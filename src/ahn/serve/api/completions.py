@@ -39,6 +39,19 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+class TextPlace:
+    """Where tokens begin in their text, one after the other, whatever of it was shown with which of them."""
+
+    def __init__(self) -> None:
+        self._place, self._characters = 0, codecs.getincrementaldecoder("utf-8")("replace")  # a token may hold a part
+
+    def of_next(self, content: bytes) -> int:
+        """Characters before the next token, which stands for these bytes."""
+        place = self._place
+        self._place += len(self._characters.decode(content))
+        return place
+
+
 @dataclasses.dataclass
 class Completing:
     """One request and its continuations: `n` for every prompt."""
@@ -74,11 +87,11 @@ class Completing:
         return self._object(choices) | {"usage": self._usage()}
 
     def _choices(self, written: Sequence[WrittenReply]) -> list[dict[str, Any]]:
-        return [self._choice(n, self._echo(n) + reply.text, reply, 0) for n, reply in enumerate(written)]
+        return [self._choice(n, self._echo(n) + reply.text, reply, TextPlace()) for n, reply in enumerate(written)]
 
     async def events(self) -> AsyncIterator[str]:
         """The same as a stream."""
-        places = [0] * len(self.running.written)  # characters that were said of each
+        places = [TextPlace() for _ in self.running.written]
         begun = [not self.fields.echo] * len(places)
         options = self.fields.stream_options
         try:
@@ -89,7 +102,6 @@ class Completing:
                 before = "" if begun[n] else self._echo(n)
                 chunk = self._object([self._choice(n, before + delta.text, delta, places[n], not begun[n])])
                 begun[n] = True
-                places[n] += len(before + delta.text)
                 if options is not None and options.include_usage:
                     chunk["usage"] = self._usage() if options.continuous_usage_stats else None
                 yield event(chunk)
@@ -102,26 +114,22 @@ class Completing:
     def _echo(self, n: int) -> str:
         return self.service.text.decode(self.prompts[n // self.fields.n], special=True) if self.fields.echo else ""
 
-    def _choice(self, n: int, text: str, what: Delta | WrittenReply, place: int, first: bool = True) -> dict[str, Any]:
+    def _choice(
+        self, n: int, text: str, what: Delta | WrittenReply, place: TextPlace, first: bool = True
+    ) -> dict[str, Any]:
         logprobs = None
         if self.fields.logprobs is not None:
             echoed = self.running.written[n].prompt_logprobs if first and self.fields.echo else ()
             logprobs = self._logprobs([*echoed, *what.logprobs], place)
         return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": what.finish}
 
-    def _logprobs(self, tokens: Sequence[TokenLogprobs], place: int) -> dict[str, Any]:
-        texts, offsets = [], []
-        characters = codecs.getincrementaldecoder("utf-8")("replace")  # of which a token may hold a part
-        for token in tokens:
-            text, content = self.service.token(token.token)
-            texts.append(text)
-            offsets.append(place)
-            place += len(characters.decode(content))
+    def _logprobs(self, tokens: Sequence[TokenLogprobs], place: TextPlace) -> dict[str, Any]:
+        shown = [self.service.token(token.token) for token in tokens]
         return {
-            "tokens": texts,
+            "tokens": [text for text, _ in shown],
             "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
             "top_logprobs": [None if token.logprob is None else self._top(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [place.of_next(content) for _, content in shown],
         }
 
     def _top(self, token: TokenLogprobs) -> dict[str, float]:

@@ -120,7 +120,7 @@ class Responding:
         yield say("response.content_part.added", **place, part=self._part(Delta()))
         try:
             async for _, delta in self.running.deltas():
-                if delta.text:
+                if delta.text or delta.logprobs:  # a part of a character has no text yet
                     said = {"delta": delta.text, "logprobs": self._logprobs(delta)}
                     yield say("response.output_text.delta", **place, **said)
                 elif not delta.tokens and delta.finish is None:
