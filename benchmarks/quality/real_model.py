@@ -4,11 +4,11 @@
     python benchmarks/quality/real_model.py --out runs/smollm2 --only chats         # needs no GPU
 
 Stages, in this order: `chats` writes conversations to learn from and to be asked; `scores` trains the scores of
-retained tokens; `memories` distils recurrent memories; `rows` reads texts and asks facts within the trained length, in
-every way of `real/ways.py`; `ruler` answers RULER's tasks; `far` asks facts beyond the trained length; `book` gives the
-loss of a whole book by position. What is done is a line in rows.jsonl and is not done again; nothing is begun that
-would probably not end within `--seconds`. Once chats and scores are there, several processes share the rest with
-`--part 1/4`, `--part 2/4`, … The table is printed last.
+retained tokens, and calibrates the basis in which keys are coded; `memories` distils recurrent memories; `rows` reads
+texts and asks facts within the trained length, in every way of `real/ways.py`; `ruler` answers RULER's tasks; `far`
+asks facts beyond the trained length; `book` gives the loss of a whole book by position. What is done is a line in
+rows.jsonl and is not done again; nothing is begun that would probably not end within `--seconds`. Once chats and
+scores are there, several processes share the rest with `--part 1/4`, `--part 2/4`, … The table is printed last.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import calibrate_keys
 import make_chats
 import torch
 import train_scores
@@ -41,6 +42,8 @@ from ahn.measure.method import Method
 STAGES = ("chats", "scores", "memories", "rows", "ruler", "far", "book")
 NEEDED = ("chats", "scores")
 """Without which the others cannot do."""
+CALIBRATED = 64
+"""Chats from which the basis of keys is calibrated."""
 WIDTH = 8192
 """Tokens of one number of a book's losses."""
 Result = dict[str, Any]
@@ -76,11 +79,16 @@ class Study:
     @cached_property
     def ways(self) -> Ways:
         o = self.options
-        return Ways(Shape(o.window, o.sinks, o.length, self.scores, self._adapters, self.shared_scores), self.model)
+        shape = Shape(o.window, o.sinks, o.length, self.scores, self._adapters, self.shared_scores, self.keys)
+        return Ways(shape, self.model)
 
     @property
     def scores(self) -> Path:
         return self.options.adapter or self.out / "scores"
+
+    @property
+    def keys(self) -> Path:
+        return self.options.keys or self.out / "keys"
 
     @property
     def shared_scores(self) -> Path | None:
@@ -99,6 +107,8 @@ class Study:
         if "scores" in self.options.only and not self.options.adapter:
             heads = self.options.heads
             yield Item("scores", "scores of retained tokens", lambda: self._learn(self.scores, heads=heads))
+        if "scores" in self.options.only and not self.options.keys:
+            yield Item("scores", "basis of keys", self._calibrate)
         if "scores" in self.options.only and (path := self.shared_scores):
             layer = self.options.score_layer
             yield Item("scores", f"scores of layer {layer}", lambda: self._learn(path, score_layer=layer))
@@ -151,6 +161,12 @@ class Study:
         o = self.options
         return train_scores.trained(
             self.path, self._file("train"), out, o.train_chats, o.window, o.sinks, o.steps, seed=o.seed, **scorers
+        )
+
+    def _calibrate(self) -> Result:
+        o = self.options
+        return calibrate_keys.calibrated(
+            self.path, self._file("train"), self.keys, CALIBRATED, o.window, o.sinks, o.length - o.lossless
         )
 
     # -- memories -------------------------------------------------------------------------------------------------
@@ -309,6 +325,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--book-tokens", type=int, default=300_000, help="at most")
     parser.add_argument("--code", default=code, help="a folder of sources")
     parser.add_argument("--adapter", type=Path, help="scores of retained tokens that are there already")
+    parser.add_argument("--keys", type=Path, help="an adapter with the basis of keys that is there already")
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
     if not (part := re.fullmatch(r"(\d+)/(\d+)", options.part)) or not 0 < int(part[1]) <= int(part[2]):

@@ -23,11 +23,11 @@ MODEL_TYPE = "ahn"
 ARCHITECTURE = "AHNForCausalLM"
 SAVED_BLOCK, PUBLISHED_NAME = "ahn", "_ahn_implementation"
 """By which of its fields a `config.json` is one of a model with a memory: ours has both, a published one the second."""
-OF_MEMORY = ("memory", "router", "q_proj", "full_attention_layers")
+OF_MEMORY = ("memory", "router", "q_proj", "full_attention_layers", "calibrated_keys")
 """Fields without which what a layer keeps means something else."""
 BITS = (2, 3, 4)
 """Per number of a token's keys or values in codes."""
-BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False}
+BEFORE = {"max_distance": 0, "key_bits": 2, "value_bits": 2, "keys_before_rope": False, "calibrated_keys": False}
 """What files mean that do not say it: they are older than these settings, and were trained and measured so."""
 OF_KEPT_TOKENS: dict[str, Any] = {"slots": DEFAULT_SLOTS, "slot_heads": None, "passage": 1, "score_layer": None}
 """Fields that only memories which keep tokens have a use for, and their values with others."""
@@ -71,6 +71,10 @@ class AHNConfig:
         keys_before_rope: keep the keys of quantized tokens as they are before RoPE, and turn them when they are seen:
             at their own distance as far as the base model looks well, and there all that are farther (`tier_reach`).
             `attach` sets it to False where the base's RoPE cannot be turned back.
+        calibrated_keys: code the keys of quantized tokens in a basis that was calibrated on texts and lies in the
+            adapter (`ahn.training.calibration`), with more of the bits for what queries look at (`ahn.ops.basis`).
+            Takes `key_bits` of 2, keys before RoPE, and no memory that keeps tokens; as `key_bits`, of use with
+            quantized tokens alone. Such steps are not captured on a GPU.
         max_distance: from how far a query may see a sink, in tokens. A base model breaks at distances that it was not
             trained on, so sinks move along behind a text that is longer (`reach`; docs/concepts.md, "Any length").
             None: what the base was trained on, filled in by `attach`. 0: sinks keep their own positions, as published.
@@ -108,6 +112,7 @@ class AHNConfig:
     key_bits: int = 4
     value_bits: int = 2
     keys_before_rope: bool = True
+    calibrated_keys: bool = False
 
     def __post_init__(self) -> None:
         numbers = ("window", 1), ("sinks", 0), ("prefill_chunk_size", 1), ("quantized", 0), ("slots", 2), ("passage", 1)
@@ -122,7 +127,7 @@ class AHNConfig:
             if type(value) is not int or value not in allowed:
                 words = "2, 3 or 4" if self.quantized else "2, 3, 4, or 16 (retained tokens alone, exactly)"
                 raise AHNError(f"AHNConfig.{name} must be {words}, got {reprlib.repr(value)}.")
-        for name in ("router", "q_proj", "keys_before_rope"):
+        for name in ("router", "q_proj", "keys_before_rope", "calibrated_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"AHNConfig.{name} must be True or False, got {reprlib.repr(getattr(self, name))}.")
         if self.max_distance is not None and (type(self.max_distance) is not int or not self._distance_fits()):
@@ -146,6 +151,19 @@ class AHNConfig:
                 "has no use for it.",
                 stacklevel=3,
             )
+        if self.calibrated_keys:
+            self._check_calibrated()
+
+    def _check_calibrated(self) -> None:
+        from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
+
+        reasons = {
+            "key_bits=2": self.key_bits != BITS[0],
+            "keys_before_rope=True, and a base whose RoPE can be turned back": not self.keys_before_rope,
+            f"another memory than {self.memory!r}, which keeps tokens": memory.get(self.memory).keeps_tokens,
+        }
+        if missing := [reason for reason, holds in reasons.items() if holds]:
+            raise AHNError(f"AHNConfig.calibrated_keys needs {missing[0]}; or choose calibrated_keys=False.")
 
     def heads_of(self, layer: int) -> tuple[int, ...] | None:
         """The key heads of a layer that keep tokens; None for all."""
@@ -222,7 +240,8 @@ class AHNConfig:
     @property
     def tier_label(self) -> str:
         """What is kept per number of quantized tokens, in words: of keys / of values."""
-        return "two bits" if self.tier_bits == (2, 2) else f"{self.key_bits}/{self.value_bits} bits"
+        label = "two bits" if self.tier_bits == (2, 2) else f"{self.key_bits}/{self.value_bits} bits"
+        return f"{label}, calibrated" if self.calibrated_keys else label
 
     @property
     def tier_bits(self) -> tuple[int, int]:

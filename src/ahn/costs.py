@@ -221,10 +221,11 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, layer: int, width: i
         states = list(module.init_state(1, meta).values())
         gates = list(module.write_gates(torch.empty(1, 1, shape.hidden_size)).values())
     parameters = list(module.parameters())
+    of_codes = [] if module.key_basis is None else list(module.key_basis.parameters())
     routed = ahn_config.router and isinstance(module, memory.RecurrentMemory)
     return _MemorySizes(
         parameters=sum(p.numel() for p in parameters) + (2 * shape.heads if routed else 0),
-        matrices=sum(p.numel() for p in parameters if p.dim() > 1),
+        matrices=sum(p.numel() for p in parameters if p.dim() > 1) - sum(p.numel() for p in of_codes),
         slots=module.slot_count(ahn_config.window + ahn_config.quantized),
         slot_heads=len(module.slot_heads),
         slot_bytes=module.slot_bytes(ahn_config.window + ahn_config.quantized, width),

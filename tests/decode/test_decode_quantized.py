@@ -16,7 +16,7 @@ import torch
 from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, converse
 from codes import TWO_BITS, rounded_otherwise
 from golden import relative_error
-from models import adapted
+from models import adapted, tokens
 from support.turns import assert_same_layers
 from talk import Talk
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ahn import AHNCache
 from ahn.decode import runner
 from ahn.decode.layer import layer_step
+from ahn.training.calibration import calibrate
 
 QUANTIZED = 7
 SEEN = LOSSLESS + QUANTIZED
@@ -55,6 +56,18 @@ def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Gra
     assert_same_layers(talk.cache, whole)
     state, expected = (cache.memory_layers[0].state for cache in (talk.cache, whole))
     assert torch.equal(state.tier.keys.codes, expected.tier.keys.codes)
+
+
+def test_keys_in_a_basis_are_not_captured(graphs: Graphs) -> None:
+    """The kernels do not know their codes: steps are ordinary forwards."""
+    sizes = {"window": WINDOW, "sinks": SINKS, "quantized": QUANTIZED, "key_bits": 2, "value_bits": 2}
+    model = adapted(memory="gated_deltanet", calibrated_keys=True, **sizes).double()
+    calibrate(model, [tokens(1, 8 * LOSSLESS)])
+    talk = Talk(model, 2)
+    talk.read([5, 5])
+    talk.steps(2 * SEEN)
+    talk.check(TOLERANCE)
+    assert graphs == Graphs()
 
 
 @pytest.mark.sample(6)

@@ -11,9 +11,11 @@ import pytest
 import speaking
 import torch
 from models import adapted, awaken, base, tokens
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ahn
+from ahn.measure.method import Method
+from ahn.training.calibration import calibrate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
@@ -104,6 +106,15 @@ def test_chats_of_different_lengths_are_read_together_as_alone(memory: str | Non
     assert reading.recalled(model, chats, batch=2) == (alone, size)
 
 
+def calibrated_ways(directory: Path, model: PreTrainedModel) -> list[Method]:
+    """Of an adapter that is made here."""
+    config = ahn.AHNConfig("window_only", 24, 8, quantized=60, key_bits=2, value_bits=2, calibrated_keys=True)
+    other = ahn.attach(base(), config)
+    calibrate(other, [tokens(1, 120)])
+    ahn.save_adapter(other, directory)
+    return [way for way in Ways(Shape(24, 8, 300, None, keys=directory), model).within() if "calibrated" in way.name]
+
+
 def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
     for folder, first in (("scores", None), ("shared", 1)):
         ahn.save_adapter(ahn.attach(base(), ahn.AHNConfig("retained", 24, 8, score_layer=first)), tmp_path / folder)
@@ -113,12 +124,14 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
         found = list(some())
         assert len({way.name for way in found}) == len(found) and any("retained" in way.name for way in found)
         assert all(way.config is None or way.config.lossless in (32, 32 + 1024) for way in found)
+    (coded,) = calibrated_ways(tmp_path / "keys", model)
     without = Ways(Shape(24, 8, 300, tmp_path / "none"), model)
     assert not [way for way in without.within() if "retained" in way.name]
     (kept,) = ways.retained(64, (4, 2), tier=16)
     (shared,) = ways.retained(64, (4, 2), passage=8, shared=True)
     assert shared.name == "retained 64 4/2, passages of 8, scores of layer 1" and shared.config.score_layer == 1
-    for way in (kept, shared):
+    assert coded.name == "tier 268 2/2, calibrated" and not list(without.calibrated(268))
+    for way in (kept, shared, coded):
         with way.on(model), torch.no_grad():
             assert torch.isfinite(model(tokens(1, 200)).logits).all()
 

@@ -24,6 +24,7 @@ class Shape:
         length: tokens of a text.
         scores: directory of the adapter with the scores of retained tokens; None leaves its ways out.
         shared: likewise of one whose layer `AHNConfig.score_layer` scores for all heads.
+        keys: likewise of one with the basis in which keys of the tier are coded.
         memories: directories of the adapters of recurrent memories; those that are not there are left out.
     """
 
@@ -33,6 +34,7 @@ class Shape:
     scores: Path | None
     memories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     shared: Path | None = None
+    keys: Path | None = None
 
     @property
     def lossless(self) -> int:
@@ -71,6 +73,12 @@ class Ways:
         """The tier alone."""
         config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
         return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
+
+    def calibrated(self, tokens: int) -> Iterator[Method]:
+        """The tier alone, keys in a calibrated basis, if that is there."""
+        if self.shape.keys is not None and self.shape.keys.is_dir():
+            config = self.config("window_only", quantized=tokens, key_bits=2, value_bits=2, calibrated_keys=True)
+            yield Method(f"tier {tokens} 2/2, calibrated", config, weights_of(self.model, self.shape.keys)[0])
 
     def retained(
         self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1, shared: bool = False
@@ -112,6 +120,7 @@ class Ways:
         yield Method(FULL)
         yield Method(WINDOW, self.config("window_only"))
         yield self.tier(rest, (4, 2))
+        yield from self.calibrated(rest)
         yield from self.retained(4096, (4, 2))
         yield from self.retained(4096, (4, 2), passage=64)
         yield from self.retained(4096, (4, 2), passage=64, shared=True)

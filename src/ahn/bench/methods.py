@@ -44,18 +44,18 @@ def make_methods(
         saved = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"), **reach)
     base = overridden(saved or AHNConfig.for_base(trained), **reach, key_bits=key_bits, value_bits=value_bits)
     if names is None:
-        names = [DYNAMIC, STATIC, WINDOW, *([saved.memory] if saved else memory.names())]
+        names = list(dict.fromkeys([DYNAMIC, STATIC, WINDOW, *([saved.memory] if saved else memory.names())]))
     return [_method(name, base, adapter if saved and name == saved.memory else None) for name in names]
 
 
 def _method(name: str, base: AHNConfig, adapter: str | None) -> Method:
     if name in (DYNAMIC, STATIC):
         return Method(name, static=name == STATIC)
+    if adapter is not None:
+        return Method(name, base, adapter)
     if name == WINDOW:
-        return Method(name, base.replace(memory="window_only", router=False, q_proj=False))
+        return Method(name, base.replace(memory="window_only", router=False, q_proj=False, calibrated_keys=False))
     if name not in memory.names():
         known = (DYNAMIC, STATIC, WINDOW, *memory.names())
         raise AHNError(f"Unknown method {name!r}; choose from {', '.join(known)}.")
-    if adapter is not None:
-        return Method(name, base, adapter)
-    return Method(name, base.replace(memory=name, router=False, q_proj=False))
+    return Method(name, base.replace(memory=name, router=False, q_proj=False, calibrated_keys=False))

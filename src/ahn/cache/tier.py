@@ -29,6 +29,7 @@ from ahn.layout.evicted import Evicted
 from ahn.layout.slots import gather
 from ahn.layout.state import TierRing, TierState, WindowState
 from ahn.layout.tier import TierView
+from ahn.ops.basis import Basis
 from ahn.ops.quantize import code_bytes, decode, decode_rotated, encode, precise, rotate
 
 
@@ -82,6 +83,7 @@ def push(
     bits: tuple[int, int],
     in_order: bool = False,
     raw: bool = False,
+    basis: Basis | None = None,
 ) -> Passed:
     """Take the tokens that leave the window, give those that leave the tier.
 
@@ -92,11 +94,12 @@ def push(
         keys, values: (B, Hkv, T, P) in columns, all that the forward holds exactly.
         bits: per number of keys and of values.
         in_order: give tokens in the order of the text (there is no padding), without masks.
-        raw: give keys and values as `attend` takes them, unless keys have to be turned.
+        raw: give keys and values as `attend` takes them, unless keys have to be turned or have a basis.
+        basis: in which keys are coded, if not in that of the Hadamard rotation.
     """
     dtype = evicted.key.dtype
     new = TierState(
-        _encoded(_undone(view, evicted.key, view.new), _key_offset(view, state, keys), True, bits[0]),
+        _encoded(_undone(view, evicted.key, view.new), _key_offset(view, state, keys), True, bits[0], basis),
         _encoded(evicted.value, _offset(view, None if state is None else state.values, values), False, bits[1]),
         {name: gate.to(dtype) for name, gate in evicted.gates.items()},
     )
@@ -105,23 +108,25 @@ def push(
     after = new.over_tokens(lambda x, old=None: view.put(old, x), *before)
     gone = both.over_tokens(lambda x: gather(x, view.sources))
     shown = after if view.steps else both
-    raw = raw and view.rotation is None
+    raw = raw and view.rotation is None and basis is None
     if in_order and not raw:  # raw ones are all seen alike
         shown = shown.over_tokens(lambda x: gather(x, view.in_order))
-    near, far = _seen(view, shown, dtype, in_order, raw)
+    near, far = _seen(view, shown, dtype, in_order, raw, basis)
     left = Evicted(
-        _turned(view, _decoded(gone.keys, dtype), view.gone).to(dtype),
+        _turned(view, _decoded(gone.keys, dtype, basis), view.gone).to(dtype),
         _decoded(gone.values, dtype).to(dtype),
         {name: gate.float() for name, gate in gone.gates.items()},
     )
     return Passed(near, far, after, left, view, raw)
 
 
-def _seen(view: TierView, shown: TierState, dtype: torch.dtype, in_order: bool, raw: bool) -> tuple[Seen, Seen | None]:
+def _seen(
+    view: TierView, shown: TierState, dtype: torch.dtype, in_order: bool, raw: bool, basis: Basis | None
+) -> tuple[Seen, Seen | None]:
     """What queries see of these tokens: near, and far."""
     if raw:
         return Seen(*(decode_rotated(x.codes, x.scales, dtype, x.bits) for x in (shown.keys, shown.values))), None
-    key, value = _decoded(shown.keys, dtype), _decoded(shown.values, dtype).to(dtype)
+    key, value = _decoded(shown.keys, dtype, basis), _decoded(shown.values, dtype).to(dtype)
     if not (view.any_far and in_order):
         turned = _turned(view, key, view.positions_near(in_order, 0))
         near = Seen(turned.to(dtype), value, None if in_order else view.visible)
@@ -135,14 +140,17 @@ def _seen(view: TierView, shown: TierState, dtype: torch.dtype, in_order: bool, 
     return near, Seen(key[:, :, :last].to(dtype), value[:, :, :last])
 
 
-def _encoded(x: Tensor, offset: Tensor, unbiased: bool, bits: int) -> TierRing:
+def _encoded(x: Tensor, offset: Tensor, unbiased: bool, bits: int, basis: Basis | None = None) -> TierRing:
     """Keys or values (B, Hkv, m, P) that leave the window, less their offset."""
-    return TierRing(*encode(x.to(precise(x.dtype)) - offset.unsqueeze(2), unbiased, bits), offset)
+    x = x.to(precise(x.dtype)) - offset.unsqueeze(2)
+    return TierRing(*(encode(x, unbiased, bits) if basis is None else basis.encode(x)), offset)
 
 
-def _decoded(ring: TierRing, dtype: torch.dtype) -> Tensor:
+def _decoded(ring: TierRing, dtype: torch.dtype, basis: Basis | None = None) -> Tensor:
     """(B, Hkv, T, P), float32 at least: keys may still have to be turned, and are rounded once."""
-    return decode(ring.codes, ring.scales, dtype, ring.bits) + ring.offset.unsqueeze(2)
+    if basis is None:
+        return decode(ring.codes, ring.scales, dtype, ring.bits) + ring.offset.unsqueeze(2)
+    return basis.decode(ring.codes, ring.scales, dtype) + ring.offset.unsqueeze(2)
 
 
 def _undone(view: TierView, key: Tensor, positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from ahn.checkpoint.directory import Checkpoint, short_name
 from ahn.checkpoint.stream import read_tensor
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.memory.key_basis import unfit
 from ahn.shape import ModelShape
+
+WEIGHT, DEVIATIONS = "key_basis.weight", "key_basis.deviations"
+"""How the names of `ahn.memory.key_basis.KeyBasis` end."""
 
 
 def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[int, ...]]:
@@ -48,6 +52,19 @@ def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig
     if wrong:
         name = wrong[0]
         raise AHNError(f"{what}: {name} has shape {found[name]} instead of {wanted[name]} ({len(wrong)} such tensors).")
+
+
+def check_bases(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Look into the bases of keys (`AHNConfig.calibrated_keys`) among the tensors of an AHN, by short names.
+
+    Raises:
+        AHNError: keys cannot be coded in one of them.
+    """
+    for name, weight in tensors.items():
+        if name.endswith(WEIGHT):
+            reason = unfit(weight, tensors[name.removesuffix(WEIGHT) + DEVIATIONS])
+            if reason is not None:
+                raise AHNError(f"{where}: {name.removesuffix(WEIGHT)}key_basis {reason}, keys cannot be coded in it.")
 
 
 def finite_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -86,6 +86,8 @@ def can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     head = model.get_output_embeddings()
     if head is None or any(x.device != ids.device for x in (head.weight, *(layer.keys for layer in layers.values()))):
         return False
+    if cache.config.calibrated_keys:
+        return False  # our kernels know one number of bits for all numbers of a key
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) or any(hasattr(x.self_attn, "sinks") for x in decoder.layers):
         return False  # scores that only the base model's own kernels know

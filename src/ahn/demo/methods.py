@@ -39,11 +39,11 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int
         load_adapter(model, adapter, window=config.window, sinks=config.sinks, quantized=0)
         memories.append(_attached(model))
     detach(model)
-    window_only = config.replace(memory="window_only", router=False, q_proj=False)
+    window_only = config.replace(memory="window_only", router=False, q_proj=False, calibrated_keys=False)
     coarse = []
     if quantized:
         coarse = [
-            Method(config.tier_label, window_only.replace(quantized=quantized)),
+            Method(window_only.tier_label, window_only.replace(quantized=quantized)),
             Method(f"{config.tier_label} + {first.name}", config.replace(quantized=quantized), first.weights),
         ]
     return [Method(FULL), Method(WINDOW_ONLY, window_only), *_with_different_names(memories), *coarse]

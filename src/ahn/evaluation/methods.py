@@ -126,7 +126,7 @@ def make(method: str, settings: AHNConfig, **reach: Unpack[Reach]) -> Method:
         settings: of the AHN that it is compared with.
         reach: in place of the settings'.
     """
-    config = overridden(settings, router=False, q_proj=False, **reach)
+    config = overridden(settings, router=False, q_proj=False, calibrated_keys=False, **reach)
     return Method(method, None if method == "full" else baseline(method, config))
 
 
@@ -152,6 +152,8 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     if not config.quantized:  # results from before these options are of the same configuration
         for name in ("quantized", "key_bits", "value_bits", "keys_before_rope"):
             del settings[name]
+    if not (config.quantized and config.calibrated_keys):
+        del settings["calibrated_keys"]
     if config.slot_heads is None:
         del settings["slot_heads"]
     if config.passage == 1:

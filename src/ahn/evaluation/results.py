@@ -173,7 +173,8 @@ def _readable(settings: Mapping[str, Any]) -> str:
         parts.append(f"w{settings['window']}+{settings['sinks']}")
     if settings.get("quantized"):
         bits = settings.get("key_bits", 2), settings.get("value_bits", 2)
-        parts.append(f"q{settings['quantized']}" + ("" if bits == (2, 2) else f"k{bits[0]}v{bits[1]}"))
+        calibrated = "-calibrated" if settings.get("calibrated_keys") else ""
+        parts.append(f"q{settings['quantized']}" + ("" if bits == (2, 2) else f"k{bits[0]}v{bits[1]}") + calibrated)
     return "-".join(re.sub(r"[^\w.+-]+", "_", str(part)) for part in parts)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ahn.errors import AHNError
 from ahn.memory.base import Memory, RecurrentMemory
+from ahn.memory.key_basis import KeyBasis
 from ahn.shape import DEFAULT_SLOTS, ModelShape
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
     """A new memory for a layer of a model of this shape."""
     kind = get(config.memory)
     sizes = shape.hidden_size, shape.heads, shape.head_dim, shape.kv_heads
-    return kind(
+    made = kind(
         *sizes,
         q_proj=config.q_proj,
         slots=config.slots,
@@ -79,6 +80,9 @@ def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
         passage=config.passage,
         **_of_tokens(config, layer) if kind.keeps_tokens else {},
     )
+    if config.calibrated_keys:
+        made.key_basis = KeyBasis(shape.kv_heads, shape.head_dim)
+    return made
 
 
 def _of_tokens(config: AHNConfig, layer: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ahn.memory.key_basis import KeyBasis
 from ahn.memory.share import WHOLE, Share
 from ahn.ops.gate import Gate
 from ahn.shape import DEFAULT_SLOTS, EXACT
@@ -129,6 +130,8 @@ class Memory(nn.Module):
         self.hidden_size, self.heads, self.head_dim, self.kv_heads = hidden_size, heads, head_dim, kv_heads or heads
         self.slots, self.bits, self.passage, self.scores = slots, bits, passage, scores
         self.slot_heads = range(self.kv_heads) if slot_heads is None else slot_heads
+        self.key_basis: KeyBasis | None = None
+        """In which quantized tokens' keys are coded, with `AHNConfig.calibrated_keys`."""
 
     @property
     def write_heads(self) -> int:

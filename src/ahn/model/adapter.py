@@ -26,6 +26,7 @@ from ahn.model.hooks import AttentionHook, CacheHook, DecoderHook, KernelHook, t
 from ahn.model.positions import rotation_of, steady_up_to
 from ahn.model.saving import warn_of_peft
 from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_caches, makes_masks
+from ahn.ops.basis import MULTIPLE
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
 from ahn.wrappers import attached, unwrapped
@@ -71,6 +72,11 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     if share.parallel and config.slot_heads is not None:
         raise AHNError(
             "With tensor parallelism all heads keep tokens: load the model on one device, or with slot_heads=None."
+        )
+    if share.parallel and config.calibrated_keys:
+        raise AHNError(
+            "With tensor parallelism keys are not coded in a calibrated basis: load the model on one device, or with "
+            "calibrated_keys=False."
         )
     if share.parallel and config.score_layer is not None:
         raise AHNError(
@@ -238,6 +244,7 @@ def _own_heads(whole: memory.Memory, config: AHNConfig, shape: ModelShape, share
 
 def _check_head_dim(shape: ModelShape, config: AHNConfig) -> None:
     multiple = max(per_group(bits) if bits != EXACT else 1 for bits in config.tier_bits)
+    multiple = max(multiple, MULTIPLE) if config.calibrated_keys else multiple
     coded = config.quantized or memory.get(config.memory).moves_keys
     if coded and shape.head_dim % multiple:
         raise AHNError(

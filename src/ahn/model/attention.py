@@ -166,7 +166,9 @@ def _evict(call: AttentionCall, forward: ForwardContext, layer: LayerContext, ro
     passed = None
     if tier_view is not None and view.evicted:
         bits, ways = forward.config.tier_bits, (route.tier_in_order, route.tier_raw)
-        passed = tier.push(tier_view, tier_state, evicted, call.key, call.value, bits, *ways)
+        held = memory.key_basis if forward.config.calibrated_keys else None
+        basis = None if held is None else held.basis(call.key.dtype)
+        passed = tier.push(tier_view, tier_state, evicted, call.key, call.value, bits, *ways, basis)
         evicted, tier_state = without_padding(passed.evicted, memory.closed_gates, view.delayed), passed.state
     state = state or memory.init_state(call.query.shape[0], call.query.device)
     # Some models do not rotate the keys of some of their layers.

@@ -70,15 +70,29 @@ def encode(x: Tensor, unbiased: bool, bits: int = BITS) -> tuple[Tensor, Tensor]
     Raises:
         AHNError: there are no codes of so many bits.
     """
-    group = per_group(bits)
+    per_group(bits)
     y = rotate(x.to(precise(x.dtype)))
     square = y.square()
-    deviation = square.mean(-1, keepdim=True).sqrt().clamp_min(_tiny(y))
-    code = _between(y / deviation, bits)
-    level = _numbers(LEVELS[bits], y.dtype, y.device)[code]
+    code, level = nearest(y / deviation(square), bits)
     product = (y * level).sum(-1)
-    scale = square.sum(-1) / product.clamp_min(_tiny(y)) if unbiased else product / level.square().sum(-1)
-    return _packed(code.unflatten(-1, (-1, group)), bits).flatten(-2), scale.bfloat16()
+    scale = square.sum(-1) / product.clamp_min(tiny(y)) if unbiased else product / level.square().sum(-1)
+    return packed(code, bits), scale.bfloat16()
+
+
+def deviation(square: Tensor) -> Tensor:
+    """(..., 1) the root of the mean of the squares of each vector's numbers, (..., P)."""
+    return square.mean(-1, keepdim=True).sqrt().clamp_min(tiny(square))
+
+
+def nearest(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Of numbers (...) of deviation 1 the codes, int64, and the levels that they mean."""
+    code = _between(z, bits)
+    return code, _numbers(LEVELS[bits], z.dtype, z.device)[code]
+
+
+def packed(code: Tensor, bits: int) -> Tensor:
+    """Codes (..., P) to bytes (..., P · bits / 8) uint8, the first number in the lowest bits."""
+    return _packed(code.unflatten(-1, (-1, per_group(bits))), bits).flatten(-2)
 
 
 def _between(y: Tensor, bits: int) -> Tensor:
@@ -125,7 +139,8 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _tiny(x: Tensor) -> float:
+def tiny(x: Tensor) -> float:
+    """The least number by which vectors of this type are divided."""
     return torch.finfo(x.dtype).tiny
 
 

@@ -19,8 +19,9 @@ from ahn.training.distillation import Distillation, check_head, distillation_los
 from ahn.training.looks import Looks, Teachers, counted_tokens, looks_loss
 from ahn.training.losses import ATTENTION, CHUNK, IGNORED, next_tokens, valid_positions
 
-UNUSED = ".fn.D"
-"""A parameter of published Gated DeltaNet checkpoints that nothing reads. DDP would wait for its gradient for ever."""
+UNUSED = ".fn.D", ".key_basis.weight", ".key_basis.deviations"
+"""A parameter of published Gated DeltaNet checkpoints that nothing reads, and what is calibrated, not trained. DDP
+would wait for their gradients for ever."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Student(nn.Module):
         self._head_checked = False
         model.requires_grad_(False)
         memory = adapter_parameters(model)
-        if not memory:
-            raise AHNError(f"The memory {model.ahn_config.memory!r} has no parameters; there is nothing to train.")
+        if all(name.endswith(UNUSED) for name in memory):
+            raise AHNError(f"The memory {model.ahn_config.memory!r} has no parameters to train.")
         for name, parameter in memory.items():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(not name.endswith(UNUSED))

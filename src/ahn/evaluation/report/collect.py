@@ -34,7 +34,7 @@ MODEL = (
     "full_attention_layers",
 )
 """Settings of the model that make a row."""
-TIER = ("key_bits", "value_bits", "keys_before_rope")
+TIER = ("key_bits", "value_bits", "keys_before_rope", "calibrated_keys")
 """Of quantized tokens, which older results do not say."""
 
 
@@ -258,6 +258,7 @@ def _tier(one: StoredResult) -> str:
     quantized = one.settings.get("quantized")
     bits = [one.settings.get(name, BEFORE[name]) for name in ("key_bits", "value_bits")]
     label = "two bits" if bits == [2, 2] else f"{bits[0]}/{bits[1]} bits"
+    label += ", calibrated" if one.settings.get("calibrated_keys") else ""
     return f" + {quantized:,} at {label}" if quantized else ""
 
 
