@@ -129,23 +129,27 @@ class _Watch(Observer):
         basis = layer.ahn.fn.key_basis
         assert basis is not None
         rotation = self.rotation if layer.rotates else None
-        new = moments(call.query, call.key, call.scaling, self.config, rotation)
+        first, L = self.config.lossless, call.key.shape[2]
+        at = torch.linspace(first, L - 1, min(QUERIES, L - first), device=call.key.device).long()
+        new = moments(call.query[:, :, at], call.key, at, call.scaling, self.config, rotation)
         before = self.found.get(layer.index)
         self.found[layer.index] = basis, new if before is None else before[1] + new
 
 
-def moments(query: Tensor, key: Tensor, scaling: float, config: AHNConfig, rotation: Rotation | None) -> Moments:
+def moments(
+    query: Tensor, key: Tensor, at: Tensor, scaling: float, config: AHNConfig, rotation: Rotation | None
+) -> Moments:
     """Of one text in full attention.
 
     Args:
-        query: (1, Hq, L, P); key: (1, Hkv, L, P), both after RoPE.
+        query: (1, Hq, n, P); key: (1, Hkv, L, P), both after RoPE.
+        at: (n,) positions of the queries.
         config: says which tokens are exact, and from how far others are seen.
         rotation: of the keys; None where there is none.
     """
     S, W, L, device = config.sinks, config.window, key.shape[2], key.device
     positions = torch.arange(L, device=device)
-    at = torch.linspace(S + W, L - 1, min(QUERIES, L - S - W), device=device).long()
-    query, key = query[:, :, at].float(), key.float()
+    query, key = query.float(), key.float()
     scores = query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT * scaling
     distance = at[:, None] - positions
     scores = scores[0].masked_fill_(distance < 0, float("-inf"))
