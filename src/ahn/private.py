@@ -192,6 +192,11 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, x
 
 
+def times_written(x: Tensor) -> int:
+    """How often a tensor was written in place, for whoever keeps what was worked out of it; 0 for inference tensors."""
+    return 0 if x.is_inference() else x._version
+
+
 def argument_names(operator: Any) -> list[str]:
     """Names of the arguments of an operator that torch.library registered, in order."""
     return [part.name for part in operator.default._schema.arguments]

@@ -175,3 +175,18 @@ def test_a_memory_that_ships_is_read_and_chooses(name: str) -> None:
     positions = [layer.state.memory["positions"] for layer in cache.memory_layers.values()]
     assert len(positions) == 30 and all(int(x.max()) == 60 - 20 - 1 for x in positions)
     assert smollm2.adapters()[0] == "retained-passages", "what --model smollm2 takes by itself"
+
+
+@torch.no_grad()
+def test_the_basis_that_ships_codes_keys() -> None:
+    """Onto the model's shape with random weights."""
+    directory = smollm2.adapter_path("tier")
+    config = AutoConfig.from_pretrained(directory)
+    base = LlamaForCausalLM(
+        LlamaConfig(**{field: getattr(config, field) for field in SHAPE} | {"vocab_size": 64, "intermediate_size": 8})
+    )
+    model = ahn.load_adapter(base.eval(), directory, window=20, sinks=4)
+    assert model.ahn_config.calibrated_keys and model.ahn_config.tier_bits == (2, 2)
+    cache = ahn.AHNCache.for_model(model)
+    model(torch.arange(60)[None], past_key_values=cache)
+    assert cache.bytes_by_part()["quantized"] == 30 * 3 * (7680 * ((2 + 2) * 64 // 8 + 4) + 2 * 64 * 4)

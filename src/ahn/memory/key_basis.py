@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ahn.errors import AHNError
 from ahn.ops.basis import Basis
 from ahn.ops.quantize import precise
+from ahn.private import times_written
 
 WORST = 1e5
 """Condition number of a matrix that is still inverted: float32 then keeps two digits of what it decodes."""
@@ -36,7 +37,7 @@ class KeyBasis(nn.Module):
             AHNError: nothing has been calibrated.
         """
         weight, deviations, kind = self.weight.detach(), self.deviations.detach(), precise(dtype)
-        version = 0 if weight.is_inference() else weight._version + deviations._version
+        version = times_written(weight) + times_written(deviations)
         if self._made is not None:
             # The tensors are held: no other can have come to lie where they are.
             own, own_deviations, *made, basis = self._made
