@@ -302,3 +302,61 @@ def test_a_cache_that_is_made_around_the_decoder_is_ours(kind: str) -> None:
     assert relative_error(model(**packed).logits[:, 30:], alone) < TOLERANCE, "each document as if alone"
     with ahn.disabled(model):
         assert torch.equal(model(**given).logits, expected)
+
+
+# -- others that see, by the same way ----------------------------------------------------------------------------------
+
+PATCHES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+
+
+def another(kind: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A small model, and a picture of four tokens for it (of one, AyaVision)."""
+    import transformers
+
+    text = {name: x for name, x in TEXT.items() if name != "rope_parameters"}
+    pixels: dict[str, Any] = {"pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
+    vision: Any = transformers.CLIPVisionConfig(**PATCHES, projection_dim=32)
+    own: dict[str, Any] = {"image_token_id": IMAGE}
+    language: Any = transformers.LlamaConfig(**text)
+    if kind == "Llava":
+        own |= {"vision_feature_layer": -1, "image_seq_length": 4}
+    elif kind == "InternVL":
+        vision = PATCHES | {"image_size": [8, 8], "patch_size": [2, 2]}
+        language, own = transformers.Qwen2Config(**text), own | {"image_seq_length": 4}
+    elif kind == "AyaVision":
+        vision, language = transformers.SiglipVisionConfig(**PATCHES), transformers.CohereConfig(**text)
+        own = {"image_token_index": IMAGE, "downsample_factor": 2}
+    else:
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+        vision |= {"spatial_merge_size": 2, "temporal_patch_size": 1, "in_channels": 3, "out_hidden_size": 32}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        language = TEXT | {"head_dim": 8}
+        own |= {"video_token_id": 151, "vision_start_token_id": BEGIN, "vision_end_token_id": END}
+        pixels = {"pixel_values": torch.randn(16, 48, generator=torch.Generator().manual_seed(3))}
+        pixels |= {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(text_config=language, vision_config=vision, **own)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval(), pixels
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("kind", ["Llava", "InternVL", "AyaVision", "Qwen3VL"])
+@torch.no_grad()
+def test_other_models_that_see(kind: str) -> None:
+    plain, given = another(kind)
+    picture = torch.full((1, 1 if kind == "AyaVision" else 4), IMAGE)
+    ids = torch.cat([tokens(1, 4), picture, tokens(1, 30, seed=2)], dim=1)
+    given |= {"input_ids": ids} | ({"mm_token_type_ids": (ids == IMAGE).int()} if kind == "Qwen3VL" else {})
+    expected, text = plain(**given).logits, plain.generate(**given, max_new_tokens=4, do_sample=False)
+    model = awaken(ahn.attach(plain, ahn.AHNConfig(window=100, sinks=3)))
+    assert torch.equal(model(**given).logits, expected)
+    assert torch.equal(model.generate(**given, max_new_tokens=4, do_sample=False), text)
+    ahn.set_window(model, 13, 3)
+    beyond = model(**given, use_cache=False).logits
+    assert relative_error(beyond, expected) > 0.01
+    assert relative_error(model(**given).logits, beyond) < TOLERANCE
+    without = model.generate(**given, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(**given, max_new_tokens=4, do_sample=False), without)
