@@ -84,7 +84,7 @@ def test_turns_of_a_session_that_come_at_once_follow_each_other(live_fake: Calla
     ask("Four.")
     said = server.service.text.decode(engine.replies[-1].request.prompt)
     assert all(text in said for text in ("One.", "Two.", "Three."))
-    assert not server.service._sessions  # nothing is left of it
+    wait(lambda: not server.service._sessions)  # nothing is left of it
 
 
 def test_headers_without_end_are_refused(live_fake: Callable[..., Any]) -> None:
