@@ -71,11 +71,15 @@ def measured(name: str, **wanted: Any) -> dict[str, Any]:
 
 
 def test_headline_of_performance() -> None:
-    """The first table of docs/performance.md, but for the 2.14 ms, which are of a sweep."""
+    """The first table of docs/performance.md."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split("## ")[0]
     long = {"model": "qwen2.5-3b", "context": 131072, "window": 32640, "quantized": 0, "method": "gated_deltanet"}
-    read = measured("h200-bench.jsonl", measurement="prefill", **long)
+    newest = "h200-bench-2026-12-01.jsonl"
+    read = measured(newest, measurement="prefill", **long)
     assert f"{read['seconds']:.2f} s, {100 * read['share']:.0f} % of the limit" in text
+    step = measured(newest, measurement="decode", batch=1, **long)
+    assert f"{1000 * step['seconds']:.2f} ms, {100 * step['share']:.0f} % of the limit" in text
+    assert f"through `generate` {1000 * step['generate_s']:.2f}" in text
     assert f"{read['peak_bytes'] / 1e9:.1f} GB" in text
     full = measured("h200-bench.jsonl", measurement="prefill", context=131072, method="full-dynamic")
     assert f"{full['seconds']:.2f} s" in text and f"{full['peak_bytes'] / 1e9:.1f} GB" in text
@@ -87,3 +91,16 @@ def test_headline_of_performance() -> None:
     assert f"{1000 * best['seconds']:.2f} ms, {100 * best['share']:.0f} %" in text
     trained = measured("h100-bench.jsonl", measurement="train", model="qwen2.5-7b")
     assert f"{trained['tokens_per_second']:,.0f} tokens/s".replace(",", " ") in text
+
+
+def test_conversations_that_decode_together() -> None:
+    """The table of docs/performance.md: milliseconds a step and the share of the limit, by how many there are."""
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    _, table = text.split("| conversations of 128k that decode together, H200 |")
+    counts, _, _, times, shares = ([cell.strip() for cell in line.split("|")[-9:-1]] for line in table.splitlines()[:5])
+    newest = "h200-bench-2026-12-01.jsonl"
+    for count, time, share in zip(counts, times, shares, strict=True):
+        if time and "*" not in time:  # those in italics are older
+            kind = "throughput" if int(count) > 16 else "decode"
+            row = measured(newest, measurement=kind, batch=int(count), method="gated_deltanet", quantized=0)
+            assert (f"{1000 * row['seconds']:.2f}", f"{100 * row['share']:.0f} %") == (time, share)
