@@ -82,7 +82,7 @@ def test_parts_keep_a_gpu_busy(shape: tuple[int, int], count: int) -> None:
 @given(data=st.data())
 @settings(max_examples=examples(4, 25) if INTERPRETED else 10, deadline=None)
 def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) -> None:
-    from ahn.ops.step import products_kernel
+    from ahn.ops.step import few_vectors_kernel
 
     r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     K, silu, vectors = data.draw(st.integers(1, 300)), data.draw(st.booleans()), data.draw(st.integers(1, FEW))
@@ -91,8 +91,8 @@ def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) 
     x, weights = in_poison(r, vectors, K), [in_poison(r, size, K) for size in sizes]
     biases = [in_poison(r, size) if data.draw(st.booleans()) else None for size in sizes]
     rounds = data.draw(st.sampled_from([64, 256]))
-    found = products_kernel.products(x, weights, biases, silu, rounds)
+    found = few_vectors_kernel.products(x, weights, biases, silu, rounds)
     plain = products(x.cpu(), [w.cpu() for w in weights], [None if b is None else b.cpu() for b in biases], silu)
     assert relative_error(found.cpu(), plain) < FLOAT32
-    found = products_kernel.partial_products(x, weights[0], data.draw(st.integers(1, 5)), rounds).sum(0)
+    found = few_vectors_kernel.partial_products(x, weights[0], data.draw(st.integers(1, 5)), rounds).sum(0)
     assert relative_error(found.cpu(), reference(x, weights[:1], [None], None, 0.0, False, None).cpu()) < FLOAT32

@@ -77,13 +77,13 @@ def several_tokens(P: int) -> None:
 
 def several_products(K: int) -> None:
     """What stands around attention in a step of 8 tokens, in half and in full precision."""
-    from ahn.ops.step import products_kernel
+    from ahn.ops.step import few_vectors_kernel
 
     for dtype in (torch.bfloat16, torch.float32):
         x, bias, weight, wide = (torch.randn(shape, dtype=dtype) for shape in ((8, K), (K,), (K, K), (K, 4 * K)))
-        products_kernel.products(x, [weight, weight], [bias, None], False)
-        products_kernel.products(x, [weight, weight], [None, None], True)
-        products_kernel.partial_products(torch.randn(8, 4 * K, dtype=dtype), wide, 4)
+        few_vectors_kernel.products(x, [weight, weight], [bias, None], False)
+        few_vectors_kernel.products(x, [weight, weight], [None, None], True)
+        few_vectors_kernel.partial_products(torch.randn(8, 4 * K, dtype=dtype), wide, 4)
 
 
 def main(capability: int, shared_memory: int) -> None:

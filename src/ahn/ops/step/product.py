@@ -96,10 +96,10 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     if not x.is_cuda:
         y = reference(x, weights, biases, None, 0.0, silu, None)
         return y.flatten() if silu else torch.cat([own.flatten() for own in y.split([len(w) for w in weights], 1)])
-    from ahn.ops.step import products_kernel
+    from ahn.ops.step import few_vectors_kernel
 
     with torch.cuda.device(x.device):
-        return products_kernel.products(x, weights, biases, silu)
+        return few_vectors_kernel.products(x, weights, biases, silu)
 
 
 @products.register_fake
@@ -123,10 +123,10 @@ def partial_products(x: Tensor, weight: Tensor) -> Tensor:
         width = -(-weight.shape[1] // parts(weight))
         pieces = x.reshape(-1, weight.shape[1]).float().split(width, -1), weight.float().split(width, -1)
         return torch.stack([v @ w.mT for v, w in zip(*pieces, strict=True)])
-    from ahn.ops.step import products_kernel
+    from ahn.ops.step import few_vectors_kernel
 
     with torch.cuda.device(x.device):
-        return products_kernel.partial_products(x, weight, parts(weight))
+        return few_vectors_kernel.partial_products(x, weight, parts(weight))
 
 
 @partial_products.register_fake

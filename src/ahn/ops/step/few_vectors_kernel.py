@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ahn.ops.step import dependent_launch
 from ahn.ops.step.dependent_launch import announce, wait
-from ahn.ops.step.product import FEW
 from ahn.ops.step.product_kernel import load_weights, place
 
 ROWS, ROUND, STAGES = 64, 256, 4
@@ -110,10 +109,15 @@ def products(
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     _products[blocks,](
         x.contiguous(), held, given, counts, out, K, vectors,
-        COUNT=len(counts), BIASED=biased, SILU=silu, VECTORS=FEW, ROWS=ROWS, FEATURES=round_bytes // x.element_size(),
-        STAGES=STAGES, ALIGNED=_aligned(held), num_warps=4, **dependent_launch.options(x),
+        COUNT=len(counts), BIASED=biased, SILU=silu, VECTORS=_vectors(vectors), ROWS=ROWS,
+        FEATURES=round_bytes // x.element_size(), STAGES=STAGES, ALIGNED=_aligned(held), num_warps=4, **dependent_launch.options(x),
     )  # fmt: skip
     return out
+
+
+def _vectors(count: int) -> int:
+    """Columns of a tile for so many vectors; tensor cores take no fewer than 16."""
+    return max(16, triton.next_power_of_2(count))
 
 
 def _aligned(weights: Sequence[Tensor]) -> int:
@@ -131,6 +135,7 @@ def partial_products(x: Tensor, weight: Tensor, parts: int, round_bytes: int = R
     out = torch.empty(parts, vectors, count, dtype=torch.float32, device=x.device)
     _partial_products[triton.cdiv(count, ROWS), parts](
         x.contiguous(), weight.contiguous(), out, K, count, vectors, width,
-        VECTORS=FEW, ROWS=ROWS, FEATURES=features, STAGES=STAGES, num_warps=4, **dependent_launch.options(x),
+        VECTORS=_vectors(vectors), ROWS=ROWS, FEATURES=features, STAGES=STAGES, num_warps=4,
+        **dependent_launch.options(x),
     )  # fmt: skip
     return out
