@@ -110,7 +110,8 @@ def products(
     _products[blocks,](
         x.contiguous(), held, given, counts, out, K, vectors,
         COUNT=len(counts), BIASED=biased, SILU=silu, VECTORS=_vectors(vectors), ROWS=ROWS,
-        FEATURES=round_bytes // x.element_size(), STAGES=STAGES, ALIGNED=_aligned(held), num_warps=4, **dependent_launch.options(x),
+        FEATURES=round_bytes // x.element_size(), STAGES=STAGES, ALIGNED=_aligned(held), num_warps=4,
+        **dependent_launch.options(x),
     )  # fmt: skip
     return out
 
