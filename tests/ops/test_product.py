@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.effort import examples
 from support.kernels import DEVICE, INTERPRETED
 
-from ahn.ops.step.product import FEW, partial_products, parts, product, products, reference
+from ahn.ops.step.product import _ROWS, FEW, partial_products, parts, product, products, reference
 
 # Float32: sums of up to 300 terms in another order.
 FLOAT32 = 1e-5
@@ -84,6 +84,7 @@ def test_parts_keep_a_gpu_busy(shape: tuple[int, int], count: int) -> None:
 def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) -> None:
     from ahn.ops.step import few_vectors_kernel
 
+    assert few_vectors_kernel.ROWS == _ROWS, "what parts are counted for"
     r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     K, silu, vectors = data.draw(st.integers(1, 300)), data.draw(st.booleans()), data.draw(st.integers(1, FEW))
     sizes = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))

@@ -13,6 +13,7 @@ from ahn.ops.backend import multiprocessors
 FEW = 16
 """Vectors at most: with more of them what each program reads again of these outweighs the weights."""
 _ROWS, _SHORTEST, _MOST_PARTS = 64, 512, 8
+"""Of `parts`: rows of a program (`ahn.ops.step.few_vectors_kernel.ROWS`), its fewest features, most parts."""
 
 
 def reference(
