@@ -124,14 +124,15 @@ def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
         found = list(some())
         assert len({way.name for way in found}) == len(found) and any("retained" in way.name for way in found)
         assert all(way.config is None or way.config.lossless in (32, 32 + 1024) for way in found)
-    (coded,) = calibrated_ways(tmp_path / "keys", model)
+    coded, finer = calibrated_ways(tmp_path / "keys", model)
     without = Ways(Shape(24, 8, 300, tmp_path / "none"), model)
     assert not [way for way in without.within() if "retained" in way.name]
     (kept,) = ways.retained(64, (4, 2), tier=16)
     (shared,) = ways.retained(64, (4, 2), passage=8, shared=True)
     assert shared.name == "retained 64 4/2, passages of 8, scores of layer 1" and shared.config.score_layer == 1
-    assert coded.name == "tier 268 2/2, calibrated" and not list(without.calibrated(268))
-    for way in (kept, shared, coded):
+    assert coded.name == "tier 268 2/2, calibrated" and not list(without.calibrated(268, 2))
+    assert finer.config.value_bits == 4 and finer.name == "tier 268 2/4, calibrated"
+    for way in (kept, shared, coded, finer):
         with way.on(model), torch.no_grad():
             assert torch.isfinite(model(tokens(1, 200)).logits).all()
 

@@ -74,11 +74,13 @@ class Ways:
         config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
         return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
 
-    def calibrated(self, tokens: int) -> Iterator[Method]:
-        """The tier alone, keys in a calibrated basis, if that is there."""
+    def calibrated(self, tokens: int, value_bits: int) -> Iterator[Method]:
+        """The tier alone, keys at two bits in a calibrated basis, if that is there."""
         if self.shape.keys is not None and self.shape.keys.is_dir():
-            config = self.config("window_only", quantized=tokens, key_bits=2, value_bits=2, calibrated_keys=True)
-            yield Method(f"tier {tokens} 2/2, calibrated", config, weights_of(self.model, self.shape.keys)[0])
+            bits = {"key_bits": 2, "value_bits": value_bits}
+            config = self.config("window_only", quantized=tokens, calibrated_keys=True, **bits)
+            name = f"tier {tokens} 2/{value_bits}, calibrated"
+            yield Method(name, config, weights_of(self.model, self.shape.keys)[0])
 
     def retained(
         self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1, shared: bool = False
@@ -120,7 +122,8 @@ class Ways:
         yield Method(FULL)
         yield Method(WINDOW, self.config("window_only"))
         yield self.tier(rest, (4, 2))
-        yield from self.calibrated(rest)
+        yield from self.calibrated(rest, 2)
+        yield from self.calibrated(rest, 4)
         yield from self.retained(4096, (4, 2))
         yield from self.retained(4096, (4, 2), passage=64)
         yield from self.retained(4096, (4, 2), passage=64, shared=True)
