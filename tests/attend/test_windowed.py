@@ -55,6 +55,16 @@ def test_parts_of_other_keys_are_joined_to_every_block(monkeypatch: pytest.Monke
     assert relative_error(found, expected) < FLOAT32
 
 
+def test_parts_of_float64_are_joined_in_float64() -> None:
+    view = Visibility(10, 2, 30, 40, torch.device("cpu"))
+    query = torch.randn(2, 4, 40, 8, dtype=torch.float64)
+    keys, values = (torch.randn(2, 2, view.cached + 40, 8, dtype=torch.float64) for _ in range(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, view.mask, scale=0.3, enable_gqa=True
+    )
+    assert relative_error(windowed.attend(query, keys, values, view, 0.3), expected) < 1e-13
+
+
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("count", [2, 3])
 @given(data=st.data())

@@ -9,6 +9,7 @@ from torch import Tensor
 from ahn import private
 from ahn.attend import windowed
 from ahn.attend.merge import Part
+from ahn.ops.quantize import precise
 
 QUERIES = 1024
 """At once: scores are written out."""
@@ -65,7 +66,7 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scal
     scores = scores.mul_(scaling).masked_fill_(~visible.unsqueeze(2), UNSEEN)
     weights = scores.softmax(-1).to(value.dtype).view(B * Hkv, -1, C)
     out = (weights @ value.reshape(B * Hkv, C, P)).view(B, -1, n, P)
-    return Part(out, scores.logsumexp(-1).float().view(B, -1, n))
+    return Part(out, scores.logsumexp(-1).view(B, -1, n))
 
 
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Part:
@@ -73,13 +74,13 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, s
     B, Hkv, C, P = key.shape
     n, mask = query.shape[2], None
     if not C:  # the kernel divides by their number
-        return Part(torch.zeros_like(query), query.new_full(query.shape[:3], UNSEEN, dtype=torch.float32))
+        return Part(torch.zeros_like(query), query.new_full(query.shape[:3], UNSEEN, dtype=precise(query.dtype)))
     if visible is not None:
-        mask = (~visible).to(torch.promote_types(query.dtype, torch.float32)).mul_(UNSEEN)
+        mask = (~visible).to(precise(query.dtype)).mul_(UNSEEN)
         mask = mask.expand(B, Hkv, n, C).reshape(B * Hkv, 1, n, C)
     key, value = (x.reshape(B * Hkv, 1, C, P) for x in (key, value))
     out, score = private.attention_of_cpu(query.reshape(B * Hkv, -1, n, P), key, value, False, scaling, mask)
-    return Part(out.reshape(B, -1, n, P), score.float().reshape(B, -1, n))
+    return Part(out.reshape(B, -1, n, P), score.reshape(B, -1, n))
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:

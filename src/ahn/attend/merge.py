@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn.ops.quantize import precise
+
 AT_ONCE = 3
 """Parts that the kernel joins."""
 
@@ -18,7 +20,7 @@ class Part:
 
     Attributes:
         out: (B, H, m, P).
-        score: (B, H, m) float32, log-sum-exp of the scores.
+        score: (B, H, m) float32, of float64 queries float64: log-sum-exp of the scores.
         reversed: the queries are in reverse order.
     """
 
@@ -49,11 +51,11 @@ def merge(parts: list[Part]) -> Tensor:
 
 
 def plain(parts: list[Part]) -> Tensor:
-    """`merge` in plain torch."""
-    n = parts[0].out.shape[2]
+    """`merge` in plain torch, added up in float32 at least."""
+    n, kind = parts[0].out.shape[2], precise(parts[0].out.dtype)
     ordered = [(part.out.flip(2), part.score.flip(2)) if part.reversed else (part.out, part.score) for part in parts]
-    outs = torch.stack([F.pad(out.float(), (0, 0, 0, n - out.shape[2])) for out, _ in ordered])
-    scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for _, score in ordered])
+    outs = torch.stack([F.pad(out.to(kind), (0, 0, 0, n - out.shape[2])) for out, _ in ordered])
+    scores = torch.stack([F.pad(score, (0, n - score.shape[2]), value=-torch.inf) for _, score in ordered]).to(kind)
     merged = (outs * scores.softmax(0).unsqueeze(-1)).sum(0).to(parts[0].out.dtype)
     return merged.transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -151,7 +151,7 @@ def plain_part(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling
     seen = visible(until, n)[:, :, None]
     weights = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1).masked_fill(~seen, 0)
     out = (weights @ value.to(exact)[:, :, None]).flatten(1, 2).to(query.dtype)
-    score = scores.masked_fill(~seen, -torch.inf).logsumexp(-1).flatten(1, 2).float()
+    score = scores.masked_fill(~seen, -torch.inf).logsumexp(-1).flatten(1, 2)
     return Part(out.transpose(1, 2).contiguous().transpose(1, 2), score)
 
 
