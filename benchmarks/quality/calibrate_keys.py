@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ahn
-from ahn import shipped
+from ahn.checkpoint import shipped
 from ahn.training.calibration import calibrate
 
 

@@ -37,7 +37,7 @@ from real.sharing import learned, ranks
 from real.ways import weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ahn import shipped
+from ahn.checkpoint import shipped
 from ahn.cli.env import environment
 from ahn.memory.retained_tokens import Scorer
 

@@ -18,7 +18,8 @@ from chats.items import KINDS
 from chats.writer import ChatWriter, Plan
 from transformers import AutoTokenizer
 
-from ahn import files, shipped
+from ahn import files
+from ahn.checkpoint import shipped
 from ahn.measure.texts import read_texts
 
 

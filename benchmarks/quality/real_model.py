@@ -34,7 +34,7 @@ from real import reading, ruler, training
 from real.ways import FULL, WINDOW, Shape, Ways
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ahn import shipped
+from ahn.checkpoint import shipped
 from ahn.cli.env import environment
 from ahn.measure.intervals import wilson
 from ahn.measure.method import Method

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import ahn
-from ahn import shipped
+from ahn.checkpoint import shipped
 from ahn.model.adapter import set_window
 from ahn.model.attached import observed
 from ahn.training import looks

@@ -74,7 +74,7 @@ def test_written_file_is_read_by_the_library(
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     for entry in stream.read_header(tmp_path / "y").values():  # readers may map the file and need alignment
-        assert entry.offset % (stream.BITS[entry.dtype] // 8) == 0
+        assert entry.offset % max(1, entry.width) == 0
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_every_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, s
 def test_bytes_after_the_end_are_refused(file: Path) -> None:
     with file.open("ab") as handle:
         handle.write(b"0")
-    with pytest.raises(AHNError, match="after its last tensor"):
+    with pytest.raises(AHNError, match="not fully covered"):
         stream.read_header(file)
 
 

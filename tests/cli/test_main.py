@@ -123,7 +123,7 @@ def test_names_of_options_are_whole(ahn_cli: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def _shell(command: str) -> subprocess.CompletedProcess[str]:
-    program = f"{sys.executable} -c 'from ahn.cli import main; main()'"
+    program = f"{sys.executable} -m ahn"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command.replace("AHN", program)], capture_output=True, text=True
     )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import speaking
 
-from ahn import shipped, smollm2, tiny
+from ahn import smollm2, tiny
+from ahn.checkpoint import shipped
 from ahn.errors import AHNError
 
 

@@ -138,6 +138,9 @@ def test_what_was_not_calibrated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AHNError, match="not been calibrated"):
         ahn.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+    with pytest.raises(AHNError, match=r"not been calibrated.*Calibrate it before it is saved"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.raises(AHNError, match="have no basis"):
         calibrate(ahn.attach(base(), CONFIG.replace(calibrated_keys=False)), [tokens(1, 60)])
     with pytest.raises(AHNError, match="more than 18 tokens"):
@@ -163,6 +166,10 @@ def test_a_damaged_adapter_is_refused(damage: object, message: str, tmp_path: Pa
     with pytest.raises(AHNError, match=message):
         ahn.load_adapter(model, tmp_path)
     assert not hasattr(model, "ahn_config")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(AHNError, match=message):
+        ahn.merge(tmp_path / "base", tmp_path, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_without_its_basis_is_refused(tmp_path: Path) -> None:

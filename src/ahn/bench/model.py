@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from ahn import shipped
 from ahn.bench.shapes import SHAPES, configuration
+from ahn.checkpoint import shipped
 from ahn.checkpoint.hub import config_file, local_directory
 from ahn.checkpoint.loading import load_base
 from ahn.errors import AHNError

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from ahn.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, short_name
 from ahn.checkpoint.format import check_base, read_settings, report_window
 from ahn.checkpoint.hub import local_directory
-from ahn.checkpoint.validate import check_bases, check_tensors, expected_shapes, finite_tensors
+from ahn.checkpoint.validate import check_tensors, expected_shapes, finite_tensors
 from ahn.config import AHNConfig, Reach
 from ahn.errors import AHNError, check_path
 from ahn.files import check_folder, expanded, read_json, write_json, write_tensors
+from ahn.memory.key_basis import REMEDY, SAVE_ANOTHER, check_bases
 from ahn.model.adapter import adapter_parameters, attach, detach
 from ahn.model.saving import saved_config
 from ahn.shape import ModelShape
@@ -68,7 +69,9 @@ def save_adapter(model: PreTrainedModel, directory: PathLike) -> Path:
         )
     if broken := [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]:
         raise AHNError(f"{broken[0]} holds NaN or infinite values, the memory is unusable and is not saved.")
-    check_bases({short_name(name): p.detach() for name, p in parameters.items()}, "This model is not saved")
+    check_bases(
+        {short_name(name): p.detach() for name, p in parameters.items()}, "The adapter is not saved", SAVE_ANOTHER
+    )
     occupied = (path / INDEX).exists() or (path / WEIGHTS).exists()
     if occupied and Checkpoint.open(path).kind != "adapter":
         raise AHNError(f"{path} holds the weights of another model: choose another directory.")
@@ -135,7 +138,7 @@ def attach_checked(model: PreTrainedModel, checkpoint: Checkpoint, settings: AHN
         given: whether the caller chose both window and sinks.
     """
     weights = dict(finite_tensors(checkpoint))
-    check_bases(weights, str(checkpoint.path))
+    check_bases(weights, str(checkpoint.path), REMEDY)
     report_window(checkpoint, settings, given)
     if hasattr(model, "ahn_config"):
         detach(model)

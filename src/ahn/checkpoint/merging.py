@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ahn.checkpoint.adapter import checked_settings
 from ahn.checkpoint.directory import CONFIG, INDEX, PICKLES, WEIGHTS, Checkpoint, is_ahn
-from ahn.checkpoint.format import check_base, read_settings, report_window, transformers_config
+from ahn.checkpoint.format import read_settings, report_window, transformers_config
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.stream import Entry, Meter, Progress, write_file
-from ahn.checkpoint.validate import check_tensors, finite_tensors
+from ahn.checkpoint.validate import check_tensors, check_values
 from ahn.errors import AHNError, check_path
 from ahn.files import expanded, staged, write_json
 from ahn.model.saving import base_config, base_reference, with_ahn
@@ -45,11 +46,8 @@ def merge(base: PathLike, adapter: PathLike, out: PathLike, progress: Progress |
     target = expanded(out)
     base_files = Checkpoint.open(local_directory(base)).require("base")
     ahn_files = Checkpoint.open(local_directory(adapter)).require("adapter")
-    shape = check_base(ahn_files, transformers_config(base_files.config, base_files.path), str(base))
-    settings = read_settings(ahn_files)
-    check_tensors(ahn_files, shape, settings)
-    for _ in finite_tensors(ahn_files):
-        pass
+    settings = checked_settings(ahn_files, transformers_config(base_files.config, base_files.path), str(base))
+    check_values(ahn_files)
     report_window(ahn_files, settings, given=False)
     shards = [*by_file(base_files.tensors), ahn_files.tensors]
     meter = _meter(progress, base_files, ahn_files)
@@ -87,8 +85,7 @@ def split(merged: PathLike, out: PathLike, progress: Progress | None = None) -> 
             f"The memory {settings.memory!r} of {whole.path} has no tensors, so there is nothing to split off."
         )
     check_tensors(whole, shape, settings)
-    for _ in finite_tensors(whole):
-        pass
+    check_values(whole)
     report_window(whole, settings, given=False)
     config = base_config(whole.config)
     meter = _meter(progress, whole)

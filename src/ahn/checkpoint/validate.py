@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,11 +12,8 @@ from ahn.checkpoint.directory import Checkpoint, short_name
 from ahn.checkpoint.stream import read_tensor
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.memory.key_basis import unfit
+from ahn.memory.key_basis import REMEDY, check_bases
 from ahn.shape import ModelShape
-
-WEIGHT, DEVIATIONS = "key_basis.weight", "key_basis.deviations"
-"""How the names of `ahn.memory.key_basis.KeyBasis` end."""
 
 
 def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[int, ...]]:
@@ -54,19 +51,6 @@ def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig
         raise AHNError(f"{what}: {name} has shape {found[name]} instead of {wanted[name]} ({len(wrong)} such tensors).")
 
 
-def check_bases(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Look into the bases of keys (`AHNConfig.calibrated_keys`) among the tensors of an AHN, by short names.
-
-    Raises:
-        AHNError: keys cannot be coded in one of them.
-    """
-    for name, weight in tensors.items():
-        if name.endswith(WEIGHT):
-            reason = unfit(weight, tensors[name.removesuffix(WEIGHT) + DEVIATIONS])
-            if reason is not None:
-                raise AHNError(f"{where}: {name.removesuffix(WEIGHT)}key_basis {reason}, keys cannot be coded in it.")
-
-
 def finite_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Every AHN tensor with its short name, one at a time, in its stored dtype.
 
@@ -78,3 +62,13 @@ def finite_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         if not tensor.isfinite().all():
             raise AHNError(f"{checkpoint.path}: {name} holds NaN or infinite values, the adapter is unusable.")
         yield short_name(name), tensor
+
+
+def check_values(checkpoint: Checkpoint) -> None:
+    """Read every AHN tensor once; none is kept but those of bases, which are small.
+
+    Raises:
+        AHNError: as `finite_tensors`, or keys cannot be coded in a basis.
+    """
+    bases = {name: tensor for name, tensor in finite_tensors(checkpoint) if ".key_basis." in name}
+    check_bases(bases, str(checkpoint.path), REMEDY)

@@ -139,7 +139,7 @@ def command(
       ahn bench throughput --model qwen2.5-3b --context 128k --batch 1,32,100
       ahn bench train --model qwen2.5-7b --methods gated_deltanet
     """
-    from ahn import shipped
+    from ahn.checkpoint import shipped
 
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
     of_all: dict[str, Any] = {"new_tokens": new_tokens, "real_prefill": real_prefill, "profile": profile}

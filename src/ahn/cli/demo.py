@@ -109,7 +109,8 @@ def command(
       ahn demo --model smollm2
       ahn demo --model BASE --adapter AHN --text book.txt --window 2016
     """
-    from ahn import shipped, smollm2
+    from ahn import smollm2
+    from ahn.checkpoint import shipped
     from ahn.cli import demo_book
     from ahn.demo import compare
     from ahn.demo.figure import comparison_figure

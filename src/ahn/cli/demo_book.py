@@ -49,7 +49,8 @@ def read_a_book(
     Raises:
         AHNError: the model or the text cannot be had, or the text is too short.
     """
-    from ahn import shipped, smollm2
+    from ahn import smollm2
+    from ahn.checkpoint import shipped
     from ahn.checkpoint.loading import ModelSource
     from ahn.config import AHNConfig
     from ahn.demo.book import book_figure, make_questions, read_book

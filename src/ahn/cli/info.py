@@ -83,8 +83,8 @@ def look_at(model: str, adapter: str | None, memory: str | None, **reach: Unpack
         AHNError: there is no such model or adapter, they do not belong together, no memory can be attached to such a
             model, or the weights are damaged.
     """
-    from ahn import shipped
     from ahn.checkpoint import format as checkpoint_format
+    from ahn.checkpoint import shipped
     from ahn.checkpoint.directory import Checkpoint
     from ahn.checkpoint.hub import local_directory
     from ahn.checkpoint.validate import check_tensors

@@ -31,8 +31,7 @@ def command(
     Example:
       ahn merge --base-model ./Qwen2.5-3B --ahn-path ./AHN-3B --output-path ./out
     """
-    from ahn import shipped
-    from ahn.checkpoint import merge
+    from ahn.checkpoint import merge, shipped
 
     base, adapter = shipped.resolve(base_model), shipped.resolve_adapter(base_model, ahn_path)
     assert adapter is not None

@@ -200,7 +200,7 @@ def open_session(
 
 
 def _has_no_memory(model: str) -> bool:
-    from ahn import shipped
+    from ahn.checkpoint import shipped
 
     module = shipped.known(model)
     return module is not None and not module.adapters()
@@ -209,7 +209,7 @@ def _has_no_memory(model: str) -> bool:
 def _without_memory(model: str, device: str | None, dtype: str | None, **reach: Unpack[Reach]) -> Session:
     """A model that no memory is shipped for yet: what leaves its window is forgotten."""
     import ahn
-    from ahn import shipped
+    from ahn.checkpoint import shipped
     from ahn.checkpoint.loading import ModelSource
 
     loaded, tokenizer = ModelSource.open(shipped.resolve(model)).load_ready(device, dtype, memory=False)
@@ -224,7 +224,8 @@ def _without_memory(model: str, device: str | None, dtype: str | None, **reach: 
 
 def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:
     """Directories and device for what a user named; of the shipped ones if no model was named, nor an adapter alone."""
-    from ahn import shipped, tiny
+    from ahn import tiny
+    from ahn.checkpoint import shipped
 
     if model is None and adapter is not None:
         return adapter, None, device  # an adapter knows its base

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -69,3 +71,18 @@ def unfit(weight: Tensor, deviations: Tensor) -> str | None:
     if not bool((torch.linalg.cond(weight.double().cpu()) < WORST).all()):
         return "cannot be inverted"
     return None
+
+
+def check_bases(tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
+    """Raises AHNError, in the words given, if keys cannot be coded in a basis among the tensors of an AHN, by name."""
+    for name, weight in tensors.items():
+        if name.endswith("key_basis.weight"):
+            basis = name.removesuffix(".weight")
+            if reason := unfit(weight, tensors[f"{basis}.deviations"]):
+                raise AHNError(f"{where}: {basis} {reason}, keys cannot be coded in it. {remedy}")
+
+
+SAVE_ANOTHER = (
+    "Calibrate it before it is saved (ahn.training.calibration.calibrate), or attach with calibrated_keys=False."
+)
+"""The remedy where a model is saved."""

@@ -26,6 +26,7 @@ from ahn import memory
 from ahn.config import ARCHITECTURE, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
 from ahn.errors import AHNError
 from ahn.files import check_folder, expanded, write_json
+from ahn.memory.key_basis import SAVE_ANOTHER, check_bases
 from ahn.memory.layer import added_parameters
 
 BASE_NAME = "base_model_name_or_path"
@@ -53,7 +54,7 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
 
     Raises:
         AHNError: a state dict was given that lacks parameters of the AHN, the base's weights are packed in a way that
-            no file holds, or the directory cannot be written.
+            no file holds, a basis of keys would not load, or the directory cannot be written.
     """
     check_folder(expanded(save_directory))  # transformers logs that it is a file, and goes on
     model._ahn.share.check_whole("Saving a model with its memory", "merge base and adapter with ahn merge")
@@ -65,6 +66,7 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
             f"{packed[0]} is no tensor: torch's quantization has packed the base's weights, which no checkpoint holds. "
             "Save the memory alone (ahn.save_adapter), or the model before it is quantized."
         )
+    check_bases(given or dict(added_parameters(model)), "The model is not saved", SAVE_ANOTHER)
     with _own_configuration(model) as written:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if not written and getattr(model, "_hf_peft_config_loaded", False):

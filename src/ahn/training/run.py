@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 import ahn
-from ahn import shipped
+from ahn.checkpoint import shipped
 from ahn.checkpoint.adapter import RESULTS
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
