@@ -58,9 +58,9 @@ def made(rule, HKV, groups, P, S, W, G, N, start, held, seed, router=False, stat
 
 @st.composite
 def sizes(draw):
-    S, W = draw(st.integers(0, 3)), draw(st.integers(8, 40))
+    S, W = draw(st.integers(0, 3)), draw(st.integers(8, 48))
     G = draw(st.integers(1, W))
-    N = draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if n <= G]))
+    N = draw(st.sampled_from([n for n in (1, 2, 4, 8, 16, 32) if n <= G]))  # 32: with the scan of many tokens
     around = st.integers(0, 4 * (S + W)) | st.sampled_from([S + W - 1, S + W, S + W + 1])
     return S, W, G, N, draw(around), draw(st.integers(0, G - N))
 

@@ -41,19 +41,19 @@ def layer(attention: Any, scan: Any, P: int) -> None:
 
 @torch.no_grad()
 def several_tokens(P: int) -> None:
-    """A captured step of 8 tokens and of 64, with every kind of memory, and what settles them."""
+    """A captured step of 8 tokens, of 16 and of 64, with every kind of memory, and what settles them."""
     from ahn.layout.state import LayerState, WindowState
     from ahn.ops.routes import Routes
     from ahn.ops.rule import StepRead
     from ahn.ops.step import several_kernel
 
-    Hq, Hkv, S, W, G = 4, 2, 4, 300, 64
+    Hq, Hkv, S, W, G = 16, 2, 4, 300, 64
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16)
 
-    cases = ("gated_deltanet", 8, 1), ("gated_deltanet", 64, 1), ("deltanet", 8, 2), ("mamba2", 8, 1)
-    for name, N, states in (*cases, ("window_only", 8, 1)):
+    cases = ("gated_deltanet", 8, 1), ("gated_deltanet", 16, 1), ("gated_deltanet", 64, 1), ("deltanet", 8, 2)
+    for name, N, states in (*cases, ("mamba2", 8, 1), ("window_only", 8, 1)):
         rule = RULES[name]
         writers = Hq if states == 1 else Hkv
         names = [] if rule is None else [gate for gate in (rule.write, rule.decay) if gate]
@@ -94,6 +94,7 @@ def main(capability: int, shared_memory: int) -> None:
     from ahn.attend import spans, spans_blocks
     from ahn.ops import scan
     from ahn.ops.scan import gradients
+    from ahn.ops.step import dependent_launch
 
     wanted: dict[str, int] = {}
     run = triton.runtime.JITFunction.run
@@ -115,6 +116,8 @@ def main(capability: int, shared_memory: int) -> None:
     spans_blocks.shared_memory = gradients.shared_memory = lambda device: shared_memory
     spans.supported = lambda query: True
     torch.cuda.device = lambda device: contextlib.nullcontext()
+    if capability >= 90:
+        dependent_launch.options = lambda x: {"PDL": True, "launch_pdl": True}
     layer(spans, scan, P=128)
     several_tokens(P=128)
     several_products(K=1024)

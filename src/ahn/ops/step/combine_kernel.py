@@ -25,10 +25,11 @@ def combine_and_keep(
     row, part = tl.program_id(0), tl.program_id(1)
     b, h = row // HEADS, row % HEADS
     if part < P // COLUMNS:
-        _combine(
-            partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
+        y = joined(
+            partial, score, read, gamma, weight, norm, o_proj, norm_eps, row, b, h, part,
             SPLITS, ALL_SPLITS, HEADS, P, COLUMNS, ALL, MEMORY, STATES, ROUTER, ACROSS, PDL,
         )  # fmt: skip
+        tl.store(out + row * P + part * COLUMNS + tl.arange(0, COLUMNS), y)
     else:  # a program of its own, so that nobody's result is late for it
         position, real = tl.load(positions + b), tl.load(active + b) != 0
         slot = slot_of(position, sinks, slots - sinks)
@@ -55,13 +56,13 @@ def combine_and_keep(
 
 
 @triton.jit
-def _combine(
-    partial, score, read, gamma, weight, norm, o_proj, out, norm_eps, row, b, h, part,
+def joined(
+    partial, score, read, gamma, weight, norm, o_proj, norm_eps, row, b, h, part,
     SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
     ALL: tl.constexpr, MEMORY: tl.constexpr, STATES: tl.constexpr, ROUTER: tl.constexpr, ACROSS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one head's output: the parts by their weights, and the memory's read."""
+    """Some columns of one head's output, float32: the parts by their weights, and the memory's read."""
     c = part * COLUMNS + tl.arange(0, COLUMNS)
     CHUNK: tl.constexpr = ALL_SPLITS if ALL_SPLITS <= 256 else 128  # for there are few registers
     n, p = tl.arange(0, CHUNK), tl.arange(0, P)
@@ -108,7 +109,7 @@ def _combine(
         if ROUTER:
             projected *= tl.load(weight + row)
         y += projected
-    tl.store(out + row * P + c, y)
+    return y
 
 
 @triton.jit
