@@ -116,11 +116,6 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> Remote:
     return Remote(monkeypatch)
 
 
-def _publish_changed(remote: Remote, name: str, path: str, change: Callable[[str], str]) -> None:
-    files = FILES[name] | {path: change(FILES[name][path])}
-    remote.publish(name, files, EXPECTED[name])
-
-
 # From the benchmark's own files
 
 
@@ -164,67 +159,6 @@ def test_wrong_sha256_in_a_directory(remote: Remote, tmp_path: Path) -> None:
         AHNError, match=rf"{tmp_path}/metrics.py is not metrics.py of us/ours.*expected sha256 \w+, found"
     ):
         load_protocol("lveval", protocol_dir=tmp_path)
-
-
-def _replaced(old: str, new: str) -> Callable[[str], str]:
-    return lambda text: text.replace(old, new)
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "change", "message"),
-    [
-        ("lveval", "config.py", _replaced("DATASET_MAXGEN", "MAXGEN"), "config.py does not assign DATASET_MAXGEN"),
-        ("lveval", "config.py", _replaced('{"lamps": 8}', "{"), r"config.py is not valid Python: .*line"),
-        ("lveval", "config.py", _replaced('"lamps": 12', '"lamps": 3 * 4'), "config.py, line 4: expected a literal"),
-        ("lveval", "config.py", _replaced(": qa_f1_score", ": f(1)"), r"DATASET_METRIC\['lamps'\] must be the name"),
-        ("lveval", "config.py", _replaced("DATASET_METRIC = {", "DATASET_METRIC = {1: a, "), "must be strings"),
-        ("lveval", "config.py", _replaced(": qa_f1_score", ": bleu"), r"DATASET_METRIC\['lamps'\] must be one of"),
-        ("lveval", "config.py", _replaced('"lamps": 12, ', ""), "must be of the same tasks, but differ in lamps"),
-        ("lveval", "metrics.py", _replaced("['旁边']", "'旁边'"), "ABANDON_WORDS_ZH must be a list of strings"),
-        (
-            "longbench",
-            "LongBench/config/dataset2maxlen.json",
-            _replaced("7}", "7"),
-            "maxlen.json cannot be read as JSON.*line 1",
-        ),
-        ("longbench", "LongBench/config/dataset2maxlen.json", _replaced("12", "0"), r"\['lamps'\] must be a number"),
-        ("longbench", "LongBench/config/dataset2maxlen.json", _replaced("12", "true"), r"\['lamps'\] must be a number"),
-        ("longbench", "LongBench/config/dataset2maxlen.json", lambda _: "[]", "must hold a JSON object"),
-        ("longbench", "LongBench/config/dataset2prompt.json", _replaced("{context}", "{"), "balanced braces"),
-        ("longbench", "LongBench/config/dataset2prompt.json", _replaced("{context}", "text"), r"text with \{context\}"),
-        ("longbench", "LongBench/config/dataset2prompt.json", lambda _: "{}", "with one entry or more"),
-        (
-            "infinitebench",
-            "src/prompt.py",
-            _replaced('"longbook_qa_chn": "{context} 二"', ""),
-            "has no yarn_mistral_temp",
-        ),
-        ("infinitebench", "src/prompt.py", _replaced('"{context} Two"', 'f"{context}"'), "line 5: expected a literal"),
-        ("infinitebench", "src/prompt.py", lambda text: text + "\ngpt4_templates = dict()", "must be a dictionary"),
-    ],
-)
-def test_malformed_source(
-    remote: Remote, tmp_path: Path, name: str, path: str, change: Callable[[str], str], message: str
-) -> None:
-    _publish_changed(remote, name, path, change)
-    with pytest.raises(AHNError, match=message):
-        load_protocol(name, cache_dir=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_source_that_is_no_text(remote: Remote, tmp_path: Path) -> None:
-    content = b"\xff\xfe"
-    source = dataclasses.replace(RECIPES["infinitebench"].sources[0], sha256=hashlib.sha256(content).hexdigest())
-    remote.content[source.url] = content
-    remote.patch.setitem(RECIPES, "infinitebench", dataclasses.replace(RECIPES["infinitebench"], sources=(source,)))
-    with pytest.raises(AHNError, match=r"prompt\.py is not UTF-8"):
-        load_protocol("infinitebench", cache_dir=tmp_path)
-
-
-def test_parsing_that_gives_something_else_is_noticed(remote: Remote, tmp_path: Path) -> None:
-    remote.publish("longbench", FILES["longbench"], EXPECTED["longbench"] | {"dataset2maxlen.json": {"lamps": 13}})
-    with pytest.raises(AHNError, match="content differs"):
-        load_protocol("longbench", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +250,18 @@ def test_edited_protocol_must_not_claim_the_benchmarks_sources(tmp_path: Path) -
         ("lveval", {"DATASET_METRIC": None}, "the field 'DATASET_METRIC' is missing"),
         ("lveval", {"ABANDON_WORDS_EN": None}, "the field 'ABANDON_WORDS_EN' is missing"),
         ("lveval", {"ABANDON_WORDS_EN": ["a", 1]}, "ABANDON_WORDS_EN must be a list of strings"),
+        ("lveval", {"ABANDON_WORDS_ZH": "旁边"}, "ABANDON_WORDS_ZH must be a list of strings"),
+        ("lveval", {"DATASET_METRIC": {"lamps": "bleu"}}, r"DATASET_METRIC\['lamps'\] must be one of"),
+        ("lveval", {"DATASET_MAXGEN": {"灯塔": 7}}, "must be of the same tasks, but differ in lamps"),
+        ("longbench", {"dataset2maxlen.json": {"lamps": 0}}, r"\['lamps'\] must be a number"),
+        ("longbench", {"dataset2maxlen.json": {"lamps": True}}, r"\['lamps'\] must be a number"),
+        ("longbench", {"dataset2maxlen.json": []}, "maxlen.json must be an object"),
+        ("longbench", {"dataset2prompt.json": {"lamps": "{context} {"}}, "balanced braces"),
+        ("longbench", {"dataset2prompt.json": {"lamps": "text"}}, r"text with \{context\}"),
+        ("longbench", {"dataset2prompt.json": {}}, "with one entry or more"),
         ("longbench", {"sources": None}, "'sources' must be a list of objects with path, repository"),
         ("longbench", {"sources": [{"path": "x"}]}, "'sources' must be a list of objects with path, repository"),
-        ("infinitebench", {"prompts": {"gpt4": {}}}, r"prompts: gpt4 must be an object"),
+        ("infinitebench", {"prompts": {"gpt4": {}}}, r"prompts\['gpt4'\] must be an object"),
         ("infinitebench", {"prompts": {"gpt4": {"longbook_qa_eng": "{context}"}}}, "differ in longbook_qa_chn"),
         ("infinitebench", {"prompts": {"gpt4": "{context}"}}, r"prompts\['gpt4'\] must be an object"),
     ],

@@ -18,7 +18,7 @@ from typing import Any
 from ahn.errors import AHNError
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol_recipes import RECIPES, Protocol, Recipe
-from ahn.evaluation.protocol_sources import Source, SourceText, checked
+from ahn.evaluation.protocol_sources import Source
 from ahn.files import expanded, read_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def load_protocol(
     cached = (_default_cache() if cache_dir is None else expanded(cache_dir)) / f"{name}.json"
     protocol = _from_cache(cached, recipe)
     if protocol is None:
-        protocol = _build(recipe, lambda source: checked(source, protocol_sources.fetch(source.url), source.url))
+        protocol = _build(recipe, lambda source: source.text(protocol_sources.fetch(source.url), source.url))
         _write(cached, protocol)
     return protocol
 
@@ -68,10 +68,10 @@ def _from_directory(directory: Path, name: str, recipe: Recipe) -> Protocol:
             f"{directory} holds neither {name}.json nor the benchmark's own files: {', '.join(missing)} not found."
         )
 
-    def read(source: Source) -> SourceText:
+    def read(source: Source) -> str:
         file = directory / source.path
         try:
-            return checked(source, file.read_bytes(), str(file))
+            return source.text(file.read_bytes(), str(file))
         except OSError as error:
             raise AHNError(f"{file} cannot be read: {error}.") from error
 
@@ -91,31 +91,25 @@ def _from_cache(file: Path, recipe: Recipe) -> Protocol | None:
 
 
 def _finished(file: Path, recipe: Recipe) -> Protocol:
-    protocol = read_json(file)
-    _check(protocol, recipe, str(file))
-    return protocol
-
-
-def _build(recipe: Recipe, read: Callable[[Source], SourceText]) -> Protocol:
-    texts = [read(source) for source in recipe.sources]
-    protocol = {"sources": _recorded(recipe), **recipe.build(texts)}
-    _check(protocol, recipe, " and ".join(text.where for text in texts))
-    return protocol
-
-
-def _check(protocol: Protocol, recipe: Recipe, where: str) -> None:
-    """A finished protocol is complete and, if it claims to be the benchmark's at the pinned commit, is that."""
-    names = {field.name for field in dataclasses.fields(Source)}
+    """A protocol that is complete and, if it claims to be the benchmark's at the pinned commit, is that."""
+    protocol, names = read_json(file), {field.name for field in dataclasses.fields(Source)}
     sources = protocol.get("sources")
     if not isinstance(sources, list) or any(not isinstance(source, dict) or set(source) != names for source in sources):
-        raise AHNError(f"{where}: 'sources' must be a list of objects with {', '.join(sorted(names))}.")
-    recipe.check(protocol, where)
+        raise AHNError(f"{file}: 'sources' must be a list of objects with {', '.join(sorted(names))}.")
+    recipe.check(protocol, str(file))
     if sources == _recorded(recipe) and protocol_digest(protocol) != recipe.digest:
         raise AHNError(
-            f"{where} names the benchmark's pinned files as its sources, but its content differs from theirs: "
+            f"{file} names the benchmark's pinned files as its sources, but its content differs from theirs: "
             f"expected digest {recipe.digest}, found {protocol_digest(protocol)}. "
             f"A protocol of your own needs sources of its own."
         )
+    return protocol
+
+
+def _build(recipe: Recipe, read: Callable[[Source], str]) -> Protocol:
+    protocol = {"sources": _recorded(recipe), **recipe.build([read(source) for source in recipe.sources])}
+    assert protocol_digest(protocol) == recipe.digest  # of pinned files nothing else can come
+    return protocol
 
 
 def _recorded(recipe: Recipe) -> list[dict[str, str]]:

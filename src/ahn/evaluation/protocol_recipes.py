@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ahn.errors import AHNError
 from ahn.evaluation.metrics.lveval import METRIC_OF_FUNCTION
-from ahn.evaluation.protocol_sources import Source, SourceText, function_names, literal, literal_entries
-from ahn.files import json_object
+from ahn.evaluation.protocol_sources import Source, assigned, entries
 
 Protocol = dict[str, Any]
 
@@ -22,54 +23,46 @@ class Recipe:
     Attributes:
         sources: the benchmark's files.
         build: their texts, in that order -> the protocol's fields besides `sources`.
-        check: (protocol, what to call it) -> nothing, or an AHNError that says what is wrong with its fields.
+        check: (protocol of a user's own, what to call it) -> nothing, or an AHNError that says what is wrong with it.
         digest: `ahn.evaluation.protocol.protocol_digest` of the outcome.
     """
 
     sources: tuple[Source, ...]
-    build: Callable[[Sequence[SourceText]], Protocol]
+    build: Callable[[Sequence[str]], Protocol]
     check: Callable[[Protocol, str], None]
     digest: str
 
 
-def build_lveval(texts: Sequence[SourceText]) -> Protocol:
+def build_lveval(texts: Sequence[str]) -> Protocol:
     """From config.py and metrics.py; the functions in `DATASET_METRIC` become their names."""
-    config, metrics = texts
+    config, metrics = map(assigned, texts)
+    functions = entries(config["DATASET_METRIC"])
     return {
-        "DATASET_MAXGEN": literal(config, "DATASET_MAXGEN"),
-        "DATASET_PROMPT": literal(config, "DATASET_PROMPT"),
-        "DATASET_METRIC": function_names(config, "DATASET_METRIC"),
-        "ABANDON_WORDS_EN": literal(metrics, "ABANDON_WORDS_EN"),
-        "ABANDON_WORDS_ZH": literal(metrics, "ABANDON_WORDS_ZH"),
+        "DATASET_MAXGEN": ast.literal_eval(config["DATASET_MAXGEN"]),
+        "DATASET_PROMPT": ast.literal_eval(config["DATASET_PROMPT"]),
+        "DATASET_METRIC": {task: ast.unparse(function) for task, function in functions.items()},
+        "ABANDON_WORDS_EN": ast.literal_eval(metrics["ABANDON_WORDS_EN"]),
+        "ABANDON_WORDS_ZH": ast.literal_eval(metrics["ABANDON_WORDS_ZH"]),
     }
 
 
 def check_lveval(protocol: Protocol, where: str) -> None:
     """Every task needs a length, a prompt and a metric of ours; stop words are lists of strings."""
-    tasks = _table(protocol, "DATASET_PROMPT", where, _is_prompt, PROMPT)
-    lengths = _table(protocol, "DATASET_MAXGEN", where, _is_length, LENGTH)
-    metrics = _table(protocol, "DATASET_METRIC", where, METRIC_OF_FUNCTION.__contains__, METRIC)
-    _same_tasks(where, DATASET_PROMPT=tasks, DATASET_MAXGEN=lengths, DATASET_METRIC=metrics)
+    _check_tables(protocol, where, DATASET_PROMPT=PROMPT, DATASET_MAXGEN=LENGTH, DATASET_METRIC=METRIC)
     for field in ("ABANDON_WORDS_EN", "ABANDON_WORDS_ZH"):
         words = _field(protocol, field, where)
         if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise AHNError(f"{where}: {field} must be a list of strings.")
 
 
-def build_longbench(texts: Sequence[SourceText]) -> Protocol:
+def build_longbench(texts: Sequence[str]) -> Protocol:
     """From dataset2maxlen.json and dataset2prompt.json, as they are."""
-    lengths, prompts = texts
-    return {
-        "dataset2maxlen.json": json_object(lengths.content, lengths.where),
-        "dataset2prompt.json": json_object(prompts.content, prompts.where),
-    }
+    return dict(zip(("dataset2maxlen.json", "dataset2prompt.json"), map(json.loads, texts), strict=True))
 
 
 def check_longbench(protocol: Protocol, where: str) -> None:
     """Every task needs a length and a prompt."""
-    lengths = _table(protocol, "dataset2maxlen.json", where, _is_length, LENGTH)
-    prompts = _table(protocol, "dataset2prompt.json", where, _is_prompt, PROMPT)
-    _same_tasks(where, **{"dataset2prompt.json": prompts, "dataset2maxlen.json": lengths})
+    _check_tables(protocol, where, **{"dataset2prompt.json": PROMPT, "dataset2maxlen.json": LENGTH})
 
 
 BOOK_TASKS = ("longbook_qa_eng", "longbook_qa_chn")
@@ -77,40 +70,46 @@ BOOK_TOKENS = 40  # `DATA_NAME_TO_MAX_NEW_TOKENS` in src/eval_utils.py
 BOOK_STYLES = ("gpt4", "yarn_mistral", "claude2")  # the models that the benchmark has prompts for
 
 
-def build_infinitebench(texts: Sequence[SourceText]) -> Protocol:
+def build_infinitebench(texts: Sequence[str]) -> Protocol:
     """From src/prompt.py: the prompts of the questions on books, for each model style."""
-    (prompts,) = texts
+    (prompts,) = map(assigned, texts)
+    styles = {style: entries(prompts[f"{style}_templates"]) for style in BOOK_STYLES}
     return {
-        "prompts": {style: literal_entries(prompts, f"{style}_templates", BOOK_TASKS) for style in BOOK_STYLES},
+        "prompts": {
+            style: {task: ast.literal_eval(found[task]) for task in BOOK_TASKS} for style, found in styles.items()
+        },
         "max_new_tokens": dict.fromkeys(BOOK_TASKS, BOOK_TOKENS),
     }
 
 
 def check_infinitebench(protocol: Protocol, where: str) -> None:
     """Every style needs a prompt for every task with a length."""
-    lengths = _table(protocol, "max_new_tokens", where, _is_length, LENGTH)
-    styles = _table(protocol, "prompts", where, lambda value: isinstance(value, dict), "an object of prompts by task")
-    for style in styles:
-        prompts = _table(styles, style, f"{where}: prompts", _is_prompt, PROMPT)
-        _same_tasks(where, **{"max_new_tokens": lengths, f"prompts[{style!r}]": prompts})
+    _check_tables(protocol, where, prompts=STYLE)
+    for style, prompts in protocol["prompts"].items():
+        name = f"prompts[{style!r}]"
+        _check_tables(protocol | {name: prompts}, where, max_new_tokens=LENGTH, **{name: PROMPT})
 
 
-LENGTH = "a number of tokens, 1 or more"
-PROMPT = "a text with {context} in it and balanced braces"
-METRIC = f"one of {', '.join(METRIC_OF_FUNCTION)}"
+class Kind(NamedTuple):
+    """What the values of a table must be, and how a message says so."""
 
-
-def _is_length(value: object) -> bool:
-    return type(value) is int and value > 0
+    fits: Callable[[Any], bool]
+    words: str
 
 
 def _is_prompt(value: object) -> bool:
     if not isinstance(value, str):
         return False
     try:
-        return any(field == "context" for _, field, _, _ in string.Formatter().parse(value))
+        return "context" in [field for _, field, _, _ in string.Formatter().parse(value)]
     except ValueError:  # unbalanced braces
         return False
+
+
+LENGTH = Kind(lambda value: type(value) is int and value > 0, "a number of tokens, 1 or more")
+PROMPT = Kind(_is_prompt, "a text with {context} in it and balanced braces")
+METRIC = Kind(METRIC_OF_FUNCTION.__contains__, f"one of {', '.join(METRIC_OF_FUNCTION)}")
+STYLE = Kind(lambda value: isinstance(value, dict), "an object of prompts by task")
 
 
 def _field(protocol: Mapping[str, Any], field: str, where: str) -> Any:
@@ -119,25 +118,20 @@ def _field(protocol: Mapping[str, Any], field: str, where: str) -> Any:
     return protocol[field]
 
 
-def _table(
-    protocol: Mapping[str, Any], field: str, where: str, valid: Callable[[Any], bool], what: str
-) -> dict[str, Any]:
-    """A field that is an object of one kind of value by task."""
-    table = _field(protocol, field, where)
-    if not isinstance(table, dict) or not table:
-        raise AHNError(f"{where}: {field} must be an object with one entry or more.")
-    for key, value in table.items():
-        if not valid(value):
-            raise AHNError(f"{where}: {field}[{key!r}] must be {what}.")
-    return table
-
-
-def _same_tasks(where: str, **tables: Mapping[str, Any]) -> None:
-    (name, first), *others = tables.items()
-    for other, table in others:
-        if different := sorted(first.keys() ^ table.keys()):
+def _check_tables(protocol: Mapping[str, Any], where: str, **kinds: Kind) -> None:
+    """Fields that are objects of one kind of value by task, all of the same tasks."""
+    for name, kind in kinds.items():
+        table = _field(protocol, name, where)
+        if not isinstance(table, dict) or not table:
+            raise AHNError(f"{where}: {name} must be an object with one entry or more.")
+        for key, value in table.items():
+            if not kind.fits(value):
+                raise AHNError(f"{where}: {name}[{key!r}] must be {kind.words}.")
+    first, *others = kinds
+    for other in others:
+        if different := sorted(protocol[first].keys() ^ protocol[other].keys()):
             raise AHNError(
-                f"{where}: {name} and {other} must be of the same tasks, but differ in {', '.join(different)}."
+                f"{where}: {first} and {other} must be of the same tasks, but differ in {', '.join(different)}."
             )
 
 
