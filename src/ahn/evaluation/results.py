@@ -19,7 +19,6 @@ from typing import IO, Any
 from ahn.errors import AHNError, installed_version
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated
-from ahn.evaluation.metrics import benchmark_score
 from ahn.files import read_json, write_json, write_text
 
 COLUMNS = ("task", "profile", "method", "model", "memory", "window", "sinks", "quantized", "limit")
@@ -153,11 +152,16 @@ def conclude(
 
 def averages(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Unweighted means over the tasks of a benchmark, where there are several: "longbench", or "lveval/128k"."""
-    groups: dict[str, dict[str, float]] = {}
+    groups: dict[str, list[float]] = {}
     for result in results:
-        benchmark, *rest = result["task"].split("/")
-        groups.setdefault("/".join([benchmark, *rest[1:]]), {})[result["task"]] = result["score"]
-    return {name: benchmark_score(scores) for name, scores in groups.items() if len(scores) > 1}
+        groups.setdefault(averaged_with(result["task"]), []).append(result["score"])
+    return {name: sum(scores) / len(scores) for name, scores in groups.items() if len(scores) > 1}
+
+
+def averaged_with(task: str) -> str:
+    """What a task is averaged with: "longbench", or "lveval/128k"."""
+    benchmark, *rest = task.split("/")
+    return "/".join([benchmark, *rest[1:]])
 
 
 def digest(settings: Mapping[str, Any]) -> str:

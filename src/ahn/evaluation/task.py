@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ahn.errors import AHNError
-from ahn.evaluation.metrics import PROFILES, task_score
+from ahn.evaluation.metrics import task_score
+
+PROFILES = ("official", "paper")
 
 Row = Mapping[str, Any]
 """A sample's result, as it stands in `predictions.jsonl`: index (its place in `Task.samples`), id, prediction, answers,

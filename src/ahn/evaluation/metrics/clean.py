@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 FIRST_LINE_ONLY = frozenset({"trec", "triviaqa", "samsum", "lsht"})  # LongBench, `scorer` in eval.py
 
 # The AHN paper's scorer (eval/longbench/eval.py of ByteDance-Seed/AHN) ends a text at each of these in turn.
@@ -20,16 +18,11 @@ def clean_prediction(prediction: str, benchmark: str, task: str, profile: str) -
     """The part of a generated text that is scored.
 
     LV-Eval scores the text as it is, and so does InfiniteBench in its own profile. The paper's scripts score LongBench
-    and InfiniteBench with one program, so both are cut there. RULER replaces control characters
-    (scripts/eval/evaluate.py).
+    and InfiniteBench with one program, so both are cut there.
 
     Args:
-        benchmark: "lveval", "longbench", "infinitebench" or "ruler".
-        task: the benchmark's own name of the task, such as "triviaqa".
-        profile: "official" or "paper".
+        task: the benchmark's own name of it, such as "triviaqa".
     """
-    if benchmark == "ruler":
-        return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip()
     if profile == "paper" and benchmark in ("longbench", "infinitebench"):
         prediction = _until(prediction, _PAPER_ENDS).strip()
     if benchmark == "longbench" and task in FIRST_LINE_ONLY:

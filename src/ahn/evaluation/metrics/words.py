@@ -102,3 +102,18 @@ def token_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
     precision = shared / len(prediction)
     recall = shared / len(reference)
     return 2 * precision * recall / (precision + recall)
+
+
+def english_f1(prediction: str, answer: str) -> float:
+    """Over the normalised words."""
+    return token_f1(english_tokens(prediction), english_tokens(answer))
+
+
+def chinese_f1(prediction: str, answer: str) -> float:
+    """Over jieba's words, normalised."""
+    return token_f1(chinese_tokens(prediction), chinese_tokens(answer))
+
+
+def character_f1(prediction: str, answer: str) -> float:
+    """InfiniteBench's over the characters of the normalised texts (`qa_f1_score_zh` in src/compute_scores.py)."""
+    return token_f1(normalise_chinese(prediction), normalise_chinese(answer))

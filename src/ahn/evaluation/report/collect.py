@@ -12,7 +12,7 @@ from typing import Any
 from ahn.config import BEFORE
 from ahn.errors import AHNError
 from ahn.evaluation.report import fields
-from ahn.evaluation.results import digest
+from ahn.evaluation.results import averaged_with, digest
 
 NAMES = {"full": "full attention", "window": "sinks + window", "ct-max": "CT-Max", "ct-avg": "CT-Avg"}
 """What methods without an adapter are called."""
@@ -179,7 +179,7 @@ class ResultTable:
         groups: dict[tuple[str, tuple[Any, ...]], list[Column]] = {}
         for column in columns:
             if column.label.partition("/")[0] in BENCHMARKS:
-                groups.setdefault((_group(column.label), column.way), []).append(column)
+                groups.setdefault((averaged_with(column.name), column.way), []).append(column)
         means = []
         for (name, way), members in groups.items():
             rows = [row.label for row in self.rows if all(row.label in column.scores for column in members)]
@@ -279,9 +279,3 @@ def _adapter(one: StoredResult) -> str | None:
 def _in_order(label: str) -> list[tuple[int, str]]:
     """Numbers in a label by their size: 8k before 16k."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", label)]
-
-
-def _group(label: str) -> str:
-    """What a task is averaged with: "longbench", or "lveval/128k"."""
-    benchmark, *rest = label.partition(" ")[0].split("/")
-    return "/".join([benchmark, *rest[1:]])

@@ -21,6 +21,9 @@ REPOSITORY = "xinrongzhang2022/InfiniteBench"
 REVISION = "90f0394333616266d9fe85824ceaf505093cbaa5"
 TASKS = {"en_qa": "longbook_qa_eng", "zh_qa": "longbook_qa_chn"}
 """Our name -> the benchmark's."""
+METRICS = {"en_qa": "ib.f1_en", "zh_qa": "ib.f1_zh"}
+PAPER_METRICS = {"en_qa": "lb.rouge", "zh_qa": "lb.rouge_zh"}
+"""The AHN paper's scripts score with LongBench's ROUGE-L."""
 OFFICIAL = Truncation("middle-cut", 128 * 1024)
 PAPER = Truncation("last", 128_000)
 PAPER_NEW_TOKENS = 256
@@ -48,6 +51,7 @@ def _task(name: str, task: str, options: Options, protocol: dict[str, Any]) -> T
         protocol=protocol,
         prompt=entry(protocol, prompt_of, "prompts", style),
         file=DataFile(REPOSITORY, REVISION, f"{task}.jsonl"),
+        metric=(PAPER_METRICS if paper else METRICS)[name],
         max_new_tokens=PAPER_NEW_TOKENS if paper else entry(protocol, task, "max_new_tokens"),
         truncation=PAPER if paper else OFFICIAL,
     )

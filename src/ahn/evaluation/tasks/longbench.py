@@ -67,6 +67,7 @@ def _task(task: str, options: Options, protocol: dict[str, Any]) -> Task:
         prompt=entry(protocol, task, "dataset2prompt.json"),
         # The archive's digest is pinned for the Hub's copy only: own files in its format may stand in for it.
         file=DataFile(REPOSITORY, REVISION, ARCHIVE, f"data/{task}.jsonl", None if options.data_dir else SHA256),
+        metric=METRIC_OF_TASK[task],
         max_new_tokens=min(new_tokens, PAPER_MOST_NEW_TOKENS) if paper else new_tokens,
         truncation=PAPER if paper else OFFICIAL,
     )

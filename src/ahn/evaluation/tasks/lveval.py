@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ahn.errors import AHNError
 from ahn.evaluation import data
 from ahn.evaluation.data import DataFile, DataLine
+from ahn.evaluation.metrics.lveval import METRIC_OF_FUNCTION
 from ahn.evaluation.protocol import load_protocol
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 from ahn.evaluation.tasks import pick
@@ -67,6 +68,7 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
             protocol=protocol,
             prompt=entry(protocol, task, "DATASET_PROMPT"),
             file=DataFile(REPOSITORY, REVISION, f"{task}.zip", f"{task}/{task}_{level}.jsonl"),
+            metric=METRIC_OF_FUNCTION[entry(protocol, task, "DATASET_METRIC")],
             max_new_tokens=entry(protocol, task, "DATASET_MAXGEN"),
             truncation=Truncation("halves", LIMIT),
         )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ahn.errors import AHNError
 from ahn.evaluation import metrics
 from ahn.evaluation.data import DataFile, DataLine, DataLines, Field
+from ahn.evaluation.metrics.clean import clean_prediction
 from ahn.evaluation.protocol import protocol_digest
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 
@@ -24,6 +25,7 @@ class QuestionTask(Task):
         protocol: the benchmark's.
         prompt: with fields in braces.
         file: its data.
+        metric: one of `ahn.evaluation.metrics.METRICS`.
         max_new_tokens, truncation: as in `Task`; `options.max_length` takes the place of the truncation's limit.
     """
 
@@ -39,6 +41,7 @@ class QuestionTask(Task):
         protocol: Mapping[str, Any],
         prompt: str,
         file: DataFile,
+        metric: str,
         max_new_tokens: int,
         truncation: Truncation,
     ) -> None:
@@ -46,7 +49,7 @@ class QuestionTask(Task):
         self.protocol, self.prompt, self.file = protocol, prompt, file
         self.max_new_tokens = max_new_tokens
         self.truncation = Truncation(truncation.keep, options.max_length or truncation.limit)
-        self.metric = metrics.metric_name(self.benchmark, task, self.profile, protocol)
+        self.metric = metric
         self._directory = options.data_dir
 
     @functools.cached_property
@@ -83,7 +86,7 @@ class QuestionTask(Task):
     def score(self, prediction: str, sample: Sample) -> float:
         return metrics.score(
             self.metric,
-            metrics.clean_prediction(prediction, self.benchmark, self.task, self.profile),
+            clean_prediction(prediction, self.benchmark, self.task, self.profile),
             sample.answers,
             sample.extra.get("keywords"),
             protocol=self.protocol,

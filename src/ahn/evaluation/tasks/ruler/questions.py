@@ -94,7 +94,7 @@ def _squad(data: Any) -> tuple[list[str], list[Question]]:
             own = place[paragraph["context"]]
             related = tuple(sorted({place[context] for context in contexts} - {own}))
             for qa in paragraph["qas"]:
-                if not qa["is_impossible"]:
+                if qa["answers"] and not qa["is_impossible"]:
                     answers = tuple(str(answer["text"]) for answer in qa["answers"])
                     questions.append(Question(qa["question"], answers, (own,), related))
     return paragraphs, questions
