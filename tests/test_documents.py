@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,28 @@ def test_python_in_documents_compiles_and_imports_what_is_there(document: Path) 
             assert not [name for name in re.split(r",\s*", names) if not hasattr(found, name)], module
         for name in re.findall(r"\bahn\.(\w+)\(", block.code):
             assert hasattr(importlib.import_module("ahn"), name), name
+
+
+@pytest.mark.parametrize("suffix", [".md", ".py"])
+def test_dotted_names_are_there(suffix: str) -> None:
+    """A dotted name of ours in documents, docstrings and comments; what follows `ahn.fn.` is a tensor's name."""
+    missing = [
+        (path.name, name)
+        for path in (DOCUMENTS if suffix == ".md" else SOURCES)
+        for name in re.findall(r"`(ahn(?:\.\w+)+)[`(]", path.read_text(encoding="utf-8"))
+        if not name.startswith(("ahn.fn.", "ahn.cli.VERB")) and not _is_there(name)
+    ]
+    assert not missing
+
+
+def _is_there(name: str) -> bool:
+    """Whether a dotted name is a module, or what is in one, in a class, or among a class's fields."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        outer, _, last = name.rpartition(".")
+        return "." in outer and _is_there(outer) and last in getattr(pkgutil.resolve_name(outer), "__annotations__", {})
+    return True
 
 
 @documents

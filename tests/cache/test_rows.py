@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ahn import AHNCache, AHNError
 from ahn.cache.rows import join, lengths, mask, put, take
+from ahn.memory.deltanet import DeltaNet
 
 WINDOW, SINKS, QUANTIZED = 9, 2, 6
 CPU = torch.device("cpu")
@@ -89,6 +90,14 @@ def test_rows_of_any_length_step_together(memory: str, quantized: int) -> None:
     rows.batch = join([rows.batch, read(rows.model, 6, seed=99)])
     rows.alone.append(read(rows.model, 6, seed=99))
     rows.steps(5)
+
+
+def test_a_memory_that_does_not_begin_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of which nothing was written reads nothing, as it does alone."""
+    start = torch.randn(4, 16, 16)
+    monkeypatch.setattr(DeltaNet, "init_state", lambda self, batch, device: {"state": start.expand(batch, -1, -1, -1)})
+    monkeypatch.setattr(DeltaNet, "step_rule", lambda self: None)
+    Rows(student("deltanet", 0), [1, LOSSLESS - 1, 40]).steps(3)
 
 
 def test_sinks_that_are_read_after_those_of_others_were_moved_stay() -> None:

@@ -16,12 +16,16 @@ from talk import Talk
 from torch import nn
 from transformers import PreTrainedModel
 
-from ahn import AHNCache
+from ahn import AHNCache, memory
 
 WINDOW, SINKS = 9, 3
 LOSSLESS = WINDOW + SINKS
 TOLERANCE = 1e-4  # float32 in another order of operations, through two layers with sharp attention
 CAPTURED = (*RULED, "retained", "window_only")
+IN_PARTS = tuple(
+    name for name in CAPTURED if getattr(memory.get(name), "step_gates", None) is not memory.RecurrentMemory.step_gates
+)
+"""Those of which a step finishes the gates itself."""
 
 
 @dataclasses.dataclass

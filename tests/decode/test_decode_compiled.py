@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from captured import CAPTURED, LOSSLESS, SINKS, TOLERANCE, WINDOW, shared, traces
+from captured import IN_PARTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, shared, traces
 from models import FEW, awaken, base, tokens
 from support.effort import slow
 from talk import Talk
@@ -83,7 +83,7 @@ def test_what_a_user_compiled_stays_compiled(options: dict[str, Any], compiled: 
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama"])
-@pytest.mark.parametrize("memory", CAPTURED)
+@pytest.mark.parametrize("memory", IN_PARTS)
 def test_a_layer_is_our_operators_and_nothing_else(
     architecture: str, memory: str, compiled: list[torch.fx.Graph]
 ) -> None:

@@ -41,7 +41,19 @@ def _registry() -> dict[str, type[Memory]]:
     for cls in found:  # grows while it is walked: subclasses of subclasses too
         found += cls.__subclasses__()
     named = [cls for cls in found if "name" in vars(cls)]  # a class without its own name is only a base of others
+    _refuse_twins(named)
     return {cls.name: cls for cls in sorted(named, key=lambda cls: cls.name)}
+
+
+def _refuse_twins(classes: list[type[Memory]]) -> None:
+    """A copy or subclass whose names were left as they are would be taken for the other, in files as well."""
+    for field in ("name", "published_name"):
+        holders: dict[str, str] = {}
+        for cls in classes:
+            value, here = getattr(cls, field), f"{cls.__module__}.{cls.__qualname__}"
+            # The same class twice is a notebook's cell that was run again: the last one counts.
+            if value is not None and (other := holders.setdefault(value, here)) != here:
+                raise AHNError(f"Two memories have the {field} {value!r}, {other} and {here}: change one.")
 
 
 def names() -> tuple[str, ...]:

@@ -251,6 +251,8 @@ def _through_memory(
     o, state = memory.scan(query, key, value, evicted.gates, state)
     read = memory.read_out(o, layer.x[:, -view.evicted :])
     read = read if weight is None else weight.unsqueeze(-1) * read
+    if view.padded:  # a memory that starts with something has nothing to say in a row of which nothing was written
+        read = read.masked_fill((view.written < 1)[:, None, :, None], 0)
     return scan.with_read(exact, read), state
 
 

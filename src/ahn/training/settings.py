@@ -30,7 +30,7 @@ class Settings:
 
     model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, tiny or smollm2.")
     ahn_implementation: str = _setting(
-        "GatedDeltaNet", "Memory: GatedDeltaNet, DeltaNet, Mamba2, RoutedDeltaNet or RetainedTokens."
+        "GatedDeltaNet", f"Memory: {', '.join(str(memory.get(name).published_name) for name in memory.names())}."
     )
     use_ahn_router: bool = _setting(False, "Learn, per head, how much the memory's read counts as it fills.")
     use_q_proj: bool = _setting(False, "Learn, per head, a projection of the query that reads the memory.")

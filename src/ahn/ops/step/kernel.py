@@ -1,4 +1,4 @@
-"""`ahn.ops.step.step` in two Triton kernels, tuned for Hopper, right wherever Triton runs.
+"""`ahn.ops.step.reference.step` in two Triton kernels, tuned for Hopper, right wherever Triton runs.
 
 The first reads: programs of one kind attend to a part of the slots each, so that a single query keeps every
 multiprocessor busy; programs of the other kind write the token that leaves into a part of one head's state, and read
@@ -227,7 +227,7 @@ def step(
     seen: SeenTokens | None = None,
     processors: int | None = None,
 ) -> Tensor:
-    """See `ahn.ops.step.step`; float32 tensors are multiplied in full precision."""
+    """See `ahn.ops.step.reference.step`; float32 tensors are multiplied in full precision."""
     window, tier = state.window, state.tier
     processors = processors or multiprocessors(query.device)
     write_ring, decay_ring = gates_of(window.gates, rule)

@@ -131,7 +131,7 @@ def keep_and_attend(
     """Take in what leaves, and attend to the kept tokens in the last of the parts.
 
     Args:
-        query: (B, Hq, P) as projected; positions, active, window, sinks, scaling: see `ahn.ops.step.step`.
+        query: (B, Hq, P) as projected; positions, active, window, sinks, scaling: see `ahn.ops.step.reference.step`.
         scores: (B, Hkv, T) of the window's tokens.
         gone: key, value and score of what leaves the tier, whose slots are `capacity`; or None.
         partial, score: (B, Hq, N, P) and (B, Hq, N), of which the last `parts` are written.

@@ -244,7 +244,8 @@ def push_and_attend(
     """Put what leaves the window into the tier and attend to the tier.
 
     Args:
-        query: (B, Hq, P) as projected; positions, active, window, tier, sinks, scaling, rule: see `ahn.ops.step.step`.
+        query: (B, Hq, P) as projected.
+        positions, active, window, tier, sinks, scaling, rule: see `ahn.ops.step.reference.step`.
         rotation: the queries' norm, cos, sin, the norm's eps, and how far apart rows of cos are.
         launch: see `ahn.ops.step.dependent_launch.options`.
         shares: from `shared_out`.
