@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from ahn.errors import AHNError
+
 HI = [{"role": "user", "content": "Hello there, how are you?"}]
 
 
@@ -334,6 +336,71 @@ def test_metrics_count(served: Any) -> None:
     assert "ahn_time_per_output_token_seconds_count 3.0" in text
     assert "ahn_tokens_read_total 3.0" in text and "ahn_running 1.0" in text
     assert all(line.endswith(".") for line in text.splitlines() if line.startswith("# HELP ahn_"))
+
+
+def test_what_nobody_expected_is_told_and_counted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(request: Any) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(served.engine, "submit", broken)
+    response = served.chat("x")
+    assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+    assert response.headers["x-request-id"] in response.json()["error"]["message"]
+    counted = 'ahn_requests_total{route="/v1/chat/completions",status="500"} 1.0'
+    assert counted in served.client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "path, own", [("chat/completions", {"messages": HI, "session_id": "s"}), ("responses", {"input": "x"})]
+)
+def test_a_stream_that_fails_ends_with_an_error(
+    served: Any, monkeypatch: pytest.MonkeyPatch, path: str, own: dict[str, Any]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(served.service.store, "add", broken)
+    last = events(served.post(f"/v1/{path}", **own, stream=True))[-1]
+    assert "The server failed" in last.get("response", last)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "own", [{"metadata": {"a": "\ud800"}}, {"metadata": {"\ud800": "a"}}, {"text": {"format": {"name": "\ud800"}}}]
+)
+def test_what_is_no_text_is_sent_back_as_it_came(served: Any, own: dict[str, Any]) -> None:
+    if "text" in own:
+        own["text"]["format"] |= {"type": "json_schema", "schema": {}}
+    body = json.dumps({"input": "x", "max_output_tokens": 1} | own)
+    for stream in (False, True):
+        sent = body[:-1] + f', "stream": {json.dumps(stream)}}}'
+        response = served.client.post("/v1/responses", content=sent, headers={"content-type": "application/json"})
+        given = events(response)[-1]["response"] if stream else response.json()
+        assert response.status_code == 200 and given["metadata"] == own.get("metadata", {})
+
+
+def test_a_schema_that_is_missing_is_not_passed_over(served: Any) -> None:
+    for form in ({"type": "json_schema", "name": "x"}, {"type": "text", "schema": {}}):
+        response = served.post("/v1/responses", input="x", text={"format": form})
+        assert response.status_code == 400 and response.json()["error"]["param"] == "text.format.schema", response.text
+
+
+def test_a_full_disk_is_told_as_such(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is it the client's fault, nor is the conversation unknown."""
+    served.chat("One.", session_id="s")
+
+    def full(owner: str, name: str, path: Any, messages: Any) -> None:
+        raise AHNError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr(served.engine, "export", full)
+    served.service.store._db.execute("PRAGMA max_page_count=1")
+    state = json.dumps([{"role": "user", "content": "x" * 100_000}]).encode()
+    for response in (
+        served.client.get("/conversations/s/state"),
+        served.client.put("/conversations/t/state", content=state),
+        served.chat("x" * 100_000, session_id="s"),
+    ):
+        error = response.json()["error"]
+        assert response.status_code == 507 and error["code"] == "storage_failed" and "/" not in error["message"], error
 
 
 def test_models_and_tokens(served: Any) -> None:

@@ -86,6 +86,24 @@ def test_old_conversations_go() -> None:
     assert store.messages("o", "a") is None and store.messages("o", "b") is not None
 
 
+def test_what_is_too_old_is_not_read_either(tmp_path: Path) -> None:
+    """Nobody may write for days: what is too old is gone then too, and from the disk when the server starts."""
+    store = MessageStore(tmp_path, age=0.05)
+    store.add("o", "a", said("1"), shown={"id": "a"}, session="s")
+    time.sleep(0.1)
+    assert store.messages("o", "a") is None and store.shown("o", "a") is None
+    assert MessageStore(tmp_path, age=0.05)._one("SELECT COUNT(*) FROM turns") == (0,)
+
+
+@pytest.mark.parametrize("turn", ["a", "b"])
+def test_a_session_whose_turn_was_deleted_can_be_closed(turn: str) -> None:
+    store = MessageStore(None)
+    store.add("o", "a", said("1"), session="s")
+    store.add("o", "b", said("2"), "a", session="s")
+    assert store.delete("o", turn)
+    assert store.close_session("o", "s") == (turn == "a") and store.head("o", "s") is None
+
+
 def test_a_full_disk_is_one_error_and_nothing_half_done(tmp_path: Path) -> None:
     store = MessageStore(tmp_path)
     store.add("o", "a", said("1"))

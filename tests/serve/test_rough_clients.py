@@ -87,6 +87,24 @@ def test_turns_of_a_session_that_come_at_once_follow_each_other(live_fake: Calla
     wait(lambda: not server.service._sessions)  # nothing is left of it
 
 
+def test_turns_that_wait_for_their_session_are_bounded(
+    live_fake: Callable[..., Any],
+) -> None:
+    server, engine = live_fake(pause=0.01, queue=2)
+    body = BODY | {"session_id": "s"}
+    first = opened(server, body)
+    wait(lambda: engine.replies)
+    others = [opened(server, body) for _ in range(2)]
+    wait(lambda: server.service._turns == 2)
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 429
+    others[0].close()
+    wait(lambda: server.service._turns == 1)
+    first.close()
+    wait(lambda: len(engine.replies) == 2)
+    others[1].close()
+    wait(lambda: not server.service._sessions)
+
+
 def test_headers_without_end_are_refused(live_fake: Callable[..., Any]) -> None:
     server, _ = live_fake()
     sent = 0

@@ -105,6 +105,7 @@ def command(
         body=max_body_mib * MIB,
         prompt=max_prompt,
         new_tokens=max_new_tokens,
+        queue=queue,
         choices=min(ServerSettings.choices, conversations + queue),  # more would be too many whenever they came
         seconds=timeout,
     )

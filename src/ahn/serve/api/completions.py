@@ -5,38 +5,40 @@ from __future__ import annotations
 import asyncio
 import codecs
 import dataclasses
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ahn.serve.api.chat import check_choices, sampling
+from ahn.serve.api.answers import Completion, identity, sampling
 from ahn.serve.api.fields import CompletionFields
-from ahn.serve.api.problems import APIProblem
-from ahn.serve.api.replies import RunningReplies, WrittenReply
-from ahn.serve.api.service import Service, finite, identity, seeded, usage
-from ahn.serve.api.wire import DONE, JSONRoute, answer, comment, event, event_stream, unless_gone
-from ahn.serve.request import Delta, GenerationRequest, TokenIds, TokenLogprobs
-
-DEFAULT = 16
-"""Tokens of a continuation where a request does not say it, as OpenAI has it."""
+from ahn.serve.api.replies import WrittenReply
+from ahn.serve.api.service import Service, finite
+from ahn.serve.request import TokenIds, TokenLogprobs
 
 
 def router(service: Service) -> APIRouter:
     """The route, for a service."""
-    routes = APIRouter(tags=["completions"], route_class=JSONRoute)
+    routes = APIRouter(tags=["completions"])
 
     @routes.post("/v1/completions")
     async def completions(fields: CompletionFields, request: Request) -> Response:
         """Continue texts."""
         service.check_model(fields.model)
-        completing = await Completing.begin(service, fields, request.state.owner)
-        if fields.stream:
-            return event_stream(completing.events(), completing.running.cancel)
-        return answer(await unless_gone(request, completing.whole()))
+        return await (await begin(service, fields, request.state.owner)).respond(request)
 
     return routes
+
+
+async def begin(service: Service, fields: CompletionFields, owner: str) -> TextCompletion:
+    """Check a request and hand it to the engine."""
+    service.check_choices(fields.n * len(fields.prompt))
+    prompts = await asyncio.to_thread(_tokenised, service, fields.prompt)
+    measured = fields.logprobs if fields.echo else None
+    options = sampling(service, fields, prompts, logprobs=fields.logprobs, prompt_logprobs=measured)
+    keep = fields.store and measured is None  # a text that is measured is not gone on with
+    running = await service.start(prompts, options, fields.n, fields.schema_of_reply, owner=owner, keep=keep)
+    return TextCompletion(service, fields, prompts, running, identity("cmpl-"))
 
 
 class TextPlace:
@@ -53,75 +55,27 @@ class TextPlace:
 
 
 @dataclasses.dataclass
-class Completing:
-    """One request and its continuations: `n` for every prompt."""
+class TextCompletion(Completion[CompletionFields]):
+    """One request and its continuations."""
 
-    service: Service
-    fields: CompletionFields
-    prompts: list[TokenIds]
-    running: RunningReplies
-    id: str = dataclasses.field(default_factory=lambda: identity("cmpl-"))
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    KIND = CHUNK = "text_completion"
 
-    @classmethod
-    async def begin(cls, service: Service, fields: CompletionFields, owner: str) -> Completing:
-        """Check a request and hand it to the engine."""
-        check_choices(service, fields.n * len(fields.prompt))
-        prompts = await asyncio.to_thread(_tokenised, service, fields.prompt)
-        new = service.new_tokens(fields.max_tokens, "max_tokens", DEFAULT, prompts, "prompt")
-        options = sampling(service, fields, new, fields.logprobs)
-        if fields.echo and fields.logprobs is not None:
-            options = dataclasses.replace(options, prompt_logprobs=fields.logprobs)
-        requests = []
-        for number in range(len(prompts) * fields.n):
-            processors = await service.processors(fields.response_format)
-            chosen = dataclasses.replace(seeded(options, number % fields.n), processors=processors)
-            keep = fields.store and options.prompt_logprobs is None  # a text that is measured is not gone on with
-            requests.append(GenerationRequest(prompts[number // fields.n], chosen, owner, keep=keep))
-        return cls(service, fields, prompts, service.start(requests))
+    def __post_init__(self) -> None:
+        self._places = [TextPlace() for _ in self.running.written]
+        self._echoes = [self.fields.echo] * len(self._places)
+        """Whether the prompt is still to be said."""
 
-    async def whole(self) -> dict[str, Any]:
-        """The response, when all is written."""
-        written = await self.running.all()
-        choices = await asyncio.to_thread(self._choices, written)  # probabilities of long prompts take a while
-        return self._object(choices) | {"usage": self._usage()}
+    def part(self, n: int, new: WrittenReply) -> dict[str, Any]:
+        text, tokens = new.text, list(new.logprobs)
+        if self._echoes[n]:
+            self._echoes[n] = False
+            text = self.service.text.decode(self.prompts[n // self.each], special=True) + text
+            tokens = [*self.running.written[n].prompt_logprobs, *tokens]
+        logprobs = None if self.fields.logprobs is None else self._logprobs(tokens, self._places[n])
+        return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": new.finish}
 
-    def _choices(self, written: Sequence[WrittenReply]) -> list[dict[str, Any]]:
-        return [self._choice(n, self._echo(n) + reply.text, reply, TextPlace()) for n, reply in enumerate(written)]
-
-    async def events(self) -> AsyncIterator[str]:
-        """The same as a stream."""
-        places = [TextPlace() for _ in self.running.written]
-        begun = [not self.fields.echo] * len(places)
-        options = self.fields.stream_options
-        try:
-            async for n, delta in self.running.deltas():
-                if not delta.tokens and not delta.text and delta.finish is None:
-                    yield comment(f"read {delta.read}/{len(self.prompts[n // self.fields.n])}")
-                    continue
-                before = "" if begun[n] else self._echo(n)
-                chunk = self._object([self._choice(n, before + delta.text, delta, places[n], not begun[n])])
-                begun[n] = True
-                if options is not None and options.include_usage:
-                    chunk["usage"] = self._usage() if options.continuous_usage_stats else None
-                yield event(chunk)
-            if options is not None and options.include_usage:
-                yield event(self._object([]) | {"usage": self._usage()})
-        except APIProblem as problem:
-            yield event(problem.body)
-        yield DONE
-
-    def _echo(self, n: int) -> str:
-        return self.service.text.decode(self.prompts[n // self.fields.n], special=True) if self.fields.echo else ""
-
-    def _choice(
-        self, n: int, text: str, what: Delta | WrittenReply, place: TextPlace, first: bool = True
-    ) -> dict[str, Any]:
-        logprobs = None
-        if self.fields.logprobs is not None:
-            echoed = self.running.written[n].prompt_logprobs if first and self.fields.echo else ()
-            logprobs = self._logprobs([*echoed, *what.logprobs], place)
-        return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": what.finish}
+    def choice(self, n: int, reply: WrittenReply) -> dict[str, Any]:
+        return self.part(n, reply)
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs], place: TextPlace) -> dict[str, Any]:
         shown = [self.service.token(token.token) for token in tokens]
@@ -134,17 +88,9 @@ class Completing:
 
     def _top(self, token: TokenLogprobs) -> dict[str, float]:
         best: dict[str, float] = {}
-        for number, logprob in token.top[: self.fields.logprobs]:
+        for number, logprob in (*token.top[: self.fields.logprobs], (token.token, token.logprob)):
             best.setdefault(self.service.token(number)[0], finite(logprob))  # two can look the same: the better one
-        best.setdefault(self.service.token(token.token)[0], finite(token.logprob))
         return best
-
-    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        base = {"id": self.id, "object": "text_completion", "created": self.created}
-        return base | {"model": self.service.settings.model, "choices": choices}
-
-    def _usage(self) -> dict[str, Any]:
-        return usage([len(prompt) for prompt in self.prompts], self.running.written, self.fields.n)
 
 
 def _tokenised(service: Service, given: Sequence[str | TokenIds]) -> list[TokenIds]:

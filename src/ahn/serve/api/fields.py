@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from array import array
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from ahn.serve.api.settings import NAME, RESPONSE
@@ -26,7 +26,7 @@ class KnownFields(BaseModel):
     send along (`tools`, `include`) or got with a reply and send back (`annotations`).
     """
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = {"extra": "forbid"}
 
     @model_validator(mode="before")
     @classmethod
@@ -45,28 +45,17 @@ class TextPart(KnownFields):
     logprobs: list[Any] = []  # of a reply that is sent back
 
 
-def _joined(content: Any) -> Any:
-    return "" if content == [] else content
-
-
-Content = Annotated[str | list[TextPart], BeforeValidator(_joined)]
-
-
-def plain(content: str | list[TextPart]) -> str:
-    """A message's content as one text."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
 class ChatMessage(KnownFields):
     """One turn; `developer` is the same as `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: str | list[TextPart]
     name: Annotated[str | None, Field(max_length=256)] = None
 
     def message(self) -> dict[str, str]:
         """As chat templates take it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": plain(self.content)}
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class JSONSchema(KnownFields):
@@ -84,11 +73,12 @@ class ResponseFormat(KnownFields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
+    @property
     def schema_of_reply(self) -> dict[str, Any] | None:
-        """The schema, or None for any text."""
+        """None for any text."""
         if self.type == "json_object":
             return {"type": "object"}
-        return self.json_schema.schema_ if self.type == "json_schema" and self.json_schema else None
+        return None if self.json_schema is None else self.json_schema.schema_
 
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
@@ -108,8 +98,25 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _by_token(value: Any) -> Any:
+    for name in value if isinstance(value, dict) else ():
+        if not re.fullmatch("[0-9]{1,9}", str(name)):
+            raise PydanticCustomError("token", "{name} is no token id", {"name": ascii(name)[:50]})
+    return value
+
+
 class ReplyFields(KnownFields):
-    """What all that ask for a reply share; ranges are OpenAI's."""
+    """What all that ask for a reply share; ranges are OpenAI's.
+
+    Attributes:
+        SOURCE: the field with what is read.
+        LIMITS: fields of how much to write; the first that is given counts.
+        DEFAULT: tokens of a reply where none is.
+    """
+
+    SOURCE: ClassVar[str]
+    LIMITS: ClassVar[tuple[str, ...]]
+    DEFAULT: ClassVar[int] = 1024
 
     model: Annotated[str | None, Field(max_length=1024)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2), Finite] = None
@@ -126,34 +133,45 @@ class ReplyFields(KnownFields):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
+    @property
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """What JSON the reply must be; None for any text."""
+        raise NotImplementedError
+
 
 class SamplingFields(ReplyFields):
     """What chat and plain completions share."""
 
     max_tokens: Annotated[int | None, Field(ge=0)] = None
-    top_k: Annotated[int | None, Field(ge=-1, lt=1 << 31)] = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), AfterValidator(lambda k: max(k, 0))] | None = None
     min_p: Annotated[float | None, Field(ge=0, le=1), Finite] = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2), Finite] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2), Finite] = 0.0
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10), Finite] = None
     n: Annotated[int, Field(ge=1)] = 1
-    stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=32)] = []
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100), Finite]], Field(max_length=4096)] = {}
+    stop: Annotated[tuple[Stop, ...], BeforeValidator(_as_list), Field(max_length=32)] = ()
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Field(ge=-100, le=100), Finite]], BeforeValidator(_by_token), Field(max_length=4096)
+    ] = {}
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        return None if self.response_format is None else self.response_format.schema_of_reply
 
     @model_validator(mode="after")
     def _together(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: they are for stream: true alone")
-        if wrong := [token for token in self.logit_bias if not re.fullmatch("[0-9]{1,9}", token)]:
-            raise ValueError(f"logit_bias: {ascii(wrong[0])[:50]} is no token id")
         return self
 
 
 class ChatFields(SamplingFields):
     """`POST /v1/chat/completions`."""
+
+    SOURCE, LIMITS = "messages", ("max_completion_tokens", "max_tokens")
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
@@ -199,6 +217,8 @@ Prompts = Annotated[
 class CompletionFields(SamplingFields):
     """`POST /v1/completions`; a prompt is a text or token ids, and there may be several."""
 
+    SOURCE, LIMITS, DEFAULT = "prompt", ("max_tokens",), 16  # as OpenAI has it
+
     prompt: Prompts
     echo: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -231,9 +251,11 @@ class TextFormat(KnownFields):
     strict: bool | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
-    def schema_of_reply(self) -> dict[str, Any] | None:
-        """The schema, or None for any text."""
-        return {"type": "object"} if self.type == "json_object" else self.schema_
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("schema: it is needed for type json_schema, and for no other")
+        return self
 
 
 class TextFields(KnownFields):
@@ -245,6 +267,8 @@ class TextFields(KnownFields):
 class ResponsesFields(ReplyFields):
     """`POST /v1/responses`."""
 
+    SOURCE, LIMITS = "input", ("max_output_tokens",)
+
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: Annotated[str | None, Field(max_length=128)] = None
@@ -253,6 +277,11 @@ class ResponsesFields(ReplyFields):
     text: TextFields | None = None
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
+
+    @property
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        form = None if self.text is None else self.text.format
+        return None if form is None else {"type": "object"} if form.type == "json_object" else form.schema_
 
 
 class TokenizeFields(KnownFields):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ahn.serve.api.metrics import ServerMetrics
@@ -17,7 +19,9 @@ from ahn.serve.api.settings import ServerSettings
 OPEN = ("/", "/health", "/openapi.json")
 """What needs no key: a page without content, whether the server lives, and what it can do."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-STALLED = "stalled"
+GONE = 499
+"""Status by which a request is counted whose client has gone before there was an answer."""
+log = logging.getLogger(__name__)
 
 
 class RequestGate:
@@ -52,12 +56,13 @@ class RequestGate:
             else:
                 state["owner"] = self.settings.owner(_key(headers)) or ""
                 await self.app(scope, passage.receive, passage.send)
-        except asyncio.CancelledError:
-            pass  # the server stops; the connection is closed
-        except TimeoutError as error:
-            if error.args != (STALLED,):
-                raise
-            # The client takes nothing: there is nobody to tell. Returning closes the connection.
+        except (asyncio.CancelledError, ClientDisconnect):
+            pass  # The server stops, or there is nobody to tell. Returning closes the connection.
+        except Exception:
+            log.exception("Request %s failed", number)
+            if passage.status == GONE:  # nothing was said yet
+                said = f"The server failed; its log has more, under {number}."
+                await APIProblem(500, said).response()(scope, receive, passage.send)
         finally:
             if self.metrics is not None:
                 route = scope.get("route")
@@ -84,7 +89,7 @@ class PassingRequest:
     def __init__(self, settings: ServerSettings, scope: Scope, receive: Receive, send: Send, number: str) -> None:
         self._settings, self._scope, self._receive, self._send = settings, scope, receive, send
         self._number, self._bytes, self._whole = number, 0, False
-        self.status = 499  # the client has gone before there was an answer
+        self.status = GONE
 
     async def receive(self) -> Message:
         """The next part of the body.
@@ -110,7 +115,7 @@ class PassingRequest:
         """A part of the answer.
 
         Raises:
-            TimeoutError: the client does not take it. What waits for it in memory is one such part and what the
+            ClientDisconnect: the client does not take it. What waits for it in memory is one such part and what the
                 connection buffers.
         """
         if message["type"] == "http.response.start":
@@ -122,7 +127,7 @@ class PassingRequest:
             async with asyncio.timeout(self._settings.stalled):
                 await self._send(message)
         except TimeoutError as error:
-            raise TimeoutError(STALLED) from error
+            raise ClientDisconnect from error
 
 
 def allowed(settings: ServerSettings, scope: Scope) -> int:

@@ -29,6 +29,10 @@ CREATE TABLE IF NOT EXISTS sessions (
 """A turn holds only what was new in it; `parent` is the turn it goes on from, `root` the first one of all."""
 
 
+class StorageError(AHNError):
+    """A turn cannot be kept."""
+
+
 class MessageStore:
     """Turns of conversations, each with the one it goes on from. Several servers may share a directory.
 
@@ -50,6 +54,8 @@ class MessageStore:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(TABLES)
             self._version, self._bytes = self._one("PRAGMA data_version"), self._sum()
+            with self._change():
+                self._shrink("")
         except sqlite3.Error as error:
             raise AHNError(f"{path} cannot be used: {error}. Move it away to start with no conversations.") from error
 
@@ -59,9 +65,9 @@ class MessageStore:
             self._db.close()
 
     def messages(self, owner: str, turn: str) -> list[Message] | None:
-        """All that was said up to the end of a turn; None if there is no such turn, or it was deleted."""
+        """All that was said up to the end of a turn; None if there is no such turn, or it was deleted or is too old."""
         with self._lock:
-            if not self._one("SELECT 1 FROM turns WHERE owner=? AND id=? AND gone=0", owner, turn):
+            if not self._one(f"SELECT 1 {_THERE}", owner, turn, self._oldest):
                 return None
             parts: list[list[Message]] = []
             at: str | None = turn
@@ -74,7 +80,7 @@ class MessageStore:
     def shown(self, owner: str, turn: str) -> dict[str, Any] | None:
         """What a client was given at the end of a turn."""
         with self._lock:
-            row = self._one("SELECT shown FROM turns WHERE owner=? AND id=? AND gone=0", owner, turn)
+            row = self._one(f"SELECT shown {_THERE}", owner, turn, self._oldest)
         return json.loads(row[0]) if row and row[0] else None
 
     def head(self, owner: str, session: str) -> str | None:
@@ -101,14 +107,14 @@ class MessageStore:
             session: whose last turn it is from now on.
 
         Raises:
-            AHNError: it cannot be written, for example because the disk is full.
+            StorageError: it cannot be written, for example because the disk is full.
         """
         row = (json.dumps(list(said)), None if shown is None else json.dumps(shown))
         size = len(row[0]) + len(row[1] or "")
         with self._change():
             found = (turn,) if parent is None else self._one(_ROOT, owner, parent)
             if found is None:
-                raise AHNError("The conversation was deleted while this turn was written.")
+                raise StorageError("The conversation was deleted while this turn was written.")
             values = (owner, turn, parent, *found, *row, size, time.time())
             self._db.execute("INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
             self._db.execute("UPDATE turns SET used=? WHERE owner=? AND root=?", (values[7], owner, *found))
@@ -121,6 +127,7 @@ class MessageStore:
         """Forget a turn, and what nothing goes on from any more; returns whether there was one."""
         with self._change():
             changed = self._db.execute("UPDATE turns SET gone=1 WHERE owner=? AND id=? AND gone=0", (owner, turn))
+            self._db.execute("DELETE FROM sessions WHERE owner=? AND head=?", (owner, turn))  # it begins anew
             self._prune(owner, turn)
             return changed.rowcount > 0
 
@@ -148,7 +155,7 @@ class MessageStore:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    raise AHNError(f"The conversation cannot be kept: {error}.") from error
+                    raise StorageError(f"The conversation cannot be kept: {error}.") from error
                 raise
 
     def _head(self, owner: str, session: str, turn: str, root: str) -> None:
@@ -176,11 +183,15 @@ class MessageStore:
             self._bytes -= row[1]
             turn = row[0]
 
+    @property
+    def _oldest(self) -> float:
+        """Last use of what is not too old."""
+        return -1.0 if self.age is None else time.time() - self.age
+
     def _shrink(self, keep: str) -> None:
         """Down to the limits, conversation by conversation, the least recently used first; never the one of `keep`."""
-        old = -1.0 if self.age is None else time.time() - self.age
-        oldest = "SELECT owner, root, used FROM turns WHERE root != ? ORDER BY used LIMIT 1"
-        while (found := self._one(oldest, keep)) is not None and (self._bytes > self.limit or found[2] < old):
+        first = "SELECT owner, root, used FROM turns WHERE root != ? ORDER BY used LIMIT 1"
+        while (found := self._one(first, keep)) is not None and (self._bytes > self.limit or found[2] < self._oldest):
             self._drop(*found[:2])
 
     def _sum(self) -> int:
@@ -191,5 +202,6 @@ class MessageStore:
         return self._db.execute(query, values).fetchone()
 
 
+_THERE = "FROM turns WHERE owner=? AND id=? AND gone=0 AND used>=?"
 _ROOT = "SELECT root FROM turns WHERE owner=? AND id=?"
 _HEAD = "SELECT head FROM sessions WHERE owner=? AND name=?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import secrets
 import tempfile
@@ -14,10 +15,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse
 
 from ahn.errors import AHNError
+from ahn.serve.api.answers import identity
 from ahn.serve.api.fields import SessionFields, TokenizeFields
 from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.service import Service
-from ahn.serve.api.sessions import turn_name
 from ahn.serve.api.settings import RESPONSE, is_session
 from ahn.serve.api.wire import answer
 from ahn.serve.request import ConversationInfo
@@ -84,8 +85,13 @@ def conversations(service: Service) -> APIRouter:
     @routes.post("/close_session")
     async def close_session(fields: SessionFields, request: Request) -> Response:
         """Forget a session."""
-        await _close(service, request.state.owner, fields.session_id)
-        return answer({"session_id": fields.session_id, "closed": True})
+        owner, session = request.state.owner, fields.session_id
+        known = await asyncio.to_thread(service.store.close_session, owner, session)
+        state = await asyncio.to_thread(service.engine.store.forget, owner, session)
+        if not known and not state:
+            said = f"There is no session {ascii(session)[:150]}."
+            raise APIProblem(404, said, "session_id", "session_not_found")
+        return answer({"session_id": session, "closed": True})
 
     @routes.get("/conversations")
     async def listed(request: Request) -> Response:
@@ -96,23 +102,15 @@ def conversations(service: Service) -> APIRouter:
     @routes.get("/conversations/{name}")
     async def one(name: str, request: Request) -> Response:
         """What a conversation takes, and what it would take with full attention."""
-        kept = await asyncio.to_thread(_newest, service, request.state.owner)
-        if name not in kept:
-            raise _unknown(name)
-        return answer(_shown(service, kept[name]))
+        return answer(_shown(service, await asyncio.to_thread(_named, service, request.state.owner, name)))
 
     @routes.get("/conversations/{name}/state")
     async def exported(name: str, request: Request) -> Response:
         """A conversation as a file: its state and what was said."""
-        directory = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="ahn-export-")
-        try:
-            file = await asyncio.to_thread(_export, service, request.state.owner, name, Path(directory.name))
-        except BaseException as error:
-            directory.cleanup()
-            if isinstance(error, AHNError):
-                raise _unknown(name) from error
-            raise
-        return TemporaryFileResponse(file, directory, filename=f"{name}.safetensors")
+        with contextlib.ExitStack() as end:
+            file = Path(end.enter_context(tempfile.TemporaryDirectory(prefix="ahn-export-"))) / "state"
+            await asyncio.to_thread(_export, service, request.state.owner, name, file)
+            return TemporaryFileResponse(file, end.pop_all(), filename=f"{name}.safetensors")
 
     @routes.put("/conversations/{name}/state")
     async def imported(name: str, request: Request) -> Response:
@@ -121,15 +119,20 @@ def conversations(service: Service) -> APIRouter:
         The answer has its messages, and the name of its last turn, from which a response can go on.
         """
         if not is_session(name):
-            said = f"name: a session has 1 to 128 letters, digits and signs of _.:- and does not begin with {RESPONSE}."
-            raise APIProblem(400, said, "name", "invalid_value")
+            said = f"a session has 1 to 128 letters, digits and signs of _.:- and does not begin with {RESPONSE}."
+            raise APIProblem(400, f"name: {said}", "name", "invalid_value")
+        owner = request.state.owner
         with tempfile.TemporaryDirectory(prefix="ahn-import-") as directory:
             file = Path(directory) / "state"
             await _received(request.stream(), file)
             try:
-                return answer(await asyncio.to_thread(_import, service, request.state.owner, name, file))
+                messages = await asyncio.to_thread(service.engine.store.take_in, owner, name, file)
             except AHNError as error:
                 raise APIProblem(400, str(error).replace(str(file), "The file")) from error
+        turn = identity("turn_") if messages else None
+        if turn is not None:
+            await asyncio.to_thread(service.store.add, owner, turn, messages, session=name)
+        return answer({"name": name, "imported": True, "turn": turn, "messages": messages})
 
     return routes
 
@@ -137,25 +140,21 @@ def conversations(service: Service) -> APIRouter:
 class TemporaryFileResponse(FileResponse):
     """A file that is deleted when it was sent, or could not be."""
 
-    def __init__(self, file: Path, directory: tempfile.TemporaryDirectory[str], **options: Any) -> None:
+    def __init__(self, file: Path, end: contextlib.ExitStack, **options: Any) -> None:
         super().__init__(file, **options)
-        self._directory = directory
+        self._end = end
 
     async def __call__(self, *where: Any) -> None:
         """As ASGI has it."""
         try:
             await super().__call__(*where)
         finally:
-            await asyncio.to_thread(self._directory.cleanup)
+            await asyncio.to_thread(self._end.close)
 
 
 def _model(service: Service) -> dict[str, Any]:
     base = {"id": service.settings.model, "object": "model", "created": service.created, "owned_by": "ahn"}
     return base | {"max_model_len": service.settings.prompt}
-
-
-def _unknown(name: str) -> APIProblem:
-    return APIProblem(404, f"There is no conversation {ascii(name)[:150]}.", "name", "conversation_not_found")
 
 
 def _newest(service: Service, owner: str) -> dict[str, ConversationInfo]:
@@ -164,36 +163,31 @@ def _newest(service: Service, owner: str) -> dict[str, ConversationInfo]:
     return {info.name: info for info in kept if info.name is not None}
 
 
+def _named(service: Service, owner: str, name: str) -> ConversationInfo:
+    """Raises APIProblem for a conversation that is not kept."""
+    if (info := _newest(service, owner).get(name)) is None:
+        said = f"There is no conversation {ascii(name)[:150]}."
+        raise APIProblem(404, said, "name", "conversation_not_found")
+    return info
+
+
 def _shown(service: Service, info: ConversationInfo) -> dict[str, Any]:
     whole = {"bytes": sum(info.parts.values()), "full_attention_bytes": service.full_bytes(info.tokens)}
     return dataclasses.asdict(info) | whole
 
 
-async def _close(service: Service, owner: str, session: str) -> None:
-    known = await asyncio.to_thread(service.store.close_session, owner, session)
-    state = await asyncio.to_thread(service.engine.store.forget, owner, session)
-    if not known and not state:
-        said = f"There is no session {ascii(session)[:150]}."
-        raise APIProblem(404, said, "session_id", "session_not_found")
-
-
-def _export(service: Service, owner: str, name: str, directory: Path) -> Path:
+def _export(service: Service, owner: str, name: str, file: Path) -> None:
+    """Raises APIProblem for a conversation that is not kept, or a disk that is full."""
+    _named(service, owner, name)
     turn = name if name.startswith(RESPONSE) else service.store.head(owner, name)
     said = [] if turn is None else service.store.messages(owner, turn) or []
-    service.engine.store.export(owner, name, directory / "state", said)
-    return directory / "state"
+    try:
+        service.engine.store.export(owner, name, file, said)
+    except AHNError as error:
+        raise APIProblem(507, str(error).replace(str(file), "The file")) from error
 
 
 async def _received(chunks: AsyncIterator[bytes], file: Path) -> None:
     with file.open("wb") as out:
         async for chunk in chunks:
             await asyncio.to_thread(out.write, chunk)
-
-
-def _import(service: Service, owner: str, name: str, file: Path) -> dict[str, Any]:
-    """Raises AHNError for a file that is no exported conversation, or one of another model."""
-    said = service.engine.store.take_in(owner, name, file)
-    turn = turn_name() if said else None
-    if turn is not None:
-        service.store.add(owner, turn, said, session=name)
-    return {"name": name, "imported": True, "turn": turn, "messages": said}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ahn.errors import AHNError
+from ahn.serve.api.messages import StorageError
+from ahn.serve.api.wire import answer
 from ahn.serve.request import EngineBusy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -26,7 +29,9 @@ CODES = {
     415: "unsupported_media_type",
     429: "server_busy",
     503: "unavailable",
+    507: "storage_failed",
 }
+log = logging.getLogger(__name__)
 
 
 class APIProblem(HTTPException):
@@ -48,59 +53,57 @@ class APIProblem(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.param, self.code = param, code
+        self.param, self.code = param, code or CODES.get(status)
 
     @property
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        return error_body(self.status_code, str(self.detail), self.param, self.code)
+        kind = KINDS.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         """The same as a response."""
-        return _response(self.status_code, self.body, self.headers)
+        return answer(self.body, self.status_code, self.headers)
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as JSON."""
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
+def problem_of(error: Exception) -> APIProblem:
+    """What a client is told of an error; one that nobody expected goes into the log."""
+    match error:
+        case APIProblem():
+            return error
+        case RequestValidationError():
+            return of_fields(error.errors())
+        case EngineBusy():
+            return APIProblem(429, str(error), headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
+        case StorageError():
+            return APIProblem(507, str(error))
+        case sqlite3.Error():
+            return APIProblem(507, f"Conversations cannot be kept: {error}.")
+        case AHNError():
+            return APIProblem(400, str(error))
+    log.error("A request failed", exc_info=error)
+    return APIProblem(500, "The server failed; its log has more.")
 
 
 def install(app: FastAPI) -> None:
-    """Every error of an app takes this form."""
+    """Every error of an app takes this form; what nobody expected is told by the gate, which counts it."""
+
+    async def told(_: Request, error: Exception) -> Response:
+        return problem_of(error).response()
+
+    for kind in (RequestValidationError, EngineBusy, sqlite3.Error, AHNError):
+        app.add_exception_handler(kind, told)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        if not isinstance(error, APIProblem):
-            detail = str(error.detail)
-            status = HTTPStatus(error.status_code).phrase
-            said = f"{request.method} {request.url.path}: {status}." if detail == status else detail
-            if isinstance(error.__cause__, UnicodeDecodeError):
-                said = "The request is not JSON in UTF-8."
-            error = APIProblem(error.status_code, said, headers=error.headers)
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def fields(_: Request, error: RequestValidationError) -> Response:
-        return of_fields(error.errors()).response()
-
-    @app.exception_handler(EngineBusy)
-    async def full(_: Request, error: EngineBusy) -> Response:
-        later = str(max(1, math.ceil(error.retry_after)))
-        return APIProblem(429, str(error), headers={"Retry-After": later}).response()
-
-    @app.exception_handler(AHNError)
-    async def refused(_: Request, error: AHNError) -> Response:
-        return APIProblem(400, str(error)).response()
-
-    @app.exception_handler(sqlite3.Error)
-    async def storage(_: Request, error: sqlite3.Error) -> Response:
-        return APIProblem(507, f"Conversations cannot be kept: {error}.", code="storage_failed").response()
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        number = request.scope.get("state", {}).get("request_id", "unknown")
-        return APIProblem(500, f"The server failed; its log has more, under {number}.").response()
+        if isinstance(error, APIProblem):
+            return error.response()
+        said, status = str(error.detail), HTTPStatus(error.status_code).phrase
+        if said == status:
+            said = f"{request.method} {request.url.path}: {status}."
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            said = "The request is not JSON in UTF-8."
+        return APIProblem(error.status_code, said, headers=error.headers).response()
 
 
 def of_fields(errors: Sequence[Any]) -> APIProblem:
@@ -110,7 +113,7 @@ def of_fields(errors: Sequence[Any]) -> APIProblem:
     if worst["type"] == "json_invalid":
         return APIProblem(400, f"The request is not JSON: {worst.get('ctx', {}).get('error', 'malformed')}.")
     param = _path(worst["loc"])
-    if worst["type"] == "extra_forbidden":
+    if unknown:
         return APIProblem(400, f"{param}: this server does not know this field.", param, "unsupported_parameter")
     said = worst["msg"]
     if worst["type"] == "value_error":  # of our own validators, which name the field within theirs
@@ -132,8 +135,3 @@ def _path(place: Sequence[str | int]) -> str:
         elif not path:
             path = json.dumps(part)[1:-1]
     return path[:200]
-
-
-def _response(status: int, body: Any, headers: Mapping[str, str] | None) -> Response:
-    # ASCII alone: a message may name a field that is no valid text.
-    return Response(json.dumps(body), status, headers=dict(headers or {}), media_type="application/json")

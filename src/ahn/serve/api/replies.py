@@ -23,7 +23,7 @@ LAST = 30.0
 
 @dataclasses.dataclass
 class WrittenReply:
-    """What is known of one reply."""
+    """What is known of one reply, or what is new in it: deltas as one."""
 
     text: str = ""
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -32,15 +32,21 @@ class WrittenReply:
     read: int = 0
     cached: int = 0
     finish: FinishReason | None = None
+    error: str | None = None
 
-    def add(self, delta: Delta) -> None:
+    @property
+    def only_read(self) -> bool:
+        """Whether nothing is new but how much of the prompt is read."""
+        return not self.tokens and not self.text and self.finish is None
+
+    def add(self, new: Delta | WrittenReply) -> None:
         """Take in what is new."""
-        self.text += delta.text
-        self.tokens += delta.tokens
-        self.logprobs += delta.logprobs
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-        self.read, self.cached = max(self.read, delta.read), max(self.cached, delta.cached)
-        self.finish = delta.finish or self.finish
+        self.text += new.text
+        self.tokens += new.tokens
+        self.logprobs += new.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or new.prompt_logprobs
+        self.read, self.cached = max(self.read, new.read), max(self.cached, new.cached)
+        self.finish, self.error = new.finish or self.finish, new.error or self.error
 
 
 class RunningReplies:
@@ -58,7 +64,7 @@ class RunningReplies:
     ) -> None:
         self._replies, self._watches, self._alive = replies, watches, alive
         self._ends, self._late = time.monotonic() + seconds, False
-        self._waiting: dict[int, Delta] = {}
+        self._waiting: dict[int, WrittenReply] = {}
         self._news = asyncio.Event()
         self.written = [WrittenReply() for _ in replies]
 
@@ -69,20 +75,16 @@ class RunningReplies:
                 reply.cancel()
 
     async def all(self) -> list[WrittenReply]:
-        """All replies, when all have ended.
-
-        Raises:
-            APIProblem: as `deltas`.
-        """
+        """All replies, when all have ended; raises as `news`."""
         try:
-            async for _ in self.deltas():
+            async for _ in self.news():
                 pass
         finally:
             self.cancel()
         return self.written
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """What becomes known, with the number of its reply; an empty delta now and then where nothing does.
+    async def news(self) -> AsyncIterator[tuple[int, WrittenReply]]:
+        """What becomes known, with the number of its reply; now and then how it stands, where nothing does.
 
         What comes faster than it is taken comes together: a slow client costs fewer events, not more memory.
 
@@ -97,12 +99,12 @@ class RunningReplies:
                 if not self._waiting and not await self._news_within(patience):
                     if not self._alive():
                         raise APIProblem(503, "The engine has stopped.")
-                    yield 0, Delta()
+                    yield 0, WrittenReply(read=self.written[0].read)
                     continue
                 n = next(iter(self._waiting))
-                delta = self._took(n, self._waiting.pop(n))
-                left -= delta.finish is not None
-                yield n, delta
+                new = self._took(n, self._waiting.pop(n))
+                left -= new.finish is not None
+                yield n, new
         finally:
             for pump, watch in zip(pumps, self._watches, strict=True):
                 pump.cancel()
@@ -114,13 +116,12 @@ class RunningReplies:
             async for delta in reply:
                 self._watches[n].saw(delta)
                 self._put(n, delta)
-        except Exception as error:
+        except Exception:
             self._put(n, Delta(finish="error", error="The reply failed."))
-            raise error
+            raise
 
     def _put(self, n: int, delta: Delta) -> None:
-        before = self._waiting.get(n)
-        self._waiting[n] = delta if before is None else joined(before, delta)
+        self._waiting.setdefault(n, WrittenReply()).add(delta)
         self._news.set()
 
     async def _news_within(self, seconds: float) -> bool:
@@ -147,27 +148,14 @@ class RunningReplies:
             self._ends = time.monotonic() + left
         return min(left, IDLE)
 
-    def _took(self, n: int, delta: Delta) -> Delta:
-        if delta.finish == "cancelled" and self._late and (self.written[n].tokens or delta.tokens):
-            delta = dataclasses.replace(delta, finish="length")  # what could be written in the time
-        self.written[n].add(delta)
-        if delta.finish == "error":
-            raise APIProblem(500, delta.error or "The reply failed.")
-        if delta.finish == "cancelled":
-            late = "The time for this request was up before its reply began."
-            raise APIProblem(503, late if self._late else "The reply was ended by the server.")
-        return delta
-
-
-def joined(first: Delta, then: Delta) -> Delta:
-    """Two deltas of one reply as one."""
-    return Delta(
-        first.text + then.text,
-        first.tokens + then.tokens,
-        first.logprobs + then.logprobs,
-        first.prompt_logprobs or then.prompt_logprobs,
-        max(first.read, then.read),
-        max(first.cached, then.cached),
-        then.finish,
-        then.error,
-    )
+    def _took(self, n: int, new: WrittenReply) -> WrittenReply:
+        self.written[n].add(new)
+        if new.finish == "error":
+            raise APIProblem(500, new.error or "The reply failed.")
+        if new.finish == "cancelled":
+            if not self._late:
+                raise APIProblem(503, "The reply was ended by the server.")
+            if not self.written[n].tokens:
+                raise APIProblem(503, "The time for this request was up before its reply began.")
+            new.finish = self.written[n].finish = "length"  # what could be written in the time
+        return new

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import secrets
+import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastapi import Request
+
 from ahn.errors import AHNError
-from ahn.serve.api.fields import ResponseFormat, TextFormat
+from ahn.serve.api.fields import ReplyFields
 from ahn.serve.api.metrics import ServerMetrics
 from ahn.serve.api.problems import APIProblem
-from ahn.serve.api.replies import RunningReplies, WrittenReply
+from ahn.serve.api.replies import RunningReplies
 from ahn.serve.api.settings import ServerSettings
 from ahn.serve.api.texts import ChatText
-from ahn.serve.request import GenerationRequest, SamplingOptions, TokenIds, TokenLogprobs
+from ahn.serve.api.wire import unless_gone
+from ahn.serve.request import EngineBusy, GenerationRequest, SamplingOptions, TokenIds, TokenLogprobs
 
 if TYPE_CHECKING:
     from ahn.serve.api.grammar import Grammars
@@ -49,14 +52,29 @@ class Service:
     defaults: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     full_bytes: Callable[[int], int] = lambda tokens: 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    _turns: int = 0
+    """That wait for others of their sessions."""
     _tokens: dict[int, tuple[str, bytes]] = dataclasses.field(default_factory=dict)
     _sessions: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = dataclasses.field(
         default_factory=weakref.WeakValueDictionary
     )
 
-    def session(self, owner: str, name: str) -> asyncio.Lock:
-        """What a turn of a session holds: two at once would go on from the same place, and one would be lost."""
-        return self._sessions.setdefault((owner, name), asyncio.Lock())
+    async def hold_session(self, request: Request, name: str) -> asyncio.Lock:
+        """What a turn of a session holds: two at once would go on from the same place, and one would be lost.
+
+        Raises:
+            EngineBusy: too many turns wait for others of their sessions.
+            ClientDisconnect: the client does not wait.
+        """
+        lock = self._sessions.setdefault((request.state.owner, name), asyncio.Lock())
+        if self._turns >= self.settings.queue:
+            raise EngineBusy(f"{self._turns} turns wait for others of their sessions already.")
+        self._turns += 1
+        try:
+            await unless_gone(request, lock.acquire())
+        finally:
+            self._turns -= 1
+        return lock
 
     def check_model(self, name: str | None) -> None:
         """Raises APIProblem for a model that is not served here."""
@@ -64,46 +82,59 @@ class Service:
             said = f"The model {ascii(name)[:100]} does not exist here; there is {self.settings.model!r}."
             raise APIProblem(404, said, "model", "model_not_found")
 
-    def new_tokens(self, wanted: int | None, field: str, default: int, prompts: Sequence[TokenIds], source: str) -> int:
-        """Tokens to write at most: what is wanted, else the default or as many as there is room for.
+    def check_choices(self, choices: int) -> None:
+        """Raises APIProblem for more replies at once than one request may ask for."""
+        if choices > self.settings.choices:
+            said = f"n: one request may ask for {self.settings.choices} replies, not {choices}."
+            raise APIProblem(400, said, "n", "invalid_value")
 
-        Args:
-            field: which says what is wanted.
-            source: which says the prompts.
+    def new_tokens(self, fields: ReplyFields, prompts: Sequence[TokenIds]) -> int:
+        """Tokens to write at most: what is wanted, else the default or as many as there is room for.
 
         Raises:
             APIProblem: this server does not write so many, or a conversation is empty or longer than allowed.
         """
-        limit = self.settings.new_tokens
+        limit, source = self.settings.new_tokens, fields.SOURCE
+        wanted, field = next(((n, f) for f in fields.LIMITS if (n := getattr(fields, f)) is not None), (None, ""))
         if wanted is not None and wanted > limit:
             raise APIProblem(400, f"{field}: this server writes at most {limit} tokens.", field, "invalid_value")
         if not min(map(len, prompts)):
             raise APIProblem(400, f"{source}: there is nothing to read.", source, "invalid_value")
         longest = max(map(len, prompts))
         room = self.settings.prompt - longest
-        new = wanted if wanted is not None else max(1, min(limit, default, room))
+        new = wanted if wanted is not None else max(1, min(limit, fields.DEFAULT, room))
         if new > room:
             said = f"{source}: {longest} tokens and {new} to write are more than this server's {self.settings.prompt}."
             raise APIProblem(400, said, source, "context_length_exceeded")
         return new
 
-    async def processors(self, form: ResponseFormat | TextFormat | None) -> tuple[Any, ...]:
-        """What keeps a reply to the form that is asked for; for one reply.
+    async def start(
+        self,
+        prompts: Sequence[TokenIds],
+        options: SamplingOptions,
+        each: int,
+        schema: dict[str, Any] | None,
+        **kept: Any,
+    ) -> RunningReplies:
+        """Hand requests to the engine, all or none: `each` for every prompt, which draw in their own ways.
+
+        Args:
+            schema: that every reply must follow.
+            kept: fields of `GenerationRequest`.
 
         Raises:
-            AHNError: the schema is wrong, or cannot be used with this tokenizer.
+            EngineBusy: as the engine's `submit`.
+            AHNError: as that, or the schema is wrong, or cannot be used with this tokenizer.
         """
-        schema = form.schema_of_reply() if form is not None else None
-        if schema is None:
-            return ()
-        return (await asyncio.to_thread(self.grammars.of_schema, schema),)
-
-    def start(self, requests: Iterable[GenerationRequest]) -> RunningReplies:
-        """Hand requests to the engine, all or none.
-
-        Raises:
-            EngineBusy, AHNError: as the engine's `submit`.
-        """
+        requests = []
+        for prompt, n in itertools.product(prompts, range(each)):
+            own = options
+            if n and options.seed is not None:
+                own = dataclasses.replace(own, seed=options.seed + n)
+            if schema is not None:
+                grammar = await asyncio.to_thread(self.grammars.of_schema, schema)
+                own = dataclasses.replace(own, processors=(grammar,))
+            requests.append(GenerationRequest(prompt, own, **kept))
         replies: list[Reply] = []
         try:
             for request in requests:
@@ -147,34 +178,3 @@ class Service:
 def finite(logprob: float | None) -> float:
     """A logarithm as JSON can say it."""
     return NEVER if logprob is None or logprob < NEVER else float(logprob)
-
-
-def seeded(options: SamplingOptions, n: int) -> SamplingOptions:
-    """The options of the n-th of several replies to one prompt: each draws in its own way."""
-    return options if options.seed is None or not n else dataclasses.replace(options, seed=_wrapped(options.seed + n))
-
-
-def _wrapped(seed: int) -> int:
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def usage(prompts: Sequence[int], written: Sequence[WrittenReply], each: int = 1) -> dict[str, Any]:
-    """Counts of tokens; every prompt counts once, however many replies it has.
-
-    Args:
-        prompts: tokens of each.
-        written: `each` replies for every prompt.
-    """
-    new = sum(len(reply.tokens) for reply in written)
-    cached = sum(min(reply.cached for reply in written[n * each : (n + 1) * each]) for n in range(len(prompts)))
-    return {
-        "prompt_tokens": sum(prompts),
-        "completion_tokens": new,
-        "total_tokens": sum(prompts) + new,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def identity(prefix: str) -> str:
-    """A new name that nobody can guess."""
-    return f"{prefix}{secrets.token_hex(16)}"

@@ -7,10 +7,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ahn.serve.api.problems import APIProblem
-from ahn.serve.api.service import Service, identity
 
 if TYPE_CHECKING:
     from ahn.cache.conversation import Message
+    from ahn.serve.api.fields import ResponsesFields
+    from ahn.serve.api.messages import MessageStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,27 +32,20 @@ class Turn:
     parent: str | None = None
     session: str | None = None
 
-    async def keep(self, service: Service, reply: str, turn: str, shown: dict[str, Any] | None = None) -> None:
-        """Write it down with its reply, before the client is told that it is finished.
-
-        Raises:
-            APIProblem: that cannot be done.
-        """
+    async def keep(self, store: MessageStore, reply: str, turn: str, shown: dict[str, Any] | None = None) -> None:
+        """Write it down with its reply, before the client is told that it is finished; raises as `MessageStore.add`."""
         said = [*self.new, {"role": "assistant", "content": reply}]
-        try:
-            await asyncio.to_thread(service.store.add, self.owner, turn, said, self.parent, shown, self.session)
-        except ValueError as error:  # the disk is full
-            raise APIProblem(507, str(error), code="storage_failed") from error
+        await asyncio.to_thread(store.add, self.owner, turn, said, self.parent, shown, self.session)
 
 
-async def session_turn(service: Service, owner: str, session: str | None, given: list[Message]) -> Turn:
+async def session_turn(store: MessageStore, owner: str, session: str | None, given: list[Message]) -> Turn:
     """The turn that a chat request asks for.
 
     In a session a request may hold the new messages alone. It may as well hold the whole conversation, as clients do
     that know of no sessions: then it begins with what is known, or it has replies in it, and takes its place.
     """
-    head = None if session is None else await asyncio.to_thread(service.store.head, owner, session)
-    known = None if head is None else await asyncio.to_thread(service.store.messages, owner, head)
+    head = None if session is None else await asyncio.to_thread(store.head, owner, session)
+    known = None if head is None else await asyncio.to_thread(store.messages, owner, head)
     if known is None:
         return Turn(owner, given, given, None, session)
     if given[: len(known)] == known and len(given) > len(known):
@@ -63,24 +57,19 @@ async def session_turn(service: Service, owner: str, session: str | None, given:
     return Turn(owner, known + given, given, head, session)
 
 
-async def response_turn(
-    service: Service, owner: str, previous: str | None, instructions: str | None, given: list[Message]
-) -> Turn:
+async def response_turn(store: MessageStore, owner: str, fields: ResponsesFields) -> Turn:
     """The turn that a request of the Responses API asks for; instructions hold for this turn alone, as there.
 
     Raises:
         APIProblem: the response that it goes on from is not known.
     """
+    said, previous = fields.input, fields.previous_response_id
+    given = [{"role": "user", "content": said}] if isinstance(said, str) else [each.message() for each in said]
     known: list[Message] | None = []
     if previous is not None:
-        known = await asyncio.to_thread(service.store.messages, owner, previous)
+        known = await asyncio.to_thread(store.messages, owner, previous)
         if known is None:
-            said = f"There is no response {ascii(previous)[:150]}."
-            raise APIProblem(404, said, "previous_response_id", "previous_response_not_found")
-    before = [] if instructions is None else [{"role": "system", "content": instructions}]
+            unknown = f"There is no response {ascii(previous)[:150]}."
+            raise APIProblem(404, unknown, "previous_response_id", "previous_response_not_found")
+    before = [] if fields.instructions is None else [{"role": "system", "content": fields.instructions}]
     return Turn(owner, [*before, *(known or []), *given], given, previous)
-
-
-def turn_name() -> str:
-    """For a turn of a session."""
-    return identity("turn_")

@@ -27,6 +27,7 @@ class ServerSettings:
         state: bytes of an uploaded conversation.
         prompt: tokens of a conversation.
         new_tokens: tokens of a reply.
+        queue: turns that wait for others of their sessions.
         choices: replies that one request asks for, over all its prompts.
         seconds: for one request, from when it is read to its last token.
         stalled: seconds that a client may take for nothing, in sending a request or in taking a reply.
@@ -39,6 +40,7 @@ class ServerSettings:
     state: int = 4096 * MIB
     prompt: int = 1 << 20
     new_tokens: int = 16384
+    queue: int = 256
     choices: int = 128
     seconds: float = 3600.0
     stalled: float = 60.0

@@ -1,75 +1,34 @@
-"""Server-sent events, JSON, and noticing that a client has gone."""
+"""JSON, server-sent events, and noticing that a client has gone."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
-from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
-
-from ahn.serve.api.problems import APIProblem
 
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
 
 
-def parsed(body: bytes) -> Any:
-    """What JSON says, in half the time that Python's own reader takes.
-
-    Raises:
-        ValueError, RecursionError: it is no JSON.
-    """
-    try:
-        return from_json(body)
-    except ValueError:
-        return json.loads(body)  # it says better what is wrong, or takes what is only unusual
-
-
-class JSONRequest(Request):
-    """A request whose JSON is `parsed`."""
-
-    async def json(self) -> Any:
-        """The body."""
-        return parsed(await self.body())
-
-
-class JSONRoute(APIRoute):
-    """A route whose requests are `JSONRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As FastAPI has it."""
-        handler = super().get_route_handler()
-
-        async def handled(request: Request) -> Response:
-            return await handler(JSONRequest(request.scope, request.receive))
-
-        return handled
-
-
 def dumped(value: Any) -> str:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Compact JSON, of ASCII alone: what a client sent and gets back may be no valid text."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def answer(value: Any, status: int = 200) -> Response:
+def answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON response."""
-    return Response(dumped(value), status, media_type="application/json")
+    return Response(dumped(value), status, headers, media_type="application/json")
 
 
 def event(value: Any, name: str | None = None) -> str:
     """One server-sent event."""
     return (f"event: {name}\n" if name else "") + f"data: {dumped(value)}\n\n"
-
-
-def comment(text: str) -> str:
-    """What clients skip: it keeps a connection open while nothing is written yet."""
-    return f": {text}\n\n"
 
 
 class StreamedResponse(StreamingResponse):
@@ -88,7 +47,7 @@ class StreamedResponse(StreamingResponse):
 
 
 def event_stream(events: AsyncIterator[str], end: Callable[[], object]) -> Response:
-    """Server-sent events as a response; `end` is called when there are no more or the client has gone."""
+    """Server-sent events as a response; `end` as of `StreamedResponse`."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamedResponse(events, end, headers=headers, media_type="text/event-stream")
 
@@ -97,14 +56,14 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """The result of some work, which is given up when the client has gone.
 
     Raises:
-        APIProblem: it has; nobody reads this.
+        ClientDisconnect: it has.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise APIProblem(408, "The client has gone.")
+            raise ClientDisconnect
         return working.result()
     finally:
         gone.cancel()

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from ahn.serve.api.settings import RESPONSE
-from ahn.serve.api.wire import parsed
 
 BY_NAME = re.compile(r"/(?:conversations|v1/responses)/([^/]+)")
 
@@ -42,7 +41,7 @@ def key_of(name: str) -> str:
 def _fields(body: bytes) -> dict[str, Any]:
     """Of a request; the replica says what is wrong with it."""
     try:
-        fields = parsed(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
