@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from ahn.layout.state import LayerState, WindowState
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step.operator import layer_step
+from ahn.ops.step.product import FEW
+from ahn.ops.step.several import layer_read
 
 B, H, HKV, P, S, W = 2, 4, 2, 8, 1, 3
 RULE = StepRule("beta", None, True, 1e-6, 0.25, 1e-5, across_heads=False)
@@ -90,6 +93,51 @@ def _after_norms(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, w: Tensor) -> H
 
 def _after_scales(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, w: Tensor) -> Heads:
     return _plain(q * w, k * w, cos, sin, w)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, FEW, FEW + 1])
+@pytest.mark.parametrize("turn", ["_plain", "_after_norms", "_other_angle", "_memory_apart"])
+def test_a_rotation_of_several_tokens(turn: str, tokens: int) -> None:
+    r = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=r)
+
+    T, G = S + 20, 20
+    rings = [[normal(1, HKV, n, P), normal(1, HKV, n, P), normal(1, H, n).sigmoid()] for n in (T, G)]
+    state, beta, value = normal(1, H, P, P), Gate(normal(1, H, tokens), "sigmoid"), normal(1, HKV, tokens, P)
+    read, counts = (normal(1, H, tokens), None, normal(P), normal(H, P, P)), (torch.tensor([30]), torch.tensor([2]))
+
+    def layer(
+        query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, window: list[Tensor], beside: list[Tensor]
+    ) -> Tensor:
+        turned = globals()[turn]
+        q, k, m = turned(query.transpose(1, 2), key.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1), weight)
+        held, kept = (WindowState(*x[:2], {"beta": x[2]}, in_slots=True) for x in (window, beside))
+        whole = LayerState(held, memory={"state": state}, beside=kept)
+        return layer_read(q, k, value, {"beta": beta}, *counts, whole, S, P**-0.5, RULE, StepRead(m, *read))
+
+    found: dict[str, Any] = {}
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        fuse(module.graph)
+        module.graph.lint()
+        module.recompile()
+        (step,) = (node for node in module.graph.nodes if node.target is torch.ops.ahn.several.default)
+        found.update(step.kwargs)
+        return module.forward
+
+    angle = normal(1, tokens, P // 2).repeat(1, 1, 2)
+    inputs = normal(1, tokens, H, P), normal(1, tokens, HKV, P), angle.cos(), angle.sin(), normal(P)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        twin = copy.deepcopy(rings)
+        expected = layer(*inputs, *twin)
+        y = torch.compile(layer, backend=backend, dynamic=False)(*inputs, *rings)
+    assert relative_error(y, expected) < 1e-5
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(rings[1], twin[1], strict=True))
+    assert ("cos" in found) == (turn in ("_plain", "_after_norms") and tokens <= FEW)
+    assert (found.get("query_norm") is not None) == ("cos" in found and turn == "_after_norms")
 
 
 def test_a_rotation_becomes_the_steps_own() -> None:

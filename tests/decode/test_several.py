@@ -109,8 +109,9 @@ def test_layers_share_compiled_code(memory: str, compiled: list[torch.fx.Graph])
     talk = _turning(shared(memory=memory))
     for count in (PLACES, 3, 5):
         talk.read([count])
-    whole = [graph for graph in compiled if any(node.target is torch.ops.ahn.several.default for node in graph.nodes)]
-    assert len(whole) == 1, "of one layer for all"
+    steps = [node for graph in compiled for node in graph.nodes if node.target is torch.ops.ahn.several.default]
+    assert len(steps) == 1, "of one layer for all"
+    assert ("cos" in steps[0].kwargs) == (memory != "routed_deltanet"), "what the scan of many tokens reads is rotated"
     talk.check(TOLERANCE)
 
 

@@ -43,9 +43,12 @@ def layer(attention: Any, scan: Any, P: int) -> None:
 def several_tokens(P: int) -> None:
     """A captured step of 8 tokens, of 16 and of 64, with every kind of memory, and what settles them."""
     from ahn.layout.state import LayerState, WindowState
+    from ahn.ops.gate import Gate
     from ahn.ops.routes import Routes
     from ahn.ops.rule import StepRead
     from ahn.ops.step import several_kernel
+    from ahn.ops.step.reference import StepRotation
+    from ahn.ops.step.several import by_steps
 
     Hq, Hkv, S, W, G = 16, 2, 4, 300, 64
 
@@ -70,8 +73,12 @@ def several_tokens(P: int) -> None:
             finish = StepRead(normal(1, Hq, N, P), normal(1, N, Hq).mT, weight, norm, normal(Hq, P, P), routes)
         new = normal(1, Hq, N, P), normal(1, Hkv, N, P), normal(1, Hkv, N, P)
         counts = torch.tensor([400]), torch.tensor([0])
-        gates = {gate: torch.rand(1, writers, N) for gate in names}
-        several_kernel.read(*new, gates, *counts, state, S, P**-0.5, rule, finish)
+        decay = Gate(normal(1, N, writers).mT, "softplus", normal(writers), normal(writers))
+        gates = {gate: decay if gate == "decay" else Gate(normal(1, N, writers).mT, "sigmoid") for gate in names}
+        rotation = None
+        if by_steps(N, routes is not None):
+            rotation = StepRotation(normal(1, 1, N, P), normal(1, 1, N, P), normal(P), normal(P), 1e-6, 1e-6)
+        several_kernel.read(*new, gates, *counts, state, S, P**-0.5, rule, finish, rotation)
         several_kernel.settle(*counts, state, S, rule, routes)
 
 

@@ -74,9 +74,10 @@ def several_attention(
         (1, N, Hq, P), and None for the weights that the kernel never writes down.
     """
     memory, x = layer.ahn.fn, layer.x
+    gates: dict[str, Gate] = {}
     rule = read = None
     if isinstance(memory, RecurrentMemory):
-        rule, N = memory.step_rule(), x.shape[1]
+        rule, gates, N = memory.step_rule(), memory.step_gates(x), x.shape[1]
         weight = None
         if layer.router is not None:
             places = step.start + step.held + torch.arange(N, device=x.device)
@@ -85,7 +86,6 @@ def several_attention(
         read = StepRead(own, memory.read_gate(x), weight, memory.step_norm, memory.o_proj.weight, memory.routes)
     state = layer.ahn.step_state
     assert state is not None
-    gates = memory.write_gates(x)
     out = layer_read(query, key, value, gates, step.start, step.held, state, step.sinks, scaling, rule, read)
     return out, None
 

@@ -15,13 +15,15 @@ from torch import fx
 import ahn.ops.step.operator  # noqa: F401  (registers the operator)
 from ahn import private
 from ahn.decode.fusion.graph import ADD, MUL, argument, either, find_norm, is_call, value
+from ahn.ops.step.several import by_steps
 
 _NEGATIVE, _CAT = (operator.neg, torch.neg, "neg"), (torch.cat, torch.concat)
 _TOKEN = (slice(None), slice(None), 0)  # of (B, H, 1, P)
+_STEP, _SEVERAL = torch.ops.ahn.step, torch.ops.ahn.several
 
 
 class _Rotated(NamedTuple):
-    """`x · cos + cat(-second half of x, first half of x) · sin`, x (B, H, 1, P)."""
+    """`x · cos + cat(-second half of x, first half of x) · sin`, x (B, H, N, P)."""
 
     x: fx.Node
     cos: fx.Node
@@ -29,7 +31,7 @@ class _Rotated(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """A query or key (B, H, 1, P) before its norm, if it has one, and its rotation."""
+    """A query or key (B, H, N, P) before its norm, if it has one, and its rotation."""
 
     x: fx.Node
     norm: fx.Node | None
@@ -39,15 +41,22 @@ class _Head(NamedTuple):
 def fuse_rotation(graph: fx.Graph) -> None:
     """Rewrite the graph in place; what is of no use any more stays in it."""
     for node in graph.nodes:
-        if node.target is torch.ops.ahn.step.default:
-            _take_in(graph, node)
+        if node.target is _STEP.default:
+            _take_in(graph, node, _STEP)
+        elif node.target is _SEVERAL.default:
+            _take_in(graph, node, _SEVERAL)
 
 
-def _take_in(graph: fx.Graph, step: fx.Node) -> None:
+def _take_in(graph: fx.Graph, step: fx.Node, operator_of: Any) -> None:
     """Let a step rotate by itself, where all its queries are one and its key is rotated as they are."""
-    names = private.argument_names(torch.ops.ahn.step)
+    names, single = private.argument_names(operator_of), operator_of is _STEP
     at = {name: names.index(name) for name in ("query", "key", "memory_query")}
-    heads = {name: _token_of(step.args[place]) for name, place in at.items() if step.args[place] is not None}
+    if not single:
+        routed = step.args[names.index("query_map")] is not None
+        if not by_steps(value(step.args[at["query"]]).shape[2], routed):
+            return
+    given = {name: step.args[place] for name, place in at.items() if step.args[place] is not None}
+    heads = {name: _token_of(node) if single else node for name, node in given.items()}
     query, key = (_rotated(heads[name]) for name in ("query", "key"))
     if query is None or key is None or (query.cos, query.sin) != (key.cos, key.sin):
         return
@@ -57,8 +66,8 @@ def _take_in(graph: fx.Graph, step: fx.Node) -> None:
         before = {"query": _before_norm(graph, query.x), "key": _before_norm(graph, key.x)}
         before["memory_query"] = before["query"]
         for name in heads:
-            token = graph.call_function(operator.getitem, (before[name].x, _TOKEN))
-            step.update_arg(at[name], token)
+            x = before[name].x
+            step.update_arg(at[name], graph.call_function(operator.getitem, (x, _TOKEN)) if single else x)
     turn: dict[str, Any] = {"cos": query.cos, "sin": query.sin}
     for name in ("query", "key"):
         turn |= {f"{name}_norm": before[name].norm, f"{name}_eps": before[name].eps}
@@ -95,11 +104,11 @@ def _before_half_turn(node: Any) -> Any:
 
 
 def _for_tokens(turn: Any, x: fx.Node) -> bool:
-    """Whether cos or sin is one row of P numbers for each token, or for all, of x (B, H, 1, P)."""
+    """Whether cos or sin is P numbers for each token, of each row or of all, of x (B, H, N, P)."""
     if not isinstance(turn, fx.Node) or value(x).dim() != 4 or value(turn).dim() != 4:
         return False
-    (B, _, _, P), (rows, *rest) = value(x).shape, value(turn).shape
-    return rows in (1, B) and rest == [1, 1, P]
+    (B, _, N, P), (rows, *rest) = value(x).shape, value(turn).shape
+    return rows in (1, B) and rest == [1, N, P]
 
 
 def _before_norm(graph: fx.Graph, x: fx.Node) -> _Head:

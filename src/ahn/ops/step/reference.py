@@ -90,9 +90,9 @@ def step(
     if rotation is not None:
         angles = rotation.cos, rotation.sin
         if memory_query is not None:
-            memory_query = _rotated(memory_query, *angles, rotation.query_norm, rotation.query_eps)
-        query = _rotated(query, *angles, rotation.query_norm, rotation.query_eps)
-        key = _rotated(key, *angles, rotation.key_norm, rotation.key_eps)
+            memory_query = rotated(memory_query, *angles, rotation.query_norm, rotation.query_eps)
+        query = rotated(query, *angles, rotation.query_norm, rotation.query_eps)
+        key = rotated(key, *angles, rotation.key_norm, rotation.key_eps)
     window, tier = state.window, state.tier
     T = window.keys.shape[2]
     slot = torch.where(positions < T, positions, sinks + (positions - sinks) % (T - sinks))
@@ -231,8 +231,8 @@ def _value(gate: Gate | None) -> Tensor | None:
     return None if gate is None else gate.value()
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    """x (B, H, P) through its norm and RoPE, rounded once."""
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """x (B, H, P) through its norm and RoPE, by angles of B rows or of all, rounded once."""
     y = x.float()
     if norm is not None:
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.float()

@@ -10,23 +10,32 @@ W window, T = S + W, N new tokens, G ≤ W places beside the window, of which th
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.layout.slots import Slots
 from ahn.layout.state import LayerState, Tensors, WindowState
+from ahn.ops.gate import Gate
 from ahn.ops.quantize import precise
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step.reference import gates_of, read_out, write_and_read_token
+from ahn.ops.step.product import FEW
+from ahn.ops.step.reference import StepRotation, gates_of, read_out, rotated, write_and_read_token
+
+
+def by_steps(tokens: int, routed: bool) -> bool:
+    """Whether kernels write what this many new tokens replace one after the other, and rotate by themselves."""
+    return tokens <= FEW and not routed
 
 
 def read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gates: Tensors,
+    gates: dict[str, Gate],
     start: Tensor,
     held: Tensor,
     state: LayerState,
@@ -34,29 +43,37 @@ def read(
     scaling: float,
     rule: StepRule | None,
     finish: StepRead | None,
+    rotation: StepRotation | None = None,
 ) -> Tensor:
     """Put new tokens beside the window, attend, and read what the memory would be.
 
     Args:
-        query: (1, Hq, N, P); key, value: (1, Hkv, N, P), after RoPE.
-        gates: of the new tokens by name, (1, Hw, N) float32; none without a memory.
+        query: (1, Hq, N, P); key, value: (1, Hkv, N, P).
+        gates: of the new tokens by name, (1, Hw, N); none without a memory.
         start, held: (1,) int64, tokens in the slots and beside them; held + N ≤ G.
         state: of the layer, its window in slots, with places beside it.
         sinks: S.
         scaling: of attention scores.
         rule: None without a memory.
         finish: its query (1, Hq, N, P), gamma (1, Hq, N) and weight (1, Hq, N) are of the new tokens.
+        rotation: of all queries and keys, with angles of each token; None where they come rotated.
 
     Returns:
         (1, N, Hq, P): attention over sinks and window of each token, plus the memory's read.
     """
+    if rotation is not None:
+        query = _turned(query, rotation, rotation.query_norm, rotation.query_eps)
+        key = _turned(key, rotation, rotation.key_norm, rotation.key_eps)
+        if finish is not None:
+            own = _turned(finish.query, rotation, rotation.query_norm, rotation.query_eps)
+            finish = dataclasses.replace(finish, query=own)
     window, beside = state.window, _beside(state)
     N, T, G = query.shape[2], window.keys.shape[2], beside.keys.shape[2]
     place = held + torch.arange(N, device=held.device)
     beside.keys.index_copy_(2, place, key.to(beside.keys.dtype))
     beside.values.index_copy_(2, place, value.to(beside.values.dtype))
     for name, gate in gates.items():
-        beside.gates[name].index_copy_(2, place, gate.to(beside.gates[name].dtype))
+        beside.gates[name].index_copy_(2, place, gate.value().to(beside.gates[name].dtype))
     slots, later = torch.arange(T, device=held.device), place[:, None]
     # The token in a slot is replaced by the new one that comes so many after `start`.
     replaced = (slots - start) % (T - sinks)
@@ -108,6 +125,11 @@ def settle(
     pairs = (window.keys, beside.keys), (window.values, beside.values)
     for ring, new in (*pairs, *((window.gates[name], beside.gates[name]) for name in window.gates)):
         ring.index_copy_(2, slot, new[:, :, :count])
+
+
+def _turned(x: Tensor, rotation: StepRotation, norm: Tensor | None, eps: float) -> Tensor:
+    """Queries or keys (1, H, N, P) through their norm and RoPE."""
+    return rotated(x[0].transpose(0, 1), rotation.cos, rotation.sin, norm, eps).transpose(0, 1)[None]
 
 
 def _beside(state: LayerState) -> WindowState:
@@ -167,9 +189,24 @@ def operator(
     key_map: Tensor | None,
     query_route: Tensor | None,
     key_route: Tensor | None,
+    write_activation: str = "none",
+    write_shift: Tensor | None = None,
+    write_log_rate: Tensor | None = None,
+    decay_activation: str = "none",
+    decay_shift: Tensor | None = None,
+    decay_log_rate: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    query_eps: float = 0.0,
+    key_eps: float = 0.0,
 ) -> Tensor:
-    """`read` with every field an argument of its own, as an operator wants it."""
-    rule = finish = None
+    """`read` with every field an argument of its own, as an operator wants it.
+
+    See `layer_read` for all but those of `StepRotation`, which `ahn.decode.fusion` gives.
+    """
+    rule = finish = rotation = None
     if memory_query is not None and gamma is not None and norm is not None and o_proj is not None:
         rule = StepRule("write", None if decay is None else "decay", delta, l2_eps, scale, norm_eps, across_heads)
         routes = None
@@ -180,7 +217,14 @@ def operator(
     layer.beside = WindowState(beside_keys, beside_values, _named(beside_write, beside_decay))
     if state is not None:
         layer.memory["state"] = state
-    arguments = query, key, value, _named(write, decay), start, held, layer, sinks, scaling, rule, finish
+    if cos is not None and sin is not None:
+        rotation = StepRotation(cos, sin, query_norm, key_norm, query_eps, key_eps)
+    gates = dict[str, Gate]()
+    if write is not None:
+        gates["write"] = Gate(write, write_activation, write_shift, write_log_rate)
+    if decay is not None:
+        gates["decay"] = Gate(decay, decay_activation, decay_shift, decay_log_rate)
+    arguments = query, key, value, gates, start, held, layer, sinks, scaling, rule, finish, rotation
     if query.is_cuda:
         from ahn.ops.step import several_kernel
 
@@ -190,7 +234,7 @@ def operator(
 
 
 @operator.register_fake
-def _(query: Tensor, *rest: object) -> Tensor:
+def _(query: Tensor, *rest: object, **named: object) -> Tensor:
     B, H, N, P = query.shape
     return query.new_empty(B, N, H, P)
 
@@ -204,7 +248,7 @@ def layer_read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gates: Tensors,
+    gates: dict[str, Gate],
     start: Tensor,
     held: Tensor,
     state: LayerState,
@@ -213,9 +257,13 @@ def layer_read(
     rule: StepRule | None,
     finish: StepRead | None,
 ) -> Tensor:
-    """`read` on the device's best path, as an operator that torch.compile leaves whole."""
+    """`read` of rotated queries and keys on the device's best path, as an operator that torch.compile leaves whole."""
     window, beside = state.window, _beside(state)
-    tokens = query, key, value, *gates_of(gates, rule), start, held
+    write = decay = None
+    if rule is not None:
+        write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
+    logits = (None if gate is None else gate.logits for gate in (write, decay))
+    tokens = query, key, value, *logits, start, held
     places = beside.keys, beside.values, *gates_of(beside.gates, rule)
     rings = *places, window.keys, window.values, *gates_of(window.gates, rule), state.memory.get("state")
     if rule is None or finish is None:
@@ -225,4 +273,9 @@ def layer_read(
     maps = (None,) * 4 if routes is None else (routes.query_map, routes.key_map, routes.query_route, routes.key_route)
     how = rule.delta, rule.l2_eps, rule.scale, rule.norm_eps, rule.across_heads
     reads = finish.query, finish.gamma, finish.weight, finish.norm, finish.o_proj
-    return operator(*tokens, *rings, sinks, scaling, *how, *reads, *maps)
+    return operator(*tokens, *rings, sinks, scaling, *how, *reads, *maps, *_parts(write), *_parts(decay))
+
+
+def _parts(gate: Gate | None) -> tuple[str, Tensor | None, Tensor | None]:
+    """A gate besides its logits, as `operator` takes it."""
+    return ("none", None, None) if gate is None else (gate.activation, gate.shift, gate.log_rate)

@@ -17,21 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.layout.state import LayerState, Tensors, WindowState
+from ahn.layout.state import LayerState, WindowState
 from ahn.ops import scan
 from ahn.ops.backend import multiprocessors
+from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step import dependent_launch
 from ahn.ops.step.head_kernel import slot_of
-from ahn.ops.step.product import FEW
-from ahn.ops.step.reference import gates_of
+from ahn.ops.step.reference import StepRotation, gates_of
+from ahn.ops.step.several import by_steps
 from ahn.ops.step.several_read_kernel import attend_and_write, join_and_keep
 
 TILE_BYTES = 16384  # keys that a program looks at together
 LINE_BYTES = 128
-ROWS = 128  # queries of a program at most: of 16 tokens of 8 heads, so that they read keys once
-MOST_PARTS, SHORTEST_PART = 128, 64
+ROWS = 64  # queries of a program; twice as many would leave a multiprocessor no registers for a second program
+MOST_PARTS = 128
 COLUMNS = 32  # of a head that a program joins, and of a state
 TOKENS = 16  # that a program gathers
 
@@ -108,7 +109,7 @@ def read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gates: Tensors,
+    gates: dict[str, Gate],
     start: Tensor,
     held: Tensor,
     state: LayerState,
@@ -116,25 +117,30 @@ def read(
     scaling: float,
     rule: StepRule | None,
     finish: StepRead | None,
+    rotation: StepRotation | None = None,
     processors: int | None = None,
 ) -> Tensor:
-    """See `ahn.ops.step.several.read`; float32 tensors are multiplied in full precision."""
+    """See `ahn.ops.step.several.read`; float32 tensors are multiplied in full precision.
+
+    A rotation is for what is done `by_steps` alone: the scan of many tokens wants rotated queries.
+    """
     window, beside = state.window, state.beside
     assert beside is not None
     _, heads, new, P = query.shape
     key_heads, slots = window.keys.shape[1:3]
     query, key, value = map(_with_whole_heads, (query, key, value))
     rings, own_gates = gates_of(window.gates, rule), gates_of(beside.gates, rule)
-    by_steps = rule is not None and finish is not None and finish.routes is None and new <= FEW
+    in_kernel = rule is not None and finish is not None and by_steps(new, finish.routes is not None)
     reads = None
-    if rule is not None and finish is not None and not by_steps:
+    if rule is not None and finish is not None and not in_kernel:
+        assert rotation is None
         gone = _gathered(start, held, window, beside, sinks, rule, new, finish)
         own = dataclasses.replace(finish, query=gone.query, gamma=gone.gamma, weight=gone.weight)
         evicted = gone.key, gone.value, gone.write, gone.decay
         with _aside(query.device):
             reads, _ = scan.write_and_read(gone.query, *evicted, state.memory["state"], rule, own)
     launch = dependent_launch.options(query) if reads is None else {"PDL": False}
-    groups, size = heads // key_heads, query.element_size()
+    groups = heads // key_heads
     rows = min(ROWS, max(16, triton.next_power_of_2(groups * new)))
     blocks = triton.cdiv(groups * new, rows)
     parts = _parts(key_heads, blocks, slots, processors or multiprocessors(query.device))
@@ -144,36 +150,43 @@ def read(
     partial = torch.empty(new * heads, parts + 1, P, dtype=torch.float32, device=query.device)
     score = torch.empty(new * heads, parts + 1, dtype=torch.float32, device=query.device)
     memory_query = raw = gamma = weight = norm = o_proj = None
-    if by_steps and finish is not None:
+    if in_kernel and finish is not None:
         raw = torch.empty(new, heads, P, dtype=torch.float32, device=query.device)
         memory_query, norm, o_proj = _with_whole_heads(finish.query), finish.norm, finish.o_proj
         # A token's gates lie together, as projections give them.
         gamma = finish.gamma.transpose(1, 2).contiguous()
         weight = None if finish.weight is None else finish.weight.transpose(1, 2).contiguous()
-    state_programs = groups * (P // columns) if by_steps else 0
+    cos, sin, query_norm, key_norm, query_eps, key_eps = None, None, None, None, 0.0, 0.0
+    if rotation is not None:
+        cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
+        query_norm, key_norm = rotation.query_norm, rotation.key_norm
+        query_eps, key_eps = rotation.query_eps, rotation.key_eps
+    state_programs = groups * (P // columns) if in_kernel else 0
     attend_and_write[parts + 1 + state_programs, key_heads, blocks](
         query, key, value, window.keys, window.values, beside.keys, beside.values, start, held, partial, score,
-        memory_query, *rings, state.memory.get("state"), raw,
+        memory_query, *rings, state.memory.get("state"), raw, query_norm, key_norm, cos, sin, query_eps, key_eps,
         slots, sinks, scaling, per_part, rule.l2_eps if rule else 0.0, rule.scale if rule else 0.0,
         *_steps(query, key, value, memory_query), *_strides(window),
         NEW=new, TAIL=max(16, triton.next_power_of_2(new)), PLACES=beside.keys.shape[2], PARTS=parts, HEADS=heads,
         GROUPS=groups, ROWS=rows, P=P, BLOCK=block, LINE=min(P, LINE_BYTES // window.keys.element_size()),
         COLUMNS=columns, STATE_PROGRAMS=state_programs, DELTA=bool(rule and rule.delta),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=8 if rows == ROWS else 4, num_stages=3 if size == 2 and rows < ROWS else 2, **launch,
+        num_warps=4, num_stages=3 if query.element_size() == 2 else 2, **launch,
     )  # fmt: skip
     if reads is not None and query.is_cuda:
         torch.cuda.current_stream().wait_stream(_stream(query.device))
     out = torch.empty(1, new, heads, P, dtype=query.dtype, device=query.device)
-    new_gates = gates_of(gates, rule)
+    write, decay = (None, None) if rule is None else (gates[rule.write], gates.get(rule.decay or ""))
     join_and_keep[new * heads, P // columns + 1](
         partial, score, raw, gamma, weight, norm, o_proj, reads, out,
-        key, value, *new_gates, beside.keys, beside.values, *own_gates, held, rule.norm_eps if rule else 0.0,
-        *_steps(key, value, *new_gates, reads),
+        key, value, *_of_gate(write), *_of_gate(decay), key_norm, cos, sin, key_eps,
+        beside.keys, beside.values, *own_gates, held, rule.norm_eps if rule else 0.0,
+        *_steps(key, value, *(None if gate is None else gate.logits for gate in (write, decay)), reads),
         SPLITS=parts + 1, ALL_SPLITS=triton.next_power_of_2(parts + 1), PLACES=beside.keys.shape[2], HEADS=heads,
         KEY_HEADS=key_heads, WRITERS=0 if rings[0] is None else rings[0].shape[1], P=P, COLUMNS=columns,
-        ALL=triton.next_power_of_2(heads * P), MEMORY=by_steps, ROUTER=weight is not None,
-        ACROSS=bool(rule and rule.across_heads), num_warps=4, **launch,
+        ALL=triton.next_power_of_2(heads * P), MEMORY=in_kernel, ROUTER=weight is not None,
+        ACROSS=bool(rule and rule.across_heads), WRITE_ACTIVATION=write.activation if write else "none",
+        DECAY_ACTIVATION=decay.activation if decay else "none", num_warps=4, **launch,
     )  # fmt: skip
     return out
 
@@ -251,6 +264,10 @@ def _gathered(
     return gone
 
 
+def _of_gate(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if gate is None else (gate.logits, gate.shift, gate.log_rate)
+
+
 def _with_whole_heads(x: Tensor) -> Tensor:
     """x (1, H, N, P) with the numbers of a head next to each other."""
     return x if x.stride(3) == 1 else x.contiguous()
@@ -282,11 +299,11 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def _parts(key_heads: int, blocks: int, slots: int, processors: int) -> int:
     """Of the slots, a power of two, so that all multiprocessors are busy.
 
-    Where one block of rows holds all queries, keys are read once, and a program for each multiprocessor has enough of
-    them under way; the memory's scan then finds room beside it. Else products count, and there are two.
+    A multiprocessor holds two programs. Of up to 16 tokens one has enough keys under way, and those of the memory find
+    room beside them, so that all run at once. Of more tokens products count, and there are two.
     """
-    wanted = max(1, (1 if blocks == 1 else 2) * processors // (key_heads * blocks))
-    return min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(slots, SHORTEST_PART)), 1 << (wanted.bit_length() - 1))
+    wanted = max(1, (1 if blocks <= 2 else 2) * processors // (key_heads * blocks))
+    return min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(slots, ROWS)), 1 << (wanted.bit_length() - 1))
 
 
 def _strides(window: WindowState) -> tuple[int, ...]:

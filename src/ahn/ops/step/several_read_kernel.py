@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ahn.ops.step.combine_kernel import joined
 from ahn.ops.step.dependent_launch import announce, prefetch, wait
-from ahn.ops.step.head_kernel import slot_of
+from ahn.ops.step.head_kernel import finished_gate, finished_head, slot_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -21,7 +21,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def attend_and_write(
     query, key, value, keys, values, beside_keys, beside_values, start, held, partial, score,
-    memory_query, write_ring, decay_ring, state, raw,
+    memory_query, write_ring, decay_ring, state, raw, query_norm, key_norm, cos, sin, query_eps, key_eps,
     slots, sinks, scaling, per_part, l2_eps, scale,
     query_h, query_n, key_h, key_n, value_h, value_n, memory_h, memory_n, stride_kh, stride_kt, stride_vh, stride_vt,
     NEW: tl.constexpr, TAIL: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr,
@@ -46,6 +46,7 @@ def attend_and_write(
         wait(PDL)
         _attend(
             query, key + head * key_h, value + head * value_h, keys, values, beside_keys, beside_values, partial, score,
+            query_norm, key_norm, cos, sin, query_eps, key_eps,
             part, head, block, read, count, begin, end, slots, sinks, scaling * LOG2_E,
             query_h, query_n, key_n, value_n, stride_kt, stride_vt,
             NEW, TAIL, PLACES, PARTS, HEADS, GROUPS, ROWS, P, BLOCK, PRECISION,
@@ -53,7 +54,8 @@ def attend_and_write(
     elif STATE_PROGRAMS > 0 and block == 0:
         h = head * GROUPS + part // (P // COLUMNS)
         _write_and_read(
-            memory_query + h * memory_h, keys, values, write_ring, decay_ring, state, raw, h,
+            memory_query + h * memory_h, query_norm, cos, sin, query_eps, keys, values, write_ring, decay_ring, state,
+            raw, h,
             part % (P // COLUMNS) * COLUMNS, read, count, slots, sinks, l2_eps, scale, memory_n, stride_kt, stride_vt,
             NEW, HEADS, P, COLUMNS, DELTA, PDL,
         )  # fmt: skip
@@ -62,6 +64,7 @@ def attend_and_write(
 @triton.jit
 def _attend(
     query, key, value, keys, values, beside_keys, beside_values, partial, score,
+    query_norm, key_norm, cos, sin, query_eps, key_eps,
     part, head, block, read, count, begin, end, slots, sinks, scaling,
     query_h, query_n, key_n, value_n, stride_kt, stride_vt,
     NEW: tl.constexpr, TAIL: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr,
@@ -73,8 +76,8 @@ def _attend(
     """
     p, r = tl.arange(0, P), block * ROWS + tl.arange(0, ROWS)
     mine, i, h = r < GROUPS * NEW, r % NEW, head * GROUPS + r // NEW
-    q = tl.load(query + (h * query_h + i * query_n)[:, None] + p[None, :], mask=mine[:, None], other=0.0)
-    q = q.to(keys.dtype.element_ty)
+    of_query = query + (h * query_h + i * query_n)[:, None]
+    q = _finished(of_query, mine[:, None], query_norm, query_eps, cos, sin, i[:, None], P).to(keys.dtype.element_ty)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, P], tl.float32)
@@ -101,7 +104,8 @@ def _attend(
             v = tl.load(beside_values + own, mask=there[:, None], other=0.0)
             highest, total, acc = _with_block(q, k, v, there[None, :], scaling, highest, total, acc, PRECISION)
         n = tl.arange(0, TAIL)
-        k = tl.load(key + n[:, None] * key_n + p[None, :], mask=(n < NEW)[:, None], other=0.0).to(q.dtype)
+        of_key, token = key + n[:, None] * key_n, tl.minimum(n, NEW - 1)[:, None]
+        k = _finished(of_key, (n < NEW)[:, None], key_norm, key_eps, cos, sin, token, P).to(q.dtype)
         v = tl.load(value + n[:, None] * value_n + p[None, :], mask=(n < NEW)[:, None], other=0.0).to(q.dtype)
         seen = n[None, :] <= i[:, None]
         highest, total, acc = _with_block(q, k, v, seen, scaling, highest, total, acc, PRECISION)
@@ -109,6 +113,15 @@ def _attend(
     safe = tl.where(total == 0.0, 1.0, total)
     tl.store(partial + to[:, None] * P + p[None, :], acc / safe[:, None], mask=mine[:, None])
     tl.store(score + to, (highest + tl.log2(safe)) / LOG2_E, mask=mine)
+
+
+@triton.jit
+def _finished(x, kept, norm, eps, cos, sin, token, P: tl.constexpr):
+    """`finished_head` by the angles of these tokens."""
+    if cos is not None:
+        cos += token * P
+        sin += token * P
+    return finished_head(x, kept, norm, eps, cos, sin, P)
 
 
 @triton.jit
@@ -127,8 +140,8 @@ def _with_block(q, k, v, seen, scaling, highest, total, acc, PRECISION: tl.const
 
 @triton.jit
 def _write_and_read(
-    query, keys, values, write_ring, decay_ring, state, raw, h, first_column, read, count, slots, sinks, l2_eps, scale,
-    query_n, stride_kt, stride_vt,
+    query, query_norm, cos, sin, query_eps, keys, values, write_ring, decay_ring, state, raw, h, first_column,
+    read, count, slots, sinks, l2_eps, scale, query_n, stride_kt, stride_vt,
     NEW: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -154,16 +167,16 @@ def _write_and_read(
         S = _written(S, k, v, strength, fade, l2_eps, decay_ring is not None, DELTA)
         k, v, strength, fade = following
     wait(PDL)
-    q = tl.load(query + p)
+    q = _finished(query, p < P, query_norm, query_eps, cos, sin, 0, P)
     for i in range(NEW):
         following = _leaving(
             keys, values, write_ring, decay_ring, count + i + 1, last, read, slots, sinks, stride_kt, stride_vt, P,
             COLUMNS,
         )  # fmt: skip
-        after = tl.load(query + tl.minimum(i + 1, NEW - 1) * query_n + p)
+        token = tl.minimum(i + 1, NEW - 1)
+        after = _finished(query + token * query_n, p < P, query_norm, query_eps, cos, sin, token, P)
         S = _written(S, k, v, strength, fade, l2_eps, decay_ring is not None, DELTA)
-        unit = q.to(tl.float32)
-        unit *= tl.rsqrt(tl.sum(unit * unit) + l2_eps) * scale
+        unit = q * (tl.rsqrt(tl.sum(q * q) + l2_eps) * scale)
         tl.store(raw + (i * HEADS + h) * P + c, tl.sum(S * unit[:, None], 0))
         k, v, strength, fade = following
         q = after
@@ -203,11 +216,13 @@ def _written(S, k, v, strength, fade, l2_eps, DECAY: tl.constexpr, DELTA: tl.con
 @triton.jit
 def join_and_keep(
     partial, score, raw, gamma, weight, norm, o_proj, finished, out,
-    key, value, write, decay, beside_keys, beside_values, beside_write, beside_decay, held, norm_eps,
+    key, value, write, write_shift, write_log_rate, decay, decay_shift, decay_log_rate, key_norm, cos, sin, key_eps,
+    beside_keys, beside_values, beside_write, beside_decay, held, norm_eps,
     key_h, key_n, value_h, value_n, write_h, write_n, decay_h, decay_n, finished_h, finished_t,
     SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WRITERS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr, MEMORY: tl.constexpr,
-    ROUTER: tl.constexpr, ACROSS: tl.constexpr, PDL: tl.constexpr,
+    ROUTER: tl.constexpr, ACROSS: tl.constexpr, WRITE_ACTIVATION: tl.constexpr, DECAY_ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one query's output; in one more program for each query, what is kept of its token."""
     announce(PDL)
@@ -227,11 +242,16 @@ def join_and_keep(
         wait(PDL)
         if h < KEY_HEADS:
             own = (h * PLACES + to) * P + p
-            tl.store(beside_keys + own, tl.load(key + h * key_h + i * key_n + p))
+            k = _finished(key + h * key_h + i * key_n, p < P, key_norm, key_eps, cos, sin, i, P)
+            tl.store(beside_keys + own, k)
             tl.store(beside_values + own, tl.load(value + h * value_h + i * value_n + p))
         if write is not None:
             own = h * PLACES + to
             if h < WRITERS:
-                tl.store(beside_write + own, tl.load(write + h * write_h + i * write_n))
+                logits = write + h * write_h + i * write_n
+                gate = finished_gate(logits, write_shift, write_log_rate, h, WRITE_ACTIVATION)
+                tl.store(beside_write + own, gate)
                 if decay is not None:
-                    tl.store(beside_decay + own, tl.load(decay + h * decay_h + i * decay_n))
+                    logits = decay + h * decay_h + i * decay_n
+                    gate = finished_gate(logits, decay_shift, decay_log_rate, h, DECAY_ACTIVATION)
+                    tl.store(beside_decay + own, gate)
