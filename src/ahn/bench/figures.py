@@ -54,7 +54,6 @@ class Curve:
     """One method in one panel.
 
     Attributes:
-        points: measured.
         spans: fastest and slowest of the runs whose median a point is, where they are known.
         limits: the machine's, at the same places.
         ran_out: memory did, at the next place.

@@ -32,7 +32,6 @@ def make_methods(
         window, sinks, quantized: None takes the adapter's, or what follows the base.
         bits: per number of keys and of values of quantized tokens; None takes the adapter's, or the defaults.
         adapter: directory or Hub id; gives its weights to the method of its memory.
-        trained: number of positions that the base was trained on.
 
     Raises:
         AHNError: a name is unknown, or the adapter cannot be read.

@@ -22,7 +22,6 @@ class BenchModel:
     """A base model without a memory, in evaluation mode.
 
     Attributes:
-        name: what tables call it.
         random: its weights mean nothing.
     """
 
@@ -32,11 +31,7 @@ class BenchModel:
 
 
 def config_of(name: str) -> Any:
-    """The configuration of the model called `name`, as `load` takes it.
-
-    Raises:
-        AHNError: it cannot be found or read.
-    """
+    """The configuration of the model called `name`, as `load` takes it."""
     if name in SHAPES:
         return configuration(name)
     path = expanded(shipped.resolve(name))
@@ -57,9 +52,6 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
     Args:
         name: a name in `SHAPES`, one in `shipped.NAMES`, a config.json, or a directory or Hub id.
         random_weights: of the last two, take only the shape. The first and the third have no weights anyway.
-
-    Raises:
-        AHNError: it cannot be found or loaded.
     """
     config, path = config_of(name), expanded(shipped.resolve(name))
     if name in SHAPES or path.is_file() or random_weights:

@@ -43,11 +43,7 @@ NEEDED = ("measurement", "model", "device", "dtype", "method", "status")
 
 
 class Log:
-    """Appends lines to `rows.jsonl` in a folder. The first of a run says what all its rows share.
-
-    Raises:
-        AHNError: the folder cannot be written.
-    """
+    """Appends lines to `rows.jsonl` in a folder. The first of a run says what all its rows share."""
 
     def __init__(self, folder: Path, shared: Row) -> None:
         self.path = folder / FILE
@@ -70,11 +66,7 @@ class Log:
 
 
 def read(folder: Path) -> list[Row]:
-    """The rows in a folder in the order of measurement; of those that measured the same, the last.
-
-    Raises:
-        AHNError: there are none, or a line is damaged.
-    """
+    """The rows in a folder in the order of measurement; of those that measured the same, the last."""
     path = folder / FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

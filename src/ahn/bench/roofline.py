@@ -71,12 +71,7 @@ class Work:
 
 
 def prefill(model: PreTrainedModel, config: AHNConfig | None, length: int, batch: int) -> Work:
-    """Read `batch` prompts of `length` tokens and give one row of logits each.
-
-    Args:
-        model: with its memory attached, if it has one.
-        config: of the memory, None for full attention.
-    """
+    """Read `batch` prompts of `length` tokens and give one row of logits each."""
     flops = dataclasses.replace(_prompt(model, config, length), head=_logits(model, 1))
     usage = _usage(model, config, length)
     parts = {"weights": weights_bytes(model, batch * length), "cache": batch * usage.cache_bytes}

@@ -40,12 +40,7 @@ class Plan:
 
 
 def run(stand: Stand, plan: Plan, shared: Row, log: Log, say: Callable[[Row], Any]) -> None:
-    """Measure and write all rows of a plan.
-
-    Args:
-        shared: columns that all rows have.
-        say: told of every row when it is written.
-    """
+    """Measure and write all rows of a plan."""
 
     def record(row: Row) -> None:
         row = {"measurement": plan.measurement, **shared, **row}

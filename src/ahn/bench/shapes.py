@@ -36,11 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def configuration(name: str) -> Any:
-    """The `transformers` configuration of a name in `SHAPES`.
-
-    Raises:
-        AHNError: there is no such name.
-    """
+    """The `transformers` configuration of a name in `SHAPES`."""
     from transformers import AutoConfig
 
     if name not in SHAPES:

@@ -67,11 +67,7 @@ class Skipped(Exception):  # noqa: N818  (not an error: a row says so)
 
 
 def check_patience(stand: Stand, limit: float, what: str) -> None:
-    """Refuse work that takes too long even at the machine's ceilings.
-
-    Raises:
-        Skipped: the limit is above `max_seconds`.
-    """
+    """Refuse work that takes too long even at the machine's ceilings."""
     if limit > stand.settings.max_seconds:
         raise Skipped(
             f"{what} takes at least {limit:.0f} s on this machine, --max-seconds allows {stand.settings.max_seconds:g}"

@@ -120,11 +120,7 @@ def load_adapter(
 
 
 def checked_settings(checkpoint: Checkpoint, base: Any, name: str, **reach: Unpack[Reach]) -> AHNConfig:
-    """The settings of the AHN in a checkpoint, which fits the configuration `base` of a model called `name`.
-
-    Raises:
-        AHNError: it does not fit, or a tensor is missing, extra or of the wrong shape.
-    """
+    """The settings of the AHN in a checkpoint, which fits the configuration `base` of a model called `name`."""
     shape = check_base(checkpoint, base, name)
     settings = read_settings(checkpoint, **reach)
     check_tensors(checkpoint, shape, settings)

@@ -33,8 +33,6 @@ class Checkpoint:
     """A local Hugging Face directory with safetensors weights.
 
     Args:
-        path: the directory.
-        config: its `config.json`, as it is.
         tensors: every tensor by its name, in the order of the files.
     """
 
@@ -44,11 +42,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read the configuration and all headers of a directory.
-
-        Raises:
-            AHNError: not a directory, a file is missing, truncated or corrupt, or the weights are pickles.
-        """
+        """Read the configuration and all headers of a directory."""
         if not path.is_dir():
             raise AHNError(f"{path} is not a directory.")
         return cls(path, read_json(path / CONFIG), _tensors(path))

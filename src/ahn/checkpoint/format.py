@@ -40,12 +40,8 @@ def read_settings(checkpoint: Checkpoint, **reach: Unpack[Reach]) -> AHNConfig:
     """The settings of a checkpoint's AHN.
 
     Args:
-        checkpoint: an adapter or a merged checkpoint, ours or published.
         reach: overrides what is saved, which for published checkpoints is window 32640, sinks 128, quantized 0 and
             max_distance 0, the published placing of sinks.
-
-    Raises:
-        AHNError: the configuration names no memory, an unknown one, or values out of range.
     """
     config, file = checkpoint.config, checkpoint.path / CONFIG
     settings = _own_settings(config[SAVED_BLOCK], file) if SAVED_BLOCK in config else _published_settings(config, file)
@@ -59,8 +55,6 @@ def report_window(checkpoint: Checkpoint, settings: AHNConfig, given: bool) -> N
     expect another window; information otherwise.
 
     Args:
-        checkpoint: where the settings come from.
-        settings: what is used.
         given: whether the caller chose both window and sinks.
     """
     published = SAVED_BLOCK not in checkpoint.config

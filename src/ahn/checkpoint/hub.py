@@ -22,9 +22,6 @@ def local_directory(name: str | os.PathLike[str], **hub: Any) -> Path:
     Args:
         name: a directory, or an id such as "ByteDance-Seed/AHN-GDN-for-Qwen-2.5-Instruct-3B".
         hub: further arguments of `huggingface_hub.snapshot_download`, such as `revision`.
-
-    Raises:
-        AHNError: neither exists, or the Hub cannot be reached.
     """
     check_path(name)
     path = expanded(name)
@@ -36,11 +33,7 @@ def local_directory(name: str | os.PathLike[str], **hub: Any) -> Path:
 
 
 def config_file(repository: str) -> Path:
-    """The local copy of a Hub repository's config.json, downloaded if needed.
-
-    Raises:
-        AHNError: there is no such repository or file, or the Hub cannot be reached.
-    """
+    """The local copy of a Hub repository's config.json, downloaded if needed."""
     file = _snapshot(repository, [CONFIG]) / CONFIG
     if not file.is_file():
         raise AHNError(f"The Hugging Face Hub repository {repository!r} has no {CONFIG}, or it cannot be reached.")

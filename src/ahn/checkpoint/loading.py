@@ -129,11 +129,7 @@ class ModelSource:
 
     @classmethod
     def open(cls, model: str, adapter: str | None = None, **reach: Unpack[Reach]) -> ModelSource:
-        """What a command line names: a base model, alone or with an adapter, a merged checkpoint or an adapter.
-
-        Raises:
-            AHNError: as `from_pretrained`; a base model without an adapter is no error here.
-        """
+        """What a command line names: a base model, alone or with an adapter, a merged checkpoint or an adapter."""
         named, base = (adapter, model) if adapter else (model, None)
         checkpoint = Checkpoint.open(local_directory(named))
         if checkpoint.kind == "base" and adapter is None:
@@ -196,9 +192,6 @@ class ModelSource:
             device: a torch device; None takes CUDA, else MPS, else the CPU.
             dtype: one of `DTYPES`; None takes float32 on a CPU and the checkpoint's own dtype elsewhere.
             memory: False leaves the AHN out.
-
-        Raises:
-            AHNError: there is no such device or dtype, an AHN is wanted and there is none, or a file is damaged.
         """
         if memory and self.ahn is None:
             raise AHNError(f"{self.name} is a plain model without a memory; name an adapter for it with --adapter.")
@@ -228,9 +221,6 @@ def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Pr
     Args:
         auto: the Auto class to load with. A head that the checkpoint lacks is new, as in transformers, unless it is
             that of a causal language model.
-
-    Raises:
-        AHNError: transformers cannot load it, or a weight is absent.
     """
     kwargs = {"trust_remote_code": False} | kwargs
     for name in ("dtype", "torch_dtype"):
@@ -259,11 +249,7 @@ def _check_dtype(dtype: Any) -> None:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model's weights.
-
-    Raises:
-        AHNError: there is none that loads.
-    """
+    """The tokenizer beside a model's weights."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
@@ -276,11 +262,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The torch device called `name`, or the fastest there is.
-
-    Raises:
-        AHNError: there is no such device here.
-    """
+    """The torch device called `name`, or the fastest there is."""
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")

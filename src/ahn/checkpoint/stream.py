@@ -51,11 +51,7 @@ class Meter:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor of a safetensors file, in the order of its bytes.
-
-    Raises:
-        AHNError: the file is missing, truncated, longer than its header says, or not safetensors.
-    """
+    """Every tensor of a safetensors file, in the order of its bytes."""
     try:
         with safe_open(file, "pt"):  # the library has then checked all that follows
             pass

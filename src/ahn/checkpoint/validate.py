@@ -30,11 +30,7 @@ def expected_shapes(shape: ModelShape, settings: AHNConfig) -> dict[str, tuple[i
 
 
 def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig) -> None:
-    """Compare names and shapes with those of an AHN of these settings on a base of this shape.
-
-    Raises:
-        AHNError: a tensor is missing, too many, of the wrong shape, or stored twice.
-    """
+    """Compare names and shapes with those of an AHN of these settings on a base of this shape."""
     wanted = expected_shapes(shape, settings)
     found = {short_name(name): entry.shape for name, entry in checkpoint.ahn_tensors.items()}
     what = f"{checkpoint.path} ({settings.memory}, {shape.layers} layers)"
@@ -52,11 +48,7 @@ def check_tensors(checkpoint: Checkpoint, shape: ModelShape, settings: AHNConfig
 
 
 def finite_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every AHN tensor with its short name, one at a time, in its stored dtype.
-
-    Raises:
-        AHNError: a tensor is not of a floating-point dtype or holds a NaN or an infinity.
-    """
+    """Every AHN tensor with its short name, one at a time, in its stored dtype."""
     for name, entry in checkpoint.ahn_tensors.items():
         tensor = read_tensor(entry)
         if not tensor.isfinite().all():

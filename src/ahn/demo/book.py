@@ -47,7 +47,6 @@ class BookResult:
         perplexity: of every `bin` tokens of the book, from its beginning.
         cache_bytes: after as many tokens.
         found, asked: questions answered with every digit right.
-        seconds: for the book.
     """
 
     name: str
@@ -66,7 +65,6 @@ def make_questions(
     Args:
         tokenizer: with a chat template.
         text: at least `count` times `length` tokens long.
-        length: tokens of the pages.
     """
     rng = random.Random(seed)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]

@@ -29,9 +29,7 @@ class Result:
         loss: nats per token of the real text beyond the window; `perplexity` is its exponential.
         gap_won_back: 0 is sinks + window, 1 is full attention; None when those two do not differ.
         facts_recalled, facts_asked: facts stated beyond the window; `facts_interval` is the share's 95 % interval.
-        cache_bytes: at the end of a document.
         peak_bytes: above what the process (or GPU) held before; None where it cannot be measured.
-        tokens_per_second: reading, losses included.
         loss_by_position: mean loss of every `bin` tokens of the documents, from their beginning; None for an empty bin.
         loss_by_document: the same of each document.
         cache_by_position: (tokens read, bytes).
@@ -118,10 +116,8 @@ def compare(
     """Read every document with every method.
 
     Args:
-        model: the bare base model.
         methods: full attention, sinks + window, and at least one memory.
         documents: at least one; all of one length.
-        advance: called with the method's name and a number of tokens, as reading goes on.
     """
     configs = [method.config for method in methods if method.config is not None]
     config, coarse = configs[0], max(configs, key=lambda config: config.quantized)

@@ -34,17 +34,12 @@ def make_documents(
     """Up to `count` documents of exactly `length` tokens, from different texts as far as there are enough.
 
     Args:
-        tokenizer: of the model that will read them.
         texts: names and texts, taken from their beginnings; a text is cut into as many pieces as are needed.
-        count: documents wanted; there may be fewer, if the texts are short.
         length: tokens per document, facts included.
         lossless: sinks + window. Facts are asked for at least this many tokens after they were stated.
 
     Returns:
         The documents, and why they hold no facts (None if they do).
-
-    Raises:
-        AHNError: the length is less than twice `lossless`, or the texts are shorter than one document.
     """
     if length < 2 * lossless:
         raise AHNError(

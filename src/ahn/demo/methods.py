@@ -26,11 +26,7 @@ def make_methods(model: PreTrainedModel, adapters: Sequence[str], quantized: int
 
     Args:
         model: with a memory attached, without quantized tokens; its window and sinks hold for all methods.
-        adapters: directories or Hub ids of further adapters for the same base.
         quantized: tokens before the window that the last two methods see, at the bits that the model's memory has.
-
-    Raises:
-        AHNError: an adapter cannot be loaded or does not fit.
     """
     config: AHNConfig = model.ahn_config
     memories = [_attached(model)]

@@ -26,7 +26,6 @@ class Reading:
         losses: (L - 1,) float32 on the CPU; entry t is the loss in nats of token t + 1, read up to token t.
         guesses: the most probable token at each asked position.
         cache_bytes: (tokens read, bytes of the cache) after every chunk.
-        seconds: for all of it.
     """
 
     losses: Tensor
@@ -46,7 +45,6 @@ def read(
 
     Args:
         asked: positions whose token is to be guessed from those before it; all ≥ 1.
-        advance: called with the number of tokens of every chunk.
     """
     cache = new_cache(model)
     tokens = torch.tensor(ids, device=model.device)

@@ -32,8 +32,6 @@ class DataFile:
     """A file of a data set on the Hub.
 
     Attributes:
-        repository: "owner/name".
-        revision: full commit id.
         path: in the repository, and in a local directory that takes its place.
         member: path inside of it, if it is a zip.
         sha256: of the file at that commit, where it is known; another file is refused.
@@ -59,11 +57,7 @@ class DataLines:
     """The lines of a file that is at hand.
 
     Args:
-        file: what to read.
         directory: where it is, or a zip's member unpacked; None downloads it, or takes the Hub's cached copy.
-
-    Raises:
-        AHNError: the file is not there, cannot be downloaded, or is another one than the pinned.
     """
 
     def __init__(self, file: DataFile, directory: Path | None) -> None:
@@ -95,12 +89,7 @@ class DataLines:
         """Every record from a byte on, in order; empty lines are skipped. Fields that are not named are ignored.
 
         Args:
-            fields: name -> check.
             offset: of a `DataLine`; later ones are then counted from line 1 again in messages.
-
-        Raises:
-            AHNError: no such member, a damaged archive, no UTF-8, broken JSON, a field that is missing or wrong, or no
-                record at all. The message names file and line.
         """
         empty = True
         with self._opened() as stream:

@@ -31,14 +31,10 @@ def load(tokenizer: Any, source: Path | None = None, length: int | None = None, 
     """A document.
 
     Args:
-        tokenizer: of the model that will read it.
         source: a text file, or JSON lines with the field "text" (such as PG19's); None takes the modules of the
             standard library that ahn-tiny never saw, one after another.
         length: tokens to take from the beginning; None takes all.
         number: of the book in JSON lines, from 0.
-
-    Raises:
-        AHNError: the file cannot be read or has no such book, or the text has fewer than `length` tokens, or than 2.
     """
     if number and (source is None or source.suffix != ".jsonl"):
         raise AHNError("--book chooses a text of JSON lines: give --text FILE.jsonl, or leave --book out.")

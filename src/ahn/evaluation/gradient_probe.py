@@ -43,7 +43,6 @@ class Probe:
         norms: L2 norm of the loss's gradient at each token's embedding.
         regions: where each token is when the first one that counts is predicted: "remembered" ones have left the
             window for the memory.
-        loss: mean over the tokens that count.
     """
 
     norms: list[float]
@@ -58,9 +57,6 @@ def probe(model: PreTrainedModel, ids: Sequence[int], answer: int = ANSWER, loss
         model: with an AHN; its parameters and their flags stay as they are.
         answer: tokens at the end of the text whose loss counts.
         loss: as in `distillation_loss`.
-
-    Raises:
-        AHNError: the model has no AHN, or no token has left the window before the first that counts.
     """
     config: AHNConfig | None = getattr(model, "ahn_config", None)
     if config is None:
@@ -91,12 +87,7 @@ def run(
     """Probe a document and write a result folder; one that is there already is not made again.
 
     Args:
-        evaluated: the model, from `ahn.evaluation.methods.load`.
         document: of a length that backpropagation has memory for.
-        out: folder of the result folders.
-
-    Raises:
-        AHNError: as `probe`, or results cannot be written.
     """
     folder = open_folder(out, "gradients", evaluated, document, {"answer": answer, "loss": loss})
     if folder.result is not None:

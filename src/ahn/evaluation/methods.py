@@ -44,7 +44,6 @@ class Evaluated:
     """A model as a method uses it.
 
     Attributes:
-        method: one of `METHODS`.
         settings: everything of it that a score depends on, as JSON types.
         about: where it came from, which no score depends on.
     """
@@ -67,15 +66,10 @@ def load(
     """Load a model for a method.
 
     Args:
-        method: one of `METHODS`.
         model: a base model, a merged checkpoint or an adapter; all methods but "ahn" take the base in it.
         adapter: for a base model. Methods other than "ahn" take only the default window and sinks from it, and which
             layers keep full attention.
-        device, dtype: as `ahn.checkpoint.loading.ModelSource.load_ready`.
         reach: of the memory and of its baselines: CT's slots are taken from this window.
-
-    Raises:
-        AHNError: the method is unknown or needs a memory that there is not, or the model cannot be loaded.
     """
     if method not in METHODS:
         raise AHNError(f"Unknown method {method!r}; choose one of {', '.join(METHODS)}.")
@@ -97,9 +91,6 @@ def apply(model: PreTrainedModel, method: str, **reach: Unpack[Reach]) -> None:
 
     Args:
         reach: in place of the attached AHN's, or of what follows the base.
-
-    Raises:
-        AHNError: "ahn" without an AHN, or no window is left beside the slots.
     """
     attached: AHNConfig | None = getattr(model, "ahn_config", None)
     if method == "ahn":
@@ -124,18 +115,13 @@ def make(method: str, settings: AHNConfig, **reach: Unpack[Reach]) -> Method:
 
     Args:
         settings: of the AHN that it is compared with.
-        reach: in place of the settings'.
     """
     config = overridden(settings, router=False, q_proj=False, calibrated_keys=False, **reach)
     return Method(method, None if method == "full" else baseline(method, config))
 
 
 def baseline(method: str, config: AHNConfig) -> AHNConfig:
-    """The configuration of a baseline that keeps as many keys as `config`: sinks + window + slots = its lossless total.
-
-    Raises:
-        AHNError: the total is too small for a slot and a window.
-    """
+    """The configuration of a baseline that keeps as many keys: sinks + window + slots = the lossless total."""
     name = BASELINES[method]
     return config.replace(memory=name, window=memory.window_within(name, config.window, config.quantized))
 

@@ -44,9 +44,7 @@ class Bucket:
 
     Attributes:
         start, stop: their positions; `loss` is their mean loss in nats, each predicted from all before it.
-        cache_bytes: of the cache, after them.
         peak_bytes: the most that was held meanwhile beyond the model, on its device; None where it cannot be measured.
-        seconds: to read them.
     """
 
     start: int
@@ -68,15 +66,11 @@ def measure(
     """Read a document of L tokens.
 
     Args:
-        model: with an AHN or without.
         bucket, chunk: tokens; a chunk ends with its bucket.
         advance: called with the number of tokens of every chunk.
 
     Returns:
         The loss of each token but the first, (L - 1,) float32 on the CPU, and the buckets.
-
-    Raises:
-        AHNError: the document has fewer than 2 tokens, or a size is too small.
     """
     if min(len(ids), bucket) < 2 or chunk < 1:
         raise AHNError(
@@ -111,15 +105,7 @@ def run(
     bucket: int = BUCKET,
     advance: Callable[[int], Any] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """Measure a document with a method and write a result folder; one that is there already is not measured again.
-
-    Args:
-        evaluated: the model, from `ahn.evaluation.methods.load`.
-        out: folder of the result folders.
-
-    Raises:
-        AHNError: as `measure`, or results cannot be written.
-    """
+    """Measure a document with a method and write a result folder; one that is there already is not measured again."""
     folder = open_folder(out, "perplexity", evaluated, document, {"bucket": bucket, "chunk": CHUNK})
     if folder.result is not None:
         return folder.result

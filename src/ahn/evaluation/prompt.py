@@ -19,9 +19,6 @@ def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple
 
     A chat template is used because the tokenizer has one, whatever the model is called; thinking is off where a
     template knows of it, as in the paper's scripts.
-
-    Raises:
-        AHNError: the limit leaves nothing of the prompt.
     """
     text, shortened = prompt, False
     if task.truncation is not None:
@@ -35,11 +32,7 @@ def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool, **options: Any) -> str:
-    """Messages in the model's chat template, up to where the next reply begins if `ask`.
-
-    Raises:
-        AHNError: the template refuses them, or is broken.
-    """
+    """Messages in the model's chat template, up to where the next reply begins if `ask`."""
     shown = as_shown(tokenizer, messages)
     try:
         text: str = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **options)
@@ -52,9 +45,6 @@ def shorten(prompt: str, how: Truncation, max_new_tokens: int, tokenizer: PreTra
     """A prompt of no more tokens than the limit, as text, and whether anything was taken away.
 
     The text can have a few tokens more or fewer when it is tokenised again, as in the benchmarks' scripts.
-
-    Raises:
-        AHNError: the limit leaves nothing.
     """
     ids = token_ids(tokenizer, prompt)
     parts = kept(ids, how, max_new_tokens)
@@ -71,9 +61,6 @@ def kept(ids: Sequence[int], how: Truncation, max_new_tokens: int) -> tuple[Sequ
     a character; InfiniteBench (`truncate_input` in src/eval_yarn_mistral.py) decodes them as one. The paper's script
     (eval/longbench/pred.py) keeps the last `limit - max_new_tokens`: a prompt of exactly `limit` ids stays whole, one
     with a single id more loses `max_new_tokens` as well.
-
-    Raises:
-        AHNError: the limit leaves nothing.
     """
     room = how.limit - max_new_tokens
     if how.keep == "last" and room < 1:

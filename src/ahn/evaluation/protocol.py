@@ -30,15 +30,11 @@ def load_protocol(
     """A benchmark's protocol: `sources` (repository, revision, path, sha256 of each) and the benchmark's fields.
 
     Args:
-        name: "lveval", "longbench" or "infinitebench".
         protocol_dir: use these files and no network: the finished protocol `{name}.json`, or else the benchmark's own
             files under their paths in its repository (so a clone of it will do), which must have the pinned sha256.
             A finished protocol may be your own, with your sources; one that names the pinned sources must have their
             content.
         cache_dir: where finished protocols are kept: `ahn/protocols` in $XDG_CACHE_HOME or ~/.cache if not given.
-
-    Raises:
-        AHNError: the name is unknown; files are missing, cannot be downloaded, have another sha256 or are malformed.
     """
     if name not in RECIPES:
         raise AHNError(f"Unknown protocol {name!r}: choose one of {', '.join(RECIPES)}.")

@@ -21,7 +21,6 @@ class Recipe:
     """How one benchmark's protocol comes about.
 
     Attributes:
-        sources: the benchmark's files.
         build: their texts, in that order -> the protocol's fields besides `sources`.
         check: (protocol of a user's own, what to call it) -> nothing, or an AHNError that says what is wrong with it.
         digest: `ahn.evaluation.protocol.protocol_digest` of the outcome.

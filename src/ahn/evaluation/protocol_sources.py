@@ -19,14 +19,7 @@ TIMEOUT = 60.0  # seconds without an answer
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a GitHub repository at one commit.
-
-    Attributes:
-        repository: "owner/name".
-        revision: the commit's full id.
-        path: in the repository.
-        sha256: of the file's bytes, in hexadecimal.
-    """
+    """One file of a GitHub repository at one commit."""
 
     repository: str
     revision: str
@@ -38,11 +31,7 @@ class Source:
         return f"https://raw.githubusercontent.com/{self.repository}/{self.revision}/{self.path}"
 
     def text(self, content: bytes, where: str) -> str:
-        """The text of these bytes.
-
-        Raises:
-            AHNError: they are not the pinned ones.
-        """
+        """The text of these bytes."""
         found = hashlib.sha256(content).hexdigest()
         if found != self.sha256:
             raise AHNError(
@@ -53,11 +42,7 @@ class Source:
 
 
 def fetch(url: str) -> bytes:
-    """What lies at a URL.
-
-    Raises:
-        AHNError: there is no network, no such file, or the download broke off.
-    """
+    """What lies at a URL."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             content: bytes = response.read()

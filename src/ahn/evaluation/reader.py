@@ -63,7 +63,6 @@ class Reader:
     """Reads prompts and generates answers with one model.
 
     Args:
-        model: with an AHN or without.
         progress: called with (tokens of a prompt read so far, its tokens).
         tokenizer: for generation settings of the model that are about text, such as `stop_strings`.
     """
@@ -128,11 +127,7 @@ class Reader:
 
 
 def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
-    """Token ids (1, length) of `model.generate`, prompt first, with the model's own settings beside the arguments.
-
-    Raises:
-        AHNError: settings that transformers refuses, such as those that want code from the Hub.
-    """
+    """Token ids (1, length) of `model.generate`, prompt first, with the model's own settings beside the arguments."""
     try:
         return model.generate(**arguments, tokenizer=tokenizer, return_dict_in_generate=False)
     except AHNError:

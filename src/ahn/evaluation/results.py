@@ -33,7 +33,6 @@ class ResultFolder:
     """The folder of one configuration.
 
     Args:
-        out: the folder of all results.
         settings: everything that can change a score; JSON types.
         about: the rest that is worth knowing; JSON types.
     """
@@ -44,11 +43,7 @@ class ResultFolder:
         self.path = out / f"{_readable(settings)}-{self.digest[:DIGITS]}"
 
     def open(self) -> None:
-        """Make the folder and describe it.
-
-        Raises:
-            AHNError: it cannot be written, or holds another configuration.
-        """
+        """Make the folder and describe it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             config = self.path / "config.json"
@@ -92,11 +87,7 @@ class ResultFolder:
 
 
 class Shard:
-    """A process's own files in a folder: rows appended and written out one by one. Use it in a `with` block.
-
-    Raises:
-        AHNError: another process writes to it, which must be a second run of the same command.
-    """
+    """A process's own files in a folder: rows appended and written out one by one. Use it in a `with` block."""
 
     def __init__(self, folder: ResultFolder, rank: int) -> None:
         self._paths = [folder.path / f"{name}.{rank}.jsonl" for name in ("predictions", "timing")]
@@ -127,11 +118,7 @@ def open_folder(
     """The folder of a model and a document; it may hold a result already.
 
     Args:
-        task: what the folder is called.
         settings: all else that the measurement depends on, as JSON types.
-
-    Raises:
-        AHNError: it cannot be written.
     """
     text = {"document": document.name, "sha256": document.sha256, "tokens": len(document.ids)}
     everything = {"task": task, "profile": "official", **evaluated.settings, "task_settings": text | dict(settings)}

@@ -67,13 +67,7 @@ def run(
     """Run tasks and return their results, in order. What earlier runs of the same configuration did is not repeated.
 
     Args:
-        evaluated: the model, from `ahn.evaluation.methods.load`.
-        out: folder of the result folders.
-        limit: samples of each task; None is all.
         worker: this process's part; only the first worker waits for the others and returns results.
-
-    Raises:
-        AHNError: data are malformed (all of them are checked before a task begins), or results cannot be written.
     """
     worker, watcher = worker or Worker.from_environment(), watcher or Watcher()
     reader = Reader(evaluated.model, watcher.read, evaluated.tokenizer)
@@ -113,11 +107,7 @@ def describe(task: Task, evaluated: Evaluated, limit: int | None) -> tuple[dict[
 
 
 def plan(task: Task, limit: int | None) -> tuple[tuple[int, ...], ...]:
-    """Indices of the samples in groups that share a context. Every sample is looked at, so bad data fail here.
-
-    Raises:
-        AHNError: data are malformed, or there is no sample.
-    """
+    """Indices of the samples in groups that share a context. Every sample is looked at, so bad data fail here."""
     groups = []
     for _, group in groupby(enumerate(islice(task.samples(), limit)), key=lambda item: item[1].context):
         indices = []

@@ -61,7 +61,6 @@ class Task(ABC):
     Attributes:
         name: such as "longbench/hotpotqa": what `ahn eval` is given and a result folder is called.
         profile: "official" (the benchmark's own protocol) or "paper" (what the AHN paper's scripts did).
-        max_new_tokens: limit of a greedy generation.
         truncation: None leaves prompts as they are.
         chat_template: whether the prompt becomes a user's message, if the tokenizer has a chat template.
         stops: generation also ends at the last token of each of these texts, but not before a first token.
@@ -76,22 +75,14 @@ class Task(ABC):
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
-        """Every sample, always in the same order, those of one context together.
-
-        Raises:
-            AHNError: data cannot be had or are malformed (the message names file and line).
-        """
+        """Every sample, always in the same order, those of one context together."""
 
     @abstractmethod
     def score(self, prediction: str, sample: Sample) -> float:
         """Score of a generated text in [0, 1]."""
 
     def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The task's figures, JSON types: `score` in percent, and what else the task tells apart.
-
-        Args:
-            rows: one or more, in the order of `samples`.
-        """
+        """The task's figures, JSON types: `score` in percent, and what else the task tells apart."""
         return {"score": task_score(row["score"] for row in rows)}
 
     @abstractmethod
@@ -115,18 +106,12 @@ class Options:
     """What a user may choose of a task; each task takes what concerns it.
 
     Attributes:
-        profile: "official" or "paper".
         data_dir: local files in place of the Hub's, under the same names.
-        protocol_dir: local protocols, see `ahn.evaluation.protocol`.
         max_length: tokens of a prompt; None takes the profile's limit.
         tokenizer: of the evaluated model, for generated tasks, whose lengths are counted in its tokens.
         haystack: text file that generated tasks hide things in; None takes their own.
         lengths, depths: of generated tasks: prompt lengths in tokens and depths in percent; empty takes their own.
         samples: of generated tasks, for each length and depth; None takes their own number.
-        seed: of generated tasks.
-
-    Raises:
-        AHNError: a value is out of range.
     """
 
     profile: str = "official"

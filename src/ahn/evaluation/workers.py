@@ -21,9 +21,6 @@ class Worker:
         """From RANK, WORLD_SIZE and LOCAL_RANK, which the launchers set; alone without them.
 
         The processes share nothing but the result folder, so no process group is needed.
-
-        Raises:
-            AHNError: they make no sense.
         """
         try:
             rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -26,7 +26,6 @@ class Method:
     """A way to read.
 
     Attributes:
-        name: what the command line and tables call it.
         config: window, sinks, quantized tokens and memory; None for full attention.
         weights: the memory's: a directory or Hub id of an adapter, or parameters by name; None for random ones.
         static: full attention with transformers' static cache, for which `generate` compiles the step.

@@ -172,7 +172,6 @@ def cost_figure(costs: Sequence[Cost], lossless: int, title: str) -> Figure:
     Args:
         costs: of one model at two or more lengths, ascending.
         lossless: sinks + window, marked by a line.
-        title: name of the model.
     """
     figure, (flops, cache) = new_figure(2, title)
     lengths = [cost.length for cost in costs]

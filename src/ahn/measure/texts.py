@@ -45,9 +45,6 @@ def read_texts(name: str) -> list[Text]:
 
     Args:
         name: one of `BOOKS`, "stdlib", a text file, a folder of text files, or an archive that npm packed.
-
-    Raises:
-        AHNError: there is no such text, it cannot be fetched, or nothing in it can be read.
     """
     path = expanded(name)
     if name in BOOKS and not path.exists():

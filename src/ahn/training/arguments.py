@@ -154,11 +154,7 @@ def _configuration(path: Path) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file by name, with underscores.
-
-    Raises:
-        AHNError: the file cannot be read or is no mapping of names to values.
-    """
+    """The settings in a YAML file by name, with underscores."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

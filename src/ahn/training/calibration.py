@@ -113,11 +113,7 @@ def _alike(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Watch(Observer):
-    """Adds up the moments of a layer's queries and keys, one text at a time.
-
-    Attributes:
-        found: by the layer's index.
-    """
+    """Adds up the moments of a layer's queries and keys, one text at a time."""
 
     def __init__(self, config: AHNConfig, rotation: Rotation | None) -> None:
         self.config, self.rotation = config, rotation

@@ -75,10 +75,6 @@ def write_card(
     """`README.md` of a finished adapter.
 
     Args:
-        path: the adapter's folder.
-        arguments, config: of the run.
-        parameters: of the memory.
-        steps: optimiser steps done.
         rows: samples per step.
         before, after: held-out metrics of sinks + window and of the trained memory.
     """

@@ -117,11 +117,7 @@ def write_adapter(model: PreTrainedModel, config: AHNConfig, tensors: dict[str, 
 
 
 def load_memory(model: PreTrainedModel, path: Path) -> None:
-    """The memory's parameters from a checkpoint, in float32 whatever the base's precision.
-
-    Raises:
-        AHNError: they do not fit, or are not finite.
-    """
+    """The memory's parameters from a checkpoint, in float32 whatever the base's precision."""
     checkpoint = Checkpoint.open(path).require("adapter")
     saved, own = read_settings(checkpoint), model.ahn_config
     differing = [
@@ -151,11 +147,7 @@ def write_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], path: Path) -> None:
-    """What `write_optimizer` wrote, sharded as the parameters are.
-
-    Raises:
-        AHNError: it belongs to other parameters.
-    """
+    """What `write_optimizer` wrote, sharded as the parameters are."""
     stored = load_file(path / OPTIMIZER)
     own: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.items():

@@ -73,8 +73,6 @@ class Data:
     """Samples with `input_ids` and `learn`, each a list of a sample's length.
 
     Args:
-        train: to train on.
-        held_out: to measure on.
         digests: of the samples, in their order before any shuffling, and of the tokenizer.
     """
 
@@ -87,13 +85,8 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int,
     """Training and held-out samples.
 
     Args:
-        settings: says where data is and what is cut, left out and held out.
-        tokenizer: a fast one.
         seed: of the split, and of a stream's order.
         rank, ranks: of this process; a stream is divided between them here, other samples later.
-
-    Raises:
-        AHNError: data that cannot be read, no sample that is left, or, if strict, a bad row.
     """
     check_tokenizer(tokenizer)
     tokenise = RowTokenizer(tokenizer, settings.cutoff_len, settings.shortest, settings.smallest_total, settings.strict)

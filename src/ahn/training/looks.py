@@ -66,11 +66,7 @@ def looks_loss(
         batch: as for `distillation_loss`; a row without a label to be learned does not count.
         window, sinks: W and S: tokens among the sinks, and those that no query beyond the window sees, do not count.
         count: tokens that count in all parts of a larger batch, of which this one may have none.
-        start: position of each row's first token.
         teachers: (layer, key head) of which a score for all heads learns; `AHNConfig.score_layer` needs some.
-
-    Raises:
-        AHNError: a malformed batch, nothing that counts, or teachers where each head has its own scores or the reverse.
     """
     ids, mask, labels = unpack(batch)
     counted = counted_tokens(labels, mask, window, sinks)
@@ -94,11 +90,7 @@ def looks_loss(
 
 
 def counted_tokens(labels: Tensor, mask: Tensor | None, window: int, sinks: int) -> Tensor:
-    """(B, L) bool: beyond the sinks, and seen by a query of its row that is at least `window` later.
-
-    Args:
-        labels, mask: (B, L); -100 in labels is not to be learned, 0 in the mask is padding.
-    """
+    """(B, L) bool: beyond the sinks, and seen by a query of its row that is at least `window` later."""
     real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
     position = real.cumsum(1) - 1
     beyond = (position >= sinks) & (position + window < real.sum(1, keepdim=True))
@@ -106,12 +98,7 @@ def counted_tokens(labels: Tensor, mask: Tensor | None, window: int, sinks: int)
 
 
 class Watch(Observer):
-    """Keeps what scorers are to learn from a forward of the base model's own full attention.
-
-    Args:
-        window, mask: as for `most_looked`.
-        teachers: as for `looks_loss`.
-    """
+    """Keeps what scorers are to learn from a forward of the base model's own full attention."""
 
     def __init__(self, model: PreTrainedModel, window: int, mask: Tensor | None, teachers: Teachers = ()) -> None:
         first = model.ahn_config.score_layer

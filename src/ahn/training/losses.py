@@ -28,11 +28,7 @@ CHUNK = 1024
 
 
 def parse_loss(loss: str) -> tuple[str, ...]:
-    """The terms of a sum such as "kl+ce".
-
-    Raises:
-        AHNError: a term is unknown, empty or named twice.
-    """
+    """The terms of a sum such as "kl+ce"."""
     terms = tuple(term.strip() for term in loss.split("+"))
     if any(term not in LOSSES for term in terms) or len(set(terms)) < len(terms):
         raise AHNError(
@@ -53,9 +49,6 @@ def valid_positions(targets: Tensor, lossless: int, attention_mask: Tensor | Non
         targets: (B, L) from `next_tokens`; -100 is masked.
         lossless: sinks + window of the student; before it student and teacher see the same.
         attention_mask: (B, L), 0 is padding, which is not counted in a token's position.
-
-    Returns:
-        (B, L) boolean; all false where nothing counts.
     """
     B, L = targets.shape
     if attention_mask is None:
@@ -86,11 +79,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
-        """The head of a transformers causal language model.
-
-        Raises:
-            AHNError: the model has no linear output embedding.
-        """
+        """The head of a transformers causal language model."""
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise AHNError(f"{type(model).__name__} has no linear language-model head; distillation needs one.")
@@ -239,7 +228,6 @@ def attention_loss(
 
     Args:
         student, teacher: one attention output (B, L, D) per layer.
-        positions: (B, L) boolean, the positions that count.
         use_normalized_l2: scale each output to unit L2 norm over its features first.
         count: positions to average over, if not the number of these; see `hidden_losses`.
     """

@@ -26,11 +26,7 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def text_of(value: Any, name: str, may_be_empty: bool = False) -> str:
-    """The value if it is text.
-
-    Raises:
-        BadRowError: it is not, is empty, or holds NUL characters, as binary files do.
-    """
+    """The value if it is text."""
     if not isinstance(value, str):
         raise BadRowError(f"{name} is not text")
     if not (value.strip() or may_be_empty):
@@ -41,11 +37,7 @@ def text_of(value: Any, name: str, may_be_empty: bool = False) -> str:
 
 
 def message(raw: Any) -> tuple[Message, bool]:
-    """One message, and whether it is learned: an assistant's, unless its `weight` is 0.
-
-    Raises:
-        BadRowError: an unknown role, no text, or something other than text.
-    """
+    """One message, and whether it is learned: an assistant's, unless its `weight` is 0."""
     if not isinstance(raw, dict):
         raise BadRowError("a message is not an object")
     name = raw.get("role", raw.get("from"))
@@ -122,11 +114,7 @@ def _call(call: Any) -> Message:
 
 
 def tools_of(value: Any, name: str) -> list[Any]:
-    """Functions that may be called as transformers wants them: `{"type": "function", "function": …}` each.
-
-    Raises:
-        BadRowError: not a list, nor JSON of one.
-    """
+    """Functions that may be called as transformers wants them: `{"type": "function", "function": …}` each."""
     tools = from_json(value, name) if isinstance(value, str) else value
     if not isinstance(tools, list) or any(not isinstance(tool, dict) for tool in tools):
         raise BadRowError(f"{name} is not a list of functions")
@@ -134,11 +122,7 @@ def tools_of(value: Any, name: str) -> list[Any]:
 
 
 def from_json(value: Any, name: str) -> Any:
-    """What a text says that is to be JSON.
-
-    Raises:
-        BadRowError: it is not.
-    """
+    """What a text says that is to be JSON."""
     try:
         return json.loads(value)
     except (ValueError, TypeError, RecursionError):

@@ -31,7 +31,6 @@ class Conversation:
         messages: each with `role` (system, user, assistant or tool), `content`, and what else a template may read:
             `tool_calls`, `tool_call_id`, `name`, and thoughts under the three names that templates know them by.
         learned: per message; only an assistant's can be.
-        tools: JSON schemas of the functions that the assistant may call.
         options: further variables of the template, such as `enable_thinking`.
     """
 
@@ -50,11 +49,7 @@ class Record:
 
 
 def decode(row: dict[str, Any]) -> Any:
-    """The content of a row: what a JSON line says, a text file's text, or the columns themselves.
-
-    Raises:
-        BadRowError: the bytes are not UTF-8, or not JSON.
-    """
+    """The content of a row: what a JSON line says, a text file's text, or the columns themselves."""
     if not set(row) >= RAW_NAMES:
         return _without_nulls({name: value for name, value in row.items() if name != "where"})
     try:
@@ -79,11 +74,7 @@ Used: TypeAlias = set[str]
 
 
 def normalise(row: Any) -> Record:
-    """A conversation from messages or from a prompt and a response; else the plain `text`.
-
-    Raises:
-        BadRowError: none of these, an unknown role, a content that is not text, or nothing to learn from.
-    """
+    """A conversation from messages or from a prompt and a response; else the plain `text`."""
     row = {"text": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise BadRowError(f"a {type(row).__name__} instead of an object")

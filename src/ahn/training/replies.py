@@ -61,12 +61,7 @@ class Renderer:
         self._around: dict[str, Frame] = {}
 
     def __call__(self, conversation: Conversation) -> Rendered:
-        """The conversation's text and where its replies are.
-
-        Raises:
-            BadRowError: the template refuses the messages or rewrites what a reply says.
-            AHNError: the tokenizer has no template.
-        """
+        """The conversation's text and where its replies are."""
         if not self.tokenizer.chat_template:
             raise AHNError(
                 "The data holds conversations, but the tokenizer has no chat template: use an instruction-tuned "

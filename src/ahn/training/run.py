@@ -65,14 +65,8 @@ SHARED = (
 def run(arguments: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, and write the adapter with its card and curves into `output_dir`.
 
-    Args:
-        callbacks: of transformers' Trainer, beside its own.
-
     Returns:
         What `results.json` holds: steps, and held-out metrics before and after, as far as there are any.
-
-    Raises:
-        AHNError: something does not fit, before anything is trained; or a step fails for good.
     """
     settings, trainer_arguments = arguments
     for note in settings.notes:
@@ -160,11 +154,7 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
 
 
 def starting_point(settings: Settings, trainer: TrainerArguments) -> Path | None:
-    """The checkpoint to go on from, or None to start anew.
-
-    Raises:
-        AHNError: an earlier run is in the way, or the named checkpoint is damaged.
-    """
+    """The checkpoint to go on from, or None to start anew."""
     output, wanted = Path(trainer.output_dir), trainer.resume_from_checkpoint
     if wanted is not None and not is_true(wanted) and str(wanted).lower() not in ("false", "no"):
         problem = checkpoints.damage(Path(wanted))
@@ -211,11 +201,7 @@ def check_same_data(checkpoint: Path, digests: dict[str, str], accepted: bool) -
 
 
 def base_directory(settings: Settings) -> Path:
-    """Where the base model's files are; downloaded if need be.
-
-    Raises:
-        AHNError: they are not within reach, or are no plain model.
-    """
+    """Where the base model's files are; downloaded if need be."""
     name = str(settings.model_name_or_path)
     path = local_directory(shipped.resolve(name))
     kind = Checkpoint.open(path).kind
@@ -253,11 +239,7 @@ def check_sizes(settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> PreTrainedModel:
-    """The base in bfloat16 (`bf16`) or float32, with a new memory in float32.
-
-    Raises:
-        AHNError: it cannot be loaded, or cannot have a memory.
-    """
+    """The base in bfloat16 (`bf16`) or float32, with a new memory in float32."""
     place = (
         {"device_map": {"": trainer.device}}
         if trainer.device.type == "cuda" and not is_true(os.environ.get("ACCELERATE_USE_FSDP"))
@@ -276,11 +258,7 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
 
 
 def score_teachers(model: PreTrainedModel, settings: Settings, data: Data, checkpoint: Path | None) -> Teachers:
-    """The heads that teach `score_layer`: those of the checkpoint, or those that find most in the first samples.
-
-    Raises:
-        AHNError: no reply of these samples says again what was said long before.
-    """
+    """The heads that teach `score_layer`: those of the checkpoint, or those that find most in the first samples."""
     if settings.score_layer is None:
         return ()
     if checkpoint is not None:

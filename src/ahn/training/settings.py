@@ -22,11 +22,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclasses.dataclass
 class Settings:
-    """The model, the data and the distillation of one run. Names are those of the published trainer where it has them.
-
-    Raises:
-        AHNError: something is missing, out of range, unknown or contradicts something else.
-    """
+    """Model, data and distillation of one run. Names are those of the published trainer where it has them."""
 
     model_name_or_path: str | None = _setting(None, "Base model: a directory, a Hub id, tiny or smollm2.")
     ahn_implementation: str = _setting(
@@ -120,11 +116,7 @@ class Settings:
         return self.config_for(None)
 
     def config_for(self, trained: int | None) -> AHNConfig:
-        """The memory to attach to a base, with the window and sinks of the finished adapter.
-
-        Args:
-            trained: positions that the base was trained on.
-        """
+        """The memory to attach to a base, with the window and sinks of the finished adapter."""
         chosen_reach = {"window": self.window, "sinks": self.sinks}
         return AHNConfig.for_base(
             trained,

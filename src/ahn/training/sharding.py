@@ -13,11 +13,7 @@ TRUE = ("true", "1", "yes", "t", "y")
 
 
 def shard(values: dict[str, Any]) -> list[str]:
-    """Say how weights are sharded: by FSDP2, also where a ZeRO configuration asks for it. Returns notes for the user.
-
-    Raises:
-        AHNError: sharding of a kind that is not supported.
-    """
+    """Shard weights by FSDP2, also where a ZeRO configuration asks for it; returns notes for the user."""
     notes = []
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     config = values.pop("deepspeed", None)

@@ -44,9 +44,6 @@ class Student(nn.Module):
     Args:
         model: with an AHN attached; the base in any precision.
         loss: "kl", "ce", "distill" or a sum, or "attention" for a memory of tokens.
-        use_normalized_l2: see `distillation_loss`.
-        chunk: positions whose logits exist at once.
-        teachers: see `looks_loss`.
     """
 
     def __init__(

@@ -49,11 +49,7 @@ class Tally:
         self.unused.update(sample["unused"])
 
     def say(self, settings: Settings, what: str) -> None:
-        """Say it: one line for all, one for each file where there are several.
-
-        Raises:
-            AHNError: nothing is left.
-        """
+        """Say it: one line for all, one for each file where there are several."""
         line = ", ".join(self._parts(settings))
         if not self.fates[KEPT]:
             raise AHNError(f"No sample is left in the {what}: {line}.")

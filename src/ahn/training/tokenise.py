@@ -42,12 +42,10 @@ class RowTokenizer:
     """Tokenises batches of raw rows for `datasets.map`; a row of the result is a sample, or says why there is none.
 
     Args:
-        tokenizer: a fast one.
         cutoff: longest sample in tokens. A conversation is shortened before its last reply, a text goes on in the next
             sample.
         shortest: samples of this many tokens or fewer are left out.
         smallest_total: no student sees fewer tokens exactly; a sample must have something to learn beyond them.
-        strict: raise at a bad row.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -148,10 +146,6 @@ def shorten(learn: np.ndarray, cutoff: int) -> np.ndarray:
     What follows the last reply goes first. If that is not enough, the longest stretches between the replies lose their
     middle, which leaves the beginnings of turns and the questions at their ends. If the replies alone are longer, the
     last ones go.
-
-    Args:
-        learn: (length,), whether each token is to be learned.
-        cutoff: how many may stay.
     """
     length = len(learn)
     if length <= cutoff or not learn.any():

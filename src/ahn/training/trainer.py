@@ -52,13 +52,8 @@ class DistillationTrainer(Trainer):
     """Trains the memory of a `Student`.
 
     Args:
-        student: teacher and student.
-        args: the Trainer's arguments.
-        data: training and held-out samples.
-        schedule: draws window and sinks of each step.
         evaluation: window and sinks of held-out evaluation.
         config: of the memory, with the window and sinks that checkpoints ask for.
-        pad_token_id: fills batches up on the right.
         settings: what checkpoints note, and a resumed run is compared with; JSON types.
     """
 

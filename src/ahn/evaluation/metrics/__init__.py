@@ -68,9 +68,6 @@ def score(
         metric: a name in `METRICS` or `OVER_ALL_ANSWERS`.
         answers: the sample's. LV-Eval's scorer leaves its loop after the first one, the others take the best score of
             all; none at all score 0.
-        keywords: LV-Eval's `answer_keywords`.
-        protocol: LV-Eval's, for its metrics with stop words.
-        classes: LongBench's `all_classes`.
     """
     if metric in OVER_ALL_ANSWERS:
         return OVER_ALL_ANSWERS[metric](prediction, answers)

@@ -19,9 +19,6 @@ def clean_prediction(prediction: str, benchmark: str, task: str, profile: str) -
 
     LV-Eval scores the text as it is, and so does InfiniteBench in its own profile. The paper's scripts score LongBench
     and InfiniteBench with one program, so both are cut there.
-
-    Args:
-        task: the benchmark's own name of it, such as "triviaqa".
     """
     if profile == "paper" and benchmark in ("longbench", "infinitebench"):
         prediction = _until(prediction, _PAPER_ENDS).strip()

@@ -33,11 +33,7 @@ def write_report(folders: Iterable[Path], out: Path) -> None:
     as PNG.
 
     Args:
-        folders: result folders, or folders of them.
         out: folder of the report; files of an earlier report are replaced.
-
-    Raises:
-        AHNError: there are no results, or they are damaged, or the report cannot be written.
     """
     comparison = collect(folders)
     try:

@@ -68,11 +68,7 @@ class StoredResult:
         return digest({name: self.settings.get(name) for name in MODEL} | tier)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a file of the folder, one of `fields.LINES`.
-
-        Raises:
-            AHNError: it is missing or damaged.
-        """
+        """The rows of a file of the folder, one of `fields.LINES`."""
         try:
             text = (self.path / name).read_text(encoding="utf-8")
             rows = [fields.parsed(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
@@ -90,7 +86,6 @@ class Row:
     Attributes:
         label: short, and different from those of other rows.
         kind: what a colour stands for: the memory, or the method.
-        results: from the oldest to the newest.
     """
 
     label: str
@@ -193,11 +188,7 @@ class ResultTable:
 
 
 def collect(folders: Iterable[Path]) -> ResultTable:
-    """Everything in some result folders, or in folders of them.
-
-    Raises:
-        AHNError: a folder is not there or damaged, or there is no result in any.
-    """
+    """Everything in some result folders, or in folders of them."""
     results: dict[Path, StoredResult] = {}
     for folder in folders:
         if not folder.is_dir():

@@ -63,11 +63,7 @@ LINES = {
 
 
 def parsed(content: str) -> Any:
-    """JSON whose strings can be written again, which those with half a surrogate pair cannot.
-
-    Raises:
-        ValueError, RecursionError: it is something else.
-    """
+    """JSON whose strings can be written again, which those with half a surrogate pair cannot."""
     values = json.loads(content)
     json.dumps(values, ensure_ascii=False).encode()
     return values

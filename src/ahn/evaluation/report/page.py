@@ -25,12 +25,7 @@ pre.gradients .window, pre.gradients .sink { color: #9aa3ad; }
 
 
 def page(title: str, introduction: str, sections: Sequence[str]) -> str:
-    """The whole page.
-
-    Args:
-        title, introduction: plain text.
-        sections: HTML.
-    """
+    """The whole page."""
     body = "\n".join(f"<section>{section}</section>" for section in sections)
     return f"""<!doctype html>
 <html lang="en">

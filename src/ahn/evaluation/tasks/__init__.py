@@ -35,10 +35,6 @@ def tasks(spec: str, **options: Any) -> list[Task]:
 
     Args:
         spec: such as "lveval", "lveval/hotpotwikiqa_mixup", "lveval/hotpotwikiqa_mixup/32k" or "needle".
-        options: fields of `Options`.
-
-    Raises:
-        AHNError: there is no such task, or an option is wrong.
     """
     module, parts = _module(spec)
     found: list[Task] = module.tasks(parts, Options(**options))
@@ -46,11 +42,7 @@ def tasks(spec: str, **options: Any) -> list[Task]:
 
 
 def check(spec: str) -> None:
-    """Whether there is such a task: what can be known before a model is loaded.
-
-    Raises:
-        AHNError: there is none.
-    """
+    """Whether there is such a task: what can be known before a model is loaded."""
     module, parts = _module(spec)
     if parts and hasattr(module, "LENGTH") and module.LENGTH.fullmatch(parts[-1]):
         parts = parts[:-1]
@@ -82,11 +74,7 @@ def _module(spec: str) -> tuple[Any, list[str]]:
 
 
 def pick(parts: Sequence[str], known: tuple[str, ...], benchmark: str) -> tuple[str, ...]:
-    """The task that is the only part of a name, or every known one where there is no part.
-
-    Raises:
-        AHNError: the benchmark has no such task.
-    """
+    """The task that is the only part of a name, or every known one where there is no part."""
     if not parts:
         return known
     if len(parts) > 1 or parts[0] not in known:

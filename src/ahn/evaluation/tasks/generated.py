@@ -51,9 +51,6 @@ def lengths_of(
     """The parts of a task's name without its length, and the lengths that are meant, in tokens.
 
     Those in the name, else those of the options, else the benchmark's.
-
-    Raises:
-        AHNError: there is more than a task and a length.
     """
     rest = list(parts)
     named = [rest.pop()] if rest and ANY_LENGTH.fullmatch(rest[-1]) else []
@@ -75,12 +72,6 @@ class Prompter:
 
     The answer's first words belong into the model's own turn, after the chat template, so prompts are templated here
     and not by the runner: a generated task has `chat_template = False`.
-
-    Args:
-        options: with the evaluated model's tokenizer.
-
-    Raises:
-        AHNError: there is no tokenizer.
     """
 
     def __init__(self, options: Options, name: str) -> None:
@@ -108,10 +99,7 @@ class Fit:
     """Finds how much haystack fits into a prompt, and remembers it: counting tokens is what takes time.
 
     Args:
-        limit: tokens of a prompt at most.
         prompt_of: the prompt of what a `make` function made.
-        count: tokens of a prompt.
-        name: of the task, for messages.
         most: the largest size that can be made.
     """
 
@@ -127,9 +115,6 @@ class Fit:
         Args:
             key: of the sample; `make` must give the same for it every time.
             make: makes a sample with that many units of haystack, and more tokens the larger the size.
-
-        Raises:
-            AHNError: even size 0 is too long, or all there is too short.
         """
         if key not in self._sizes:
             self._sizes[key] = self._adjust(make) if self._sizes else self._search(make)
@@ -168,9 +153,7 @@ class GeneratedTask(Task):
     """One task of a generated benchmark at one length.
 
     Args:
-        task: its name in the benchmark.
         length: tokens of prompt and answer together.
-        new_tokens: of the answer.
     """
 
     chat_template = False  # see `Prompter`

@@ -41,11 +41,7 @@ class Haystack:
 
 
 def prose(path: Path | None) -> Haystack:
-    """English sentences: those of a file, or Python's language reference as the standard library has it.
-
-    Raises:
-        AHNError: the file cannot be read, or this Python has no `pydoc_data`.
-    """
+    """English sentences: those of a file, or Python's language reference as the standard library has it."""
     if path is not None:
         return read(path)
     try:
@@ -58,22 +54,14 @@ def prose(path: Path | None) -> Haystack:
 
 
 def code(path: Path | None) -> Haystack:
-    """Lines of program text: those of a file, or the modules that ahn-tiny never saw.
-
-    Raises:
-        AHNError: the file cannot be read, or this Python comes without its sources.
-    """
+    """Lines of program text: those of a file, or the modules that ahn-tiny never saw."""
     if path is not None:
         return read(path)
     return Haystack("ahn.tiny.corpus.held_out_text", "\n".join(text for _, text in held_out_text()))
 
 
 def read(path: Path) -> Haystack:
-    """A text file, or all `*.txt` files of a directory in the order of their names.
-
-    Raises:
-        AHNError: there is no such file, it is no UTF-8 text, or it holds nothing.
-    """
+    """A text file, or all `*.txt` files of a directory in the order of their names."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     text = "\n".join(map(read_text, files))
     if not text.strip():

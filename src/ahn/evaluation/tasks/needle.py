@@ -47,7 +47,6 @@ class NeedleText:
     """A text with needles, without question.
 
     Attributes:
-        context: the text.
         asked: (depth in percent, key, value) of each needle.
     """
 
@@ -144,8 +143,6 @@ def hide(hidden: Sequence[str], units: Sequence[str], depths: Sequence[float]) -
     """Units with something hidden between them: each after `depth` percent of the units' characters.
 
     Args:
-        hidden: as many as `depths`.
-        units: sentences or lines.
         depths: 0 is before the first unit, 100 after the last.
     """
     ends = list(itertools.accumulate(map(len, units), initial=0))

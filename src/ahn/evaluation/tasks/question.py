@@ -19,13 +19,8 @@ class QuestionTask(Task):
     """A task of a benchmark with a protocol.
 
     Args:
-        name: as in `Task`.
         task: the benchmark's own name of it.
-        options: profile, directories and length limit.
-        protocol: the benchmark's.
         prompt: with fields in braces.
-        file: its data.
-        metric: one of `ahn.evaluation.metrics.METRICS`.
         max_new_tokens, truncation: as in `Task`; `options.max_length` takes the place of the truncation's limit.
     """
 
@@ -103,11 +98,7 @@ class QuestionTask(Task):
 
 
 def entry(protocol: Mapping[str, Any], task: str, *fields: str) -> Any:
-    """What a protocol says of a task, under these fields.
-
-    Raises:
-        AHNError: nothing.
-    """
+    """What a protocol says of a task, under these fields."""
     table: Any = protocol
     for field in (*fields, task):
         if field not in table:

@@ -40,7 +40,6 @@ class Needles:
 
     Attributes:
         hay: sentences of noise, an essay's sentences, or needles with other keys.
-        key, value: what they are.
         keys: needles with different keys, of which `queries` are asked for.
         values: needles per key.
     """

@@ -59,11 +59,7 @@ class Corpus:
 
 
 def load(task: str, directory: Path | None) -> Corpus:
-    """The data set of a task.
-
-    Raises:
-        AHNError: no directory is given, its file is missing, or it is not the data set.
-    """
+    """The data set of a task."""
     if directory is None:
         raise AHNError(f"ruler/{task} is made from {FILES[task]}: download it and name its directory with --data-dir.")
     path = expanded(directory) / FILES[task]
