@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import signal
+import statistics
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from ahn.attend import spans
 from ahn.bench import records
 from ahn.cli.env import environment
 from ahn.layout.visibility import FOR_EVER
-from ahn.measure.clock import median, repeated
+from ahn.measure.clock import repeated
 
 Shape = namedtuple("Shape", "P Hq Hkv B L window sinks")
 
@@ -106,7 +107,10 @@ def measure(shape: Shape, name: str, attend: Attend, pairs: int, device: str) ->
     forward = milliseconds(lambda: attend(q, k, v), cuda)
     backward = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), cuda)
     flops = 4 * shape.P * pairs * (shape.Hq // shape.Hkv)
-    rates = {"forward": flops / median(forward) / 1e9, "backward": 2.5 * flops / median(backward) / 1e9}
+    rates = {
+        "forward": flops / statistics.median(forward) / 1e9,
+        "backward": 2.5 * flops / statistics.median(backward) / 1e9,
+    }
     return {"forward_ms": forward, "backward_ms": backward, **{f"{n}_tflops": x for n, x in rates.items()}}
 
 
@@ -133,7 +137,7 @@ def main() -> None:
             if log is not None:
                 log.write({**shape._asdict(), "method": name, **row})
             for way in WAYS if "error" not in row else ():
-                row[way] = f"{way} {median(row[way + '_ms']):8.3f} ms {row[way + '_tflops']:6.1f} TFLOP/s"
+                row[way] = f"{way} {statistics.median(row[way + '_ms']):8.3f} ms {row[way + '_tflops']:6.1f} TFLOP/s"
             print(f"  {name:18}", row.get("error") or "   ".join(row[way] for way in WAYS), flush=True)
 
 

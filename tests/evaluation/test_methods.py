@@ -128,18 +128,6 @@ def test_mistakes_in_loading(method: str, dtype: str, tiny: tuple[str, str]) -> 
         methods.load(method, tiny[0], adapter, device="cpu", dtype=dtype)
 
 
-def test_a_model_in_memory_can_be_changed(tiny: tuple[str, str]) -> None:
-    model = models.adapted(window=30, sinks=2)
-    methods.apply(model, "ahn", window=20)
-    assert (model.ahn_config.window, model.ahn_config.sinks) == (20, 2)
-    methods.apply(model, "window")
-    assert (model.ahn_config.memory, model.ahn_config.window, model.ahn_config.sinks) == ("window_only", 20, 2)
-    methods.apply(model, "full")
-    assert methods.describe(model, "full")["memory"] is None
-    with pytest.raises(AHNError, match="needs a model with a memory"):
-        methods.apply(model, "ahn")
-
-
 # -- fingerprints --------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +163,6 @@ def test_a_large_file_is_sampled(tiny: tuple[str, str], tmp_path: Path, monkeypa
 
 def test_without_an_ahn_a_baseline_keeps_what_the_base_bears() -> None:
     model = models.base(max_position_embeddings=512)
-    methods.apply(model, "window")
-    assert (model.ahn_config.window, model.ahn_config.sinks) == (224, 32)
-    methods.apply(model, "window", window=20)
-    assert (model.ahn_config.window, model.ahn_config.sinks) == (20, 32)
+    for given, window in ({}, 224), ({"window": 20}, 20):
+        with methods.make("window", methods.of_base(model), **given).on(model):
+            assert (model.ahn_config.window, model.ahn_config.sinks) == (window, 32)

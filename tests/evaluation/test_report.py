@@ -276,7 +276,7 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
     result(source, GDN, "gradients", lines={"gradients.jsonl": TOKENS}, task_settings={"loss": "kl"})
     write_report([source], tmp_path / "out")
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    pictures = {"needle_fact.png", "ruler_by_length.png", "perplexity.png", "gradients_AHN_gated_deltanet.png"}
+    pictures = {"needle_fact.png", "ruler_by_length.png", "perplexity.png"}
     assert made == pictures | {"scores.csv", "perplexity.csv", "published.csv", "report.txt", "report.html"}
     for name in pictures:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ahn.measure.clock import median, repeated, synchronize
+from ahn.measure.clock import repeated, synchronize
 
 REPEATS = 15
 BLOCK = 10
@@ -52,8 +53,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
         clocks = query(device, CLOCKS)
         synchronize(device)
     return Ceilings(
-        bytes_per_second=2 * copied / median(copy_times),
-        flops_per_second=2 * size**3 / median(matmul_times),
+        bytes_per_second=2 * copied / statistics.median(copy_times),
+        flops_per_second=2 * size**3 / statistics.median(matmul_times),
         copied_bytes=copied,
         copy_times=copy_times,
         matmul_size=size,

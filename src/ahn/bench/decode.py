@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ahn.bench import fill, roofline
 from ahn.bench.profile import kernels
 from ahn.bench.stand import Stand, check_patience, timed
 from ahn.measure import peak
-from ahn.measure.clock import median, release, repeated, seconds, spread
+from ahn.measure.clock import release, repeated, seconds, spread
 from ahn.measure.method import Method
 from ahn.measure.reading import bytes_of_cache
 
@@ -84,7 +85,7 @@ def steps(stand: Stand, cache: Cache, batch: int) -> dict[str, Any]:
     warmup = seconds(device, lambda: block(min(WARM_STEPS, count)))
     blocks = repeated(device, lambda: block(count), stand.settings.repeats, stand.settings.budget)
     times = [block / count for block in blocks]
-    return {"seconds": median(times), "spread": spread(times), "times_s": times, "steps_warmup_s": warmup}
+    return {"seconds": statistics.median(times), "spread": spread(times), "times_s": times, "steps_warmup_s": warmup}
 
 
 def through_generate(stand: Stand, cache: Cache, context: int, batch: int) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def through_generate(stand: Stand, cache: Cache, context: int, batch: int) -> di
     while not pairs or (len(pairs) < stand.settings.repeats and sum(map(sum, pairs)) < stand.settings.budget):
         pairs.append((run(long), run(short)))
     times = [(a - b) / (long - short) for a, b in pairs]
-    return {"generate_s": median(times), "generate_times_s": times, "generate_warmup_s": warmup}
+    return {"generate_s": statistics.median(times), "generate_times_s": times, "generate_warmup_s": warmup}
 
 
 def generate(stand: Stand, cache: Cache, ids: Tensor, tokens: int) -> None:

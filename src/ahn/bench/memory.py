@@ -34,13 +34,9 @@ def measure(stand: Stand, method: Method, context: int, batch: int) -> dict[str,
         "prefill_reserved_bytes": prefill.reserved,
         "decode_peak_bytes": decoding.total,
         "decode_reserved_bytes": decoding.reserved,
-        "peak_bytes": _largest(prefill.total, decoding.total),
+        "peak_bytes": None if prefill.total is None else max(prefill.total, decoding.total or 0),
         "cache_bytes": cache_bytes,
         "weights_bytes": stand.held(),
         "prefill_s": reading,  # with whatever was compiled on the way
         "decode_s": writing,
     }
-
-
-def _largest(a: int | None, b: int | None) -> int | None:
-    return None if a is None or b is None else max(a, b)

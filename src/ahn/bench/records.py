@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,9 @@ def code() -> Row:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    command: Iterable[str] = ("git", "-C", str(directory), *arguments)
+    command = ["git", "-C", str(directory), *arguments]
     try:
-        answer = subprocess.run(list(command), capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ahn.bench.ceilings import Ceilings
 from ahn.bench.roofline import Work
-from ahn.measure.clock import bytes_of, median, spread
+from ahn.measure.clock import bytes_of, spread
 from ahn.measure.peak import Peak
 
 
@@ -56,7 +57,7 @@ class Stand:
 
 def timed(stand: Stand, times: list[float], tokens: int, memory: Peak, work: Work) -> dict[str, Any]:
     """The columns of a row that was timed: so many tokens in each of these times, in seconds."""
-    seconds = median(times)
+    seconds = statistics.median(times)
     found = {"seconds": seconds, "spread": spread(times), "times_s": times, "tokens_per_second": tokens / seconds}
     found |= {"peak_bytes": memory.total, "reserved_bytes": memory.reserved}
     return found | work.report(stand.ceilings, seconds)

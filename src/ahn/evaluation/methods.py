@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import ahn
 from ahn import memory, private, tiny
 from ahn.checkpoint.directory import Checkpoint
 from ahn.checkpoint.loading import ModelSource
@@ -84,25 +83,6 @@ def load(
     settings = describe(loaded, method) | {"weights": [fingerprint(part) for part in used]}
     settings |= {"model": _name(str(source.name)), "tokenizer": _tokenizer_fingerprint(tokenizer)}
     return Evaluated(loaded, tokenizer, method, settings, {"model": str(source.name), "adapter": named})
-
-
-def apply(model: PreTrainedModel, method: str, **reach: Unpack[Reach]) -> None:
-    """Change a loaded model, with or without an AHN, so that it works as a method says.
-
-    Args:
-        reach: in place of the attached AHN's, or of what follows the base.
-    """
-    attached: AHNConfig | None = getattr(model, "ahn_config", None)
-    if method == "ahn":
-        if attached is None:
-            raise AHNError("The method 'ahn' needs a model with a memory: name an adapter.")
-        config = overridden(attached, **reach)
-        ahn.set_window(model, config.window, config.sinks, config.quantized)
-        return
-    made = make(method, attached or of_base(model), **reach)
-    if attached is not None:
-        ahn.detach(model)
-    made.attach(model)
 
 
 def of_base(model: PreTrainedModel) -> AHNConfig:

@@ -37,14 +37,9 @@ def repeated(device: torch.device, work: Callable[[], Any], times: int, budget: 
     return found
 
 
-def median(times: list[float]) -> float:
-    """The middle one: one disturbed repetition does not move it."""
-    return statistics.median(times)
-
-
 def spread(times: list[float]) -> float:
     """(largest - smallest) / median."""
-    return (max(times) - min(times)) / median(times)
+    return (max(times) - min(times)) / statistics.median(times)
 
 
 def release(device: torch.device) -> None:

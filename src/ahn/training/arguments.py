@@ -120,11 +120,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
     values = ({} if file is None else read_yaml(_configuration(Path(file)))) | given
     _check_names(values, parser.names)
     _drop_compatible(values)
-    return build(parser, _translate(values))
-
-
-def build(parser: Parser, values: dict[str, Any]) -> Arguments:
-    """Checked arguments from values by name."""
+    _translate(values)
     notes = shard(values)
     words = [word for name, value in values.items() if value is not None for word in _as_flag(name, value)]
     try:
@@ -206,7 +202,7 @@ def _drop_compatible(values: dict[str, Any]) -> None:
             )
 
 
-def _translate(values: dict[str, Any]) -> dict[str, Any]:
+def _translate(values: dict[str, Any]) -> None:
     """Names of today for those of older scripts."""
     for old, new in RENAMED.items():
         if old not in values:
@@ -217,7 +213,6 @@ def _translate(values: dict[str, Any]) -> dict[str, Any]:
         if old == "warmup_ratio" and not 0 <= _number(old, value) < 1:
             raise AHNError(f"warmup_ratio must be at least 0 and below 1, got {value}.")
         values[new] = KERNELS.get(str(value), value) if old == "flash_attn" else value
-    return values
 
 
 def _number(name: str, value: Any) -> float:
@@ -243,10 +238,10 @@ AT_LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "seed"), 0),
     **dict.fromkeys(("dataloader_num_workers", "data_seed", "eval_delay", "ddp_timeout"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("save_total_limit",), 1),
+    "save_total_limit": 1,
 }
 """The smallest value of the Trainer's numbers; it takes smaller ones, and dies of them later or does nothing."""
-ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps")
+ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps", "num_train_epochs")
 
 
 def _check_numbers(trainer: TrainerArguments) -> None:
@@ -258,8 +253,6 @@ def _check_numbers(trainer: TrainerArguments) -> None:
         value = getattr(trainer, name)
         if value is not None and not 0 < value < math.inf:
             raise AHNError(f"{name} must be above 0, got {value}.")
-    if not 0 < trainer.num_train_epochs < math.inf:
-        raise AHNError(f"num_train_epochs must be above 0, got {trainer.num_train_epochs}.")
     if trainer.max_steps != -1 and trainer.max_steps < 1:
         raise AHNError(
             f"max_steps must be at least 1 (or -1: as many as num_train_epochs make), got {trainer.max_steps}."
@@ -299,7 +292,9 @@ def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
         raise AHNError(f"eval_strategy {trainer.eval_strategy.value} needs held-out data: eval_dataset or val_size.")
     if held_out:
         trainer.eval_on_start = True  # the memory reads zero then: this measures sinks + window
-    _check_reports(trainer)
+    here = get_available_reporting_integrations()
+    if absent := [name for name in trainer.report_to if name not in here]:
+        raise AHNError(f"report_to {absent[0]} is not possible here: pip install {absent[0]}, or use --report_to none.")
     # The base's precision is ours to choose; the Trainer's mixed precision would cast the memory as well.
     trainer.mixed_precision = "no"
     trainer.ddp_find_unused_parameters = trainer.ddp_broadcast_buffers = False
@@ -314,10 +309,3 @@ def _check_trainer(settings: Settings, trainer: TrainerArguments) -> None:
         trainer.dataloader_pin_memory = False
     elif trainer.activation_checkpointing is False and not recomputes():
         settings.notes.append("activations are kept, not recomputed: --activation_checkpointing true saves memory")
-
-
-def _check_reports(trainer: TrainerArguments) -> None:
-    here = get_available_reporting_integrations()
-    absent = [name for name in trainer.report_to if name not in here]
-    if absent:
-        raise AHNError(f"report_to {absent[0]} is not possible here: pip install {absent[0]}, or use --report_to none.")

@@ -220,8 +220,8 @@ class Settings:
             "memory_positions": 0,
             "val_size": 0,
             "score_teachers": 1,
+            "preprocessing_num_workers": 1,
         }
-        minima |= {"preprocessing_num_workers": 1}
         for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

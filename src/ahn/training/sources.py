@@ -74,8 +74,10 @@ def _load(name: str, streaming: bool) -> Rows:
     if name in STANDARD_LIBRARY:
         arguments = {"held_out": STANDARD_LIBRARY[name], "python": sys.version}  # the version is for the cache's key
         return _generated(_standard_library, arguments, streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved(path, streaming)
     if path.is_dir():
-        return _from_folder(path, streaming)
+        return _from_files(_data_files(path), path, streaming)
     if path.is_file():
         if _kind(path) is None:
             raise AHNError(f"{path} is none of {_suffixes()}: convert it to JSON lines.")
@@ -96,12 +98,6 @@ def _kind(file: Path) -> tuple[str, ...] | None:
     return next((kind for kind in KINDS if suffixes and suffixes[-1] in kind), None)
 
 
-def _from_folder(folder: Path, streaming: bool) -> Rows:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved(folder, streaming)
-    return _from_files(_data_files(folder), folder, streaming)
-
-
 def _saved(folder: Path, streaming: bool) -> Rows:
     """What `save_to_disk` wrote."""
     try:
@@ -118,7 +114,7 @@ def _saved(folder: Path, streaming: bool) -> Rows:
 
 def _data_files(folder: Path) -> list[Path]:
     """The data files of a folder, all of one kind, in the order of their paths; of several splits, `train`."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file.relative_to(folder)))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder))
     files = [file for file in files if _kind(file) and file.name not in NOT_DATA]
     if any(_kind(file) != TEXT for file in files):
         files = [file for file in files if file.name.lower() != "readme.md"]
@@ -146,8 +142,8 @@ def _training_files(folder: Path, files: list[Path]) -> list[Path]:
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _from_files(files: list[Path], folder: Path, streaming: bool) -> Rows:
@@ -162,7 +158,7 @@ def _from_files(files: list[Path], folder: Path, streaming: bool) -> Rows:
     stamps = [
         (str(file.resolve()), _shown(file, folder), file.stat().st_size, file.stat().st_mtime_ns) for file in files
     ]
-    return _generated(_json_rows if kind == JSON else _text_rows, {"files": stamps}, streaming)
+    return _generated(_rows, {"files": stamps, "form": "json" if kind == JSON else "text"}, streaming)
 
 
 def _shown(file: Path, folder: Path) -> str:
@@ -239,10 +235,14 @@ def _generated(generate: Any, arguments: dict[str, Any], streaming: bool) -> Row
         raise AHNError(f"The data is empty: {', '.join(stamp[0] for stamp in arguments.get('files', ()))}.") from error
 
 
-def _json_rows(files: list[Stamp]) -> Iterator[dict[str, Any]]:
+def _rows(files: list[Stamp], form: str) -> Iterator[dict[str, Any]]:
     for path, name, _, _ in files:
         try:
-            yield from _json_file(path, name)
+            if form == "json":
+                yield from _json_file(path, name)
+                continue
+            with fsspec.open(path, "rb", compression="infer") as content:
+                yield {"bytes": content.read(), "form": form, "where": name}
         except (OSError, EOFError, zlib.error) as error:  # such as a download that broke off
             raise AHNError(f"Cannot read {path}: {error}.") from error
 
@@ -267,15 +267,6 @@ def _array_rows(path: str, name: str, content: bytes) -> Iterator[dict[str, Any]
         raise AHNError(f"{path} is not valid JSON: {error}.") from error
     for number, row in enumerate(rows, 1):
         yield {"bytes": json.dumps(row).encode(), "form": "json", "where": f"{name}[{number}]"}
-
-
-def _text_rows(files: list[Stamp]) -> Iterator[dict[str, Any]]:
-    for path, name, _, _ in files:
-        try:
-            with fsspec.open(path, "rb", compression="infer") as content:
-                yield {"bytes": content.read(), "form": "text", "where": name}
-        except (OSError, EOFError, zlib.error) as error:
-            raise AHNError(f"Cannot read {path}: {error}.") from error
 
 
 def _standard_library(held_out: bool, python: str) -> Iterator[dict[str, Any]]:

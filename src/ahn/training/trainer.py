@@ -118,15 +118,12 @@ class DistillationTrainer(Trainer):
         tokens, rows = self._over_ranks(own)
         draw = self.schedule.draw(self.state.global_step, int(tokens // rows))
         batches = [lengthened(batch, draw.lossless + 1, self.pad_token_id) for batch in batches]
-        (count,) = self._over_ranks([sum(self._counting(batch, draw) for batch in batches)])
+        (count,) = self._over_ranks([sum(self.student.counting(b, draw.window, draw.sinks) for b in batches)])
         if not count:
             raise nothing_counts(draw.lossless, max(batch["input_ids"].shape[1] for batch in batches))
         self._step = Step(draw, int(count))
         self.meter.note(draw, int(tokens))
         return batches, int(count)
-
-    def _counting(self, batch: dict[str, Tensor], draw: WindowDraw) -> int:
-        return self.student.counting(batch, draw.window, draw.sinks)
 
     def _over_ranks(self, numbers: Sequence[float]) -> list[float]:
         """Each number summed over all ranks; counts up to 2^53 stay exact."""

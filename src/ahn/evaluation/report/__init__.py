@@ -65,11 +65,10 @@ class _Report:
         for label, group in self.comparison.of("perplexity"):
             self._table(label, tables.perplexities(label, group))
             self._figure(label, figures.long_document(f"A long document: {group[0][1].figures['document']}", group))
-        for label, group in self.comparison.of("gradients"):
+        for _, group in self.comparison.of("gradients"):
             for row, result in group:
                 tokens = result.lines("gradients.jsonl")
                 title = f"Gradient of the {result.settings['task_settings']['loss']} loss: {row.label}"
-                save(gradients.figure(title, tokens), self.out / f"{_file(f'{label} {row.label}')}.png")
                 self.sections.append(f"<h2>{html.escape(title)}</h2>{gradients.as_html(tokens)}<p>{GRADIENTS}</p>")
         self._table("published", tables.published_table())
         self._write("report.txt", "\n".join(self.texts))

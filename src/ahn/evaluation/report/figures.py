@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.evaluation.report.collect import Column, ResultTable, Row, StoredResult
+from ahn.evaluation.tasks.generated import tokens_of
 from ahn.measure.plots import AHN, DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers, unit_ticks
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def by_length(benchmark: str, comparison: ResultTable) -> Figure | None:
     for column in comparison.columns:
         found = re.fullmatch(rf"{benchmark}/[^/]+/(\d{{1,9}}k?)", column.label)
         if found:
-            levels.setdefault(_length(found[1]), []).append(column)
+            levels.setdefault(tokens_of(found[1]), []).append(column)
     if len(levels) < 2:
         return None
     texts = sorted({column.samples for columns in levels.values() for column in columns if column.samples})
@@ -122,10 +123,8 @@ def long_document(title: str, group: Group) -> Figure:
 
     Text differs more from page to page than methods do, so perplexity is also shown as a share of a baseline's.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14.4, 7.8), layout="constrained")
-    axes = figure.subplots(2, 3)
+    figure, panels = new_figure(3, f"{title} (1 text)", rows=2)
+    axes = panels[:3], panels[3:]
     own = row_colours([row for row, _ in group])
     baseline = next((result.lines("positions.jsonl") for row, result in group if row.kind == "window"), None)
     for row, result in group:
@@ -150,11 +149,8 @@ def long_document(title: str, group: Group) -> Figure:
         "(d) peak memory beyond the model (MiB)",
         "(e) perplexity as a share of sinks + window's (smoothed)",
     )
-    for axis, text in zip(axes.flat, titles, strict=True):
+    for axis, text in zip(panels, titles, strict=True):
         axis.set_title(text, fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, color="#e6e8eb", linewidth=0.8)
-        axis.set_axisbelow(True)
     for axis, base in zip(axes[0][:2], (1000, 1024), strict=True):
         _length_axis(axis, lengths)
         unit_ticks(axis, base)
@@ -166,8 +162,7 @@ def long_document(title: str, group: Group) -> Figure:
     axes[1][1].set_ylim(bottom=0)
     axes[1][2].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes[1][2].set_visible(baseline is not None)
-    finish(figure, list(axes.flat), into=axes[0][2])
-    figure.suptitle(f"{title} (1 text)", fontsize=12)
+    finish(figure, panels, into=axes[0][2])
     return figure
 
 
@@ -208,10 +203,6 @@ def row_colours(rows: Sequence[Row]) -> dict[str, str]:
 def _style(row: Row, own: dict[str, str]) -> dict[str, Any]:
     line = {"linestyle": LINES[row.kind]} if row.kind in LINES else {}
     return {"color": own[row.label], "linewidth": WIDTH, "label": row.label} | line
-
-
-def _length(level: str) -> int:
-    return 1024 * int(level[:-1]) if level.endswith("k") else int(level)
 
 
 def _tokens(number: int) -> str:

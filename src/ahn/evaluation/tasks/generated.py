@@ -56,10 +56,11 @@ def lengths_of(
     named = [rest.pop()] if rest and ANY_LENGTH.fullmatch(rest[-1]) else []
     if len(rest) > 1:
         raise AHNError(f"{name} has no length {rest[1]!r}; choose one of {', '.join(levels)}, or a number of tokens.")
-    return rest, [_tokens(level) for level in named] or options.lengths or [_tokens(level) for level in levels]
+    return rest, [tokens_of(level) for level in named] or options.lengths or [tokens_of(level) for level in levels]
 
 
-def _tokens(level: str) -> int:
+def tokens_of(level: str) -> int:
+    """8k is 8192."""
     return 1024 * int(level[:-1]) if level.endswith("k") else int(level)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ahn.errors import AHNError
-from ahn.files import read_text
+from ahn.files import expanded, read_text
 from ahn.tiny.corpus import held_out_text
 
 Unit = TypeVar("Unit")
@@ -62,6 +62,7 @@ def code(path: Path | None) -> Haystack:
 
 def read(path: Path) -> Haystack:
     """A text file, or all `*.txt` files of a directory in the order of their names."""
+    path = expanded(path)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     text = "\n".join(map(read_text, files))
     if not text.strip():
