@@ -5,8 +5,7 @@ from __future__ import annotations
 from transformers import AutoTokenizer
 
 from ahn import tiny
-from ahn.evaluation.prompt import render
-from ahn.measure.parts import as_shown, wants_parts
+from ahn.measure.parts import as_shown, render, wants_parts
 
 PART = "{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}{% endfor %}"
 PARTS = f"{{% for m in messages %}}{PART}{{% endfor %}}"

@@ -188,7 +188,7 @@ def _as_prompt(session: Session, text: str, system: str | None, template: bool) 
         if system is not None:
             raise AHNError("--system needs a chat template; this model has none, or --no-chat-template is given.")
         return session.encode(text, start=True)
-    from ahn.evaluation.prompt import render
+    from ahn.measure.parts import render
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})

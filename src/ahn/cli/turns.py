@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 from ahn.errors import AHNError
-from ahn.evaluation.prompt import render
+from ahn.measure.parts import render
 
 if TYPE_CHECKING:
     from ahn.cache.conversation import AHNCache, Message

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ahn.demo.figure import kind
 from ahn.demo.reading import read
 from ahn.measure.method import Method
+from ahn.measure.parts import render
 from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 from ahn.tiny.facts import KEYS
@@ -57,16 +58,14 @@ class BookResult:
     seconds: float
 
 
-def make_questions(
-    tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int = 0
-) -> list[BookQuestion]:
+def make_questions(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int) -> list[BookQuestion]:
     """Chats about different pages of a text, each with one fact in it.
 
     Args:
         tokenizer: with a chat template.
         text: at least `count` times `length` tokens long.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     questions = []
     for n in range(count):
@@ -75,8 +74,7 @@ def make_questions(
         key, value = " ".join(rng.sample(KEYS, 2)), str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
         sentences.insert(round(DEPTH * len(sentences)), FACT.format(key=key, value=value))
         message = {"role": "user", "content": QUESTION.format(text=" ".join(sentences), key=key)}
-        shown = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-        shown += REPLY.format(key=key)
+        shown = render(tokenizer, [message], ask=True) + REPLY.format(key=key)
         whole = tokenizer(f"{shown} {value}", add_special_tokens=False, verbose=False)["input_ids"]
         ids = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
         questions.append(BookQuestion(whole[: len(ids)], whole[len(ids) :]))

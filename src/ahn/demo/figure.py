@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.demo.comparison import Comparison, Result
 from ahn.demo.methods import FULL, WINDOW_ONLY
-from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, finish, new_figure
+from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, end_value, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def comparison_figure(comparison: Comparison, title: str) -> Figure:
         tokens, sizes = zip(*result.cache_by_position, strict=True)
         cache.plot(tokens, [size / 2**20 for size in sizes], **style)
         if result.name == FULL or result.name == comparison.best_memory.name:
-            _end_value(cache, tokens[-1], sizes[-1] / 2**20, colour)
+            end_value(cache, tokens[-1], sizes[-1] / 2**20, f"{sizes[-1] / 2**20:.1f}", colour)
     text.set_title("Loss above full attention (nats per token, lower is better)", fontsize=10, loc="left")
     cache.set_title("Cache (MiB)", fontsize=10, loc="left")
     cache.set_ylim(bottom=0)
@@ -82,7 +82,3 @@ def _positions(axis: Any, comparison: Comparison) -> None:
     lossless = comparison.window + comparison.sinks
     label = f"{lossless:,} exact tokens"
     axis.axvline(lossless, color=MUTED, linestyle=DASHED, linewidth=1, label=label)
-
-
-def _end_value(axis: Any, x: float, y: float, colour: str) -> None:
-    axis.annotate(f"{y:.1f}", (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10, color=colour)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ahn.errors import AHNError
 from ahn.evaluation.task import Task, Truncation
-from ahn.measure.parts import as_shown
+from ahn.measure.parts import render
 from ahn.measure.tokens import token_ids
 
 if TYPE_CHECKING:
@@ -29,16 +29,6 @@ def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple
     # A template that starts with the first token of a text itself must not get a second one.
     first = tokenizer.bos_token
     return token_ids(tokenizer, text, special=not (first and text.startswith(first))), shortened
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool, **options: Any) -> str:
-    """Messages in the model's chat template, up to where the next reply begins if `ask`."""
-    shown = as_shown(tokenizer, messages)
-    try:
-        text: str = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **options)
-    except Exception as error:  # jinja2's errors, and what templates raise by themselves
-        raise AHNError(f"The chat template refuses this conversation: {error}") from error
-    return text
 
 
 def shorten(prompt: str, how: Truncation, max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:

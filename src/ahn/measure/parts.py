@@ -1,15 +1,30 @@
-"""Chat templates that show a message in parts alone, as those of some models that see images (Idefics3, SmolVLM)."""
+"""Messages in a model's chat template, in the form that it shows.
+
+Some show a message in parts alone, as those of models that see images (Idefics3, SmolVLM).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ahn.errors import AHNError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "\ue000"
 _known: dict[str, bool] = {}
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], ask: bool, **options: Any) -> str:
+    """Messages in the model's chat template, up to where the next reply begins if `ask`."""
+    shown = as_shown(tokenizer, messages)
+    try:
+        text: str = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **options)
+    except Exception as error:  # jinja2's errors, and what templates raise by themselves
+        raise AHNError(f"The chat template refuses this conversation: {error}") from error
+    return text
 
 
 def as_shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

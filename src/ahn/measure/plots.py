@@ -203,15 +203,12 @@ def _two_lines(axis: Any, lengths: list[int], full: list[int], ahn: list[int]) -
     axis.plot(lengths, full, color=FULL, linewidth=WIDTH, label="full attention")
     axis.plot(lengths, ahn, color=AHN, linewidth=WIDTH, label="AHN")
     axis.set_xlim(lengths[0], lengths[-1])
-    axis.annotate(
-        f"{100 * ahn[-1] / full[-1]:.0f} %",
-        (lengths[-1], ahn[-1]),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=10,
-        color=AHN,
-    )
+    end_value(axis, lengths[-1], ahn[-1], f"{100 * ahn[-1] / full[-1]:.0f} %", AHN)
+
+
+def end_value(axis: Any, x: float, y: float, text: str, colour: str) -> None:
+    """A number right of where a line ends."""
+    axis.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10, color=colour)
 
 
 def _length_ticks(axis: Any, lengths: list[int]) -> None:
@@ -229,10 +226,10 @@ def unit_ticks(axis: Any, base: int) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: _with_unit(value, base, units))
 
 
-def _powers(base: int, low: float, high: float, most: int = 9) -> list[int]:
-    """At most `most` powers of `base` between two numbers, evenly apart."""
+def _powers(base: int, low: float, high: float) -> list[int]:
+    """At most nine powers of `base` between two numbers, evenly apart."""
     every = [base**n for n in range(80) if low <= base**n <= high]
-    return every[:: -(-len(every) // most) or 1]
+    return every[:: -(-len(every) // 9) or 1]
 
 
 def _with_unit(value: float, base: int, units: Sequence[str]) -> str:

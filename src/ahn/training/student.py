@@ -17,7 +17,7 @@ from ahn.errors import AHNError
 from ahn.model.adapter import adapter_parameters
 from ahn.training.distillation import Distillation, check_head, distillation_loss
 from ahn.training.looks import Looks, Teachers, counted_tokens, looks_loss
-from ahn.training.losses import ATTENTION, CHUNK, IGNORED, next_tokens, valid_positions
+from ahn.training.losses import ATTENTION, IGNORED, next_tokens, valid_positions
 
 UNUSED = ".fn.D", ".key_basis.weight", ".key_basis.deviations"
 """A parameter of published Gated DeltaNet checkpoints that nothing reads, and what is calibrated, not trained. DDP
@@ -51,12 +51,11 @@ class Student(nn.Module):
         model: PreTrainedModel,
         loss: str = "kl",
         use_normalized_l2: bool = False,
-        chunk: int = CHUNK,
         teachers: Teachers = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss, self.use_normalized_l2, self.chunk, self.teachers = loss, use_normalized_l2, chunk, teachers
+        self.loss, self.use_normalized_l2, self.teachers = loss, use_normalized_l2, teachers
         self._head_checked = False
         model.requires_grad_(False)
         memory = adapter_parameters(model)
@@ -88,7 +87,6 @@ class Student(nn.Module):
             part.sinks,
             self.loss,
             self.use_normalized_l2,
-            self.chunk,
             count=part.count,
             start=part.start,
         )

@@ -182,11 +182,9 @@ def _position_axis(axis: Any, longest: int, edge: int) -> None:
         axis.axvline(edge, color=MUTED, linestyle=DASHED, linewidth=1)
 
 
-def _smoothed(
-    buckets: Sequence[dict[str, Any]], losses: Sequence[float], points: int = 16
-) -> tuple[list[float], list[float]]:
-    """Centres of buckets and the exponential of a moving mean of losses, over a `points`-th of the document."""
-    span = max(1, len(buckets) // points)
+def _smoothed(buckets: Sequence[dict[str, Any]], losses: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Centres of buckets and the exponential of a moving mean of losses, over a 16th of the document."""
+    span = max(1, len(buckets) // 16)
     xs, ys = [], []
     for end in range(span, len(buckets) + 1):
         xs.append((buckets[end - span]["start"] + buckets[end - 1]["stop"]) / 2)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from ahn.errors import AHNError
-from ahn.evaluation.prompt import render
 from ahn.evaluation.task import Options, Sample, Task
 from ahn.evaluation.tasks.haystack import Haystack
+from ahn.measure.parts import render
 from ahn.measure.tokens import token_ids
 from ahn.tiny.facts import KEYS, VALUES
 

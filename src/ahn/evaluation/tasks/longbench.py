@@ -59,7 +59,7 @@ def tasks(parts: Sequence[str], options: Options) -> list[Task]:
 def _task(task: str, options: Options, protocol: dict[str, Any]) -> Task:
     paper = options.profile == "paper"
     new_tokens = entry(protocol, task, "dataset2maxlen.json")
-    made = LongBench(
+    return LongBench(
         name=f"longbench/{task}",
         task=task,
         options=options,
@@ -70,10 +70,9 @@ def _task(task: str, options: Options, protocol: dict[str, Any]) -> Task:
         metric=METRIC_OF_TASK[task],
         max_new_tokens=min(new_tokens, PAPER_MOST_NEW_TOKENS) if paper else new_tokens,
         truncation=PAPER if paper else OFFICIAL,
+        chat_template=task not in WITHOUT_TEMPLATE,
+        stops=("\n",) if task in ENDS_WITH_LINE and not paper else (),
     )
-    made.chat_template = task not in WITHOUT_TEMPLATE
-    made.stops = ("\n",) if task in ENDS_WITH_LINE and not paper else ()
-    return made
 
 
 class LongBench(QuestionTask):

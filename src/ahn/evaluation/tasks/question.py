@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -15,42 +16,41 @@ from ahn.evaluation.protocol import protocol_digest
 from ahn.evaluation.task import Options, Sample, Task, Truncation
 
 
+@dataclasses.dataclass(eq=False)
 class QuestionTask(Task):
     """A task of a benchmark with a protocol.
 
-    Args:
+    Attributes:
         task: the benchmark's own name of it.
         prompt: with fields in braces.
-        max_new_tokens, truncation: as in `Task`; `options.max_length` takes the place of the truncation's limit.
+        metric: one of `ahn.evaluation.metrics.METRICS`.
+        truncation: as in `Task`; `options.max_length` takes the place of its limit.
     """
 
     benchmark: ClassVar[str]
     fields: ClassVar[Mapping[str, Field]]
     """Of a record, with their checks."""
 
-    def __init__(
-        self,
-        name: str,
-        task: str,
-        options: Options,
-        protocol: Mapping[str, Any],
-        prompt: str,
-        file: DataFile,
-        metric: str,
-        max_new_tokens: int,
-        truncation: Truncation,
-    ) -> None:
-        self.name, self.task, self.profile = name, task, options.profile
-        self.protocol, self.prompt, self.file = protocol, prompt, file
-        self.max_new_tokens = max_new_tokens
-        self.truncation = Truncation(truncation.keep, options.max_length or truncation.limit)
-        self.metric = metric
-        self._directory = options.data_dir
+    name: str
+    task: str
+    options: Options
+    protocol: Mapping[str, Any]
+    prompt: str
+    file: DataFile
+    metric: str
+    max_new_tokens: int
+    truncation: Truncation
+    chat_template: bool = True
+    stops: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.profile = self.options.profile
+        self.truncation = Truncation(self.truncation.keep, self.options.max_length or self.truncation.limit)
 
     @functools.cached_property
     def data(self) -> DataLines:
         """The file, located when it is first needed."""
-        return DataLines(self.file, self._directory)
+        return DataLines(self.file, self.options.data_dir)
 
     @abstractmethod
     def sample(self, number: int, record: DataLine) -> Sample:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ahn.errors import AHNError
-from ahn.evaluation.prompt import render
+from ahn.measure.parts import render
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.text import CONTEXT
 from ahn.serve.request import TokenIds
