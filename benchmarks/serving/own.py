@@ -71,7 +71,7 @@ def service_of(
     """
     model, tokenizer = made_model(source, config), AnyTokens()
     scheduler.make_batch = lambda *given: _of_sizes(make_batch(*given), sizes)
-    engine = Engine(model, tokenizer, max_prompt=LONGEST, **bounds)  # type: ignore[arg-type]
+    engine = Engine(model, tokenizer, **bounds)  # type: ignore[arg-type]
     settings = ServerSettings(model="served", prompt=LONGEST)
     service = build(model, tokenizer, engine, settings, store)  # type: ignore[arg-type]
     engine.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -15,6 +16,7 @@ from engines import Letters, alone, ask, engine, model, prompt, request, whole
 from test_engine import Ending
 
 from ahn import AHNCache, AHNError
+from ahn.cache import file as conversation_file
 from ahn.serve.engine import files
 from ahn.serve.engine.engine import Engine
 from ahn.serve.engine.prompts import APART, PromptReader
@@ -302,6 +304,31 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, fault: str, caplog: pytest.
         assert after.cached == 0 and after.tokens == alone(OF, ids, 4)
         assert "set aside" in caplog.text
     assert list(tmp_path.glob("states-*/*.damaged"))
+
+
+@pytest.mark.parametrize("place", ["folder", "header", "file"])
+def test_what_cannot_be_read_now_is_not_lost(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many files are open for a moment, or the network makes a pause."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with engine(OF, state_dir=tmp_path) as running:
+        got = ask(running, prompt(60), 4)
+        if place == "folder":
+            monkeypatch.setattr(Path, "iterdir", fail)
+            (next(tmp_path.glob("states-*")) / "other").touch()
+            running.store.conversations("")
+            assert ask(running, later(prompt(60), got.tokens), 4).cached == 63
+            return
+    if place == "header":
+        monkeypatch.setattr(conversation_file, "safe_open", fail)
+    with engine(OF, state_dir=tmp_path) as running:
+        monkeypatch.setattr(conversation_file, "safe_open", fail)
+        assert ask(running, later(prompt(60), got.tokens), 1, keep=False).cached == 0
+    monkeypatch.undo()
+    with engine(OF, state_dir=tmp_path) as running:
+        assert ask(running, later(prompt(60), got.tokens), 4).cached == 63
 
 
 def test_files_of_another_model_are_left_alone(tmp_path: Path) -> None:

@@ -231,7 +231,6 @@ class BenchOptions:
         return chosen, exact.config.lossless
 
     def _bits(self) -> tuple[int, int] | None:
-        """Of keys and of values."""
         if self.bits is None:
             return None
         parts = self.bits.split("/")
@@ -241,11 +240,7 @@ class BenchOptions:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """A list like "32k,128k,1M"; k and M are 1024 and 1024².
-
-    Raises:
-        AHNError: one is not a positive number.
-    """
+    """A list like "32k,128k,1M"; k and M are 1024 and 1024²."""
     found = []
     for part in text.split(","):
         digits, unit = part.strip(), 1

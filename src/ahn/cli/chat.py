@@ -81,7 +81,6 @@ class Chat:
 
     @property
     def session(self) -> Session:
-        """Of the conversation that one is in."""
         return self.commands.session
 
     def run(self) -> bool:

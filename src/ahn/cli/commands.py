@@ -74,7 +74,6 @@ class Commands:
 
     @property
     def session(self) -> Session:
-        """Of the conversation that one is in."""
         return self.turns.session
 
     @property
@@ -175,11 +174,7 @@ class Commands:
 
 
 def _file(rest: str, usage: str) -> Path:
-    """The file that is named, if the system can have one of that name.
-
-    Raises:
-        AHNError: none is named, or it cannot.
-    """
+    """The file that is named, if the system can have one of that name."""
     path = Path(_given(rest, usage))
     try:
         path = expanded(path)

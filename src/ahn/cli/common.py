@@ -93,9 +93,6 @@ def refuse_useless(why: str, **given: Any) -> None:
     Args:
         why: where they do not, after "changes nothing".
         given: by the options' names; what is False, 0, empty or None was not given.
-
-    Raises:
-        AHNError: one was given.
     """
     for name, value in given.items():
         if value not in (None, False, 0, [], ()):
@@ -103,7 +100,6 @@ def refuse_useless(why: str, **given: Any) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Write a value of JSON types to standard output."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 

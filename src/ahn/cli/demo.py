@@ -52,7 +52,6 @@ class DemoSubject:
 
     @property
     def is_tiny(self) -> bool:
-        """The model that comes with ahn."""
         return self.name == TINY
 
 

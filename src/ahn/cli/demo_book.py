@@ -45,9 +45,6 @@ def read_a_book(
         adapters: directories or names of memories; none takes the first of those that ship.
         reach: window and sinks.
         quantized: tokens before the window that one more row sees at a few bits; 0 for no such row.
-
-    Raises:
-        AHNError: the model or the text cannot be had, or the text is too short.
     """
     from ahn import smollm2
     from ahn.checkpoint import shipped
@@ -95,11 +92,7 @@ def read_a_book(
 
 
 def write_files(out: Path, data: dict[str, Any], figure: Figure) -> None:
-    """Write results.json, with versions, which the data get here, and figure.png.
-
-    Raises:
-        AHNError: they cannot be written.
-    """
+    """Write results.json, with versions, which the data get here, and figure.png."""
     from ahn.files import write_json
     from ahn.measure import plots
 

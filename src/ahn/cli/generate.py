@@ -152,11 +152,7 @@ def write(
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a file, or of standard input.
-
-    Raises:
-        AHNError: it cannot be read, or is not UTF-8.
-    """
+    """The text of a file, or of standard input."""
     try:
         raw = sys.stdin.buffer.read() if path is None else expanded(path).read_bytes()
         return raw.decode("utf-8")
@@ -168,12 +164,7 @@ def read_text(path: Path | None) -> str:
 
 
 def _text(prompt: str | None, file: str | None) -> str:
-    """The text that the options name.
-
-    Raises:
-        AHNError: as `read_text`.
-        typer.BadParameter: nothing was named, and nothing is piped in.
-    """
+    """The text that the options name."""
     if file is None and prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give --prompt or --file, or pipe a text in")
     if file is None and prompt is not None:

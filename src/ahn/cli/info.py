@@ -243,7 +243,6 @@ FLOPS = ("", "K", "M", "G", "T", "P", "E", "Z")
 
 
 def _unit(value: float, base: int, units: tuple[str, ...]) -> str:
-    """Three digits and a unit."""
     power = 0
     while value >= base and power < len(units) - 1:
         value, power = value / base, power + 1

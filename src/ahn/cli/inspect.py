@@ -82,7 +82,6 @@ def command(
 
 
 def _longest(texts: list[tuple[str, str]]) -> tuple[str, str]:
-    """The longest of the held-out texts."""
     return max(texts, key=lambda entry: len(entry[1]))
 
 
@@ -130,7 +129,6 @@ def _interval(mean: Mean, digits: int) -> str:
 
 
 def _figures(trace: Trace, kinds: list[KindWrites], title: str, out: Path) -> list[str]:
-    """Save all figures into a directory, made if needed; returns their paths."""
     from ahn.inspect import kind_figure, read_figure, state_figure, strength_figure
     from ahn.measure import plots
 

@@ -82,7 +82,6 @@ def _check_values(words: list[str], ctx: Any) -> None:
 
 
 def load(verb: str) -> Any:
-    """The command of a verb, with its own options and help."""
     module = importlib.import_module(f"ahn.cli.{verb}")
     if hasattr(module, "app"):
         module.app.rich_markup_mode = _markup()
@@ -124,7 +123,6 @@ def ahn(
 
 
 def main() -> None:
-    """Run the program with the arguments of this process and exit."""
     # Read by OpenMP when torch is imported. Its threads otherwise spin while they wait for each other, which on a
     # machine that has other work to do slows small models tenfold and more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -36,7 +36,6 @@ class MarkdownReply:
             self.console.print(rendered(self._unfinished))
 
     def __call__(self, piece: str) -> None:
-        """The next piece of the reply."""
         whole, self._unfinished = split(self._unfinished + piece)
         if whole.strip():
             self._live.update(Text(""))

@@ -57,7 +57,6 @@ def copy_with_progress(text: str, copy: Callable[[Callable[[int, int], None]], A
 
 
 def say(as_json: bool, result: dict[str, Any], text: str) -> None:
-    """The result on standard output."""
     if as_json:
         common.print_json(result)
     else:

@@ -124,7 +124,6 @@ def command(
         "disk_bytes": None if disk_mib is None else disk_mib * MIB,
         "max_age": seconds,
         "queue": queue,
-        "max_prompt": max_prompt,
     }
     source: dict[str, Any] = {"model": model, "adapter": adapter, "device": device, "dtype": dtype}
     source |= {"window": window, "sinks": sinks, "quantized": quantized}
@@ -153,9 +152,6 @@ def start_service(
     Args:
         source: arguments of `open_session`.
         bounds: options of `Engine`.
-
-    Raises:
-        AHNError: the model cannot be loaded, or has no place.
     """
     from ahn.cli.session import open_session
     from ahn.serve.api.building import build

@@ -65,7 +65,6 @@ class Session:
 
     @property
     def seen(self) -> int:
-        """Tokens read and written."""
         return self._before + len(self._ids)
 
     def encode(self, text: str, start: bool) -> list[int]:
@@ -120,7 +119,6 @@ class Session:
         return len(ids)
 
     def save(self, file: str) -> None:
-        """Write the cache with all that was read and written to a file."""
         for _ in self._feed(self.cache.seen - self._before, len(self._ids)):
             pass
         self.reset(self.cache)
@@ -177,18 +175,13 @@ class Session:
 
 
 def _devices(model: PreTrainedModel) -> list[int]:
-    """The GPUs whose random numbers `generate` draws from."""
     return [model.device.index or 0] if model.device.type == "cuda" else []
 
 
 def open_session(
     model: str | None, adapter: str | None, device: str | None = None, dtype: str | None = None, **reach: Unpack[Reach]
 ) -> Session:
-    """A session with the model and adapter that a user named; with the shipped ones if none was named.
-
-    Raises:
-        AHNError: a model without a memory, or one that cannot be loaded.
-    """
+    """A session with the model and adapter that a user named; with the shipped ones if none was named."""
     from ahn.checkpoint.loading import ModelSource
 
     # What it says of texts beyond `max_position_embeddings` does not hold here; `warn_beyond_training` says what does.

@@ -79,7 +79,6 @@ def _step_lines() -> TrainerCallback:
 
 @contextlib.contextmanager
 def _messages() -> Iterator[None]:
-    """Shows what the package logs."""
     log, console = logging.getLogger("ahn"), _Console()
     level = log.level
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # that it tries again; what it fails with is an error

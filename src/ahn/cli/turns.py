@@ -49,7 +49,6 @@ class PlainTurns:
         return other
 
     def reset(self, cache: AHNCache | None = None) -> None:
-        """Start again, or go on with another cache."""
         self.session.reset(cache)
 
     def begin(self) -> list[int]:
@@ -67,7 +66,6 @@ class PlainTurns:
         return self.session.encode(message if start else f"\n{message}", start)
 
     def close(self, reply: str) -> None:
-        """Called after the reply was written."""
         self.messages.append({"role": "assistant", "content": reply})
 
     def abandon(self) -> None:
@@ -148,7 +146,6 @@ class TemplateTurns(PlainTurns):
         return self._encode(piece)
 
     def close(self, reply: str) -> None:
-        """Bring the cache to the end of the assistant's turn."""
         session = self.session
         said = session.tokenizer.decode(session.written, clean_up_tokenization_spaces=False)
         # The model may have written the beginning of the closing itself: its end token.

@@ -97,12 +97,7 @@ class Interrupt(StoppingCriteria):
 
 
 class Pieces(BaseStreamer):
-    """Shows tokens as text while they are generated: a character comes when its last byte is there.
-
-    Args:
-        before: token ids that stand before the first new one.
-        show: called with every piece of text.
-    """
+    """Shows tokens as text while they are generated: a character comes when its last byte is there."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int], show: Callable[[str], Any]) -> None:
         self.stream, self.show = TextStream(tokenizer, before), show
@@ -110,11 +105,9 @@ class Pieces(BaseStreamer):
 
     @property
     def text(self) -> str:
-        """All that was shown."""
         return self.stream.text
 
     def put(self, value: Tensor) -> None:
-        """Called by `generate` with token ids."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
@@ -122,7 +115,6 @@ class Pieces(BaseStreamer):
             self._show(self.stream.add(token))
 
     def end(self) -> None:
-        """Called by `generate` after the last token."""
         self._show(self.stream.end())
 
     def _show(self, piece: str) -> None:

@@ -34,11 +34,7 @@ def identity(prefix: str) -> str:
 
 
 def sampling(service: Service, fields: ReplyFields, prompts: Sequence[TokenIds], **own: Any) -> SamplingOptions:
-    """How tokens are chosen: as the request says, else as the model's settings say.
-
-    Raises:
-        APIProblem: as `Service.new_tokens`.
-    """
+    """How tokens are chosen: as the request says, else as the model's settings say."""
     given = {name: value for name in SAMPLED if (value := getattr(fields, name, None)) is not None}
     new = service.new_tokens(fields, prompts)
     return dataclasses.replace(service.defaults, **given, max_tokens=new, **own)
@@ -73,7 +69,6 @@ class Answering(Generic[Fields]):
 
     @property
     def each(self) -> int:
-        """Replies to each prompt."""
         return len(self.running.written) // len(self.prompts)
 
     def progress(self, n: int, new: WrittenReply) -> str:
@@ -91,11 +86,7 @@ class Answering(Generic[Fields]):
 
 
 class Completion(Answering[Asked]):
-    """Choices, as chat and plain completions have them.
-
-    Attributes:
-        KIND, CHUNK: what a whole and an event of a stream are called.
-    """
+    """Choices, as chat and plain completions have them."""
 
     KIND: ClassVar[str]
     CHUNK: ClassVar[str]
@@ -133,18 +124,14 @@ class Completion(Answering[Asked]):
         """Write down what is to be kept, before the client is told that a reply is finished."""
 
     def first(self) -> list[dict[str, Any]]:
-        """Choices with which a stream begins."""
         return []
 
     def choice(self, n: int, reply: WrittenReply) -> dict[str, Any]:
-        """The n-th reply, whole."""
         raise NotImplementedError
 
     def part(self, n: int, new: WrittenReply) -> dict[str, Any]:
-        """What is new of it."""
         raise NotImplementedError
 
     def object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """What choices are in."""
         base = {"id": self.id, "object": kind, "created": self.created, "model": self.service.settings.model}
         return base | {"choices": choices}

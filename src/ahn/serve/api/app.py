@@ -63,13 +63,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 class StoppingServer(uvicorn.Server):
-    """Ends replies with an error event rather than by cutting their connections.
-
-    Args:
-        app: with `state.close`.
-        stop: seconds that running replies have to end, from when the server stops.
-        options: of uvicorn.
-    """
+    """Ends replies with an error event rather than by cutting their connections."""
 
     def __init__(self, app: FastAPI, stop: float = STOP, **options: Any) -> None:
         options |= {"timeout_graceful_shutdown": math.ceil(stop + CLOSE), "timeout_keep_alive": IDLE}
@@ -83,10 +77,6 @@ class StoppingServer(uvicorn.Server):
 
 
 def serve_until_stopped(app: FastAPI, place: socket.socket) -> None:
-    """Serve at a bound socket until SIGINT or SIGTERM.
-
-    Raises:
-        AHNError: another server listens there.
-    """
+    """Serve at a bound socket until SIGINT or SIGTERM."""
     listen(place)
     StoppingServer(app, lifespan="on", server_header=False).run(sockets=[place])

@@ -17,7 +17,6 @@ from ahn.serve.api.sessions import Turn, session_turn
 
 
 def router(service: Service) -> APIRouter:
-    """The route, for a service."""
     routes = APIRouter(tags=["chat"])
 
     @routes.post("/v1/chat/completions")
@@ -34,7 +33,6 @@ def router(service: Service) -> APIRouter:
 
 
 async def begin(service: Service, fields: ChatFields, owner: str) -> ChatCompletion:
-    """Check a request and hand it to the engine."""
     service.check_choices(fields.n)
     turn = await session_turn(service.store, owner, fields.session_id, [each.message() for each in fields.messages])
     prompt = await asyncio.to_thread(service.text.prompt, turn.messages)
@@ -47,8 +45,6 @@ async def begin(service: Service, fields: ChatFields, owner: str) -> ChatComplet
 
 @dataclasses.dataclass
 class ChatCompletion(Completion[ChatFields]):
-    """One request and its replies."""
-
     KIND, CHUNK = "chat.completion", "chat.completion.chunk"
 
     turn: Turn = dataclasses.field(kw_only=True)

@@ -18,7 +18,6 @@ from ahn.serve.request import TokenIds, TokenLogprobs
 
 
 def router(service: Service) -> APIRouter:
-    """The route, for a service."""
     routes = APIRouter(tags=["completions"])
 
     @routes.post("/v1/completions")
@@ -31,7 +30,6 @@ def router(service: Service) -> APIRouter:
 
 
 async def begin(service: Service, fields: CompletionFields, owner: str) -> TextCompletion:
-    """Check a request and hand it to the engine."""
     service.check_choices(fields.n * len(fields.prompt))
     prompts = await asyncio.to_thread(_tokenised, service, fields.prompt)
     measured = fields.logprobs if fields.echo else None
@@ -56,8 +54,6 @@ class TextPlace:
 
 @dataclasses.dataclass
 class TextCompletion(Completion[CompletionFields]):
-    """One request and its continuations."""
-
     KIND = CHUNK = "text_completion"
 
     def __post_init__(self) -> None:

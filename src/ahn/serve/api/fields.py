@@ -53,14 +53,11 @@ class ChatMessage(KnownFields):
     name: Annotated[str | None, Field(max_length=256)] = None
 
     def message(self) -> dict[str, str]:
-        """As chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class JSONSchema(KnownFields):
-    """A schema that the reply must follow."""
-
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
@@ -68,8 +65,6 @@ class JSONSchema(KnownFields):
 
 
 class ResponseFormat(KnownFields):
-    """What form the reply must have."""
-
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
@@ -88,8 +83,6 @@ class ResponseFormat(KnownFields):
 
 
 class StreamOptions(KnownFields):
-    """What a stream says besides the text."""
-
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -259,8 +252,6 @@ class TextFormat(KnownFields):
 
 
 class TextFields(KnownFields):
-    """The `text` field of the Responses API."""
-
     format: TextFormat | None = None
 
 

@@ -25,19 +25,12 @@ log = logging.getLogger(__name__)
 
 
 class RequestGate:
-    """Stands before the app.
-
-    Args:
-        app: what answers.
-        settings: keys and bounds.
-        metrics: where requests are counted, if they are.
-    """
+    """Stands before the app."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics | None = None) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -92,11 +85,7 @@ class PassingRequest:
         self.status = GONE
 
     async def receive(self) -> Message:
-        """The next part of the body.
-
-        Raises:
-            APIProblem: it is too large, or does not come.
-        """
+        """The next part of the body."""
         if self._whole:
             return await self._receive()  # waits until the client goes
         try:

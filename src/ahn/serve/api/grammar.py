@@ -18,24 +18,14 @@ if TYPE_CHECKING:
 
 
 class Grammars:
-    """Makes processors of transformers' kind from JSON schemas.
-
-    Args:
-        tokenizer: llguidance knows fast ones alone.
-        vocabulary: size of the model's scores.
-        ends: token ids that end a reply.
-    """
+    """Makes processors of transformers' kind from JSON schemas."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Collection[int]) -> None:
         self.tokenizer, self.vocabulary, self.ends = tokenizer, vocabulary, sorted(ends)
         self._tokenizer: LLTokenizer | None = None
 
     def of_schema(self, schema: dict[str, Any]) -> SchemaProcessor:
-        """A processor for one reply.
-
-        Raises:
-            AHNError: the schema is wrong or uses what llguidance has not, or the tokenizer is none that it knows.
-        """
+        """A processor for one reply."""
         from llguidance import LLMatcher
 
         try:
@@ -49,11 +39,7 @@ class Grammars:
         return SchemaProcessor(matcher)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; where several tokens make a character, a part of it.
-
-        Raises:
-            AHNError: the tokenizer is none that llguidance knows.
-        """
+        """What a token stands for; where several tokens make a character, a part of it."""
         return self._loaded().decode_bytes([token])
 
     def _loaded(self) -> LLTokenizer:
@@ -80,11 +66,7 @@ class SchemaProcessor:
         self._seen: int | None = None
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (1, V) after token ids (1, n).
-
-        Raises:
-            AHNError: a token was written that is not allowed.
-        """
+        """Scores (1, V) after token ids (1, n)."""
         if self._seen is None:
             self._seen = ids.shape[1]  # the prompt
         for token in ids[0, self._seen :].tolist():

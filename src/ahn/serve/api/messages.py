@@ -40,9 +40,6 @@ class MessageStore:
         directory: where the file is; None keeps all in memory.
         limit: bytes of messages. Beyond it, whole conversations go, the least recently used first.
         age: seconds after whose last use a conversation goes; None keeps all.
-
-    Raises:
-        AHNError: the file cannot be opened, or is damaged.
     """
 
     def __init__(self, directory: Path | None, limit: int = 1 << 30, age: float | None = None) -> None:
@@ -60,7 +57,6 @@ class MessageStore:
             raise AHNError(f"{path} cannot be used: {error}. Move it away to start with no conversations.") from error
 
     def close(self) -> None:
-        """Nothing may be asked afterwards."""
         with self._lock:
             self._db.close()
 
@@ -141,7 +137,6 @@ class MessageStore:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
-        """All of it or nothing."""
         with self._lock:
             before = self._bytes
             try:
@@ -166,7 +161,6 @@ class MessageStore:
             self._drop(owner, *before)
 
     def _drop(self, owner: str, root: str) -> None:
-        """Delete a whole conversation."""
         of_root = (owner, root)
         self._bytes -= self._one("SELECT COALESCE(SUM(bytes), 0) FROM turns WHERE owner=? AND root=?", *of_root)[0]
         heads = "SELECT id FROM turns WHERE owner=? AND root=?"

@@ -30,11 +30,7 @@ WORDS = {
 
 
 class ServerMetrics:
-    """Counts and times of one server.
-
-    Args:
-        stats: what the engine does now.
-    """
+    """Counts and times of one server."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -52,11 +48,9 @@ class ServerMetrics:
         return Histogram(name, words, buckets=SECONDS, registry=self.registry)
 
     def text(self) -> bytes:
-        """The page of `/metrics`."""
         return generate_latest(self.registry)
 
     def watch(self) -> ReplyWatch:
-        """A clock for a reply that begins now."""
         return ReplyWatch(self)
 
 
@@ -69,7 +63,6 @@ class ReplyWatch:
         self._any = self._over = False
 
     def saw(self, delta: Delta) -> None:
-        """Called with every delta, as it comes."""
         now = time.perf_counter()
         if delta.tokens:
             if not self._any:
@@ -91,7 +84,6 @@ class EngineCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        """One metric for each number."""
         stats = self._stats()
         for field in dataclasses.fields(stats):
             value = getattr(stats, field.name)

@@ -27,7 +27,6 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 def router(service: Service) -> APIRouter:
-    """The routes, for a service."""
     routes = APIRouter(tags=["server"])
 
     @routes.get("/", include_in_schema=False)
@@ -145,7 +144,6 @@ class TemporaryFileResponse(FileResponse):
         self._end = end
 
     async def __call__(self, *where: Any) -> None:
-        """As ASGI has it."""
         try:
             await super().__call__(*where)
         finally:
@@ -164,7 +162,6 @@ def _newest(service: Service, owner: str) -> dict[str, ConversationInfo]:
 
 
 def _named(service: Service, owner: str, name: str) -> ConversationInfo:
-    """Raises APIProblem for a conversation that is not kept."""
     if (info := _newest(service, owner).get(name)) is None:
         said = f"There is no conversation {ascii(name)[:150]}."
         raise APIProblem(404, said, "name", "conversation_not_found")

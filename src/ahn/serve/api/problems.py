@@ -35,14 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class APIProblem(HTTPException):
-    """An error that a client is told.
-
-    Args:
-        status: of HTTP.
-        message: one sentence.
-        param: the field of the request that is wrong.
-        code: a word for programs.
-    """
+    """An error that a client is told."""
 
     def __init__(
         self,
@@ -57,12 +50,10 @@ class APIProblem(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As JSON."""
         kind = KINDS.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The same as a response."""
         return answer(self.body, self.status_code, self.headers)
 
 

@@ -40,7 +40,6 @@ class WrittenReply:
         return not self.tokens and not self.text and self.finish is None
 
     def add(self, new: Delta | WrittenReply) -> None:
-        """Take in what is new."""
         self.text += new.text
         self.tokens += new.tokens
         self.logprobs += new.logprobs
@@ -50,14 +49,7 @@ class WrittenReply:
 
 
 class RunningReplies:
-    """The replies that one request asked for.
-
-    Args:
-        replies: what the engine gave.
-        watches: a clock for each.
-        seconds: after which they end where they are.
-        alive: whether the engine still works.
-    """
+    """The replies that one request asked for."""
 
     def __init__(
         self, replies: Sequence[Reply], watches: Sequence[ReplyWatch], seconds: float, alive: Callable[[], bool]
@@ -69,13 +61,11 @@ class RunningReplies:
         self.written = [WrittenReply() for _ in replies]
 
     def cancel(self) -> None:
-        """End all that still run."""
         for reply, written in zip(self._replies, self.written, strict=True):
             if written.finish is None:
                 reply.cancel()
 
     async def all(self) -> list[WrittenReply]:
-        """All replies, when all have ended; raises as `news`."""
         try:
             async for _ in self.news():
                 pass
@@ -87,9 +77,6 @@ class RunningReplies:
         """What becomes known, with the number of its reply; now and then how it stands, where nothing does.
 
         What comes faster than it is taken comes together: a slow client costs fewer events, not more memory.
-
-        Raises:
-            APIProblem: a reply failed, or nothing was written when the time was up, or the engine died.
         """
         pumps = [asyncio.create_task(self._pump(n, reply)) for n, reply in enumerate(self._replies)]
         try:
@@ -111,7 +98,6 @@ class RunningReplies:
                 watch.saw(Delta(finish="cancelled"))  # unless it has ended: the client has gone
 
     async def _pump(self, n: int, reply: Reply) -> None:
-        """Take in what one reply brings, as it comes."""
         try:
             async for delta in reply:
                 self._watches[n].saw(delta)
@@ -134,11 +120,7 @@ class RunningReplies:
         return True
 
     def _patience(self) -> float:
-        """Seconds to wait for news. When the time is up, all that runs is told to end, and has a little more.
-
-        Raises:
-            APIProblem: it had that.
-        """
+        """Seconds to wait for news. When the time is up, all that runs is told to end, and has a little more."""
         left = self._ends - time.monotonic()
         if left <= 0:
             if self._late:

@@ -22,12 +22,11 @@ from ahn.serve.request import SamplingOptions
 
 
 def router(service: Service) -> APIRouter:
-    """The routes, for a service."""
     routes = APIRouter(prefix="/v1/responses", tags=["responses"])
 
     @routes.post("")
     async def create_response(fields: ResponsesFields, request: Request) -> Response:
-        """Answering, going on from an earlier response or from nothing."""
+        """Answer, going on from an earlier response or from nothing."""
         service.check_model(fields.model)
         state = request.state
         return await (await begin(service, fields, state.owner, state.route)).respond(request)
@@ -76,15 +75,12 @@ async def begin(service: Service, fields: ResponsesFields, owner: str, route: st
 
 @dataclasses.dataclass(kw_only=True)
 class Responding(Answering[ResponsesFields]):
-    """One response while it is written."""
-
     turn: Turn
     options: SamplingOptions
     item: str = dataclasses.field(default_factory=lambda: identity("msg_"))
 
     @property
     def written(self) -> WrittenReply:
-        """The reply so far."""
         return self.running.written[0]
 
     async def whole(self) -> dict[str, Any]:

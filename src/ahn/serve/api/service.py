@@ -77,23 +77,17 @@ class Service:
         return lock
 
     def check_model(self, name: str | None) -> None:
-        """Raises APIProblem for a model that is not served here."""
         if name is not None and name != self.settings.model:
             said = f"The model {ascii(name)[:100]} does not exist here; there is {self.settings.model!r}."
             raise APIProblem(404, said, "model", "model_not_found")
 
     def check_choices(self, choices: int) -> None:
-        """Raises APIProblem for more replies at once than one request may ask for."""
         if choices > self.settings.choices:
             said = f"n: one request may ask for {self.settings.choices} replies, not {choices}."
             raise APIProblem(400, said, "n", "invalid_value")
 
     def new_tokens(self, fields: ReplyFields, prompts: Sequence[TokenIds]) -> int:
-        """Tokens to write at most: what is wanted, else the default or as many as there is room for.
-
-        Raises:
-            APIProblem: this server does not write so many, or a conversation is empty or longer than allowed.
-        """
+        """Tokens to write at most: what is wanted, else the default or as many as there is room for."""
         limit, source = self.settings.new_tokens, fields.SOURCE
         wanted, field = next(((n, f) for f in fields.LIMITS if (n := getattr(fields, f)) is not None), (None, ""))
         if wanted is not None and wanted > limit:
@@ -121,10 +115,6 @@ class Service:
         Args:
             schema: that every reply must follow.
             kept: fields of `GenerationRequest`.
-
-        Raises:
-            EngineBusy: as the engine's `submit`.
-            AHNError: as that, or the schema is wrong, or cannot be used with this tokenizer.
         """
         requests = []
         for prompt, n in itertools.product(prompts, range(each)):

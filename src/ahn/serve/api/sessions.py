@@ -58,11 +58,7 @@ async def session_turn(store: MessageStore, owner: str, session: str | None, giv
 
 
 async def response_turn(store: MessageStore, owner: str, fields: ResponsesFields) -> Turn:
-    """The turn that a request of the Responses API asks for; instructions hold for this turn alone, as there.
-
-    Raises:
-        APIProblem: the response that it goes on from is not known.
-    """
+    """The turn that a request of the Responses API asks for; instructions hold for this turn alone, as there."""
     said, previous = fields.input, fields.previous_response_id
     given = [{"role": "user", "content": said}] if isinstance(said, str) else [each.message() for each in said]
     known: list[Message] | None = []

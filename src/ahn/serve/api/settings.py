@@ -54,7 +54,6 @@ class ServerSettings:
 
 
 def is_session(name: str) -> bool:
-    """Whether a session may have this name."""
     return bool(re.fullmatch(NAME, name)) and not name.startswith(RESPONSE)
 
 

@@ -91,11 +91,7 @@ class ChatText:
         return whole[: len(whole) - len(bare)] if np.array_equal(whole[len(whole) - len(bare) :], bare) else None
 
     def ids(self, text: str, start: bool = False) -> NDArray[np.int32]:
-        """Token ids (L,) of a text; at the `start` of one with the tokenizer's own first token, if it has one.
-
-        Raises:
-            AHNError: the text is no valid Unicode.
-        """
+        """Token ids (L,) of a text; at the `start` of one with the tokenizer's own first token, if it has one."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -135,11 +131,7 @@ class ChatText:
         return ids
 
     def prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
-        """Token ids (L,) of a conversation, up to where the next reply begins.
-
-        Raises:
-            AHNError: the template refuses the messages, or a text is no valid Unicode.
-        """
+        """Token ids (L,) of a conversation, up to where the next reply begins."""
         return self.ids(self.rendered(messages, ask=True), start=not self.template)
 
     def rendered(self, messages: Sequence[Message], ask: bool) -> str:
@@ -156,13 +148,7 @@ class ChatText:
     def known_as(
         self, messages: Sequence[Message], prompt: TokenIds, stop: Sequence[str]
     ) -> Callable[[Sequence[int]], TokenIds]:
-        """For a reply's token ids: those with which the next turn's prompt will begin, up to the end of the reply.
-
-        Args:
-            messages: what the reply answers.
-            prompt: their token ids.
-            stop: texts before which the reply ends.
-        """
+        """For a reply's token ids: those with which the next turn's prompt will begin, up to the end of the reply."""
 
         def known(reply: Sequence[int]) -> TokenIds:
             said = self.reply(prompt, reply, stop)

@@ -22,12 +22,10 @@ def dumped(value: Any) -> str:
 
 
 def answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response."""
     return Response(dumped(value), status, headers, media_type="application/json")
 
 
 def event(value: Any, name: str | None = None) -> str:
-    """One server-sent event."""
     return (f"event: {name}\n" if name else "") + f"data: {dumped(value)}\n\n"
 
 
@@ -39,7 +37,6 @@ class StreamedResponse(StreamingResponse):
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
         try:
             await super().__call__(scope, receive, send)
         finally:

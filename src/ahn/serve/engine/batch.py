@@ -60,7 +60,6 @@ class Batch:
         return rows.take(self._cache, row, device)
 
     def drop(self, row: int) -> None:
-        """A row leaves."""
         self.read[row] = self.read[-1]
         self.read.pop()
         if self._cache is not None and self.read:
@@ -81,7 +80,6 @@ class Batch:
         self.empty()
 
     def empty(self) -> None:
-        """All rows leave."""
         self.clear()
 
     def clear(self) -> None:
@@ -108,10 +106,6 @@ class FixedBatch(Batch):
     """Rows in places that never move, for captured steps: one graph for each of a few numbers of rows.
 
     Rows beyond those in use read token 0 and change nothing but themselves.
-
-    Args:
-        capacity: rows.
-        turns: whether one more row is held, in which a conversation reads a turn in captured steps of several tokens.
     """
 
     by_steps = 64  # an ordinary forward takes a host 150 ms on Qwen2.5-3B's shape, a captured step 2.2
@@ -201,11 +195,7 @@ class FixedBatch(Batch):
 
 
 def make_batch(model: PreTrainedModel, capacity: int, like: AHNCache) -> Batch:
-    """The batch that suits a model.
-
-    Args:
-        like: a conversation that has read something.
-    """
+    """The batch that suits a model."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     alone = rows.join([like])
     captured = decode.runs(model, {"input_ids": ids, private.CACHE: alone})

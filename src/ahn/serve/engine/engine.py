@@ -12,11 +12,10 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
@@ -25,13 +24,13 @@ from ahn.serve.engine.jobs import RequestJob
 from ahn.serve.engine.reply import Reply
 from ahn.serve.engine.scheduler import Scheduler
 from ahn.serve.engine.store import StateStore
-from ahn.serve.request import EngineBusy, EngineStats, GenerationRequest, SamplingOptions
+from ahn.serve.request import EngineBusy, EngineStats, GenerationRequest
 from ahn.wrappers import attached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Engine", "EngineBusy", "Reply"]
+__all__ = ["Engine", "EngineBusy"]
 FAULTS = 3
 """Turns of the engine's thread that fail one after the other before it gives up."""
 log = logging.getLogger(__name__)
@@ -49,14 +48,10 @@ class Engine:
         disk_bytes: of files; None for no limit.
         max_age: seconds after its last use when a conversation is forgotten; None for never.
         queue: requests that may wait, beyond those that have a row at once.
-        max_prompt: tokens of the longest prompt.
         chunk: tokens of a prompt that are read at once while nobody writes; None takes what suits the device.
 
     Attributes:
         store: the conversations between two requests, for any thread to list, forget, bring out and take in.
-
-    Raises:
-        AHNError: the model has no AHN, or `state_dir` cannot be made.
     """
 
     def __init__(
@@ -71,11 +66,10 @@ class Engine:
         disk_bytes: int | None = None,
         max_age: float | None = None,
         queue: int = 256,
-        max_prompt: int = 1 << 20,
         chunk: int | None = None,
     ) -> None:
         self.model, self.tokenizer = attached(model).eval(), tokenizer
-        self.queue, self.max_prompt = queue, max_prompt
+        self.queue = queue
         self.ends = sorted(end_tokens(self.model, tokenizer))
         self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         directory = None if state_dir is None else expanded(state_dir)
@@ -86,16 +80,11 @@ class Engine:
         self._closing = self._stop = self._dead = False
 
     def start(self) -> None:
-        """Begin to work.
-
-        Raises:
-            AHNError: a GPU has no memory for so many conversations.
-        """
+        """Begin to work."""
         self._thread.start()
         self._ready.result()
 
     def alive(self) -> bool:
-        """Whether requests are worked on."""
         return self._thread.is_alive() and not self._dead
 
     def submit(self, request: GenerationRequest) -> Reply:
@@ -103,24 +92,24 @@ class Engine:
 
         Raises:
             EngineBusy: too many wait, or the engine is closing.
-            AHNError: the request cannot be done.
+            AHNError: it names a token that this model has not.
         """
-        ids = self._check(request)
+        ids, biased = np.asarray(request.prompt), request.options.logit_bias
+        if ids.min() < 0 or max(ids.max(), *biased, 0) >= self.vocabulary:
+            raise AHNError(f"Token ids, in logit_bias too, are from 0 to {self.vocabulary - 1} for this model.")
         if self._closing or self._dead:
             raise EngineBusy("The server is stopping.", 5.0)
         if (waiting := self.scheduler.taken - self.scheduler.conversations) >= self.queue:
             rounds = math.ceil(waiting / self.scheduler.conversations)
             raise EngineBusy(f"{waiting} requests are waiting already.", max(1.0, rounds * self.scheduler.seconds))
         reply = Reply()
-        job = RequestJob(request, ids, reply, self.tokenizer, self.ends, self.model.device)
         reply.on_cancel = self.scheduler.wake
-        self.scheduler.put(job)
+        self.scheduler.put(RequestJob(request, ids, reply, self.tokenizer, self.ends, self.model.device))
         if self._dead:  # it died meanwhile
             self.scheduler.end_all("error", "The server's engine has stopped.")
         return reply
 
     def stats(self) -> EngineStats:
-        """Counts of now, and since the engine was made."""
         s = self.scheduler
         in_memory, bytes_in_memory, on_disk, bytes_on_disk = self.store.sizes()
         return EngineStats(
@@ -153,9 +142,15 @@ class Engine:
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        faults = 0
-        if not self._warm():
+        try:
+            self.scheduler.warm_up()
+        except Exception as error:
+            rows = self.scheduler.conversations
+            full = AHNError(f"There is no memory for {rows} conversations at once; ask for fewer.")
+            self._ready.set_exception(full if isinstance(error, torch.OutOfMemoryError) else error)
             return
+        self._ready.set_result(None)
+        faults = 0
         while not self._stop:
             try:
                 self.scheduler.turn()
@@ -168,52 +163,3 @@ class Engine:
                     self._dead = True
                     break
         self.scheduler.end_all("cancelled")
-
-    def _warm(self) -> bool:
-        try:
-            self.scheduler.warm_up()
-        except torch.OutOfMemoryError:
-            rows = self.scheduler.conversations
-            self._ready.set_exception(AHNError(f"There is no memory for {rows} conversations at once; ask for fewer."))
-            return False
-        except Exception as error:
-            self._ready.set_exception(error)
-            return False
-        self._ready.set_result(None)
-        return True
-
-    def _check(self, request: GenerationRequest) -> NDArray[np.integer[Any]]:
-        """The prompt's ids, (L,)."""
-        length = len(request.prompt)
-        if not 0 < length <= self.max_prompt:
-            raise AHNError(f"A prompt has 1 to {self.max_prompt:,} tokens here, this one has {length:,}.")
-        try:
-            ids = np.asarray(request.prompt)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AHNError("A prompt is a list of token ids.") from error
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.vocabulary:
-            raise AHNError(f"Token ids are whole numbers from 0 to {self.vocabulary - 1} for this model.")
-        check_options(request.options, self.vocabulary)
-        return ids
-
-
-def check_options(o: SamplingOptions, vocabulary: int) -> None:
-    """Raises AHNError for a number that is out of range."""
-    limits = {
-        "max_tokens": (o.max_tokens, 0, math.inf),
-        "temperature": (o.temperature, 0, 100),
-        "top_p": (o.top_p, 0, 1),
-        "top_k": (o.top_k, 0, math.inf),
-        "min_p": (o.min_p, 0, 1),
-        "repetition_penalty": (o.repetition_penalty, 1e-3, 100),
-        "presence_penalty": (o.presence_penalty, -100, 100),
-        "frequency_penalty": (o.frequency_penalty, -100, 100),
-        "logprobs": (o.logprobs or 0, 0, vocabulary),
-        "prompt_logprobs": (o.prompt_logprobs or 0, 0, vocabulary),
-    }
-    for name, (value, low, high) in limits.items():
-        if not low <= value <= high:  # NaN neither
-            raise AHNError(f"{name} must be from {low:g} to {high:g}, got {value}.")
-    for token, bias in o.logit_bias.items():
-        if not 0 <= token < vocabulary or not math.isfinite(bias):
-            raise AHNError(f"logit_bias is for token ids from 0 to {vocabulary - 1}, got {token}: {bias}.")

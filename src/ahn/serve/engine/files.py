@@ -59,11 +59,7 @@ class Note:
 
     @classmethod
     def read(cls, content: Any) -> Note:
-        """From JSON types that are not to be trusted.
-
-        Raises:
-            AHNError: it is not what `dataclasses.asdict` gives.
-        """
+        """From JSON types that are not to be trusted."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or content.keys() != names:
             raise AHNError("it does not say whose it is")
@@ -80,9 +76,6 @@ class StateFiles:
 
     Args:
         directory: made where it is missing; a folder for this model and its settings is made inside.
-
-    Raises:
-        AHNError: it cannot be made.
     """
 
     def __init__(self, model: PreTrainedModel, directory: Path) -> None:
@@ -96,72 +89,62 @@ class StateFiles:
             raise AHNError(f"{self.directory} cannot be made: {error.strerror or error}.") from error
 
     def path(self, note: Note) -> Path:
-        """Where a state is, or would be."""
         owner = hashlib.sha256(note.owner.encode()).hexdigest()[:8]
         name = "" if note.name is None else f"-{hashlib.sha256(note.name.encode()).hexdigest()[:16]}"
         return self.directory / f"{owner}-{note.digest}{name}{ENDING}"
 
     def write(self, cache: AHNCache, note: Note) -> Path:
-        """Write a state, whole or not at all.
-
-        Raises:
-            AHNError: it cannot be written, for example because the disk is full.
-        """
+        """Write a state, whole or not at all."""
         write(cache, note, path := self.path(note), self.origin)
         return path
 
     def load(self, path: Path) -> AHNCache:
-        """Read a state.
-
-        Raises:
-            AHNError: the file is gone, damaged, or of another model.
-        """
+        """Read a state."""
         return load_conversation(path, self.model, self.origin)
 
     def changed(self) -> bool:
-        """Whether files came or went since the latest `notes`, as far as the folder's time says."""
+        """Whether files came or went since the latest `paths`, as far as the folder's time says."""
         try:
             return self.directory.stat().st_mtime_ns != self._scanned
         except OSError:
             return False
 
-    def paths(self) -> set[Path]:
-        """Of all states now."""
+    def paths(self) -> set[Path] | None:
+        """Of all states now; None if the folder cannot be read now."""
         try:
-            self._scanned = self.directory.stat().st_mtime_ns
-            return {
-                path for path in self.directory.iterdir() if path.suffix == ENDING and not path.name.startswith(".")
-            }
+            scanned = self.directory.stat().st_mtime_ns
+            paths = {p for p in self.directory.iterdir() if p.suffix == ENDING and not p.name.startswith(".")}
         except OSError as error:
             log.warning("%s cannot be read: %s", self.directory, error)
-            return set()
+            return None
+        self._scanned = scanned
+        return paths
 
-    def notes(self, known: set[Path]) -> Iterator[tuple[Path, Note]]:
-        """Of the states that are not known yet. A file that is damaged is set aside, with a warning."""
-        for path in sorted(self.paths() - known):
-            try:
-                yield path, Note.read(file.describe(path).get(NOTE))
-            except AHNError as error:
-                self.set_aside(path, error)
+    def note(self, path: Path) -> Note | None:
+        """Of a state; None if it cannot be used."""
+        try:
+            return Note.read(file.describe(path).get(NOTE))
+        except AHNError as error:
+            self.set_aside(path, error)
+            return None
 
-    def set_aside(self, path: Path, reason: Exception) -> None:
-        """Give a file another ending, so that nobody falls over it again."""
-        if path.exists():
-            log.warning("A kept conversation cannot be used and is set aside as %s.damaged: %s", path, reason)
-            try:
-                path.replace(path.with_name(path.name + ".damaged"))
-            except OSError as error:
-                log.warning("%s cannot be renamed: %s", path, error)
+    def set_aside(self, path: Path, reason: Exception) -> bool:
+        """Give a damaged file another ending, so that nobody falls over it again; one that cannot be read now stays."""
+        if isinstance(reason.__context__, OSError):  # too many open files, a network's pause
+            log.warning("A kept conversation cannot be read: %s", reason)
+            return False
+        log.warning("A kept conversation cannot be used and is set aside as %s.damaged: %s", path, reason)
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(path.with_name(path.name + ".damaged"))
+        return True
 
     def remove(self, path: Path) -> None:
-        """Delete a file; one that is gone is as good."""
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s cannot be deleted: %s", path, error)
 
     def touch(self, path: Path) -> None:
-        """Note that a state was used now."""
         try:
             os.utime(path)
         except OSError:
@@ -169,11 +152,7 @@ class StateFiles:
 
 
 def write(cache: AHNCache, note: Note, path: Path, of: dict[str, Any]) -> None:
-    """Write a state with its note; `of` is the `origin` of its model.
-
-    Raises:
-        AHNError: it cannot be written.
-    """
+    """Write a state with its note; `of` is the `origin` of its model."""
     tensors, description = cache.content()
     file.write(path, tensors, description | {NOTE: dataclasses.asdict(note)}, of)
 

@@ -36,11 +36,7 @@ class KeptState:
 
 
 class StateIndex:
-    """States by their notes. Several may have read the same: conversations with names in which the same was said.
-
-    Attributes:
-        named: the last state of each conversation with a name, by owner and name.
-    """
+    """States by their notes. Several may have read the same: conversations with names in which the same was said."""
 
     def __init__(self) -> None:
         self.named: dict[tuple[str, str], KeptState] = {}
@@ -54,7 +50,6 @@ class StateIndex:
         return state in self._alike.get(state.note.key, ())
 
     def alike(self, owner: str, digest: str) -> list[KeptState]:
-        """All that have read this."""
         return list(self._alike.get((owner, digest), ()))
 
     def like(self, note: Note) -> KeptState | None:
@@ -70,12 +65,10 @@ class StateIndex:
         return next((alike[-1] for alike in found if alike), None)
 
     def add(self, state: KeptState) -> None:
-        """Take in one that is not there."""
         self._alike.setdefault(state.note.key, []).append(state)
         self._lengths.setdefault(state.note.owner, Counter())[state.note.length] += 1
 
     def remove(self, state: KeptState) -> None:
-        """Take one out, if it is there."""
         if state not in self:
             return
         owner, name = state.note.owner, state.note.name

@@ -100,7 +100,6 @@ class RequestJob(PromptReading):
 
     @property
     def next_token(self) -> int:
-        """The first that is not read."""
         place = self.read - len(self.prompt)
         return int(self.prompt[place]) if place < 0 else self.new[place]
 
@@ -134,7 +133,6 @@ class RequestJob(PromptReading):
         self.cuts, self.lent = set(), False
 
     def progress(self) -> Delta:
-        """How much of the prompt is read."""
         return Delta(read=min(self.read, len(self.prompt)), cached=self.cached)
 
     def take(self, token: int) -> None:
@@ -158,7 +156,6 @@ class RequestJob(PromptReading):
         return self._delta(text, (chosen.token,), logprobs)
 
     def last(self, finish: FinishReason, error: str | None = None) -> Delta:
-        """A last delta without a token."""
         self.finish = finish
         return dataclasses.replace(self._delta("", (), ()), error=error)
 
@@ -169,7 +166,6 @@ class RequestJob(PromptReading):
 
 
 def said(error: Exception) -> str:
-    """An error for a client."""
     if isinstance(error, AHNError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ahn.cache.conversation import AHNCache
-from ahn.errors import AHNError
 from ahn.serve.engine.files import Note
 from ahn.serve.engine.index import KeptState
 from ahn.serve.engine.jobs import PromptReading, RequestJob
@@ -28,8 +27,8 @@ log = logging.getLogger(__name__)
 class Rest(PromptReading):
     """What is left to read of a finished conversation before it is kept."""
 
-    job: RequestJob | None = None
-    delta: Delta | None = None
+    job: RequestJob = dataclasses.field(kw_only=True)
+    delta: Delta = dataclasses.field(kw_only=True)
 
 
 class Keeper:
@@ -54,23 +53,20 @@ class Keeper:
         if cache is None or not cache.seen or not job.request.keep:
             self._over(job, delta)
         else:
-            self._pool.submit(self._guarded, self._close, job, cache, delta)
+            own = Prefixes(job.ids[: job.read])
+            self._beside(self._close, Rest(job.owner, own, len(own), cache, len(own), job=job, delta=delta))
 
     def read_to_end(self, rest: Rest, failed: bool = False) -> None:
-        """What was left is read."""
-        assert rest.job is not None and rest.delta is not None
-        if failed or rest.cache is None:
+        if failed:
             self._over(rest.job, rest.delta)
         else:
-            self._pool.submit(self._guarded, self._keep, rest.job, rest.cache, rest.delta, rest.tokens)
+            self._beside(self._keep, rest)
 
     def snapshot(self, tokens: Prefixes, owner: str, length: int, cache: AHNCache, part_of: str | None) -> None:
-        """Keep what a prompt begins with."""
         self.store.add(note_of(tokens, owner, length, cache, None, part_of), cache)
         self.trim()
 
     def trim(self) -> None:
-        """Make room, when there is time."""
         self._pool.submit(self.store.trim)
 
     def open(self, state: KeptState) -> Future[AHNCache]:
@@ -83,41 +79,39 @@ class Keeper:
         return cache
 
     def close(self) -> None:
-        """Wait until everything is written."""
         self._opening.shutdown(wait=True)
         self._pool.shutdown(wait=True)
 
-    def _guarded(
-        self, work: Callable[..., None], job: RequestJob, cache: AHNCache, delta: Delta, *rest: Prefixes
-    ) -> None:
-        try:
-            work(job, cache, delta, *rest)
-        except Exception:
-            log.exception("A conversation could not be kept")
-            self._over(job, delta)
+    def _beside(self, work: Callable[[Rest], None], rest: Rest) -> None:
+        """Do it beside the engine's thread; the request is over even if that fails."""
+
+        def run() -> None:
+            try:
+                work(rest)
+            except Exception:
+                log.exception("A conversation could not be kept")
+                self._over(rest.job, rest.delta)
+
+        self._pool.submit(run)
 
     def _over(self, job: RequestJob, delta: Delta) -> None:
         job.reply.put(delta)
         self._done(job)
 
-    def _close(self, job: RequestJob, cache: AHNCache, delta: Delta) -> None:
+    def _close(self, rest: Rest) -> None:
         """Find out which tokens the kept state should have read, and have it read them."""
-        own = Prefixes(job.ids[: job.read])
-        tokens = self._wanted(job) or own
-        if own.shared(tokens) == len(own):
-            rest = Rest(job.owner, tokens, len(tokens), cache, len(own), job=job, delta=delta)
+        wanted = self._wanted(rest.job) or rest.tokens
+        other = dataclasses.replace(rest, tokens=wanted, target=len(wanted))
+        if rest.tokens.shared(wanted) < rest.read:
+            before = self.store.find(rest.owner, wanted, len(wanted))
+            other.cache = None if before is None else self.store.open(before)
+            other.read = 0 if before is None else before.note.length
+        if other.target - other.read > 4 * len(rest.job.new) + REREAD:  # what it began with is no longer kept
+            other = rest
+        if other.read == other.target and other.cache is not None:
+            self._keep(other)
         else:
-            before = self.store.find(job.owner, tokens, len(tokens))
-            start = None if before is None else self.store.open(before)
-            read = 0 if before is None else before.note.length
-            rest = Rest(job.owner, tokens, len(tokens), start, read, job=job, delta=delta)
-        if rest.target - rest.read > 4 * len(job.new) + REREAD:  # what it began with is no longer kept
-            self._keep(job, cache, delta, own)
-            return
-        if rest.read == rest.target and rest.cache is not None:
-            self._keep(job, rest.cache, delta, tokens)
-        else:
-            self._read(rest)
+            self._read(other)
 
     def _wanted(self, job: RequestJob) -> Prefixes | None:
         """With which tokens a later prompt will begin that goes on from this reply; None for those that are read."""
@@ -129,17 +123,14 @@ class Keeper:
                 log.warning("How a reply will be known could not be found out; it is read again", exc_info=True)
         return Prefixes(job.ids[: len(job.prompt) + job.text.whole_tokens()]) if job.text.stopped else None
 
-    def _keep(self, job: RequestJob, cache: AHNCache, delta: Delta, tokens: Prefixes) -> None:
-        name = job.request.name
-        state = self.store.add(note_of(tokens, job.owner, len(tokens), cache, name, name), cache)
-        try:
-            self.store.write(state)
-        except AHNError as error:
-            log.warning("A conversation stays in memory alone: %s", error)
-        self._over(job, delta)
+    def _keep(self, rest: Rest) -> None:
+        name, cache = rest.job.request.name, rest.cache
+        assert cache is not None
+        state = self.store.add(note_of(rest.tokens, rest.owner, len(rest.tokens), cache, name, name), cache)
+        self.store.write(state)
+        self._over(rest.job, rest.delta)
         self.store.trim()
 
 
 def note_of(tokens: Prefixes, owner: str, length: int, cache: AHNCache, name: str | None, part_of: str | None) -> Note:
-    """The note of a state that has read the first of some tokens."""
     return Note(owner, *tokens.key(length), name, part_of, cache.bytes_by_part())

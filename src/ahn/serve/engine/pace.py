@@ -40,7 +40,6 @@ class Pace:
         return self.size if writing else self.largest
 
     def may_read(self, writing: bool) -> bool:
-        """Whether it is time for a chunk."""
         return not writing or self._owed <= 0
 
     @property
@@ -49,7 +48,6 @@ class Pace:
         return math.inf if self._step is None else self._step
 
     def stepped(self, seconds: float) -> None:
-        """A step took so long."""
         self._owed = max(0.0, self._owed - 1.5 * seconds)
         self._step = seconds if self._step is None else self._step + CHANGE * (seconds - self._step)
 

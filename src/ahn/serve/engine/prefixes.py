@@ -15,11 +15,7 @@ BLOCK = 64
 
 
 class Prefixes:
-    """The beginnings of one prompt.
-
-    Attributes:
-        ids: (L,) the prompt's token ids.
-    """
+    """The beginnings of one prompt."""
 
     def __init__(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> None:
         self.ids = np.asarray(ids, dtype="<u4")
@@ -51,18 +47,13 @@ class Prefixes:
         ]
 
     def shared(self, other: Prefixes) -> int:
-        """Number of tokens that both begin with."""
         n = min(len(self), len(other))
         differ = np.flatnonzero(self.ids[:n] != other.ids[:n])
         return int(differ[0]) if len(differ) else n
 
 
 class SeenBlocks:
-    """What prompts of late began with, in blocks; the oldest are forgotten.
-
-    Args:
-        limit: blocks to remember.
-    """
+    """What prompts of late began with, in blocks; the oldest are forgotten."""
 
     def __init__(self, limit: int = 1 << 18) -> None:
         self.limit = limit

@@ -70,7 +70,6 @@ class PromptReader:
         self._empty = AHNCache.for_model(model)  # with the settings of now, whatever the model's will be
 
     def begin(self, job: RequestJob) -> None:
-        """Find what is known of a prompt."""
         known = None if job.fresh else self.store.find(job.owner, job.tokens, job.target)
         self._go_on_from(job, known)
         if job.target - job.read >= WORTH:
@@ -151,7 +150,6 @@ class PromptReader:
         return self._forward(job, 1, 1)
 
     def read_tokens(self, ids: Sequence[int]) -> AHNCache:
-        """A conversation of these tokens."""
         reading = PromptReading("", Prefixes(ids), len(ids))
         self._forward(reading, len(ids), 1)
         assert reading.cache is not None

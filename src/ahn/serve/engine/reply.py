@@ -30,7 +30,6 @@ class Reply:
         self.on_cancel()
 
     def put(self, delta: Delta) -> None:
-        """Called by the engine."""
         with self._changed:
             if self._deltas and _only_progress(self._deltas[-1]) and _only_progress(delta):
                 self._deltas[-1] = delta
@@ -40,7 +39,6 @@ class Reply:
             self._wake()
 
     def _take(self) -> Delta | None:
-        """The next delta, or None if it is not there yet."""
         if not self._deltas:
             return None
         delta = self._deltas.popleft()

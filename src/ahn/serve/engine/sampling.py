@@ -59,12 +59,10 @@ class Chooser:
             self._bias = places, torch.tensor(list(options.logit_bias.values()), device=device, dtype=torch.float32)
 
     def draw(self) -> float:
-        """A random number in [0, 1), one for each token."""
         return self._random.random()
 
     @property
     def changes_scores(self) -> bool:
-        """Whether `changed` does anything."""
         o = self.options
         penalties = o.repetition_penalty != 1 or o.presence_penalty or o.frequency_penalty
         return bool(penalties or self._bias is not None or o.processors)
@@ -149,7 +147,7 @@ def logprobs_of(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) ->
     """
     logprobs = scores.log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
-    top, places = (x.tolist() for x in logprobs.topk(max(counts)))
+    top, places = (x.tolist() for x in logprobs.topk(min(max(counts), scores.shape[1])))
     best = [tuple(zip(*pair, strict=True)) for pair in zip(places, top, strict=True)]
     rows = zip(tokens, own, best, counts, strict=True)
     return [TokenLogprobs(token, logprob, ranked[:count]) for token, logprob, ranked, count in rows]

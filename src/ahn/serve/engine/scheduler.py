@@ -43,10 +43,6 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """All requests from their arrival to the end of their replies.
 
-    Args:
-        conversations: rows: requests that are read or written at once.
-        chunk: tokens of a prompt that are read at once while nobody writes.
-
     Attributes:
         tokens_written: since the start.
         seconds: from a request's arrival to its end, on average of late.
@@ -73,12 +69,10 @@ class Scheduler:
     # -- called from other threads ---------------------------------------------------------------------------------
 
     def put(self, reading: PromptReading) -> None:
-        """New work."""
         self._inbox.append(reading)
         self._changed.set()
 
     def wake(self) -> None:
-        """Something has changed."""
         self._changed.set()
 
     def _closed(self, job: RequestJob) -> None:
@@ -203,7 +197,6 @@ class Scheduler:
     # -- replies ---------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        """Those whose prompt is read go on with a reply."""
         for job in [job for job in self.reading if isinstance(job, RequestJob)]:
             if job.arrived_whole and (job.read == job.target or self._by_steps(job)):
                 alone, others = job.read < job.target, bool(self.running)
@@ -243,7 +236,6 @@ class Scheduler:
         self.reading.remove(job)
 
     def _step(self) -> bool:
-        """All replies take a step."""
         if not self.running:
             return False
         assert self.batch is not None
@@ -267,7 +259,6 @@ class Scheduler:
         return True
 
     def _advance(self, jobs: Sequence[RequestJob], chosen: Sequence[Chosen]) -> None:
-        """Each has its next token."""
         for job, one in zip(jobs, chosen, strict=True):
             if one.error is not None:
                 self._fail(job, one.error)
@@ -365,7 +356,6 @@ class Scheduler:
         self._make_room()
 
     def _make_room(self) -> None:
-        """On a GPU, for those that run."""
         self.store.leave_device(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -80,22 +80,18 @@ class StateStore:
             return state
 
     def has(self, owner: str, digest: str) -> bool:
-        """Whether there is a state."""
         with self._lock:
             return bool(self._index.alike(owner, digest))
 
     def discard(self, owner: str, digest: str) -> None:
-        """Forget what has read this, if it is there."""
         with self._lock:
-            alike = self._index.alike(owner, digest)
-        for state in alike:
-            self._forget(state)
+            for state in self._index.alike(owner, digest):
+                self._forget(state)
 
     def named(self, owner: str, name: str) -> KeptState | None:
         """The last state of a conversation with a name."""
         self._scan()
-        with self._lock:
-            return self._index.named.get((owner, name))
+        return self._index.named.get((owner, name))
 
     def at_hand(self, state: KeptState) -> AHNCache | None:
         """A state itself, which must not be changed, if it lies where the model is."""
@@ -106,7 +102,7 @@ class StateStore:
         """A copy to go on with, from memory or disk; `trim` when there is time.
 
         Raises:
-            AHNError: the file is gone or damaged; the state is then forgotten.
+            AHNError: the file is damaged, and the state forgotten, or cannot be read now.
         """
         cache, path = state.cache, state.file
         if cache is not None:
@@ -116,8 +112,8 @@ class StateStore:
         try:
             loaded = self.files.load(path)
         except AHNError as error:
-            self.files.set_aside(path, error)
-            self._forget(state)
+            if self.files.set_aside(path, error):
+                self._forget(state)
             raise
         with self._lock:
             if state.file is not None and state.nbytes <= self._room:  # not forgotten meanwhile
@@ -144,31 +140,29 @@ class StateStore:
                 self._index.named[state.note.owner, state.note.name] = state
             return state
 
-    def write(self, state: KeptState) -> None:
-        """Bring a state to disk, if there is a folder for it.
-
-        Raises:
-            AHNError: it cannot be written; it stays in memory.
-        """
+    def write(self, state: KeptState) -> bool:
+        """Bring a state to disk, if there is a folder for it; False if that fails, and it stays in memory."""
         cache = state.cache
         if self.files is None or state.file is not None or cache is None:
-            return
-        with beside(self.model.device):
-            path = self.files.write(cache, state.note)
+            return True
+        try:
+            with beside(self.model.device):
+                path = self.files.write(cache, state.note)
+        except AHNError as error:
+            log.warning("A conversation stays in memory alone: %s", error)
+            return False
         with self._lock:
             state.file = path
             forgotten = state not in self._index
         if forgotten:
             self.files.remove(path)
         self.trim_disk()
+        return True
 
     def trim(self) -> None:
         """Make room in memory: the least recently used states go, to disk first. It may take its time."""
         for state in self._in_excess():
-            try:
-                self.write(state)
-            except AHNError as error:
-                log.warning("A conversation could not be kept: %s", error)
+            self.write(state)
             with self._lock:
                 state.cache = None
                 if state.file is None:
@@ -206,7 +200,6 @@ class StateStore:
                 excess -= state.nbytes
 
     def trim_disk(self) -> None:
-        """Delete the least recently used files beyond the limit."""
         if self.disk is None or self.files is None:
             return
         with self._lock:
@@ -226,21 +219,17 @@ class StateStore:
         if self.max_age is not None:
             oldest = time.time() - self.max_age
             with self._lock:
-                old = [state for state in self._index if state.used < oldest]
-            for state in old:
-                if _last_used(state) < oldest:
-                    self._forget(state)
+                for state in [state for state in self._index if state.used < oldest]:
+                    if _last_used(state) < oldest:
+                        self._forget(state)
 
     def forget(self, owner: str, name: str) -> bool:
-        """Forget a conversation with all states that were made in it."""
         self._scan()
         with self._lock:
-            key = owner, name
-            there = key in self._index.named
-            own = [s for s in self._index if s.note.owner == owner and name in (s.note.name, s.note.part_of)]
-        for state in own:
-            self._forget(state)
-        return there
+            there = (owner, name) in self._index.named
+            for state in [s for s in self._index if s.note.owner == owner and name in (s.note.name, s.note.part_of)]:
+                self._forget(state)
+            return there
 
     def save_all(self, seconds: float) -> None:
         """Bring states to disk that are in memory alone, the latest first, as many as there is time for."""
@@ -248,22 +237,13 @@ class StateStore:
         with self._lock:
             states = sorted(self._index, key=lambda state: -state.used)
         for state in states:
-            if time.monotonic() > until:
-                return
-            try:
-                self.write(state)
-            except AHNError as error:
-                log.warning("A conversation could not be kept: %s", error)
+            if time.monotonic() > until or not self.write(state):
                 return
 
     # -- files of a user's -----------------------------------------------------------------------------------------
 
     def export(self, owner: str, name: str, path: Path, messages: Sequence[Message] = ()) -> None:
-        """Write a conversation to a file that `take_in` takes.
-
-        Raises:
-            AHNError: there is none of this name, or it cannot be written.
-        """
+        """Write a conversation to a file that `take_in` takes."""
         state = self.named(owner, name)
         if state is None:
             raise AHNError(f"There is no conversation {name!r}.")
@@ -273,11 +253,7 @@ class StateStore:
         self.trim()
 
     def take_in(self, owner: str, name: str, path: Path) -> list[Message]:
-        """Take up a conversation that `export` wrote, of whatever owner and name; returns what was said.
-
-        Raises:
-            AHNError: the file is missing, damaged, of another model or other settings, or `export` did not write it.
-        """
+        """Take up a conversation that `export` wrote, of whatever owner and name; returns what was said."""
         cache = AHNCache.load(path, self.model)
         note = Note.read(file.describe(path).get(NOTE))
         if cache.config != self.model.ahn_config or cache.progress.padding is not None:
@@ -298,7 +274,6 @@ class StateStore:
         return sorted(infos, key=lambda info: -info.used)
 
     def sizes(self) -> tuple[int, int, int, int]:
-        """States in memory, their bytes, states on disk, their bytes."""
         with self._lock:
             memory = [state.nbytes for state in self._index if state.cache is not None]
             disk = [state.nbytes for state in self._index if state.file is not None]
@@ -311,14 +286,15 @@ class StateStore:
         if self.files is None or not self.files.changed():
             return False
         with self._lock:
-            known = {state.file for state in self._index if state.file is not None}
-            for path, note in self.files.notes(known):
-                self._take_up(path, note)
-            there = self.files.paths()
-            for state in self._index:
-                if state.file is not None and state.file not in there:  # another engine has forgotten it
-                    state.file = state.cache = None
-                    self._index.remove(state)
+            if (there := self.files.paths()) is None:
+                return False
+            known = {state.file: state for state in self._index if state.file is not None}
+            for path in sorted(there - known.keys()):
+                if (note := self.files.note(path)) is not None:
+                    self._take_up(path, note)
+            for path in known.keys() - there:  # another engine has forgotten it
+                known[path].file = known[path].cache = None
+                self._index.remove(known[path])
         return True
 
     def _take_up(self, path: Path, note: Note) -> None:

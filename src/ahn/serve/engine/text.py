@@ -17,10 +17,6 @@ LONGEST_CHARACTER = 8
 class TextStream:
     """Text of one reply.
 
-    Args:
-        before: token ids that stand before the reply.
-        stops: texts before which it ends.
-
     Attributes:
         stopped: a stop text was found.
         text: all that was shown.
@@ -52,7 +48,6 @@ class TextStream:
         return next(beyond, len(self._ends))
 
     def end(self) -> str:
-        """What was held back, once nothing follows."""
         return "" if self.stopped else self._show(self._new_text(), last=True)
 
     def _new_text(self) -> str:

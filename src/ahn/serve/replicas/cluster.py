@@ -42,9 +42,6 @@ def replicated(
         gpu: whether each replica has a GPU of its own.
         directory: of the messages, which a process of this machine keeps for all.
         max_age: seconds after whose last use a conversation goes.
-
-    Raises:
-        AHNError: the messages cannot be read, or the replicas could not be started.
     """
     MessageStore(directory).close()
     local, secret = _connect(), secrets.token_hex(32)
@@ -70,7 +67,6 @@ def replicated(
 
 
 def stop() -> None:
-    """The replicas end, and the cluster too if it is ours."""
     serve.delete(NAME)
     ray.shutdown()
 

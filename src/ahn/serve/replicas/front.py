@@ -48,12 +48,10 @@ def make_front(replicas: DeploymentHandle, secret: str, settings: ServerSettings
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Of all replicas."""
         return Response(merged(await pages(replicas)), media_type="text/plain; version=0.0.4")
 
     @app.api_route("/{path:path}", methods=METHODS)
     async def forward(request: Request) -> Response:
-        """Any other request is a replica's."""
         return await forwarded(replicas, secret, request)
 
     problems.install(app)
@@ -62,11 +60,7 @@ def make_front(replicas: DeploymentHandle, secret: str, settings: ServerSettings
 
 
 async def forwarded(replicas: DeploymentHandle, secret: str, request: Request) -> Response:
-    """A replica's answer.
-
-    Raises:
-        APIProblem: it died before it began to answer.
-    """
+    """A replica's answer."""
     body = await request.body()
     key = await asyncio.to_thread(routing_key, request.url.path, body)
     own = {NUMBER: request.state.request_id.encode(), SECRET: secret.encode(), ROUTE: key.encode()}

@@ -11,13 +11,10 @@ from prometheus_client.registry import Collector
 
 
 class MetricFamilies(Collector):
-    """Metrics as they are."""
-
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        """All of them."""
         return self._families
 
 

@@ -20,11 +20,7 @@ from ahn.serve.replicas.wire import FrontAlone
 
 
 class RemoteMessages:
-    """The messages of all replicas: one process keeps them, as SQLite's locks do not hold on network file systems.
-
-    Args:
-        keeper: Ray's handle of a `MessageStore`.
-    """
+    """The messages of all replicas: one process keeps them, as SQLite's locks do not hold on network file systems."""
 
     def __init__(self, keeper: Any) -> None:
         self._keeper = keeper
@@ -55,7 +51,6 @@ class Replica:
         threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True).start()
 
     def address(self) -> tuple[str, int]:
-        """Host and port."""
         return self._address
 
     def page(self) -> tuple[str, bytes | None]:
@@ -64,15 +59,10 @@ class Replica:
         return f"{socket.gethostname()}:{os.getpid()}", self._service.metrics.text() if alive else None
 
     async def close(self, seconds: float) -> None:
-        """Begin nothing new; what runs may end in that time."""
         await asyncio.to_thread(self._service.engine.close, seconds)
 
     def check_health(self) -> None:
-        """Asked by Ray, which starts a replica anew that raises.
-
-        Raises:
-            RuntimeError: the engine has stopped.
-        """
+        """Asked by Ray, which starts a replica anew that raises."""
         if not self._service.engine.alive():
             raise RuntimeError("The engine has stopped.")
 

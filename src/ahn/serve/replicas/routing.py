@@ -32,7 +32,6 @@ def routing_key(path: str, body: bytes) -> str:
 
 
 def key_of(name: str) -> str:
-    """The key of what is called by this name."""
     if own := re.match(f"{RESPONSE}([0-9a-f]{{16}})", name):
         return own[1]
     return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -25,18 +25,12 @@ class ReplicaLostError(ConnectionError):
 
 
 class FrontAlone:
-    """Lets only the front ask, and takes from its headers what the app is to know.
-
-    Args:
-        app: what answers.
-        secret: of the front.
-    """
+    """Lets only the front ask, and takes from its headers what the app is to know."""
 
     def __init__(self, app: ASGIApp, secret: str) -> None:
         self.app, self.secret = app, secret.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
         if scope["type"] != "http":
             return
         own = {name: value for name, value in scope["headers"] if name in (SECRET, ROUTE)}
@@ -56,20 +50,14 @@ class Answer:
 
     @property
     def status(self) -> int:
-        """Of HTTP."""
         return self.response.status
 
     @property
     def headers(self) -> Headers:
-        """As they came, their names in lower case."""
         return [(name.lower(), value) for name, value in self.response.raw_headers]
 
     async def body(self) -> AsyncIterator[bytes]:
-        """As it comes: what came together comes together.
-
-        Raises:
-            ReplicaLostError: it ended too early.
-        """
+        """As it comes: what came together comes together."""
         try:
             async for content in self.response.content.iter_any():
                 yield content
@@ -77,7 +65,6 @@ class Answer:
             raise ReplicaLostError(str(error)) from error
 
     def close(self) -> None:
-        """The connection is no longer needed."""
         self.response.close()
 
 
@@ -95,15 +82,7 @@ def line() -> aiohttp.ClientSession:
 async def ask(
     session: aiohttp.ClientSession, address: tuple[str, int], method: str, target: bytes, headers: Headers, body: bytes
 ) -> Answer:
-    """A replica's answer to a request, up to its body.
-
-    Args:
-        session: made by `line`.
-        target: path and query as they came.
-
-    Raises:
-        ReplicaLostError: there is nobody, or the answer ended too early.
-    """
+    """A replica's answer to a request, up to its body."""
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     where = URL(f"http://{host}:{address[1]}{target.decode('latin-1')}", encoded=True)
     passed = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in _passed(headers)]
