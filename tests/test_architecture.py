@@ -23,12 +23,16 @@ LONGEST = 400
 """Lines of a module."""
 
 
-def imports(tree: ast.AST, inside_functions: bool) -> Iterator[str]:
-    """Modules of the package that are imported at run time; imports for type checkers alone do not count."""
+def imports(tree: ast.AST, for_types: bool) -> Iterator[str]:
+    """Modules of the package that are imported, at once or when a function runs.
+
+    Args:
+        for_types: also those that only a type checker imports.
+    """
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not for_types:
             for other in node.orelse:
-                yield from imports(other, inside_functions)
+                yield from imports(other, for_types)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -36,13 +40,13 @@ def imports(tree: ast.AST, inside_functions: bool) -> Iterator[str]:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in MODULES else str(node.module)
-        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from imports(node, inside_functions)
+        else:
+            yield from imports(node, for_types)
 
 
-def edges(inside_functions: bool) -> dict[str, set[str]]:
+def edges(for_types: bool) -> dict[str, set[str]]:
     return {
-        name: {found for found in imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions)} & set(MODULES)
+        name: {found for found in imports(ast.parse(path.read_text(encoding="utf-8")), for_types)} & set(MODULES)
         for name, path in MODULES.items()
     }
 
@@ -59,7 +63,7 @@ def test_no_module_is_long() -> None:
 
 def test_imports_go_to_rooms_above() -> None:
     wrong = []
-    for name, targets in edges(inside_functions=True).items():
+    for name, targets in edges(for_types=False).items():
         for target in targets - {"ahn"}:  # the root names what is below and loads it when it is used
             here, there = name.split(".")[1:2], target.split(".")[1]
             if here and ROOMS.index(there) > ROOMS.index(here[0]):
@@ -67,8 +71,9 @@ def test_imports_go_to_rooms_above() -> None:
     assert not wrong, wrong
 
 
-def test_no_module_is_imported_in_a_circle() -> None:
-    graph = {name: targets - {name, "ahn"} for name, targets in edges(inside_functions=False).items()}
+def test_no_modules_know_each_other_in_a_circle() -> None:
+    """Not by what a function imports when it runs either, nor by a name that only a type needs."""
+    graph = {name: targets - {name, "ahn"} for name, targets in edges(for_types=True).items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -155,12 +155,12 @@ class AHNConfig:
             self._check_calibrated()
 
     def _check_calibrated(self) -> None:
-        from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
+        from ahn.memory import registry  # not above: memories are made of a configuration
 
         reasons = {
             "key_bits=2": self.key_bits != BITS[0],
             "keys_before_rope=True, and a base whose RoPE can be turned back": not self.keys_before_rope,
-            f"another memory than {self.memory!r}, which keeps tokens": memory.get(self.memory).keeps_tokens,
+            f"another memory than {self.memory!r}, which keeps tokens": registry.get(self.memory).keeps_tokens,
         }
         if missing := [reason for reason, holds in reasons.items() if holds]:
             raise AHNError(f"AHNConfig.calibrated_keys needs {missing[0]}; or choose calibrated_keys=False.")
@@ -274,9 +274,9 @@ class AHNConfig:
 
 def _without_use(name: str) -> dict[str, Any]:
     """The fields that a memory has no use for, with the values that they have then."""
-    from ahn import memory  # the registry imports this module's errors; a top-level import would be circular
+    from ahn.memory import registry  # not above: memories are made of a configuration
 
-    return {} if memory.get(name).keeps_tokens else OF_KEPT_TOKENS
+    return {} if registry.get(name).keeps_tokens else OF_KEPT_TOKENS
 
 
 def _pairs(given: Any) -> tuple[tuple[int, int], ...]:

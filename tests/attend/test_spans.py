@@ -21,6 +21,7 @@ from torch import Tensor
 import ahn
 from ahn import AHNError
 from ahn.attend import spans, spans_blocks
+from ahn.attend.spans_blocks import Columns
 from ahn.layout.visibility import FOR_EVER, Visibility
 
 UNIT = 2**-24  # relative error of one rounding to float32
@@ -97,7 +98,7 @@ def test_kernels_with_a_window(n: int, T: int) -> None:
 def test_parts_say_their_sum(held: int, n: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A band, of which nobody sees the first columns, and the kernels' part of it with its log-sum-exp."""
     case = made(2, 2, 2, n, held + n, 16, n, (False, False)).to(DEVICE)
-    columns = spans.Columns.of_band(held, n, width, case.query.device)
+    columns = Columns.of_band(held, n, width, case.query.device)
     columns.until[..., : held + 5] = 0
     i, j = torch.arange(n)[:, None] + held, torch.arange(held + n)
     expected = ((j <= i) & (j > i - width) & (j >= held + 5)).to(DEVICE)
@@ -133,7 +134,7 @@ def test_gradients_of_a_part_beside_the_whole(part: bool, monkeypatch: pytest.Mo
     asked, blocks = [], spans_blocks.blocks
     monkeypatch.setattr(spans_blocks, "blocks", lambda *given: asked.append(given) or blocks(*given))
     case = made(1, 2, 2, 40, 50, 16, 3, (False, False)).to(DEVICE)
-    columns = spans.Columns(case.until, 40)
+    columns = Columns(case.until, 40)
     found = []
     for apart in (False, True):
         leaves = [getattr(case, name).detach().requires_grad_() for name in ("query", "key", "value")]

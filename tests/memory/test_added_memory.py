@@ -46,7 +46,7 @@ def test_a_copied_memory_needs_names_of_its_own(monkeypatch: pytest.MonkeyPatch)
     def registry(*found: tuple[str, str, str]) -> list[str]:
         classes = [type(kind, (), {"name": name, "published_name": published}) for kind, name, published in found]
         monkeypatch.setattr(memory.Memory, "__subclasses__", lambda: classes)
-        return list(memory._registry.__wrapped__())
+        return list(memory.registry._registry.__wrapped__())
 
     theirs = ("Delta", "deltanet", "DeltaNet")
     for field, mine in (("name", ("Mine", "deltanet", "Mine")), ("published_name", ("Mine", "mine", "DeltaNet"))):

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
 from ahn.attend import spans, windowed
-from ahn.attend.merge import Part
+from ahn.attend.part import Part
+from ahn.attend.spans_blocks import Columns
 from ahn.model import context, route
 
 
@@ -91,7 +92,7 @@ def test_short_windows_by_spans(
     assert relative_error(found["Windowed"], found["Masked"]) < tolerance
 
 
-def plain_part(query: Tensor, key: Tensor, value: Tensor, columns: spans.Columns, scaling: float) -> Part:
+def plain_part(query: Tensor, key: Tensor, value: Tensor, columns: Columns, scaling: float) -> Part:
     """As where there are no kernels."""
     return spans.plain_part(query, key, value, columns.until, scaling)
 

@@ -19,7 +19,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead
 from ahn.ops.step import several
-from ahn.ops.step.reference import StepRotation, step
+from ahn.ops.step.reference import StepRotation, by_steps, step
 
 FLOAT32 = 1e-5  # float32 with full-precision products: sums of up to a few hundred terms, in another order
 
@@ -56,7 +56,7 @@ def made(rule, HKV, groups, P, S, W, G, N, start, held, seed, router=False, stat
             finish.routes = Routes(*(normal(heads, P, size) / P**0.5 for heads, size in sizes))
     new = normal(1, H, N, P), normal(1, HKV, N, P), normal(1, HKV, N, P)
     rotation = None
-    if turn != "none" and several.by_steps(N, states > 1):
+    if turn != "none" and by_steps(N, states > 1):
         angles = normal(1, 1, N, P // 2).repeat(1, 1, 1, 2)
         norms = (normal(P), normal(P), 1e-6, 1e-5) if turn == "after norms" else ()
         rotation = StepRotation(angles.cos(), angles.sin(), *norms)

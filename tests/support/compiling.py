@@ -47,8 +47,7 @@ def several_tokens(P: int) -> None:
     from ahn.ops.routes import Routes
     from ahn.ops.rule import StepRead
     from ahn.ops.step import several_kernel
-    from ahn.ops.step.reference import StepRotation
-    from ahn.ops.step.several import by_steps
+    from ahn.ops.step.reference import StepRotation, by_steps
 
     Hq, Hkv, S, W, G = 16, 2, 4, 300, 64
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn.attend import spans
+from ahn.attend.spans_blocks import Columns
 from ahn.layout.visibility import FOR_EVER
 
 
@@ -64,7 +65,7 @@ Attend = Callable[..., Tensor]
 
 def kernels(query: Tensor, key: Tensor, value: Tensor, until: Tensor, scaling: float) -> Tensor:
     """`spans.attend` by kernels, wherever they run."""
-    return spans.Spans.apply(query, key, value, spans.Columns(until, query.shape[2]), scaling)
+    return spans.Spans.apply(query, key, value, Columns(until, query.shape[2]), scaling)
 
 
 def results(attend: Attend, case: Case) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ahn import private
 from ahn.attend import windowed
-from ahn.attend.merge import Part
+from ahn.attend.part import Part
 from ahn.ops.quantize import precise
 
 QUERIES = 1024

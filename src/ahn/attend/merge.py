@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahn.attend.part import Part
 from ahn.ops.quantize import precise
 
 AT_ONCE = 3
 """Parts that the kernel joins."""
-
-
-@dataclasses.dataclass
-class Part:
-    """Attention of m queries over some keys: of all n queries, or of the first m; the others see none of these keys.
-
-    Attributes:
-        out: (B, H, m, P).
-        score: (B, H, m) float32, of float64 queries float64: log-sum-exp of the scores.
-        reversed: the queries are in reverse order.
-    """
-
-    out: Tensor
-    score: Tensor
-    reversed: bool = False
-
-    def queries(self, start: int, stop: int) -> Part:
-        """Of some of the queries, where they are in order."""
-        return Part(self.out[:, :, start:stop], self.score[:, :, start:stop])
 
 
 def merge(parts: list[Part]) -> Tensor:

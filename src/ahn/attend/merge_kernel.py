@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.attend.merge import Part
+from ahn.attend.part import Part
 
 ROWS = 16
 

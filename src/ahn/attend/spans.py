@@ -8,21 +8,17 @@ Shapes: B rows, Hq query heads, Hkv key/value heads, n queries, T keys, P head d
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ahn.attend.merge import Part
+from ahn.attend.part import Part
+from ahn.attend.spans_blocks import Columns
 from ahn.errors import AHNError
 from ahn.ops import has_triton
-
-if TYPE_CHECKING:
-    from ahn.attend.spans_blocks import Blocks, Tiles
 
 
 def supported(query: Tensor) -> bool:
@@ -64,37 +60,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, until: Tensor | Columns, s
         with torch.cuda.device(query.device):
             return Spans.apply(query, key, value, columns, scaling)
     return plain(query, key, value, columns.until, scaling)
-
-
-@dataclasses.dataclass
-class Columns:
-    """When each column is seen, with what the kernels make of it once for all layers of a forward.
-
-    Attributes:
-        until: (B or 1, Hkv or 1, T) int32, as `attend` takes it.
-        queries: n.
-    """
-
-    until: Tensor
-    queries: int
-
-    @classmethod
-    def of_band(cls, held: int, queries: int, width: int, device: torch.device) -> Columns:
-        """Of tokens in the order of the text, `held` before the first query's own: each query sees the last `width`."""
-        own = torch.arange(-held, queries, device=device, dtype=torch.int32)
-        return cls((own + width)[None, None], queries)
-
-    def lists(self, tile: Tiles, by_key: bool = False) -> Blocks:
-        """Which blocks see each other; see `ahn.attend.spans_blocks`."""
-        from ahn.attend.spans_blocks import blocks
-
-        if (tile, by_key) not in self._lists:
-            self._lists[tile, by_key] = blocks(self.until, self.queries, tile, by_key)
-        return self._lists[tile, by_key]
-
-    @cached_property
-    def _lists(self) -> dict[tuple[Tiles, bool], Blocks]:
-        return {}
 
 
 def part(query: Tensor, key: Tensor, value: Tensor, columns: Columns, scaling: float) -> Part:

@@ -64,3 +64,32 @@ def blocks(until: Tensor, n: int, tile: Tiles, by_key: bool) -> Blocks:
     rank = rank.mT if by_key else rank
     index = rank.argsort(dim=-1, descending=True, stable=True).int()
     return Blocks(index.contiguous(), torch.stack([(rank == 2).sum(-1), (rank > 0).sum(-1)], -1).int())
+
+
+@dataclasses.dataclass
+class Columns:
+    """When each column is seen, with what the kernels make of it once for all layers of a forward.
+
+    Attributes:
+        until: (B or 1, Hkv or 1, T) int32, as `attend` takes it.
+        queries: n.
+    """
+
+    until: Tensor
+    queries: int
+
+    @classmethod
+    def of_band(cls, held: int, queries: int, width: int, device: torch.device) -> Columns:
+        """Of tokens in the order of the text, `held` before the first query's own: each query sees the last `width`."""
+        own = torch.arange(-held, queries, device=device, dtype=torch.int32)
+        return cls((own + width)[None, None], queries)
+
+    def lists(self, tile: Tiles, by_key: bool = False) -> Blocks:
+        """Which blocks see each other."""
+        if (tile, by_key) not in self._lists:
+            self._lists[tile, by_key] = blocks(self.until, self.queries, tile, by_key)
+        return self._lists[tile, by_key]
+
+    @cached_property
+    def _lists(self) -> dict[tuple[Tiles, bool], Blocks]:
+        return {}

@@ -9,17 +9,14 @@ query's sum of them.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.attend.spans_blocks import Blocks, Tiles, tiles
-
-if TYPE_CHECKING:
-    from ahn.attend.spans import Columns
+from ahn.attend.spans_blocks import Blocks, Columns, Tiles, tiles
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Arguments that change with the lengths of a batch: new values must not make Triton compile again.

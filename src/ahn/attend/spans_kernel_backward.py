@@ -6,18 +6,13 @@ heads of a group inside one program: nothing is added by atomics, so the same in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.attend.spans_blocks import tiles
+from ahn.attend.spans_blocks import Columns, tiles
 from ahn.attend.spans_kernel import LENGTHS, LOG2E, _masked, _tile, by_rows, sizes, span_arguments, strides
-
-if TYPE_CHECKING:
-    from ahn.attend.spans import Columns
 
 DELTA_ROWS = 64
 # Sinks are seen by all queries, other keys by a window's worth: a single program for a block of sinks would still run

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ahn import private
-from ahn.attend.merge import Part, joined, merge
+from ahn.attend.merge import joined, merge
+from ahn.attend.part import Part
 from ahn.layout.copies import join, take
 from ahn.layout.visibility import Visibility
 from ahn.ops import has_triton

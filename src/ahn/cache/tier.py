@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ahn.attend import windowed
-from ahn.attend.merge import Part, merge
+from ahn.attend.merge import merge
+from ahn.attend.part import Part
 from ahn.layout.evicted import Evicted
 from ahn.layout.slots import gather
 from ahn.layout.state import TierRing, TierState, WindowState

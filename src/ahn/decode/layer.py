@@ -18,7 +18,7 @@ from ahn.ops.step.several import layer_read
 from ahn.ops.step.turn import TierTurn
 
 if TYPE_CHECKING:
-    from ahn.model.context import LayerContext
+    from ahn.cache.layer_context import LayerContext
 
 
 @dataclasses.dataclass

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ahn.cache.conversation import AHNCache
+from ahn.layout.anchored import Anchored
 from ahn.layout.anchors import anchor_at, anchor_moves, near_reach
 from ahn.layout.evicted import Evicted, without_padding
-from ahn.layout.rotation import Anchored, Rotation, anchors
+from ahn.layout.rotation import Rotation, anchors
 from ahn.layout.slots import Slots, gather
 from ahn.layout.state import LayerState, TierState
 from ahn.layout.visibility import Padding, Visibility

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn.cache.conversation import AHNCache
+from ahn.cache.layer_context import LayerContext
 from ahn.errors import AHNError
 from ahn.inspect.memories import recurrent_layers, written_positions
 from ahn.layout.evicted import Evicted
 from ahn.layout.visibility import Visibility
 from ahn.model.attached import observed
-from ahn.model.context import LayerContext
 from ahn.model.observer import Observer, Passage
 
 

@@ -15,8 +15,8 @@ from ahn.ops.gate import Gate
 from ahn.shape import DEFAULT_SLOTS, EXACT
 
 if TYPE_CHECKING:
+    from ahn.layout.anchored import Anchored
     from ahn.layout.evicted import Evicted
-    from ahn.layout.rotation import Anchored
     from ahn.layout.visibility import Visibility
     from ahn.ops.routes import Routes
     from ahn.ops.rule import StepRule

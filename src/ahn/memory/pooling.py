@@ -16,8 +16,8 @@ from torch import Tensor
 from ahn.memory.base import Memory, MemoryKeys, SeenKeys
 
 if TYPE_CHECKING:
+    from ahn.layout.anchored import Anchored
     from ahn.layout.evicted import Evicted
-    from ahn.layout.rotation import Anchored
     from ahn.layout.visibility import Visibility
 
 RATE = 4

@@ -44,7 +44,7 @@ from ahn.memory.kept import Kept
 from ahn.shape import EXACT
 
 if TYPE_CHECKING:
-    from ahn.layout.rotation import Anchored
+    from ahn.layout.anchored import Anchored
     from ahn.layout.visibility import Visibility
 
 WIDTH = 32

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ahn import private
 from ahn.cache import tier
 from ahn.cache.layer import AHNLayer
+from ahn.cache.layer_context import LayerContext
 from ahn.cache.tier import Passed
 from ahn.cache.waiting import LayerPart
 from ahn.decode.layer import SeveralForward, StepForward, several_attention, step_attention
@@ -26,7 +27,7 @@ from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
 from ahn.memory.base import MemoryKeys
 from ahn.memory.query import memory_query
-from ahn.model.context import BaseForward, ForwardContext, LayerContext
+from ahn.model.context import BaseForward, ForwardContext
 from ahn.model.masks import LazyMask
 from ahn.model.observer import Passage
 from ahn.model.route import Attended, AttentionCall, Route, SpanRoute, kernel_function, together

@@ -1,4 +1,4 @@
-"""What a layer's attention is given besides queries, keys and values: of the whole forward, and of the layer."""
+"""What every layer's attention is given of the whole forward, besides queries, keys and values."""
 
 from __future__ import annotations
 
@@ -10,38 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahn.cache.conversation import AHNCache
-from ahn.cache.layer import AHNLayer
-from ahn.cache.waiting import LayerPart
+from ahn.cache.layer_context import LayerContext
 from ahn.config import AHNConfig
-from ahn.layout.rotation import Anchored
-from ahn.layout.state import Tensors
+from ahn.layout.anchored import Anchored
 from ahn.layout.tier import TierView
 from ahn.layout.visibility import Visibility
 from ahn.layout.waiting import ForwardPart
-from ahn.memory.layer import AHN, Router
 from ahn.model.masks import LazyMask
 from ahn.model.observer import Observer
 from ahn.model.route import Route, choose, own_scores
-
-
-@dataclasses.dataclass
-class LayerContext:
-    """What the hook on one attention module adds: its memory and the inputs that the attention function lacks."""
-
-    index: int
-    """Of the decoder layer; -1 in a captured step, which is compiled once for all layers."""
-    ahn: AHN
-    router: Router | None
-    x: Tensor
-    """(B, n, D) the attention's input."""
-    cache: AHNCache | None
-    cache_layer: AHNLayer | LayerPart | None
-    rope: tuple[Tensor, Tensor] | None
-    rotates: bool = True
-    """The base turns this layer's keys by their positions."""
-    gates: Tensors | None = None
-    """Write gates of the new tokens; None where nobody has made them of x yet."""
 
 
 @dataclasses.dataclass(frozen=True)

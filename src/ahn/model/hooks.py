@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ahn import private
 from ahn.cache.conversation import AHNCache
+from ahn.cache.layer_context import LayerContext
 from ahn.cache.progress import new_columns
 from ahn.config import AHNConfig
 from ahn.decode.layer import SeveralForward, StepForward
@@ -23,7 +24,7 @@ from ahn.layout.visibility import Padding, Visibility
 from ahn.memory.layer import AHN, Router
 from ahn.model import attention, chunks, masks, packing
 from ahn.model.attached import Adapter
-from ahn.model.context import BaseForward, ForwardContext, LayerContext
+from ahn.model.context import BaseForward, ForwardContext
 from ahn.model.positions import check_steady, rotates
 
 PEFTS_COPIES = "modules_to_save"

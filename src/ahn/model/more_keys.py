@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.attend import masked
-from ahn.attend.merge import Part, joined
+from ahn.attend.merge import joined
+from ahn.attend.part import Part
 from ahn.cache.tier import Seen
 from ahn.memory.base import MemoryKeys, SeenKeys
 

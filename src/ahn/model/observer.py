@@ -9,9 +9,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ahn.cache.conversation import AHNCache
+    from ahn.cache.layer_context import LayerContext
     from ahn.layout.evicted import Evicted
     from ahn.layout.visibility import Visibility
-    from ahn.model.context import LayerContext
     from ahn.model.route import AttentionCall
 
 

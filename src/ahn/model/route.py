@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attend import spans, windowed
-from ahn.attend.merge import Part, merge
+from ahn.attend.merge import merge
+from ahn.attend.part import Part
+from ahn.attend.spans_blocks import Columns
 from ahn.cache import tier
 from ahn.cache.tier import Passed, Seen
 from ahn.layout.tier import TierView
@@ -180,8 +182,8 @@ class Spanned(Route):
         return merge(parts).transpose(1, 2), None
 
     @cached_property
-    def _window(self) -> spans.Columns:
-        return spans.Columns(self.view.until, self.view.length)
+    def _window(self) -> Columns:
+        return Columns(self.view.until, self.view.length)
 
     def _band(self, band: windowed.Band, scaling: float) -> Part:
         missing, key, value = -band.held, band.key, band.value
@@ -189,13 +191,13 @@ class Spanned(Route):
             key, value = (F.pad(x, (0, 0, missing, 0)) for x in (key, value))
         kind = key.shape[2], missing, band.width
         if kind not in self._columns:
-            columns = spans.Columns.of_band(max(band.held, 0), self.view.length, band.width, key.device)
+            columns = Columns.of_band(max(band.held, 0), self.view.length, band.width, key.device)
             columns.until[..., : max(missing, 0)].zero_()
             self._columns[kind] = columns
         return spans.part(band.query, key, value, self._columns[kind], scaling)
 
     @cached_property
-    def _columns(self) -> dict[tuple[int, int, int], spans.Columns]:
+    def _columns(self) -> dict[tuple[int, int, int], Columns]:
         return {}
 
 
@@ -219,8 +221,8 @@ class SpanRoute(Route):
         return dataclasses.replace(call, query=query, key=key, value=value, of_memory=(of_query, of_key, of_value))
 
     @cached_property
-    def _columns(self) -> spans.Columns:
-        return spans.Columns(self.view.until, self.view.length)
+    def _columns(self) -> Columns:
+        return Columns(self.view.until, self.view.length)
 
 
 @dataclasses.dataclass

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ahn.cache.layer_context import LayerContext
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.memory.key_basis import KeyBasis
 from ahn.model.adapter import set_window
 from ahn.model.attached import attached, observed
-from ahn.model.context import LayerContext
 from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall, own_scores
 from ahn.training.distillation import Batch, model_inputs, unpack

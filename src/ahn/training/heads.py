@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ahn.cache.layer_context import LayerContext
 from ahn.errors import AHNError
 from ahn.model.adapter import set_window
 from ahn.model.attached import attached, observed
-from ahn.model.context import LayerContext
 from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall
 from ahn.training.distillation import Batch, model_inputs, unpack

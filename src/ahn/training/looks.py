@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ahn.cache.layer_context import LayerContext
 from ahn.errors import AHNError
 from ahn.memory.retained_tokens import RetainedTokens
 from ahn.model.adapter import set_window
 from ahn.model.attached import observed
-from ahn.model.context import LayerContext
 from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall, own_scores
 from ahn.training.distillation import Batch, model_inputs, unpack

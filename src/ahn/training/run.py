@@ -15,16 +15,18 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, T
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-import ahn
 from ahn.checkpoint import shipped
 from ahn.checkpoint.adapter import RESULTS
 from ahn.checkpoint.directory import DESCRIPTION, Checkpoint
 from ahn.checkpoint.hub import local_directory
 from ahn.checkpoint.loading import load_base, load_tokenizer
+from ahn.checkpoint.merging import merge
+from ahn.costs import count_parameters
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.files import check_folder, write_json
 from ahn.memory.horizons import start_with_horizons
+from ahn.model.adapter import attach
 from ahn.shape import ModelShape, trained_length
 from ahn.training import checkpoints
 from ahn.training.arguments import Arguments, TrainerArguments
@@ -137,7 +139,7 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
             output,
             arguments,
             config,
-            ahn.count_parameters(model.config, config),
+            count_parameters(model.config, config),
             trainer.state.global_step,
             rows * arguments.trainer.world_size,
             before,
@@ -148,7 +150,7 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
         trainer.state.save_to_json(str(output / checkpoints.STATE))
         write_json(output / RESULTS, results)
         if not settings.save_ahn_only:
-            ahn.merge(base_directory(settings), output, output / "merged")
+            merge(base_directory(settings), output, output / "merged")
     trainer.accelerator.wait_for_everyone()
     return results
 
@@ -251,7 +253,7 @@ def load_model(settings: Settings, trainer: TrainerArguments, base: Path) -> Pre
     config = settings.config_for(trained)
     if None in (settings.window, settings.sinks):
         logger.info("window %d, sinks %d: they follow the base, trained on %s.", config.window, config.sinks, trained)
-    ahn.attach(model, config)
+    attach(model, config)
     if settings.horizons is not None:
         start_with_horizons(model, *settings.horizons)
     return model

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-import ahn.ops.step.operator  # noqa: F401  (registers the operator)
+import ahn.ops.step.operator
+import ahn.ops.step.several  # noqa: F401  (registers an operator, as the line before)
 from ahn import private
 from ahn.decode.fusion.graph import ADD, MUL, argument, either, find_norm, is_call, value
-from ahn.ops.step.several import by_steps
+from ahn.ops.step.reference import by_steps
 
 _NEGATIVE, _CAT = (operator.neg, torch.neg, "neg"), (torch.cat, torch.concat)
 _TOKEN = (slice(None), slice(None), 0)  # of (B, H, 1, P)

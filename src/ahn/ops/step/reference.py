@@ -23,6 +23,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
 from ahn.ops.routes import Routes, joined, repeated
 from ahn.ops.rule import StepRead, StepRule
+from ahn.ops.step.product import FEW
 from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.turn import TierTurn, turned
 
@@ -43,6 +44,11 @@ class StepRotation:
     key_norm: Tensor | None = None
     query_eps: float = 0.0
     key_eps: float = 0.0
+
+
+def by_steps(tokens: int, routed: bool) -> bool:
+    """Whether kernels write what this many new tokens replace one after the other, and rotate by themselves."""
+    return tokens <= FEW and not routed
 
 
 def supported(head_dim: int, turning: bool = False) -> bool:

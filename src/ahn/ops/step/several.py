@@ -22,13 +22,7 @@ from ahn.ops.gate import Gate
 from ahn.ops.quantize import precise
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step.product import FEW
 from ahn.ops.step.reference import StepRotation, gates_of, read_out, rotated, write_and_read_token
-
-
-def by_steps(tokens: int, routed: bool) -> bool:
-    """Whether kernels write what this many new tokens replace one after the other, and rotate by themselves."""
-    return tokens <= FEW and not routed
 
 
 def read(

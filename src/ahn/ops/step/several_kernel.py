@@ -25,8 +25,7 @@ from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step import dependent_launch
 from ahn.ops.step.head_kernel import slot_of
-from ahn.ops.step.reference import StepRotation, gates_of
-from ahn.ops.step.several import by_steps
+from ahn.ops.step.reference import StepRotation, by_steps, gates_of
 from ahn.ops.step.several_read_kernel import attend_and_write, join_and_keep
 
 TILE_BYTES = 16384  # keys that a program looks at together
