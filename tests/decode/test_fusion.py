@@ -21,6 +21,7 @@ NAMES = {
     torch.ops.ahn.product.default: ("x", "weights", "biases", "norm", "eps", "silu", "residual"),
     torch.ops.ahn.products.default: ("x", "weights", "biases", "silu"),
     torch.ops.ahn.partial_products.default: ("x", "weight"),
+    torch.ops.ahn.sum_and_norm.default: ("x", "parts", "bias", "weight", "eps"),
 }
 
 
@@ -74,16 +75,36 @@ def test_a_whole_layer_is_four_products() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, K), (1, FEW, K), (5, 1, K), (2, 4, K)])
 def test_a_whole_layer_of_a_few_vectors(shape: tuple[int, ...]) -> None:
-    """Sums and norms are left to torch.compile."""
+    """A norm, products, products in parts, their sum with a norm, and so on: nothing else."""
     inputs = [x.bfloat16() for x in (torch.randn(shape), *(torch.randn(shape) for shape in SHAPES))]
     found, products = fused(whole_layer, *inputs)
     wanted = whole_layer(*[x.double() for x in inputs])
     # As far from float64 as torch's own chain, which rounds as often: products of random signs, so once more.
     assert relative_error(found, wanted) < 2 * relative_error(whole_layer(*inputs), wanted)
     assert found.dtype == torch.bfloat16
-    assert [len(p.get("weights", [0])) for p in products] == [2, 1, 2, 1]
-    assert [p.get("silu") for p in products] == [False, None, True, None]
+    assert [p["silu"] for p in products if "silu" in p] == [False, True]
+    assert [len(p["weights"]) for p in products if "weights" in p] == [2, 2]
     assert [p["biases"][0] is not None for p in products if "biases" in p] == [True, False]
+    between = [p for p in products if "parts" in p]
+    assert [p["parts"] is not None for p in between] == [False, True, True]
+    assert [p["bias"] is not None for p in between] == [False, False, True]
+    assert [p["weight"] is not None for p in between] == [True, True, False]
+    assert [p["eps"] for p in between] == [1e-6, 1e-6, 0.0]
+    assert len(products) == 7
+
+
+def _sum_in_two_norms(x: Tensor, a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x = x + F.linear(x, a)
+    return F.linear(norm(x, first), b) + F.linear(norm(x, second), b)
+
+
+def test_a_sum_goes_through_one_norm_only() -> None:
+    inputs = [x.bfloat16() for x in (vector(3), torch.randn(K, K), torch.randn(N, K), torch.randn(K), torch.randn(K))]
+    found, products = fused(_sum_in_two_norms, *inputs)
+    wanted = _sum_in_two_norms(*[x.double() for x in inputs])
+    assert relative_error(found, wanted) < 2 * relative_error(_sum_in_two_norms(*inputs), wanted)
+    between = [(p["parts"] is not None, p["weight"] is not None) for p in products if "parts" in p]
+    assert sorted(between) == [(False, True), (True, False), (True, True)], "the last is the sum of both products"
 
 
 def _scaled(x: Tensor, a: Tensor, w: Tensor) -> Tensor:

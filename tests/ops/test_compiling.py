@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-OF_SEVERAL_TOKENS = {"attend_and_write", "join_and_keep", "_gather", "_keep", "_products", "_partial_products"}
+OF_SEVERAL_TOKENS = {
+    "attend_and_write",
+    "join_and_keep",
+    "_gather",
+    "_keep",
+    "_products",
+    "_partial_products",
+    "_sum_and_norm",
+}
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative_error
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.effort import examples
 from support.kernels import DEVICE, INTERPRETED
 
-from ahn.ops.step.product import _ROWS, FEW, partial_products, parts, product, products, reference
+from ahn.ops.step.product import _ROWS, FEW, partial_products, parts, product, products, reference, sum_and_norm
 
 # Float32: sums of up to 300 terms in another order.
 FLOAT32 = 1e-5
@@ -97,3 +97,39 @@ def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) 
     assert relative_error(found.cpu(), plain) < FLOAT32
     found = few_vectors_kernel.partial_products(x, weights[0], data.draw(st.integers(1, 5)), rounds).sum(0)
     assert relative_error(found.cpu(), reference(x, weights[:1], [None], None, 0.0, False, None).cpu()) < FLOAT32
+
+
+@pytest.mark.usefixtures("triton", "poisoned")
+@given(data=st.data())
+@settings(
+    max_examples=examples(5, 25) if INTERPRETED else 10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_the_kernel_between_products_is_the_plain_form(data: st.DataObject) -> None:
+    from ahn.ops.step import few_vectors_kernel
+
+    r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    N, vectors, count = data.draw(st.integers(1, 300)), data.draw(st.integers(1, FEW)), data.draw(st.integers(0, 8))
+    x, every = in_poison(r, vectors, N)[:, None], in_poison(r, count, vectors, N) if count else None
+    bias = in_poison(r, N) if count and data.draw(st.booleans()) else None
+    weight = in_poison(r, N) if not count or data.draw(st.booleans()) else None
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    given = [None if part is None else part.to(dtype) for part in (x, bias, weight)]
+    arguments = given[0], every, *given[1:], 1e-5
+    found = few_vectors_kernel.sum_and_norm(*arguments)
+    plain = sum_and_norm(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in arguments))
+    for one, other, wanted in zip(found, plain, (count > 0, weight is not None), strict=True):
+        assert one.shape == other.shape == (x.shape if wanted else (0,))
+        # In bfloat16 sums in another order may be rounded to the other neighbour, and so again after the norm.
+        torch.testing.assert_close(
+            one.cpu(), other, **({} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 1e-2})
+        )
+
+
+def test_between_products_stand_torchs_own_sum_and_norm() -> None:
+    x, bias, weight, every = torch.randn(1, 3, 24), torch.randn(24), torch.rand(24), torch.randn(2, 3, 24)
+    total, normed = sum_and_norm(x, every, bias, weight, 1e-5)
+    torch.testing.assert_close(total, x + every.sum(0) + bias)
+    torch.testing.assert_close(normed, F.rms_norm(total, (24,), weight, eps=1e-5))
+    torch.testing.assert_close(sum_and_norm(x, None, None, weight, 1e-5)[1], F.rms_norm(x, (24,), weight, eps=1e-5))

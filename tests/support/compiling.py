@@ -90,6 +90,8 @@ def several_products(K: int) -> None:
         few_vectors_kernel.products(x, [weight, weight], [bias, None], False)
         few_vectors_kernel.products(x, [weight, weight], [None, None], True)
         few_vectors_kernel.partial_products(torch.randn(8, 4 * K, dtype=dtype), wide, 4)
+        few_vectors_kernel.sum_and_norm(x, torch.randn(4, 8, K), bias, bias, 1e-6)
+        few_vectors_kernel.sum_and_norm(x, None, None, bias, 1e-6)
 
 
 def main(capability: int, shared_memory: int) -> None:

@@ -1,13 +1,14 @@
 """Every linear map of a single token, or of a few tokens or rows, becomes an operator of `ahn.ops.step.product`.
 
 Maps of the same vectors together, with `silu(gate) · up` between two of them. Of a single vector also with the RMSNorm
-before them and the sum that adds one to the residual stream; of several, torch.compile makes one pass of that sum, of
-the parts in which the map comes, and of the norm after it.
+before them and the sum that adds one to the residual stream; of several, that sum, of the parts in which the map comes,
+and the norm after it are one operator more.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ahn.decode.fusion.graph import (
     Norm,
     alike,
     argument,
+    argument_of,
     either,
     find_norm,
     is_call,
@@ -29,6 +31,8 @@ from ahn.decode.fusion.graph import (
     value,
 )
 from ahn.ops.step.product import FEW
+
+_SUM_AND_NORM = torch.ops.ahn.sum_and_norm.default
 
 
 class _Gated(NamedTuple):
@@ -77,6 +81,7 @@ def _replace_several(graph: fx.Graph, linears: list[fx.Node], gated: _Gated | No
     """All linear maps of the same few vectors by one operator."""
     if gated is not None:
         linears = [gated.gate, gated.up]
+    _replace_norm(graph, uncast(linears[0].args[0]))
     x, (weights, biases) = uncast(linears[0].args[0]), _inputs(linears)
     place = linears[0] if added is None else added.node
     with graph.inserting_before(place if gated is None else gated.node):
@@ -85,13 +90,28 @@ def _replace_several(graph: fx.Graph, linears: list[fx.Node], gated: _Gated | No
             _stand_in_for_all(graph, linears, gated, y)
             return
         y = graph.call_function(torch.ops.ahn.partial_products.default, (x, weights[0]))
-        y = graph.call_method("sum", (y, 0))
-        y = y if biases[0] is None else graph.call_function(torch.add, (y, biases[0]))
-        y = graph.call_method("view", (y, tuple(value(added.node).shape)))
-        y = graph.call_function(torch.add, (added.residual, y))
-        y = graph.call_method("to", (y, value(added.node).dtype))
+        both = graph.call_function(_SUM_AND_NORM, (added.residual, y, biases[0], None, 0.0))
+        y = graph.call_function(operator.getitem, (both, 0))
         y.meta.update(added.node.meta)
         added.node.replace_all_uses_with(y)
+
+
+def _replace_norm(graph: fx.Graph, normed: fx.Node) -> None:
+    """A norm of few vectors goes with the sum before it, if that is an operator of ours, or becomes one itself."""
+    norm = find_norm(normed)
+    if norm is None:
+        return
+    before = argument_of(norm.x, (operator.getitem,))
+    if is_call(before, (_SUM_AND_NORM,)) and before.args[3] is None:
+        both = before
+        both.args = (*both.args[:3], norm.weight, norm.eps)
+    else:
+        with graph.inserting_before(normed):
+            both = graph.call_function(_SUM_AND_NORM, (norm.x, None, None, norm.weight, norm.eps))
+    with graph.inserting_before(normed):
+        y = graph.call_function(operator.getitem, (both, 1))
+        y.meta.update(normed.meta)
+        normed.replace_all_uses_with(y)
 
 
 def _inputs(linears: list[fx.Node]) -> tuple[list[Any], list[Any]]:

@@ -1,4 +1,4 @@
-"""`ahn.ops.step.product.products` and `partial_products` in Triton: sums of a few vectors by tensor cores.
+"""`ahn.ops.step.product` of a few vectors in Triton: products by tensor cores, and what stands between them.
 
 Each program has 64 rows of weights, four rounds of which are under way: fewer rows and it reads more of the vectors
 than of the weights. What was measured beside cuBLAS is in docs/log.md ("Products of few vectors").
@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.ops.step import dependent_launch
-from ahn.ops.step.dependent_launch import announce, wait
+from ahn.ops.step.dependent_launch import announce, prefetch, wait
 from ahn.ops.step.product_kernel import load_weights, place
 
+LINE_BYTES = tl.constexpr(128)
 ROWS, ROUND, STAGES = 64, 256, 4
 """Rows of a program, bytes of each in a round, rounds under way."""
 
@@ -39,6 +40,15 @@ def _sums(
 
 
 @triton.jit
+def _ask_for(at, begin, end, FEATURES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+    """Have the first rounds of weights brought nearer, while what is multiplied with them is being made."""
+    LINE: tl.constexpr = LINE_BYTES // (at.dtype.element_ty.primitive_bitwidth // 8)
+    COUNT: tl.constexpr = STAGES * FEATURES // LINE if FEATURES >= LINE else STAGES
+    f = begin + tl.arange(0, COUNT) * LINE
+    prefetch(at + tl.minimum(f, end - 1)[None, :], PDL)
+
+
+@triton.jit
 def _products(
     x, weights, biases, rows, out, features, vectors,
     COUNT: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
@@ -54,12 +64,15 @@ def _products(
         apart = (weights[1].to(tl.int64) - weights[0].to(tl.int64)) // (
             weights[0].dtype.element_ty.primitive_bitwidth // 8
         )
-        within = of_both.to(tl.int64) * features + tl.where(i < HALF, 0, apart)
+        matrix = tl.where(i < HALF, 0, apart)
+        within = of_both.to(tl.int64) * features + matrix
         at = weights[0] + tl.multiple_of(within, ALIGNED)[:, None]
         n = block * HALF + tl.arange(0, HALF)
         real, count, first = n < rows[0], rows[0], 0
         b = tl.load(biases[0] + n, mask=n < (BIASED & 1) * rows[0], other=0.0).to(tl.float32)
         b_up = tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
+        held = tl.minimum(of_both, rows[0] - 1).to(tl.int64) * features + matrix
+        _ask_for(weights[0] + held[:, None], 0, features, FEATURES, STAGES, PDL)
         wait(PDL)
         both = _sums(x, at, of_both < rows[0], vectors, features, 0, features, VECTORS, ROWS, FEATURES, STAGES)
         gate, up = tl.split(both.reshape(2, HALF, VECTORS).permute(1, 2, 0))
@@ -70,6 +83,8 @@ def _products(
         n = local * ROWS + tl.arange(0, ROWS)
         real = n < count
         b = tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)
+        held = tl.minimum(n, count - 1).to(tl.int64)
+        _ask_for(weight + held[:, None] * features, 0, features, FEATURES, STAGES, PDL)
         wait(PDL)
         at = weight + n.to(tl.int64)[:, None] * features
         y = _sums(x, at, real, vectors, features, 0, features, VECTORS, ROWS, FEATURES, STAGES) + b[:, None]
@@ -87,11 +102,42 @@ def _partial_products(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = part * width
     end = tl.minimum(begin + width, features)
+    if begin < end:
+        held = tl.minimum(n, count - 1).to(tl.int64)
+        _ask_for(weight + held[:, None] * features, begin, end, FEATURES, STAGES, PDL)
     wait(PDL)
     at = weight + n.to(tl.int64)[:, None] * features
     y = _sums(x, at, n < count, vectors, features, begin, end, VECTORS, ROWS, FEATURES, STAGES)
     to = (part * vectors + m)[None, :] * count + n[:, None]
     tl.store(out + to, y, mask=(m < vectors)[None, :] & (n < count)[:, None])
+
+
+@triton.jit
+def _sum_and_norm(
+    x, parts, bias, weight, total, normed, width, vectors, eps,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of one vector."""
+    announce(PDL)
+    m, n = tl.program_id(0), tl.arange(0, WIDTH)
+    inside = n < width
+    if bias is not None:
+        b = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
+    own = m * width + n
+    y = tl.load(x + own, mask=inside, other=0.0).to(tl.float32)
+    if parts is not None:
+        for part in tl.static_range(PARTS):
+            y += tl.load(parts + part * vectors * width + own, mask=inside, other=0.0)
+        if bias is not None:
+            y += b
+        y = y.to(x.dtype.element_ty)
+        tl.store(total + own, y, mask=inside)
+        y = y.to(tl.float32)
+    if weight is not None:
+        tl.store(normed + own, y * tl.rsqrt(tl.sum(y * y) / width + eps) * w, mask=inside)
 
 
 def products(
@@ -140,3 +186,20 @@ def partial_products(x: Tensor, weight: Tensor, parts: int, round_bytes: int = R
         **dependent_launch.options(x),
     )  # fmt: skip
     return out
+
+
+def sum_and_norm(
+    x: Tensor, parts: Tensor | None, bias: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `ahn.ops.step.product.sum_and_norm`."""
+    width = x.shape[-1]
+    nothing, vectors = x.new_empty(0), x.numel() // width
+    total = nothing if parts is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = nothing if weight is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(width)
+    _sum_and_norm[vectors,](
+        x.contiguous(), parts, bias, weight, total, normed, width, vectors, eps,
+        PARTS=0 if parts is None else len(parts), WIDTH=block, num_warps=min(16, max(4, block // 256)),
+        **dependent_launch.options(x),
+    )  # fmt: skip
+    return total, normed

@@ -84,8 +84,8 @@ def _(
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], silu: bool) -> Tensor:
     """Several linear maps of M vectors, up to `FEW`, accumulated in float32.
 
-    What stands before and after them (a norm, a residual sum) is left to others: it is work on few numbers, which here
-    every program would do again.
+    What stands before and after them is `sum_and_norm`: it is work on few numbers, which here every program would do
+    again.
 
     Args:
         x: M · K numbers in any shape, one vector after another.
@@ -109,12 +109,49 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], sil
     return x.new_empty(x.numel() // weights[0].shape[1] * count)
 
 
+@torch.library.custom_op("ahn::sum_and_norm", mutates_args=())
+def sum_and_norm(
+    x: Tensor, parts: Tensor | None, bias: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What stands between products of M vectors: a residual sum, the norm of what comes of it, or both in one pass.
+
+    Args:
+        x: M · N numbers in any shape, one vector after another.
+        parts: (S, M, N) float32 of `partial_products`, added to x; None for no sum.
+        bias: (N,) that comes with the parts, or None.
+        weight: (N,) of an RMSNorm of the sum, rounded to x's type, or of x; None for no norm.
+        eps: of that norm.
+
+    Returns:
+        The sum and what the norm makes of it, each as x is, or empty where it is not asked for.
+    """
+    if x.is_cuda:
+        from ahn.ops.step import few_vectors_kernel
+
+        with torch.cuda.device(x.device):
+            return few_vectors_kernel.sum_and_norm(x, parts, bias, weight, eps)
+    total, normed = x, x.new_empty(0)
+    if parts is not None:
+        y = x.float() + parts.sum(0).view(x.shape)
+        total = (y if bias is None else y + bias.float()).to(x.dtype)
+    if weight is not None:
+        y = total.float()
+        normed = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return x.new_empty(0) if parts is None else total, normed
+
+
+@sum_and_norm.register_fake
+def _(x: Tensor, parts: Tensor | None, bias: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    nothing, whole = x.new_empty(0), x.new_empty(x.shape)
+    return nothing if parts is None else whole, nothing if weight is None else x.new_empty(x.shape)
+
+
 @torch.library.custom_op("ahn::partial_products", mutates_args=())
 def partial_products(x: Tensor, weight: Tensor) -> Tensor:
     """A linear map of M vectors in S parts of the features, (S, M, N) float32: the result is their sum.
 
-    A matrix with few rows gives too few programs to keep a GPU busy. Whoever adds to the result anyway, as a residual
-    sum and a norm do, adds the parts up in the same pass.
+    A matrix with few rows gives too few programs to keep a GPU busy. `sum_and_norm`, which adds to the result anyway,
+    adds the parts up in the same pass.
 
     Args:
         x: M · K numbers in any shape, one vector after another.
