@@ -82,16 +82,6 @@ def test_every_verb_takes_the_name(
     assert run.code == 0, run.err
 
 
-def test_a_model_without_a_shipped_memory_can_be_talked_to(
-    stand_in: speaking.Speaking, ahn_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(smollm2, "adapters", tuple)
-    run = ahn_cli("generate", "--model", "smollm2", "--prompt", "def f():", "--max-new-tokens", "2", "--json")
-    assert run.code == 0, run.err
-    assert '"memory": "window_only"' in run.out and '"window": 224' in run.out
-    assert "no memory" in run.err
-
-
 @pytest.mark.parametrize("verb", ["generate", "info", "inspect", "eval", "bench", "merge"])
 def test_one_line_where_it_cannot_be_had(
     verb: str, stand_in: speaking.Speaking, ahn_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -20,6 +20,7 @@ REFUSED = {
     "bench decode --no-activation-checkpointing": "--no-activation-checkpointing changes nothing without train",
     "bench decode --methods window,deltanet --bits 2/2": "--bits changes nothing where no token is kept in codes",
     "bench report --context 1k": "--context changes nothing for a report",
+    "bench report --max-seconds 3": "--max-seconds changes nothing for a report",
     "bench report --model smollm2": "--model changes nothing for a report",
     "demo --model smollm2 --documents 2": "--documents changes nothing where one book is read",
     "eval perplexity --book 3": "--book chooses a text of JSON lines",

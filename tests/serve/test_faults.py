@@ -109,7 +109,9 @@ def test_a_step_that_always_fails_ends() -> None:
         assert ask(running, prompts(1)[0], 3).tokens == alone(OF, prompts(1)[0], 3)
 
 
-def test_memory_that_runs_out_waits_for_others() -> None:
+@pytest.mark.parametrize("place", [0, -3])
+def test_memory_that_runs_out_waits_for_others(place: int) -> None:
+    """What was noted of the prompt until then is noted anew, and not once more."""
     failures = 0
 
     def spoil(ids: Tensor, output: Any) -> Any:
@@ -119,11 +121,13 @@ def test_memory_that_runs_out_waits_for_others() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return output
 
-    hungry = [POISON, *prompts(1)[0]]
+    hungry = list(prompts(1)[0])
+    hungry[place] = POISON
     with engine(OF) as running, Spoiled(OF, spoil):
         other = running.submit(request(prompts(1)[0], 60))
-        got = ask(running, hungry, 5)
+        got = ask(running, hungry, 5, prompt_logprobs=1)
         assert whole(other).finish == "length"
+    assert [one.token for one in got.prompt_logprobs] == hungry
     assert failures == 2 and got.tokens == alone(OF, hungry, 5)
 
 

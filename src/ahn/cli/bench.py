@@ -28,6 +28,7 @@ BATCHES, TINY_BATCHES = (1, 4, 16, 32, 64, 100), (1, 4, 16)
 """Conversations of `throughput` when none are asked for."""
 NEW_TOKENS, BUDGET = {"cpu": 8}, {"cpu": 2.0}
 """Steps in a repetition, and seconds after which a row is not repeated again; elsewhere `BenchSettings`' own."""
+MAX_SECONDS = 120.0
 USED = {
     "new_tokens": {"decode", "memory", "throughput"}, "real_prefill": {"decode", "throughput"},
     "profile": {"prefill", "decode", "train"}, "no_activation_checkpointing": {"train"},
@@ -103,8 +104,9 @@ def command(
         bool, typer.Option("--real-prefill", help="Decode after really reading the context, not from random caches.")
     ] = False,
     max_seconds: Annotated[
-        float, typer.Option("--max-seconds", help="Skip what takes longer even at the machine's limit.")
-    ] = 120.0,
+        float,
+        typer.Option("--max-seconds", min=0, help="Skip what takes longer even at the machine's limit."),
+    ] = MAX_SECONDS,
     profile: Annotated[
         bool, typer.Option("--profile", help="For prefill, decode, train: also write every kernel's time to --out.")
     ] = False,
@@ -142,30 +144,24 @@ def command(
     from ahn.checkpoint import shipped
 
     names = list(dict.fromkeys(m.value for m in measurements if m is not Measurement.report))
-    of_all: dict[str, Any] = {"new_tokens": new_tokens, "real_prefill": real_prefill, "profile": profile}
-    of_all |= {"no_activation_checkpointing": not activation_checkpointing}
+    settings: dict[str, Any] = {"new_tokens": new_tokens, "real_prefill": real_prefill, "profile": profile}
+    of_all = settings | {"no_activation_checkpointing": not activation_checkpointing}
+    options = BenchOptions(model, adapter, methods, window, sinks, quantized, bits, context, batch)
     if not names:
-        of_all |= {"adapter": adapter, "methods": methods, "window": window, "sinks": sinks, "quantized": quantized}
-        of_all |= {"bits": bits, "context": context, "batch": batch, "device": device, "dtype": dtype}
-        common.refuse_useless("for a report", **of_all, model=model != "tiny", random_weights=random_weights)
+        of_all |= vars(options) | {"device": device, "dtype": dtype, "random_weights": random_weights}
+        of_all |= {"model": model != "tiny", "max_seconds": max_seconds != MAX_SECONDS}
+        common.refuse_useless("for a report", **of_all)
     for name, measured in USED.items():
         if not measured & set(names):
             common.refuse_useless("without " + " or ".join(sorted(measured)), **{name: of_all[name]})
     if names:
-        adapter = adapter and shipped.resolve_adapter(model, adapter)
-        options = BenchOptions(model, adapter, methods, window, sinks, quantized, bits, context, batch)
+        options = dataclasses.replace(options, adapter=adapter and shipped.resolve_adapter(model, adapter))
         plans = [options.plan(name) for name in names]
         if not any(_has_codes(method.config) for plan in plans for method in plan.methods):
             common.refuse_useless("where no token is kept in codes (--quantized, the memory retained)", bits=bits)
         check_folder(out)
-        given = {
-            "new_tokens": new_tokens,
-            "real_prefill": real_prefill,
-            "max_seconds": max_seconds,
-            "profile": profile,
-            "activation_checkpointing": activation_checkpointing,
-        }
-        _measure(plans, model, random_weights, given, out, device, dtype)
+        settings |= {"max_seconds": max_seconds, "activation_checkpointing": activation_checkpointing}
+        _measure(plans, model, random_weights, settings, out, device, dtype)
     _report(out)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ahn.cli import common, generate
+from ahn.cli.common import tell
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def command(
       ahn chat --model BASE --adapter AHN --system "Be brief."
       printf 'Hello\\nWho are you?\\n' | ahn chat --model MERGED
     """
-    from ahn.cli.commands import Commands, tell
+    from ahn.cli.commands import Commands
     from ahn.cli.session import open_session
     from ahn.cli.turns import PlainTurns, TemplateTurns
     from ahn.cli.writing import Sampling
@@ -85,8 +86,6 @@ class Chat:
 
     def run(self) -> bool:
         """Returns whether all that was piped in could be done; a person has seen it."""
-        from ahn.cli.commands import tell
-
         done = True
         for line in self._typed() if self.typed else _piped():
             try:
@@ -107,7 +106,6 @@ class Chat:
         return done or self.typed
 
     def _typed(self) -> Iterator[str]:
-        from ahn.cli.commands import tell
         from ahn.cli.keyboard import Keyboard
 
         keyboard = Keyboard()
@@ -131,8 +129,6 @@ class Chat:
 
     def _reply(self, message: str) -> None:
         """Read a message and write the reply; Ctrl-C stops either, and the conversation goes on."""
-        from ahn.cli.commands import tell
-
         turns, interrupt = self.commands.turns, _interrupt()
         try:
             ids = turns.next_input(message)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
+from ahn.cli.common import tell
 from ahn.cli.generate import read, read_text
 from ahn.cli.session import sentence
 from ahn.cli.terminal import visible
@@ -41,12 +42,6 @@ SHOWN_LENGTH = 400
 """Characters of each that are shown."""
 FIRST = "main"
 """Name of the conversation that one begins with."""
-
-
-def tell(text: str, style: str | None = None) -> None:
-    """Lines for the person, on standard error."""
-    # Where programs read them, each is one line.
-    common.err.print(text, style=style, soft_wrap=not common.err.is_terminal)
 
 
 class Commands:

@@ -99,6 +99,11 @@ def refuse_useless(why: str, **given: Any) -> None:
             raise AHNError(f"--{name.replace('_', '-')} changes nothing {why}: leave it out.")
 
 
+def tell(text: str, style: str | None = None) -> None:
+    """Lines for the person, on standard error; where programs read them, each is one line."""
+    err.print(text, style=style, soft_wrap=not err.is_terminal)
+
+
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -50,10 +50,6 @@ class DemoSubject:
     no_facts: str | None
     """Why there are no facts in the documents, if there are none."""
 
-    @property
-    def is_tiny(self) -> bool:
-        return self.name == TINY
-
 
 def command(
     model: common.ModelOption = None,
@@ -192,7 +188,7 @@ def _introduce(subject: DemoSubject) -> None:
     if len(subject.documents) > NAMED:
         names += f" and {len(subject.documents) - NAMED:,} more"
     count = "1 document" if len(subject.documents) == 1 else f"{len(subject.documents):,} documents"
-    unseen = " that it was not trained on" if subject.is_tiny else ""
+    unseen = " that it was not trained on" if subject.name == TINY else ""
     said = (
         f" ({parameters / 1e6:,.1f} M parameters, frozen) reads "
         f"{count} of {length:,} tokens{unseen}: {names}. {config.sinks} sinks and a "

@@ -50,7 +50,7 @@ def read_a_book(
     from ahn.checkpoint import shipped
     from ahn.checkpoint.loading import ModelSource
     from ahn.config import AHNConfig
-    from ahn.demo.book import book_figure, make_questions, read_book
+    from ahn.demo.book import DEPTH, book_figure, make_questions, read_book
     from ahn.demo.methods import FULL, WINDOW_ONLY
     from ahn.measure.method import Method
     from ahn.measure.tokens import token_ids
@@ -74,8 +74,11 @@ def read_a_book(
     questions = make_questions(tokenizer, book, QUESTIONS, PAGES)
     trained = model.config.max_position_embeddings
     if not as_json:
-        memories = any(method.trainable for method in methods)
-        common.out.print(_introduction(name, length, trained, window, sinks, memories))
+        common.out.print(
+            f"\nSmolLM2-135M-Instruct reads {length:,} tokens of {name}; it was trained on {trained:,}. "
+            f"Sinks + window see {sinks} + {window} tokens exactly. Afterwards it is asked in {QUESTIONS} chats for a "
+            f"number that stands about {round((1 - DEPTH) * PAGES):,} tokens before the question.\n"
+        )
     total = length + sum(len(question.ids) + len(question.answer) - 1 for question in questions)
     with common.progress() as bar:
         tasks = {method.name: bar.add_task(method.name, total=total) for method in methods}
@@ -123,17 +126,6 @@ def _memory(adapter: str, window: int, sinks: int) -> Any:
 
     settings = read_settings(Checkpoint.open(local_directory(adapter)).require("adapter"))
     return Method(settings.memory, settings.replace(window=window, sinks=sinks), adapter)
-
-
-def _introduction(name: str, length: int, trained: int, window: int, sinks: int, memories: bool) -> str:
-    from ahn.demo.book import DEPTH
-
-    told = (
-        f"\nSmolLM2-135M-Instruct reads {length:,} tokens of {name}; it was trained on {trained:,}. "
-        f"Sinks + window see {sinks} + {window} tokens exactly. Afterwards it is asked in {QUESTIONS} chats for a "
-        f"number that stands about {round((1 - DEPTH) * PAGES):,} tokens before the question.\n"
-    )
-    return told if memories else told + "No memory is shipped for it yet: the rows are what a memory has to beat.\n"
 
 
 def _table(results: list[BookResult]) -> Table:

@@ -131,13 +131,6 @@ def write(
     Args:
         markdown: what is written is Markdown, which a terminal shows as such.
     """
-    if markdown and common.out.is_terminal and not common.out.is_dumb_terminal:
-        from ahn.cli.markdown import MarkdownReply
-
-        start = time.perf_counter()
-        with MarkdownReply(common.out) as reply:
-            text = session.write(sampling, reply, interrupt)
-        return text, time.perf_counter() - start
 
     def say(text: str) -> None:
         if show:
@@ -145,6 +138,11 @@ def write(
             sys.stdout.flush()
 
     start = time.perf_counter()
+    if markdown and common.out.is_terminal and not common.out.is_dumb_terminal:
+        from ahn.cli.markdown import MarkdownReply
+
+        with MarkdownReply(common.out) as reply:
+            return session.write(sampling, reply, interrupt), time.perf_counter() - start
     text = session.write(sampling, say, interrupt)
     seconds = time.perf_counter() - start
     say("\n")

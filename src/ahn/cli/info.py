@@ -232,8 +232,7 @@ def _flops_table(costs: list[Cost]) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.title = f"\n{title}"
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("tokens", justify="right")
     return table
 

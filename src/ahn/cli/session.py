@@ -17,7 +17,7 @@ from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
 from ahn.cli.writing import Interrupt, Pieces, Sampling
-from ahn.config import Reach, overridden
+from ahn.config import Reach
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
 from ahn.measure.reading import chunk_size, in_chunks
@@ -30,7 +30,6 @@ TINY_MEMORY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
 TINY_DEVICE = "cpu"
 """Where the shipped model runs unless told otherwise: a GPU would take longer to compile its kernels for it."""
-SINKS_WITHOUT_MEMORY = 32
 
 
 class Session:
@@ -186,33 +185,8 @@ def open_session(
 
     # What it says of texts beyond `max_position_embeddings` does not hold here; `warn_beyond_training` says what does.
     logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
-    if model is not None and adapter is None and _has_no_memory(model):
-        return _without_memory(model, device, dtype, **reach)
     model, adapter, device = named_or_shipped(model, adapter, device)
     return Session(*ModelSource.open(model, adapter, **reach).load_ready(device, dtype))
-
-
-def _has_no_memory(model: str) -> bool:
-    from ahn.checkpoint import shipped
-
-    module = shipped.known(model)
-    return module is not None and not module.adapters()
-
-
-def _without_memory(model: str, device: str | None, dtype: str | None, **reach: Unpack[Reach]) -> Session:
-    """A model that no memory is shipped for yet: what leaves its window is forgotten."""
-    import ahn
-    from ahn.checkpoint import shipped
-    from ahn.checkpoint.loading import ModelSource
-
-    loaded, tokenizer = ModelSource.open(shipped.resolve(model)).load_ready(device, dtype, memory=False)
-    sinks = reach.get("sinks")
-    sinks = SINKS_WITHOUT_MEMORY if sinks is None else sinks
-    # So that a long text shows what forgetting is, within the trained length.
-    window = loaded.config.max_position_embeddings // 2 - sinks
-    ahn.attach(loaded, overridden(ahn.AHNConfig(memory="window_only", window=window, sinks=sinks), **reach))
-    common.err.print(f"ahn ships no memory for {model} yet: what leaves the window is forgotten.")
-    return Session(loaded, tokenizer)
 
 
 def named_or_shipped(model: str | None, adapter: str | None, device: str | None) -> tuple[str, str | None, str | None]:

@@ -130,7 +130,7 @@ class RequestJob(PromptReading):
         self.tokens = Prefixes(self.ids)
         self.target, self.read, self.cache = len(self.tokens) - 1, 0, None
         self.waits_for = self.known = self.loading = None
-        self.cuts, self.lent = set(), False
+        self.cuts, self.lent, self.prompt_logprobs = set(), False, []
 
     def progress(self) -> Delta:
         return Delta(read=min(self.read, len(self.prompt)), cached=self.cached)
