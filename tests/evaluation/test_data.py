@@ -37,12 +37,6 @@ def test_lines_become_their_named_fields(tmp_path: Path) -> None:
     assert records[1].where == f"{tmp_path}/rows.jsonl, line 3"
 
 
-def test_a_record_can_be_read_again_from_its_byte(tmp_path: Path) -> None:
-    source = write(tmp_path, GOOD | {"text": "灯"}, b"", GOOD | {"text": "second"}, GOOD | {"text": "third"})
-    for record in source.records(FIELDS):
-        assert next(source.records(FIELDS, record.offset)).fields == record.fields
-
-
 WRONG: dict[str, tuple[Any, str]] = {
     "missing field": ({"text": "a", "answers": ["b"]}, "the field 'length' is missing."),
     "empty answers": (GOOD | {"answers": []}, "the field 'answers' must not be empty."),

@@ -62,7 +62,6 @@ def make_questions(tokenizer: PreTrainedTokenizerBase, text: str, count: int, le
     """Chats about different pages of a text, each with one fact in it.
 
     Args:
-        tokenizer: with a chat template.
         text: at least `count` times `length` tokens long.
     """
     rng = random.Random(0)
@@ -105,9 +104,7 @@ def read_book(
     """Read the book and the questions in every way.
 
     Args:
-        model: the bare base model.
         ids: the book, a multiple of `bin_size` tokens.
-        advance: called with the method's name and a number of tokens, as reading goes on.
     """
     results = []
     for method in methods:

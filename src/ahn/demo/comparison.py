@@ -72,10 +72,8 @@ class Comparison:
         quantized: tokens before the window that are seen at a few bits per number, of the methods that have any; 0 if
             none has.
         bits: how many of keys and values, in words.
-        documents: all of `length` tokens.
         tokens_compared: over which losses and perplexities are taken.
         bin: tokens an entry of `Result.loss_by_position`.
-        recalls: every asked fact, with the token that each method guessed, by its name.
     """
 
     window: int

@@ -35,7 +35,6 @@ def make_documents(
 
     Args:
         texts: names and texts, taken from their beginnings; a text is cut into as many pieces as are needed.
-        length: tokens per document, facts included.
         lossless: sinks + window. Facts are asked for at least this many tokens after they were stated.
 
     Returns:

@@ -10,13 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from ahn.errors import AHNError
 from ahn.files import expanded
@@ -46,11 +45,10 @@ class DataFile:
 
 @dataclasses.dataclass(frozen=True)
 class DataLine:
-    """One line: its checked fields, where it stands (for messages), and at which byte (of the member) it starts."""
+    """One line: its checked fields, and where it stands, for messages."""
 
     fields: dict[str, Any]
     where: str
-    offset: int
 
 
 class DataLines:
@@ -85,21 +83,15 @@ class DataLines:
             "sha256": self.sha256
         }
 
-    def records(self, fields: Mapping[str, Field], offset: int = 0) -> Iterator[DataLine]:
-        """Every record from a byte on, in order; empty lines are skipped. Fields that are not named are ignored.
-
-        Args:
-            offset: of a `DataLine`; later ones are then counted from line 1 again in messages.
-        """
+    def records(self, fields: Mapping[str, Field]) -> Iterator[DataLine]:
+        """Every record, in order; empty lines are skipped. Fields that are not named are ignored."""
         empty = True
         with self._opened() as stream:
-            stream.seek(offset)
             for number, raw in enumerate(self._lines(stream), 1):
                 where = f"{self._name}, line {number}"
                 if raw.strip():
                     empty = False
-                    yield DataLine(_parse(raw, where, fields), where, offset)
-                offset += len(raw)
+                    yield DataLine(_parse(raw, where, fields), where)
         if empty:
             raise AHNError(f"{self._name} holds no samples.")
 
@@ -108,20 +100,20 @@ class DataLines:
         return f"{self.path}" if self.file.member is None else f"{self.path} ({self.file.member})"
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
+    def _opened(self) -> Iterator[IO[bytes]]:
         if self.file.member is None:
             with self.path.open("rb") as plain:
                 yield plain
             return
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.file.member) as member:
-                yield io.BufferedReader(member)  # type: ignore[type-var]  # readable, if not in typeshed's eyes
+                yield member
         except KeyError:
             raise AHNError(f"{self.path} has no member {self.file.member}.") from None
         except zipfile.BadZipFile as error:
             raise AHNError(f"{self._name} is damaged: {error}. Download it again.") from error
 
-    def _lines(self, stream: BinaryIO) -> Iterator[bytes]:
+    def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
         try:
             yield from stream
         except (OSError, EOFError, zlib.error) as error:

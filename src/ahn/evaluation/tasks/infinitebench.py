@@ -63,12 +63,14 @@ class InfiniteBench(QuestionTask):
     benchmark, fields = "infinitebench", FIELDS
 
     def records(self) -> Iterator[tuple[int, DataLine]]:
-        books: dict[str, list[tuple[int, int]]] = {}
+        books: dict[str, list[tuple[int, DataLine]]] = {}
         for number, record in enumerate(self.data.records(self.fields)):
-            books.setdefault(data.key_of(record.fields["context"]), []).append((number, record.offset))
+            questions = books.setdefault(record.fields["context"], [])
+            if questions:  # a book is in memory once, however often the file has it
+                record.fields["context"] = questions[0][1].fields["context"]
+            questions.append((number, record))
         for questions in books.values():
-            for number, offset in questions:
-                yield number, next(self.data.records(self.fields, offset))
+            yield from questions
 
     def sample(self, number: int, record: DataLine) -> Sample:
         fields = record.fields
