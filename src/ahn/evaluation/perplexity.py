@@ -18,7 +18,6 @@ from torch import Tensor
 
 import ahn
 from ahn.config import AHNConfig
-from ahn.errors import AHNError
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated, of_base
 from ahn.evaluation.results import conclude, open_folder
@@ -63,7 +62,7 @@ def measure(
     chunk: int = CHUNK,
     advance: Callable[[int], Any] = lambda tokens: None,
 ) -> tuple[Tensor, list[Bucket]]:
-    """Read a document of L tokens.
+    """Read a document of L tokens, 2 or more.
 
     Args:
         bucket, chunk: tokens; a chunk ends with its bucket.
@@ -72,11 +71,6 @@ def measure(
     Returns:
         The loss of each token but the first, (L - 1,) float32 on the CPU, and the buckets.
     """
-    if min(len(ids), bucket) < 2 or chunk < 1:
-        raise AHNError(
-            f"Perplexity needs a document and a bucket of 2 tokens or more and a chunk of 1 or more, got {len(ids)}, "
-            f"{bucket} and {chunk}."
-        )
     tokens = torch.tensor(ids, device=model.device)
     cache = new_cache(model)
     losses = torch.empty(len(ids) - 1)

@@ -105,15 +105,17 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 
-def memory_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies of a memory's parameters by their name in an adapter."""
-    return {f"model.{short_name(name)}": whole(p).clone() for name, p in parameters.items()}
+def write_memory(model: PreTrainedModel, config: AHNConfig, path: Path | None, dtype: torch.dtype) -> None:
+    """The memory as an adapter, which `ahn.save_adapter` cannot take from a sharded model.
 
-
-def write_adapter(model: PreTrainedModel, config: AHNConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """An adapter from gathered tensors, which `ahn.save_adapter` cannot take from a sharded model."""
-    write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
-    write_json(path / CONFIG, saved_config(model, path, config))
+    Gathered on every rank, written where path is.
+    """
+    parameters = adapter_parameters(model)
+    tensors = {f"model.{short_name(name)}": whole(parameter).to(dtype) for name, parameter in parameters.items()}
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
+        write_json(path / CONFIG, saved_config(model, path, config))
 
 
 def load_memory(model: PreTrainedModel, path: Path) -> None:
@@ -206,13 +208,8 @@ def load_rng(path: Path, rank: int) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def write_training(path: Path, scheduler: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The learning rate's schedule, and the settings that a resumed run should share."""
-    write_json(path / TRAINING, {"scheduler": scheduler, "settings": settings})
-
-
 def read_run_settings(path: Path) -> dict[str, Any]:
-    """The settings that `write_training` wrote into a checkpoint."""
+    """The settings that a checkpoint notes."""
     settings: dict[str, Any] = read_json(path / TRAINING)["settings"]
     # Without a value, or without the name, it is of a time when the published start was the default.
     return settings | {"memory_horizons": settings.get("memory_horizons") or PUBLISHED}

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerControl
 from ahn.checkpoint.directory import short_name
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.files import write_json
 from ahn.private import overrides_trainer
 from ahn.training import checkpoints
 from ahn.training.arguments import TrainerArguments
@@ -235,7 +236,8 @@ class DistillationTrainer(Trainer):
         checkpoints.write_optimizer(self.optimizer.optimizer, self._names(), temporary if first else None)
         checkpoints.write_rng(temporary, self.args.process_index)
         if first:
-            checkpoints.write_training(temporary, self.lr_scheduler.state_dict(), self.settings)
+            noted = {"scheduler": self.lr_scheduler.state_dict(), "settings": self.settings}
+            write_json(temporary / checkpoints.TRAINING, noted)
             self.state.save_to_json(str(temporary / checkpoints.STATE))
         self.accelerator.wait_for_everyone()
         if first:
@@ -246,11 +248,7 @@ class DistillationTrainer(Trainer):
 
     def write_memory(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """The memory as an adapter; every rank must ask, the first one writes."""
-        tensors = checkpoints.memory_tensors(self.student.memory())
-        if self.is_world_process_zero():
-            path.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-            checkpoints.write_adapter(self.student.model, self.config, tensors, path)
+        checkpoints.write_memory(self.student.model, self.config, path if self.is_world_process_zero() else None, dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the memory's weights were read before the model was wrapped."""
