@@ -72,7 +72,7 @@ class ResultFolder:
 
     def finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Put all rows, in order, into one file, and write the result."""
-        write_text(self.path / "predictions.jsonl", "".join(_line(row) for row in rows))
+        write_text(self.path / "predictions.jsonl", "".join(map(_line, rows)))
         result = self.conclude({"samples": len(rows), **summary})
         # Only now: until the result is there, they are what a killed run goes on from.
         for file in self.path.glob("predictions.*.jsonl"):
@@ -133,7 +133,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Write the files (rows by name, as JSON lines), then the result, which says that all is there."""
     for name, rows in lines.items():
-        write_text(folder.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder.path / name, "".join(map(_line, rows)))
     return folder.conclude({"document": folder.settings["task_settings"]["document"], **figures})
 
 

@@ -67,16 +67,12 @@ def write_card(
     arguments: Arguments,
     config: AHNConfig,
     parameters: int,
-    steps: int,
-    rows: int,
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
+    results: dict[str, Any],
 ) -> None:
     """`README.md` of a finished adapter.
 
     Args:
-        rows: samples per step.
-        before, after: held-out metrics of sinks + window and of the trained memory.
+        results: steps done, and held-out metrics before (sinks + window) and after (the trained memory).
     """
     settings, trainer = arguments
     base = str(settings.model_name_or_path)
@@ -95,14 +91,14 @@ def write_card(
         learns=SCORED if settings.loss_type == ATTENTION else DISTILLED,
         loss=settings.loss_type,
         dataset=settings.dataset,
-        steps=steps,
-        rows=rows,
+        steps=results["steps"],
+        rows=trainer.train_batch_size * trainer.gradient_accumulation_steps * trainer.world_size,
         cutoff=settings.cutoff_len,
         window_rule=fixed.get(settings.sliding_window_type, "window and sinks drawn anew for each step"),
         lr=trainer.learning_rate,
         scheduler=trainer.lr_scheduler_type.value,
         seed=trainer.seed,
-        evaluation=_evaluation(before, after),
+        evaluation=_evaluation(results["before"], results["after"]),
         figure="![Loss curves](loss.png)\n" if settings.plot_loss else "",
     )
     write_text(path / "README.md", text)

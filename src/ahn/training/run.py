@@ -134,17 +134,7 @@ def finish(trainer: DistillationTrainer, arguments: Arguments, after: dict[str, 
     before = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), None)
     results = {"steps": trainer.state.global_step, "before": before, "after": after}
     if trainer.is_world_process_zero():
-        rows = arguments.trainer.train_batch_size * arguments.trainer.gradient_accumulation_steps
-        write_card(
-            output,
-            arguments,
-            config,
-            count_parameters(model.config, config),
-            trainer.state.global_step,
-            rows * arguments.trainer.world_size,
-            before,
-            after,
-        )
+        write_card(output, arguments, config, count_parameters(model.config, config), results)
         if settings.plot_loss:
             draw_curves(history, output / "loss.png")
         trainer.state.save_to_json(str(output / checkpoints.STATE))

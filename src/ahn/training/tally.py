@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
 
 from datasets import Dataset
 
@@ -23,60 +21,52 @@ SUMMARY = ["fate", "file", "first", "shortened", "unused"]
 
 @dataclasses.dataclass
 class Tally:
-    """Counts of samples by what became of them, over all files and per file, and of what rows hold unused."""
+    """Counts of rows and of samples by what became of them, per file, and of what rows hold unused."""
 
-    fates: Counter[str] = dataclasses.field(default_factory=Counter)
     files: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-    shortened: int = 0
     unused: Counter[str] = dataclasses.field(default_factory=Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, samples: Dataset) -> None:
         """Count what `RowTokenizer` made."""
         for batch in samples.select_columns(SUMMARY).iter(batch_size=10_000):
-            for values in zip(*(batch[name] for name in SUMMARY), strict=True):
-                self._count(dict(zip(SUMMARY, values, strict=True)))
-        if self.fates[BAD]:
-            bad = [index for index, fate in enumerate(samples["fate"]) if fate == BAD][: SHOWN - len(self.problems)]
-            self.problems += [f"{row['where']}: {row['problem']}" for row in samples.select(bad)]
-
-    def _count(self, sample: dict[str, Any]) -> None:
-        file = self.files.setdefault(sample["file"], Counter())
-        cut = int(sample["shortened"] and sample["fate"] == KEPT)
-        self.fates[sample["fate"]] += 1
-        self.shortened += cut
-        file.update({"rows": int(sample["first"]), "shortened": cut, sample["fate"]: 1})
-        self.unused.update(sample["unused"])
+            for fate, file, first, shortened, unused in zip(*(batch[name] for name in SUMMARY), strict=True):
+                found = {"rows": int(first), "shortened": int(shortened and fate == KEPT), fate: 1}
+                self.files.setdefault(file, Counter()).update(found)
+                self.unused.update(unused)
+        bad = [index for index, fate in enumerate(samples["fate"]) if fate == BAD][: SHOWN - len(self.problems)]
+        self.problems += [f"{row['where']}: {row['problem']}" for row in samples.select(bad)]
 
     def say(self, settings: Settings, what: str) -> None:
         """Say it: one line for all, one for each file where there are several."""
-        line = ", ".join(self._parts(settings))
-        if not self.fates[KEPT]:
+        counts: Counter[str] = sum(self.files.values(), Counter())
+        line = ", ".join(self._parts(counts, settings))
+        if not counts[KEPT]:
             raise AHNError(f"No sample is left in the {what}: {line}.")
-        logger.log(logging.WARNING if self.fates[BAD] else logging.INFO, "%s: %s.", what, line)
+        logger.log(logging.WARNING if counts[BAD] else logging.INFO, "%s: %s.", what, line)
         if len(self.files) > 1:
             troubled = sorted(self.files.items(), key=lambda item: item[1][KEPT] - item[1]["rows"])
-            for name, counts in troubled[:FILES]:
-                logger.info("  %s: %s", name, _row_counts(counts))
+            for name, own in troubled[:FILES]:
+                logger.info("  %s: %s", name, _row_counts(own))
             if len(troubled) > FILES:
                 logger.info("  and %d files more.", len(troubled) - FILES)
         if self.unused:
-            logger.warning("%s: what training does not use: %s.", what, _listed(self.unused.most_common()))
+            unused = ", ".join(f"{name} ({number:,} rows)" for name, number in self.unused.most_common())
+            logger.warning("%s: what training does not use: %s.", what, unused)
 
-    def _parts(self, settings: Settings) -> list[str]:
-        fates = self.fates
-        parts = [f"{fates[KEPT]:,} samples"]
-        if self.shortened:
-            parts.append(f"{self.shortened:,} of them shortened to cutoff_len {settings.cutoff_len:,}")
-        if fates[SHORT]:
-            parts.append(f"{fates[SHORT]:,} of {settings.shortest} tokens or fewer left out")
-        if fates[IDLE]:
+    def _parts(self, counts: Counter[str], settings: Settings) -> list[str]:
+        parts = [f"{counts[KEPT]:,} samples"]
+        if counts["shortened"]:
+            parts.append(f"{counts['shortened']:,} of them shortened to cutoff_len {settings.cutoff_len:,}")
+        if counts[SHORT]:
+            parts.append(f"{counts[SHORT]:,} of {settings.shortest} tokens or fewer left out")
+        if counts[IDLE]:
             parts.append(
-                f"{fates[IDLE]:,} with nothing to learn after their first {settings.smallest_total} tokens left out"
+                f"{counts[IDLE]:,} with nothing to learn after their first {settings.smallest_total} tokens left out"
             )
-        if fates[BAD]:
-            more = " …" if fates[BAD] > len(self.problems) else ""
-            parts.append(f"{fates[BAD]:,} bad rows skipped ({'; '.join(self.problems)}{more})")
+        if counts[BAD]:
+            more = " …" if counts[BAD] > len(self.problems) else ""
+            parts.append(f"{counts[BAD]:,} bad rows skipped ({'; '.join(self.problems)}{more})")
         return parts
 
 
@@ -85,7 +75,3 @@ def _row_counts(counts: Counter[str]) -> str:
     for name, words in (("shortened", "shortened"), (BAD, "bad"), (SHORT, "too short"), (IDLE, "nothing to learn")):
         parts += [f"{counts[name]:,} {words}"] if counts[name] else []
     return ", ".join(parts)
-
-
-def _listed(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} ({number:,} rows)" for name, number in counts)
