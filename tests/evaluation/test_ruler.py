@@ -109,7 +109,7 @@ def test_needles_spread_over_an_essay() -> None:
     assert min(depths) < 0.5 < max(depths)
 
 
-def test_the_haystack_can_be_a_file_or_a_directory(tmp_path: Path) -> None:
+def test_the_haystack_can_be_a_file_or_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b.txt").write_text("Second book. " * 3)
     (tmp_path / "a.txt").write_text("First book. " * 3)
     (tmp_path / "c.md").write_text("Not read.")
@@ -120,6 +120,8 @@ def test_the_haystack_can_be_a_file_or_a_directory(tmp_path: Path) -> None:
     assert settings[0]["sha256"] != settings[1]["sha256"]
     with pytest.raises(AHNError, match=r"nothing\.txt"):
         samples("niah_single_2", haystack=tmp_path / "nothing.txt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert task("niah_single_2", haystack=Path("~/a.txt")).settings()["haystack"] == settings[0]
 
 
 def test_the_chain_of_variables_leads_to_the_answers() -> None:
