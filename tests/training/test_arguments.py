@@ -125,6 +125,8 @@ def test_wrong_files(content: str | bytes, words: str, tmp_path: Path) -> None:
     [
         ("--cutof_len 3", "did you mean cutoff_len?"),
         ("--totally-unheard-of 3", "ahn train --help"),
+        ("--dataset a.jsonl b.jsonl", "dataset takes one value, got a.jsonl b.jsonl"),
+        ("--dataset a.jsonl debug.yaml", "the configuration file comes first, before all flags"),
         ("--loss_type mse", "choose from kl, ce, distill"),
         ("--ahn_implementation GRU", "Unknown AHN implementation 'GRU'"),
         ("--sliding_window_type often", "random, fixed, linear"),

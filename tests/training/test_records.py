@@ -125,7 +125,8 @@ def test_thoughts(thoughts: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (3, "a int instead of an object"),
+        (3, "3 instead of an object"),
+        ([{"role": "user"}], "a list instead of an object"),
         ({}, "it has nothing"),
         ({"content": "x"}, "it has content"),
         ({"messages": "hello"}, "messages is not JSON"),

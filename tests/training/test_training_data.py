@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -107,6 +109,18 @@ def test_cells_of_csv_are_text(load: Any, tmp_path: Path, tokenizer: PreTrainedT
     (tmp_path / "a.tsv").write_text(f"\ufeffprompt\tresponse\n{rows}\n")
     found = texts_of(load(tmp_path / "a.tsv").train, tokenizer)
     assert [text.rpartition("assistant\n")[2] for text in found] == [f"{x}<|endoftext|>\n" for x in ("7", "None", "NA")]
+
+
+def test_a_first_column_without_a_name(load: Any, tmp_path: Path) -> None:
+    """As pandas writes a table with the numbers of its rows."""
+    pandas.DataFrame({"text": [row["text"] for row in LONG]}).to_csv(tmp_path / "a.csv")
+    assert len(load(tmp_path / "a.csv").train) == len(LONG)
+
+
+def test_a_table_without_rows(load: Any, tmp_path: Path) -> None:
+    pandas.DataFrame({"text": []}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(AHNError, match=r"The data is empty: .*a.parquet"):
+        load(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -303,7 +317,11 @@ def test_a_stream_never_ends_and_is_shared_between_ranks(
         ("a.csv", b"a,b", "empty"),
         ("a.csv", b"", "does not begin with a line of different column names"),
         ("a.csv", b"a,a\n1,2\n", "does not begin with a line of different column names"),
-        ("a.csv", b"a,b\n1,2,3\n1,2,3,4,5\n", "Cannot load the data set"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "Cannot load the data set"),
+        ("a.csv", b"a,b\n1,2,3\n", "3 cells in its first row and 2 columns: quote ','"),
+        ("a.csv", b"prompt;response\n1;2\n", "apart by ';', not ','"),
+        ("a.json", b'{\n "data": [{"text": "x"}]\n}', "an object over several lines: write each row in one line"),
+        ("a.jsonl", b'\xef\xbb\xbf{\r\n "text": "x"\r\n}\r\n{\r\n "text": "x"\r\n}', "an object over several lines"),
         ("a.xlsx", b"PK", "convert it to JSON lines"),
         ("a.jsonl.gz", b"no archive", "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "Cannot read"),
@@ -331,6 +349,9 @@ def test_names_that_lead_nowhere(load: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(AHNError, match=r"There is no file or folder .*/none.jsonl"):
         load(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(AHNError, match=r"pipe.jsonl is neither a file nor a folder but a pipe or device"):
+        load(tmp_path / "pipe.jsonl")
     with pytest.raises(AHNError, match="Cannot load the data set 'some/thing': no network"):
         load("some/thing")
     with pytest.raises(AHNError, match="empty name"):

@@ -82,6 +82,7 @@ def _messages() -> Iterator[None]:
     log, console = logging.getLogger("ahn"), _Console()
     level = log.level
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # that it tries again; what it fails with is an error
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # likewise
     log.addHandler(console)
     log.setLevel(logging.INFO)
     try:

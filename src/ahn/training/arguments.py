@@ -126,11 +126,18 @@ def parse(arguments: Sequence[str]) -> Arguments:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            settings, trainer = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+            settings, trainer, unused = parser.parse_args_into_dataclasses(
+                words, return_remaining_strings=True, look_for_args_file=False
+            )
     except AHNError:
         raise
     except (ValueError, OSError, ImportError, TypeError) as error:  # what the Trainer's arguments refuse
         raise AHNError(f"{first_line(error)}.") from error
+    if unused:
+        name = next(name for name, value in values.items() if isinstance(value, list) and unused[0] in map(str, value))
+        late = unused[-1].endswith((".yaml", ".yml"))
+        hint = "; the configuration file comes first, before all flags" if late else ""
+        raise AHNError(f"{name} takes one value, got {' '.join(map(str, values[name]))}{hint}.")
     settings.notes += notes
     asked = values.get("memory_horizons") is not None and settings.horizons is not None
     if asked and not settings.decays:

@@ -77,7 +77,9 @@ def normalise(row: Any) -> Record:
     """A conversation from messages or from a prompt and a response; else the plain `text`."""
     row = {"text": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
-        raise BadRowError(f"a {type(row).__name__} instead of an object")
+        raise BadRowError(
+            "a list instead of an object" if isinstance(row, list) else f"{row!s:.40} instead of an object"
+        )
     row = {name: value for name, value in row.items() if value is not None}
     for name in {"messages", "conversations"} & row.keys():
         if isinstance(row[name], str):  # the cell of a table

@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import logging
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -82,6 +83,8 @@ def _load(name: str, streaming: bool) -> Rows:
         if _kind(path) is None:
             raise AHNError(f"{path} is none of {_suffixes()}: convert it to JSON lines.")
         return _from_files([path], path.parent, streaming)
+    if path.exists():
+        raise AHNError(f"{path} is neither a file nor a folder but a pipe or device: write it to a file first.")
     if _kind(path) is not None or name.startswith((".", "/", "~")):
         raise AHNError(f"There is no file or folder {path}.")
     return _placed(_load_dataset(HUB.get(name, name), streaming), name)
@@ -182,12 +185,18 @@ def _csv_options(file: Path) -> dict[str, Any]:
     separator = "\t" if ".tsv" in [suffix.lower() for suffix in file.suffixes] else ","
     try:
         with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
-            names = next(csv.reader(lines, delimiter=separator), [])
+            table = csv.reader(lines, delimiter=separator)
+            names, first = next(table, []), next(table, [])
     except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
         raise AHNError(f"Cannot read {file}: {error}.") from error
     if not names or len(set(names)) < len(names):
         raise AHNError(f"{file} does not begin with a line of different column names.")
-    features = Features({name: Value("string") for name in names})
+    if len(names) == 1 and (other := re.search(r"[;\t|,]", names[0])):
+        raise AHNError(f"The columns of {file} are apart by {other[0]!r}, not {separator!r}: convert it, or rename it.")
+    if len(first) > len(names):  # pandas would take the first cell for a name of the row, and shift the others
+        raise AHNError(f"{file} has {len(first)} cells in its first row and {len(names)} columns: quote {separator!r}.")
+    # pandas itself writes a first column without a name, and calls it so when it reads.
+    features = Features({name or f"Unnamed: {place}": Value("string") for place, name in enumerate(names)})
     return {"sep": separator, "keep_default_na": False, "features": features, "encoding": "utf-8-sig"}
 
 
@@ -210,7 +219,7 @@ def _load_dataset(name: str, streaming: bool, **kwargs: Any) -> Rows:
         return datasets.load_dataset(name, split="train", streaming=streaming, **kwargs)
     except Exception as error:  # datasets, the Hub and pyarrow have their own ones
         what = ", ".join(kwargs["data_files"]) if kwargs else repr(name)
-        if "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error) or "BatchSize must be greater" in _reason(error):
             raise AHNError(f"The data is empty: {what}.") from error
         hint = "" if kwargs else "; it is no file, folder or known name either"
         raise AHNError(f"Cannot load the data set {what}: {_reason(error)}{hint}.") from error
@@ -251,6 +260,8 @@ def _json_file(path: str, name: str) -> Iterator[dict[str, Any]]:
     with fsspec.open(path, "rb", compression="infer") as lines:
         start = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         lines.seek(0)
+        if re.match(rb"\{\s*\n", start):
+            raise AHNError(f"{path} has an object over several lines: write each row in one line, or one list.")
         if start.startswith(b"["):
             yield from _array_rows(path, name, lines.read())
             return
