@@ -20,6 +20,8 @@ from ahn.ops.step.product_kernel import load_weights, place
 LINE_BYTES = tl.constexpr(128)
 ROWS, ROUND, STAGES = 64, 256, 4
 """Rows of a program, bytes of each in a round, rounds under way."""
+ASKED_FOR = 16 << 20
+"""Bytes of weights up to which all are asked for ahead: some 4 µs, which a norm and what else comes before take."""
 
 
 @triton.jit
@@ -40,10 +42,10 @@ def _sums(
 
 
 @triton.jit
-def _ask_for(at, begin, end, FEATURES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
-    """Have the first rounds of weights brought nearer, while what is multiplied with them is being made."""
+def _ask_for(at, begin, end, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """Have the first weights of each row brought nearer, while what is multiplied with them is being made."""
     LINE: tl.constexpr = LINE_BYTES // (at.dtype.element_ty.primitive_bitwidth // 8)
-    COUNT: tl.constexpr = STAGES * FEATURES // LINE if FEATURES >= LINE else STAGES
+    COUNT: tl.constexpr = (AHEAD + LINE - 1) // LINE
     f = begin + tl.arange(0, COUNT) * LINE
     prefetch(at + tl.minimum(f, end - 1)[None, :], PDL)
 
@@ -52,7 +54,7 @@ def _ask_for(at, begin, end, FEATURES: tl.constexpr, STAGES: tl.constexpr, PDL: 
 def _products(
     x, weights, biases, rows, out, features, vectors,
     COUNT: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
-    FEATURES: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    FEATURES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     announce(PDL)
     block, m = tl.program_id(0), tl.arange(0, VECTORS)
@@ -72,7 +74,7 @@ def _products(
         b = tl.load(biases[0] + n, mask=n < (BIASED & 1) * rows[0], other=0.0).to(tl.float32)
         b_up = tl.load(biases[1] + n, mask=n < (BIASED >> 1 & 1) * rows[0], other=0.0).to(tl.float32)
         held = tl.minimum(of_both, rows[0] - 1).to(tl.int64) * features + matrix
-        _ask_for(weights[0] + held[:, None], 0, features, FEATURES, STAGES, PDL)
+        _ask_for(weights[0] + held[:, None], 0, features, AHEAD, PDL)
         wait(PDL)
         both = _sums(x, at, of_both < rows[0], vectors, features, 0, features, VECTORS, ROWS, FEATURES, STAGES)
         gate, up = tl.split(both.reshape(2, HALF, VECTORS).permute(1, 2, 0))
@@ -84,7 +86,7 @@ def _products(
         real = n < count
         b = tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)
         held = tl.minimum(n, count - 1).to(tl.int64)
-        _ask_for(weight + held[:, None] * features, 0, features, FEATURES, STAGES, PDL)
+        _ask_for(weight + held[:, None] * features, 0, features, AHEAD, PDL)
         wait(PDL)
         at = weight + n.to(tl.int64)[:, None] * features
         y = _sums(x, at, real, vectors, features, 0, features, VECTORS, ROWS, FEATURES, STAGES) + b[:, None]
@@ -104,7 +106,7 @@ def _partial_products(
     end = tl.minimum(begin + width, features)
     if begin < end:
         held = tl.minimum(n, count - 1).to(tl.int64)
-        _ask_for(weight + held[:, None] * features, begin, end, FEATURES, STAGES, PDL)
+        _ask_for(weight + held[:, None] * features, begin, end, STAGES * FEATURES, PDL)
     wait(PDL)
     at = weight + n.to(tl.int64)[:, None] * features
     y = _sums(x, at, n < count, vectors, features, begin, end, VECTORS, ROWS, FEATURES, STAGES)
@@ -152,11 +154,14 @@ def products(
     blocks = triton.cdiv(counts[0], ROWS // 2) if silu else sum(triton.cdiv(count, ROWS) for count in counts)
     # Where there is no bias, a pointer that is never read.
     given = tuple(own if bias is None else bias for own, bias in zip(held, biases, strict=True))
+    ahead, round_features = triton.next_power_of_2(K), round_bytes // x.element_size()
+    if sum(weight.nbytes for weight in held) > ASKED_FOR:
+        ahead = min(ahead, STAGES * round_features)
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     _products[blocks,](
         x.contiguous(), held, given, counts, out, K, vectors,
         COUNT=len(counts), BIASED=biased, SILU=silu, VECTORS=_vectors(vectors), ROWS=ROWS,
-        FEATURES=round_bytes // x.element_size(), STAGES=STAGES, ALIGNED=_aligned(held), num_warps=4,
+        FEATURES=round_features, STAGES=STAGES, AHEAD=ahead, ALIGNED=_aligned(held), num_warps=4,
         **dependent_launch.options(x),
     )  # fmt: skip
     return out

@@ -39,7 +39,7 @@ def attend_and_write(
         begin = part * per_part
         end = tl.minimum(tl.minimum(begin + per_part, slots), read)
         if part < PARTS and begin < end:
-            t = tl.minimum(begin + tl.arange(0, BLOCK), end - 1)[:, None]
+            t = tl.minimum(begin + tl.arange(0, 2 * BLOCK), end - 1)[:, None]
             line = tl.arange(0, P // LINE)[None, :] * LINE
             prefetch(keys + t * stride_kt + line, PDL)
             prefetch(values + t * stride_vt + line, PDL)
