@@ -6,7 +6,8 @@ import torch
 from talk import Talk
 from torch import Tensor
 
-from ahn.ops.quantize import BITS, per_group
+from ahn.ops.basis import COARSE, FINE, fine_directions
+from ahn.ops.quantize import BITS, code_bytes, per_group
 
 TWO_BITS = {"key_bits": BITS, "value_bits": BITS, "keys_before_rope": False}
 """The form of quantized tokens that the shipped memories were measured with."""
@@ -30,7 +31,8 @@ def rounded_otherwise(one: Talk, other: Talk) -> int:
             assert not held[0].keys.scales.any(), "one has codes, the other has none"
         for kind in ("keys", "values") if len(held) == 2 else ():
             rings = [getattr(tier, kind) for tier in held]
-            levels = [_levels(ring.codes.cpu(), ring.bits) for ring in rings]
+            calibrated = kind == "keys" and one.model.ahn_config.calibrated_keys
+            levels = [_levels(ring.codes.cpu(), ring.bits, calibrated) for ring in rings]
             first, second = (ring.scales.cpu() for ring in rings)
             steps = (levels[0] - levels[1]).abs()  # (B, Hkv, C, P)
             moved = steps.sum(-1)
@@ -49,8 +51,11 @@ def rounded_otherwise(one: Talk, other: Talk) -> int:
     return found
 
 
-def _levels(codes: Tensor, bits: int) -> Tensor:
-    """(..., P · bits / 8) bytes to (..., P) levels."""
+def _levels(codes: Tensor, bits: int, calibrated: bool = False) -> Tensor:
+    """(..., P · bits / 8) bytes to (..., P) levels, of calibrated keys to as many as have codes."""
+    if calibrated:
+        first = code_bytes(fine_directions(codes.shape[-1] * 8 // bits), FINE)
+        return torch.cat([_levels(codes[..., :first], FINE), _levels(codes[..., first:], COARSE)], dim=-1)
     group = per_group(bits)
     bytes_of_group = codes.unflatten(-1, (-1, group * bits // 8)).int()
     word = (bytes_of_group << 8 * torch.arange(bytes_of_group.shape[-1])).sum(-1, keepdim=True)

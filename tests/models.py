@@ -86,6 +86,19 @@ def awaken(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def give_bases(model: PreTrainedModel) -> None:
+    """Calibrated keys: directions that are far from orthogonal, and of different weight."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.model.layers:
+        basis = layer.ahn.fn.key_basis
+        for x in basis.parameters():
+            x.copy_(torch.randn(x.shape, generator=generator))
+        P = basis.weight.shape[-1]
+        basis.weight.copy_(4 / P**0.5 * basis.weight + 3 * torch.eye(P))
+        basis.deviations.copy_(basis.deviations.abs().add(0.1).sort(descending=True).values)
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Token ids (B, L); none is the padding id."""
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

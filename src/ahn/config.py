@@ -74,7 +74,7 @@ class AHNConfig:
         calibrated_keys: code the keys of quantized tokens in a basis that was calibrated on texts and lies in the
             adapter (`ahn.training.calibration`), with more of the bits for what queries look at (`ahn.ops.basis`).
             Takes `key_bits` of 2, keys before RoPE, and no memory that keeps tokens; as `key_bits`, of use with
-            quantized tokens alone. Such steps are not captured on a GPU.
+            quantized tokens alone.
         max_distance: from how far a query may see a sink, in tokens. A base model breaks at distances that it was not
             trained on, so sinks move along behind a text that is longer (`reach`; docs/concepts.md, "Any length").
             None: what the base was trained on, filled in by `attach`. 0: sinks keep their own positions, as published.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from golden import relative_error
-from models import adapted, tokens
+from models import adapted, give_bases, tokens
 from support.turns import Turns, assert_rows_alone, assert_same_layers, read
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,18 +44,6 @@ def shared(memory: str = "window_only", **fields: int) -> PreTrainedModel:
     model.ahn_config = Near(**vars(model.ahn_config))
     give_bases(model)
     return model
-
-
-@torch.no_grad()
-def give_bases(model: PreTrainedModel) -> None:
-    """Directions that are far from orthogonal, and of different weight."""
-    generator = torch.Generator().manual_seed(5)
-    for layer in model.model.layers:
-        basis: KeyBasis = layer.ahn.fn.key_basis
-        for x in basis.parameters():
-            x.copy_(torch.randn(x.shape, generator=generator))
-        basis.weight += 3 * torch.eye(basis.weight.shape[-1])
-        basis.deviations.copy_(basis.deviations.abs().add(0.1).sort(descending=True).values)
 
 
 def in_basis(x: Tensor, basis: KeyBasis) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from captured import Graphs
 from golden import relative_error
-from models import awaken, base
+from models import awaken, base, give_bases
 from support.kernels import INTERPRETED
 from talk import Talk
 
@@ -19,6 +19,7 @@ from ahn.layout.state import TierState
 
 FORMS: dict[str, dict[str, Any]] = {
     "far tokens": {"memory": "gated_deltanet", "quantized": 9, "max_distance": 16},  # seven of nine are near
+    "calibrated keys": {"quantized": 9, "max_distance": 16, "key_bits": 2, "calibrated_keys": True},
     "retained": {"memory": "retained", "max_distance": 32, "slots": 16, "key_bits": 16, "value_bits": 16},
 }
 
@@ -44,6 +45,8 @@ def test_steps_by_kernels_are_ordinary_ones(form: str, graphs: Graphs, monkeypat
     monkeypatch.setattr(operator, "step", lambda *of: kernel.step(*of, processors=1))
     config = ahn.AHNConfig(window=4, sinks=1, prefill_chunk_size=16, **FORMS[form])
     model = awaken(ahn.attach(base("qwen3", hidden_size=64, head_dim=32, num_hidden_layers=1), config))
+    if config.calibrated_keys:
+        give_bases(model)
     talks = [Talk(model, 1), Talk(model, 1)]
     with ahn.ops.use_backend("chunked"):
         for step in range(24):

@@ -16,18 +16,19 @@ import torch
 from captured import CAPTURED, EVENTS, LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, converse
 from codes import TWO_BITS, rounded_otherwise
 from golden import relative_error
-from models import adapted, tokens
+from models import adapted, awaken, base, give_bases
 from support.turns import assert_same_layers
 from talk import Talk
 from transformers import PreTrainedModel
 
+import ahn
 from ahn import AHNCache
 from ahn.decode import runner
 from ahn.decode.layer import layer_step
-from ahn.training.calibration import calibrate
 
 QUANTIZED = 7
 SEEN = LOSSLESS + QUANTIZED
+CALIBRATED = {"calibrated_keys": True, "key_bits": 2}
 
 
 @cache
@@ -58,16 +59,54 @@ def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Gra
     assert torch.equal(state.tier.keys.codes, expected.tier.keys.codes)
 
 
-def test_keys_in_a_basis_are_not_captured(graphs: Graphs) -> None:
-    """The kernels do not know their codes: steps are ordinary forwards."""
-    sizes = {"window": WINDOW, "sinks": SINKS, "quantized": QUANTIZED, "key_bits": 2, "value_bits": 2}
-    model = adapted(memory="gated_deltanet", calibrated_keys=True, **sizes).double()
-    calibrate(model, [tokens(1, 8 * LOSSLESS)])
-    talk = Talk(model, 2)
-    talk.read([5, 5])
-    talk.steps(2 * SEEN)
+class Near(ahn.AHNConfig):
+    """Three of the tier's tokens are near and four are far, which a base of 4 096 never wants."""
+
+    @property
+    def tier_reach(self) -> int:
+        return self.window + 2
+
+
+def in_a_basis(
+    memory: str, head_dim: int = 16, kind: type[ahn.AHNConfig] = Near, sinks: int = SINKS, value_bits: int = 4
+) -> PreTrainedModel:
+    """In float64."""
+    config = ahn.AHNConfig(
+        memory, WINDOW, sinks, prefill_chunk_size=8, quantized=QUANTIZED, key_bits=2, value_bits=value_bits,
+        calibrated_keys=True,
+    )  # fmt: skip
+    model = awaken(ahn.attach(base(head_dim=head_dim), config)).double()
+    model.ahn_config = kind(**vars(model.ahn_config))
+    give_bases(model)
+    return model
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("kind", [Near, ahn.AHNConfig])
+@pytest.mark.parametrize("sinks", [0, SINKS])
+@pytest.mark.parametrize("value_bits", [2, 3, 4])
+def test_keys_in_a_basis(
+    memory: str, head_dim: int, kind: type[ahn.AHNConfig], sinks: int, value_bits: int, graphs: Graphs
+) -> None:
+    """Steps of rows with padding of their own are the whole forwards of these rows, and chunks go on from them."""
+    talk = Talk(in_a_basis(memory, head_dim, kind, sinks, value_bits), 3)
+    talk.read([SEEN + 2, 5, 3])
+    talk.steps(SEEN)
+    talk.read([1, 0, 1])
+    talk.steps(2)
+    assert graphs == Graphs(captures=1, replays=SEEN + 3)
+    talk.read([9, 2, 4])
+    talk.steps(2)
     talk.check(TOLERANCE)
-    assert graphs == Graphs()
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("event", EVENTS)
+def test_with_keys_in_a_basis_steps_go_on_after_any_event(event: str) -> None:
+    lengths = (SEEN + 2, LOSSLESS - 1, 5)
+    converse(Talk(in_a_basis("gated_deltanet"), len(lengths)), lengths, ["pause", event, event])
 
 
 @pytest.mark.sample(6)
@@ -120,13 +159,17 @@ def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("memory", "form"), [("gated_deltanet", TWO_BITS), ("deltanet", {}), ("window_only", TWO_BITS)]
+    ("memory", "form"),
+    [("gated_deltanet", TWO_BITS), ("deltanet", {}), ("window_only", TWO_BITS), ("window_only", CALIBRATED)],
 )
 def test_a_layer_is_our_operators_and_nothing_else(
     memory: str, form: dict[str, Any], compiled: list[torch.fx.Graph]
 ) -> None:
     """Rotation and norms go into the step, and all layers share one compilation; in float32, as our products are."""
-    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, **form), 1)
+    model = adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, **form)
+    if form == CALIBRATED:
+        give_bases(model)
+    talk = Talk(model, 1)
     talk.read([LOSSLESS - 2])
     talk.steps(SEEN)
     talk.check(TOLERANCE)
@@ -168,15 +211,15 @@ def test_codes_are_excused_by_a_rounding_alone(fault: str) -> None:
             rounded_otherwise(talk, other)
 
 
-@pytest.mark.parametrize("memory", ["gated_deltanet", "retained"])
+@pytest.mark.parametrize("memory", ["gated_deltanet", "retained", "gated_deltanet in a basis"])
 def test_what_a_graph_reads_lives_as_long_as_it(memory: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph knows addresses alone: whatever a step is given that was there before it must not be freed."""
     given: dict[str, weakref.ref[torch.Tensor]] = {}
 
     def watched(query: Any, key: Any, value: Any, gates: Any, *rest: Any) -> torch.Tensor:
-        positions, active, state, _, _, _, _, turn, seen = rest
+        positions, active, state, _, _, _, _, turn, seen, basis = rest
         parts = {"positions": positions, "active": active} | state.tensors()
-        for name, held in (("turn", turn), ("seen", seen)):
+        for name, held in (("turn", turn), ("seen", seen), ("basis", basis)):
             if held is not None:
                 parts |= {f"{name} {field}": x for field, x in vars(held).items() if isinstance(x, torch.Tensor)}
         given.update({name: weakref.ref(x) for name, x in parts.items() if not x._is_view()})
@@ -188,10 +231,15 @@ def test_what_a_graph_reads_lives_as_long_as_it(memory: str, graphs: Graphs, mon
 
     monkeypatch.setattr("ahn.decode.layer.layer_step", watched)
     monkeypatch.setattr(runner, "capture", capture)
-    talk = Talk(adapted(memory=memory, window=WINDOW, sinks=SINKS, quantized=QUANTIZED, max_distance=40), 1)
+    memory, *basis = memory.split(maxsplit=1)
+    sizes = {"window": WINDOW, "sinks": SINKS, "quantized": QUANTIZED, "max_distance": 40}
+    talk = Talk(in_a_basis(memory) if basis else adapted(memory=memory, **sizes), 1)
     talk.read([20])
     talk.steps(1)
+    for layer in talk.model.model.layers if basis else ():
+        layer.ahn.fn.key_basis._made = None  # as when it is calibrated anew
     gc.collect()
+    assert ("basis synthesis" in given) == bool(basis)
     assert {"turn token", "turn within", "turn near", "turn first"} <= set(given)
     assert [name for name, x in given.items() if x() is None] == []
 

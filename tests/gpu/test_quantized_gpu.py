@@ -9,7 +9,7 @@ import pytest
 import torch
 from codes import TWO_BITS, rounded_otherwise
 from golden import relative_error
-from models import adapted, awaken, base, tokens
+from models import adapted, awaken, base, give_bases, tokens
 from support.turns import read
 from talk import Talk
 from transformers import PreTrainedModel
@@ -97,9 +97,13 @@ def awake(architecture: str, memory: str, dtype: torch.dtype, **options: Any) ->
     config = ahn.AHNConfig(memory=memory, window=40, sinks=4, prefill_chunk_size=64, **options)
     # Heads of 64: more than one word of codes in each vector.
     plain = base(architecture, hidden_size=256, head_dim=64)
-    return awaken(ahn.attach(plain.to(dtype), config)).cuda()
+    model = awaken(ahn.attach(plain.to(dtype), config))
+    if config.calibrated_keys:
+        give_bases(model)
+    return model.cuda()
 
 
+CALIBRATED = {"calibrated_keys": True, "key_bits": 2, "value_bits": 4}
 FORMS: dict[str, dict[str, Any]] = {
     "two bits after RoPE": TWO_BITS,
     "default, any distance": {"max_distance": 0},
@@ -108,6 +112,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "4/4, bounded": {"max_distance": 256, "value_bits": 4},
     "2/2, bounded": {"max_distance": 256, "key_bits": 2},
     "4/2 after RoPE": {"keys_before_rope": False},
+    "calibrated, any distance": CALIBRATED | {"max_distance": 0},
+    "calibrated, bounded": CALIBRATED | {"max_distance": 256},
+    "calibrated 2/3, bounded": CALIBRATED | {"max_distance": 256, "value_bits": 3},
 }
 
 
@@ -145,8 +152,9 @@ def test_captured_steps_are_ordinary_ones(
 
 
 @pytest.mark.parametrize(
-    "form", [TWO_BITS, {"max_distance": 0}, {"max_distance": 512}]
-)  # the last has seven far tokens
+    "form",
+    [TWO_BITS, {"max_distance": 0}, {"max_distance": 512}, CALIBRATED, CALIBRATED | {"max_distance": 512}],
+)  # the third and the last have seven far tokens
 @torch.no_grad()
 def test_bfloat16_steps_are_as_near_to_float32_as_ordinary_ones(
     form: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from support.kernels import INTERPRETED, RULES, on_device
 
 from ahn.layout.rotation import Rotation
 from ahn.layout.state import LayerState, TierRing, TierState, WindowState
+from ahn.ops.basis import Basis
 from ahn.ops.gate import ACTIVATIONS, Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead
@@ -25,6 +26,7 @@ TURNS = ("none", "for all rows", "for each row", "after norms")  # how queries a
 # Float32 with full-precision products: sums of up to a few hundred terms, in another order.
 FLOAT32 = 1e-5
 SCALE = 1.25  # of angles, as YaRN has it
+SEEN = 6  # among what `made` returns last, the tokens that are kept
 
 
 def made(
@@ -147,17 +149,17 @@ def compare(inputs, state, rest, processors=8):
     from ahn.ops.step import kernel
 
     twin, other = copy.deepcopy(state), copy.deepcopy(rest)
+    found_state = on_device(copy.deepcopy(state))
+    found_rest = on_device(other)
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr(torch.Tensor, "bfloat16", lambda x: x)
         expected = step(*inputs, twin, *rest)
-    found_state = on_device(copy.deepcopy(state))
-    found_rest = on_device(other)
-    found = kernel.step(*on_device(inputs), found_state, *found_rest, processors=processors)
+        found = kernel.step(*on_device(inputs), found_state, *found_rest, processors=processors)
     active = inputs[-1]
     if active.any():
         assert relative_error(found.cpu()[active], expected[active]) < FLOAT32
-    kept, found_kept = ({} if seen is None else {**vars(seen)} for seen in (rest[-1], found_rest[-1]))
+    kept, found_kept = ({} if seen is None else {**vars(seen)} for seen in (rest[SEEN], found_rest[SEEN]))
     for name, x in {**twin.tensors(), **kept}.items():
         if not isinstance(x, torch.Tensor):
             continue
@@ -220,6 +222,37 @@ def test_kernels_know_every_form_of_the_tier(bits, reach, data):
     seed, P = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([32, 64]))
     reach = None if reach == "none" else reach
     compare(*made(RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C, bits=bits, reach=reach))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.parametrize("value_bits", [2, 3, 4])
+@pytest.mark.parametrize("reach", ["none", 0, 90, 160])
+@given(data=st.data())
+@settings(max_examples=examples(2, 8) if INTERPRETED else 5, deadline=None, derandomize=True)
+def test_keys_in_a_calibrated_basis(value_bits, reach, data):
+    """Before, at and after either edge; keys as they leave the window, or turned to near and far distances."""
+    S, W, C = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 80)), data.draw(st.integers(1, 200))
+    B, HKV, groups = (data.draw(st.integers(1, n)) for n in (3, 2, 5))
+    near = [st.integers(max(0, edge - 1), edge + 1) for edge in (S + W, S + W + C)]
+    positions = [data.draw(near[0] | near[1] | st.integers(0, 3 * (S + W + C))) for _ in range(B)]
+    name, turn = (
+        data.draw(st.sampled_from(["gated_deltanet", "deltanet", "window_only"])),
+        data.draw(st.sampled_from(TURNS)),
+    )
+    seed, P = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([32, 64, 128]))
+    inputs, layer, rest = made(
+        RULES[name], B, HKV, groups, P, S, W, positions, seed, turn=turn, C=C, bits=(2, value_bits),
+        reach=None if reach == "none" else reach,
+    )  # fmt: skip
+    compare(inputs, layer, (*rest, made_basis(HKV, P, seed)))
+
+
+def made_basis(HKV, P, seed):
+    """Directions that are not orthogonal, and of different weight."""
+    r = torch.Generator().manual_seed(seed)
+    deviations = torch.linspace(0, -2, P).exp().expand(HKV, P)
+    return Basis.of(torch.randn(HKV, P, P, generator=r) / P**0.5 + 3 * torch.eye(P), deviations)
 
 
 @pytest.mark.usefixtures("triton", "poisoned")

@@ -7,6 +7,7 @@ import os
 import torch
 
 from ahn.layout.state import LayerState
+from ahn.ops.basis import Basis
 from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
@@ -30,6 +31,6 @@ def on_device(x):
         return x.to(DEVICE)
     if isinstance(x, LayerState):
         return x.map(lambda part: part.to(DEVICE))
-    if isinstance(x, StepRead | StepRotation | TierTurn | SeenTokens | Gate | Routes):
+    if isinstance(x, StepRead | StepRotation | TierTurn | SeenTokens | Gate | Routes | Basis):
         return type(x)(**{name: on_device(part) for name, part in vars(x).items()})
     return type(x)(map(on_device, x)) if isinstance(x, tuple) else x

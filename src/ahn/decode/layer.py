@@ -134,5 +134,6 @@ def step_attention(
         read,
         turn,
         layer.ahn.step_seen,
+        layer.ahn.step_basis,
     )
     return out[:, None], None

@@ -29,6 +29,7 @@ from ahn.layout.state import LayerState, give_scores
 from ahn.memory import RecurrentMemory
 from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops import has_triton
+from ahn.ops.basis import Basis
 from ahn.ops.quantize import precise
 from ahn.ops.step.reference import supported
 from ahn.ops.step.turn import TierTurn, turns_halves
@@ -86,8 +87,6 @@ def can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     head = model.get_output_embeddings()
     if head is None or any(x.device != ids.device for x in (head.weight, *(layer.keys for layer in layers.values()))):
         return False
-    if cache.config.calibrated_keys:
-        return False  # our kernels know one number of bits for all numbers of a key
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) or any(hasattr(x.self_attn, "sinks") for x in decoder.layers):
         return False  # scores that only the base model's own kernels know
@@ -172,6 +171,7 @@ class Runner:
     Attributes:
         positions: (B,) real tokens that each row has read; the graph itself moves it on.
         retained: what is to be done between steps, with a memory that keeps tokens.
+        bases: by layer, in which keys of the tier are coded.
         going: () bool on the device, or None: without it the next step changes nothing; see `ahn.decode.ahead`.
         step: what every layer is given. A graph knows addresses alone: its tensors live as long as this does.
     """
@@ -191,6 +191,7 @@ class Runner:
                 for state in states.values():
                     state.tier = state.tier or tier.empty(config.quantized, state.window, config.tier_bits)
             self.retained = _retained(model, cache, states)
+            self.bases = _bases(model, states) if config.quantized and config.calibrated_keys else {}
         self.all_active = False
         self.going: Tensor | None = None
         # The cache owns its tensors: once it has others, those that the graph knows are freed.
@@ -211,7 +212,7 @@ class Runner:
                 step.turn.update(rotation, self.positions, config.window, config.quantized)
             if rotation is not None and self.retained is not None:
                 self.retained.update(rotation, self.positions)
-            with states_lent(twin, states, seen):
+            with states_lent(twin, states, seen, self.bases):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
             give_scores(states, config.score_layer)
             self.positions += self.active
@@ -271,6 +272,12 @@ def _retained(model: PreTrainedModel, cache: AHNCache, states: dict[int, LayerSt
     if not isinstance(layers[0].ahn.fn, RetainedTokens):
         return None
     return RetainedSteps(layers, cache, model._ahn.rotation, states)
+
+
+def _bases(model: PreTrainedModel, states: dict[int, LayerState]) -> dict[int, Basis]:
+    """Of all layers, in which their keys are coded."""
+    layers = model.get_decoder().layers
+    return {index: layers[index].ahn.fn.key_basis.basis(state.window.keys.dtype) for index, state in states.items()}
 
 
 def states_of(cache: AHNCache) -> dict[int, LayerState]:

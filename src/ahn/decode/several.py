@@ -243,7 +243,7 @@ class SeveralSteps:
         inputs = {"input_ids": ids, "position_ids": positions, private.CACHE: StepCache()}
 
         def once() -> Tensor:
-            with torch.no_grad(), states_lent(twin, states, {}):
+            with torch.no_grad(), states_lent(twin, states, {}, {}):
                 logits: Tensor = type(model).forward(twin, **inputs, use_cache=True, ahn_forward=step).logits
             return logits
 

@@ -20,6 +20,7 @@ from ahn import private
 from ahn.decode.compiled import as_found
 from ahn.decode.parts import have_parts, parts
 from ahn.layout.state import LayerState
+from ahn.ops.basis import Basis
 from ahn.ops.step.retained import SeenTokens
 
 _Twins: TypeAlias = dict[int, nn.Module]
@@ -48,16 +49,22 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def states_lent(twin: PreTrainedModel, states: dict[int, LayerState], seen: Mapping[int, SeenTokens]) -> Iterator[None]:
+def states_lent(
+    twin: PreTrainedModel,
+    states: dict[int, LayerState],
+    seen: Mapping[int, SeenTokens],
+    bases: Mapping[int, Basis],
+) -> Iterator[None]:
     """Inside the block a twin's steps change these states, by layer. It keeps none: the cache owns its tensors."""
     layers = twin.get_decoder().layers
     for index, state in states.items():
         layers[index].ahn.step_state, layers[index].ahn.step_seen = state, seen.get(index)
+        layers[index].ahn.step_basis = bases.get(index)
     try:
         yield
     finally:
         for layer in layers:
-            layer.ahn.step_state = layer.ahn.step_seen = None
+            layer.ahn.step_state = layer.ahn.step_seen = layer.ahn.step_basis = None
 
 
 def _twin(module: nn.Module) -> nn.Module:

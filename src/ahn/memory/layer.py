@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ahn.layout.state import LayerState
 from ahn.memory import Memory
+from ahn.ops.basis import Basis
 from ahn.ops.step.retained import SeenTokens
 
 
@@ -20,6 +21,8 @@ class AHN(nn.Module):
         """Of the conversation, in a module that captured steps run with (`ahn.decode.twin`)."""
         self.step_seen: SeenTokens | None = None
         """Likewise, the tokens that its memory keeps."""
+        self.step_basis: Basis | None = None
+        """Likewise, in which the tier's keys are coded."""
 
 
 class Router(nn.Module):

@@ -94,8 +94,12 @@ class Basis:
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The keys (B, Hkv, m, P) that `encode` left of its input: float32, or float64 for such a `dtype`."""
+        level = self.levels(codes, scales, dtype)
+        with torch.autocast(level.device.type, enabled=False):
+            return level @ self.synthesis.to(level.dtype)
+
+    def levels(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `synthesis` makes keys of, (B, Hkv, m, K): float32, or float64 for such a `dtype`."""
         kind, first = precise(dtype), code_bytes(fine_directions(self.analysis.shape[-1]), FINE)
         parts = (codes[..., :first], FINE), (codes[..., first:], COARSE)
-        level = torch.cat([decode_rotated(part, scales, kind, bits) for part, bits in parts], dim=-1)
-        with torch.autocast(level.device.type, enabled=False):
-            return level @ self.synthesis.to(kind)
+        return torch.cat([decode_rotated(part, scales, kind, bits) for part, bits in parts], dim=-1)

@@ -51,8 +51,11 @@ def code_bytes(numbers: int, bits: int) -> int:
 def rotate(x: Tensor) -> Tensor:
     """x (..., P) times a Hadamard matrix over the largest power of two that divides P; its own inverse."""
     size = x.shape[-1] & -x.shape[-1]
+    x = x.unflatten(-1, (-1, size))
+    if torch.compiler.is_compiling():
+        return (x[..., None, :] * _signs(size, x.device)).sum(-1).flatten(-2) / size**0.5
     with torch.autocast(x.device.type, enabled=False):
-        return (x.unflatten(-1, (-1, size)) @ _hadamard(size, x.dtype, x.device)).flatten(-2)
+        return (x @ _hadamard(size, x.dtype, x.device)).flatten(-2)
 
 
 def encode(x: Tensor, unbiased: bool, bits: int = BITS) -> tuple[Tensor, Tensor]:
@@ -87,6 +90,8 @@ def deviation(square: Tensor) -> Tensor:
 def nearest(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Of numbers (...) of deviation 1 the codes, int64, and the levels that they mean."""
     code = _between(z, bits)
+    if torch.compiler.is_compiling():
+        return code, _level(code, bits, z.dtype)
     return code, _numbers(LEVELS[bits], z.dtype, z.device)[code]
 
 
@@ -97,6 +102,8 @@ def packed(code: Tensor, bits: int) -> Tensor:
 
 def _between(y: Tensor, bits: int) -> Tensor:
     """Between which edges each number lies, int64; on a CPU many comparisons at once are faster than a search each."""
+    if torch.compiler.is_compiling():
+        return sum(((y > edge).long() for edge in EDGES[bits]), torch.zeros_like(y, dtype=torch.long))
     if y.device.type != "cpu":
         return torch.bucketize(y, _numbers(EDGES[bits], y.dtype, y.device))
     count = torch.zeros(y.shape, dtype=torch.uint8)
@@ -113,7 +120,9 @@ def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -
 def decode_rotated(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = BITS) -> Tensor:
     """What `decode` gives before it is rotated back, (..., P) of this type."""
     groups = codes.unflatten(-1, (-1, per_group(bits) * bits // 8))
-    if groups.shape[-1] == 1:  # all that a byte can say is known
+    if torch.compiler.is_compiling():
+        level = _level(_unpacked(groups, bits), bits, dtype)
+    elif groups.shape[-1] == 1:  # all that a byte can say is known
         level = F.embedding(codes.int(), _bytes(bits, dtype, codes.device))
     else:
         level = F.embedding(_unpacked(groups, bits), _numbers(LEVELS[bits], dtype, codes.device)[:, None]).squeeze(-1)
@@ -123,8 +132,30 @@ def decode_rotated(codes: Tensor, scale: Tensor, dtype: torch.dtype, bits: int =
 def _packed(code: Tensor, bits: int) -> Tensor:
     """Groups of codes (..., G), as many as fill whole bytes, to these bytes (..., G · bits / 8)."""
     count = code.shape[-1] * bits // 8
+    if torch.compiler.is_compiling():
+        word = sum((x << bits * place for place, x in enumerate(code.unbind(-1))), torch.zeros_like(code[..., 0]))
+        return torch.stack([word >> 8 * place & 255 for place in range(count)], dim=-1).to(torch.uint8)
     word = (code << _shifts(code.shape[-1], bits, code.device)).sum(-1, keepdim=True)
     return (word if count == 1 else word >> _shifts(count, 8, code.device) & 255).to(torch.uint8)
+
+
+def _level(code: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Of codes in compiled code, which has no table: it would be brought to the GPU in every call."""
+    half = 2 ** (bits - 1)
+    size = torch.where(code >= half, code - half, half - 1 - code)
+    level = torch.full_like(size, LEVELS[bits][half], dtype=dtype)
+    for place, number in enumerate(LEVELS[bits][half + 1 :]):
+        level = torch.where(size > place, number, level)
+    return torch.where(code >= half, level, -level)
+
+
+def _signs(size: int, device: torch.device) -> Tensor:
+    """`signs` in compiled code, of a size up to 256: by how many bits two indices have in common."""
+    index = torch.arange(size, device=device)
+    common = index[:, None] & index
+    for by in (4, 2, 1):
+        common = common ^ common >> by
+    return 1 - 2 * (common & 1)
 
 
 def _unpacked(groups: Tensor, bits: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ahn.layout.state import LayerState
 from ahn.ops.backend import multiprocessors
+from ahn.ops.basis import Basis
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
 from ahn.ops.step import dependent_launch, retained_kernel, tier_kernel
@@ -225,6 +226,7 @@ def step(
     rotation: StepRotation | None = None,
     turn: TierTurn | None = None,
     seen: SeenTokens | None = None,
+    basis: Basis | None = None,
     processors: int | None = None,
 ) -> Tensor:
     """See `ahn.ops.step.reference.step`; float32 tensors are multiplied in full precision."""
@@ -243,7 +245,9 @@ def step(
     shares = tier_kernel.NO_SHARES
     if tier is not None:
         capacity = tier.keys.codes.shape[2]
-        shares = tier_kernel.shared_out(capacity, 0 if turn is None else turn.count, B * HKV, processors)
+        shares = tier_kernel.ONE_PART
+        if basis is None:
+            shares = tier_kernel.shared_out(capacity, 0 if turn is None else turn.count, B * HKV, processors)
     every = parts + sum(share.parts for share in shares)
     partial = torch.empty(B, HEADS, every, P, dtype=torch.float32, device=query.device)
     score = torch.empty(B, HEADS, every, dtype=torch.float32, device=query.device)
@@ -272,7 +276,7 @@ def step(
     if tier is not None:
         tier_step = tier_kernel.push_and_attend(
             query, positions, active, window, tier, rule, sinks, scaling,
-            (query_norm, cos, sin, query_eps, stride_turn), turn, launch, shares, splits, partial, score,
+            (query_norm, cos, sin, query_eps, stride_turn), turn, launch, shares, splits, partial, score, basis,
         )  # fmt: skip
         gone = (tier_step.key, tier_step.value, tier_step.write, tier_step.decay)
     if seen is not None and write_ring is not None:

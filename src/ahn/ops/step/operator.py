@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ahn.layout.state import LayerState, Tensors, TierRing, TierState, WindowState
+from ahn.ops.basis import Basis
 from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
@@ -65,6 +67,7 @@ def operator(
     weight: Tensor | None,
     norm: Tensor | None,
     o_proj: Tensor | None,
+    of_basis: Sequence[Tensor],
     write_activation: str = "none",
     write_shift: Tensor | None = None,
     write_log_rate: Tensor | None = None,
@@ -115,6 +118,7 @@ def operator(
     if token_angles is not None and within_angles is not None:
         assert near_angles is not None and first_angles is not None
         turn = TierTurn(token_angles, within_angles, near_angles, first_angles, near)
+    basis = Basis(*of_basis) if of_basis else None
     seen = None
     if seen_keys is not None and seen_values is not None and block_keys is not None and block_values is not None:
         assert seen_scores is not None and seen_positions is not None
@@ -128,8 +132,8 @@ def operator(
         from ahn.ops.step import kernel
 
         with torch.cuda.device(query.device):
-            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen)
-    return step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen)
+            return kernel.step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen, basis)
+    return step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen, basis)
 
 
 def _named(write: Tensor | None, decay: Tensor | None) -> Tensors:
@@ -156,6 +160,7 @@ def layer_step(
     read: StepRead | None,
     turn: TierTurn | None = None,
     seen: SeenTokens | None = None,
+    basis: Basis | None = None,
 ) -> Tensor:
     """`step` of rotated queries and keys on the device's best path; `gates` of the new token by name, (B, Hw) each."""
     # Whatever is written has to be given by position: torch 2.11 looks for it there.
@@ -173,15 +178,16 @@ def layer_step(
         score = next(iter(gates.values())).logits if gates else None
         return operator(
             query, key, value, score, None, positions, active, *ring, sinks, scaling, False, 0.0, 0.0, 0.0, False,
-            None, None, None, None, None, **_angles(turn), seen_angles=None if seen is None else seen.angles,
-            seen_room=0 if seen is None else seen.room, seen_places=None if seen is None else seen.places,
+            None, None, None, None, None, _basis(basis), **_angles(turn),
+            seen_angles=None if seen is None else seen.angles, seen_room=0 if seen is None else seen.room,
+            seen_places=None if seen is None else seen.places,
         )  # fmt: skip
     write, decay = gates[rule.write], None if rule.decay is None else gates[rule.decay]
     fading = (None, "none", None, None) if decay is None else _parts(decay)
     return operator(
         query, key, value, write.logits, fading[0], positions, active, *ring, sinks, scaling, rule.delta, rule.l2_eps,
         rule.scale, rule.norm_eps, rule.across_heads, read.query, read.gamma, read.weight, read.norm, read.o_proj,
-        *_parts(write)[1:], *fading[1:], **_maps(read.routes), **_angles(turn),
+        _basis(basis), *_parts(write)[1:], *fading[1:], **_maps(read.routes), **_angles(turn),
     )  # fmt: skip
 
 
@@ -225,6 +231,11 @@ def _angles(turn: TierTurn | None) -> dict[str, Any]:
         "first_angles": turn.first,
         "near": turn.count,
     }
+
+
+def _basis(basis: Basis | None) -> list[Tensor]:
+    """A basis as `operator` takes it."""
+    return [] if basis is None else [basis.analysis, basis.deviations, basis.synthesis]
 
 
 def _parts(gate: Gate) -> tuple[Tensor, str, Tensor | None, Tensor | None]:

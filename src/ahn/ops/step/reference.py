@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.layout.state import LayerState, Tensors, TierRing, TierState, WindowState
+from ahn.ops.basis import Basis
 from ahn.ops.gate import Gate
 from ahn.ops.quantize import decode, encode, precise
 from ahn.ops.routes import Routes, joined, repeated
@@ -72,6 +73,7 @@ def step(
     rotation: StepRotation | None = None,
     turn: TierTurn | None = None,
     seen: SeenTokens | None = None,
+    basis: Basis | None = None,
 ) -> Tensor:
     """One token per row. A row that is not `active` changes nothing; its output means nothing.
 
@@ -88,6 +90,7 @@ def step(
         rotation: of all queries and the key; None where they come rotated.
         turn: of the tier's keys, which are kept as before RoPE; None where they are kept as they leave the window.
         seen: tokens that the memory keeps, if it is one that does.
+        basis: in which keys of the tier are coded, if not in that of the Hadamard rotation.
 
     Returns:
         (B, Hq, P): attention over sinks, window and tier, plus the memory's read.
@@ -110,7 +113,7 @@ def step(
         for x in (window.keys, window.values, write_ring, decay_ring)
     ]
     if tier is not None:
-        leaving = _push(leaving, leaves, positions, window, tier, sinks, rule, turn)
+        leaving = _push(leaving, leaves, positions, window, tier, sinks, rule, turn, basis)
     memory_read: Tensor | float = 0.0
     if rule is not None and read is not None and memory_query is not None:
         gone_key, gone_value, strength, fade = (None if x is None else x.float() for x in leaving)
@@ -133,7 +136,7 @@ def step(
     keys, values = (torch.where(visible[:, None, :, None], x, 0) for x in (window.keys, window.values))
     if tier is not None:
         held = torch.arange(tier.keys.codes.shape[2], device=slot.device) < (positions - T + 1)[:, None]
-        key_of, value_of = (_decoded(ring, keys.dtype) for ring in (tier.keys, tier.values))
+        key_of, value_of = _decoded(tier.keys, keys.dtype, basis), _decoded(tier.values, values.dtype)
         key_of = key_of if turn is None else _as_seen(key_of, positions - T, turn)
         keys, values = (
             torch.cat([x, torch.where(held[:, None, :, None], coded.to(x.dtype), 0)], dim=2)
@@ -178,6 +181,7 @@ def _push(
     sinks: int,
     rule: StepRule | None,
     turn: TierTurn | None,
+    basis: Basis | None,
 ) -> list[Tensor | None]:
     """Put what leaves the window into the tier; returns what leaves that, of rows from which something does.
 
@@ -201,12 +205,15 @@ def _push(
             cos, sin = turn.first_window(T - sinks)
             x, first = turned(x, *_each(turn.token[:, 1])), turned(first, cos, -sin)
         ring.offset.copy_(_where(begins, first.mean(2).float(), ring.offset))
-        old = decode(ring.codes[rows, :, slot], ring.scales[rows, :, slot], dtype, ring.bits) + ring.offset
+        own = basis if is_key else None
+        place = TierRing(ring.codes[rows, :, slot, None], ring.scales[rows, :, slot, None], ring.offset)
+        old = _decoded(place, dtype, own)[:, :, 0]
         old = old if turn is None or not is_key else turned(old, *_each(turn.token[:, 2]))
         evicted.append(_where(gone, old.to(dtype)))
-        new = encode(x - ring.offset, is_key, ring.bits)
+        y = (x - ring.offset).unsqueeze(2)
+        new = encode(y, is_key, ring.bits) if own is None else own.encode(y)
         for kept, part in zip((ring.codes, ring.scales), new, strict=True):
-            kept[rows, :, slot] = _where(leaves, part, kept[rows, :, slot])
+            kept[rows, :, slot] = _where(leaves, part[:, :, 0], kept[rows, :, slot])
     for gate, waiting in zip(leaving[2:], gates_of(tier.gates, rule), strict=True):
         evicted.append(None if waiting is None else _where(gone, waiting[rows, :, slot]))
         if gate is not None and waiting is not None:
@@ -214,9 +221,10 @@ def _push(
     return evicted
 
 
-def _decoded(ring: TierRing, dtype: torch.dtype) -> Tensor:
+def _decoded(ring: TierRing, dtype: torch.dtype, basis: Basis | None = None) -> Tensor:
     """Keys or values (B, Hkv, C, P) that the codes stand for, float32 at least."""
-    return decode(ring.codes, ring.scales, dtype, ring.bits) + ring.offset.unsqueeze(2)
+    codes = ring.codes, ring.scales, dtype
+    return (decode(*codes, ring.bits) if basis is None else basis.decode(*codes)) + ring.offset.unsqueeze(2)
 
 
 def _as_seen(keys: Tensor, newest: Tensor, turn: TierTurn) -> Tensor:

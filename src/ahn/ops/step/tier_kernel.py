@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ahn.layout.state import TierRing, TierState, WindowState
+from ahn.ops.basis import Basis
 from ahn.ops.quantize import signs
 from ahn.ops.rule import StepRule
+from ahn.ops.step import calibrated
 from ahn.ops.step.codes_attention import FAR_TOKENS, WARPS, attend_codes
 from ahn.ops.step.codes_kernel import code_of, level_of, load_codes, pack_codes, store_codes
 from ahn.ops.step.dependent_launch import announce, wait
@@ -37,6 +39,7 @@ class RingShare(NamedTuple):
 
 
 NO_SHARES = RingShare(0, 0), RingShare(0, 0)
+ONE_PART = RingShare(1, 0), RingShare(0, 0)  # of all tokens, without our kernels
 
 
 @dataclasses.dataclass
@@ -80,7 +83,7 @@ class TierStep:
 @triton.jit
 def _rotate_and_push(
     query, keys, values, write, decay, key_codes, value_codes, key_scales, value_scales, key_offset, value_offset,
-    tier_write, tier_decay, rotated, seen, before, gone_key, gone_value, gone_write, gone_decay,
+    tier_write, tier_decay, rotated, seen, before, key, gone_key, gone_value, gone_write, gone_decay,
     positions, active, query_norm, cos, sin, query_eps, stride_turn, token, within, farthest, first_angles,
     slots, sinks, capacity, near_stride, first_stride, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WRITERS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
@@ -122,7 +125,7 @@ def _rotate_and_push(
             keys, stride_kt, slots, sinks, slot, begins, leaves,
             key_codes + place * (P * KEY_BITS // 8), key_scales + place,
             key_offset + at * P, gone_key + at * P, token, within, first_angles, first_stride,
-            P, BLOCK_N, KEY_BITS, True, PDL,
+            key if key is None else key + at * P, P, BLOCK_N, KEY_BITS, True, PDL,
         )  # fmt: skip
         if leaves:
             g = tl.arange(0, ROWS)
@@ -137,7 +140,8 @@ def _rotate_and_push(
         _push(
             values, stride_vt, slots, sinks, slot, begins, leaves,
             value_codes + place * (P * VALUE_BITS // 8), value_scales + place,
-            value_offset + at * P, gone_value + at * P, None, None, None, 0, P, BLOCK_N, VALUE_BITS, False, PDL,
+            value_offset + at * P, gone_value + at * P, None, None, None, 0, None,
+            P, BLOCK_N, VALUE_BITS, False, PDL,
         )  # fmt: skip
 
 
@@ -153,14 +157,14 @@ def _pass_on(new, waiting, gone, mine):
 @triton.jit
 def _push(
     window, stride, slots, sinks, slot, begins, leaves, codes, scale, offset, gone,
-    token, within, first_angles, first_stride,
+    token, within, first_angles, first_stride, plain,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The key or value that leaves the window into its codes, what these were to `gone`; pointers of one head.
 
     `scale` and `codes` are those of the token's place. With angles, keys are turned to before RoPE, and what leaves the
-    tier to its position. All that is read was written in the step before, which has ended: so this waits only before
-    it writes.
+    tier to its position. With `plain` the key is written there, less its mean, and nothing is coded. All that is read
+    was written in the step before, which has ended: so this waits only before it writes.
     """
     p = tl.arange(0, P)
     mean = tl.load(offset + p)
@@ -177,24 +181,30 @@ def _push(
             )
         mean = total / (slots - sinks)
     # Where nothing leaves, this comes to nothing that is kept.
-    old = load_codes(codes, P, BITS)
-    decoded = rotate(level_of(old, BITS) * tl.load(scale).to(tl.float32), P) + mean
     if token is None:
         x = tl.load(window + slot * stride + p).to(tl.float32)
     else:
-        decoded = turned(decoded, token + 4 * P, token + 5 * P, P)
         x = finished_head(window + slot * stride, p < P, None, 0.0, token + 2 * P, token + 3 * P, P)
-    y = rotate(x - mean, P)
-    size = tl.sum(y * y)
-    z = y / tl.maximum(tl.sqrt(size / P), _TINY)
-    code = code_of(z, BITS)
-    level = level_of(code, BITS)
-    product = tl.sum(y * level)
-    new = size / tl.maximum(product, _TINY) if UNBIASED else product / tl.sum(level * level)
-    packed = pack_codes(code, P, BITS)
+    if plain is None:
+        old = load_codes(codes, P, BITS)
+        decoded = rotate(level_of(old, BITS) * tl.load(scale).to(tl.float32), P) + mean
+        if token is not None:
+            decoded = turned(decoded, token + 4 * P, token + 5 * P, P)
+        y = rotate(x - mean, P)
+        size = tl.sum(y * y)
+        z = y / tl.maximum(tl.sqrt(size / P), _TINY)
+        code = code_of(z, BITS)
+        level = level_of(code, BITS)
+        product = tl.sum(y * level)
+        new = size / tl.maximum(product, _TINY) if UNBIASED else product / tl.sum(level * level)
+        packed = pack_codes(code, P, BITS)
     wait(PDL)
     tl.debug_barrier()  # all threads have read what the others now write
-    if leaves:
+    if plain is not None:
+        tl.store(plain + p, x - mean)
+        if leaves:
+            tl.store(offset + p, mean)
+    elif leaves:
         tl.store(gone + p, decoded)
         store_codes(codes, packed, P, BITS)
         tl.store(scale, new)
@@ -240,6 +250,7 @@ def push_and_attend(
     first: int,
     partial: Tensor,
     score: Tensor,
+    basis: Basis | None,
 ) -> TierStep:
     """Put what leaves the window into the tier and attend to the tier.
 
@@ -251,10 +262,12 @@ def push_and_attend(
         shares: from `shared_out`.
         first: where the tier's parts begin in `partial` and `score`.
         partial: (B, Hq, N, P) float32, what comes of each part, and `score` (B, Hq, N) the logarithm of its weights.
+        basis: of the keys, or None.
     """
     step = TierStep.empty(query, window, rule, turn is not None)
     keys, values = tier.keys, tier.values
     B, heads, P = query.shape
+    key = None if basis is None else torch.empty(B, window.keys.shape[1], P, dtype=torch.float32, device=query.device)
     HKV, slots = window.keys.shape[1:3]
     groups, capacity = heads // HKV, keys.codes.shape[2]
     write, decay = gates_of(window.gates, rule)
@@ -267,12 +280,17 @@ def push_and_attend(
     _rotate_and_push[groups + 2, B * HKV](
         query, window.keys, window.values, write, decay, keys.codes, values.codes,
         keys.scales, values.scales, keys.offset, values.offset, *gates_of(tier.gates, rule),
-        step.query, step.farthest, step.before, step.key, step.value, step.write, step.decay, positions, active,
+        step.query, step.farthest, step.before, key, step.key, step.value, step.write, step.decay, positions, active,
         *rotation, *angles, slots, sinks, capacity, near_angles, first_angles,
         *window.keys.stride()[:3], *window.values.stride()[:3],
         HEADS=heads, GROUPS=groups, WRITERS=writers, ROWS=max(16, triton.next_power_of_2(groups)), P=P, BLOCK_N=BLOCK,
         KEY_BITS=keys.bits, VALUE_BITS=values.bits, num_warps=4, **launch,
     )  # fmt: skip
+    if key is not None and basis is not None:
+        run = calibrated.compiled() if query.is_cuda else calibrated.push_and_attend
+        own = step.farthest, step.before, step.key, partial[:, :, first], score[:, :, first]
+        run(calibrated.KeyStep(key, *own), positions, active, tier, basis, turn, slots, scaling)
+        return step
     by_bytes = query.is_cuda and torch.version.hip is None and query.dtype == torch.bfloat16
     matrix = signs(P, query.dtype, query.device)
     near_share, far_share = shares

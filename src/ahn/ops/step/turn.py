@@ -74,10 +74,14 @@ class TierTurn:
 
     def by_age(self, capacity: int) -> Tensor:
         """(2, C, P / 2) of the distance at which the newest token of the tier is seen, the next one, …"""
-        (cos, sin), (near_cos, near_sin) = self.within, self.near[:, :-1, None]
-        own = torch.stack([near_cos * cos - near_sin * sin, near_sin * cos + near_cos * sin]).flatten(1, 2)
         far = self.near[:, -1:].expand(-1, capacity - self.count, -1)
-        return torch.cat([own[:, : self.count], far], dim=1)
+        return torch.cat([self.near_by_age(), far], dim=1)
+
+    def near_by_age(self) -> Tensor:
+        """(2, N, P / 2) of those that are seen at their own distance."""
+        (cos, sin), (near_cos, near_sin) = self.within, self.near[:, :-1, None]
+        own = torch.stack([near_cos * cos - near_sin * sin, near_sin * cos + near_cos * sin])
+        return own.flatten(1, 2)[:, : self.count]
 
     def first_window(self, window: int) -> Tensor:
         """(2, W, P / 2) of the positions of a row's first window, over the base's scale."""
