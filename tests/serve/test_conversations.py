@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -17,6 +18,7 @@ from test_engine import Ending
 
 from ahn import AHNCache, AHNError
 from ahn.cache import file as conversation_file
+from ahn.cache.origin import origin
 from ahn.serve.engine import files
 from ahn.serve.engine.engine import Engine
 from ahn.serve.engine.prompts import APART, PromptReader
@@ -390,6 +392,32 @@ def test_export_and_load(tmp_path: Path) -> None:
     plain.save(file)
     with engine(OF) as running, pytest.raises(AHNError, match="say"):
         running.store.take_in("you", "copy", file)
+
+
+def test_what_a_file_says_of_itself_is_checked(tmp_path: Path) -> None:
+    """Others' rows and bounds of memory depend on it."""
+    file, other = tmp_path / "talk.safetensors", tmp_path / "other.safetensors"
+    with engine(OF) as running:
+        ask(running, prompt(60), 4, name="talk")
+        running.store.export("", "talk", file)
+    note = files.Note.read(conversation_file.describe(file)[files.NOTE])
+    cache = AHNCache.load(file, OF)
+    with engine(OF) as running:
+        running.store.take_in("", "small", rewritten(other, cache, note, parts={"exact": 0}))
+        assert running.store.sizes()[1] == cache.nbytes()
+        with pytest.raises(AHNError, match="says 40"):
+            running.store.take_in("", "short", rewritten(other, cache, note, length=40))
+    two = AHNCache.for_model(OF)
+    with torch.no_grad():
+        OF(torch.tensor([prompt(60), prompt(60, seed=1)]), past_key_values=two)
+    with engine(OF) as running, pytest.raises(AHNError, match="2 conversations"):
+        running.store.take_in("", "two", rewritten(other, two, note, length=60))
+
+
+def rewritten(path: Path, cache: AHNCache, note: files.Note, **changes: Any) -> Path:
+    """A file that says something else of itself."""
+    files.write(cache, dataclasses.replace(note, **changes), path, origin(OF))
+    return path
 
 
 def test_conversations_in_which_the_same_was_said_are_two(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import llguidance.hf
 import pytest
 
 from ahn.errors import AHNError
@@ -235,6 +239,19 @@ def test_tokens_that_are_parts_of_a_character(served: Any) -> None:
     assert bytes(byte for token in chat for byte in token["bytes"]).decode() == text
 
 
+def test_others_do_not_wait_until_the_tokenizers_bytes_are_known(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second for a large vocabulary, in which no stream would go on."""
+    right, threads = llguidance.hf.from_tokenizer, []
+
+    def noted(*given: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return right(*given, **named)
+
+    monkeypatch.setattr(llguidance.hf, "from_tokenizer", noted)
+    served.chat("é", logprobs=True, stream=True, max_tokens=2)
+    assert len(threads) == 1 and threads[0].startswith("asyncio_")
+
+
 @pytest.mark.parametrize(
     "method, path, body, status",
     [
@@ -394,11 +411,18 @@ def test_a_full_disk_is_told_as_such(served: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(served.engine, "export", full)
     served.service.store._db.execute("PRAGMA max_page_count=1")
     state = json.dumps([{"role": "user", "content": "x" * 100_000}]).encode()
-    for response in (
+    answers = [
         served.client.get("/conversations/s/state"),
         served.client.put("/conversations/t/state", content=state),
         served.chat("x" * 100_000, session_id="s"),
-    ):
+    ]
+
+    def nowhere(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", nowhere)
+    answers += [served.client.get("/conversations/s/state"), served.client.put("/conversations/t/state", content=state)]
+    for response in answers:
         error = response.json()["error"]
         assert response.status_code == 507 and error["code"] == "storage_failed" and "/" not in error["message"], error
 

@@ -94,7 +94,7 @@ class Completion(Answering[Asked]):
     async def whole(self) -> dict[str, Any]:
         written = await self.running.all()
         await self.keep()
-        # Probabilities of long prompts take a while.
+        # Probabilities of long prompts take a while; so they do in a stream's first part.
         choices = await asyncio.to_thread(lambda: [self.choice(n, reply) for n, reply in enumerate(written)])
         return self.object(self.KIND, choices) | {"usage": self.usage()}
 
@@ -113,7 +113,12 @@ class Completion(Answering[Asked]):
             async for n, new in self.running.news():
                 if new.finish is not None:
                     await self.keep()
-                yield self.progress(n, new) if new.only_read else chunk(self.part(n, new))
+                if new.only_read:
+                    yield self.progress(n, new)
+                elif new.prompt_logprobs:
+                    yield chunk(await asyncio.to_thread(self.part, n, new))
+                else:
+                    yield chunk(self.part(n, new))
             if options.include_usage:
                 yield chunk()
         except Exception as error:

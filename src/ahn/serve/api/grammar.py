@@ -32,7 +32,7 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
         except (ValueError, RecursionError) as error:
             raise AHNError(f"The JSON schema cannot be used: {error}") from error
-        matcher = LLMatcher(self._loaded(), grammar, log_level=0)
+        matcher = LLMatcher(self.loaded(), grammar, log_level=0)
         if matcher.is_error():
             reason = str(matcher.get_error()).splitlines()[0][:300]
             raise AHNError(f"The JSON schema cannot be used: {reason}")
@@ -40,9 +40,9 @@ class Grammars:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; where several tokens make a character, a part of it."""
-        return self._loaded().decode_bytes([token])
+        return self.loaded().decode_bytes([token])
 
-    def _loaded(self) -> LLTokenizer:
+    def loaded(self) -> LLTokenizer:
         """Made at the first use: it takes a second for a large vocabulary."""
         if self._tokenizer is None:
             import llguidance.hf

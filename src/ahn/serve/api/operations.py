@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.responses import FileResponse
 from ahn.errors import AHNError
 from ahn.serve.api.answers import identity
 from ahn.serve.api.fields import SessionFields, TokenizeFields
+from ahn.serve.api.messages import StorageError
 from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.service import Service
 from ahn.serve.api.settings import RESPONSE, is_session
@@ -107,7 +108,7 @@ def conversations(service: Service) -> APIRouter:
     async def exported(name: str, request: Request) -> Response:
         """A conversation as a file: its state and what was said."""
         with contextlib.ExitStack() as end:
-            file = Path(end.enter_context(tempfile.TemporaryDirectory(prefix="ahn-export-"))) / "state"
+            file = end.enter_context(_room("ahn-export-"))
             await asyncio.to_thread(_export, service, request.state.owner, name, file)
             return TemporaryFileResponse(file, end.pop_all(), filename=f"{name}.safetensors")
 
@@ -121,8 +122,7 @@ def conversations(service: Service) -> APIRouter:
             said = f"a session has 1 to 128 letters, digits and signs of _.:- and does not begin with {RESPONSE}."
             raise APIProblem(400, f"name: {said}", "name", "invalid_value")
         owner = request.state.owner
-        with tempfile.TemporaryDirectory(prefix="ahn-import-") as directory:
-            file = Path(directory) / "state"
+        with _room("ahn-import-") as file:
             await _received(request.stream(), file)
             try:
                 messages = await asyncio.to_thread(service.engine.store.take_in, owner, name, file)
@@ -134,6 +134,16 @@ def conversations(service: Service) -> APIRouter:
         return answer({"name": name, "imported": True, "turn": turn, "messages": messages})
 
     return routes
+
+
+@contextlib.contextmanager
+def _room(prefix: str) -> Iterator[Path]:
+    """A place for a file, which is deleted afterwards."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix) as directory:
+            yield Path(directory) / "state"
+    except OSError as error:
+        raise StorageError(f"There is no room for the file: {error.strerror or error}.") from error
 
 
 class TemporaryFileResponse(FileResponse):

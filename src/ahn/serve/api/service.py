@@ -116,6 +116,9 @@ class Service:
             schema: that every reply must follow.
             kept: fields of `GenerationRequest`.
         """
+        if options.logprobs is not None or options.prompt_logprobs is not None:
+            with contextlib.suppress(AHNError):  # for `token`, which is not to hold up others the first time
+                await asyncio.to_thread(self.grammars.loaded)
         requests = []
         for prompt, n in itertools.product(prompts, range(each)):
             own = options

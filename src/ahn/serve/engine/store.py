@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -258,8 +258,13 @@ class StateStore:
         note = Note.read(file.describe(path).get(NOTE))
         if cache.config != self.model.ahn_config or cache.progress.padding is not None:
             raise AHNError(f"{path} was written with other settings of the memory; start the server with those.")
+        if cache.rows != 1:
+            raise AHNError(f"{path} holds {cache.rows} conversations; one has a file of its own.")
+        if note.length != cache.seen:
+            raise AHNError(f"{path} is damaged: it has read {cache.seen:,} tokens, and says {note.length:,}.")
         said, cache.messages = cache.messages, []
-        self.write(self.add(dataclasses.replace(note, owner=owner, name=name, part_of=name), cache))
+        own: dict[str, Any] = {"owner": owner, "name": name, "part_of": name, "parts": cache.bytes_by_part()}
+        self.write(self.add(dataclasses.replace(note, **own), cache))
         self.trim()
         return said
 
