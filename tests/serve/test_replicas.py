@@ -11,6 +11,8 @@ pytest.importorskip("fastapi")
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from ahn.errors import AHNError
+from ahn.serve.api.settings import ServerSettings
 from ahn.serve.replicas.pages import merged
 from ahn.serve.replicas.routing import key_of, routing_key
 
@@ -65,3 +67,16 @@ def test_metrics_of_two_replicas_are_one_page(served: Any) -> None:
     for family, own in zip(whole, single, strict=True):
         assert len(family.samples) == 2 * len(own.samples)
         assert {sample.labels["replica"] for sample in family.samples} == ({"a:1", "b:2"} if own.samples else set())
+
+
+@pytest.mark.slow  # importing Ray takes seconds
+def test_replicas_that_cannot_be_started_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from ahn.serve.replicas.cluster import replicated
+
+    def slow(address: str, **_: Any) -> None:
+        raise ConnectionError if address == "auto" else Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(AHNError, match="could not be started: The current node timed out during startup"):
+        replicated(lambda store: pytest.fail("a model was loaded"), ServerSettings(), 2, False, None, None)

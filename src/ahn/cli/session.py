@@ -6,6 +6,7 @@ between calls and shows the text while it is written.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from ahn.config import Reach
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
 from ahn.measure.reading import chunk_size, in_chunks
-from ahn.measure.tokens import LONG, in_a_thread
+from ahn.measure.tokens import LONG, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,15 +77,10 @@ class Session:
             text.encode()
         except UnicodeEncodeError as error:
             raise AHNError(f"The text is not UTF-8 (character {error.start + 1:,} of it).") from error
-
-        def tokenise() -> list[int]:
-            return self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"]
-
-        if len(text) < LONG:
-            return tokenise()
-        with common.progress() as bar:
-            bar.add_task("tokenising", total=None)
-            return in_a_thread(tokenise)
+        with contextlib.ExitStack() as shown:
+            if len(text) >= LONG:
+                shown.enter_context(common.progress()).add_task("tokenising", total=None)
+            return token_ids(self.tokenizer, text, special=start)
 
     def read(
         self,

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import ProxyLocation, RequestRouterConfig
 
+from ahn.errors import AHNError
 from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.service import Service
 from ahn.serve.api.settings import ServerSettings
@@ -44,25 +45,26 @@ def replicated(
         max_age: seconds after whose last use a conversation goes.
     """
     MessageStore(directory).close()
-    local, secret = _connect(), secrets.token_hex(32)
-    here = ray.get_runtime_context().get_node_id()
-    keeper = ray.remote(MessageStore).options(num_cpus=0, label_selector={"ray.io/node-id": here})
-    keeper = keeper.remote(directory, age=max_age)
-    deployment = serve.deployment(
-        Replica,
-        name="Replica",
-        num_replicas=replicas,
-        max_ongoing_requests=AT_ONCE,
-        ray_actor_options={"num_gpus": int(gpu)},
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
-        ),
-    )
-    quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
-    handle = serve.run(
-        deployment.bind(start, keeper, secret, local), name=NAME, route_prefix=None, logging_config=quiet
-    )
+    secret, quiet = secrets.token_hex(32), {"enable_access_log": False, "log_level": "WARNING"}
+    try:
+        local = _connect()
+        here = ray.get_runtime_context().get_node_id()
+        keeper = ray.remote(MessageStore).options(num_cpus=0, label_selector={"ray.io/node-id": here})
+        deployment = serve.deployment(
+            Replica,
+            name="Replica",
+            num_replicas=replicas,
+            max_ongoing_requests=AT_ONCE,
+            ray_actor_options={"num_gpus": int(gpu)},
+            request_router_config=RequestRouterConfig(
+                request_router_class=ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
+            ),
+        )
+        serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
+        replica = deployment.bind(start, keeper.remote(directory, age=max_age), secret, local)
+        handle = serve.run(replica, name=NAME, route_prefix=None, logging_config=quiet)
+    except Exception as error:  # of many kinds: the model cannot be loaded, a machine is too slow to answer Ray
+        raise AHNError(f"The replicas could not be started: {' '.join(str(error).split())[:500]}") from error
     return make_front(handle, secret, settings, stop)
 
 
