@@ -22,7 +22,7 @@ def merge(parts: list[Part]) -> Tensor:
         return parts[0].out
     if len(parts) > AT_ONCE:
         return merge([joined(parts[:AT_ONCE]), *parts[AT_ONCE:]])
-    if parts[0].out.is_cuda:
+    if parts[0].out.is_cuda and parts[0].out.dtype != torch.float64:  # which the kernel would add up in float32
         from ahn.attend import merge_kernel
 
         with torch.cuda.device(parts[0].out.device):
