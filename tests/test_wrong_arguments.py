@@ -67,6 +67,17 @@ def test_what_takes_a_directory_says_so(function: str, what: str) -> None:
         OF_PATHS[function]({"model": WRONG["module"], "number": 3, "list": ["x"]}[what])
 
 
+@pytest.mark.parametrize(
+    "ids", [torch.ones(5, dtype=torch.long), [1, 2, 3], {"input_ids": 1}], ids=["one row", "list", "dict"]
+)
+def test_tokens_are_rows(ids: Any) -> None:
+    """As a first try often has them: without the dimension of rows, or as the tokenizer gives them by itself."""
+    model = ahn.attach(small(), ahn.AHNConfig(window=4, sinks=1))
+    for use in (model, lambda given: model(input_ids=given, use_cache=False), model.generate):
+        with pytest.raises(ahn.AHNError, match=r"input_ids must be a tensor of two dimensions, rows and tokens, got"):
+            use(ids)
+
+
 def test_swapped_arguments() -> None:
     with pytest.raises(ahn.AHNError, match="takes a loaded transformers model, not the string 'x'"):
         ahn.load_adapter("x", small())  # type: ignore[arg-type]

@@ -104,6 +104,7 @@ def gives_tokens(model: PreTrainedModel) -> bool:
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(type(model).generate, args, kwargs)
+    _check_tokens(_prompt(kwargs))
     config = kwargs.get("generation_config") or model.generation_config
     use_cache = kwargs.get("use_cache", config.use_cache)
     cache, drafts = kwargs.get(private.CACHE), bool(getattr(config, "is_assistant", False))
@@ -139,6 +140,16 @@ def _refuse_replicas(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         "torch.nn.DataParallel copies a model to each GPU without its memory; the Trainer uses it on several GPUs. "
         "Start one process for each (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
     )
+
+
+def _check_tokens(ids: Any) -> None:
+    """Raises AHNError unless these are token ids as a model reads them, (B, n)."""
+    if ids is not None and (not isinstance(ids, Tensor) or ids.dim() < 2):
+        given = f"one of {ids.dim()}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise AHNError(
+            f"input_ids must be a tensor of two dimensions, rows and tokens, got {given}: "
+            "tokenizer(text, return_tensors='pt') gives it, or torch.tensor([ids])."
+        )
 
 
 def _prompt(kwargs: dict[str, Any]) -> Any:
@@ -187,6 +198,7 @@ def _recording(model: PreTrainedModel, kwargs: dict[str, Any], drafts: bool) -> 
 def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     base = type(model).forward
     kwargs = by_name(base, args, kwargs)
+    _check_tokens(kwargs.get("input_ids"))
     cache = kwargs.get(private.CACHE)
     if isinstance(cache, AHNCache) and cache.progress.given_again:
         kwargs = _new_tokens(kwargs, cache.progress.given_again)
