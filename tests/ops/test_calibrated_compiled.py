@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ahn.layout.state import TierRing, TierState
 from ahn.ops.basis import Basis
-from ahn.ops.step.calibrated import KeyStep, push_and_attend
+from ahn.ops.step.calibrated import KeyStep, add_values, push_and_weigh
 from ahn.ops.step.turn import TierTurn
 
 ROWS, KEY_HEADS, GROUPS, P, SLOTS, C = 2, 2, 3, 32, 20, 90
@@ -36,7 +36,7 @@ def drawn_state(seed: int) -> tuple[TierState, Basis, TierTurn]:
 
 @pytest.mark.parametrize("backend", ["eager", slow("inductor")])
 @torch.no_grad()
-def test_one_graph_does_every_step(backend: str) -> None:
+def test_two_graphs_do_every_step(backend: str) -> None:
     """Before, at and after either edge; nothing breaks the graph, and no step needs another one."""
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
@@ -45,25 +45,28 @@ def test_one_graph_does_every_step(backend: str) -> None:
         graphs.append(module)
         return torch._dynamo.lookup_backend(backend)(module, inputs)
 
-    compiled = torch.compile(push_and_attend, dynamic=False, fullgraph=True, backend=lower)
+    functions = push_and_weigh, add_values
+    compiled = [torch.compile(function, dynamic=False, fullgraph=True, backend=lower) for function in functions]
     for seed, positions in enumerate([[0, 19], [20, 21], [79, 60], [109, 110], [111, 1000]]):
         tier, basis, turn = drawn_state(seed)
         for ring in (tier.keys, tier.values):
             empty = torch.arange(C) > torch.tensor(positions)[:, None] - SLOTS
             ring.scales.masked_fill_(empty[:, None], torch.nan)
         found = []
-        for run in (push_and_attend, compiled):
+        for weigh, add in (functions, compiled):
             own, r = copy.deepcopy(tier), torch.Generator().manual_seed(seed)
             heads = KEY_HEADS, *[KEY_HEADS * GROUPS] * 2
             key, *queries = (torch.randn(ROWS, count, P, generator=r) for count in heads)
             parts, scores = (torch.full((ROWS, heads[1], 4, size), torch.nan) for size in (P, 1))
-            told = KeyStep(key, *queries, torch.empty_like(key), parts[:, :, 2], scores[:, :, 3, 0])
-            run(told, torch.tensor(positions), torch.tensor([True, seed != 1]), own, basis, turn, SLOTS, 0.3)
+            told = KeyStep(key, *queries, torch.empty_like(key), parts[:, :, 1:], scores[:, :, 1:, 0])
+            at, active = torch.tensor(positions), torch.tensor([True, seed != 1])
+            weights = weigh(told, at, active, own.keys, basis, turn, SLOTS, 0.3)
+            add(told, weights, at, own.values, SLOTS)
             rows = [position >= SLOTS and (seed != 1 or not row) for row, position in enumerate(positions)]
             assert not told.score[rows].isnan().any() and not told.out[rows].isnan().any()
             found.append((told.out, told.score, own.keys.codes, own.keys.scales))
         for one, other in zip(*found, strict=True):
             assert torch.equal(one.isnan(), other.isnan())
             assert relative_error(other.nan_to_num(0, 0, 0).double(), one.nan_to_num(0, 0, 0).double()) < 1e-5
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ are looked up where they are summed, and the numbers that they mean are never wr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,8 @@ from ahn.ops.basis import Basis
 from ahn.ops.quantize import decode_rotated, rotate
 from ahn.ops.step.turn import TierTurn, turned
 
+PART, MOST_PARTS = 128, 64  # tokens of a part, unless there are too many
+
 
 @dataclasses.dataclass
 class KeyStep:
@@ -33,8 +36,8 @@ class KeyStep:
         query: (B, Hq, P) float32, rotated as it meets tokens that are farthest; before RoPE where those are turned.
         before: (B, Hq, P) float32, the query before RoPE; None where no key is turned.
         gone: (B, Hkv, P), where the key that leaves the tier is written.
-        out, score: (B, Hq, P) and (B, Hq) float32, where the sum of the tier's values and the logarithm of its weights
-            are written.
+        out, score: (B, Hq, N, P) and (B, Hq, N) float32, where the sum of the values and the logarithm of the weights
+            of each of N parts of the tier are written.
     """
 
     key: Tensor
@@ -61,22 +64,46 @@ def push_and_attend(
         positions, active, tier, basis, turn, scaling: see `ahn.ops.step.reference.step`.
         slots: T.
     """
+    weigh, add = push_and_weigh, add_values
+    if step.key.is_cuda:
+        weigh, add = compiled(weigh), compiled(add)
+    # Two functions, so that weights are written down between them: where values are summed, each is used P times.
+    weights = weigh(step, positions, active, tier.keys, basis, turn, slots, scaling)
+    add(step, weights, positions, tier.values, slots)
+
+
+def push_and_weigh(
+    step: KeyStep,
+    positions: Tensor,
+    active: Tensor,
+    keys: TierRing,
+    basis: Basis,
+    turn: TierTurn | None,
+    slots: int,
+    scaling: float,
+) -> Tensor:
+    """The part of `push_and_attend` that knows keys: weights (B, Hkv, G, N, tokens of a part) whose sums are 1."""
     newest = positions - slots  # the token that leaves the window, from the first that left
-    _push(step, newest, active, tier.keys, basis, turn)
-    capacity = tier.keys.codes.shape[2]
-    ages = torch.arange(capacity, device=newest.device)
-    held = (ages <= newest[:, None])[:, None]
-    at = ((newest[:, None] - ages) % capacity)[:, None]
-    # What no token has taken yet may be anything: codes then mean some number, and scales are not looked at.
-    keys, values = (_by_age(ring, at, held) for ring in (tier.keys, tier.values))
-    scores = _scores(step, keys, basis, turn) * scaling
-    scores = scores.masked_fill(~held[:, :, None], float("-inf"))
-    total = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - total.masked_fill(total == float("-inf"), 0)).exp()  # (B, Hkv, G, C)
-    levels = decode_rotated(values.codes, values.scales, weights.dtype, values.bits)
-    out = rotate((weights[..., None] * levels[:, :, None]).sum(3)) + values.offset[:, :, None]
+    _push(step, newest, active, keys, basis, turn)
+    own, held = _by_age(keys, newest, step.score.shape[2])
+    scores = _scores(step, own, basis, turn) * scaling
+    scores = scores.masked_fill(~held[:, :, None], float("-inf")).unflatten(-1, (step.score.shape[2], -1))
+    highest = scores.amax(-1, keepdim=True)
+    highest = highest.masked_fill(highest == float("-inf"), 0)
+    weights = (scores - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    step.score.copy_((highest + total.log()).flatten(1, 2)[..., 0])
+    return weights / total.masked_fill(total == 0, 1)
+
+
+def add_values(step: KeyStep, weights: Tensor, positions: Tensor, values: TierRing, slots: int) -> None:
+    """The part of `push_and_attend` that knows values."""
+    parts = weights.shape[3]
+    own, _ = _by_age(values, positions - slots, parts)
+    levels = decode_rotated(own.codes, own.scales, weights.dtype, own.bits).unflatten(2, (parts, -1))
+    found = [(weights[:, :, group, :, :, None] * levels).sum(3) for group in range(weights.shape[2])]
+    out = rotate(torch.stack(found, 2)) + own.offset[:, :, None, None]  # (B, Hkv, G, N, P)
     step.out.copy_(out.flatten(1, 2))
-    step.score.copy_(total.flatten(1))
 
 
 def _push(step: KeyStep, newest: Tensor, active: Tensor, keys: TierRing, basis: Basis, turn: TierTurn | None) -> None:
@@ -90,34 +117,51 @@ def _push(step: KeyStep, newest: Tensor, active: Tensor, keys: TierRing, basis: 
     keys.scales[rows, :, slot] = torch.where(leaves, scale.to(old_scale.dtype), old_scale)
 
 
-def _by_age(ring: TierRing, slots: Tensor, held: Tensor) -> TierRing:
-    """Codes and scales in the order of these slots (B, 1, C), 0 for the scales of those that hold nothing."""
-    heads, size = ring.codes.shape[1], ring.codes.shape[3]
-    codes = ring.codes.gather(2, slots[..., None].expand(-1, heads, -1, size))
-    scales = ring.scales.gather(2, slots.expand(-1, heads, -1))
-    return TierRing(codes, torch.where(held, scales, 0), ring.offset)
+def _by_age(ring: TierRing, newest: Tensor, parts: int) -> tuple[TierRing, Tensor]:
+    """Codes and scales of tokens by age, as many in each part, and which (B, 1, C) are there.
+
+    What no token has taken yet may be anything: codes then mean some number, and scales are taken for 0.
+    """
+    _, heads, capacity, size = ring.codes.shape
+    ages = torch.arange(parts * -(-capacity // parts), device=newest.device)
+    held = ((ages <= newest[:, None]) & (ages < capacity))[:, None]
+    at = ((newest[:, None] - ages) % capacity)[:, None]
+    codes = ring.codes.gather(2, at[..., None].expand(-1, heads, -1, size))
+    scales = ring.scales.gather(2, at.expand(-1, heads, -1))
+    return TierRing(codes, torch.where(held, scales, 0), ring.offset), held
 
 
 def _scores(step: KeyStep, keys: TierRing, basis: Basis, turn: TierTurn | None) -> Tensor:
     """(B, Hkv, G, C) products of queries with keys by age."""
     synthesis, count = basis.synthesis.to(step.query.dtype), 0 if turn is None else turn.count
-    levels = basis.levels(keys.codes, keys.scales, synthesis.dtype)
-    query, offset = step.query.unflatten(1, (keys.offset.shape[1], -1)), keys.offset[:, :, None]
-    parts = []
+    heads, offset, parts = keys.offset.shape[1], keys.offset[:, :, None], []
     if turn is not None and step.before is not None and count:
-        decoded = levels[:, :, :count] @ synthesis + offset
-        first, second = (x[:, :, None] for x in decoded.chunk(2, -1))
-        x, y = step.before.unflatten(1, (keys.offset.shape[1], -1))[:, :, :, None].chunk(2, -1)
-        cos, sin = turn.near_by_age()
-        parts.append((first * (x * cos - y * sin) + second * (y * cos + x * sin)).sum(-1))
-    if count < levels.shape[2]:
-        within = query @ synthesis.mT  # (B, Hkv, G, K)
+        decoded = basis.decode(keys.codes[:, :, :count], keys.scales[:, :, :count], synthesis.dtype) + offset
+        (first, second), (cos, sin) = decoded.chunk(2, -1), turn.near_by_age()
+        x, y = step.before.unflatten(1, (heads, -1)).chunk(2, -1)
+        parts.append(_products(first * cos + second * sin, x) + _products(second * cos - first * sin, y))
+    if count < keys.codes.shape[2]:
+        query = step.query.unflatten(1, (heads, -1))
+        levels = basis.levels(keys.codes[:, :, count:], keys.scales[:, :, count:], synthesis.dtype)
         shared = (query * offset).sum(-1, keepdim=True)
-        parts.append((levels[:, :, None, count:] * within[:, :, :, None]).sum(-1) + shared)
+        parts.append(_products(levels, query @ synthesis.mT) + shared)
     return torch.cat(parts, -1)
 
 
+def _products(x: Tensor, queries: Tensor) -> Tensor:
+    """(B, Hkv, G, T) of x (B, Hkv, T, K) with queries (B, Hkv, G, K), in one pass that works x out once for all."""
+    return torch.stack([(x * query[:, :, None]).sum(-1) for query in queries.unbind(2)], 2)
+
+
+def parts_of(capacity: int) -> int:
+    """N for a tier of so many tokens: enough that a single query keeps every multiprocessor busy."""
+    return min(MOST_PARTS, -(-capacity // PART))
+
+
 @cache
-def compiled() -> Any:
-    """`push_and_attend` as a GPU runs it."""
-    return torch.compile(push_and_attend, dynamic=False)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a GPU runs it, with levels worked out where they are summed instead of written down."""
+    options: dict[str, Any] = {
+        "realize_opcount_threshold": 200, "realize_reads_threshold": 16, "realize_acc_reads_threshold": 32,
+    }  # fmt: skip
+    return torch.compile(function, dynamic=False, options=options)

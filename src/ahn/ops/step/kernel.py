@@ -19,7 +19,7 @@ from ahn.ops.backend import multiprocessors
 from ahn.ops.basis import Basis
 from ahn.ops.gate import Gate
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step import dependent_launch, retained_kernel, tier_kernel
+from ahn.ops.step import calibrated, dependent_launch, retained_kernel, tier_kernel
 from ahn.ops.step.combine_kernel import combine_and_keep
 from ahn.ops.step.dependent_launch import announce, prefetch, wait
 from ahn.ops.step.head_kernel import finished_head, slot_of
@@ -245,10 +245,10 @@ def step(
     shares = tier_kernel.NO_SHARES
     if tier is not None:
         capacity = tier.keys.codes.shape[2]
-        shares = tier_kernel.ONE_PART
         if basis is None:
             shares = tier_kernel.shared_out(capacity, 0 if turn is None else turn.count, B * HKV, processors)
-    every = parts + sum(share.parts for share in shares)
+    of_tier = sum(share.parts for share in shares) if basis is None else calibrated.parts_of(capacity)
+    every = parts + of_tier
     partial = torch.empty(B, HEADS, every, P, dtype=torch.float32, device=query.device)
     score = torch.empty(B, HEADS, every, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)

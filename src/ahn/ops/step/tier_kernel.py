@@ -39,7 +39,6 @@ class RingShare(NamedTuple):
 
 
 NO_SHARES = RingShare(0, 0), RingShare(0, 0)
-ONE_PART = RingShare(1, 0), RingShare(0, 0)  # of all tokens, without our kernels
 
 
 @dataclasses.dataclass
@@ -287,9 +286,9 @@ def push_and_attend(
         KEY_BITS=keys.bits, VALUE_BITS=values.bits, num_warps=4, **launch,
     )  # fmt: skip
     if key is not None and basis is not None:
-        run = calibrated.compiled() if query.is_cuda else calibrated.push_and_attend
-        own = step.farthest, step.before, step.key, partial[:, :, first], score[:, :, first]
-        run(calibrated.KeyStep(key, *own), positions, active, tier, basis, turn, slots, scaling)
+        own = step.farthest, step.before, step.key, partial[:, :, first:], score[:, :, first:]
+        told = calibrated.KeyStep(key, *own)
+        calibrated.push_and_attend(told, positions, active, tier, basis, turn, slots, scaling)
         return step
     by_bytes = query.is_cuda and torch.version.hip is None and query.dtype == torch.bfloat16
     matrix = signs(P, query.dtype, query.device)
