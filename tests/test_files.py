@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,24 @@ def test_a_name_taken_before_it_was_locked_is_tried_again(tmp_path: Path, monkey
     monkeypatch.setattr(files, "_lock", late)
     write_text(tmp_path / "file", "whole")
     assert len(taken) == 1 and (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_name_that_another_is_about_to_remove_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has taken the new directory for a left-over and locked it, and removes it while the writer writes."""
+    lock, taken = files._lock, list[tuple[Path, int | None]]()
+
+    def late(path: Path) -> int | None:
+        if not taken:
+            taken.append((path, lock(path)))
+        return lock(path)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with replacing(tmp_path / "file") as temporary:
+        (path, handle), *_ = taken
+        shutil.rmtree(path)
+        files._unlock(handle)
+        temporary.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

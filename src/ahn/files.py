@@ -216,28 +216,40 @@ def _claim(target: Path) -> tuple[Path, int | None]:
     while True:
         path = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.ahn.partial")
         path.mkdir()
-        lock = _lock(path)
-        if path.exists():  # nobody took it for a left-over in the moment before it was locked
-            return path, lock
-        _unlock(lock)
+        # In the moment before it is locked another process may take it for a left-over: it locks it, and removes it.
+        with contextlib.suppress(BlockingIOError):
+            lock = _lock(path)
+            if path.exists():
+                return path, lock
+            _unlock(lock)
 
 
 def _clear(directory: Path) -> None:
     with contextlib.suppress(OSError):
         for path in directory.iterdir():
-            if _PARTIAL.fullmatch(path.name) and not path.is_symlink() and (lock := _lock(path)) is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                _unlock(lock)
+            if not _PARTIAL.fullmatch(path.name) or path.is_symlink():
+                continue
+            with contextlib.suppress(BlockingIOError):
+                if (lock := _lock(path)) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    _unlock(lock)
 
 
 def _lock(directory: Path) -> int | None:
-    """Lock a directory if nobody else has; None if not, and where nothing can be locked (some network drives)."""
+    """Lock a directory; None if it is gone, and where nothing can be locked (some network drives).
+
+    Raises:
+        BlockingIOError: another has locked it.
+    """
     if fcntl is None:
         return None
     handle = None
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _unlock(handle)
+        raise
     except OSError:
         _unlock(handle)
         return None
