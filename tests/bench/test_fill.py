@@ -33,6 +33,7 @@ def test_as_if_it_had_read(model: PreTrainedModel, name: str, context: int) -> N
         made = synthetic_cache(method, model, 2, context, 90)
         assert bytes_of_cache(made) == bytes_of_cache(real)
         assert described(made) == described(real)
+        assert getattr(made, "rows", None) == getattr(real, "rows", None)
         ids = random_tokens(model, 2, 1)
         for _ in range(3):
             logits = model(ids, past_key_values=made).logits

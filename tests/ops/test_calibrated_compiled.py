@@ -18,7 +18,7 @@ from ahn.ops.step.turn import TierTurn
 ROWS, KEY_HEADS, GROUPS, P, SLOTS, C = 2, 2, 3, 32, 20, 90
 
 
-def drawn_state(seed: int) -> tuple[TierState, Basis, TierTurn]:
+def drawn_state(seed: int, value_bits: int) -> tuple[TierState, Basis, TierTurn]:
     r = torch.Generator().manual_seed(seed)
 
     def ring(bits: int) -> TierRing:
@@ -31,12 +31,12 @@ def drawn_state(seed: int) -> tuple[TierState, Basis, TierTurn]:
     token, within, near, first = (
         torch.randn(*shape, generator=r) for shape in ((ROWS, 3, 2, P), (2, 64, P // 2), (2, 2, P // 2), (2, 1, P // 2))
     )
-    return TierState(ring(2), ring(3)), basis, TierTurn(token, within, near, first, 50)
+    return TierState(ring(2), ring(value_bits)), basis, TierTurn(token, within, near, first, 50)
 
 
-@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+@pytest.mark.parametrize(("backend", "value_bits"), [("eager", 3), *[slow("inductor", bits) for bits in (2, 3, 4)]])
 @torch.no_grad()
-def test_two_graphs_do_every_step(backend: str) -> None:
+def test_two_graphs_do_every_step(backend: str, value_bits: int) -> None:
     """Before, at and after either edge; nothing breaks the graph, and no step needs another one."""
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
@@ -48,7 +48,7 @@ def test_two_graphs_do_every_step(backend: str) -> None:
     functions = push_and_weigh, add_values
     compiled = [torch.compile(function, dynamic=False, fullgraph=True, backend=lower) for function in functions]
     for seed, positions in enumerate([[0, 19], [20, 21], [79, 60], [109, 110], [111, 1000]]):
-        tier, basis, turn = drawn_state(seed)
+        tier, basis, turn = drawn_state(seed, value_bits)
         for ring in (tier.keys, tier.values):
             empty = torch.arange(C) > torch.tensor(positions)[:, None] - SLOTS
             ring.scales.masked_fill_(empty[:, None], torch.nan)

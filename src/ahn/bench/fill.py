@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLaye
 
 from ahn import private
 from ahn.cache import tier
+from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
 from ahn.config import AHNConfig
 from ahn.measure.method import Method
@@ -36,6 +37,8 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
     """A cache of B conversations that looks as if each had read `context` tokens."""
     sample = read_cache(method, model, 1, SAMPLE, SAMPLE)
     cache = method.new_cache(model, batch, room)
+    if isinstance(cache, AHNCache):
+        cache.rows = batch
     for layer, seen, block in zip(cache.layers, sample.layers, model.get_decoder().layers, strict=True):
         if isinstance(layer, AHNLayer):
             kept = min(context, layer.config.lossless)
