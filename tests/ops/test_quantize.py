@@ -10,7 +10,7 @@ import torch
 from golden import relative_error
 
 import ahn
-from ahn.ops.quantize import EDGES, LEVELS, code_bytes, decode, encode, per_group
+from ahn.ops.quantize import EDGES, LEVELS, code_bytes, decode, encode, per_group, rotate
 
 BITS = (2, 3, 4)
 ERRORS = {2: 0.11748, 3: 0.034548, 4: 0.0095010}
@@ -134,3 +134,11 @@ def test_other_bits_are_refused(bits: int) -> None:
     ):
         with pytest.raises(ahn.AHNError, match="2, 3, 4 bits per number"):
             call()
+
+
+@pytest.mark.parametrize("head_dim", [48, 128, 512, 1024])
+def test_compiled_code_rotates_alike(head_dim: int) -> None:
+    """It works the matrix out instead of reading it."""
+    x = torch.randn(3, head_dim, dtype=torch.float64)
+    found = torch.compile(rotate, backend="eager", dynamic=False, fullgraph=True)(x)
+    assert relative_error(found, rotate(x)) < 1e-14

@@ -150,10 +150,10 @@ def _level(code: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 
 def _signs(size: int, device: torch.device) -> Tensor:
-    """`signs` in compiled code, of a size up to 256: by how many bits two indices have in common."""
+    """`signs` in compiled code: by how many bits two indices have in common."""
     index = torch.arange(size, device=device)
     common = index[:, None] & index
-    for by in (4, 2, 1):
+    for by in (8, 4, 2, 1):
         common = common ^ common >> by
     return 1 - 2 * (common & 1)
 
