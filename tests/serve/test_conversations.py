@@ -462,3 +462,21 @@ def test_what_another_engine_uses_is_not_old(tmp_path: Path) -> None:
         time.sleep(1.5)
         assert state_files(tmp_path) == [state]
         assert ask(running, later(prompt(60), got.tokens), 2).cached > 0
+
+
+def test_files_that_cannot_be_set_aside_or_are_gone_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged one in a folder that can only be read, and one that another server has deleted."""
+    kept = files.StateFiles(model(), tmp_path)
+    damaged, gone = (kept.directory / f"{name}.safetensors" for name in ("damaged", "gone"))
+    damaged.write_bytes(b"nothing")
+
+    def refused(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    assert kept.note(damaged) is None and "cannot be renamed" in caplog.text
+    with pytest.raises(AHNError) as caught:
+        kept.load(gone)
+    assert kept.set_aside(gone, caught.value), "it is forgotten"

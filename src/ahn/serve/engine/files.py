@@ -130,12 +130,16 @@ class StateFiles:
 
     def set_aside(self, path: Path, reason: Exception) -> bool:
         """Give a damaged file another ending, so that nobody falls over it again; one that cannot be read now stays."""
+        if isinstance(reason.__context__, FileNotFoundError):  # another server has deleted it
+            return True
         if isinstance(reason.__context__, OSError):  # too many open files, a network's pause
             log.warning("A kept conversation cannot be read: %s", reason)
             return False
         log.warning("A kept conversation cannot be used and is set aside as %s.damaged: %s", path, reason)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             path.replace(path.with_name(path.name + ".damaged"))
+        except OSError as error:
+            log.warning("%s cannot be renamed: %s", path, error)
         return True
 
     def remove(self, path: Path) -> None:
