@@ -28,6 +28,32 @@ METHODS = {
     "`two_bits-half`, DeltaNet": "two_bits-half+deltanet",
     "`two_bits-half`, Routed DeltaNet of 1 000 steps": "two_bits-half+routed_deltanet",
 }
+STATES = {
+    "four states instead of its eight": "routed_4",
+    "sixteen states": "routed_16",
+    "DeltaNet, 1 000 steps": "deltanet-long",
+    "four states, 1 000 steps": "routed_4-long",
+    "`two_bits-half`, four states of 1 000 steps": "two_bits-half+routed_4-long",
+}
+PASSAGES = "retained 4096 4/2, passages of 64, scores of layer 18"
+REAL = {
+    "full attention": "full attention",
+    "sinks + window": "sinks + window",
+    "a longer window, in the bytes of retained tokens": "window of as many bytes",
+    "4 096 retained tokens in passages that one head chooses, keys at 4 bits, values at 2": PASSAGES,
+    "4 096 that each head chooses for itself": "retained 4096 4/2",
+    "2 048 of them behind a tier of 2 048": "retained 2048 4/2 behind a tier of 2048",
+    "1 024 retained tokens, exact": "retained 1024 exact",
+    "tier of all other tokens, keys at 2 calibrated bits, values at 4": "tier 7680 2/4, calibrated",
+    "the same, values at 2 bits": "tier 7680 2/2, calibrated",
+    "tier of all other tokens, 4 and 2 bits, nothing calibrated": "tier 7680 4/2",
+    "tier of all other tokens, 3 and 2 bits": "tier 7680 3/2",
+    "DeltaNet": "deltanet",
+    "Gated DeltaNet": "gated_deltanet",
+    "Mamba2": "mamba2",
+    "Routed DeltaNet": "routed_deltanet",
+}
+RULER = ("full attention", "tier 7680 4/2", PASSAGES, "retained 2048 4/2 behind a tier of 2048", "sinks + window")
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -40,29 +66,90 @@ def test_results_are_few_and_listed() -> None:
     assert listed == {path.name for path in RESULTS.iterdir()} - {"README.md"}
 
 
-def main_table() -> list[list[str]]:
+def tables(section: str) -> list[list[dict[str, str]]]:
+    """The tables of a section of docs/results.md: cells by the head of their column, without stars."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    section = text.split("## Main table")[1].split("\n\n")[1]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()[2:]]
+    text = re.split(r"^##+ ", text.split(f"# {section}\n")[1], flags=re.M)[0].replace("*", "")
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        found.append([dict(zip(head, cells, strict=True)) for cells in lines])
+    return found
+
+
+def number(cell: str) -> float:
+    """What stands before the interval."""
+    return float(cell.split("(")[0].replace("−", "-").replace(" ", ""))
+
+
+def study(budget: int) -> dict[str, dict[str, float]]:
+    """Means over seeds at 8 192 tokens, by method."""
+    found = defaultdict(list)
+    for name in ("h100-quality.jsonl", "h100-quality-states.jsonl"):
+        for row in rows(name):
+            if (row["context"], row["budget"]) == (8192, budget):
+                found[row["method"]].append(row | {"file": name})
+    means = {}
+    for method, both in found.items():
+        runs = [row for row in both if row["file"] == both[0]["file"]]
+        bytes_ = [row[f"{part}_bytes"] for part in ("kv", "quantized", "state", "gate") for row in runs[:1]]
+        means[method] = {
+            "seeds": len(runs),
+            "KiB": sum(bytes_) / 1024,
+            "loss": statistics.mean(row["loss"] for row in runs),
+            "won back": statistics.mean(100 * row["won_back"][0] for row in runs),
+            "recalled": 100
+            * sum(row["recall_beyond"][0] for row in runs)
+            / sum(row["recall_beyond"][1] for row in runs),
+        }
+    return means
 
 
 def test_main_table_of_results() -> None:
-    found = defaultdict(list)
-    for row in rows("h100-quality.jsonl"):
-        if (row["context"], row["budget"]) == (8192, 512):
-            found[row["method"]].append(row)
-    table = main_table()
-    assert [cells[0] for cells in table] == list(METHODS)
+    costs, worth, budgets = tables("Main table: 512 tokens kept exactly, 8 192 read")
+    assert [row["method"] for row in costs] == [row["method"] for row in worth] == list(METHODS)
+    means = study(512)
+    for cost, found in zip(costs, worth, strict=True):
+        mean = means[METHODS[cost["method"]]]
+        assert mean["seeds"] == int(cost["seeds"] or 1)
+        assert f"{mean['KiB']:.0f}" == cost["cache KiB"].replace(" ", "")
+        assert f"{mean['loss']:.4f}" == found["loss"]
+        assert mean["won back"] == pytest.approx(number(found["won back %"] or "100"), abs=0.051)
+        assert mean["recalled"] == pytest.approx(number(found["recalled %"]), abs=0.051)
+    for row in budgets:
+        for (head, cell), budget in zip(list(row.items())[1:], (256, 512, 1024), strict=True):
+            assert head.replace(" ", "").startswith(str(budget))
+            mean = study(budget)[(METHODS | STATES)[row["method"]]]
+            assert [mean["won back"], mean["recalled"]] == pytest.approx([*map(float, cell.split("/"))], abs=0.051)
+
+
+def test_table_of_the_real_model() -> None:
+    """Bytes, losses, shares and facts of every line, and that no line is without a row."""
+    measured_rows = {row["name"]: row for row in rows("smollm2-h200.jsonl") if row["stage"] == "rows"}
+    full, window = measured_rows["full attention"], measured_rows["sinks + window"]
+    (table,) = tables("On a real model")
+    assert [cells[""] for cells in table] == list(REAL)
     for cells in table:
-        runs = found[METHODS[cells[0]]]
-        loss, won_back, recalled = cells[5], re.sub(r"[*]|\(.*", "", cells[6]), re.sub(r"[*]|\(.*", "", cells[8])
-        assert len(runs) == int(cells[1] or 1)
-        assert f"{statistics.mean(row['loss'] for row in runs):.4f}" == loss
-        if won_back.strip():
-            mean = statistics.mean(100 * row["won_back"][0] for row in runs)
-            assert mean == pytest.approx(float(won_back.replace("−", "-")), abs=0.051)
-        share = 100 * sum(row["recall_beyond"][0] for row in runs) / sum(row["recall_beyond"][1] for row in runs)
-        assert share == pytest.approx(float(recalled), abs=0.051)
+        row = measured_rows[REAL[cells[""]]]
+        assert f"{row['cache_bytes'] / 2**20:.1f}" == cells["cache MiB"]
+        for kind in ("prose", "code"):
+            loss, won_back = cells[f"{kind}: loss, won back %"].split(",")
+            key = f"{kind}_loss"
+            assert f"{row[key]:.3f}" == loss
+            share = 100 * (window[key] - row[key]) / (window[key] - full[key])
+            assert share == pytest.approx(number(won_back), abs=0.51)
+        assert row["one_right"] == number(cells["one number found %"])
+        share = 100 * row["several_right"] / row["several_asked"]
+        assert share == pytest.approx(number(cells["of several facts %"]), abs=0.51)
+
+
+def test_table_of_ruler() -> None:
+    (table,) = tables("RULER")
+    by_name = {row["name"]: row["ruler"] for row in rows("smollm2-h200.jsonl") if row["stage"] == "ruler"}
+    for column, name in zip(list(table[0])[1:], RULER, strict=True):
+        scores = [100 * statistics.mean(samples) for samples in by_name[name].values()]
+        shown = [number(cells[column]) for cells in table]
+        assert shown == pytest.approx([statistics.mean(scores), *scores], abs=0.051), column
 
 
 def measured(name: str, **wanted: Any) -> dict[str, Any]:
