@@ -38,13 +38,23 @@ def attached(model: Any) -> Any:
     return inner
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The stack of layers of a transformers model, which may be the model itself.
+
+    Where a class names a part that it does not have (`base_model_prefix` of Llama 4 and others), transformers takes
+    the whole model for its decoder.
+    """
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+
 def attention_of(model: PreTrainedModel, index: int) -> Any:
     """The attention of a layer of an adapted model.
 
     Raises:
         AHNError: layers were taken out, copied or moved since.
     """
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     if index >= len(layers) or getattr(getattr(layers[index], "ahn", None), "index", None) != index:
         raise AHNError(
             "The model's layers are not those that its AHN was attached to: detach it (ahn.detach) before layers are "

@@ -1,7 +1,8 @@
 """Every causal class of transformers: right, or refused by `attach` with a sentence. Nothing in between.
 
-What "right" means is in `support.architectures`: the base bit for bit within the window, whole = chunks = steps = no
-cache, a padded row is the row alone, conversations are copied and saved, gradients reach the memory, detach restores.
+What "right" means is in `support.architectures`: the base bit for bit within the window, beyond it the base with a mask
+of the window, whole = chunks = steps = no cache, a padded row is the row alone, conversations are copied and saved,
+gradients reach the memory, detach restores.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def test_keys_and_values_of_other_layers_are_refused(
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("model_type", ["afmoe", "gemma4_text", "granitemoehybrid", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["afmoe", "gemma4_text", "granitemoehybrid", "llama4_text", "qwen3_next"])
 def test_families_that_were_gained(model_type: str) -> None:
-    """Attention whose output is viewed, layers of different sizes, and recurrent states that are saved and moved."""
+    """Attention whose output is viewed, layers of different sizes, recurrent states that are saved and moved, and a
+    decoder that transformers itself does not find."""
     assert judge(model_type).kind == "right", judge(model_type).reason
 
 

@@ -14,6 +14,7 @@ from ahn.cache.layer import AHNLayer
 from ahn.config import AHNConfig
 from ahn.measure.method import Method
 from ahn.memory import Memory
+from ahn.wrappers import decoder_of
 
 SAMPLE = 13
 """Tokens of a real forward whose cache shows shapes and plausible gates. No other size in a model is this prime."""
@@ -39,7 +40,7 @@ def synthetic_cache(method: Method, model: PreTrainedModel, batch: int, context:
     cache = method.new_cache(model, batch, room)
     if isinstance(cache, AHNCache):
         cache.rows = batch
-    for layer, seen, block in zip(cache.layers, sample.layers, model.get_decoder().layers, strict=True):
+    for layer, seen, block in zip(cache.layers, sample.layers, decoder_of(model).layers, strict=True):
         if isinstance(layer, AHNLayer):
             kept = min(context, layer.config.lossless)
             tensors = seen.tensors()

@@ -24,6 +24,7 @@ from ahn.measure.method import Method
 from ahn.memory import recurrent
 from ahn.model.adapter import adapter_parameters
 from ahn.training import distillation_loss
+from ahn.wrappers import decoder_of
 
 PHASES = ("teacher", "student", "losses", "backward")
 SHORT, SHORT_SINKS = 128, 2
@@ -87,7 +88,7 @@ def _phases(model: PreTrainedModel, device: torch.device, step: Callable[..., No
             marks[-1].record()
 
     synchronize(device)
-    handle = model.get_decoder().register_forward_hook(mark)
+    handle = decoder_of(model).register_forward_hook(mark)
     mark()
     try:
         step(mark=mark)

@@ -21,7 +21,7 @@ from ahn.layout.state import give_scores
 from ahn.layout.visibility import Padding, Visibility
 from ahn.layout.waiting import ForwardPart, split
 from ahn.shape import ModelShape
-from ahn.wrappers import attached, attention_of
+from ahn.wrappers import attached, attention_of, decoder_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +100,7 @@ class AHNCache(Cache):
 
     def belongs_to(self, model: PreTrainedModel) -> bool:
         """Whether its layers and memory are of this model's kind. Which weights wrote them a file knows (`save`)."""
-        made, alike = self.model or model, len(self.layers) == len(model.get_decoder().layers)
+        made, alike = self.model or model, len(self.layers) == len(decoder_of(model).layers)
         alike &= all(getattr(self.config, name) == getattr(model.ahn_config, name) for name in OF_MEMORY)
         return alike and (made is model or ModelShape.from_config(made.config) == ModelShape.from_config(model.config))
 

@@ -36,6 +36,7 @@ from ahn.config import AHNConfig
 from ahn.errors import AHNError, check_path
 from ahn.files import json_object, replacing
 from ahn.shape import ModelShape
+from ahn.wrappers import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -203,7 +204,7 @@ def _read(
 
 def _device(model: PreTrainedModel) -> torch.device:
     """Where the first memory computes: weights of the base may lie elsewhere."""
-    layer = next(layer for layer in model.get_decoder().layers if hasattr(layer, "ahn"))
+    layer = next(layer for layer in decoder_of(model).layers if hasattr(layer, "ahn"))
     return private.execution_device(layer.self_attn.o_proj)
 
 

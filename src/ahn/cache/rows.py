@@ -23,6 +23,7 @@ from ahn.layout.slots import Placed, Slots, gather
 from ahn.layout.state import LayerState, Tensors
 from ahn.layout.visibility import Padding
 from ahn.memory.base import Memory
+from ahn.wrappers import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -277,7 +278,7 @@ def _set_progress(cache: AHNCache, seen: int, read: Tensor, anchors: Sequence[in
 
 
 def _memory(model: PreTrainedModel, index: int) -> Memory:
-    memory: Memory = model.get_decoder().layers[index].ahn.fn
+    memory: Memory = decoder_of(model).layers[index].ahn.fn
     return memory
 
 

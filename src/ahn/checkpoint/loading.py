@@ -37,6 +37,7 @@ from ahn.config import DTYPES, AHNConfig, Reach
 from ahn.errors import AHNError
 from ahn.model import attention
 from ahn.model.saving import BASE_NAME, base_config
+from ahn.wrappers import decoder_of
 
 PathLike = str | os.PathLike[str]
 _LOADING = (
@@ -231,7 +232,7 @@ def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Pr
         except _LOADING as error:
             raise unreadable(path, error) from error
     absent = sorted(info["missing_keys"])
-    inside = f"{model.base_model_prefix}." if model.get_decoder() is not model else ""
+    inside = f"{model.base_model_prefix}." if decoder_of(model) is not model else ""
     if auto is not AutoModelForCausalLM and absent and not any(name.startswith(inside) for name in absent):
         logging.getLogger("ahn").warning("%s has no %s: it is new, and has to be trained.", path, ", ".join(absent))
     elif absent:

@@ -22,6 +22,7 @@ from ahn import private
 from ahn.decode.fusion import fuse
 from ahn.memory import RecurrentMemory
 from ahn.ops import has_triton
+from ahn.wrappers import decoder_of
 
 # One result per batch size, model and memory: more than torch's limit of 8 is no sign of a mistake here.
 _VARIANTS = 64
@@ -61,7 +62,7 @@ def layers_compiled(twin: PreTrainedModel) -> Iterator[None]:
 
     To be called inside the block, where torch may compile as often as that takes.
     """
-    decoder = twin.get_decoder()
+    decoder = decoder_of(twin)
     # Uncompiled, the angles of a token and the last norm are 17 kernels of a few numbers each.
     ends = [end for end in (getattr(decoder, "rotary_emb", None), getattr(decoder, "norm", None)) if end is not None]
     for part in (*decoder.layers, *ends):
@@ -119,7 +120,7 @@ def leaves_compiled(model: PreTrainedModel) -> Iterator[None]:
 
 def _install(model: PreTrainedModel, calls: dict[Any, Callable[..., Any]]) -> None:
     """Put compiled calls into the modules of one model; `calls` keeps them for the next time."""
-    for layer in model.get_decoder().layers:
+    for layer in decoder_of(model).layers:
         for module in layer.modules():
             if _is_leaf(module) and private.compiled_call(module) is None:
                 if module not in calls:
@@ -136,7 +137,7 @@ def _install(model: PreTrainedModel, calls: dict[Any, Callable[..., Any]]) -> No
 def _remove(model: PreTrainedModel) -> None:
     """Undo `_install`; what its user compiled stays."""
     calls = model._ahn.compiled.calls
-    for layer in model.get_decoder().layers:
+    for layer in decoder_of(model).layers:
         for module in layer.modules():
             if module in calls and private.compiled_call(module) is calls[module]:
                 private.set_compiled_call(module, None)

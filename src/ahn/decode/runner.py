@@ -33,6 +33,7 @@ from ahn.ops.basis import Basis
 from ahn.ops.quantize import precise
 from ahn.ops.step.reference import supported
 from ahn.ops.step.turn import TierTurn, turns_halves
+from ahn.wrappers import decoder_of
 
 _capturing = threading.Lock()  # one at a time in a process: a recording begins by waiting for the whole device
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions")
@@ -79,7 +80,7 @@ def on_gpu(ids: Tensor) -> bool:
 
 def can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
     """Whether a step of this conversation can be recorded."""
-    layers, decoder = cache.memory_layers, model.get_decoder()
+    layers, decoder = cache.memory_layers, decoder_of(model)
     if on_several_devices(model):
         return False
     if cache.offloading or cache.seen == 0 or not len(layers) == len(cache.layers) == len(decoder.layers):
@@ -107,7 +108,7 @@ def can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
 def _turning(model: PreTrainedModel, cache: AHNCache) -> Rotation | None:
     """The base's rotation where keys of the tier, or of the memory, are turned when they are seen."""
     rotation: Rotation | None = model._ahn.rotation
-    moves = model.get_decoder().layers[0].ahn.fn.moves_keys
+    moves = decoder_of(model).layers[0].ahn.fn.moves_keys
     return rotation if moves or (cache.config.quantized and cache.config.keys_before_rope) else None
 
 
@@ -178,7 +179,7 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, batch: int) -> None:
         # Held, so that the weights of a model that was moved and came back cannot lie in the same place.
-        self.adapter, self.attention = model._ahn, model.get_decoder().layers[0].self_attn
+        self.adapter, self.attention = model._ahn, decoder_of(model).layers[0].self_attn
         self.weight = self.attention.o_proj.weight.detach()
         device = model.get_output_embeddings().weight.device
         with torch.inference_mode(False):  # what is made here is written in any mode
@@ -205,7 +206,7 @@ class Runner:
 
         twin, seen = twin_of(model), {} if self.retained is None else self.retained.seen
         if rotation is not None:  # by the embedding that is compiled while a step is captured
-            rotation = dataclasses.replace(rotation, angles=twin.get_decoder().rotary_emb)
+            rotation = dataclasses.replace(rotation, angles=decoder_of(twin).rotary_emb)
 
         def once() -> Tensor:
             if rotation is not None and step.turn is not None:
@@ -268,7 +269,7 @@ class Runner:
 
 def _retained(model: PreTrainedModel, cache: AHNCache, states: dict[int, LayerState]) -> RetainedSteps | None:
     """What steps with a memory that keeps tokens need besides."""
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     if not isinstance(layers[0].ahn.fn, RetainedTokens):
         return None
     return RetainedSteps(layers, cache, model._ahn.rotation, states)
@@ -276,7 +277,7 @@ def _retained(model: PreTrainedModel, cache: AHNCache, states: dict[int, LayerSt
 
 def _bases(model: PreTrainedModel, states: dict[int, LayerState]) -> dict[int, Basis]:
     """Of all layers, in which their keys are coded."""
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     return {index: layers[index].ahn.fn.key_basis.basis(state.window.keys.dtype) for index, state in states.items()}
 
 
@@ -292,7 +293,7 @@ def _rings(state: LayerState) -> list[Tensor]:
 
 def _a_weight(model: PreTrainedModel) -> Tensor:
     """A small weight that is where all are."""
-    weight: Tensor = model.get_decoder().layers[0].self_attn.o_proj.weight
+    weight: Tensor = decoder_of(model).layers[0].self_attn.o_proj.weight
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 

@@ -30,6 +30,7 @@ from ahn.memory import RecurrentMemory
 from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops import scan
 from ahn.ops.step.several import settle
+from ahn.wrappers import decoder_of
 
 SIZES = (8, 16, 32, 64)
 """Tokens of a step; fewer take as long, and what is beyond them is not counted."""
@@ -136,7 +137,7 @@ def _can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         return False
     if not runner.can_capture(model, cache, ids):
         return False
-    memory = model.get_decoder().layers[0].ahn.fn
+    memory = decoder_of(model).layers[0].ahn.fn
     if isinstance(memory, RetainedTokens):
         return False
     keys = next(iter(cache.memory_layers.values())).keys
@@ -159,7 +160,7 @@ class SeveralSteps:
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, sizes: tuple[int, ...] = SIZES) -> None:
         # Held for the same reasons as a `Runner` holds them.
-        self.adapter, self.attention = model._ahn, model.get_decoder().layers[0].self_attn
+        self.adapter, self.attention = model._ahn, decoder_of(model).layers[0].self_attn
         self.weight = self.attention.o_proj.weight.detach()
         self.places = _places(cache.config)
         self.sizes = tuple(size for size in sizes if size <= self.places)
@@ -251,7 +252,7 @@ class SeveralSteps:
         return replay, ids, positions, logits
 
     def _capture_settling(self, model: PreTrainedModel, cache: AHNCache) -> Callable[[], None]:
-        states, sinks, layers = runner.states_of(cache), cache.config.sinks, model.get_decoder().layers
+        states, sinks, layers = runner.states_of(cache), cache.config.sinks, decoder_of(model).layers
         memories = {index: layers[index].ahn.fn for index in states}
         ruled = {index: fn for index, fn in memories.items() if isinstance(fn, RecurrentMemory)}
 

@@ -22,6 +22,7 @@ from ahn.decode.parts import have_parts, parts
 from ahn.layout.state import LayerState
 from ahn.ops.basis import Basis
 from ahn.ops.step.retained import SeenTokens
+from ahn.wrappers import decoder_of
 
 _Twins: TypeAlias = dict[int, nn.Module]
 """By the id of the module that each was made of."""
@@ -30,7 +31,7 @@ _FORWARDS = ("forward", private.HOOKED_FORWARD)
 
 def possible(model: PreTrainedModel) -> bool:
     """Whether nobody gave the decoder, a layer or an attention a forward of its own that cannot be had for a twin."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     modules = [decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers)]
     own = ((module, vars(module)[name]) for module in modules for name in _FORWARDS if name in vars(module))
     return have_parts(model) and all(_rebound(forward, module, module) is not None for module, forward in own)
@@ -43,7 +44,7 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         _join(module, twins)
     twin: PreTrainedModel = twins[id(model)]
-    for layer in twin.get_decoder().layers:
+    for layer in decoder_of(twin).layers:
         layer.self_attn.layer_idx = 0
     return twin
 
@@ -56,7 +57,7 @@ def states_lent(
     bases: Mapping[int, Basis],
 ) -> Iterator[None]:
     """Inside the block a twin's steps change these states, by layer. It keeps none: the cache owns its tensors."""
-    layers = twin.get_decoder().layers
+    layers = decoder_of(twin).layers
     for index, state in states.items():
         layers[index].ahn.step_state, layers[index].ahn.step_seen = state, seen.get(index)
         layers[index].ahn.step_basis = bases.get(index)

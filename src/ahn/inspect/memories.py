@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ahn.errors import AHNError
 from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
-from ahn.wrappers import attached
+from ahn.wrappers import attached, decoder_of
 
 
 def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
@@ -18,7 +18,7 @@ def recurrent_layers(model: PreTrainedModel) -> dict[int, RecurrentMemory]:
         AHNError: the model has no AHN, or one without a state.
     """
     model = attached(model)
-    named = {i: layer.ahn.fn for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer, "ahn")}
+    named = {i: layer.ahn.fn for i, layer in enumerate(decoder_of(model).layers) if hasattr(layer, "ahn")}
     found = {i: memory for i, memory in named.items() if isinstance(memory, RecurrentMemory)}
     if not found:
         raise AHNError(

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ahn.memory import RecurrentMemory
+from ahn.wrappers import decoder_of
 
 
 def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float) -> None:
@@ -19,7 +20,7 @@ def start_with_horizons(model: PreTrainedModel, shortest: float, longest: float)
         model: one that has a new memory, before its first step.
         shortest, longest: e-folds in tokens, 0 < shortest ≤ longest.
     """
-    for layer in model.get_decoder().layers:
+    for layer in decoder_of(model).layers:
         memory = layer.ahn.fn if hasattr(layer, "ahn") else None
         if isinstance(memory, RecurrentMemory):
             places = torch.linspace(0, 1, memory.heads, device=memory.o_proj.weight.device)

@@ -23,6 +23,7 @@ from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
 from ahn.model import generation, packing, pushing
+from ahn.wrappers import decoder_of
 
 _OF_TOKENS = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits_to_keep", "token_type_ids",
@@ -64,7 +65,7 @@ def wrap(model: PreTrainedModel) -> None:
     """Put ours before the model's own `forward`, `generate` and `save_pretrained`, as attributes of the instance."""
     # accelerate's hook, if the model lies on several devices, stays the outermost: it would move what goes to a chunk.
     private.set_forward(model, Wrapped(model, "forward", _forward))
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder is not model and private.has_own_forward(decoder):
         private.set_forward(decoder, packing.Separate(packing.forward, decoder, model))
     if hasattr(model, "generate"):
@@ -78,7 +79,7 @@ def wrap(model: PreTrainedModel) -> None:
 def unwrap(model: PreTrainedModel) -> None:
     """Undo `wrap`."""
     private.reset_forward(model, Wrapped)
-    private.reset_forward(model.get_decoder(), packing.Separate)
+    private.reset_forward(decoder_of(model), packing.Separate)
     for name in ("generate", "init_continuous_batching", private.REPLICATE, "save_pretrained", "push_to_hub"):
         if isinstance(model.__dict__.get(name), Wrapped):
             delattr(model, name)
@@ -218,7 +219,7 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         kwargs = _from_the_start(kwargs, cache)
     pieces = _plan(model, kwargs)
     if len(pieces) < 2:
-        return packing.forward(model, model, **kwargs) if model.get_decoder() is model else base(model, **kwargs)
+        return packing.forward(model, model, **kwargs) if decoder_of(model) is model else base(model, **kwargs)
     if cache is None:
         cache = kwargs[private.CACHE] = AHNCache.for_model(model)
     length, seen = pieces[-1][1], cache.seen

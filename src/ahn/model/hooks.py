@@ -26,6 +26,7 @@ from ahn.model import attention, chunks, masks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext
 from ahn.model.positions import check_steady, rotates
+from ahn.wrappers import decoder_of
 
 PEFTS_COPIES = "modules_to_save"
 """What a module has that PEFT put in the place of another one, with copies of it."""
@@ -141,7 +142,7 @@ class DecoderHook:
 
     def _bring_back(self) -> None:
         """accelerate has offloaded the memory with the base, with hooks on modules that nobody calls: it is small."""
-        layers = [layer for layer in self.model.get_decoder().layers if hasattr(layer, "ahn")]
+        layers = [layer for layer in decoder_of(self.model).layers if hasattr(layer, "ahn")]
         first_and_last = layers[:: max(1, len(layers) - 1)]
         if any(hasattr(layer.ahn, PEFTS_COPIES) for layer in first_and_last):
             raise AHNError(
@@ -249,14 +250,14 @@ def _warn_beyond(adapter: Adapter, length: int) -> None:
 
 def take_over_kernel(model: PreTrainedModel) -> None:
     """If somebody chose another attention implementation meanwhile, let it be the base model's; the memory stays."""
-    chosen = private.attention_kernel(model.get_decoder().config)
+    chosen = private.attention_kernel(decoder_of(model).config)
     if chosen != attention.NAME:
         model._ahn.kernel = chosen
         use_kernel(model, attention.NAME)
 
 
 def use_kernel(model: PreTrainedModel, kernel: str) -> None:
-    decoder = model.get_decoder().config
+    decoder = decoder_of(model).config
     # What holds several parts would hand it on to all of them: a vision tower has an attention of its own.
     parts = any(part is decoder for part in vars(model.config).values())
     for config in {id(c): c for c in (decoder if parts else model.config, decoder)}.values():

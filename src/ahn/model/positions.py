@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
+from ahn.wrappers import decoder_of
 
 _MOVING = ("dynamic", "longrope")
 """Types of RoPE whose angles change with the length of the text: a key cannot be turned back."""
@@ -23,7 +24,7 @@ def rotation_of(model: PreTrainedModel, attention: nn.Module) -> Rotation | None
     models that see images give three positions per token), where angles depend on the length of the text, or where
     layers turn keys only sometimes, or do more to them afterwards.
     """
-    embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
+    embedding: Any = getattr(decoder_of(model), "rotary_emb", None)
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if embedding is None or apply is None or not _fits(apply, ("q", "k", "cos", "sin")) or not _turns_last(attention):
         return None
@@ -43,7 +44,7 @@ def steady_up_to(model: PreTrainedModel) -> int | None:
     None where angles depend on positions alone. A key that is kept has the angles of when it was read, so a text that
     goes beyond has to do so in one forward, as in transformers.
     """
-    embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
+    embedding: Any = getattr(decoder_of(model), "rotary_emb", None)
     kind = str(getattr(embedding, "rope_type", "default"))  # some models have a dictionary, by types of layers
     if not any(name in kind for name in _MOVING):
         return None

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from ahn import private
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
+from ahn.wrappers import decoder_of
 
 _UNLIKE_ITSELF = ("BambaModel",)
 """Parts that go on with another result than that of the whole text in transformers itself, up to 5.24."""
@@ -31,9 +32,9 @@ _UPDATES = tuple(f"{name}.update" for name in private.CACHE_NAMES)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
-    if decoder is None or not isinstance(layers, nn.ModuleList):
+    if not isinstance(layers, nn.ModuleList):
         raise AHNError(f"{type(model).__name__} has no decoder with a list of layers (model.get_decoder().layers).")
     return decoder, layers
 

@@ -27,6 +27,7 @@ from ahn.model.attached import attached, observed
 from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall, own_scores
 from ahn.training.distillation import Batch, model_inputs, unpack
+from ahn.wrappers import decoder_of
 
 QUERIES = 256
 """Of a text, evenly spaced."""
@@ -70,7 +71,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch]) -> int:
                 count += len(own)
                 set_window(model, len(own), 0)  # nothing leaves it: the base model's own full attention
                 with observed(model, watch, first=True):
-                    inner.get_decoder()(**model_inputs(model, own[None], None, 0), use_cache=False)
+                    decoder_of(inner)(**model_inputs(model, own[None], None, 0), use_cache=False)
     finally:
         set_window(model, config.window, config.sinks)
     if not count:

@@ -25,7 +25,7 @@ from ahn.training.losses import (
     to_device,
     valid_positions,
 )
-from ahn.wrappers import attached
+from ahn.wrappers import attached, decoder_of
 
 Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -123,7 +123,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The last hidden states (B, L, D), normalised as the head takes them."""
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return decoder_of(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def model_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, start: int) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[Te
     def keep(module: Any, args: Any, output: tuple[Tensor, ...]) -> None:
         outputs.append(output[0])
 
-    layers = [layer for layer in model.get_decoder().layers if wanted and hasattr(layer, "ahn")]
+    layers = [layer for layer in decoder_of(model).layers if wanted and hasattr(layer, "ahn")]
     handles = [layer.self_attn.register_forward_hook(keep) for layer in layers]
     try:
         yield outputs

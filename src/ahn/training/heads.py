@@ -22,6 +22,7 @@ from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall
 from ahn.training.distillation import Batch, model_inputs, unpack
 from ahn.training.losses import IGNORED
+from ahn.wrappers import decoder_of
 
 QUERIES = 64
 """At once: their probabilities are written out."""
@@ -55,7 +56,7 @@ def copied(model: PreTrainedModel, batches: Iterable[Batch], window: int, sinks:
                 real = torch.ones_like(ids[row]) if mask is None else mask[row]
                 watch.asked += _asked(row, ids[row], real.bool(), labels[row], window, sinks)
             with observed(model, watch, first=True):
-                attached(model).get_decoder()(**model_inputs(model, ids, mask, 0), use_cache=False)
+                decoder_of(attached(model))(**model_inputs(model, ids, mask, 0), use_cache=False)
             watch.asked.clear()
     finally:
         set_window(model, window, sinks)

@@ -28,6 +28,7 @@ from ahn.model.observer import Observer
 from ahn.model.route import AttentionCall, own_scores
 from ahn.training.distillation import Batch, model_inputs, unpack
 from ahn.training.losses import ATTENTION, IGNORED, nothing_counts, to_device
+from ahn.wrappers import decoder_of
 
 SHARES = (0.12, 0.04, 0.013)
 Teachers: TypeAlias = tuple[tuple[int, int], ...]
@@ -78,7 +79,7 @@ def looks_loss(
     set_window(model, ids.shape[1], 0)  # nothing leaves it: the base model's own full attention
     try:
         with torch.no_grad(), observed(model, watch, first=True):
-            model.get_decoder()(**inputs, use_cache=False)
+            decoder_of(model)(**inputs, use_cache=False)
     finally:
         set_window(model, window, sinks)
     device = inputs["input_ids"].device

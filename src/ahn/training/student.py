@@ -18,6 +18,7 @@ from ahn.model.adapter import adapter_parameters
 from ahn.training.distillation import Distillation, check_head, distillation_loss
 from ahn.training.looks import Looks, Teachers, counted_tokens, looks_loss
 from ahn.training.losses import ATTENTION, IGNORED, next_tokens, valid_positions
+from ahn.wrappers import decoder_of
 
 UNUSED = ".fn.D", ".key_basis.weight", ".key_basis.deviations"
 """A parameter of published Gated DeltaNet checkpoints that nothing reads, and what is calibrated, not trained. DDP
@@ -104,7 +105,7 @@ class Student(nn.Module):
 
     def layers(self) -> Iterator[nn.Module]:
         """The decoder's layers."""
-        yield from self.model.get_decoder().layers
+        yield from decoder_of(self.model).layers
 
     def memory(self) -> dict[str, nn.Parameter]:
         """The memory's parameters by name; sharded ones under FSDP."""
