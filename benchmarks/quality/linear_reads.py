@@ -68,14 +68,14 @@ WAYS = {
     "fact, lossless, normalised": Way("fact", "lossless", False, "normalised", predicted=(3, None, None)),
     "fact, delta": Way("fact", "delta", predicted=(3, None, None)),
     "all, delta": Way("all", "delta", predicted=(0, -20, -5)),
-    "all, hindsight": Way("all", "hindsight", False, predicted=(0, 50, 12)),
+    "all, hindsight": Way("all", "hindsight", False, predicted=(5, 50, 12)),
     "fact, hindsight": Way("fact", "hindsight", False, predicted=(50, None, None)),
     "fact, softmax before RoPE": Way("fact", "softmax", False, predicted=(40, None, None)),
     "fact, lossless after RoPE, scaled": Way("fact", "lossless", True, "scaled", predicted=(8, None, None)),
     "fact, delta before RoPE": Way("fact", "delta", False, predicted=(2, None, None)),
     "passage, softmax": Way("passage", predicted=(45, None, None)),
     "passage, delta": Way("passage", "delta", predicted=(0, None, None)),
-    "all, hindsight every 1024": Way("all", "hindsight", False, every=1024, predicted=(2, 70, 30)),
+    "all, hindsight every 1024": Way("all", "hindsight", False, every=1024, predicted=(30, 70, 30)),
 }
 
 
@@ -192,7 +192,7 @@ def study_of(o: argparse.Namespace) -> tuple[Study, dict[str, list[Text]]]:
     path = shipped.resolve(o.model)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, o.dtype)).to(o.device).eval()
-    weights, config = weights_of(model, Path(shipped.resolve_adapter(o.model, o.adapter, "retained-passages")))
+    weights, config = weights_of(model, Path(o.adapter))
     scorer = Scorer(model.config.hidden_size, 1).to(o.device, model.dtype)
     scorer.load_state_dict({name.rpartition("scorer.")[2]: x for name, x in weights.items() if "scorer." in name})
     books = [texts_of("evaluation", read_texts(name)) for name in o.books.split(",")]
@@ -272,6 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--adapter", help="with one score for all heads (default: the one that ships)")
     o = parser.parse_args(arguments)
     o.out.parent.mkdir(parents=True, exist_ok=True)
+    o.adapter = shipped.resolve_adapter(o.model, o.adapter, "retained-passages")
+    if o.adapter is None:
+        parser.error(f"no adapter comes with {o.model}: name one with one score for all heads, --adapter DIR")
     lines = o.out.read_text(encoding="utf-8").splitlines() if o.out.exists() else []
     rows = {row["name"]: row for row in map(json.loads, lines)}
     run = {name: getattr(o, name) for name in ("model", "window", "sinks", "length", "chats", "texts", "dtype")}

@@ -179,6 +179,8 @@ def test_what_is_done_is_not_done_again(
     assert "[80]" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         linear_reads.main(["--out", str(out), "--chats", "5"])
+    with pytest.raises(SystemExit):
+        linear_reads.main(["--out", str(tmp_path / "other.jsonl"), "--model", str(tmp_path)])
 
 
 @torch.no_grad()
