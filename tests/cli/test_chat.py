@@ -127,10 +127,15 @@ def test_a_message_that_was_stopped_leaves_a_conversation(before: int, monkeypat
         assert words.decode(talk.session._ids[:read]).startswith(first + "<|im_start|>user\none")
 
 
+def asking(interrupt: Interrupt) -> tuple[Any, Interrupt]:
+    """For `Session.read`: asks to stop once something was read."""
+    return lambda tokens: setattr(interrupt, "wanted", interrupt.wanted or tokens > 0), interrupt
+
+
 @pytest.mark.parametrize("before", [0, 1])
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [None, 0, 2])
 def test_a_text_becomes_the_beginning_of_the_next_message(
-    before: int, stopped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    before: int, stopped: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     talk = Talk(speaking.CHATML, monkeypatch, system="Be brief.")
     if before:
@@ -138,17 +143,20 @@ def test_a_text_becomes_the_beginning_of_the_next_message(
     start = talk.session.seen
     texts = ["Call me Ishmael.", "Some years ago"]
     monkeypatch.setattr("ahn.measure.reading.CPU_CHUNK", 3)  # one of them is the last token before the text
+    if stopped:  # after the first chunk of each
+        monkeypatch.setattr("ahn.cli.commands.read", lambda session, ids, by: session.read(ids, *asking(by)))
     for number, text in enumerate(texts):
         file = tmp_path / str(number)
         file.write_text(f"\ufeff{text}\n\n")
         interrupt = Interrupt()
-        interrupt.wanted = stopped
+        interrupt.wanted = stopped == 0
         Commands(talk.turns).obey(f"/read {file}", interrupt)
-    assert talk.turns.open and ("the first 2 of" in talk.turns.messages[-1]["content"]) == stopped
+    said = talk.turns.messages[-1]["content"]
+    assert talk.turns.open and (f"the first {stopped} of" in said if stopped is not None else "first" not in said)
     talk.say("Who?", "Ishmael")
     talk.say("Sure?", "Yes")
     words = talk.session.tokenizer
-    read = [words.decode(words(text)["input_ids"][: 2 if stopped else None]) for text in texts]
+    read = [words.decode(words(text)["input_ids"][:stopped]) for text in texts]
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
     said = turn.format("\n\n".join([*read, "Who?"]), "Ishmael") + turn.format("Sure?", "Yes")
     system = "" if before else "<|im_start|>system\nBe brief.<|im_end|>\n"

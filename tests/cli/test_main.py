@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import shellingham
 
 from ahn.cli import main as main_function
+from ahn.cli.groups import ARGUMENTS, GROUPS
 from ahn.errors import AHNError
 
 main = sys.modules[main_function.__module__]
@@ -45,7 +47,7 @@ def test_help_imports_no_verb() -> None:
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.rstrip().endswith("IMPORTED ['ahn.cli.terminal', 'ahn.cli.main']")
+    assert done.stdout.rstrip().endswith("IMPORTED ['ahn.cli.groups', 'ahn.cli.terminal', 'ahn.cli.main']")
 
 
 def test_a_wrong_verb_or_option_is_wrong_usage(ahn_cli: Any) -> None:
@@ -112,14 +114,47 @@ def test_completion(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, shell: str) -
     assert "_AHN_COMPLETE" in ahn_cli("--show-completion").out
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 120])
-@pytest.mark.parametrize("verb", ["generate", "chat", "info", "bench", "demo"])
-def test_names_of_options_are_whole(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, verb: str, columns: int) -> None:
+VERBS_WITH_OPTIONS = [
+    *((verb,) for verb in main.VERBS if verb not in ("train", "eval")),
+    *(("eval", verb) for verb in ("run", "perplexity", "gradients", "list", "report")),
+]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 120])
+@pytest.mark.parametrize("verb", VERBS_WITH_OPTIONS, ids=" ".join)
+def test_options_have_whole_names_below_headings(
+    ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...], columns: int
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    command = main.load(verb)
+    told = ahn_cli(*verb, "--help").out
+    command = main.load(verb[0])
+    command = command.commands[verb[1]] if len(verb) > 1 else command
     names = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
-    told = ahn_cli(verb, "--help").out
-    assert names and [name for name in sorted(names) if name not in told] == []
+    assert [name for name in sorted(names) if name not in told] == []
+    headings = re.findall(r"^(?:╭─ )?([A-Z][a-z]+)(?::| ─+╮)$", told.replace("Examples:", ""), flags=re.M)
+    expected = [group for group in (ARGUMENTS, *GROUPS) if group in headings]
+    assert headings == expected and headings[-1] == "Output", "each once, in order, none left over"
+    assert len(names) < 9 or len(headings) > 2
+
+
+def test_a_tilde_is_the_home_directory_where_no_shell_writes_it_out(
+    ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for words in (("--plot=~/a.png",), ("--plot", "~/b.png")):
+        assert ahn_cli("info", "tiny", "--length", 300, *words).code == 0
+    assert sorted(path.name for path in (tmp_path / "home").glob("*.png")) == ["a.png", "b.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"], "no folder of the name ~"
+    assert ahn_cli("info", "tiny", "--plot=~nobody-of-this-name/x").code == 1
+    texts = ["--prompt", "~/x", "--system=~", "--api-key=~x", "--json", "x~"]
+    assert list(main._at_home(texts)) == texts
+    assert list(main._at_home(["c.yaml", "--output_dir=~/x", "~"])) == [
+        "c.yaml",
+        f"--output_dir={tmp_path}/home/x",
+        f"{tmp_path}/home",
+    ]
 
 
 def _shell(command: str) -> subprocess.CompletedProcess[str]:

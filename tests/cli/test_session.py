@@ -188,6 +188,27 @@ def test_ctrl_c_stops_the_writing_and_the_conversation_goes_on() -> None:
     assert not session.interrupted
 
 
+def test_ctrl_c_amid_a_chunk_leaves_it_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk takes seconds on a CPU: it ends before its second layer, and what was read before can be gone on from."""
+    session, interrupt, chunks = speaking.session(), Interrupt(), []
+    ids = session.encode(TEXT, start=True)
+    monkeypatch.setattr("ahn.cli.session.chunk_size", lambda model: 16)
+
+    def ask(*_: Any) -> None:
+        chunks.append(session.cache.seen)
+        interrupt.wanted = len(chunks) == 3
+
+    hook = session.model.get_decoder().layers[0].register_forward_hook(ask)
+    assert session.read(ids, interrupt=interrupt) == session.seen == session.cache.seen == 32
+    hook.remove()
+    assert chunks == [0, 16, 32]
+    interrupt.wanted = False
+    assert session.read(ids[32:], interrupt=interrupt) == len(ids) - 32
+    session.write(Sampling(5, 0.0))
+    assert session.written == generated(session, ids, max_new_tokens=5, do_sample=False)
+    assert not any(layer._forward_pre_hooks for layer in session.model.get_decoder().layers)
+
+
 @pytest.mark.slow
 def test_ctrl_c_gets_through_while_a_long_text_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer itself lets no signal through: half a minute for five megabytes."""

@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 import ahn
-from ahn.cli import common
+from ahn.cli import train
 from ahn.training.arguments import parse
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALLER = ["--max_steps", "4", "--cutoff_len", "130", "--max_eval_samples", "2", "--learning_rate", "0.006"]
+
+HEADINGS = [f"{group}:" for group in train.GROUPS.values()]
 
 
 def test_help(ahn_cli: Any) -> None:
@@ -22,10 +24,11 @@ def test_help(ahn_cli: Any) -> None:
         result = ahn_cli("train", *words)
         assert result.code == 0
         assert all(flag in result.out for flag in ("--ahn_implementation", "[256,16384]", "torchrun"))
+        assert [line for line in result.out.splitlines() if line in HEADINGS] == HEADINGS
 
 
 def test_help_has_room_on_a_narrow_terminal(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.out, "width", 40)
+    monkeypatch.setenv("COLUMNS", "40")
     lines = ahn_cli("train", "--help").out.partition("  --model_name")[2].partition("Also every")[0].splitlines()
     assert max(map(len, lines)) <= 40
     assert len(lines) < 160, "no column of a few letters"

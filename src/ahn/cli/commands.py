@@ -105,6 +105,9 @@ class Commands:
         speed = f"{done:,} tokens in {seconds:,.1f} s ({done / seconds:,.0f} tokens/s)"
         if done < len(ids):
             self.turns.opened(f"[{path.name}, the first {done:,} of {len(ids):,} tokens]")
+            if not done:
+                tell(f"Stopped before anything of {path.name} was read.")
+                return
             tell(f"Stopped: {path.name} is read up to {done / len(ids):.0%}, {speed}. What you say next is about that.")
         else:
             self.turns.opened(f"[{path.name}, {done:,} tokens]")

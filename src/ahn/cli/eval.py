@@ -10,6 +10,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ahn.cli import common
+from ahn.cli.groups import GroupedCommand
 from ahn.config import Reach
 from ahn.evaluation.runner import Watcher
 
@@ -51,7 +52,7 @@ def evaluate() -> None:
     """Run benchmarks and compare results. `ahn eval TASK…` is short for `ahn eval run TASK…`."""
 
 
-@app.command("run")
+@app.command("run", cls=GroupedCommand)
 def run(
     tasks: Annotated[
         list[str],
@@ -145,7 +146,7 @@ def run(
         common.err.print(f"Results are in {out}")
 
 
-@app.command("perplexity")
+@app.command("perplexity", cls=GroupedCommand)
 def perplexity(
     model: common.ModelOption = None,
     adapter: common.AdapterOption = None,
@@ -172,7 +173,7 @@ def perplexity(
     _print_figures(result, out, as_json)
 
 
-@app.command("gradients")
+@app.command("gradients", cls=GroupedCommand)
 def gradients(
     model: common.ModelOption = None,
     adapter: common.AdapterOption = None,
@@ -197,7 +198,7 @@ def gradients(
     _print_figures(gradient_probe.run(evaluated, document, out, answer, loss), out, as_json)
 
 
-@app.command("list")
+@app.command("list", cls=GroupedCommand)
 def list_tasks(as_json: common.JsonOption = False) -> None:
     """Print the name of every task."""
     from ahn.evaluation.tasks import names
@@ -209,7 +210,7 @@ def list_tasks(as_json: common.JsonOption = False) -> None:
         typer.echo("\n".join(found))
 
 
-@app.command("report")
+@app.command("report", cls=GroupedCommand)
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Result folders, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("report"),

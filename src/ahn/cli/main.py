@@ -22,8 +22,10 @@ import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
+from ahn.cli.groups import GroupedCommand
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError, installed_version
+from ahn.files import expanded
 from ahn.measure.tokens import ABANDONED
 
 VERBS = {
@@ -56,6 +58,8 @@ GOES_ON = {
 """What is said after Ctrl-C, by verb."""
 TEXTS = ("--prompt", "--system")
 """Options whose value may be empty."""
+VERBATIM = (*TEXTS, "--api-key")
+"""Options whose value is no path, whatever it begins with."""
 NARROW = 100
 """Columns that the boxes of help need to show every option with its whole name."""
 
@@ -70,7 +74,7 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, placeholder, rest = super().resolve_command(ctx, args)
         _check_values(rest, ctx)
-        return name, placeholder and load(str(name)), rest
+        return name, placeholder and load(str(name)), list(_at_home(rest))
 
 
 def _check_values(words: list[str], ctx: Any) -> None:
@@ -79,6 +83,17 @@ def _check_values(words: list[str], ctx: Any) -> None:
     for option, value in itertools.pairwise(words):
         if not value and option.startswith("--") and option not in TEXTS:
             raise typer.BadParameter(f"{option} is empty", ctx=ctx)
+
+
+def _at_home(words: list[str]) -> Iterator[str]:
+    """The words with `~` and `~user` written out, as a shell does, but also in quotes and behind `--option=`.
+
+    Every value of ours that begins so is a path; else `--out=~/x` would make a folder of the name `~`.
+    """
+    for before, word in itertools.pairwise(["", *words]):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        home = value.startswith("~") and option not in VERBATIM
+        yield word.removesuffix(value) + str(expanded(value)) if home else word
 
 
 def load(verb: str) -> Any:
@@ -90,7 +105,7 @@ def load(verb: str) -> Any:
             inner.short_help = " ".join(inner.help.partition("\n\n")[0].split())  # else it is cut to the line
         return command
     single = typer.Typer(add_completion=False, rich_markup_mode=_markup())
-    single.command(verb)(module.command)
+    single.command(verb, cls=GroupedCommand)(module.command)
     return typer.main.get_command(single)
 
 

@@ -17,7 +17,7 @@ import torch
 from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
-from ahn.cli.writing import Interrupt, Pieces, Sampling
+from ahn.cli.writing import Interrupt, Pieces, Sampling, StoppedError
 from ahn.config import Reach
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
@@ -91,7 +91,7 @@ class Session:
         """Read token ids in chunks; `advance` is called with the number of tokens of each.
 
         Args:
-            interrupt: stops between two chunks when it is wanted.
+            interrupt: stops when it is wanted; a chunk that was begun is then as if it had not been.
 
         Returns:
             How many were read: all of them, unless interrupted.
@@ -104,12 +104,12 @@ class Session:
         first = len(self._ids)
         self._ids += ids
         told = first
-        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1):
+        for read in self._feed(self.cache.seen - self._before, len(self._ids) - 1, interrupt):
             advance(read - told)
             told = read
-            if interrupt is not None and interrupt.wanted:
-                del self._ids[max(read, first) :]
-                return len(self._ids) - first
+        if interrupt is not None and interrupt.wanted:
+            del self._ids[max(told, first) :]
+            return len(self._ids) - first
         advance(len(self._ids) - told)
         return len(ids)
 
@@ -120,9 +120,24 @@ class Session:
         self.cache.save(file)
 
     @torch.inference_mode()
-    def _feed(self, start: int, stop: int) -> Iterator[int]:
-        for read, _ in in_chunks(self.model, self.cache, self._ids, start, stop, chunk_size(self.model)):
-            yield read
+    def _feed(self, start: int, stop: int, interrupt: Interrupt | None = None) -> Iterator[int]:
+        chunks = in_chunks(self.model, self.cache, self._ids, start, stop, chunk_size(self.model))
+        if interrupt is None:
+            yield from (read for read, _ in chunks)
+            return
+        # A chunk takes seconds on a CPU: it stops between two layers, and a copy of the cache knows nothing of it. On
+        # CUDA it is over sooner than that, and there may be no room for the copy.
+        amid = self.model.device.type != "cuda"
+        with interrupt.within(self.model) if amid else contextlib.nullcontext():
+            kept = copy.deepcopy(self.cache) if amid else self.cache
+            try:
+                for read, _ in chunks:
+                    yield read
+                    if interrupt.wanted:
+                        return
+                    kept = copy.deepcopy(self.cache) if amid else self.cache
+            except StoppedError:
+                self.cache = kept
 
     @torch.no_grad()
     def write(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.padding import Padding
 from rich.table import Table
 
 from ahn.cli import common
@@ -24,18 +23,26 @@ app = typer.Typer(add_completion=False)
 DISTILLED = {"kl": "KL", "ce": "cross entropy", "teacher_ce": "full attention", "gap": "gap"}
 SCORED = {"loss": "cross entropy of scores", "recall": "found of the tokens looked at most"}
 """What the table at the end shows of a run's held-out metrics, by what it learned from."""
+GROUPS = {
+    "model_name_or_path": "Model and memory",
+    "dataset": "Data",
+    "loss_type": "Loss and windows",
+    "save_ahn_only": "Output",
+}
+"""Headings in the list of flags, by the first flag below each."""
 
 
 @app.command(
     "train", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def command(
+    ctx: typer.Context,
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [--FLAG VALUE]…")] = None,
 ) -> None:
     """Train a memory for a model."""
     words = arguments or []
     if not words or {"--help", "-h"} & set(words):
-        _help()
+        _help(ctx)
         return
     try:
         from ahn.training.arguments import parse
@@ -117,33 +124,29 @@ def _summary(results: dict[str, Any], output: str) -> None:
     common.print_tables(table)
 
 
-def _help() -> None:
+def _help(ctx: typer.Context) -> None:
     import dataclasses
 
     from ahn.training.settings import Settings
 
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for field in dataclasses.fields(Settings):
+        if field.init:
+            heading = GROUPS.get(field.name) or next(reversed(groups))
+            told = field.metadata["help"] + ("" if field.default in (None, False) else f" [{field.default}]")
+            groups.setdefault(heading, []).append((f"--{field.name}", told))
+    shown = ctx.make_formatter()
+    for heading, flags in groups.items():
+        with shown.section(heading):
+            shown.write_dl(flags)
     typer.echo(
         "Usage: ahn train [CONFIG.yaml] [--FLAG VALUE]…\n\n"
         "Distil a memory onto a frozen model: it learns to give what the same model gives\n"
         "with full attention. A flag wins over the file. On several GPUs or machines:\n"
         "torchrun --nproc_per_node 8 --no-python ahn train CONFIG.yaml\n\n"
-        "Example:\n  ahn train configs/debug.yaml --output_dir out\n"
-    )
-    shown = [field for field in dataclasses.fields(Settings) if field.init]
-    beside = common.out.width >= 2 * max(len(field.name) for field in shown)
-    table = Table(box=None, padding=(0, 2), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for field in shown:
-        told = field.metadata["help"] + ("" if field.default in (None, False) else f" [{field.default}]")
-        if beside:
-            table.add_row(f"--{field.name}", told)
-        else:  # a narrow terminal: what a flag does goes below it
-            common.out.print(f"  --{field.name}")
-            common.out.print(Padding(told, (0, 0, 0, 6)))
-    common.out.print(table, markup=False)
-    typer.echo(
-        "\nAlso every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs,\n"
+        "Example:\n  ahn train configs/debug.yaml --output_dir out\n\n"
+        f"{shown.getvalue()}\n"
+        "Also every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs,\n"
         "--max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16,\n"
         "--activation_checkpointing, --save_steps, --resume_from_checkpoint true, --eval_strategy,\n"
         "--logging_steps, --report_to, --seed, …\n"

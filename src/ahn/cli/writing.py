@@ -19,7 +19,7 @@ from ahn.errors import AHNError
 from ahn.serve.engine.text import TextStream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,12 @@ class Sampling:
         return chosen
 
 
+class StoppedError(Exception):
+    """A forward ended between two layers because Ctrl-C asked for it; nothing can go on with its cache."""
+
+
 class Interrupt(StoppingCriteria):
-    """Ctrl-C as a request: inside the block it stops what asks for it, between two tokens or two chunks."""
+    """Ctrl-C as a request: inside the block it stops what asks for it, between two tokens, chunks or layers."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -94,6 +98,21 @@ class Interrupt(StoppingCriteria):
             yield self
         finally:
             signal.signal(signal.SIGINT, before)
+
+    @contextlib.contextmanager
+    def within(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside the block a forward of the model raises `StoppedError` between two layers once it is wanted."""
+
+        def check(*_: Any) -> None:
+            if self.wanted:
+                raise StoppedError
+
+        hooks = [layer.register_forward_pre_hook(check) for layer in model.get_decoder().layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Pieces(BaseStreamer):
