@@ -52,6 +52,11 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not broken
 
 
+def test_every_picture_is_shown_somewhere() -> None:
+    shown = {name for document in DOCUMENTS for name in re.findall(r"images/([\w.-]+)\)", prose(document))}
+    assert shown == {path.name for path in (ROOT / "docs/images").iterdir()}
+
+
 def test_cited_sections_of_the_specification_exist() -> None:
     numbers = set(re.findall(r"^## (\d+)\.", (ROOT / "docs/spec.md").read_text(encoding="utf-8"), flags=re.M))
     cited = {

@@ -189,7 +189,7 @@ def test_wheel_and_source_distribution_work_alone(tmp_path: Path) -> None:
     (source,) = (tmp_path / "dist").glob("ahn-9.8.7.tar.gz")
     (wheel,) = (tmp_path / "dist").glob("ahn-9.8.7-py3-none-any.whl")
     assert "PASSED" in run(sys.executable, "-m", "twine", "check", "--strict", source, wheel, folder=tmp_path)
-    assert source.stat().st_size <= 14e6 and wheel.stat().st_size <= 14e6
+    assert source.stat().st_size <= 16e6 and wheel.stat().st_size <= 16e6  # weights, most of all: 17 MB unpacked
 
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())

@@ -1,7 +1,4 @@
-"""The study's figures in docs/results.md again, from the committed rows: `python benchmarks/quality/redraw.py`.
-
-study-ablations.png needs losses of single sequences, which the rows do not hold: the report of a run draws it.
-"""
+"""The study's figures in docs/results.md again, from the committed rows: `python benchmarks/quality/redraw.py`."""
 
 from __future__ import annotations
 
