@@ -51,6 +51,13 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(introduced) > 1 and max(map(len, introduced)) <= out.width
 
 
+def test_memories_that_are_named_are_those_that_are_shown(ahn_cli: Any, tmp_path: Path) -> None:
+    subject = demo._subject(demo.TINY, ["deltanet"], None, (224, 32), 0, 512, 1, None, None)
+    assert [method.name for method in subject.methods] == [FULL, WINDOW_ONLY, "deltanet"]
+    done = ahn_cli("demo", "--model", "tiny", "--adapter", tmp_path / "none", "--length", 512, "--out", tmp_path / "x")
+    assert done.code == 1 and "none" in done.err
+
+
 @pytest.mark.slow
 def test_the_model_that_ships_is_read_with_every_memory_that_ships(ahn_cli: Any, tmp_path: Path) -> None:
     done = ahn_cli("demo", "--length", 512, "--documents", 1, "--out", tmp_path / "out", "--json")

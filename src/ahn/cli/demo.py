@@ -158,14 +158,15 @@ def _subject(
 ) -> DemoSubject:
     """Load everything, so that what is wrong with it is said before the measuring starts."""
     from ahn import tiny
+    from ahn.checkpoint import shipped
     from ahn.cli.session import TINY_DEVICE, open_session
     from ahn.demo import make_documents, make_methods
     from ahn.tiny.corpus import held_out_text
 
     name = model or (adapters[0] if adapters else TINY)
     if name == TINY:
-        memories = sorted(tiny.adapters(), key=lambda memory: memory != BEST)
-        model, adapters = str(tiny.path()), [str(tiny.adapter_path(memory)) for memory in memories]
+        memories = adapters or sorted(tiny.adapters(), key=lambda memory: memory != BEST)
+        model, adapters = str(tiny.path()), [str(shipped.resolve_adapter("tiny", memory)) for memory in memories]
         device = device or TINY_DEVICE
     texts = held_out_text() if text is None else [(text.name, read_text(text))]
     window, sinks = reach
