@@ -26,6 +26,11 @@ def named(thing: Any) -> str:
     return f"the string {reprlib.repr(thing)}" if isinstance(thing, str) else kind
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, for a message that names the file: without an error's number, and its path again."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def installed_version(package: str) -> str | None:
     """None if the package is not installed, as ahn itself may not be: its sources can be on the path."""
     import importlib.metadata  # every import of the package would wait for it

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 
 try:
     import fcntl
@@ -63,7 +63,7 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x" * 4096)
     except OSError as error:
-        raise AHNError(f"{folder} cannot be written: {error.strerror or error}.") from error
+        raise AHNError(f"{folder} cannot be written: {reason(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise AHNError(f"{file} is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
-        raise AHNError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise AHNError(f"{file} cannot be read: {reason(error)}.") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if isinstance(error, AHNError):
             raise
-        raise AHNError(f"{file} cannot be read as JSON: {error}.") from error
+        raise AHNError(f"{file} cannot be read as JSON: {reason(error)}.") from error
     return json_object(text, str(file))
 
 
@@ -197,7 +197,7 @@ def _reporting(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AHNError(f"Writing {target} failed: {error.strerror or error}. What was there is unchanged.") from error
+        raise AHNError(f"Writing {target} failed: {reason(error)}. What was there is unchanged.") from error
 
 
 @contextlib.contextmanager

@@ -132,6 +132,6 @@ def test_needles(kind: str, evaluated: methods.Evaluated, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_perplexity(evaluated: methods.Evaluated, tmp_path: Path) -> None:
-    document = documents.load(evaluated.tokenizer, length=300)
+    document = documents.tokenised(evaluated.tokenizer, documents.read(), 300)
     figures = perplexity.run(evaluated, document, tmp_path, bucket=100)
     assert figures["tokens"] == 300 and 0 < figures["loss"] < 8  # of 4096 tokens, chance would be 8.3 nats

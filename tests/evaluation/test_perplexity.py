@@ -100,16 +100,16 @@ def test_cost_by_length_is_that_of_the_method() -> None:
 def test_documents(tmp_path: Path) -> None:
     tokenizer = WordTokenizer()
     (tmp_path / "a.txt").write_text("one two three four")
-    found = documents.load(tokenizer, tmp_path / "a.txt")
+    found = documents.tokenised(tokenizer, documents.read(tmp_path / "a.txt"))
     assert found.name == "a.txt" and len(found.ids) == 4
-    assert len(documents.load(tokenizer, tmp_path / "a.txt", length=3).ids) == 3
+    assert len(documents.tokenised(tokenizer, documents.read(tmp_path / "a.txt"), 3).ids) == 3
     books = [{"text": "a b c", "short_book_title": "First"}, {"text": "d e f g", "url": "x"}]
     (tmp_path / "pg.jsonl").write_text("\n".join(map(json.dumps, books)))
-    assert [documents.load(tokenizer, tmp_path / "pg.jsonl", number=n).name for n in (0, 1)] == [
+    assert [documents.read(tmp_path / "pg.jsonl", n)[0] for n in (0, 1)] == [
         "pg.jsonl: First",
         "pg.jsonl: book 1",
     ]
-    held_out = documents.load(tokenizer, length=20_000)
+    held_out = documents.tokenised(tokenizer, documents.read(), 20_000)
     assert "standard library" in held_out.name and len(held_out.ids) == 20_000
 
 
@@ -118,15 +118,15 @@ def test_documents_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine words"}\n{"txt": 1}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     cases = [
-        ("short.txt", {"length": 3}, "only 2 tokens"),
-        ("bad.jsonl", {"number": 1}, "bad.jsonl, line 2.*'text'"),
-        ("latin.txt", {}, "UTF-8"),
-        ("none.txt", {}, "none.txt"),
-        ("none.jsonl", {}, "none.jsonl"),
+        ("short.txt", 0, "only 2 tokens"),
+        ("bad.jsonl", 1, "bad.jsonl, line 2.*'text'"),
+        ("latin.txt", 0, "UTF-8"),
+        ("none.txt", 0, "none.txt"),
+        ("none.jsonl", 0, "none.jsonl"),
     ]
-    for name, options, message in cases:
+    for name, number, message in cases:
         with pytest.raises(AHNError, match=message):
-            documents.load(WordTokenizer(), tmp_path / name, **options)
+            documents.tokenised(WordTokenizer(), documents.read(tmp_path / name, number), 3)
     (tmp_path / "bad.jsonl").write_text('{"text": "fine words"}\n')
     with pytest.raises(AHNError, match="no book number 1"):
-        documents.load(WordTokenizer(), tmp_path / "bad.jsonl", number=1)
+        documents.read(tmp_path / "bad.jsonl", 1)

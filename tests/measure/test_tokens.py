@@ -43,7 +43,7 @@ class Deaf:
 
 
 READERS: dict[str, Callable[[Deaf, Path], Any]] = {
-    "perplexity": lambda deaf, file: documents.load(deaf, file),
+    "perplexity": lambda deaf, file: documents.tokenised(deaf, documents.read(file)),
     "demo": lambda deaf, file: make_documents(deaf, [("a", file.read_text())], 1, 20, 5),
     "prompt": lambda deaf, file: shorten(file.read_text(), Truncation("halves", 10), 1, deaf),  # type: ignore[arg-type]
 }

@@ -14,7 +14,7 @@ import torch
 
 import ahn
 from ahn.bench.ceilings import query
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 
 FILE = "rows.jsonl"
 OK, OUT_OF_MEMORY = "ok", "out of memory"
@@ -51,7 +51,7 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             self._append({"kind": "run", "run": self.run, "date": _now(), **shared})
         except OSError as error:
-            raise AHNError(f"Cannot write {self.path}: {error.strerror or error}.") from error
+            raise AHNError(f"Cannot write {self.path}: {reason(error)}.") from error
 
     def write(self, row: Row) -> None:
         """Append a row; it is on disk when this returns, whatever happens next."""
@@ -71,7 +71,7 @@ def read(folder: Path) -> list[Row]:
         lines = path.read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise AHNError(f"Cannot read rows from {path}: {error}.") from error
+        raise AHNError(f"Cannot read rows from {path}: {reason(error)}.") from error
     latest: dict[tuple[Any, ...], Row] = {}
     for number, row in enumerate(found, start=1):
         if not isinstance(row, dict) or (row.get("kind") == "row" and (absent := [n for n in NEEDED if n not in row])):

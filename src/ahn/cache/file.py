@@ -33,7 +33,7 @@ from ahn.cache.checks import (
 from ahn.cache.origin import check_origin, first_fingerprint
 from ahn.cache.transfer import THREADS, Transfer
 from ahn.config import AHNConfig
-from ahn.errors import AHNError, check_path
+from ahn.errors import AHNError, check_path, reason
 from ahn.files import json_object, replacing
 from ahn.shape import ModelShape
 from ahn.wrappers import decoder_of
@@ -67,7 +67,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], description: dict[str, A
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AHNError(f"{path.parent} cannot be made: {error.strerror or error}.") from error
+        raise AHNError(f"{path.parent} cannot be made: {reason(error)}.") from error
     with replacing(path) as temporary:
         temporary.touch(0o600)
         digests, place = {}, start

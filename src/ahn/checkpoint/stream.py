@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 
 SLICE = 16 << 20  # bytes copied at once: bounds the memory of a copy whatever the tensor's size
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             f"{file} is truncated, corrupt or not a safetensors file, download it again: {error}."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AHNError(f"{file} cannot be read: {error}.") from error
+        raise AHNError(f"{file} cannot be read: {reason(error)}.") from error
     header.pop("__metadata__", None)
     entries = []
     for name, fields in header.items():

@@ -35,6 +35,8 @@ USED = {
 }  # fmt: skip
 """Options that are for some measurements alone, and these."""
 UNITS = {"k": 1 << 10, "m": 1 << 20}
+LARGEST = 10**12
+"""The largest number that is measured with, far beyond what a machine can hold."""
 
 
 class Measurement(str, Enum):  # noqa: UP042  (typer shows the values of this kind as choices)
@@ -242,8 +244,10 @@ def numbers(option: str, text: str) -> list[int]:
         digits, unit = part.strip(), 1
         if digits[-1:].lower() in UNITS:
             digits, unit = digits[:-1], UNITS[digits[-1].lower()]
-        if not digits.isdecimal() or int(digits) < 1:
-            raise AHNError(f"{option} takes numbers like 4096, 32k or 1M with commas between, got {text!r}.")
+        if not digits.isdecimal() or not 1 <= int(digits) * unit <= LARGEST:
+            raise AHNError(
+                f"{option} takes numbers like 4096, 32k or 1M with commas between, {LARGEST:.0e} at most, got {text!r}."
+            )
         found.append(int(digits) * unit)
     return found
 

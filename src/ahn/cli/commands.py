@@ -14,7 +14,7 @@ from ahn.cli.common import tell
 from ahn.cli.generate import read, read_text
 from ahn.cli.session import sentence
 from ahn.cli.terminal import visible
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.files import expanded
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _file(rest: str, usage: str) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a zero byte
-        raise AHNError(f"{visible(str(path))}: {getattr(error, 'strerror', None) or error}.") from error
+        raise AHNError(f"{visible(str(path))}: {reason(error)}.") from error
     return path
 
 

@@ -13,6 +13,7 @@ from ahn.cli import common
 from ahn.cli.groups import GroupedCommand
 from ahn.config import Reach
 from ahn.evaluation.runner import Watcher
+from ahn.files import check_folder
 
 if TYPE_CHECKING:
     from ahn.evaluation.documents import LongDocument
@@ -113,6 +114,7 @@ def run(
     from ahn.evaluation.task import Options
     from ahn.evaluation.tasks import check, without_use
     from ahn.evaluation.tasks import tasks as find
+    from ahn.evaluation.tasks.haystack import read as read_haystack
     from ahn.evaluation.workers import Worker
 
     worker = Worker.from_environment()
@@ -130,6 +132,9 @@ def run(
     typed = {"lengths": "length", "depths": "depth"}
     given = {typed.get(name, name): value for name, value in (options | {"seed": seed}).items() if name in useless}
     common.refuse_useless("for " + ", ".join(tasks), **given)
+    if haystack is not None:
+        read_haystack(haystack)
+    check_folder(out)
     evaluated = _load(
         method, model, adapter, device or worker.device(), dtype, window=window, sinks=sinks, quantized=quantized
     )
@@ -165,11 +170,12 @@ def perplexity(
     """Measure the perplexity of a long document by position, with the memory that it takes."""
     from ahn.evaluation import perplexity as measured
 
+    document = _read(text, book, out)
     evaluated = _load(method, model, adapter, device, dtype, window=window, sinks=sinks, quantized=quantized)
-    document = _document(evaluated, text, length, book)
+    tokens = _tokenised(evaluated, document, length)
     with common.progress() as bar:
-        reading = bar.add_task("reading", total=len(document.ids))
-        result = measured.run(evaluated, document, out, advance=lambda tokens: bar.advance(reading, tokens))
+        reading = bar.add_task("reading", total=len(tokens.ids))
+        result = measured.run(evaluated, tokens, out, advance=lambda read: bar.advance(reading, read))
     _print_figures(result, out, as_json)
 
 
@@ -192,10 +198,13 @@ def gradients(
 ) -> None:
     """Find out which forgotten tokens matter: gradients of the distillation loss, which `report` draws on the text."""
     from ahn.evaluation import gradient_probe
+    from ahn.training.losses import parse_loss
 
+    parse_loss(loss)
+    document = _read(text, book, out)
     evaluated = _load(method, model, adapter, device, dtype, window=window, sinks=sinks, quantized=0)
-    document = _document(evaluated, text, length, book)
-    _print_figures(gradient_probe.run(evaluated, document, out, answer, loss), out, as_json)
+    tokens = _tokenised(evaluated, document, length)
+    _print_figures(gradient_probe.run(evaluated, tokens, out, answer, loss), out, as_json)
 
 
 @app.command("list", cls=GroupedCommand)
@@ -253,12 +262,20 @@ def _load(
     return methods.load(method, model, adapter, device, dtype, **reach)
 
 
-def _document(evaluated: Evaluated, text: Path | None, length: int | None, book: int) -> LongDocument:
+def _read(text: Path | None, book: int, out: Path) -> tuple[str, str]:
+    """A document's name and text, once it is known that results can be written: both before a model is loaded."""
+    from ahn.evaluation import documents
+
+    check_folder(out)
+    return documents.read(text, book)
+
+
+def _tokenised(evaluated: Evaluated, document: tuple[str, str], length: int | None) -> LongDocument:
     from ahn.evaluation import documents
 
     with common.progress() as bar:
         bar.add_task("tokenising", total=None)
-        return documents.load(evaluated.tokenizer, text, length, book)
+        return documents.tokenised(evaluated.tokenizer, document, length)
 
 
 def _print_figures(result: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 from ahn.cli import common
 from ahn.cli.main import STOPPED
 from ahn.cli.terminal import visible
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.files import expanded
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def read_text(path: Path | None) -> str:
     except UnicodeDecodeError as error:
         raise AHNError(f"{path or 'Standard input'} is not UTF-8 text (byte {error.start}).") from error
     except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise AHNError(f"Cannot read {path or 'standard input'}: {reason}.") from error
+        raise AHNError(f"Cannot read {path or 'standard input'}: {reason(error)}.") from error
 
 
 def _text(prompt: str | None, file: str | None) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.files import expanded
 
 Field = Callable[[Any], Any]
@@ -117,7 +117,7 @@ class DataLines:
         try:
             yield from stream
         except (OSError, EOFError, zlib.error) as error:
-            raise AHNError(f"{self._name} cannot be read: {error}. Download it again.") from error
+            raise AHNError(f"{self._name} cannot be read: {reason(error)}. Download it again.") from error
 
 
 def text(value: Any) -> str:

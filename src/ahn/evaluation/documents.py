@@ -27,18 +27,26 @@ class LongDocument:
     ids: list[int]
 
 
-def load(tokenizer: Any, source: Path | None = None, length: int | None = None, number: int = 0) -> LongDocument:
-    """A document.
+def read(source: Path | None = None, number: int = 0) -> tuple[str, str]:
+    """A document's name and its text.
 
     Args:
         source: a text file, or JSON lines with the field "text" (such as PG19's); None takes the modules of the
             standard library that ahn-tiny never saw, one after another.
-        length: tokens to take from the beginning; None takes all.
         number: of the book in JSON lines, from 0.
     """
     if number and (source is None or source.suffix != ".jsonl"):
         raise AHNError("--book chooses a text of JSON lines: give --text FILE.jsonl, or leave --book out.")
-    name, text = _held_out() if source is None else _read(expanded(source), number)
+    return _held_out() if source is None else _read(expanded(source), number)
+
+
+def tokenised(tokenizer: Any, document: tuple[str, str], length: int | None = None) -> LongDocument:
+    """What `read` gave as token ids.
+
+    Args:
+        length: tokens to take from the beginning; None takes all.
+    """
+    name, text = document
     ids = token_ids(tokenizer, text)[:length]
     if len(ids) < max(2, length or 0):
         raise AHNError(f"{name} has only {len(ids)} tokens: give a longer text, or a smaller --length.")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.evaluation import protocol_sources
 from ahn.evaluation.protocol_recipes import RECIPES, Protocol, Recipe
 from ahn.evaluation.protocol_sources import Source
@@ -69,7 +69,7 @@ def _from_directory(directory: Path, name: str, recipe: Recipe) -> Protocol:
         try:
             return source.text(file.read_bytes(), str(file))
         except OSError as error:
-            raise AHNError(f"{file} cannot be read: {error}.") from error
+            raise AHNError(f"{file} cannot be read: {reason(error)}.") from error
 
     return _build(recipe, read)
 

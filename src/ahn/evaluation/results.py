@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ahn.errors import AHNError, installed_version
+from ahn.errors import AHNError, installed_version, reason
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated
 from ahn.files import read_json, write_json, write_text
@@ -53,7 +53,7 @@ class ResultFolder:
                 return
             write_json(config, {"digest": self.digest, "settings": dict(self.settings), "about": dict(self.about)})
         except OSError as error:
-            raise AHNError(f"{self.path} cannot be used for results: {error}.") from error
+            raise AHNError(f"{self.path} cannot be used for results: {reason(error)}.") from error
 
     def rows(self) -> dict[int, dict[str, Any]]:
         """Every complete row so far, by its index, of all processes of this run and of earlier ones."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ahn.errors import AHNError
 from ahn.evaluation.metrics import task_score
+from ahn.files import expanded
 
 PROFILES = ("official", "paper")
 
@@ -128,6 +129,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise AHNError(f"Unknown profile {self.profile!r}; choose one of {', '.join(PROFILES)}.")
+        for name in ("data_dir", "protocol_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not expanded(folder).is_dir():
+                raise AHNError(f"{name} {folder} is no folder.")
         for name in ("max_length", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

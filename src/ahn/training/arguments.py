@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArgum
 from transformers.integrations import get_available_reporting_integrations
 
 from ahn.errors import AHNError, install_command
+from ahn.files import read_text
 from ahn.private import use_one_gpu
 from ahn.training.settings import Settings
 from ahn.training.sharding import TRUE, first_line, recomputes, shard
@@ -159,9 +160,7 @@ def _configuration(path: Path) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by name, with underscores."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise AHNError(f"Cannot read the configuration {path}: {first_line(error)}.") from error
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise AHNError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if content is None:

@@ -21,7 +21,7 @@ import datasets
 import fsspec
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.files import expanded
 from ahn.private import fingerprint
 from ahn.training.messages import printable
@@ -188,7 +188,7 @@ def _csv_options(file: Path) -> dict[str, Any]:
             table = csv.reader(lines, delimiter=separator)
             names, first = next(table, []), next(table, [])
     except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
-        raise AHNError(f"Cannot read {file}: {error}.") from error
+        raise AHNError(f"Cannot read {file}: {reason(error)}.") from error
     if not names or len(set(names)) < len(names):
         raise AHNError(f"{file} does not begin with a line of different column names.")
     if len(names) == 1 and (other := re.search(r"[;\t|,]", names[0])):
@@ -253,7 +253,7 @@ def _rows(files: list[Stamp], form: str) -> Iterator[dict[str, Any]]:
             with fsspec.open(path, "rb", compression="infer") as content:
                 yield {"bytes": content.read(), "form": form, "where": name}
         except (OSError, EOFError, zlib.error) as error:  # such as a download that broke off
-            raise AHNError(f"Cannot read {path}: {error}.") from error
+            raise AHNError(f"Cannot read {path}: {reason(error)}.") from error
 
 
 def _json_file(path: str, name: str) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.evaluation.report import figures, gradients, tables
 from ahn.evaluation.report.collect import ResultTable, collect
 from ahn.evaluation.report.page import image, page
@@ -41,7 +41,7 @@ def write_report(folders: Iterable[Path], out: Path) -> None:
         with matplotlib.rc_context({"text.parse_math": False}):  # a name with two dollar signs is a name
             _Report(comparison, out).write()
     except OSError as error:
-        raise AHNError(f"The report cannot be written to {out}: {error}.") from error
+        raise AHNError(f"The report cannot be written to {out}: {reason(error)}.") from error
 
 
 class _Report:

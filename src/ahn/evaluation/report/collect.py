@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.config import BEFORE
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.evaluation.report import fields
 from ahn.evaluation.results import averaged_with, digest
 
@@ -76,7 +76,7 @@ class StoredResult:
                 fields.check(row, fields.LINES[name])
             return rows
         except (OSError, ValueError, RecursionError) as error:
-            raise AHNError(f"{self.path / name} cannot be read: {error}.") from error
+            raise AHNError(f"{self.path / name} cannot be read: {reason(error)}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _load(path: Path) -> StoredResult:
         fields.check_result(figures, config)
         return StoredResult(path, figures, config["settings"], config.get("about") or {})
     except (OSError, ValueError, RecursionError) as error:
-        raise AHNError(f"{path} is no result folder, or is damaged: {error}.") from error
+        raise AHNError(f"{path} is no result folder, or is damaged: {reason(error)}.") from error
 
 
 def _order(group: list[StoredResult]) -> tuple[Any, ...]:

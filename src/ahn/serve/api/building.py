@@ -7,7 +7,7 @@ import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
-from ahn.errors import AHNError, install_command
+from ahn.errors import AHNError, install_command, reason
 from ahn.serve.request import SamplingOptions
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def listen(place: socket.socket) -> None:
 
 
 def _no_place(where: str, error: Exception) -> AHNError:
-    return AHNError(f"Cannot serve at {where}: {getattr(error, 'strerror', None) or error}.")
+    return AHNError(f"Cannot serve at {where}: {reason(error)}.")
 
 
 def build(

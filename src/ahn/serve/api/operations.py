@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.serve.api.answers import identity
 from ahn.serve.api.fields import SessionFields, TokenizeFields
 from ahn.serve.api.messages import StorageError
@@ -143,7 +143,7 @@ def _room(prefix: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=prefix) as directory:
             yield Path(directory) / "state"
     except OSError as error:
-        raise StorageError(f"There is no room for the file: {error.strerror or error}.") from error
+        raise StorageError(f"There is no room for the file: {reason(error)}.") from error
 
 
 class TemporaryFileResponse(FileResponse):

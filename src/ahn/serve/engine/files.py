@@ -21,7 +21,7 @@ import torch
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache, load_conversation
 from ahn.cache.origin import origin
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,7 @@ class StateFiles:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise AHNError(f"{self.directory} cannot be made: {error.strerror or error}.") from error
+            raise AHNError(f"{self.directory} cannot be made: {reason(error)}.") from error
 
     def path(self, note: Note) -> Path:
         owner = hashlib.sha256(note.owner.encode()).hexdigest()[:8]
