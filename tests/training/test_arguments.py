@@ -105,7 +105,7 @@ def test_held_out_data_has_one_window(flags: list[Any], draw: WindowDraw) -> Non
     [
         ("dataset: [", "not valid YAML"),
         ("- chatqa2", "names and values"),
-        (b"\xff\xfe\x00", "Cannot read"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
         ("datasett: chatqa2", "Unknown setting 'datasett'; did you mean dataset?"),
         ("cutoff_len: many", "invalid int value: 'many'"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
