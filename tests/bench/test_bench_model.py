@@ -56,3 +56,10 @@ def test_random_models_know_positions(model: PreTrainedModel) -> None:
 def test_what_does_not_exist(name: str, random: bool) -> None:
     with pytest.raises(AHNError, match=name):
         bench_model.load(name, random, CPU, torch.float32)
+
+
+def test_a_configuration_that_asks_for_a_kernel_of_the_hub_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "_attn_implementation": "somebody/fast"}))
+    for name in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(AHNError, match="asks for code from the Hub"):
+            bench_model.config_of(str(name))

@@ -86,10 +86,32 @@ def test_bits_survive_saving_and_older_files_mean_two() -> None:
     assert format.read_settings(checkpoint(config)) == settings.replace(**older)
 
 
-def test_unknown_fields_of_our_block_are_ignored() -> None:
-    config = saving.with_ahn({}, ahn.AHNConfig(window=5), None)
-    config["ahn"] |= {"of_the_future": 1}
-    assert format.read_settings(checkpoint(config)).window == 5
+def test_unknown_fields_of_our_block_are_ignored_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = saving.with_ahn({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, ahn.AHNConfig(), None)
+    with caplog.at_level(logging.WARNING, "ahn"):
+        assert format.read_settings(checkpoint(config)) == ahn.AHNConfig(max_distance=None)
+        assert not caplog.messages
+        config["ahn"] |= {"of_the_future": 1}
+        assert format.read_settings(checkpoint(config)) == ahn.AHNConfig(max_distance=None)
+    assert "does not know ['of_the_future']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_attn_implementation": "kernels-community/flash-attn3"},
+        {"attn_implementation": "somebody/attention@main:run"},
+        {"attn_implementation": {"": "sdpa", "vision_config": "somebody/attention"}},
+        {"experts_implementation": "somebody/experts"},
+        {"text_config": {"_attn_implementation": "somebody/attention"}},
+    ],
+)
+def test_kernels_of_the_hub_that_a_file_asks_for_are_refused(changes: dict[str, Any]) -> None:
+    """transformers would fetch and run them, whatever `trust_remote_code` says."""
+    config = {"model_type": "qwen2"} | changes
+    with pytest.raises(ahn.AHNError, match="asks for code from the Hub"):
+        format.transformers_config(config, Path("model"))
+    format.transformers_config({"model_type": "qwen2", "attn_implementation": "sdpa"}, Path("model"))
 
 
 @pytest.mark.parametrize(

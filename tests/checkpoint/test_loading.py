@@ -203,6 +203,31 @@ def test_plain_models_and_wrong_bases_are_refused(
         from_pretrained(adapter, base=deeper)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "/somewhere/else"}, "holds a PEFT adapter beside"),
+        ("generation_config.json", "{", "generation_config.json.* JSON"),
+        ("generation_config.json", [], "must hold a JSON object"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id must be a token's number, or a list, got 'x'"),
+        ("generation_config.json", {"pad_token_id": [1, None]}, "pad_token_id must be a token's number"),
+        ("config.json", {"_attn_implementation": "somebody/attention"}, "asks for code from the Hub"),
+    ],
+)
+def test_files_beside_the_weights_that_mislead_transformers_are_refused(
+    file: str, content: object, match: str, base: Path, adapter: Path, copy: Copy
+) -> None:
+    """It would load other weights, leave settings out, or run a kernel of the Hub, and say nothing."""
+    path = copy(base)
+    if file == "config.json":
+        edit_config(path, lambda config: config.update(content))
+    else:
+        (path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    for memory in (None, str(adapter)):
+        with pytest.raises(ahn.AHNError, match=match):
+            ModelSource.open(str(path), memory).load()
+
+
 def test_a_base_with_absent_weights_is_refused(base: Path, adapter: Path, copy: Copy) -> None:
     # transformers would initialise them at random and only warn
     holed = edit_weights(copy(base), lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))

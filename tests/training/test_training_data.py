@@ -136,6 +136,20 @@ def test_what_save_to_disk_wrote(streaming: bool, load: Any, tmp_path: Path) -> 
         load(tmp_path / "parts")
 
 
+def test_data_without_training_rows_is_read_and_said(
+    load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Dataset.from_list(LONG)
+    DatasetDict({"test": rows}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "cloned").mkdir()
+    rows.to_parquet(tmp_path / "cloned" / "validation-0.parquet")
+    rows.to_parquet(tmp_path / "cloned" / "test-0.parquet")
+    for name, parts in (("saved", "test"), ("cloned", "validation and test")):
+        with caplog.at_level(logging.INFO):
+            load(tmp_path / name)
+        assert f"{name} has no part train; what is read is its part {parts}." in caplog.text
+
+
 def test_the_folder_of_a_cloned_data_set(load: Any, tmp_path: Path) -> None:
     """Its card is no text, its other splits are no training data; the card may say which files are what."""
     data = tmp_path / "data"

@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ahn.bench.shapes import SHAPES, configuration
 from ahn.checkpoint import shipped
+from ahn.checkpoint.directory import CONFIG
+from ahn.checkpoint.format import check_kernels
 from ahn.checkpoint.hub import config_file, local_directory
 from ahn.checkpoint.loading import load_base
 from ahn.errors import AHNError
-from ahn.files import expanded
+from ahn.files import expanded, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,9 @@ def config_of(name: str) -> Any:
             "id on the Hub has an owner (Qwen/Qwen2.5-3B-Instruct)."
         )
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else config_file(name), trust_remote_code=False)
+        file = path / CONFIG if path.is_dir() else path if path.exists() else config_file(name)
+        check_kernels(read_json(file), file)
+        return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unusable(name, error) from error
 

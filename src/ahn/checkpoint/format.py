@@ -27,7 +27,7 @@ from ahn.config import (
     overridden,
 )
 from ahn.errors import AHNError
-from ahn.model.saving import base_config
+from ahn.model.saving import TYPED, base_config
 from ahn.shape import ModelShape
 
 logger = logging.getLogger("ahn")
@@ -70,6 +70,10 @@ def _own_settings(block: Any, file: Path) -> AHNConfig:
     known = {field.name for field in dataclasses.fields(AHNConfig)}
     if not isinstance(block, dict) or "memory" not in block:
         raise AHNError(f"{file}: the block {SAVED_BLOCK!r} names no memory.")
+    of_base = {name for typed in TYPED for name in (typed, f"base_{typed}")}  # older files had them without a prefix
+    if unknown := sorted(block.keys() - known - of_base):
+        names = reprlib.repr(unknown)
+        logger.warning("%s: this version of ahn does not know %s, which a newer one may have written.", file, names)
     return AHNConfig.saved({name: value for name, value in block.items() if name in known})
 
 
@@ -100,6 +104,7 @@ def _layer_ids(value: Any, file: Path) -> tuple[int, ...]:
 def transformers_config(config: dict[str, Any], path: Path) -> Any:
     """The `transformers` configuration object of the base model that a `config.json` describes."""
     config = base_config(config)
+    check_kernels(config, path / CONFIG)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type == MODEL_TYPE or model_type not in CONFIG_MAPPING:
         raise AHNError(f"{path / CONFIG} has model_type {reprlib.repr(model_type)}, unknown to this transformers.")
@@ -108,6 +113,21 @@ def transformers_config(config: dict[str, Any], path: Path) -> Any:
     except Exception as error:  # transformers validates with many exception types
         reason = " ".join(str(error).split())[:300]
         raise AHNError(f"{path / CONFIG} is not a valid {model_type} configuration: {reason}") from error
+
+
+def check_kernels(config: dict[str, Any], file: Path) -> None:
+    """Raises AHNError if a configuration asks for kernels from the Hub: transformers would run code of their authors.
+
+    What transformers saves never does; a caller can still ask for one (`attn_implementation=`).
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_kernels(value, file)
+        named = value.values() if isinstance(value, dict) else (value,)
+        if name.endswith("_implementation") and any(isinstance(kernel, str) and "/" in kernel for kernel in named):
+            raise AHNError(
+                f"{file} asks for code from the Hub ({name}: {reprlib.repr(value)}), which is not run: remove the line."
+            )
 
 
 def changed(config: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

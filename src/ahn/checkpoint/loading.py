@@ -30,11 +30,12 @@ from transformers import (
 )
 
 from ahn.checkpoint.adapter import attach_checked, checked_settings
-from ahn.checkpoint.directory import Checkpoint, is_ahn
-from ahn.checkpoint.format import changed, transformers_config
+from ahn.checkpoint.directory import CONFIG, Checkpoint, is_ahn
+from ahn.checkpoint.format import changed, check_kernels, transformers_config
 from ahn.checkpoint.hub import local_directory
 from ahn.config import DTYPES, AHNConfig, Reach
 from ahn.errors import AHNError
+from ahn.files import read_json
 from ahn.model import attention
 from ahn.model.saving import BASE_NAME, base_config
 from ahn.wrappers import decoder_of
@@ -51,6 +52,7 @@ _LOADING = (
     AssertionError,
 )
 """What loading raises; the last is torch's, about a device that it was built without."""
+GENERATION, PEFT_CONFIG = "generation_config.json", "adapter_config.json"
 HUB = ("cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -226,6 +228,8 @@ def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Pr
     kwargs = {"trust_remote_code": False} | kwargs
     for name in ("dtype", "torch_dtype"):
         _check_dtype(kwargs.get(name))
+    check_kernels(read_json(path / CONFIG), path / CONFIG)
+    _check_beside(path)
     with _without_load_report():
         try:
             model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -241,6 +245,23 @@ def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Pr
     if unused:
         logging.getLogger("ahn").warning("%s has %d unused weights, the first is %s.", path, len(unused), unused[0])
     return model
+
+
+def _check_beside(path: Path) -> None:
+    """Raises AHNError for files beside the weights with which transformers loads others, or goes on without a word."""
+    if (path / PEFT_CONFIG).exists():
+        raise AHNError(
+            f"{path} holds a PEFT adapter beside its weights ({PEFT_CONFIG}), and transformers would load the base "
+            "that it names instead of them: move one of the two away, or merge them (merge_and_unload)."
+        )
+    if not (path / GENERATION).exists():
+        return
+    settings = read_json(path / GENERATION)
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = settings.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise AHNError(f"{path / GENERATION}: {name} must be a token's number, or a list, got {value!r:.100}.")
 
 
 def _check_dtype(dtype: Any) -> None:

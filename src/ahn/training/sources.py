@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -110,6 +110,8 @@ def _saved(folder: Path, streaming: bool) -> Rows:
     if isinstance(found, DatasetDict):
         if "train" not in found and len(found) != 1:
             raise AHNError(f"{folder} has no part train; name one of its folders: {', '.join(found)}.")
+        if "train" not in found:
+            _say_parts(folder, found)
         found = found["train"] if "train" in found else next(iter(found.values()))
     placed = _placed(found, folder.name)
     return placed.to_iterable_dataset() if streaming else placed
@@ -137,12 +139,19 @@ def _training_files(folder: Path, files: list[Path]) -> list[Path]:
         splits = datasets.load_dataset_builder(str(folder.resolve())).config.data_files or {}
     except Exception:  # a folder that datasets cannot make out: everything in it is data
         return files
+    if splits and "train" not in splits:
+        _say_parts(folder, splits)
     chosen = {Path(str(file)).resolve() for file in splits.get("train", [])}
     found = [file for file in files if file.resolve() in chosen] or files
     if len(found) < len(files):
         left = ", ".join(_shown(file, folder) for file in files if file not in found)
         logger.info("%s: not of the split train, so not used: %s.", folder, left)
     return found
+
+
+def _say_parts(folder: Path, parts: Iterable[Any]) -> None:
+    """Whoever trains on what was meant to be held out should know."""
+    logger.info("%s has no part train; what is read is its part %s.", folder, " and ".join(map(str, parts)))
 
 
 def _hidden(file: Path, folder: Path) -> bool:
