@@ -15,6 +15,7 @@ import llguidance.hf
 import pytest
 
 from ahn.errors import AHNError
+from ahn.serve.api import wire
 
 HI = [{"role": "user", "content": "Hello there, how are you?"}]
 
@@ -200,6 +201,31 @@ def test_what_asks_for_nothing_is_taken(served: Any, path: str, own: dict[str, A
 def test_a_body_that_is_no_object_is_told_what_is_needed(served: Any, body: bytes, kind: str, said: str) -> None:
     response = served.client.post("/v1/chat/completions", content=body, headers={"content-type": kind})
     assert response.status_code == 400 and said in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": HI, "max_tokens": 1}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 1}),
+        ("/tokenize", {"prompt": "Hello"}),
+        ("/close_session", {"session_id": "s"}),
+    ],
+)
+def test_the_faster_reader_of_json_is_asked_first(
+    served: Any, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    read: list[bytes] = []
+    monkeypatch.setattr(wire, "from_json", lambda body: read.append(body) or json.loads(body))
+    served.post(path, **fields)
+    assert [json.loads(body) for body in read] == [fields]
+
+
+def test_json_that_the_faster_reader_refuses_is_read_all_the_same(served: Any) -> None:
+    body = json.dumps({"messages": HI, "max_tokens": 1}).encode("utf-16")
+    headers = {"content-type": "application/json"}
+    assert served.client.post("/v1/chat/completions", content=body, headers=headers).status_code == 200
 
 
 def test_a_compressed_body_is_refused(served: Any) -> None:

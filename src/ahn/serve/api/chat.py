@@ -14,10 +14,11 @@ from ahn.serve.api.fields import ChatFields
 from ahn.serve.api.replies import WrittenReply
 from ahn.serve.api.service import Service
 from ahn.serve.api.sessions import Turn, session_turn
+from ahn.serve.api.wire import JSONRoute
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["chat"])
+    routes = APIRouter(route_class=JSONRoute, tags=["chat"])
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(fields: ChatFields, request: Request) -> Response:

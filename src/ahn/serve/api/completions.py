@@ -14,11 +14,12 @@ from ahn.serve.api.answers import Completion, identity, sampling
 from ahn.serve.api.fields import CompletionFields
 from ahn.serve.api.replies import WrittenReply
 from ahn.serve.api.service import Service, finite
+from ahn.serve.api.wire import JSONRoute
 from ahn.serve.request import TokenIds, TokenLogprobs
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["completions"])
+    routes = APIRouter(route_class=JSONRoute, tags=["completions"])
 
     @routes.post("/v1/completions")
     async def completions(fields: CompletionFields, request: Request) -> Response:

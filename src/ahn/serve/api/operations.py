@@ -21,14 +21,14 @@ from ahn.serve.api.messages import StorageError
 from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.service import Service
 from ahn.serve.api.settings import RESPONSE, is_session
-from ahn.serve.api.wire import answer
+from ahn.serve.api.wire import JSONRoute, answer
 from ahn.serve.request import ConversationInfo
 
 PAGE = Path(__file__).with_name("page.html")
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["server"])
+    routes = APIRouter(route_class=JSONRoute, tags=["server"])
 
     @routes.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -80,7 +80,7 @@ def router(service: Service) -> APIRouter:
 
 def conversations(service: Service) -> APIRouter:
     """Routes for the conversations that are kept: sessions by their name, responses by their id."""
-    routes = APIRouter(tags=["conversations"])
+    routes = APIRouter(route_class=JSONRoute, tags=["conversations"])
 
     @routes.post("/close_session")
     async def close_session(fields: SessionFields, request: Request) -> Response:

@@ -17,12 +17,12 @@ from ahn.serve.api.replies import WrittenReply
 from ahn.serve.api.service import Service
 from ahn.serve.api.sessions import Turn, response_turn
 from ahn.serve.api.settings import RESPONSE
-from ahn.serve.api.wire import answer, event
+from ahn.serve.api.wire import JSONRoute, answer, event
 from ahn.serve.request import SamplingOptions
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1/responses", tags=["responses"])
+    routes = APIRouter(route_class=JSONRoute, prefix="/v1/responses", tags=["responses"])
 
     @routes.post("")
     async def create_response(fields: ResponsesFields, request: Request) -> Response:

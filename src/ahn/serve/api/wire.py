@@ -4,16 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
+
+
+def parsed(body: bytes) -> Any:
+    """What JSON says; of many token ids pydantic's reader makes a list in half the time that Python's own takes.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    try:
+        return from_json(body)
+    except ValueError:
+        return json.loads(body)  # it says better what is wrong, and takes what is only unusual, such as UTF-16
+
+
+class JSONRequest(Request):
+    """A request whose JSON is `parsed`."""
+
+    async def json(self) -> Any:
+        """The body."""
+        return parsed(await self.body())
+
+
+class JSONRoute(APIRoute):
+    """A route whose requests are `JSONRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI has it."""
+        handler = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            return await handler(JSONRequest(request.scope, request.receive))
+
+        return handled
 
 
 def dumped(value: Any) -> str:

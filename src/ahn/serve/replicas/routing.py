@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ahn.serve.api.settings import RESPONSE
+from ahn.serve.api.wire import parsed
 
 BY_NAME = re.compile(r"/(?:conversations|v1/responses)/([^/]+)")
 
@@ -40,7 +41,7 @@ def key_of(name: str) -> str:
 def _fields(body: bytes) -> dict[str, Any]:
     """Of a request; the replica says what is wrong with it."""
     try:
-        fields = json.loads(body)
+        fields = parsed(body)
     except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
