@@ -131,6 +131,17 @@ def ending(of: PreTrainedModel, place: int) -> tuple[Engine, list[int]]:
     return Engine(of, Ending(written[place]), conversations=2), written  # type: ignore[arg-type]
 
 
+def test_the_id_of_padding_is_a_token_like_others() -> None:
+    of, ids = model(), [0, 0, *prompt(20), 0, 0]
+    assert of.config.pad_token_id == 0
+    with engine(of) as running:
+        first = ask(running, ids, 6)
+        longer = [*ids, *first.tokens, 0, 0]
+        second = ask(running, longer, 6)
+    assert second.cached >= len(ids)
+    assert (first.tokens, second.tokens) == (alone(of, ids, 6), alone(of, longer, 6))
+
+
 def test_an_end_token_ends_a_reply() -> None:
     running, written = ending(model(), 3)
     running.start()
