@@ -161,7 +161,9 @@ class StateStore:
 
     def trim(self) -> None:
         """Make room in memory: the least recently used states go, to disk first. It may take its time."""
-        for state in self._in_excess():
+        with self._lock:
+            held = [state for state in self._index if state.cache is not None]
+        for state in _beyond(held, self.memory)[: len(held) - 1]:  # the latest is about to be used
             self.write(state)
             with self._lock:
                 state.cache = None
@@ -175,43 +177,33 @@ class StateStore:
         """Bytes of states where the model is."""
         return self.memory if self.model.device.type == "cpu" else min(self.memory, self.device)
 
-    def _in_excess(self) -> list[KeptState]:
-        with self._lock:
-            held = sorted((s for s in self._index if s.cache is not None), key=lambda s: s.used)
-            excess, found = sum(s.nbytes for s in held) - self.memory, []
-            for state in held[:-1]:  # the latest is about to be used
-                if excess > 0:
-                    found.append(state)
-                    excess -= state.nbytes
-            return found
-
     def leave_device(self, limit: int) -> None:
         """Of the states on a GPU bring the least recently used to the CPU, down to so many bytes."""
         if self.model.device.type == "cpu":
             return
         with self._lock:
-            held = sorted((s for s in self._index if place(s) == "device"), key=lambda s: s.used)
-        excess = sum(s.nbytes for s in held) - limit
-        for state in held:
-            cache = state.cache
-            if excess > 0 and cache is not None:
+            held = [state for state in self._index if place(state) == "device"]
+        for state in _beyond(held, limit):
+            if (cache := state.cache) is not None:
                 with beside(self.model.device):
                     cache.to("cpu")
-                excess -= state.nbytes
 
     def trim_disk(self) -> None:
         if self.disk is None or self.files is None:
             return
         with self._lock:
             held = [state for state in self._index if state.file is not None]
-            excess = sum(state.nbytes for state in held) - self.disk
-            for state in sorted(held, key=_last_used)[:-1] if excess > 0 else []:
-                if excess > 0 and state.file is not None:
-                    self.files.remove(state.file)
-                    state.file, excess = None, excess - state.nbytes
-                    if state.cache is None:
-                        self._index.remove(state)
-                        self.evicted += 1
+            if not _beyond(held, self.disk):
+                return
+            for state in held:
+                _last_used(state)
+            for state in _beyond(held, self.disk)[: len(held) - 1]:
+                assert state.file is not None
+                self.files.remove(state.file)
+                state.file = None
+                if state.cache is None:
+                    self._index.remove(state)
+                    self.evicted += 1
 
     def expire(self) -> None:
         """Forget what was not used for too long, or what another engine has forgotten."""
@@ -332,6 +324,16 @@ class StateStore:
         state.used = time.time()
         if state.file is not None and self.files is not None:
             self.files.touch(state.file)
+
+
+def _beyond(states: Sequence[KeptState], limit: int) -> list[KeptState]:
+    """Those that go so that the others take at most so many bytes: the least recently used."""
+    excess, found = sum(state.nbytes for state in states) - limit, []
+    for state in sorted(states, key=lambda state: state.used):
+        if excess > 0:
+            found.append(state)
+            excess -= state.nbytes
+    return found
 
 
 def _last_used(state: KeptState) -> float:
