@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ pytest.importorskip("fastapi")
 from prometheus_client.parser import text_string_to_metric_families
 
 from ahn.errors import AHNError
+from ahn.serve.api.messages import StorageError
 from ahn.serve.api.settings import ServerSettings
 from ahn.serve.replicas.pages import merged
 from ahn.serve.replicas.routing import key_of, routing_key
@@ -80,3 +85,35 @@ def test_replicas_that_cannot_be_started_are_one_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(ray, "init", slow)
     with pytest.raises(AHNError, match="could not be started: The current node timed out during startup"):
         replicated(lambda store: pytest.fail("a model was loaded"), ServerSettings(), 2, False, None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_process_that_keeps_messages_may_die(kept: bool, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ahn.serve.replicas.cluster import connect, keep_messages
+    from ahn.serve.replicas.replica import RemoteMessages
+
+    def processes() -> set[int]:
+        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        return {int(line.split()[0]) for line in listed.splitlines() if "ray::MessageStore" in line}
+
+    connect()
+    try:
+        before = processes()
+        keeper = keep_messages(tmp_path if kept else None, None)
+        store = RemoteMessages(keeper)
+        store.add("me", "one", [USER])
+        (process,) = processes() - before
+        os.kill(process, signal.SIGKILL)
+        assert store.messages("me", "one") == ([USER] if kept else None)
+        store.add("me", "two", [OTHER])
+        assert store.messages("me", "two") == [OTHER]
+        with pytest.raises(StorageError) as said:
+            store.add("me", "three", [USER], parent="gone")
+        assert str(said.value) == "The conversation was deleted while this turn was written."
+        ray.kill(keeper)  # for good
+        with pytest.raises(StorageError, match="is gone"):
+            store.head("me", "s")
+    finally:
+        ray.shutdown()

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -47,9 +48,7 @@ def replicated(
     MessageStore(directory).close()
     secret, quiet = secrets.token_hex(32), {"enable_access_log": False, "log_level": "WARNING"}
     try:
-        local = _connect()
-        here = ray.get_runtime_context().get_node_id()
-        keeper = ray.remote(MessageStore).options(num_cpus=0, label_selector={"ray.io/node-id": here})
+        local = connect()
         deployment = serve.deployment(
             Replica,
             name="Replica",
@@ -61,7 +60,7 @@ def replicated(
             ),
         )
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
-        replica = deployment.bind(start, keeper.remote(directory, age=max_age), secret, local)
+        replica = deployment.bind(start, keep_messages(directory, max_age), secret, local)
         handle = serve.run(replica, name=NAME, route_prefix=None, logging_config=quiet)
     except Exception as error:  # of many kinds: the model cannot be loaded, a machine is too slow to answer Ray
         raise AHNError(f"The replicas could not be started: {' '.join(str(error).split())[:500]}") from error
@@ -73,7 +72,14 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _connect() -> bool:
+def keep_messages(directory: Path | None, max_age: float | None) -> Any:
+    """A process on this machine with a `MessageStore`, which Ray starts again when it dies; calls then wait for it."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    keeper = ray.remote(MessageStore).options(num_cpus=0, label_selector=here, max_restarts=-1, max_task_retries=-1)
+    return keeper.remote(directory, age=max_age)
+
+
+def connect() -> bool:
     """Whether the cluster was started here, of this machine alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
     quiet = {"logging_level": logging.ERROR, "log_to_driver": True}

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import ray
 import uvicorn
+from ray.exceptions import RayActorError, RayTaskError
 
 from ahn.serve.api.app import CLOSE, PROTOCOL, make_app
 from ahn.serve.api.building import bound
-from ahn.serve.api.messages import MessageStore
+from ahn.serve.api.messages import MessageStore, StorageError
 from ahn.serve.api.service import Service
 from ahn.serve.replicas.wire import FrontAlone
 
@@ -27,7 +28,16 @@ class RemoteMessages:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._keeper, name)
-        return lambda *given, **named: ray.get(method.remote(*given, **named))
+
+        def asked(*given: Any, **named: Any) -> Any:
+            try:
+                return ray.get(method.remote(*given, **named))
+            except RayTaskError as error:
+                raise error.cause from None  # what the store raised; Ray's own message is a traceback
+            except RayActorError as error:
+                raise StorageError("The process that keeps conversations is gone.") from error
+
+        return asked
 
 
 class Replica:
