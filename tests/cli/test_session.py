@@ -64,6 +64,18 @@ def test_settings_that_want_code_from_the_hub_are_one_sentence() -> None:
         session.write(Sampling(4))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers_are_one_sentence_before_anything_is_written(temperature: float) -> None:
+    """As of a model that was trained in bfloat16 and overflows in float16."""
+    session = speaking.session()
+    session.model.get_output_embeddings().weight.data[3] = torch.nan
+    session.read(session.encode(TEXT, start=True))
+    pieces: list[str] = []
+    with pytest.raises(AHNError, match=r"not numbers \(NaN\).* float32 can hold"):
+        session.write(Sampling(20, temperature), pieces.append)
+    assert not pieces
+
+
 def test_a_second_turn_goes_on_as_generate_does() -> None:
     session = speaking.session()
     session.model.generation_config.update(repetition_penalty=1.5)

@@ -15,7 +15,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from ahn import AHNCache, private
+from ahn.cli.writing import Interrupt
 from ahn.decode import ahead
+from ahn.evaluation.reader import FirstScores
 
 PROMPT, NEW = 20, 14
 
@@ -157,7 +159,9 @@ class Own(LogitsProcessor):
 def test_what_others_wrote_is_asked_in_time() -> None:
     model, ids = shared(), tokens(1, PROMPT)
     assert ahead.loop(model, {}, ids) is not None
+    assert ahead.loop(model, {"logits_processor": [FirstScores(model)]}, ids) is not None
     assert ahead.loop(model, {"logits_processor": [Own()]}, ids) is None
+    assert ahead.loop(model, {"stopping_criteria": [Interrupt()]}, ids) is None
     assert ahead.loop(model, {"num_beams": 2}, ids) is None
     assert ahead.loop(model, {"prompt_lookup_num_tokens": 3}, ids) is None
     assert ahead.loop(model, {"custom_generate": print}, ids) is None

@@ -40,6 +40,13 @@ def test_losses_are_those_of_one_forward(memory: str | None, bucket: int, chunk:
         assert one.loss == pytest.approx(float(losses[max(0, one.start - 1) : one.stop - 1].mean()))
 
 
+def test_losses_that_are_no_numbers_are_no_result() -> None:
+    model = models.base()
+    model.get_output_embeddings().weight.data[3] = torch.nan
+    with pytest.raises(AHNError, match=r"not numbers \(NaN\)"):
+        perplexity.measure(model, IDS)
+
+
 @pytest.mark.slow
 def test_the_cache_stops_growing_with_the_window() -> None:
     full = [one.cache_bytes for one in perplexity.measure(models.base(), IDS, 50)[1]]

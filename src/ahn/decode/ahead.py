@@ -26,7 +26,8 @@ from ahn.cache.conversation import AHNCache
 from ahn.decode import runner
 
 _ONE_TEXT_A_ROW = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_LOOKED_AT = ("logits_processor", "stopping_criteria")
+_LOOKED_AT = {"logits_processor": ("transformers", "ahn"), "stopping_criteria": ("transformers",)}
+"""Arguments of `generate`, and the packages whose classes do not mind being asked about one token more."""
 
 
 def loop(model: PreTrainedModel, kwargs: dict[str, Any], ids: Any) -> Callable[..., Any] | None:
@@ -36,8 +37,9 @@ def loop(model: PreTrainedModel, kwargs: dict[str, Any], ids: Any) -> Callable[.
     """
     if not isinstance(ids, Tensor) or not runner.on_gpu(ids) or kwargs.get("custom_generate") is not None:
         return None
-    if any(type(x).__module__.split(".")[0] != "transformers" for name in _LOOKED_AT for x in kwargs.get(name) or ()):
-        return None
+    for name, packages in _LOOKED_AT.items():
+        if any(type(x).__module__.split(".")[0] not in packages for x in kwargs.get(name) or ()):
+            return None
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**{name: x for name, x in kwargs.items() if name != "generation_config" and hasattr(config, name)})
     known = config.get_generation_mode(kwargs.get("assistant_model")) in _ONE_TEXT_A_ROW

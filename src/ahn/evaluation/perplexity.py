@@ -8,6 +8,7 @@ cache by length, computed from the configuration).
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import ahn
 from ahn.config import AHNConfig
 from ahn.evaluation.documents import LongDocument
 from ahn.evaluation.methods import Evaluated, of_base
+from ahn.evaluation.reader import not_numbers
 from ahn.evaluation.results import conclude, open_folder
 from ahn.measure import peak
 from ahn.measure.clock import synchronize
@@ -70,6 +72,9 @@ def measure(
 
     Returns:
         The loss of each token but the first, (L - 1,) float32 on the CPU, and the buckets.
+
+    Raises:
+        AHNError: the model's scores are not numbers.
     """
     tokens = torch.tensor(ids, device=model.device)
     cache = new_cache(model)
@@ -88,6 +93,8 @@ def measure(
         most = None if peaked.growth is None else held + peaked.growth
         # A token's loss is known once the one before it was read, so this bucket's losses are complete.
         mean = float(losses[max(0, start - 1) : stop - 1].mean())
+        if math.isnan(mean) and stop > 1:
+            raise not_numbers(model)
         buckets.append(Bucket(start, stop, mean, bytes_of_cache(cache), most, round(seconds, 4)))
     return losses, buckets
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ahn import private
 from ahn.errors import AHNError
@@ -127,9 +128,15 @@ class Reader:
 
 
 def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
-    """Token ids (1, length) of `model.generate`, prompt first, with the model's own settings beside the arguments."""
+    """Token ids (1, length) of `model.generate`, prompt first, with the model's own settings beside the arguments.
+
+    Raises:
+        AHNError: the model's settings do not fit together, or its scores are not numbers.
+    """
+    checked = LogitsProcessorList([FirstScores(model), *(arguments.get("logits_processor") or ())])
+    arguments |= {"tokenizer": tokenizer, "return_dict_in_generate": False, "logits_processor": checked}
     try:
-        return model.generate(**arguments, tokenizer=tokenizer, return_dict_in_generate=False)
+        return model.generate(**arguments)
     except AHNError:
         raise
     except ValueError as error:
@@ -137,6 +144,31 @@ def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
         raise AHNError(
             f"The model's generation settings (generation_config.json) do not work here: {reason}"
         ) from error
+
+
+class FirstScores(LogitsProcessor):
+    """Raises AHNError if a text's first scores are NaN, before a token is made of them; later ones would make it wait.
+
+    Greedy text of such scores is one token again and again, which looks like a bad model and scores like one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.asked = model, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.asked and bool(scores.isnan().any()):
+            raise not_numbers(self.model)
+        self.asked = True
+        return scores
+
+
+def not_numbers(model: PreTrainedModel) -> AHNError:
+    """What is wrong with a model that computes NaN."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return AHNError(
+        f"The model's scores are not numbers (NaN): it computes more than {dtype} can hold (try another --dtype), or "
+        "its weights are damaged."
+    )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
