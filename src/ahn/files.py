@@ -139,12 +139,24 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(str(error)) from error
 
 
+def check_readable(file: Path, or_pipe: bool = False) -> None:
+    """Raises AHNError for what is there but is no file: reading a device may never end, and a pipe may wait for ever.
+
+    Args:
+        or_pipe: a pipe will do, as a shell gives for `<(command)`.
+    """
+    # Unlike Path's, these are False for names that no path can have; who opens the file says so.
+    if os.path.exists(file) and not (os.path.isfile(file) or (or_pipe and file.is_fifo())):
+        raise AHNError(f"{file} is not a file.")
+
+
 def read_text(file: Path) -> str:
     """The text in a file.
 
     Raises:
         AHNError: there is no such file, or it is no UTF-8 text.
     """
+    check_readable(file, or_pipe=True)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -159,6 +171,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         AHNError: there is no such file, or it holds something else.
     """
+    check_readable(file)
     try:
         size = file.stat().st_size
         if size > MAX_JSON:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,3 +114,30 @@ def test_one_clear_line(
     told = [line for line in done.err.splitlines() if line.startswith("ahn: ")]
     assert (len(told) == 1 and len(told[0]) < 1000) if done.code == 1 else "Usage" in done.err, done.err
     assert list(tmp_path.iterdir()) == [], "refused, but something was written"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--max-new-tokens", "1", "--file", "{null}"),
+        ("inspect", "--text", "{null}"),
+        ("eval", "perplexity", "--text", "{null}"),
+        ("generate", "--prompt", "x", "--model", "{config}"),
+        ("generate", "--prompt", "x", "--model", "{weights}"),
+        ("info", "{config}"),
+    ],
+    ids=" ".join,
+)
+def test_devices_are_not_read(
+    ahn_cli: Any, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/null stands for /dev/zero, which never ends: the memory of the machine did."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("config", "weights"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config" / "config.json").symlink_to("/dev/null")
+    (tmp_path / "weights" / "model.safetensors").symlink_to("/dev/null")
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    places = {name: str(tmp_path / name) for name in ("config", "weights")} | {"null": "/dev/null"}
+    done = ahn_cli(*(word.format(**places) for word in words))
+    assert done.code == 1 and re.search("^ahn: .* is not a file[.]$", done.err, flags=re.M), done.err

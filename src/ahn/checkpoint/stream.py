@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ahn.errors import AHNError, reason
+from ahn.files import check_readable
 
 SLICE = 16 << 20  # bytes copied at once: bounds the memory of a copy whatever the tensor's size
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -52,6 +53,7 @@ class Meter:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """Every tensor of a safetensors file, in the order of its bytes."""
+    check_readable(file)
     try:
         with safe_open(file, "pt"):  # the library has then checked all that follows
             pass

@@ -13,7 +13,7 @@ from ahn.cli import common
 from ahn.cli.main import STOPPED
 from ahn.cli.terminal import visible
 from ahn.errors import AHNError, reason
-from ahn.files import expanded
+from ahn.files import check_readable, expanded
 
 if TYPE_CHECKING:
     from ahn.cli.session import Session
@@ -152,8 +152,12 @@ def write(
 def read_text(path: Path | None) -> str:
     """The text of a file, or of standard input."""
     try:
+        if path is not None:
+            check_readable(expanded(path), or_pipe=True)
         raw = sys.stdin.buffer.read() if path is None else expanded(path).read_bytes()
         return raw.decode("utf-8")
+    except AHNError:
+        raise
     except UnicodeDecodeError as error:
         raise AHNError(f"{path or 'Standard input'} is not UTF-8 text (byte {error.start}).") from error
     except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name with a zero byte

