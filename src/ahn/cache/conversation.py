@@ -193,7 +193,7 @@ class AHNCache(Cache):
         reach, progress = self.config.reach, self.progress
         if not reach or rotation is None or progress.seen < reach:
             return
-        if progress.padding is None:
+        if len({anchor_at(x, reach) for x in progress.length_bounds() or ()}) == 1 or progress.padding is None:
             anchor: tuple[int, ...] = (anchor_at(progress.seen, reach),)
         else:
             anchor = tuple(anchors(progress.row_lengths(), reach).tolist())

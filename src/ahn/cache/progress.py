@@ -47,6 +47,7 @@ class Progress:
         self._recorded = 0  # tokens read since `crop` was called
         self._padding: Padding | None = None
         self._padding_behind = False
+        self._known = 0  # columns that `_padding` speaks of
 
     @property
     def padding(self) -> Padding | None:
@@ -59,17 +60,25 @@ class Progress:
                 before = self._padding or Padding.none(len(leading), leading.device)
                 moved = before.moved + leading - before.leading
                 self._padding = Padding(leading, before.ended, moved)
+            self._known = self.seen
         return self._padding
 
     @padding.setter
     def padding(self, padding: Padding | None) -> None:
-        self._padding, self._padding_behind = padding, False
+        self._padding, self._padding_behind, self._known = padding, False, self.seen
 
     def row_lengths(self) -> Tensor:
         """(B or 1,) real tokens of each row so far."""
         if self.lengths is not None:
             return self.lengths
         return torch.full((1,), self.seen) if self.padding is None else self.seen - self.padding.leading
+
+    def length_bounds(self) -> tuple[int, int] | None:
+        """The fewest and the most real tokens that a row can have; None where only the device can tell.
+
+        Steps ask for these first: a GPU that is asked about padding at every step waits for the host each time.
+        """
+        return None if self._padding is not None else (self._known if self._padding_behind else self.seen, self.seen)
 
     @property
     def recorded(self) -> int:
@@ -120,6 +129,7 @@ class Progress:
             return
         padding = self.padding  # worked out from what was read before anything was forgotten
         self.seen, self.lengths = max(0, self.seen - columns), None
+        self._known = min(self._known, self.seen)
         if padding is not None:
             self.padding = dataclasses.replace(padding, leading=padding.leading.clamp_max(self.seen))
 
