@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -304,8 +305,9 @@ def capture(twin: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable
     meanwhile, with the same model or another; those that capture as well wait.
     """
     # Graphs and kernels belong to the current device, which need not be the model's.
-    with _capturing, layers_compiled(twin), torch.cuda.device(_a_weight(twin).device):
-        side = torch.cuda.Stream()
+    device = _a_weight(twin).device
+    with _capturing, layers_compiled(twin), torch.cuda.device(device):
+        side = _capture_stream(device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -313,6 +315,16 @@ def capture(twin: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # What other threads ask of the device is no part of this graph, and no reason to give it up.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = once()
     return graph.replay, logits
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which all steps of a device are captured.
+
+    cuBLAS keeps 64 MiB for each stream that it has worked on, for ever. torch hands out 32 streams in turn, so a stream
+    for each capture had taken 2 GiB after 32 of them.
+    """
+    return torch.cuda.Stream(device)
