@@ -157,20 +157,46 @@ def measured(name: str, **wanted: Any) -> dict[str, Any]:
     return [row for row in rows(name) if all(row.get(key) == value for key, value in wanted.items())][-1]
 
 
+def test_what_stops_a_linear_memory() -> None:
+    """The table of docs/log.md, row by row in the order of the file, and what docs/results.md repeats of it."""
+    log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8").split("### What stops a linear memory")[1]
+    table = [line.split("|") for line in log.split("\n\nIn hindsight")[0].splitlines() if line.startswith("| ")][1:]
+    found = {row["name"]: row for row in rows("smollm2-linear.jsonl") if "name" in row}
+    assert len(table) == len(found) == 15
+    order = [
+        *("full attention", "sinks + window", "fact, softmax", "fact, softmax before RoPE", "fact, lossless, scaled"),
+        *("fact, lossless, normalised", "fact, lossless after RoPE, scaled", "fact, delta", "fact, delta before RoPE"),
+        *("fact, hindsight", "passage, softmax", "passage, delta", "all, delta", "all, hindsight"),
+        "all, hindsight every 1024",
+    ]
+    for cells, row in zip(table, (found[name] for name in order), strict=True):
+        said = cells[3].replace("*", "").strip()
+        low, high = (f"{100 * x:.0f}" for x in row["chats"]["interval"])
+        share = f"{100 * row['chats']['right'] / row['chats']['n']:.0f} %"
+        assert said.startswith(f"{row['predicted'][0]}, {share}"), cells
+        assert f"({low}–{high})" in said, cells
+        for kind in ("prose", "code"):
+            if "won" in row.get(kind, {}):
+                assert f"{100 * row[kind]['won']:.0f}".replace("-", "−") in cells[4], cells
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    right = [found[name]["chats"]["right"] for name in ("fact, softmax", "full attention", "fact, hindsight")]
+    assert f"| {right[0]} (full attention with all tokens: {right[1]}) |" in results and f"| {right[2]} |" in results
+
+
 def test_headline_of_performance() -> None:
     """The first table of docs/performance.md."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split("## ")[0]
-    long = {"model": "qwen2.5-3b", "context": 131072, "window": 32640, "quantized": 0, "method": "gated_deltanet"}
-    newest = "h200-bench-2026-12-01.jsonl"
-    read = measured(newest, measurement="prefill", **long)
+    own = {"model": "qwen2.5-3b", "context": 131072, "window": 32640, "method": "gated_deltanet"}
+    newest, long = "h200-peers.jsonl", own | {"quantized": 0}
+    read = measured(newest, measurement="prefill", **own)
     assert f"{read['seconds']:.2f} s, {100 * read['share']:.0f} % of the limit" in text
-    step = measured(newest, measurement="decode", batch=1, **long)
+    step = measured(newest, measurement="decode", batch=1, **own)
     assert f"{1000 * step['seconds']:.2f} ms, {100 * step['share']:.0f} % of the limit" in text
     assert f"through `generate` {1000 * step['generate_s']:.2f}" in text
     assert f"{read['peak_bytes'] / 1e9:.1f} GB" in text
     full = measured("h200-bench.jsonl", measurement="prefill", context=131072, method="full-dynamic")
     assert f"{full['seconds']:.2f} s" in text and f"{full['peak_bytes'] / 1e9:.1f} GB" in text
-    together = measured("h200-bench.jsonl", measurement="throughput", batch=100)
+    together = measured(newest, measurement="throughput", batch=100, **own)
     assert f"{together['tokens_per_second']:,.0f} tokens/s".replace(",", " ") in text
     assert f"{measured('h100-bench.jsonl', measurement='prefill', **long)['seconds']:.2f} s" in text
     steps = [row for row in rows("h100-bench.jsonl") if row.get("measurement") == "decode"]
@@ -189,5 +215,6 @@ def test_conversations_that_decode_together() -> None:
     for count, time, share in zip(counts, times, shares, strict=True):
         if time and "*" not in time:  # those in italics are older
             kind = "throughput" if int(count) > 16 else "decode"
-            row = measured(newest, measurement=kind, batch=int(count), method="gated_deltanet", quantized=0)
+            what = {"measurement": kind, "batch": int(count), "context": 131072, "method": "gated_deltanet"}
+            row = measured("h200-peers.jsonl", **what) if count == "100" else measured(newest, quantized=0, **what)
             assert (f"{1000 * row['seconds']:.2f}", f"{100 * row['share']:.0f} %") == (time, share)

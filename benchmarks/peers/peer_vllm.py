@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import random
 import statistics
@@ -126,6 +127,8 @@ def measure(options: argparse.Namespace, rows: Rows) -> None:
     """Start an engine and measure all contexts."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    if importlib.util.find_spec("flashinfer") is None:  # its sampler would be imported all the same
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     from vllm import LLM
     from vllm.platforms import current_platform
