@@ -35,6 +35,8 @@ PAGES = {
 """Documents that are kept elsewhere in the repository, and the pages they become."""
 SOURCES = {page: document for document, page in PAGES.items()}
 HELP = "<!-- help of the verbs -->"
+PICTURE = re.compile(r"^!\[[^\]]*\]\((\S+)\)$", re.M)
+"""A picture that is a paragraph of its own."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -79,6 +81,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         markdown = markdown.replace(HELP, verbs())
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
     parts[::2] = [_links(part, folder, posixpath.dirname(name), config.repo_url) for part in parts[::2]]
+    parts[::2] = [PICTURE.sub(r"[\g<0>](\1)", part) for part in parts[::2]]  # leads to itself in its own size
     return "".join(parts)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import test_public_api
@@ -76,6 +76,14 @@ def test_a_notebook_becomes_a_page_with_what_it_printed_and_drew(hooks: ModuleTy
         assert page.startswith("# ") and "```python\n" in page and "```text\n" in page
         assert list(plots) == ["name-1.png"] and "](name-1.png)" in page
         assert plots["name-1.png"].startswith(b"\x89PNG")
+
+
+def test_a_picture_leads_to_itself(hooks: ModuleType) -> None:
+    """A column of text is narrower than a figure with two panels."""
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="results.md"))
+    text = "![a figure](images/demo.png)\n\n```text\n![a](b.png)\n```\nsee ![this](images/ahn.svg)\n"
+    made = hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=None), None)
+    assert made == text.replace("![a figure](images/demo.png)", "[![a figure](images/demo.png)](images/demo.png)")
 
 
 def test_without_a_repository_a_link_to_a_file_is_its_text(hooks: ModuleType) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 
@@ -25,6 +27,8 @@ def ahn_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """`ahn_cli("info", path, "--json")` runs `ahn info path --json`."""
 
     def run(*arguments: object) -> Run:
+        monkeypatch.setattr(os, "_exit", sys.exit)  # as after Ctrl-C, which would end the tests
+        monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
         monkeypatch.setattr(sys, "argv", ["ahn", *(str(argument) for argument in arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:

@@ -62,7 +62,7 @@ def test_exit_codes(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, raised: BaseE
     def command() -> None:
         raise raised
 
-    monkeypatch.setattr(main.importlib, "import_module", lambda name: SimpleNamespace(command=command))
+    monkeypatch.setattr(main, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(command=command)))
     result = ahn_cli("env")
     assert (result.code, result.out) == (code, "")
     assert result.err == ("ahn: Two lines.\n" if code == 1 else "ahn: Stopped.\n")
@@ -89,7 +89,7 @@ def test_ctrl_c_says_how_to_go_on(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch)
     def command() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main.importlib, "import_module", lambda name: SimpleNamespace(command=command))
+    monkeypatch.setattr(main, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(command=command)))
     assert "--resume_from_checkpoint true the same command goes on" in ahn_cli("train").err
     assert "the same command goes on" in ahn_cli("eval").err
 
@@ -184,20 +184,26 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def command() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(main.importlib, "import_module", lambda name: SimpleNamespace(command=command))
+    monkeypatch.setattr(main, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(command=command)))
     monkeypatch.setattr(sys, "argv", ["ahn", "env"])
     with pytest.raises(ZeroDivisionError):
         main_function()
 
 
-def test_a_thread_that_cannot_be_stopped_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
+def test_after_ctrl_c_the_end_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after Python has taken apart what was imported; nor after a thread that cannot be stopped."""
+    ended: list[int | str] = []
     monkeypatch.setattr("os._exit", ended.append)
-    main._leave_threads(130)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: ended.append("functions"))
+    main._leave(0)
+    main._leave(1)
     assert ended == []  # an ordinary end, with all that Python does there
+    main._leave(main.STOPPED)
+    assert ended == ["functions", 130]
+    ended.clear()
     over = threading.Event()
     threading.Thread(target=over.wait, name=main.ABANDONED, daemon=True).start()
-    for code in (130, None, "some text"):
-        main._leave_threads(code)
+    for code in (None, "some text"):
+        main._leave(code)
     over.set()
-    assert ended == [130, 0, 1]
+    assert ended == ["functions", 0, "functions", 1]

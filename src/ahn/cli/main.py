@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something the user can fix (`AHNError`, one line on stderr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import itertools
@@ -163,7 +164,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code == STOPPED:
             _say_stopped()
-        _leave_threads(end.code)
+        _leave(end.code)
         raise
 
 
@@ -224,9 +225,13 @@ def _drop_output() -> None:
         os.dup2(null, sys.stdout.fileno())
 
 
-def _leave_threads(code: object) -> None:
-    """End at once where Ctrl-C left work behind that cannot be stopped: Python would wait for it to be over."""
-    if any(thread.name == ABANDONED for thread in threading.enumerate()):
+def _leave(code: object) -> None:
+    """End at once after Ctrl-C, or where it left work behind that cannot be stopped.
+
+    Python would first wait for that work, and take apart for seconds what was imported.
+    """
+    if code == STOPPED or any(thread.name == ABANDONED for thread in threading.enumerate()):
+        atexit._run_exitfuncs()  # temporary folders go
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
