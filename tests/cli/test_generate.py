@@ -46,8 +46,9 @@ def test_quantized_tokens(ahn_cli: Any, plain: speaking.Speaking) -> None:
     options = ("generate", "--base-model", plain.base, "--ahn-path", plain.adapter, "--max-new-tokens", 4)
     done = ahn_cli(*options, "--window", 6, "--sinks", 2, "--quantized", 5, "--prompt", TEXT)
     assert done.code == 0 and ", 5 before them at 4/2 bits per number, " in " ".join(done.err.split())
-    read = json.loads(ahn_cli(*options, "--window", 6, "--sinks", 2, "--quantized", 5, "--prompt", TEXT, "--json").out)
-    told = read["prompt"]
+    published = ("--sliding-window", 6, "--num-attention-sink", 2)  # names of the published script
+    told = json.loads(ahn_cli(*options, *published, "--quantized", 5, "--prompt", TEXT, "--json").out)["prompt"]
+    assert (told["window"], told["sinks"]) == (6, 2)
     assert told["tokens_seen"] == told["window"] + told["sinks"] + told["tokens_quantized"] + told["tokens_in_memory"]
 
 
