@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
 import sys
@@ -28,7 +27,6 @@ def ahn_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: object) -> Run:
         monkeypatch.setattr(os, "_exit", sys.exit)  # as after Ctrl-C, which would end the tests
-        monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
         monkeypatch.setattr(sys, "argv", ["ahn", *(str(argument) for argument in arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:

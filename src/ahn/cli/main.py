@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 something the user can fix (`AHNError`, one line on stderr
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import itertools
@@ -231,7 +230,6 @@ def _leave(code: object) -> None:
     Python would first wait for that work, and take apart for seconds what was imported.
     """
     if code == STOPPED or any(thread.name == ABANDONED for thread in threading.enumerate()):
-        atexit._run_exitfuncs()  # temporary folders go
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
