@@ -155,11 +155,12 @@ def test_conversations_outlive_the_program_however_it_ends(start: Callable[[], P
 @pytest.mark.slow
 def test_another_server_goes_on_when_one_is_killed(start: Callable[[], Program]) -> None:
     one, other = start(), start()
-    one.say("The cello is red. " * 50)
+    _, first, _ = one.say("The cello is red. " * 50)
     _, before, _ = one.say("And then?")
     one.end(signal.SIGKILL)
     _, prompt, cached = other.say("And now?")
-    assert prompt > before and cached >= before - 1
+    assert prompt > before
+    assert cached >= first - 1  # the second turn's state may be too new to be known, and is too short to be looked for
 
 
 def by_replica(url: str, metric: str) -> dict[str, float]:
