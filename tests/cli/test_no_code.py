@@ -54,7 +54,7 @@ def run(ahn_cli: Any, hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def run(verb: str, *more: str) -> Any:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 9)))
         done = ahn_cli(*(paths.get(word, word) for word in VERBS[verb]), *more)
         assert not (tmp_path / "ran").exists() and not (hostile / "ran").exists()
         assert "Traceback" not in done.err, done.err
