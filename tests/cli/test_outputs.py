@@ -29,7 +29,12 @@ WRONG = (
     *("chat --top-p nan", "inspect --text none", "demo --text none", "demo --model smollm2 --length 5"),
     *("eval nonsense", "eval needle --haystack none", "eval longbench --data-dir none", "eval longbench --profile x"),
     *("eval perplexity --text none", "eval perplexity --book 3", "eval gradients --loss x", "eval gradients --book 1"),
-    *("bench decode --context 99999999999999M", "bench decode --bits 4", "bench decode --methods x"),
+    *(
+        "bench decode --context 99999999999999M",
+        f"bench decode --context {'9' * 5000}",
+        "bench decode --bits 4",
+        "bench decode --methods x",
+    ),
     *("serve --host 0.0.0.0", "serve --max-age 0", "serve --disk-mib 5"),
 )
 """What can be known to be wrong before a model is loaded, which takes minutes if it is large."""

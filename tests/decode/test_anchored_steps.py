@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_mask_makes_no_step_wait(asked: list[int], graphs: Graphs) -> None:
-    """`generate` gives one at every step: all versions do for padded prompts, those before 5.24 for any."""
+    """`generate` gives one at every step: transformers 5.24 does for padded prompts, 5.17 for any."""
     model = adapted(memory="deltanet", window=12, sinks=3, max_distance=32)
     cache, ids = AHNCache.for_model(model), tokens(1, 120)
     with torch.no_grad():

@@ -244,7 +244,7 @@ def numbers(option: str, text: str) -> list[int]:
         digits, unit = part.strip(), 1
         if digits[-1:].lower() in UNITS:
             digits, unit = digits[:-1], UNITS[digits[-1].lower()]
-        if not digits.isdecimal() or not 1 <= int(digits) * unit <= LARGEST:
+        if not digits.isdecimal() or len(digits) > len(str(LARGEST)) or not 1 <= int(digits) * unit <= LARGEST:
             raise AHNError(
                 f"{option} takes numbers like 4096, 32k or 1M with commas between, {LARGEST:.0e} at most, got {text!r}."
             )
