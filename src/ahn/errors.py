@@ -31,6 +31,13 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for tensors: a GPU's error has a type of its own, a CPU's only its text."""
+    text = str(error)
+    full = "out of memory" in text or "can't allocate memory" in text
+    return type(error).__name__ == "OutOfMemoryError" or (full and isinstance(error, RuntimeError))
+
+
 def installed_version(package: str) -> str | None:
     """None if the package is not installed, as ahn itself may not be: its sources can be on the path."""
     import importlib.metadata  # every import of the package would wait for it

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import shellingham
+import torch
 
 from ahn.cli import main as main_function
 from ahn.cli.groups import ARGUMENTS, GROUPS
@@ -178,6 +179,23 @@ def test_output_that_cannot_be_written(command: str, told: str) -> None:
 def test_streams_that_are_closed() -> None:
     done = _shell("AHN --version <&- 2>&-")
     assert (done.returncode, done.stdout[:4]) == (0, "ahn ")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_memory_is_one_line(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    def command() -> None:
+        raise raised
+
+    monkeypatch.setattr(main, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(command=command)))
+    result = ahn_cli("env")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("ahn: The device has not enough memory") and result.err.count("\n") == 1
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,35 @@ def test_common_prefix(sequences: list[list[int]], shared: int) -> None:
     assert common_prefix(sequences) == shared
 
 
+# -- side by side --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("texts", PROMPTS.values(), ids=PROMPTS.keys())
+def test_prompts_side_by_side_have_the_answers_of_each_alone(evaluated: methods.Evaluated, texts: list[str]) -> None:
+    prompts = ids(*texts)
+    together = dict(Reader(evaluated.model).side_by_side(prompts, GREEDY))
+    assert together == {number: plain(evaluated, prompt) for number, prompt in prompts.items()}
+
+
+def test_an_answer_beside_longer_ones_ends_at_its_own_end(memory: methods.Evaluated) -> None:
+    prompts = ids(*PROMPTS["needles at depths"])
+    free = {number: plain(memory, prompt) for number, prompt in prompts.items()}
+    end = free[0][1]
+    found = dict(Reader(memory.model).side_by_side(prompts, Generation(6, (end,))))
+    assert found == {n: x[: x.index(end) + 1] if end in x else x for n, x in free.items()}
+    assert len(found[0]) < 6
+
+
+def test_a_repetition_penalty_does_not_see_what_stands_beside(memory: methods.Evaluated) -> None:
+    """Padding must be no new token of a row: here that would be the end token, which then would not be said."""
+    prompts = ids("abc " * 9, "Zyx")
+    generation = Generation(6, (0,), repetition_penalty=1.5)
+    reader = Reader(memory.model)
+    alone = {number: answer for n, x in prompts.items() for number, answer in reader.answers({n: x}, generation)}
+    assert dict(reader.side_by_side(prompts, generation)) == alone
+
+
 # -- generation ----------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +237,46 @@ def test_settings_of_the_model_stay_in_force(memory: methods.Evaluated) -> None:
     finally:
         model.generation_config.update(return_dict_in_generate=None, stop_strings=None)
     assert again == answer
+
+
+class Apart(Toy):
+    """Prompts with nothing in common, but for two."""
+
+    def __init__(self) -> None:
+        super().__init__(*((files.STORY[n:], f"Who {n}?") for n in (0, 9, 30, 30, 41, 50, 62)))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 99])
+def test_a_batch_changes_no_answer_and_is_a_configuration_of_its_own(
+    memory: methods.Evaluated, tmp_path: Path, batch: int
+) -> None:
+    (one,) = runner.run([Apart()], memory, tmp_path)
+    (together,) = runner.run([Apart()], memory, tmp_path, batch=batch)
+    rows = [(tmp_path / folder.name / "predictions.jsonl").read_text("utf-8") for folder in tmp_path.iterdir()]
+    assert len(rows) == 2 and rows[0] == rows[1] and one["digest"] != together["digest"]
+
+
+def test_a_batch_that_was_interrupted_is_answered_as_it_would_have_been(
+    memory: methods.Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    whole = Reader.side_by_side
+
+    def counted(self: Reader, prompts: Any, generation: Generation) -> Any:
+        seen.append(list(prompts))
+        return whole(self, prompts, generation)
+
+    monkeypatch.setattr(Reader, "side_by_side", counted)
+    runner.run([Apart()], memory, tmp_path, batch=3)
+    assert seen == [[0, 1, 4], [5, 6]]  # 2 and 3 share their text
+    (folder,) = tmp_path.iterdir()
+    result, rows = (folder / "result.json").read_text(), (folder / "predictions.jsonl").read_text("utf-8").splitlines()
+    (folder / "result.json").unlink()
+    (folder / "predictions.jsonl").write_text("\n".join(rows[:4]) + "\n", "utf-8")
+    seen.clear()
+    runner.run([Apart()], memory, tmp_path, batch=3)
+    assert seen == [[0, 1, 4], [5, 6]] and (folder / "result.json").read_text() == result
+    assert (folder / "predictions.jsonl").read_text("utf-8").splitlines() == rows
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

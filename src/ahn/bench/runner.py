@@ -16,7 +16,7 @@ from ahn.bench import decode, memory, prefill, train
 from ahn.bench.records import OK, OUT_OF_MEMORY, Log, Row
 from ahn.bench.stand import Skipped, Stand
 from ahn.config import AHNConfig
-from ahn.errors import AHNError
+from ahn.errors import AHNError, is_out_of_memory
 from ahn.measure.clock import release
 from ahn.measure.method import Method, forget_compiled
 
@@ -97,7 +97,7 @@ def _attempt(stand: Stand, measurement: str, method: Method, context: int, batch
 
 def _failure(error: Exception) -> Row:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return {"status": OUT_OF_MEMORY, "why": text}
     if isinstance(error, Skipped):
         return {"status": "skipped", "why": text}

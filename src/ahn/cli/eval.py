@@ -96,6 +96,10 @@ def run(
         int | None, typer.Option("--samples", min=1, help="Samples for each length and depth of generated tasks.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of generated tasks.")] = 0,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", min=1, help="Prompts that are answered together where they share no text."),
+    ] = 1,
     device: common.DeviceOption = None,
     dtype: common.DtypeOption = None,
     as_json: common.JsonOption = False,
@@ -141,7 +145,8 @@ def run(
     found = [task for spec in tasks for task in find(spec, **options, seed=seed, tokenizer=evaluated.tokenizer)]
     with common.progress() as bar:
         watcher = Bars(bar) if worker.first else Watcher()
-        results = runner.run(list({task.name: task for task in found}.values()), evaluated, out, limit, worker, watcher)
+        named = {task.name: task for task in found}
+        results = runner.run(list(named.values()), evaluated, out, limit, worker, watcher, batch)
     if not worker.first:
         return
     if as_json:

@@ -24,7 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ahn.cli.groups import GroupedCommand
 from ahn.cli.terminal import visible
-from ahn.errors import AHNError, installed_version
+from ahn.errors import AHNError, installed_version, is_out_of_memory
 from ahn.files import expanded
 from ahn.measure.tokens import ABANDONED
 
@@ -46,6 +46,10 @@ VERBS = {
 `app` if it has verbs of its own."""
 
 
+NO_MEMORY = (
+    "The device has not enough memory for this. Ask for less at once (--batch, --length, --window, as far as the verb "
+    "has them), for --dtype bfloat16, or for another --device."
+)
 STOPPED = 130
 """Exit status of a program that Ctrl-C ended."""
 IMPORT = "<frozen importlib._bootstrap>"
@@ -159,6 +163,11 @@ def main() -> None:
             _drop_output()
             told = ": ".join(filter(None, (error.filename and str(error.filename), error.strerror))) or told
         print("ahn:", visible(" ".join(told.split())), file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"ahn: {NO_MEMORY}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code == STOPPED:

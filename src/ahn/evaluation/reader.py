@@ -92,6 +92,41 @@ class Reader:
         """
         yield from self._fork(dict(prompts), set(prompts if wanted is None else wanted), generation, None, 0)
 
+    @torch.inference_mode()
+    def side_by_side(self, prompts: Prompts, generation: Generation) -> Iterator[tuple[int, list[int]]]:
+        """The answer to each prompt: its number and new token ids; all are read, and answered, at the same time.
+
+        As many tokens as all of them have are read without padding, which is faster. What is left of each prompt comes
+        behind padding, so memory and time are those of the longest. On a GPU an answer can differ from that of the
+        prompt alone, since a batch's sums are rounded otherwise.
+
+        Args:
+            prompts: of one token or more.
+        """
+        common, width = min(map(len, prompts.values())) - 1, max(map(len, prompts.values()))
+        # Padding repeats a token of its own row: a repetition penalty counts what stands there.
+        rows = [ids[:common] + [ids[0]] * (width - len(ids)) + ids[common:] for ids in prompts.values()]
+        tokens = torch.tensor(rows, device=self.model.device)
+        mask = torch.ones_like(tokens)
+        for row, ids in zip(mask, prompts.values(), strict=True):
+            row[common : common + width - len(ids)] = 0
+        cache = new_cache(self.model, len(rows))
+        for start, stop in self._pieces(common, width):
+            hidden = {} if stop <= common else _padded(mask[:, :stop], start)
+            given = {"input_ids": tokens[:, start:stop], "use_cache": True, "logits_to_keep": 1, private.CACHE: cache}
+            self.model(**given, **hidden)
+            self.progress(stop, width)
+        given = {"input_ids": tokens, "attention_mask": mask, private.CACHE: cache}
+        output = generated(self.model, self.tokenizer, **given, **generation.arguments())
+        self.progress(width, width)
+        for number, answer in zip(prompts, output[:, width:].tolist(), strict=True):
+            yield number, _ended(answer, generation.ends)
+
+    def _pieces(self, common: int, width: int) -> Iterator[tuple[int, int]]:
+        """What is read before `generate`, which reads the rest: at most a chunk, and no padding together with text."""
+        for start, stop in ((0, common), (common, max(common, width - self.chunk))):
+            yield from ((at, min(at + self.chunk, stop)) for at in range(start, stop, self.chunk))
+
     def _fork(
         self, prompts: dict[int, list[int]], wanted: set[int], generation: Generation, cache: Any, read: int
     ) -> Iterator[tuple[int, list[int]]]:
@@ -175,6 +210,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     """Token ids that end an answer: what the model's generation settings name, and the tokenizer's own."""
     named = model.generation_config.eos_token_id
     return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+
+
+def _padded(mask: Tensor, start: int) -> dict[str, Tensor]:
+    """Arguments of a forward for the tokens from `start` on of rows of which mask (B, L) says what is no padding."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": mask, "position_ids": positions[:, start:]}
+
+
+def _ended(answer: list[int], ends: Collection[int]) -> list[int]:
+    """An answer up to its first end token: others of the same batch were longer."""
+    last = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: last + 1]
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:

@@ -3,7 +3,7 @@
 config.json               everything that can change a score, with its digest, and where things came from
 predictions.jsonl         a line per sample, without contexts; `predictions.N.jsonl` of each process until all are done
 result.json               the task's figures; no times, so that it is the same however often the run was interrupted
-timing.N.jsonl            seconds and tokens of each sample
+timing.N.jsonl            seconds of each sample; where several are answered together, of the first for all
 """
 
 from __future__ import annotations

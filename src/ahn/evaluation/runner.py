@@ -63,10 +63,12 @@ def run(
     limit: int | None = None,
     worker: Worker | None = None,
     watcher: Watcher | None = None,
+    batch: int = 1,
 ) -> list[dict[str, Any]]:
     """Run tasks and return their results, in order. What earlier runs of the same configuration did is not repeated.
 
     Args:
+        batch: prompts that are answered together, where they have no context in common.
         worker: this process's part; only the first worker waits for the others and returns results.
     """
     worker, watcher = worker or Worker.from_environment(), watcher or Watcher()
@@ -74,7 +76,7 @@ def run(
     open_jobs: list[Job] = []
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        folder = ResultFolder(out, *describe(task, evaluated, limit))
+        folder = ResultFolder(out, *describe(task, evaluated, limit, batch))
         groups = plan(task, limit) if folder.result is None else ()  # bad data show before there is a folder
         folder.open()
         finished = folder.result
@@ -82,7 +84,7 @@ def run(
             results[task.name] = finished
             continue
         job = Job(task, folder, groups)
-        _answer(job, evaluated, reader, worker, watcher)
+        _answer(job, evaluated, reader, worker, watcher, batch)
         open_jobs.append(job)
         if worker.first:
             _finish(open_jobs, results)
@@ -95,13 +97,17 @@ def run(
     return [results[task.name] for task in tasks]
 
 
-def describe(task: Task, evaluated: Evaluated, limit: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe(
+    task: Task, evaluated: Evaluated, limit: int | None, batch: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that can change a task's score, and what else is worth knowing."""
     generation = Generation.of(evaluated.model, evaluated.tokenizer, task.max_new_tokens, task.stops)
     settings = task.common_settings() | evaluated.settings | {"limit": limit}
     settings["chat_template"] = task.chat_template and bool(evaluated.tokenizer.chat_template)
     settings["generation"] = dataclasses.asdict(generation) | {"ends": list(generation.ends), "greedy": True}
     settings["task_settings"] = task.settings()
+    if batch > 1:  # results from before there was a batch are of one prompt at a time
+        settings["batch"] = batch
     settings["versions"] = {name: installed_version(name) for name in PACKAGES}
     return settings, evaluated.about
 
@@ -120,7 +126,7 @@ def plan(task: Task, limit: int | None) -> tuple[tuple[int, ...], ...]:
     return tuple(groups)
 
 
-def _answer(job: Job, evaluated: Evaluated, reader: Reader, worker: Worker, watcher: Watcher) -> None:
+def _answer(job: Job, evaluated: Evaluated, reader: Reader, worker: Worker, watcher: Watcher, batch: int) -> None:
     """Answer what is this worker's and not done."""
     share, done = job.share(worker), job.folder.rows().keys()
     watcher.started(job.task, len(share), len(share & done))
@@ -128,18 +134,36 @@ def _answer(job: Job, evaluated: Evaluated, reader: Reader, worker: Worker, watc
         return
     generation = Generation.of(evaluated.model, evaluated.tokenizer, job.task.max_new_tokens, job.task.stops)
     with Shard(job.folder, worker.rank) as shard:
-        for group in _groups(job):
-            wanted = group.keys() & share - done
+        for group in _batches(_groups(job, share), batch):
+            wanted = group.keys() - done
             if wanted:
                 for row, timing in _rows(job.task, group, wanted, evaluated, reader, generation):
                     shard.append(row, timing)
                     watcher.answered()
 
 
-def _groups(job: Job) -> Iterator[dict[int, Sample]]:
+def _groups(job: Job, share: set[int]) -> Iterator[dict[int, Sample]]:
+    """Of each group of a worker its samples by their indices."""
     samples = islice(job.task.samples(), job.samples)
     for indices in job.groups:
-        yield dict(zip(indices, samples, strict=False))
+        group = dict(zip(indices, samples, strict=False))
+        if group.keys() <= share:
+            yield group
+
+
+def _batches(groups: Iterator[dict[int, Sample]], batch: int) -> Iterator[dict[int, Sample]]:
+    """Samples to answer together: those of a group, or `batch` samples that are each alone in theirs."""
+    alone: dict[int, Sample] = {}
+    for group in groups:
+        if len(group) > 1:
+            yield group
+            continue
+        alone |= group
+        if len(alone) == batch:
+            yield alone
+            alone = {}
+    if alone:
+        yield alone
 
 
 def _rows(
@@ -148,8 +172,13 @@ def _rows(
     """Rows and times of the wanted samples of a group."""
     encoded = {index: encode(sample.prompt, task, evaluated.tokenizer) for index, sample in group.items()}
     prompts = {index: ids for index, (ids, _) in encoded.items()}
+    shared = len({sample.context for sample in group.values()}) == 1
     before = time.perf_counter()
-    for index, new in reader.answers(prompts, generation, wanted):
+    # A batch is answered whole, though an earlier run may have some of it: an answer depends on what stands beside it.
+    found = reader.answers(prompts, generation, wanted) if shared else reader.side_by_side(prompts, generation)
+    for index, new in found:
+        if index not in wanted:
+            continue
         sample, now = group[index], time.perf_counter()
         prediction = evaluated.tokenizer.decode(new, skip_special_tokens=True)
         row = {
@@ -163,7 +192,7 @@ def _rows(
             "new_tokens": len(new),
             "extra": dict(sample.extra),
         }
-        yield row, {"index": index, "seconds": round(now - before, 4)}
+        yield row, {"index": index, "seconds": round(now - before, 4)}  # of a batch the first has all
         before = time.perf_counter()
 
 
