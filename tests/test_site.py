@@ -79,7 +79,7 @@ def test_a_notebook_becomes_a_page_with_what_it_printed_and_drew(hooks: ModuleTy
 
 
 def test_a_picture_leads_to_itself(hooks: ModuleType) -> None:
-    """A column of text is narrower than a figure with two panels."""
+    """On a phone its letters are small."""
     page = SimpleNamespace(file=SimpleNamespace(src_uri="results.md"))
     text = "![a figure](images/demo.png)\n\n```text\n![a](b.png)\n```\nsee ![this](images/ahn.svg)\n"
     made = hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=None), None)

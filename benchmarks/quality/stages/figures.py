@@ -7,6 +7,7 @@ others from the rows in benchmarks/results.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ahn.measure import plots
 from ahn.measure.intervals import wilson
-from ahn.measure.plots import DASHED, INK, MUTED, WIDTH, finish, new_figure, save
+from ahn.measure.plots import DASHED, MUTED, WIDTH, finish, heat_map, heat_map_columns, new_figure, save
 
 from .rows import FULL, WINDOW, Group, Results
 
@@ -28,7 +29,19 @@ MARKERS = "D^vPpXso*"
 FIXED = {FULL: (plots.FULL, "-"), WINDOW: (MUTED, "-"), "ct_max": (MUTED, "--"), "ct_avg": (MUTED, ":")}
 """Colour and line of what has no parameters: no marks, so that the others stand out."""
 SHADE = "shade: lowest to highest seed"
-NAMES = {FULL: "full attention", WINDOW: "sinks + window", "ct_max": "CT-max", "ct_avg": "CT-avg"}
+NAMES = {
+    FULL: "full attention",
+    WINDOW: "sinks + window",
+    "ct_max": "CT-max",
+    "ct_avg": "CT-avg",
+    "gated_deltanet": "Gated DeltaNet",
+    "routed_deltanet": "Routed DeltaNet",
+    "deltanet": "DeltaNet",
+    "mamba2": "Mamba2",
+    "-long": ", 1,000 steps",
+    "+": ", ",
+}
+"""What the parts of a method's name are called in a figure."""
 
 
 def draw(results: Results, folder: Path) -> list[str]:
@@ -45,13 +58,13 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 
 def cost(results: Results) -> Figure | None:
-    """Loss above full attention's and facts recalled by bytes of the cache, a line a method, a mark a budget.
+    """Loss above full attention's and facts recalled by bytes of the cache, a line per method, a mark per budget.
 
     Both are of tokens and facts that lie beyond the largest budget, so that all marks measure the same.
     """
     context, most = results.places(far=False)[-1]
     kept = ", ".join(str(budget) for length, budget in results.places(far=False) if length == context)
-    title = f"Loss and facts by bytes of the cache; {kept} tokens kept, {context} read, {_texts(results, context)}"
+    title = f"Loss and facts by bytes of the cache; {kept} tokens kept of {context}, {_texts(results, context)}"
     figure, (losses, facts) = new_figure(2, title)
     for method in _methods(results, baselines=True):
         groups = [group for group in results.groups if group.method == method and group.context == context]
@@ -63,7 +76,7 @@ def cost(results: Results) -> Figure | None:
                 axis.plot(kib, [value(group, most) for group in groups], **style)
                 single = [[value(group, most) for group in each] for each in seeds]
                 axis.vlines(kib, list(map(min, single)), list(map(max, single)), color=style["color"], linewidth=WIDTH)
-    losses.set_ylabel("nats a token above full attention's")
+    losses.set_ylabel("nats per token above full attention's")
     facts.set_ylabel("% recalled")
     losses.set_title(f"Loss from token {most} on (lower is better)", fontsize=10, loc="left")
     facts.set_title(f"Facts stated {most} tokens ago or earlier", fontsize=10, loc="left")
@@ -71,16 +84,16 @@ def cost(results: Results) -> Figure | None:
         axis.set_ylim(bottom=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xlabel("KiB of cache at the end, states and all")
+        axis.set_xlabel("cache at the end (KiB)")
     finish(figure, [losses, facts], ["upright: lowest to highest seed"])
     return figure
 
 
 def won_back(results: Results) -> Figure | None:
-    """Share of the gap won back with intervals, a panel a budget."""
+    """Share of the gap won back with intervals, a panel per budget."""
     places = results.places(far=False)
     figure, axes = new_figure(len(places), "Loss won back between sinks + window (0 %) and full attention (100 %)")
-    figure.set_figheight(1.6 + 0.36 * len(_methods(results)))
+    figure.set_figheight(0.4 + (1.2 + 0.36 * len(_methods(results))) * len(places))
     for axis, (context, budget) in zip(axes, places, strict=True):
         groups = [group for group in results.at(context, budget) if group.method in _methods(results)]
         for place, group in enumerate(groups):
@@ -97,10 +110,10 @@ def won_back(results: Results) -> Figure | None:
 
 
 def recall(results: Results) -> Figure | None:
-    """Facts recalled by distance, a panel a budget."""
+    """Facts recalled by distance, a panel per budget."""
     places = results.places(far=False)
     asked = sum(number for _, number in results.at(*places[0])[0].first["recall"].values())
-    figure, axes, into = _panels(places, f"Facts recalled, by how long ago they were stated: {asked:,} facts")
+    figure, axes = new_figure(len(places), f"Facts recalled, by how long ago they were stated: {asked:,} facts")
     for axis, (context, budget) in zip(axes, places, strict=True):
         groups = _shown(results, context, budget)
         buckets = list(groups[0].first["recall"])
@@ -118,39 +131,39 @@ def recall(results: Results) -> Figure | None:
         axis.set_ylabel("% recalled")
         axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
     notes = ["upright: 95 % intervals over facts", "dashed, upright: tokens kept", "dotted, level: chance"]
-    finish(figure, axes, notes, into)
+    finish(figure, axes, notes)
     return figure
 
 
 def positions(results: Results) -> Figure | None:
-    """Loss above full attention's by position in the text, a panel a budget."""
+    """Loss above full attention's by position in the text, a panel per budget."""
     places = results.places(far=False)
     title = f"Loss above full attention's, by position (lower is better): {_texts(results, places[0][0])}"
-    figure, axes, into = _panels(places, title)
+    figure, axes = new_figure(len(places), title)
     for axis, (context, budget) in zip(axes, places, strict=True):
         _by_position(results, axis, context, budget)
-    finish(figure, axes, [SHADE], into)
+    finish(figure, axes, [SHADE])
     return figure
 
 
 def far(results: Results) -> Figure | None:
-    """Loss by position in long texts, beyond what the base model was trained for, a panel a length."""
+    """Loss by position in long texts, beyond what the base model was trained for, a panel per length."""
     places = results.places(far=True)
     if not places:
         return None
-    figure, axes, into = _panels(places, "Loss by position in long texts (lower is better)")
+    figure, axes = new_figure(len(places), "Loss by position in long texts (lower is better)")
     for axis, (context, budget) in zip(axes, places, strict=True):
         _by_position(results, axis, context, budget, above=False)
-    finish(figure, axes, [SHADE], into)
+    finish(figure, axes, [SHADE])
     return figure
 
 
 def repeats(results: Results) -> Figure | None:
-    """Loss above full attention's by how long ago a pair of tokens was last seen, a panel a budget."""
+    """Loss above full attention's by how long ago a pair of tokens was last seen, a panel per budget."""
     places = results.places(far=False)
-    title = "Loss above full attention's, by how long ago the token last followed the same token\n"
+    title = "Loss above full attention's, by how long ago the token last followed the same token "
     title += f"(lower is better): {_texts(results, places[0][0])}"
-    figure, axes, into = _panels(places, title)
+    figure, axes = new_figure(len(places), title)
     for axis, (context, budget) in zip(axes, places, strict=True):
         groups = _shown(results, context, budget)
         names = [name for name in groups[0].full["loss_by_repeat"]]
@@ -161,14 +174,14 @@ def repeats(results: Results) -> Figure | None:
         highs = [*names[2:], str(context)]
         axis.set_xticks(range(len(names)), ["never", *[f"≤{_short(int(high))}" for high in highs]])
         axis.set_xlabel("tokens ago")
-        axis.set_ylabel("nats a token")
+        axis.set_ylabel("nats per token")
         axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
-    finish(figure, axes, [SHADE], into)
+    finish(figure, axes, [SHADE])
     return figure
 
 
 def needles(results: Results) -> Figure | None:
-    """Single facts found, by length of the text and depth of the fact: a map a method, at the middle budget."""
+    """Single facts found, by length of the text and depth of the fact: a map per method, at the middle budget."""
     budgets = sorted({budget for _, budget in results.places(far=False)})
     budget = budgets[len(budgets) // 2]
     cells = {method: dict(_cells(results, method, budget)) for method in _methods(results, baselines=True)}
@@ -177,29 +190,22 @@ def needles(results: Results) -> Figure | None:
         return None
     lengths = sorted({length for found in cells.values() for length, _ in found})
     depths = sorted({depth for found in cells.values() for _, depth in found})
-    rows = -(-len(cells) // 5)
-    columns = -(-len(cells) // rows)
+    columns = heat_map_columns(len(lengths), len(cells))
     asked = [group.needles(length, depth)[1] for group in results.groups if group.budget == budget
              for length, grid in group.first["needles"].items() for depth in grid]  # fmt: skip
-    texts = f"{min(asked)} to {max(asked)} texts in each cell" if len(set(asked)) > 1 else f"{asked[0]} texts a cell"
-    figure, axes = new_figure(columns, f"% of single facts found, {budget} tokens kept exactly: {texts}", rows)
-    figure.set_size_inches(1.2 + (0.9 + 0.42 * len(lengths)) * columns, 1 + 2.4 * rows)
-    for axis in axes[len(cells) :]:
-        axis.set_visible(False)
-    for number, (axis, (method, found)) in enumerate(zip(axes, cells.items(), strict=False)):
-        grid = np.array([[found.get((length, depth), np.nan) for length in lengths] for depth in depths])
-        axis.grid(False)
-        image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
-        for (row, column), share in np.ndenumerate(grid):
-            if not np.isnan(share):
-                ink = "white" if share >= 0.5 else INK
-                axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=8)
-        axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], fontsize=8)
-        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if number % columns == 0 else [])
-        axis.set_title(NAMES.get(method, method), fontsize=9)
+    texts = (
+        f"{min(asked)} to {max(asked)} texts in each cell" if len(set(asked)) > 1 else f"{asked[0]} texts in each cell"
+    )
+    figure, axes = new_figure(len(cells), f"% of single facts found, {budget} tokens kept exactly: {texts}", columns)
+    figure.set_figheight(1 + (0.4 + 0.25 * len(depths)) * -(-len(cells) // columns))
+    for number, (axis, (method, found)) in enumerate(zip(axes, cells.items(), strict=True)):
+        grid = [[100 * found.get((length, depth), np.nan) for length in lengths] for depth in depths]
+        heat_map(axis, grid, list(map(_short, lengths)), [f"{100 * depth:.0f}" for depth in depths])
+        if number % columns:
+            axis.set_yticks([])
+        axis.set_title(_name(method), fontsize=10)
     figure.supylabel("stated at % of the text", fontsize=9)
     figure.supxlabel("tokens of text before the question", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 
@@ -212,7 +218,7 @@ def ablations(results: Results) -> Figure | None:
     names = list(dict.fromkeys(group.method for group, _ in pairs))
     texts = _texts(results, pairs[0][0].context)
     figure, axes = new_figure(2, f"Trained in other ways: difference to the recipe's own (positive is worse): {texts}")
-    figure.set_figheight(1.6 + 0.45 * len(names))
+    figure.set_figheight(0.4 + 2 * (1.2 + 0.45 * len(names)))
     for axis, key, title in zip(axes, ("chunk_losses", "chunk_kl"), ("loss", "KL from full attention"), strict=True):
         for group, reference in pairs:
             number = budgets.index(group.budget)
@@ -222,17 +228,10 @@ def ablations(results: Results) -> Figure | None:
             _whisker(axis, difference, place, COLOURS[number], MARKERS[number], label)
         _names(axis, names)
         axis.axvline(0, color=MUTED, linewidth=1)
-        axis.set_xlabel("thousandths of a nat a token")
+        axis.set_xlabel("thousandths of a nat per token")
         axis.set_title(title, fontsize=10, loc="left")
     finish(figure, axes, ["lines: 95 % intervals"])
     return figure
-
-
-def _panels(places: Sequence[tuple[int, int]], title: str) -> tuple[Figure, list[Any], Any]:
-    """A panel for each context and budget, and one for the legend where it fills the last row; else None."""
-    rows = 1 + (len(places) > 2)
-    figure, axes = new_figure(-(-len(places) // rows), title, rows)
-    return figure, axes[: len(places)], axes[len(places)] if len(axes) > len(places) else None
 
 
 def _loss(group: Group, first: int) -> float:
@@ -269,7 +268,7 @@ def _by_position(results: Results, axis: Any, context: int, budget: int, above: 
     axis.set_ylim(low, top + 0.08 * (top - low))  # full attention may leave it beyond the lengths that the base knows
     axis.set_xticks(range(0, context + 1, context // 4), [_short(part * context / 4) for part in range(5)])
     axis.set_xlabel("position in the text, tokens")
-    axis.set_ylabel("nats a token")
+    axis.set_ylabel("nats per token")
     axis.set_title(f"{budget} tokens kept, {context} read", fontsize=10, loc="left")
 
 
@@ -297,7 +296,7 @@ def _cells(results: Results, method: str, budget: int) -> Iterator[tuple[tuple[i
 
 def _style(results: Results, group: Group) -> dict[str, Any]:
     """Colour, mark and name of a method, the same in every figure. One memory has one colour, however trained."""
-    name = {"label": NAMES.get(group.method, group.method)}
+    name = {"label": _name(group.method)}
     if group.method in FIXED:
         colour, line = FIXED[group.method]
         return name | {"color": colour, "linestyle": line, "linewidth": WIDTH, "marker": ""}
@@ -317,8 +316,12 @@ def _whisker(
     axis.plot(value, place, marker, color=colour, markersize=6, label=label)
 
 
+def _name(method: str) -> str:
+    return re.sub("|".join(map(re.escape, NAMES)), lambda part: NAMES[part[0]], method)
+
+
 def _names(axis: Any, methods: Sequence[str]) -> None:
-    axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods])
+    axis.set_yticks(range(len(methods)), [_name(method) for method in methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
 
 

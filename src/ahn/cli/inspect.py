@@ -38,11 +38,11 @@ def command(
 ) -> None:
     """Look into a memory while it reads a text.
 
-    One table has a line a layer: how strongly it writes, how large its states
+    One table has a line per layer: how strongly it writes, how large its states
     are at the end, how many of its heads remember longer than the window
     (half of what they hold outlives as many writes), and what its reads add
-    to the residual stream next to exact attention. The other has a line a kind
-    of token: numbers, names, keywords, operators, whitespace, strings and
+    to the residual stream next to exact attention. The other has a line per
+    kind of token: numbers, names, keywords, operators, whitespace, strings and
     comments. The figures show the same over time.
 
     \b
@@ -53,10 +53,9 @@ def command(
     from ahn.cli.session import open_session
     from ahn.inspect import record, token_kinds
     from ahn.measure.reading import chunk_size, in_chunks, new_cache
-    from ahn.tiny.corpus import held_out_text
 
     check_folder(out)
-    name, content = _longest(held_out_text()) if text is None else (text.name, read_text(text))
+    name, content = _longest_module() if text is None else (text.name, read_text(text))
     session = open_session(model, adapter, device, dtype, window=window, sinks=sinks, quantized=0)
     ids = session.encode(content, start=True)[:length]
     if len(ids) <= window + sinks:
@@ -81,8 +80,12 @@ def command(
     common.out.print(f"Wrote {', '.join(files)}.")
 
 
-def _longest(texts: list[tuple[str, str]]) -> tuple[str, str]:
-    return max(texts, key=lambda entry: len(entry[1]))
+def _longest_module() -> tuple[str, str]:
+    """File name and source, of those that the shipped model was not trained on."""
+    from ahn.tiny.corpus import held_out_text
+
+    name, source = max(held_out_text(), key=lambda entry: len(entry[1]))
+    return f"{name}.py", source
 
 
 def _layers(trace: Trace) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def book_figure(results: Sequence[BookResult], bin_size: int, trained: int, titl
     cache.set_title("Cache (MiB)", fontsize=10, loc="left")
     cache.set_ylim(bottom=0)
     for axis in (text, cache):
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, ends[-1])
         label = f"{trained:,} tokens: the trained length"
         axis.axvline(trained, color=MUTED, linestyle=DASHED, linewidth=1, label=label)
         axis.set_xlabel("position in the book (tokens)")

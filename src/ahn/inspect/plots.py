@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BINS = 200
 """Columns of a picture over time, at most."""
+NAMED = 12
+"""Layers whose number stands at an axis, at most."""
 
 
 def strength_figure(trace: Trace, title: str, row: int = 0) -> Figure:
@@ -31,7 +33,7 @@ def strength_figure(trace: Trace, title: str, row: int = 0) -> Figure:
     extent = (edges[0], edges[-1], len(rows), 0)
     picture = axis.imshow(rows.numpy(), aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
     figure.colorbar(picture, ax=axis, label="write strength")
-    axis.set_yticks([heads * (n + 0.5) for n in range(len(writes))], [str(layer) for layer in writes])
+    axis.set_yticks(*_some([heads * (n + 0.5) for n in range(len(writes))], list(writes)))
     for n in range(1, len(writes)):
         axis.axhline(heads * n, color="white", linewidth=0.8)
     axis.set_ylabel("layer (a line per head)")
@@ -68,7 +70,7 @@ def read_figure(trace: Trace, title: str, row: int = 0) -> Figure:
         axis.bar(n, _ratio(r.memory[row, real], r.exact[row, real]), color=AHN, alpha=0.8, label=None if n else "layer")
         heads = [_ratio(m[real], e[real]) for m, e in zip(r.head_memory[row], r.head_exact[row], strict=True)]
         axis.plot([n] * len(heads), heads, "o", color=INK, markersize=4, label=None if n else "its heads")
-    axis.set_xticks(range(len(reads)), [str(layer) for layer in reads])
+    axis.set_xticks(*_some(range(len(reads)), list(reads)))
     axis.set_xlabel("layer")
     axis.set_ylabel("read, as a multiple of exact attention")
     finish(figure, [axis])
@@ -85,6 +87,12 @@ def kind_figure(kinds: Sequence[KindWrites], title: str) -> Figure:
     update.set_title("Update of the state, relative to the head's mean", fontsize=10, loc="left")
     update.axvline(1, color=INK, linestyle=DASHED, linewidth=1)
     return figure
+
+
+def _some(places: Sequence[float], layers: Sequence[int]) -> tuple[Sequence[float], list[str]]:
+    """Places and names of so few layers, evenly apart, that the names do not touch."""
+    step = -(-len(layers) // NAMED)
+    return places[::step], [str(layer) for layer in layers[::step]]
 
 
 def _bars(axis: Any, kinds: Sequence[KindWrites], means: Sequence[Mean], colour: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,13 @@ UNITS = {
 }
 TURN = 4.0
 """Length of a dash where lines coincide, in widths of a line."""
+PAGE, PANEL = 7.2, 2.8
+"""Width of every figure and height of a panel, in inches: a page shows a figure some 700 pixels wide, and letters of 8
+points are then as large as its text's smallest."""
+LETTER, HANDLE, ENTRY = 0.08, 0.62, 0.2
+"""Of a legend, in inches: width of a letter, of a line with the space around it, and height of an entry."""
+NUMBERED = 144
+"""Cells of a heat map up to which each shows its number."""
 
 
 def colours(kinds: Mapping[str, str]) -> dict[str, str]:
@@ -57,29 +66,36 @@ def colours(kinds: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def new_figure(panels: int, title: str, rows: int = 1) -> tuple[Figure, list[Any]]:
-    """A figure with panels side by side in each of its rows, and their axes row by row."""
+def new_figure(panels: int, title: str, columns: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure as wide as a page's text, and the axes of its panels.
+
+    Args:
+        panels: below each other, or row by row in `columns`.
+        title: broken into lines where it is longer than the figure is wide.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * panels, 4.2 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
-    for axis in axes:
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(PAGE, 0.4 + PANEL * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, which="major", color="#e6e8eb", linewidth=0.8)
         axis.set_axisbelow(True)
-    figure.suptitle(title, fontsize=12)
-    return figure, axes
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    figure.suptitle(textwrap.fill(title, 80), fontsize=11)
+    return figure, axes[:panels]
 
 
-def finish(figure: Figure, axes: Sequence[Any], notes: Sequence[str] = (), into: Any = None) -> None:
-    """Mark lines that coincide, and put one legend for all panels beside them, where no curve is.
+def finish(figure: Figure, axes: Sequence[Any], notes: Sequence[str] = ()) -> None:
+    """Mark lines that coincide, and put one legend for all panels below them, where no curve is.
 
     Call it when all is drawn: whether lines coincide depends on the limits of the axes.
 
     Args:
         axes: whose lines have labels; of one label the first counts.
-        notes: more lines under the legend, such as what a shade means.
-        into: an empty panel that takes the legend.
+        notes: more lines after the legend's, such as what a shade means.
     """
     from matplotlib.lines import Line2D
 
@@ -94,13 +110,43 @@ def finish(figure: Figure, axes: Sequence[Any], notes: Sequence[str] = (), into:
     marked = [_mark_coincident(axis) for axis in axes]
     notes = [*notes, *(["dashes in turn: lines that coincide"] if any(marked) else [])]
     empty = Line2D([], [], linestyle="none")
-    entries = [*handles.values(), *(empty for _ in notes)], [*handles, *notes]
-    if into is not None:
-        into.axis("off")
-        into.legend(*entries, loc="center left", frameon=False, fontsize=9)
-        return
-    figure.legend(*entries, loc="outside right center", frameon=False, fontsize=9)
-    figure.set_figwidth(figure.get_figwidth() + 0.5 + 0.075 * max(map(len, entries[1])))
+    labels = [*handles, *notes]
+    columns = max(1, int(PAGE / (HANDLE + LETTER * max(map(len, labels)))))
+    figure.legend(
+        [*handles.values(), *(empty for _ in notes)],
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.set_figheight(figure.get_figheight() + 0.1 + ENTRY * -(-len(labels) // columns))
+
+
+def heat_map(axis: Any, shares: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]) -> Any:
+    """Draw percentages as colours and, where there are few, as numbers; return the picture.
+
+    Args:
+        shares: from 0 to 100, row by row; NaN where nothing was measured.
+    """
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    image = axis.imshow(shares, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, fontsize=9)
+    axis.set_yticks(range(len(rows)), rows, fontsize=9)
+    axis.tick_params(length=0)
+    if len(columns) * len(rows) <= NUMBERED:
+        for row, line in enumerate(shares):
+            for column, share in enumerate(line):
+                if not math.isnan(share):
+                    ink = "white" if share >= 50 else FULL
+                    axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=ink)
+    return image
+
+
+def heat_map_columns(cells: int, maps: int) -> int:
+    """How many heat maps with so many cells in a row fit beside each other, their numbers readable."""
+    return max(1, min(maps, 3, int(PAGE / (0.3 * cells + 0.6))))
 
 
 def plain_numbers(axis: Any) -> None:

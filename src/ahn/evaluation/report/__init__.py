@@ -57,7 +57,7 @@ class _Report:
         if scores is not None:
             self._table("scores", scores)
         for label, group in self.comparison.of("needle"):
-            self._figure(label, figures.heat_maps(f"Needles by depth and length: {label}", group))
+            self._figure(label, figures.heat_maps(f"% of needles found by depth and length: {label}", group))
         for benchmark in BENCHMARKS_BY_LENGTH:
             curve = figures.by_length(benchmark, self.comparison)
             if curve is not None:

@@ -9,65 +9,55 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.evaluation.report.collect import Column, ResultTable, Row, StoredResult
 from ahn.evaluation.tasks.generated import tokens_of
-from ahn.measure.plots import AHN, DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers, unit_ticks
+from ahn.measure.plots import (
+    AHN,
+    DASHED,
+    MUTED,
+    NUMBERED,
+    WIDTH,
+    colours,
+    finish,
+    heat_map,
+    heat_map_columns,
+    new_figure,
+    plain_numbers,
+    unit_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = {"ct-max": "--", "ct-avg": ":"}
 """Baselines that are grey, as sinks + window is, and told apart by their lines."""
-MOST_NUMBERED = 144
-"""Cells of a heat map up to which each shows its number."""
 
 Group = Sequence[tuple[Row, StoredResult]]
 
 
 def heat_maps(title: str, group: Group) -> Figure:
     """Scores by depth and length, one map per row; the line is where a needle leaves the window."""
-    from matplotlib.figure import Figure
-
     lengths = sorted({cell["length"] for _, result in group for cell in result.figures["grid"]})
     depths = sorted({cell["depth"] for _, result in group for cell in result.figures["grid"]})
-    across = min(len(group), 3)
-    down = -(-len(group) // across)
-    width, height = 1.1 + 0.62 * len(lengths), 1.0 + 0.34 * len(depths)
-    figure = Figure(figsize=(max(6.4, width * across + 0.9), height * down + 0.7), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    image: Any = None
-    for place, axis in enumerate(axes.flat):
-        if place >= len(group):
-            axis.set_visible(False)
-            continue
-        row, result = group[place]
-        image = _heat_map(axis, row, result, lengths, depths)
-        axis.tick_params(labelbottom=place + across >= len(group), length=0)
-        if place + across >= len(group):
-            axis.set_xlabel("tokens", fontsize=9)
-        if place % across == 0:
-            axis.set_ylabel("depth (%)", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, aspect=30)
-    bar.outline.set_visible(False)
-    bar.set_label("found (%)", fontsize=9)
     samples = [cell.get("samples") for _, one in group for cell in one.figures["grid"]]
     counted = f": {samples[0]} texts in each cell" if samples.count(samples[0]) == len(samples) else ""
-    figure.suptitle(title + counted, fontsize=12)
+    columns = heat_map_columns(len(lengths), len(group))
+    figure, axes = new_figure(len(group), title + counted, columns)
+    figure.set_figheight(1 + (0.6 + 0.23 * len(depths)) * -(-len(group) // columns))
+    for place, (axis, (row, result)) in enumerate(zip(axes, group, strict=True)):
+        image = _heat_map(axis, row, result, lengths, depths)
+        if place % columns:
+            axis.set_yticks([])
+    figure.supxlabel("tokens of the text (below the orange line the needle is in the window)", fontsize=9)
+    figure.supylabel("depth of the needle (%)", fontsize=9)
+    if len(lengths) * len(depths) > NUMBERED:
+        figure.colorbar(image, ax=axes, shrink=0.6, label="found (%)").outline.set_visible(False)
     return figure
 
 
 def _heat_map(axis: Any, row: Row, result: StoredResult, lengths: list[int], depths: list[float]) -> Any:
     cells = {(cell["length"], cell["depth"]): cell["score"] for cell in result.figures["grid"]}
     grid = [[cells.get((length, depth), math.nan) for length in lengths] for depth in depths]
-    image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
-    for side in axis.spines.values():
-        side.set_visible(False)
-    axis.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], fontsize=8)
-    axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+    image = heat_map(axis, grid, list(map(_tokens, lengths)), [f"{depth:g}" for depth in depths])
     axis.set_title(f"{row.label}: {result.figures['score']:.1f} %", fontsize=10, loc="left")
-    if len(lengths) * len(depths) <= MOST_NUMBERED:
-        for (length, depth), score in cells.items():
-            colour = "white" if score >= 50 else "#303a44"
-            place = (lengths.index(length), depths.index(depth))
-            axis.text(*place, f"{score:.0f}", ha="center", va="center", fontsize=7, color=colour)
     if row.settings.get("window"):
         _window_edge(axis, row.settings["window"], lengths, depths)
     return image
@@ -123,46 +113,44 @@ def long_document(title: str, group: Group) -> Figure:
 
     Text differs more from page to page than methods do, so perplexity is also shown as a share of a baseline's.
     """
-    figure, panels = new_figure(3, f"{title} (1 text)", rows=2)
-    axes = panels[:3], panels[3:]
-    own = row_colours([row for row, _ in group])
     baseline = next((result.lines("positions.jsonl") for row, result in group if row.kind == "window"), None)
+    titles = (
+        "(a) work to read a text of this length (FLOPs, computed)",
+        "(b) cache at its end (computed)",
+        "(c) perplexity by position (smoothed)",
+        "(d) peak memory beyond the model (MiB)",
+        "(e) perplexity as a share of sinks + window's (smoothed)",
+    )[: 4 + (baseline is not None)]
+    figure, axes = new_figure(len(titles), f"{title} (1 text)")
+    own = row_colours([row for row, _ in group])
     for row, result in group:
         style = _style(row, own)
         costs, buckets = result.lines("cost.jsonl"), result.lines("positions.jsonl")
         lengths = [cost["length"] for cost in costs]
-        axes[0][0].plot(lengths, [cost["flops"] for cost in costs], **style)
-        axes[0][1].plot(lengths, [cost["cache_bytes"] for cost in costs], **style)
-        axes[1][0].plot(*_smoothed(buckets, [bucket["loss"] for bucket in buckets]), **style)
+        axes[0].plot(lengths, [cost["flops"] for cost in costs], **style)
+        axes[1].plot(lengths, [cost["cache_bytes"] for cost in costs], **style)
+        axes[2].plot(*_smoothed(buckets, [bucket["loss"] for bucket in buckets]), **style)
         peaks = [bucket["peak_bytes"] for bucket in buckets]
         if None not in peaks:
-            axes[1][1].plot([bucket["stop"] for bucket in buckets], [peak / 2**20 for peak in peaks], **style)
+            axes[3].plot([bucket["stop"] for bucket in buckets], [peak / 2**20 for peak in peaks], **style)
         if baseline is not None:
             both = list(zip(buckets, baseline, strict=False))
             gain = [mine["loss"] - other["loss"] for mine, other in both if mine["stop"] == other["stop"]]
-            axes[1][2].plot(*_smoothed(buckets[: len(gain)], gain), **style)
-    titles = (
-        "(a) work to read a text of this length (FLOPs, computed)",
-        "(b) cache at its end (computed)",
-        "",
-        "(c) perplexity by position (smoothed)",
-        "(d) peak memory beyond the model (MiB)",
-        "(e) perplexity as a share of sinks + window's (smoothed)",
-    )
-    for axis, text in zip(panels, titles, strict=True):
+            axes[4].plot(*_smoothed(buckets[: len(gain)], gain), **style)
+    for axis, text in zip(axes, titles, strict=True):
         axis.set_title(text, fontsize=10, loc="left")
-    for axis, base in zip(axes[0][:2], (1000, 1024), strict=True):
+    for axis, base in zip(axes[:2], (1000, 1024), strict=True):
         _length_axis(axis, lengths)
         unit_ticks(axis, base)
     edge = max((row.settings.get("window") or 0) + (row.settings.get("sinks") or 0) for row, _ in group)
-    for axis in axes[1]:
+    for axis in axes[2:]:
         _position_axis(axis, max(result.figures["tokens"] for _, result in group), edge)
-    axes[1][0].set_yscale("log")
-    plain_numbers(axes[1][0])
-    axes[1][1].set_ylim(bottom=0)
-    axes[1][2].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes[1][2].set_visible(baseline is not None)
-    finish(figure, panels, into=axes[0][2])
+    axes[2].set_yscale("log")
+    plain_numbers(axes[2])
+    axes[3].set_ylim(bottom=0)
+    if baseline is not None:
+        axes[4].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    finish(figure, axes, ["dashed, upright: end of sinks + window"] if edge else [])
     return figure
 
 
