@@ -67,6 +67,15 @@ def settings(options: argparse.Namespace, folder: Path, cache: str) -> dict[str,
     }
 
 
+def variables() -> dict[str, str]:
+    """What vLLM's processes have in their environment: no network, and the folder of the connector."""
+    chosen = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    chosen["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
+    if importlib.util.find_spec("flashinfer") is None:  # its sampler would be imported all the same
+        chosen["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    return chosen | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+
+
 @dataclasses.dataclass
 class Engine:
     """A started engine, in this process's eyes."""
@@ -125,11 +134,7 @@ class Engine:
 
 def measure(options: argparse.Namespace, rows: Rows) -> None:
     """Start an engine and measure all contexts."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    if importlib.util.find_spec("flashinfer") is None:  # its sampler would be imported all the same
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ |= variables()
     from vllm import LLM
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version

@@ -1,10 +1,11 @@
-"""A server measured through HTTP: ours, with every part on one GPU in minutes, several replicas of it, or another's.
+"""A server measured through HTTP: ours, with every part on one GPU in minutes, several replicas of it, or another.
 
     python benchmarks/serving                       # a CPU, minutes: the model that ships, short texts
     python benchmarks/serving --model qwen2.5-3b --window 32640 --sinks 128 --context 131072 --conversations 100 \\
         --tokens 384 --sizes 1,2 --state-dir /fast/disk --out serving.jsonl             # a GPU
     python benchmarks/serving --only replicas ...                                       # a replica on each GPU, by Ray
-    python benchmarks/serving --url http://HOST:PORT --served NAME --vocabulary 151936 --context 32768   # another's
+    python benchmarks/serving --vllm --model qwen2.5-3b --context 8192,32768,131072 --tokens 384        # vLLM's server
+    python benchmarks/serving --url http://HOST:PORT --served NAME --vocabulary 151936 --context 32768   # another
 
 Weights of shapes are random, the memory is new, and prompts are random token ids: what is said is not looked at. Parts:
 
@@ -26,23 +27,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from client import Client
 from own import GIB, OwnServer, service_of
-from questions import ONE, OWN, Questions, Row
+from questions import FILLED, ONE, OWN, Questions, Row
 
 from ahn.bench.records import code, hardware
+from ahn.bench.shapes import SHAPES
 from ahn.cli.env import environment
 from ahn.measure.clock import release
 from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.service import Service
+
+if TYPE_CHECKING:
+    from vllm_server import VLLMServer
 
 PARTS = ("read", "second_turn", "throughput", "pace", "idle", "replicas")
 OF_ANY = PARTS[:4]
@@ -86,9 +93,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows.write({"hardware": hardware(device), "environment": environment(), "code": code()})
     if options.url:
-        rows.shared = {"server": options.server, "context": options.context}
+        rows.shared = {"server": options.server}
         with contextlib.closing(Client(options.url, options.served, options.vocabulary)) as client:
-            ask_all(rows, Questions(client, *_sizes(options)), options)
+            ask_all(rows, client, options)
+    elif options.vllm:
+        measure_vllm(rows, options)
     else:
         measure_own(rows, options)
     print(table(rows.written), flush=True)
@@ -97,7 +106,7 @@ def main() -> None:
 def measure_own(rows: Rows, options: argparse.Namespace) -> None:
     """Our server on the first GPU, then replicas on all."""
     config = {name: getattr(options, name) for name in ("memory", "window", "sinks", "quantized")}
-    rows.shared = {"model": options.model, **config, "context": options.context}
+    rows.shared = {"model": options.model, **config}
     with tempfile.TemporaryDirectory(dir=options.state_dir) as folder:
         sizes = [int(size) for size in options.sizes.split(",")]
 
@@ -108,12 +117,32 @@ def measure_own(rows: Rows, options: argparse.Namespace) -> None:
             with started(rows, start, options) as own, own.listening() as url:
                 vocabulary = own.model.config.get_text_config(decoder=True).vocab_size
                 with contextlib.closing(Client(url, "served", vocabulary)) as client:
-                    ask_all(rows, Questions(client, *_sizes(options), own), options)
+                    ask_all(rows, client, options, own=own)
         if "replicas" in options.only:
             from replicas import measured
 
             given = {"model": options.model}, config, bounds(options, Path(folder)), sizes
             rows.part("replicas", lambda: measured(functools.partial(service_of, *given), options, Path(folder)))
+
+
+def measure_vllm(rows: Rows, options: argparse.Namespace) -> None:
+    """vLLM's server on the first GPU; of every context as many conversations as it has memory for."""
+    import vllm_server
+
+    rows.shared = {"server": f"vllm {version('vllm')}", "model": options.model}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        found: list[vllm_server.VLLMServer] = []
+
+        def start() -> Row:
+            found.append(stack.enter_context(vllm_server.started(options.model, options.context, Path(folder))))
+            return found[0].row()
+
+        rows.part("start", start)
+        if not found:
+            raise SystemExit(table(rows.written))
+        vocabulary = SHAPES[options.model]["vocab_size"]
+        client = stack.enter_context(contextlib.closing(Client(found[0].url, "served", vocabulary, counts=True)))
+        ask_all(rows, client, options, vllm=found[0])
 
 
 def bounds(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -141,22 +170,31 @@ def started(rows: Rows, start: Callable[[MessageStore], Any], options: argparse.
     raise SystemExit(table(rows.written))
 
 
-def ask_all(rows: Rows, questions: Questions, options: argparse.Namespace) -> None:
-    """All parts that are wanted, in an order in which the most important come first."""
-    asked: dict[str, Callable[[], Row]] = {
-        "second_turn": questions.second_turn,
-        "throughput": lambda: questions.throughput(OWN if options.own_texts else ONE),
-        "pace": questions.pace,
-        "idle": lambda: questions.idle(options.idle),
-        "read": lambda: questions.read(sorted({options.context, *map(int, options.lengths.split(","))})),
-    }
-    for name, ask in asked.items():
-        if name in options.only and (questions.own or name in OF_ANY):
-            rows.part(name, ask)
-
-
-def _sizes(options: argparse.Namespace) -> tuple[int, int, int, int]:
-    return options.context, options.conversations, options.tokens, options.repeats
+def ask_all(
+    rows: Rows,
+    client: Client,
+    options: argparse.Namespace,
+    own: OwnServer | None = None,
+    vllm: VLLMServer | None = None,
+) -> None:
+    """All parts that are wanted, of every context, in an order in which the most important come first."""
+    made = FILLED if vllm else OWN if options.own_texts else ONE
+    shared = rows.shared
+    for context in options.context:
+        held = vllm.conversations(context + options.tokens) if vllm else options.conversations
+        questions = Questions(client, context, held, options.tokens, options.repeats, own)
+        lengths = {context} if context < options.context[-1] else {context, *options.lengths}
+        asked: dict[str, Callable[[], Row]] = {
+            "second_turn": questions.second_turn,
+            "throughput": functools.partial(questions.throughput, made),
+            "pace": questions.pace,
+            "idle": functools.partial(questions.idle, options.idle),
+            "read": functools.partial(questions.read, sorted(lengths)),
+        }
+        rows.shared = shared | {"context": context}
+        for name, ask in asked.items():
+            if name in options.only and (own or name in OF_ANY):
+                rows.part(name, ask)
 
 
 def table(rows: list[Row]) -> str:
@@ -182,8 +220,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=480)
     parser.add_argument("--sinks", type=int, default=32)
     parser.add_argument("--quantized", type=int, default=0)
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a text")
-    parser.add_argument("--lengths", default="512", help="more lengths of texts for `read`")
+    parser.add_argument("--context", type=_lengths, default=[2048], help="tokens of a text, several with commas")
+    parser.add_argument("--lengths", type=_lengths, default=[512], help="more lengths of texts for `read`")
     parser.add_argument("--conversations", type=int, default=8)
     parser.add_argument(
         "--own-texts", action="store_true", help="throughput: every conversation reads a text of its own"
@@ -195,14 +233,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device-bytes", type=int, default=4 * GIB, help="of idle states on a GPU")
     parser.add_argument("--state-dir", type=Path, help="on the disk that is measured")
     parser.add_argument("--replicas", type=int, default=2, help="of the part of this name")
-    parser.add_argument("--url", help="of another server; without it ours is started")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--vllm", action="store_true", help="start vLLM's server instead of ours")
+    others.add_argument("--url", help="of another server; without it ours is started")
     parser.add_argument("--served", default="served", help="the name by which it knows its model")
     parser.add_argument("--server", default="", help="what rows call it: name and version")
     parser.add_argument("--vocabulary", type=int, default=1000, help="its token ids are below this")
     parser.add_argument("--seconds", type=float, default=900, help="after which no further part begins")
     parser.add_argument("--only", type=_parts, default=list(PARTS[:-1]), help=f"of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.vllm and (options.model not in SHAPES or importlib.util.find_spec("vllm") is None):
+        parser.error("--vllm needs vLLM, which has to be installed, and a shape: --model qwen2.5-3b, for example")
+    return options
+
+
+def _lengths(text: str) -> list[int]:
+    return sorted(int(number) for number in text.split(","))
 
 
 def _parts(names: str) -> list[str]:

@@ -36,6 +36,7 @@ class Asked:
         again: begin when a stream that does not has its first token, and then anew, with other ids in the last part,
             until all of those have ended.
         user: by whom requests are spread over replicas.
+        filled: read nothing of the prompt: a vLLM that we start fills its memory with random numbers instead.
     """
 
     prompt: Sequence[tuple[int, int]]
@@ -43,6 +44,7 @@ class Asked:
     keep: bool = False
     again: bool = False
     user: str | None = None
+    filled: bool = False
 
 
 @dataclasses.dataclass
@@ -78,10 +80,11 @@ class Client:
         url: of the server, without /v1.
         model: the name by which it knows its model.
         vocabulary: token ids are below it.
+        counts: ask for the number of tokens with every event, of a server whose events may hold several.
     """
 
-    def __init__(self, url: str, model: str, vocabulary: int) -> None:
-        self.where = {"url": url, "model": model, "vocabulary": vocabulary}
+    def __init__(self, url: str, model: str, vocabulary: int, counts: bool = False) -> None:
+        self.where = {"url": url, "model": model, "vocabulary": vocabulary, "counts": counts}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -121,10 +124,12 @@ def bodies(stream: Asked, work: dict[str, Any]) -> list[bytes]:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": work["counts"]},
             "store": stream.keep,
         }
-        made.append(json.dumps(fields | ({"user": stream.user} if stream.user else {})).encode())
+        fields |= {"user": stream.user} if stream.user else {}
+        fields |= {"kv_transfer_params": {"read": True}} if stream.filled else {}
+        made.append(json.dumps(fields).encode())
     return made
 
 
@@ -164,7 +169,8 @@ def take(heard: Heard, text: str) -> None:
             heard.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
             # An event may hold several tokens: those of a client that is slow come together.
             missing = usage["completion_tokens"] - len(heard.times)
-            heard.times += heard.times[-1:] * missing
+            heard.times += ([now] if event.get("choices") else heard.times[-1:]) * missing
+            return
         if not event.get("choices"):
             return
     if text.startswith('{"error"'):

@@ -13,7 +13,7 @@ from client import Asked, Client, Heard
 from own import OwnServer
 
 Row = dict[str, Any]
-OWN, ONE = "a text each", "one text, forked"
+OWN, ONE, FILLED = "a text each", "one text, forked", "a text each, in memory that is filled and not read"
 
 
 @dataclasses.dataclass
@@ -99,7 +99,7 @@ class Questions:
             text, _ = self.document()
             streams = [Asked([text, self.text(4)], self.tokens) for _ in range(rows)]
         else:
-            streams = [Asked([self.text()], self.tokens) for _ in range(rows)]
+            streams = [Asked([self.text()], self.tokens, filled=made == FILLED) for _ in range(rows)]
         heard = self.ask(*streams)
         start, stop = common(heard)
         found = {"conversations": rows, "made": made, "tokens_per_second": rate(heard), "measured_s": stop - start}

@@ -47,7 +47,7 @@ class Replicas:
 
     def __init__(self, url: str, client: Client, options: argparse.Namespace) -> None:
         self.url, self.client, self.options = url, client, options
-        self.text = (1, options.context)
+        self.text = (1, options.context[-1])
         self._seeds = itertools.count(1000)
         self.users: dict[str, str] = {}
         for n in range(PROBES):

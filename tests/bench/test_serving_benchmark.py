@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -43,7 +44,8 @@ def measured(*options: str) -> tuple[dict[str, dict[str, Any]], str]:
 @pytest.mark.slow
 def test_every_part(tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
-    found, printed = measured("--state-dir", str(tmp_path), "--out", str(tmp_path / "rows.jsonl"))
+    out = tmp_path / "rows.jsonl"
+    found, printed = measured("--context", "500,700", "--state-dir", str(tmp_path), "--out", str(out))
     assert "failed" not in printed and "skipped" not in printed, printed
     assert set(found["read"]["first_token_s"]) == {"300", "700"}
     turn = found["second_turn"]
@@ -52,8 +54,8 @@ def test_every_part(tmp_path: Path) -> None:
     assert found["throughput"]["tokens_per_second"] > 0 < found["throughput"]["batch_tokens_per_second"]
     assert found["pace"]["while_others_read"]["count"] > 0
     assert found["idle"]["bytes_on_disk"] > 2 << 20
-    written = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert [json.loads(line).get("part") for line in written[1:]] == list(found)
+    start, *rows = [(line["part"], line.get("context")) for line in map(json.loads, out.read_text().splitlines()[1:])]
+    assert rows == [(part, context) for context in (500, 700) for part in list(found)[1:]] and start[0] == "start"
 
 
 @pytest.mark.slow
@@ -65,6 +67,14 @@ def test_replicas(tmp_path: Path) -> None:
     assert len(row["alone"]) == 2 and row["stayed"]
     assert row["broken_off"] == 2 and not row["others_broken_off"]
     assert row["next_turn_cached"] == 700 + 300  # what another replica had written
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_installed() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving"), "--vllm", "--model", "qwen2.5-3b"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 2 and "has to be installed" in answer.stderr
 
 
 @pytest.mark.slow
