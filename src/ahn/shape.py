@@ -12,6 +12,9 @@ EXACT = 16
 DEFAULT_SLOTS = 4096
 """Tokens per layer and key head that a memory of tokens holds (`AHNConfig.slots`)."""
 
+WHOLE_TEXT = ("full_attention", "hybrid")
+"""Kinds of layers whose attention sees the whole text; "hybrid" ones have a recurrent mixer beside it (Falcon-H1)."""
+
 
 def trained_length(config: Any) -> int | None:
     """The number of positions that a base was trained on, or that its RoPE scaling stretches it to; None if unsaid.
@@ -33,7 +36,7 @@ def trained_length(config: Any) -> int | None:
 class ModelShape:
     """Sizes of a decoder: D `hidden_size`, Hq `heads`, Hkv `kv_heads`, P `head_dim`, `layer_types` per layer.
 
-    `layer_types[i]` is "full_attention" for a layer that sees the whole context; only those can get a memory.
+    Only layers of a kind in `WHOLE_TEXT` can get a memory.
     """
 
     hidden_size: int
@@ -100,7 +103,7 @@ class ModelShape:
                 f"full_attention_layers names layer {beyond[0]}, but the model has layers 0 to {self.layers - 1}."
             )
         chosen = tuple(
-            i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i not in full_attention_layers
+            i for i, kind in enumerate(self.layer_types) if kind in WHOLE_TEXT and i not in full_attention_layers
         )
         if not chosen:
             raise AHNError(
@@ -114,5 +117,4 @@ def _of_full_layers(text: Any) -> Any:
     """A configuration with the sizes of the layers that can get a memory: in some models layers differ."""
     if not getattr(text, "is_heterogeneous", False):
         return text
-    types = text.layer_types
-    return text.per_layer_config[types.index("full_attention") if "full_attention" in types else 0]
+    return text.per_layer_config[next((i for i, kind in enumerate(text.layer_types) if kind in WHOLE_TEXT), 0)]

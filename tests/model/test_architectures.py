@@ -22,6 +22,8 @@ REFUSED = {
     "diffllama": "DiffLlamaAttention attends 2 times per layer",
     "doge": "DogeAttention makes an attention mask of its own",
     "dory": "DoryAttention keeps keys and values in layer self.layer_idx [+] cache_offset of the cache",
+    "inkling2_text": "Inkling2FullAttention.o_proj is a Inkling2GatedOutputProjection, not a linear map",
+    "inkling_text": "InklingAttention gives each key a bias by its position",
     "jamba": "JambaMambaMixer does not go on where the last chunk",
     "minimax": "MiniMaxModel wants a cache of its own, MiniMaxCache",
     "stablelm": r"StableLmDecoderLayer.forward gives its attention no \*\*kwargs",
@@ -49,10 +51,12 @@ def test_keys_and_values_of_other_layers_are_refused(
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("model_type", ["afmoe", "gemma4_text", "granitemoehybrid", "llama4_text", "qwen3_next"])
+@pytest.mark.parametrize(
+    "model_type", ["afmoe", "falcon_h1", "gemma4_text", "granitemoehybrid", "llama4_text", "qwen3_next"]
+)
 def test_families_that_were_gained(model_type: str) -> None:
-    """Attention whose output is viewed, layers of different sizes, recurrent states that are saved and moved, and a
-    decoder that transformers itself does not find."""
+    """Attention whose output is viewed, layers of different sizes, recurrent states that are saved and moved, some of
+    them beside attention, and a decoder that transformers itself does not find."""
     assert judge(model_type).kind == "right", judge(model_type).reason
 
 

@@ -18,7 +18,7 @@ from ahn import memory
 from ahn.config import LIMIT, OF_MEMORY, AHNConfig
 from ahn.errors import AHNError
 from ahn.ops.quantize import code_bytes
-from ahn.shape import ModelShape
+from ahn.shape import WHOLE_TEXT, ModelShape
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
@@ -26,6 +26,8 @@ DTYPES[torch.bool] = "BOOL"
 """By what names safetensors calls them."""
 OF_TOKENS = ("slots", "slot_heads", "passage", "score_layer", "key_bits", "value_bits")
 """Fields without which what a memory of tokens keeps means something else."""
+_STATE = r"(conv|recurrent)_states\.\d{1,3}"
+"""The name of a recurrent state."""
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -115,9 +117,11 @@ def check_layout(
     for index, tensors in enumerate(layers):
         name = f"layers.{index}"
         if index in with_memory:
+            if shape.layer_types[index] == "hybrid":
+                tensors = _without_states(tensors, batch, f"{where}: {name}")
             _check_memory_layer(tensors, config, index, seen, waiting, batch, shape, f"{where}: {name}")
         elif tensors:
-            held = seen if shape.layer_types[index] == "full_attention" else None
+            held = seen if shape.layer_types[index] in WHOLE_TEXT else None
             _check_other_layer(tensors, seen, held, batch, f"{where}: {name}")
     padding = {name.removeprefix("padding."): x for name, x in found.items() if name.startswith("padding.")}
     if padding:
@@ -214,13 +218,29 @@ def _tier(
     return {f"state.quantized.{name}": stored for name, stored in tier.items()}
 
 
-def _check_other_layer(tensors: dict[str, Stored], seen: int, held: int | None, batch: int, where: str) -> None:
-    """A layer without a memory: the first size of its tensors is the batch, the third of its keys what it holds."""
-    for name, stored in tensors.items():
-        if not re.fullmatch(r"keys|values|(conv|recurrent)_states\.\d{1,3}", name):
-            raise AHNError(f"{where} holds a tensor {name[:80]!r} that no layer without a memory has.")
+def _without_states(tensors: dict[str, Stored], batch: int, where: str) -> dict[str, Stored]:
+    """The tensors of a hybrid layer's attention; those of its recurrence are checked here."""
+    states = {name: stored for name, stored in tensors.items() if re.fullmatch(_STATE, name)}
+    if not states:
+        raise AHNError(f"{where}.recurrent_states is missing.")
+    _check_states(states, batch, where)
+    return {name: stored for name, stored in tensors.items() if name not in states}
+
+
+def _check_states(states: Mapping[str, Stored], batch: int, where: str) -> None:
+    for name, stored in states.items():
+        if stored.dtype not in FLOATS:
+            raise AHNError(f"{where}.{name} holds {stored.dtype}, not numbers that a layer can use.")
         if not stored.shape or stored.shape[0] != batch:
             raise AHNError(f"{where}.{name} has shape {stored.shape}, the conversation has {batch} rows.")
+
+
+def _check_other_layer(tensors: dict[str, Stored], seen: int, held: int | None, batch: int, where: str) -> None:
+    """A layer without a memory: the first size of its tensors is the batch, the third of its keys what it holds."""
+    for name in tensors:
+        if not re.fullmatch(f"keys|values|{_STATE}", name):
+            raise AHNError(f"{where} holds a tensor {name[:80]!r} that no layer without a memory has.")
+    _check_states(tensors, batch, where)
     keys, values = tensors.get("keys"), tensors.get("values")
     if (keys is None) != (values is None):
         raise AHNError(f"{where}.{'keys' if keys is None else 'values'} is missing.")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ahn.cache import file, other
+from ahn.cache.hybrid import with_memory
 from ahn.cache.layer import AHNLayer
 from ahn.cache.origin import ModelOf, origin
 from ahn.cache.progress import Progress, new_columns
@@ -17,7 +18,7 @@ from ahn.config import OF_MEMORY, AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_at
 from ahn.layout.rotation import Rotation, anchors
-from ahn.layout.state import give_scores
+from ahn.layout.state import Change, give_scores
 from ahn.layout.visibility import Padding, Visibility
 from ahn.layout.waiting import ForwardPart, split
 from ahn.shape import ModelShape
@@ -45,6 +46,7 @@ class AHNCache(Cache):
         parts: of the latest forward, where tokens wait beside the window; see `ahn.layout.waiting`.
         captured: the step that `ahn.decode` recorded over this cache's tensors, or None. Copies have none.
         several: likewise, steps of several tokens.
+        reading: a forward has begun and is not over, of a model with recurrent layers: those do not say what they read.
         ahead: what knows of a step that may have to be taken back, while `generate` runs, or None. Copies have none.
         messages: what was said, for whoever keeps it here; it goes into the file with the rest and is never read by the
             model.
@@ -63,6 +65,7 @@ class AHNCache(Cache):
         self._view: Visibility | None = None  # of the latest forward
         self.parts: list[ForwardPart] = []
         self.rows: int | None = None
+        self.reading = False
         self._model: ModelOf | None = None
 
     @classmethod
@@ -82,8 +85,8 @@ class AHNCache(Cache):
         text_config = model.config.get_text_config(decoder=True)
         layers: list[Any] = list(DynamicCache(config=text_config).layers)
         for index in ModelShape.from_config(text_config).memory_layers(config.full_attention_layers):
-            module = attention_of(model, index)
-            layers[index] = AHNLayer(config, rotates=bool(getattr(module, "use_rope", True)))
+            rotates = bool(getattr(attention_of(model, index), "use_rope", True))
+            layers[index] = with_memory(layers[index], config, rotates)
         cache = cls(config, layers, offloading)
         cache.rows, cache._model = batch_size, ModelOf(model)  # `save` names it; a copy of the cache must not copy it
         return cache
@@ -92,6 +95,11 @@ class AHNCache(Cache):
     def memory_layers(self) -> dict[int, AHNLayer]:
         """The layers with a memory, by index."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, AHNLayer)}
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer keeps a recurrent state, alone or beside its attention."""
+        return any(map(other.recurs, self.layers))
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -164,6 +172,7 @@ class AHNCache(Cache):
                 "Leave the padding out: a single row needs none."
             )
         self.rows, self._view, self.parts = batch, view, split(view, waiting, later)
+        self.reading = self.recurrent
         for layer in self.layers:
             if isinstance(layer, AHNLayer):
                 layer.visibility = view
@@ -210,16 +219,13 @@ class AHNCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layer = self.layers[layer_idx]
         if not self.offloading and layer.is_initialized and layer.keys.device != key_states.device:
-            _move(layer, key_states.device)
+            other.move(layer, key_states.device)
+        if not isinstance(layer, AHNLayer):
+            other.follow(layer, key_states, value_states)
         if not isinstance(layer, AHNLayer) or not self.offloading:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer.prefetch()  # offloaded again by `finish`, once the forward no longer needs it
         return layer.update(key_states, value_states)
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, **kwargs: Any) -> Any:
-        if not self.offloading:  # a linear layer's states come back with its first update, as keys and values do
-            _move(self.layers[layer_idx], conv_states.device)
-        return super().update_conv_state(conv_states, layer_idx, **kwargs)
 
     def finish(self, layer: AHNLayer) -> None:
         """Called when a layer's forward is over."""
@@ -235,13 +241,14 @@ class AHNCache(Cache):
         """Raises AHNError if a forward stopped halfway (Ctrl-C, no memory): layers have read different tokens."""
         seen = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         waiting = {layer.visibility is not None for layer in self.memory_layers.values()}
-        if len(seen) > 1 or len(waiting) > 1 or any(layer.under_way for layer in self.memory_layers.values()):
+        halfway = self.reading or any(layer.under_way for layer in self.memory_layers.values())
+        if len(seen) > 1 or len(waiting) > 1 or halfway:
             raise AHNError(
                 "A forward with this cache stopped halfway, so its layers have read different tokens. Go on from a "
                 "copy made before (copy.deepcopy(cache)), or start again (cache.reset())."
             )
 
-    def _map_rows(self, change: Any) -> None:
+    def _map_rows(self, change: Change) -> None:
         self.progress.map_rows(change)
         keys = next(iter(self.memory_layers.values())).keys
         self.rows = None if keys is None else len(keys)
@@ -251,22 +258,22 @@ class AHNCache(Cache):
         self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        for layer in self.layers:
+            other.repeat_rows(layer, repeats)
         self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        for layer in self.layers:
+            other.select_rows(layer, indices)
         self._map_rows(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer):  # transformers 5.17 only zeroes these
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+            other.forget(layer)
         self.progress.clear()
-        self.messages, self.rows = [], None
+        self.messages, self.rows, self.reading = [], None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns; see `AHNLayer.crop`."""
@@ -303,7 +310,7 @@ class AHNCache(Cache):
         The next forward brings each layer's tensors to where that layer of the model is.
         """
         for layer in self.layers:
-            _move(layer, device)
+            other.move(layer, device)
         self.progress.to(device)
         return self
 
@@ -316,12 +323,12 @@ class AHNCache(Cache):
         `memory`.
         """
         sizes = {"exact": 0, "quantized": 0, "memory": 0}
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, AHNLayer):
                 for part, size in layer.bytes_by_part().items():
                     sizes[part] += size
-            elif layer.is_initialized:
-                sizes["exact"] += layer.keys.nbytes + layer.values.nbytes
+            else:
+                sizes["exact"] += sum(x.nbytes for x in other.tensors(layer, index).values())
         return sizes
 
     def save(self, path: str | Path) -> None:
@@ -345,7 +352,7 @@ class AHNCache(Cache):
             raise AHNError("This cache has read nothing yet; there is nothing to save.")
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer, index).items()}
+            tensors |= {f"layers.{index}.{name}": x for name, x in other.tensors(layer, index).items()}
         if self.progress.padding is not None:
             tensors |= {f"padding.{name}": x for name, x in vars(self.progress.padding).items()}
         description: dict[str, Any] = {"config": dataclasses.asdict(self.config), "seen": self.seen}
@@ -387,14 +394,3 @@ def load_conversation(path: str | Path, model: PreTrainedModel, of: dict[str, An
     if padding := under("padding."):
         cache.progress.padding = Padding(**padding)
     return cache
-
-
-def _tensors(layer: Any, index: int) -> dict[str, Tensor]:
-    return layer.tensors() if isinstance(layer, AHNLayer) else other.tensors(layer, index)
-
-
-def _move(layer: Any, device: torch.device | str) -> None:
-    if isinstance(layer, AHNLayer):
-        layer.to(device)
-    else:
-        other.move(layer, device)

@@ -233,7 +233,7 @@ class AHNLayer(CacheLayerMixin):
     def own_memory(self) -> None:
         """Tensors made under `torch.inference_mode` cannot be written outside of it; copy them once."""
         if not torch.is_inference_mode_enabled():
-            self._map(lambda x: x.clone() if x.is_inference() else x)
+            self.map(lambda x: x.clone() if x.is_inference() else x)
 
     # -- the whole layer at once -----------------------------------------------------------------------------------
 
@@ -258,7 +258,8 @@ class AHNLayer(CacheLayerMixin):
             self.lazy_initialization(named["keys"], named["values"])
             self.state = LayerState.from_tensors(named)
 
-    def _map(self, change: Change) -> None:
+    def map(self, change: Change) -> None:
+        """Each tensor changed in the same way."""
         if self.state is not None:
             self.state = self.state.map(change)
 
@@ -277,19 +278,19 @@ class AHNLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None and self.window.in_slots:  # a captured step knows these very tensors
             self.own_memory()
-            self._map(lambda x: x.copy_(x.index_select(0, beam_idx.to(x.device))))
+            self.map(lambda x: x.copy_(x.index_select(0, beam_idx.to(x.device))))
         else:
-            self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices.to(x.device)])
+        self.map(lambda x: x[indices.to(x.device)])
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor."""
-        self._map(lambda x: x.to(device))
+        self.map(lambda x: x.to(device))
 
     def offload(self) -> None:
         self.to("cpu")

@@ -53,6 +53,7 @@ def join(caches: Sequence[AHNCache]) -> AHNCache:
             parts = [own.parts(index, index in needs_sinks) for own in in_slots]
             layer.state = _from_parts({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+            other.join_states(layer, rows)
         else:
             other.join(layer, rows, seen)
     joined.rows = len(lengths)
@@ -74,6 +75,7 @@ def take(batch: AHNCache, row: int, device: torch.device) -> AHNCache:
         state = _from_parts({name: x[row : row + 1] for name, x in parts.items()})
         layer.state = _alone(state, batch, length, anchor, columns, _memory(model, index), device)
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+        other.take_states(batch.layers[index], layer, row)
     alone.rows = 1
     alone.progress.seen, alone.progress.anchor = length, (anchor,)
     return alone
@@ -193,8 +195,8 @@ def set_read(batch: AHNCache, read: Sequence[int], anchors: Sequence[int] | None
 
 
 def _check_every_layer_has_memory(batch: AHNCache) -> None:
-    if len(batch.memory_layers) != len(batch.layers):
-        raise AHNError("Rows of a batch can be replaced only where every layer has a memory.")
+    if len(batch.memory_layers) != len(batch.layers) or batch.recurrent:
+        raise AHNError("Rows of a batch can be replaced only where every layer has a memory and nothing else.")
 
 
 def copied(cache: AHNCache, device: torch.device) -> AHNCache:
@@ -206,6 +208,7 @@ def copied(cache: AHNCache, device: torch.device) -> AHNCache:
                 own: AHNLayer = new.layers[index]
                 own.state = _state(layer).map(transfer.copy)
                 own.dtype, own.device = own.keys.dtype, own.keys.device
+                other.set_states(own, {name: x.to(device) for name, x in other.states(layer).items()})
             else:
                 new.layers[index] = copy.deepcopy(layer)
                 other.move(new.layers[index], device)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from ahn import memory, private
+from ahn.cache import other
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
@@ -22,7 +24,7 @@ from ahn.memory.layer import AHN, Router, added_parameters
 from ahn.memory.share import Share
 from ahn.model import attention, chunks
 from ahn.model.attached import Adapter
-from ahn.model.hooks import AttentionHook, CacheHook, DecoderHook, KernelHook, take_over_kernel, use_kernel
+from ahn.model.hooks import AttentionHook, CacheHook, DecoderHook, FinishHook, KernelHook, take_over_kernel, use_kernel
 from ahn.model.positions import rotation_of, steady_up_to
 from ahn.model.saving import warn_of_peft
 from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_caches, makes_masks
@@ -97,6 +99,8 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
         hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config, index), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
+    if any(map(other.recurs, DynamicCache(config=model.config).layers)):
+        adapter.handles.append(decoder.register_forward_hook(FinishHook(), with_kwargs=True))
     if (around := makes_masks(model, decoder)) is not None:
         adapter.makes_masks = True
         adapter.handles.append(around.register_forward_pre_hook(KernelHook(model)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ahn import private
+from ahn.cache import other
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer_context import LayerContext
 from ahn.cache.progress import new_columns
@@ -202,6 +203,8 @@ class DecoderHook:
                 "in parts; or load the adapter with a larger window."
             )
         if cache is not None:
+            if cache.recurrent and seen:
+                other.bring_states(cache.layers, self.model, next(iter(cache.memory_layers.values())).keys.dtype)
             return cache.begin(batch, length, mask, tokens.device, rotation)
         new = new_columns(mask, 0, length)
         before = after = None
@@ -227,6 +230,16 @@ class DecoderHook:
                 "as published, use max_distance=0."
             )
         return view
+
+
+@dataclasses.dataclass
+class FinishHook:
+    """After the decoder's forward: a cache with recurrent layers, which do not say what they read, was read into."""
+
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get(private.CACHE)
+        if isinstance(cache, AHNCache):
+            cache.reading = False
 
 
 def _by_columns(positions: Tensor | None, seen: int | None) -> bool:

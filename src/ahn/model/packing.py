@@ -74,7 +74,9 @@ def documents(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[PackedDocu
 def wants_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """What `use_cache` resolves to."""
     use_cache = kwargs.get("use_cache")
-    return bool(model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache)
+    return bool(
+        getattr(model.config.get_text_config(decoder=True), "use_cache", None) if use_cache is None else use_cache
+    )
 
 
 def _between(row: int, begins: Tensor) -> list[PackedDocument]:

@@ -52,6 +52,8 @@ def attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
         raise AHNError(
             f"{name} has no {', '.join(missing)}; latent attention and shared keys and values are not supported."
         )
+    if not hasattr(module.o_proj, "in_features"):
+        raise AHNError(f"{name}.o_proj is a {type(module.o_proj).__name__}, not a linear map of what the heads give.")
     if module.o_proj.in_features != shape.heads * shape.head_dim:
         raise AHNError(
             f"{name}.o_proj takes {module.o_proj.in_features} features, not {shape.heads} heads of {shape.head_dim}."
@@ -140,6 +142,10 @@ def _check_calls(forward: Any, name: str) -> None:
         mask = call.args[4] if len(call.args) > 4 else by_name.get("attention_mask")
         if mask is None or ast.unparse(mask) != "attention_mask":
             raise AHNError(f"{name} makes an attention mask of its own, which says nothing of a window.")
+        if "position_bias" in by_name:
+            raise AHNError(
+                f"{name} gives each key a bias by its position, of which there is none for keys of a window."
+            )
     for call in _calls(forward, name):
         if ast.unparse(call.func) in _UPDATES and len(call.args) > 2 and ast.unparse(call.args[2]) != "self.layer_idx":
             raise AHNError(
