@@ -6,21 +6,18 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ahn.cache.conversation import AHNCache
 from ahn.cli import common
 from ahn.cli.common import tell
 from ahn.cli.generate import read, read_text
-from ahn.cli.session import sentence
+from ahn.cli.session import Session, sentence
 from ahn.cli.terminal import visible
+from ahn.cli.turns import PlainTurns
+from ahn.cli.writing import Interrupt
 from ahn.errors import AHNError, reason
 from ahn.files import expanded
-
-if TYPE_CHECKING:
-    from ahn.cli.session import Session
-    from ahn.cli.turns import PlainTurns
-    from ahn.cli.writing import Interrupt
 
 HELP = """\
 /read FILE    read a text; what you say next is about it

@@ -10,9 +10,10 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ahn import private
 from ahn.cache.conversation import AHNCache
@@ -23,9 +24,6 @@ from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
 from ahn.measure.reading import chunk_size, in_chunks
 from ahn.measure.tokens import LONG, token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY_MEMORY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""

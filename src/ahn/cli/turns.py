@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from ahn.cache.conversation import AHNCache, Message
+from ahn.cli.session import Session
 from ahn.errors import AHNError
 from ahn.measure.parts import render
-
-if TYPE_CHECKING:
-    from ahn.cache.conversation import AHNCache, Message
-    from ahn.cli.session import Session
 
 STAND_IN = "\u2983reply\u2984"
 """Takes the place of a reply when the template is asked what it puts around one."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ahn.cache.layer_context import LayerContext
 from ahn.memory import RecurrentMemory
 from ahn.memory.query import memory_query
 from ahn.memory.retained_tokens import RetainedTokens
@@ -16,9 +16,6 @@ from ahn.ops.rule import StepRead
 from ahn.ops.step.operator import layer_step
 from ahn.ops.step.several import layer_read
 from ahn.ops.step.turn import TierTurn
-
-if TYPE_CHECKING:
-    from ahn.cache.layer_context import LayerContext
 
 
 @dataclasses.dataclass

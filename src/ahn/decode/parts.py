@@ -7,19 +7,17 @@ that no layer could share compiled code with another. Here three kinds of module
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ahn import private
 from ahn.memory.share import Share
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class SummedLinear(nn.Linear):

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -23,9 +24,6 @@ from ahn.evaluation.methods import Evaluated
 from ahn.evaluation.results import conclude, open_folder
 from ahn.training.distillation import distillation_loss
 from ahn.training.losses import IGNORED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LENGTH = 1024
 """Tokens of a text, where nothing else is said: a picture of more is hard to read."""

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ahn import memory, private, tiny
 from ahn.checkpoint.directory import Checkpoint
@@ -15,9 +17,6 @@ from ahn.config import AHNConfig, Reach, overridden
 from ahn.errors import AHNError
 from ahn.measure.method import Method
 from ahn.shape import trained_length
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHODS = {
     "ahn": "sinks, window and the adapter's memory",

@@ -12,10 +12,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import ahn
 from ahn.config import AHNConfig
@@ -27,9 +28,6 @@ from ahn.measure import peak
 from ahn.measure.clock import synchronize
 from ahn.measure.reading import bytes_of_cache, new_cache
 from ahn.measure.reading import losses as read_losses
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHUNK = 512
 """Tokens read at once, and so rows of logits that exist."""

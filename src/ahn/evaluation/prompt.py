@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
 from ahn.evaluation.task import Task, Truncation
 from ahn.measure.parts import render
 from ahn.measure.tokens import token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def encode(prompt: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:

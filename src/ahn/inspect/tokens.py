@@ -5,14 +5,11 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 KINDS = ("number", "name", "keyword", "operator", "whitespace", "text", "other")
 """`name`: a word; `keyword`: one of Python's; `operator`: punctuation too; `text`: inside a string or comment."""

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ahn.layout.anchors import anchor_step
-
-if TYPE_CHECKING:
-    pass
-
 
 Known: TypeAlias = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 """Positions that have been asked for, with their cosines and sines."""

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ahn.layout.anchored import Anchored
+from ahn.layout.evicted import Evicted
+from ahn.layout.visibility import Visibility
 from ahn.memory.key_basis import KeyBasis
 from ahn.memory.share import WHOLE, Share
 from ahn.ops.gate import Gate
+from ahn.ops.routes import Routes
+from ahn.ops.rule import StepRule
 from ahn.shape import DEFAULT_SLOTS, EXACT
-
-if TYPE_CHECKING:
-    from ahn.layout.anchored import Anchored
-    from ahn.layout.evicted import Evicted
-    from ahn.layout.visibility import Visibility
-    from ahn.ops.routes import Routes
-    from ahn.ops.rule import StepRule
 
 INIT_STD = 0.02
 

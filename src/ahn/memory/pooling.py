@@ -8,17 +8,15 @@ At an equal budget of T exact keys, use a window of `T - sinks - slots`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ahn.layout.anchored import Anchored
+from ahn.layout.evicted import Evicted
+from ahn.layout.visibility import Visibility
 from ahn.memory.base import Memory, MemoryKeys, SeenKeys
-
-if TYPE_CHECKING:
-    from ahn.layout.anchored import Anchored
-    from ahn.layout.evicted import Evicted
-    from ahn.layout.visibility import Visibility
 
 RATE = 4
 SHARE = 4

@@ -30,22 +30,20 @@ none of that.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ahn.errors import AHNError
+from ahn.layout.anchored import Anchored
 from ahn.layout.blocks import Fates, TextPiece, TokenBlocks
 from ahn.layout.evicted import Evicted
 from ahn.layout.slots import Picked
+from ahn.layout.visibility import Visibility
 from ahn.memory.base import INIT_STD, Memory, MemoryKeys, SeenKeys
 from ahn.memory.kept import Kept
 from ahn.shape import EXACT
-
-if TYPE_CHECKING:
-    from ahn.layout.anchored import Anchored
-    from ahn.layout.visibility import Visibility
 
 WIDTH = 32
 """Hidden units of the scorer."""

@@ -6,14 +6,11 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ahn.serve.api.metrics import ReplyWatch
 from ahn.serve.api.problems import APIProblem
+from ahn.serve.engine.reply import Reply
 from ahn.serve.request import Delta, FinishReason, TokenLogprobs
-
-if TYPE_CHECKING:
-    from ahn.serve.engine.reply import Reply
 
 IDLE = 10.0
 """Seconds without anything new after which a stream says that it is still there."""

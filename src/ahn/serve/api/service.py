@@ -9,25 +9,23 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 
 from ahn.errors import AHNError
 from ahn.serve.api.fields import ReplyFields
+from ahn.serve.api.grammar import Grammars
+from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.metrics import ServerMetrics
 from ahn.serve.api.problems import APIProblem
 from ahn.serve.api.replies import RunningReplies
 from ahn.serve.api.settings import ServerSettings
 from ahn.serve.api.texts import ChatText
 from ahn.serve.api.wire import unless_gone
+from ahn.serve.engine.engine import Engine
+from ahn.serve.engine.reply import Reply
 from ahn.serve.request import EngineBusy, GenerationRequest, SamplingOptions, TokenIds, TokenLogprobs
-
-if TYPE_CHECKING:
-    from ahn.serve.api.grammar import Grammars
-    from ahn.serve.api.messages import MessageStore
-    from ahn.serve.engine.engine import Engine
-    from ahn.serve.engine.reply import Reply
 
 NEVER = -9999.0
 """Logarithm of a probability of 0, which JSON cannot say."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ahn.cache.conversation import Message
+from ahn.serve.api.fields import ResponsesFields
+from ahn.serve.api.messages import MessageStore
 from ahn.serve.api.problems import APIProblem
-
-if TYPE_CHECKING:
-    from ahn.cache.conversation import Message
-    from ahn.serve.api.fields import ResponsesFields
-    from ahn.serve.api.messages import MessageStore
 
 
 @dataclasses.dataclass(frozen=True)

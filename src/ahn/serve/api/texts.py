@@ -8,21 +8,17 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from ahn.cache.conversation import Message
 from ahn.errors import AHNError
 from ahn.measure.parts import render
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.text import CONTEXT
 from ahn.serve.request import TokenIds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ahn.cache.conversation import Message
 
 APART = "\n\n"
 """Between messages that follow each other with no reply between them, for a model without a chat template."""

@@ -12,10 +12,10 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens
@@ -26,9 +26,6 @@ from ahn.serve.engine.scheduler import Scheduler
 from ahn.serve.engine.store import StateStore
 from ahn.serve.request import EngineBusy, EngineStats, GenerationRequest
 from ahn.wrappers import attached
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Engine", "EngineBusy"]
 FAULTS = 3

@@ -14,17 +14,15 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ahn.cache import file
 from ahn.cache.conversation import AHNCache, load_conversation
 from ahn.cache.origin import origin
 from ahn.errors import AHNError, reason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ENDING = ".safetensors"
 NOTE = "kept"

@@ -6,12 +6,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ahn.cache.conversation import AHNCache
-    from ahn.serve.engine.files import Note
-    from ahn.serve.engine.prefixes import Prefixes
+from ahn.cache.conversation import AHNCache
+from ahn.serve.engine.files import Note
+from ahn.serve.engine.prefixes import Prefixes
 
 
 @dataclasses.dataclass(eq=False)

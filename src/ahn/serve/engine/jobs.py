@@ -6,24 +6,21 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from ahn.cache.conversation import AHNCache
 from ahn.errors import AHNError
+from ahn.serve.engine.index import KeptState
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.reply import Reply
 from ahn.serve.engine.sampling import Chooser, Chosen
 from ahn.serve.engine.text import CONTEXT, TextStream
 from ahn.serve.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ahn.serve.engine.index import KeptState
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,10 +8,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ahn import private
 from ahn.cache.conversation import AHNCache
@@ -28,9 +28,6 @@ from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.sampling import logprobs_of
 from ahn.serve.engine.store import StateStore
 from ahn.serve.request import TokenLogprobs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WORTH = 32
 """Tokens from which on a state is kept rather than read anew, and a prompt waits for another that begins as it does."""

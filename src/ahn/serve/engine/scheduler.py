@@ -13,9 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ahn.cache.conversation import AHNCache
 from ahn.serve.engine.batch import Batch, make_batch
@@ -27,9 +28,6 @@ from ahn.serve.engine.prompts import WORTH, PromptReader
 from ahn.serve.engine.sampling import Chosen, choose
 from ahn.serve.engine.store import StateStore
 from ahn.serve.request import Delta, FinishReason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WARM = 1 << 16
 """Tokens that are read at most before a server is ready, so that what later chunks need is compiled."""

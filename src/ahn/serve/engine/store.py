@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from ahn.cache import file
-from ahn.cache.conversation import AHNCache
+from ahn.cache.conversation import AHNCache, Message
 from ahn.cache.origin import origin
 from ahn.cache.rows import copied
 from ahn.errors import AHNError
@@ -25,11 +26,6 @@ from ahn.serve.engine.files import NOTE, Note, StateFiles, beside, write
 from ahn.serve.engine.index import KeptState, StateIndex
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.request import ConversationInfo
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ahn.cache.conversation import Message
 
 NEAR = 256
 """Tokens, left to read, for which it is not worth to look whether another engine has written a better state."""
