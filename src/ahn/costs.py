@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
-from ahn.shape import ModelShape
+from ahn.shape import ModelShape, text_config
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def empty_model(hf_config: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    text = _text_config(hf_config)
+    text = text_config(hf_config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(text)
@@ -164,7 +164,7 @@ def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype 
         raise AHNError(f"The length must be an integer ≥ 1, got {length!r}.")
     AHNConfig.check(ahn_config)
     shape = ModelShape.from_config(hf_config)
-    text = _text_config(hf_config)
+    text = text_config(hf_config)
     width = BFLOAT16_BYTES if dtype is None else dtype.itemsize
     sizes = _all_sizes(shape, ahn_config, width)
     with_memory = shape.memory_layers(ahn_config.full_attention_layers)
@@ -234,10 +234,6 @@ def _memory_sizes(shape: ModelShape, ahn_config: AHNConfig, layer: int, width: i
         state_bytes=sum(s.nbytes for s in states),
         gate_numbers=sum(g.numel() for g in gates),
     )
-
-
-def _text_config(hf_config: Any) -> Any:
-    return hf_config.get_text_config(decoder=True) if hasattr(hf_config, "get_text_config") else hf_config
 
 
 def _attention(shape: ModelShape, length: int, kept: int, width: int) -> Usage:

@@ -38,6 +38,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or (full and isinstance(error, RuntimeError))
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in short: some say pages."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def installed_version(package: str) -> str | None:
     """None if the package is not installed, as ahn itself may not be: its sources can be on the path."""
     import importlib.metadata  # every import of the package would wait for it

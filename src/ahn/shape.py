@@ -16,13 +16,18 @@ WHOLE_TEXT = ("full_attention", "hybrid")
 """Kinds of layers whose attention sees the whole text; "hybrid" ones have a recurrent mixer beside it (Falcon-H1)."""
 
 
+def text_config(config: Any) -> Any:
+    """The part of a `transformers` configuration that is about text; all of it, if it is about nothing else."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def trained_length(config: Any) -> int | None:
     """The number of positions that a base was trained on, or that its RoPE scaling stretches it to; None if unsaid.
 
     Args:
         config: a `transformers` configuration.
     """
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     positions = getattr(text, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
@@ -54,7 +59,7 @@ class ModelShape:
         Raises:
             AHNError: a size is missing, or heads cannot share key/value heads evenly.
         """
-        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        text = text_config(config)
         sizes = _of_full_layers(text)
         needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
         missing = [name for name in needed if not isinstance(getattr(sizes, name, None), int)]

@@ -12,17 +12,18 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("aiohttp")
 
+from aiohttp import ClientResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, FrontAlone, ReplicaLostError, answered, ask, line
+from ahn.serve.replicas.wire import ROUTE, SECRET, FrontAlone, ReplicaLostError, answered, ask, body_of, line
 
 JSON = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
 
 
-async def whole(answer: Answer) -> bytes:
+async def whole(answer: ClientResponse) -> bytes:
     try:
-        return b"".join([content async for content in answer.body()])
+        return b"".join([content async for content in body_of(answer)])
     finally:
         answer.close()
 
@@ -35,7 +36,7 @@ def test_an_answer_is_passed_on(live_fake: Callable[..., Any], stream: bool) -> 
     async def go() -> tuple[int, dict[bytes, bytes], bytes]:
         async with line() as session:
             given = await ask(session, ("127.0.0.1", server.port), "POST", b"/v1/completions", JSON, body)
-            return given.status, dict(answered(given.headers)), await whole(given)
+            return given.status, dict(answered(given)), await whole(given)
 
     status, headers, content = asyncio.run(go())
     assert status == 200 and not {b"connection", b"transfer-encoding", b"date"} & headers.keys()

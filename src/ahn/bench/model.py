@@ -15,7 +15,7 @@ from ahn.checkpoint.directory import CONFIG
 from ahn.checkpoint.format import check_kernels
 from ahn.checkpoint.hub import config_file, local_directory
 from ahn.checkpoint.loading import load_base
-from ahn.errors import AHNError
+from ahn.errors import AHNError, first_line
 from ahn.files import expanded, read_json
 
 
@@ -69,8 +69,8 @@ def load(name: str, random_weights: bool, device: torch.device, dtype: torch.dty
 
 
 def _unusable(name: str, error: Exception) -> AHNError:
-    first = str(error).strip().partition("\n")[0]
-    return AHNError(f"Cannot load {name!r}; the shapes that need no files are {', '.join(SHAPES)}. {first}")
+    shapes = ", ".join(SHAPES)
+    return AHNError(f"Cannot load {name!r}; the shapes that need no files are {shapes}. {first_line(error)}")
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

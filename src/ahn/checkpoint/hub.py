@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ahn.checkpoint.directory import CONFIG
-from ahn.errors import AHNError, check_path
+from ahn.errors import AHNError, check_path, first_line
 from ahn.files import expanded
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -45,7 +45,6 @@ def _snapshot(repository: str, files: list[str], **hub: Any) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=IGNORED, **hub))
     except (OSError, ValueError) as error:  # what the Hub raises offline, for bad ids, absent or gated repositories
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AHNError(
-            f"{repository!r} is neither a directory nor a Hugging Face Hub repository within reach: {reason}"
+            f"{repository!r} is neither a directory nor a Hugging Face Hub repository within reach: {first_line(error)}"
         ) from error

@@ -34,7 +34,7 @@ from ahn.checkpoint.directory import CONFIG, Checkpoint, is_ahn
 from ahn.checkpoint.format import changed, check_kernels, transformers_config
 from ahn.checkpoint.hub import local_directory
 from ahn.config import DTYPES, AHNConfig, Reach
-from ahn.errors import AHNError
+from ahn.errors import AHNError, first_line
 from ahn.files import read_json
 from ahn.model import attention
 from ahn.model.saving import BASE_NAME, base_config
@@ -299,8 +299,7 @@ def pick_device(name: str | None) -> torch.device:
 
 def unreadable(path: PathLike, error: Exception) -> AHNError:
     """The first line of what transformers said about a model, as this package's error."""
-    first = str(error).strip().partition("\n")[0]
-    return AHNError(f"transformers cannot load {path}: {first or type(error).__name__}")
+    return AHNError(f"transformers cannot load {path}: {first_line(error)}")
 
 
 def _open_base(adapter: Checkpoint, named: PathLike, hub: dict[str, Any]) -> Checkpoint:

@@ -12,6 +12,7 @@ from rich.table import Table
 from ahn.cli import common
 from ahn.config import Reach
 from ahn.files import expanded
+from ahn.measure.plots import UNITS
 
 if TYPE_CHECKING:
     from ahn.checkpoint.directory import Checkpoint
@@ -201,7 +202,7 @@ def _summary(subject: ModelOverview) -> list[tuple[str, str]]:
     if config.quantized:
         rows.insert(5, (f"at {config.tier_label}", f"{config.quantized:,} tokens before the window"))
     for found in data["weights"]:
-        text = f"{found['kind']}: {found['tensors']} tensors, {_unit(found['bytes'], 1024, BYTES)}"
+        text = f"{found['kind']}: {found['tensors']} tensors, {_unit(found['bytes'], 1024)}"
         text += f" in {found['files']} file{'s' * (found['files'] > 1)} of {found['path']}"
         if found["memory_tensors"]:
             text += f"; memory: {found['memory_tensors']} tensors, {found['memory_parameters']:,} parameters"
@@ -214,7 +215,7 @@ def _cache_table(costs: list[Cost]) -> Table:
     for heading in ("full", "AHN", "AHN / full", "in numbers, as the paper counts"):
         table.add_column(heading, justify="right")
     for cost in costs:
-        sizes = [_unit(usage.cache_bytes, 1024, BYTES) for usage in (cost.full, cost.ahn)]
+        sizes = [_unit(usage.cache_bytes, 1024) for usage in (cost.full, cost.ahn)]
         table.add_row(f"{cost.length:,}", *sizes, _percent(cost.bytes_ratio), _percent(cost.cache_ratio))
     return table
 
@@ -224,8 +225,8 @@ def _flops_table(costs: list[Cost]) -> Table:
     for heading in ("mixers full", "AHN", "AHN / full", "model full", "AHN", "AHN / full"):
         table.add_column(heading, justify="right")
     for cost in costs:
-        mixers = [_unit(usage.mixer_flops, 1000, FLOPS) for usage in (cost.full, cost.ahn)]
-        models = [_unit(usage.model_flops, 1000, FLOPS) for usage in (cost.full, cost.ahn)]
+        mixers = [_unit(usage.mixer_flops, 1000) for usage in (cost.full, cost.ahn)]
+        models = [_unit(usage.model_flops, 1000) for usage in (cost.full, cost.ahn)]
         ratios = (_percent(cost.mixer_ratio), _percent(cost.model_ratio))
         table.add_row(f"{cost.length:,}", *mixers, ratios[0], *models, ratios[1])
     return table
@@ -237,12 +238,8 @@ def _table(title: str) -> Table:
     return table
 
 
-BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-FLOPS = ("", "K", "M", "G", "T", "P", "E", "Z")
-
-
-def _unit(value: float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
+def _unit(value: float, base: int) -> str:
+    power, units = 0, UNITS[base]
     while value >= base and power < len(units) - 1:
         value, power = value / base, power + 1
     digits = 0 if value >= 100 or power == 0 else 1 if value >= 10 else 2

@@ -26,7 +26,7 @@ from ahn.decode.layer import StepForward
 from ahn.decode.retained import RetainedSteps
 from ahn.decode.twin import possible, states_lent, twin_of
 from ahn.layout.rotation import Rotation
-from ahn.layout.state import LayerState, give_scores
+from ahn.layout.state import LayerState, Tensors, give_scores
 from ahn.memory import RecurrentMemory
 from ahn.memory.retained_tokens import RetainedTokens
 from ahn.ops import has_triton
@@ -244,11 +244,7 @@ class Runner:
         self.positions.copy_(cache.enter_slots())
         self.offset.copy_(cache.columns_before())
         cache.progress.lengths = self.positions
-        for state, own in zip(states_of(cache).values(), self.memories, strict=True):
-            for name, x in own.items():
-                if state.memory[name] is not x:
-                    x.copy_(state.memory[name])
-            state.memory = own
+        take_over(cache, self.memories)
         if self.retained is not None:
             self.retained.renew()
 
@@ -287,6 +283,15 @@ def _bases(model: PreTrainedModel, states: dict[int, LayerState]) -> dict[int, B
 def states_of(cache: AHNCache) -> dict[int, LayerState]:
     """Of all layers, each of which has read something."""
     return {index: layer.state for index, layer in cache.memory_layers.items() if layer.state is not None}
+
+
+def take_over(cache: AHNCache, memories: list[Tensors]) -> None:
+    """Put what a cache's memories hold into the tensors that a graph knows, which take their place."""
+    for state, own in zip(states_of(cache).values(), memories, strict=True):
+        for name, x in own.items():
+            if state.memory[name] is not x:
+                x.copy_(state.memory[name])
+        state.memory = own
 
 
 def _rings(state: LayerState) -> list[Tensor]:

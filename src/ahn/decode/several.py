@@ -228,11 +228,7 @@ class SeveralSteps:
         progress = cache.progress
         self.start.fill_(progress.seen - progress.beside)
         self.held.fill_(progress.beside)
-        for state, own in zip(runner.states_of(cache).values(), self.memories, strict=True):
-            for name, x in own.items():
-                if state.memory[name] is not x:
-                    x.copy_(state.memory[name])
-            state.memory = own
+        runner.take_over(cache, self.memories)
 
     @torch.inference_mode(False)
     def _capture(

@@ -26,6 +26,7 @@ class Result:
     """One method over all documents.
 
     Attributes:
+        is_memory: it keeps something of what leaves the window.
         loss: nats per token of the real text beyond the window; `perplexity` is its exponential.
         gap_won_back: 0 is sinks + window, 1 is full attention; None when those two do not differ.
         facts_recalled, facts_asked: facts stated beyond the window; `facts_interval` is the share's 95 % interval.
@@ -188,7 +189,7 @@ def _result(
     timed = readings[1:] or readings  # measuring the peak slows the first one down
     return Result(
         name=method.name,
-        is_memory=_remembers(method),
+        is_memory=method.trainable or (method.config is not None and method.config.quantized > 0),
         loss=loss,
         perplexity=math.exp(loss),
         gap_won_back=(window - loss) / (window - full) if window > full else None,
@@ -202,11 +203,6 @@ def _result(
         loss_by_document=[by_position([reading], [mask]) for reading, mask in zip(readings, real, strict=True)],
         cache_by_position=[(0, 0), *readings[0].cache_bytes],
     )
-
-
-def _remembers(method: Method) -> bool:
-    """It keeps something of what leaves the window."""
-    return method.trainable or (method.config is not None and method.config.quantized > 0)
 
 
 def _by_position(readings: Sequence[Reading], real: Sequence[Tensor], size: int) -> list[float | None]:

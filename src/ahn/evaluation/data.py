@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ahn.errors import AHNError, reason
+from ahn.errors import AHNError, first_line, reason
 from ahn.files import expanded
 
 Field = Callable[[Any], Any]
@@ -194,7 +194,7 @@ def _download(file: DataFile) -> Path:
             return found
         reason = "it is not there"
     except (OSError, ValueError) as error:  # what the Hub raises offline and for absent data sets
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
     raise AHNError(
         f"{file.path} of the data set {file.repository} cannot be downloaded ({reason}). Connect to the network, "
         "or name a directory that holds it with --data-dir."

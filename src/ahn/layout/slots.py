@@ -99,7 +99,8 @@ class Slots:
             seen, read: as of `from_columns`.
             full: no slot is empty, as far as the caller knows; a GPU is not asked.
         """
-        slots, read = self._range(device), read.to(device)[:, None]
+        slots = torch.arange(self.sinks + self.window, device=device)[None]
+        read = read.to(device)[:, None]
         latest = read - 1 - (read - 1 - slots) % self.window
         position = torch.where(slots < self.sinks, slots, latest)
         held = (position < read) & (position >= slots)
@@ -124,6 +125,3 @@ class Slots:
         if seen > self.sinks + self.window:
             slot = torch.where(column < self.sinks, column, slot)
         return slot
-
-    def _range(self, device: torch.device) -> Tensor:
-        return torch.arange(self.sinks + self.window, device=device)[None]

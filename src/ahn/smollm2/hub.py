@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, first_line
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -31,8 +31,7 @@ def download() -> Path:
     try:
         snapshot_download(REPOSITORY, allow_patterns=FILES, etag_timeout=PATIENCE)
     except (OSError, ValueError) as error:  # what the Hub raises offline, and what a full disk does
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise AHNError(f"The Hugging Face Hub is out of reach: {reason.rstrip('.')}.") from error
+        raise AHNError(f"The Hugging Face Hub is out of reach: {first_line(error)}.") from error
     found = cached()
     if found is None:
         raise AHNError(f"The Hub's {REPOSITORY} lacks some of {', '.join(NEEDED)}.")

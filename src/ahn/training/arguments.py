@@ -22,11 +22,11 @@ import yaml
 from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from ahn.errors import AHNError, install_command
+from ahn.errors import AHNError, first_line, install_command
 from ahn.files import read_text
 from ahn.private import use_one_gpu
 from ahn.training.settings import Settings
-from ahn.training.sharding import TRUE, first_line, recomputes, shard
+from ahn.training.sharding import TRUE, recomputes, shard
 
 RENAMED = {
     "warmup_ratio": "warmup_steps",  # a number below 1 is a share there

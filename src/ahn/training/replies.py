@@ -91,7 +91,8 @@ class Renderer:
     def _plain(self, conversation: Conversation, text: str) -> dict[int, Span] | None:
         """All replies by one more rendering, where a template shows them as they are or trimmed; else None."""
         replies = _replies(conversation)
-        if any(_is_more_than_text(conversation.messages[n]) for n in replies):
+        messages = conversation.messages
+        if any(messages[n].get("tool_calls") or _thoughts(messages[n]) for n in replies):  # more than text
             return None
         mark = _mark(text)
         stand_ins = {number: f"{mark}{number}{mark}" for number in replies}
@@ -189,7 +190,8 @@ class Renderer:
                     found.append("tools, which the chat template does not show")
         squeezed = None
         for reply in (conversation.messages[number] for number in _replies(conversation)):
-            thoughts = _thoughts(reply) or (reply["content"].partition("</think>")[0] if _thinks(reply) else "")
+            written, end, _ = reply["content"].partition("</think>")
+            thoughts = _thoughts(reply) or (written if end else "")
             if thoughts:
                 squeezed = _squeezed(text) if squeezed is None else squeezed
                 if _squeezed(thoughts) not in squeezed:
@@ -208,14 +210,6 @@ def _replies(conversation: Conversation) -> list[int]:
 
 def _thoughts(message: Message) -> str:
     return str(message.get(THOUGHTS[0], ""))
-
-
-def _thinks(message: Message) -> bool:
-    return "</think>" in message["content"]
-
-
-def _is_more_than_text(message: Message) -> bool:
-    return bool(message.get("tool_calls") or _thoughts(message))
 
 
 def _squeezed(text: str) -> str:

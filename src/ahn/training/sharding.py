@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, first_line
 
 TRUE = ("true", "1", "yes", "t", "y")
 
@@ -57,9 +57,3 @@ def recomputes() -> bool:
 def is_true(value: Any) -> bool:
     """Whether a flag or an environment variable says yes."""
     return str(value).lower() in TRUE
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in short."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -21,7 +21,7 @@ import datasets
 import fsspec
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
-from ahn.errors import AHNError, reason
+from ahn.errors import AHNError, first_line, reason
 from ahn.files import expanded
 from ahn.private import fingerprint
 from ahn.training.messages import printable
@@ -228,15 +228,16 @@ def _load_dataset(name: str, streaming: bool, **kwargs: Any) -> Rows:
         return datasets.load_dataset(name, split="train", streaming=streaming, **kwargs)
     except Exception as error:  # datasets, the Hub and pyarrow have their own ones
         what = ", ".join(kwargs["data_files"]) if kwargs else repr(name)
-        if "corresponds to no data" in str(error) or "BatchSize must be greater" in _reason(error):
+        if "corresponds to no data" in str(error) or "BatchSize must be greater" in first_line(
+            error.__cause__ or error
+        ):
             raise AHNError(f"The data is empty: {what}.") from error
         hint = "" if kwargs else "; it is no file, folder or known name either"
         raise AHNError(f"Cannot load the data set {what}: {_reason(error)}{hint}.") from error
 
 
 def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+    return first_line(error.__cause__ or error)
 
 
 def _generated(generate: Any, arguments: dict[str, Any], streaming: bool) -> Rows:

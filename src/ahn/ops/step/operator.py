@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahn.layout.state import LayerState, Tensors, TierRing, TierState, WindowState
+from ahn.layout.state import LayerState, TierRing, TierState, WindowState
 from ahn.ops.basis import Basis
 from ahn.ops.gate import Gate
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step.reference import StepRotation, gates_of, step
+from ahn.ops.step.reference import StepRotation, gates_of, named_gates, step
 from ahn.ops.step.retained import SeenTokens
 from ahn.ops.step.turn import TierTurn
 
@@ -113,7 +113,7 @@ def operator(
         assert tier_values is not None and tier_value_scales is not None and tier_value_offset is not None
         keys_of_tier = TierRing(tier_keys, tier_key_scales, tier_key_offset)
         values_of_tier = TierRing(tier_values, tier_value_scales, tier_value_offset)
-        tier = TierState(keys_of_tier, values_of_tier, _named(tier_write, tier_decay))
+        tier = TierState(keys_of_tier, values_of_tier, named_gates(tier_write, tier_decay))
     turn = None
     if token_angles is not None and within_angles is not None:
         assert near_angles is not None and first_angles is not None
@@ -124,7 +124,7 @@ def operator(
         assert seen_scores is not None and seen_positions is not None
         tokens = seen_keys, seen_values, block_keys, block_values, seen_scores, seen_positions
         seen = SeenTokens(*tokens, seen_angles, seen_room, seen_places)
-    layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)), tier)
+    layer = LayerState(WindowState(keys, values, named_gates(write_ring, decay_ring)), tier)
     if state is not None:
         layer.memory["state"] = state
     token = query, key, value, write_gate, decay_gate, positions, active
@@ -134,11 +134,6 @@ def operator(
         with torch.cuda.device(query.device):
             return kernel.step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen, basis)
     return step(*token, layer, sinks, scaling, rule, read, rotation, turn, seen, basis)
-
-
-def _named(write: Tensor | None, decay: Tensor | None) -> Tensors:
-    """Gates by the names that the rule of `operator` gives them."""
-    return {name: x for name, x in (("write", write), ("decay", decay)) if x is not None}
 
 
 @operator.register_fake

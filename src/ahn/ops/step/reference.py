@@ -172,6 +172,11 @@ def gates_of(gates: Tensors, rule: StepRule | None) -> tuple[Tensor | None, Tens
     return gates[rule.write], None if rule.decay is None else gates[rule.decay]
 
 
+def named_gates(write: Tensor | None, decay: Tensor | None) -> Tensors:
+    """The inverse of `gates_of`, by the names that the rules of our operators give gates."""
+    return {name: x for name, x in (("write", write), ("decay", decay)) if x is not None}
+
+
 def _push(
     leaving: list[Tensor | None],
     leaves: Tensor,

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn.layout.slots import Slots
-from ahn.layout.state import LayerState, Tensors, WindowState
+from ahn.layout.state import LayerState, WindowState
 from ahn.ops.gate import Gate
 from ahn.ops.quantize import precise
 from ahn.ops.routes import Routes
 from ahn.ops.rule import StepRead, StepRule
-from ahn.ops.step.reference import StepRotation, gates_of, read_out, rotated, write_and_read_token
+from ahn.ops.step.reference import StepRotation, gates_of, named_gates, read_out, rotated, write_and_read_token
 
 
 def read(
@@ -207,8 +207,8 @@ def operator(
         if query_map is not None and key_map is not None and query_route is not None and key_route is not None:
             routes = Routes(query_map, key_map, query_route, key_route)
         finish = StepRead(memory_query, gamma, weight, norm, o_proj, routes)
-    layer = LayerState(WindowState(keys, values, _named(write_ring, decay_ring)))
-    layer.beside = WindowState(beside_keys, beside_values, _named(beside_write, beside_decay))
+    layer = LayerState(WindowState(keys, values, named_gates(write_ring, decay_ring)))
+    layer.beside = WindowState(beside_keys, beside_values, named_gates(beside_write, beside_decay))
     if state is not None:
         layer.memory["state"] = state
     if cos is not None and sin is not None:
@@ -231,11 +231,6 @@ def operator(
 def _(query: Tensor, *rest: object, **named: object) -> Tensor:
     B, H, N, P = query.shape
     return query.new_empty(B, N, H, P)
-
-
-def _named(write: Tensor | None, decay: Tensor | None) -> Tensors:
-    """Gates by the names that the rule of `operator` gives them."""
-    return {name: x for name, x in (("write", write), ("decay", decay)) if x is not None}
 
 
 def layer_read(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+from aiohttp import ClientResponse
 from fastapi import FastAPI, Request, Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -18,7 +19,7 @@ from ahn.serve.api.settings import ServerSettings
 from ahn.serve.api.wire import StreamedResponse, answer, event, unless_gone
 from ahn.serve.replicas.pages import merged
 from ahn.serve.replicas.routing import routing_key
-from ahn.serve.replicas.wire import ROUTE, SECRET, Answer, ReplicaLostError, answered, ask, line
+from ahn.serve.replicas.wire import ROUTE, SECRET, ReplicaLostError, answered, ask, body_of, line
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
 NUMBER = b"x-request-id"
@@ -74,16 +75,16 @@ async def forwarded(replicas: DeploymentHandle, secret: str, request: Request) -
     except (RayError, RayServeException, ReplicaLostError) as error:
         raise _lost() from error
     response = StreamedResponse(_body(given), given.close, status_code=given.status)
-    response.raw_headers = [pair for pair in answered(given.headers) if pair[0] != NUMBER]
+    response.raw_headers = [pair for pair in answered(given) if pair[0] != NUMBER]
     return response
 
 
-async def _body(given: Answer) -> AsyncIterator[bytes]:
+async def _body(given: ClientResponse) -> AsyncIterator[bytes]:
     try:
-        async for content in given.body():
+        async for content in body_of(given):
             yield content
     except ReplicaLostError:
-        if not dict(given.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+        if given.content_type != "text/event-stream":
             raise  # the connection is closed before its content is whole
         yield event(_lost().body).encode()
 

@@ -5,9 +5,8 @@ Ray says where a replica is; an object of Ray's for every token would cost more 
 
 from __future__ import annotations
 
-import dataclasses
 import hmac
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator
 
 import aiohttp
 from starlette.responses import PlainTextResponse
@@ -42,30 +41,13 @@ class FrontAlone:
         await self.app(asked, receive, send)
 
 
-@dataclasses.dataclass
-class Answer:
-    """What a replica answers; `close` is to be called when no more of it is wanted."""
-
-    response: aiohttp.ClientResponse
-
-    @property
-    def status(self) -> int:
-        return self.response.status
-
-    @property
-    def headers(self) -> Headers:
-        return [(name.lower(), value) for name, value in self.response.raw_headers]
-
-    async def body(self) -> AsyncIterator[bytes]:
-        """As it comes: what came together comes together."""
-        try:
-            async for content in self.response.content.iter_any():
-                yield content
-        except (aiohttp.ClientError, OSError) as error:
-            raise ReplicaLostError(str(error)) from error
-
-    def close(self) -> None:
-        self.response.close()
+async def body_of(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """As it comes: what came together comes together."""
+    try:
+        async for content in answer.content.iter_any():
+            yield content
+    except (aiohttp.ClientError, OSError) as error:
+        raise ReplicaLostError(str(error)) from error
 
 
 def line() -> aiohttp.ClientSession:
@@ -81,21 +63,19 @@ def line() -> aiohttp.ClientSession:
 
 async def ask(
     session: aiohttp.ClientSession, address: tuple[str, int], method: str, target: bytes, headers: Headers, body: bytes
-) -> Answer:
-    """A replica's answer to a request, up to its body."""
+) -> aiohttp.ClientResponse:
+    """A replica's answer to a request, up to its body; it is to be closed when no more of it is wanted."""
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     where = URL(f"http://{host}:{address[1]}{target.decode('latin-1')}", encoded=True)
-    passed = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in _passed(headers)]
+    own = OF_A_CONNECTION | {b"content-length"}
+    passed = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name not in own]
     try:
-        return Answer(await session.request(method, where, headers=passed, data=body, allow_redirects=False))
+        return await session.request(method, where, headers=passed, data=body, allow_redirects=False)
     except (aiohttp.ClientError, OSError) as error:
         raise ReplicaLostError(str(error)) from error
 
 
-def _passed(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    return [pair for pair in headers if pair[0] not in OF_A_CONNECTION and pair[0] != b"content-length"]
-
-
-def answered(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
+def answered(answer: aiohttp.ClientResponse) -> Headers:
     """Of an answer's headers, those that are passed on: the others are of its connection, or added anew."""
+    headers = [(name.lower(), value) for name, value in answer.raw_headers]
     return [pair for pair in headers if pair[0] not in OF_A_CONNECTION and pair[0] not in (b"date", b"server")]
