@@ -1,7 +1,5 @@
 """The one exception type of every expected failure, and what functions say that are given the wrong kind of thing."""
 
-from __future__ import annotations
-
 import os
 import reprlib
 import shlex

@@ -1,7 +1,5 @@
 """The transformers model inside what others put around it: PEFT, DistributedDataParallel, torch.compile."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Attention over few keys with a mask per query and key, which also says its log-sum-exp."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Attention over some of the keys, and joined over all: each part counts by the exponential of its log-sum-exp."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

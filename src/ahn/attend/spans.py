@@ -6,8 +6,6 @@ somebody sees. `attend` chooses. Both have gradients.
 Shapes: B rows, Hq query heads, Hkv key/value heads, n queries, T keys, P head dim.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -9,8 +9,6 @@ is a multiple of the kernel's tile where window, sinks and n are.
 Quantized tokens are a second window (`Band`), over the stream of tokens that left the first one: as many parts again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ already, else by a finder that lets Python find and run such a module as always,
 classes of base models refuse such checkpoints.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """What transformers' Auto classes take for a checkpoint with an AHN: a configuration, and classes that load it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

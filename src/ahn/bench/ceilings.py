@@ -1,7 +1,5 @@
 """How fast this machine copies and multiplies today: the two rates that a roofline is made of."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import subprocess

@@ -1,7 +1,5 @@
 """Time and peak memory of one more token, after a long context."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Caches as they are after a long text, filled with random numbers: how a step runs does not depend on them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """Peak memory of reading a prompt and of writing on, by length: flat, or not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ahn.bench import decode, fill, roofline

@@ -1,7 +1,5 @@
 """What `ahn bench` compares: full attention as transformers offers it, sinks + window, and every memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ahn import memory

@@ -1,7 +1,5 @@
 """The model that is measured: real weights, or random ones of the same shape made where they are needed."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Time and peak memory of reading a prompt."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

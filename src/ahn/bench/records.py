@@ -1,7 +1,5 @@
 """Rows on disk: one JSON object per line, written the moment it is measured."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

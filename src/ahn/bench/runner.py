@@ -1,7 +1,5 @@
 """From a plan to rows. A row that runs out of memory, or fails in any other way, says so, and the next one begins."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

@@ -1,7 +1,5 @@
 """Configurations of the models that are measured most: their shapes are all that speed depends on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ahn.errors import AHNError

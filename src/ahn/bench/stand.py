@@ -1,7 +1,5 @@
 """Everything that the rows of one run share: the model, the machine's ceilings, and how long to measure."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows as tables, one a measurement, and as one line each while they are measured."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Time and peak memory of one step of self-distillation."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import time

@@ -4,8 +4,6 @@ Ours is what `ahn.model.saving` writes. Published configurations have the base m
 their `sliding_window` is a left-over of training.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import reprlib

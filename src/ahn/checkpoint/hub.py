@@ -1,7 +1,5 @@
 """From what a user types (a directory or a Hugging Face Hub id) to a local directory."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Models that ahn knows by a short name: `tiny`, which comes with it, and `smollm2`, which it finds or gets."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any

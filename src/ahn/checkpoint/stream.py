@@ -1,7 +1,5 @@
 """The safetensors format as byte ranges: files are checked and rewritten without holding a tensor in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Whether the AHN tensors of a checkpoint are the ones its settings ask for: names, shapes and finite values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Commands of `ahn chat`: lines that begin with a slash."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable

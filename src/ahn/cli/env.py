@@ -1,7 +1,5 @@
 """`ahn env`: versions and devices, as a bug report needs them."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

@@ -1,7 +1,5 @@
 """The options of a verb in its help: in groups, by what they are about."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

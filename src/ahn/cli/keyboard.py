@@ -3,8 +3,6 @@
 Enter sends. Alt-Enter, or a backslash at the end of a line, begins another line; what is pasted may have many.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

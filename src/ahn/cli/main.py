@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 something the user can fix (`AHNError`, one line on stderr), 2 wrong usage, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import itertools

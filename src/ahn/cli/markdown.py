@@ -1,7 +1,5 @@
 """A reply's Markdown on a terminal: a block is rendered once it is whole; the one being written is shown as it is."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, Self
 

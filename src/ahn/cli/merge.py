@@ -1,7 +1,5 @@
 """`ahn merge`: one checkpoint from a base model and an adapter."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

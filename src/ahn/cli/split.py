@@ -1,7 +1,5 @@
 """`ahn split`: a merged checkpoint taken apart again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Text from files and models on a terminal: nothing in it is a command to the terminal, or markup."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

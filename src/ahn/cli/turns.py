@@ -1,7 +1,5 @@
 """Turns of a conversation as new tokens for a live cache: nothing is read twice, and nothing can be unread."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Self

@@ -3,8 +3,6 @@
 For steps one layer is compiled and all run with it: seconds instead of the minute that a whole model takes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import threading

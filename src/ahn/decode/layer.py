@@ -1,7 +1,5 @@
 """One layer of one captured step: what the attention function does when a `StepForward` is under way."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

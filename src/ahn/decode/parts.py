@@ -4,8 +4,6 @@ transformers puts a forward on each module, which wraps and unwraps tensors as i
 that no layer could share compiled code with another. Here three kinds of module do the same.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any, cast
 

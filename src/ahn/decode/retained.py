@@ -5,8 +5,6 @@ memory does it here, as in an ordinary forward. The tokens that stayed then lie 
 others stay or the place moves from which far ones are seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

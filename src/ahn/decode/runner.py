@@ -1,7 +1,5 @@
 """The captured step of one conversation: fixed buffers, one CUDA graph, and when it may be used."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 import weakref

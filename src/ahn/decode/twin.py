@@ -4,8 +4,6 @@ One layer is compiled for all only if layers differ in nothing but their tensors
 hooks and what somebody compiled are made alike in a twin; the model stays as it is, for whoever uses it meanwhile.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Read every document in every way, and sum it up: perplexity beyond the window, the gap won back, facts, cost."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Texts for the demonstration: long real documents with facts put in, all of exactly the same length in tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What the demonstration compares: full attention, sinks + window, memories, quantized tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Reading one document, measuring on the way."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence

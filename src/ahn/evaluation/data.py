@@ -4,8 +4,6 @@ A file comes from the Hub at a pinned commit, or from a local directory with the
 searched: LV-Eval's archives hold all its lengths, which must not end up in one task.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Long documents for perplexity: text files, books in JSON lines, or what every Python brings along."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from pathlib import Path

@@ -5,8 +5,6 @@ had left the window by then can change it only through what was remembered of it
 that remembering it otherwise would help, a short one that it is remembered well enough, or does not matter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence

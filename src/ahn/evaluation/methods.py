@@ -1,7 +1,5 @@
 """What is compared: a memory, and the baselines without one, on the same code path and with the same number of keys."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -5,8 +5,6 @@ folder gets `positions.jsonl` (figure 3c and d: a line a bucket of tokens) and `
 cache by length, computed from the configuration).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

@@ -1,7 +1,5 @@
 """From a sample's prompt to token ids: shortened as the profile does it, then as a user's message."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase

@@ -4,8 +4,6 @@ They belong to the benchmarks and are not part of this package. `load_protocol` 
 checks their sha256, reads the literals in them as data and keeps the result as one JSON file in a cache.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

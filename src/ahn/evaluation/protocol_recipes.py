@@ -1,7 +1,5 @@
 """The benchmarks with a protocol: which files at which commit, what is taken from them, what must be there."""
 
-from __future__ import annotations
-
 import ast
 import json
 import string

@@ -4,8 +4,6 @@ Nothing that is downloaded is executed or imported: Python files are parsed, and
 What has the pinned sha256 is known to be text, Python and complete: only that is checked.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import http.client

@@ -3,8 +3,6 @@
 A task knows nothing of models. `ahn.evaluation.runner` runs any of them, `ahn.evaluation.tasks` finds them by name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

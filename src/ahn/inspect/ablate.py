@@ -1,7 +1,5 @@
 """`without`: memory off for some layers and heads, in writing, reading or both."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """How much a memory's read adds to the residual stream, next to exact attention."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

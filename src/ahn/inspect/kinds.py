@@ -1,7 +1,5 @@
 """Means by kind of token, with intervals that know that neighbouring tokens are alike."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

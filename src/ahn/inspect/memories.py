@@ -1,7 +1,5 @@
 """Which layers of a model have a memory with a state to look into, and which tokens a forward writes."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from transformers import PreTrainedModel
 

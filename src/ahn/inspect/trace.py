@@ -1,7 +1,5 @@
 """`Trace`: what was recorded of one conversation, as tensors on the CPU."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

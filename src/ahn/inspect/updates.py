@@ -1,7 +1,5 @@
 """What a recurrent memory really adds to its state, token by token, without a state for every token."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ torch joins and gathers what is not contiguous one element after the other: 2 by
 out. Nothing is computed with the elements, so that several of them can pass for one of torch's widest type.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

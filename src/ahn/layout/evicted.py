@@ -1,7 +1,5 @@
 """The tokens that leave the window in one forward, on their way into the memory."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

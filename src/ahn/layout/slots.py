@@ -1,7 +1,5 @@
 """Where a decoding cache keeps its tokens: fixed slots, in which nothing moves."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cached_property
 

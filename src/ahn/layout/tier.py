@@ -4,8 +4,6 @@ With keys before RoPE a query sees a token at its own distance up to `reach`, an
 the first N of the tier are "near" for it, the others "far".
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cached_property
 

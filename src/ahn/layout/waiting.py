@@ -5,8 +5,6 @@ these was read. A forward reads them again, as far as writing goes: its parts ar
 columns, which begin where tier and memory stand. The last one reaches over the tokens that wait afterwards.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

@@ -1,7 +1,5 @@
 """Clocks: what is asynchronous is waited for, what is compiled at the first call stays out."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

@@ -1,7 +1,5 @@
 """What is compared: full attention, sinks + window, quantized tokens, memories, all on one base model."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping

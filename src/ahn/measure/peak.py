@@ -1,7 +1,5 @@
 """Peak memory of a piece of work, as far as the platform lets it be measured."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

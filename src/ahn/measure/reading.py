@@ -1,7 +1,5 @@
 """Reading a text chunk by chunk with a cache: the logits of all of it never exist, and losses come on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -4,8 +4,6 @@ Nothing of them is in the package. A book's archive (1 to 4 MB) is fetched by `n
 kept in the user's cache.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """DeltaNet: replace what the state predicts for a key by the key's value (Schlag et al. 2021, arXiv 2102.11174)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Gated DeltaNet: the delta rule over a state that also decays (Yang et al. 2024, arXiv 2412.06464)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

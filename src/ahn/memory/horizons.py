@@ -1,7 +1,5 @@
 """How a new memory begins, where that is not what the paper's code does."""
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedModel
 

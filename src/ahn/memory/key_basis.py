@@ -1,7 +1,5 @@
 """In which basis a layer's keys are coded (`AHNConfig.calibrated_keys`): what an adapter holds of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

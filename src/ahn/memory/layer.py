@@ -1,7 +1,5 @@
 """The modules that `attach` adds to a decoder layer, named as published: `ahn.fn.*` and `ahn_router.*`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Mamba2: a decaying sum of value-key outer products (Dao and Gu 2024, arXiv 2405.21060)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

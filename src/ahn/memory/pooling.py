@@ -5,8 +5,6 @@ queue holds a quarter as many slots as the window, so it reaches as far back aga
 At an equal budget of T exact keys, use a window of `T - sinks - slots`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import ClassVar
 

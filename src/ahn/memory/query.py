@@ -1,7 +1,5 @@
 """The query that reads a memory through the memory's own projection (docs/spec.md, section 3)."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -27,8 +27,6 @@ together what as large a share of a text of the trained length would (`ahn.layou
 none of that.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

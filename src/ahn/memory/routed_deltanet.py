@@ -1,7 +1,5 @@
 """Routed DeltaNet: several delta-rule states per key head, among which keys and queries choose by their direction."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

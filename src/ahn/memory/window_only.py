@@ -1,7 +1,5 @@
 """Sinks + window without a memory: what leaves the window is forgotten. The baseline of every comparison."""
 
-from __future__ import annotations
-
 from ahn.memory.base import Memory
 
 

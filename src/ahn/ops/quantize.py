@@ -6,8 +6,6 @@ what the codes preserve: the least squared error, which suits values, or every i
 keys (TurboQuant, arXiv 2504.19874): the levels pull a vector towards zero, and a softmax over such keys is too flat.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from functools import lru_cache

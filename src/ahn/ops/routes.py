@@ -8,8 +8,6 @@ looks where keys like it went.
 Shapes: H query heads, Hkv key heads, P head dim, R states per key head; of states the head is the slower index.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """How one memory writes and reads, in the terms that every kernel knows."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from torch import Tensor

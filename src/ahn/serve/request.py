@@ -1,7 +1,5 @@
 """What the engine is asked for, and what it gives: the form that the HTTP side and the engine share."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 The model (Hugging Face, Apache-2.0) is not shipped: `path()` finds it or gets it. `README.md` here tells more.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct from the Hugging Face Hub, or from its cache on this machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache

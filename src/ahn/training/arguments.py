@@ -5,8 +5,6 @@ Flags of the published training script that have no meaning of their own here ar
 anyway (`COMPATIBLE`), renamed ones are translated (`RENAMED`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

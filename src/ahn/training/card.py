@@ -1,7 +1,5 @@
 """The model card and the loss curves of a finished run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

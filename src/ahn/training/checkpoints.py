@@ -5,8 +5,6 @@
 dot, and renamed when it is whole: a killed run leaves its last good checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import random

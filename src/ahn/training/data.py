@@ -1,7 +1,5 @@
 """The data of a run: tokenised once, in parallel, cached; bad rows counted, said and skipped."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

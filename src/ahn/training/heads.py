@@ -5,8 +5,6 @@ ordered by the attention that queries of replies give to far places where the re
 queries, in the base model's own full attention (compare retrieval heads, arXiv 2404.15574).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

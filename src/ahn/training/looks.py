@@ -9,8 +9,6 @@ Where one layer's score is for all heads (`AHNConfig.score_layer`), it learns wh
 long ago, *teachers* (`ahn.training.heads`), of whichever layers: what they look at is what must not be forgotten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 

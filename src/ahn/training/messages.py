@@ -1,7 +1,5 @@
 """One message of a conversation, from any of the layouts, to what chat templates of transformers take."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, TypeAlias
 

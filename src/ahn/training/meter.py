@@ -1,7 +1,5 @@
 """What a run's log says between two lines: means of the losses, the last window, speed and memory."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

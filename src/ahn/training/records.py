@@ -1,7 +1,5 @@
 """One raw row to a conversation or a text, in the layouts of LLaMA-Factory, TRL and OpenAI."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ begins where the template's generation prompt ends, since the model must say all
 the token that the template puts after it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """A whole run, from arguments to a finished adapter: check, read data, load, train, measure, write."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -1,7 +1,5 @@
 """What `ahn train` can be told beyond the Trainer's own arguments: model, data and distillation, each checked alone."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How weights are divided between processes: by FSDP2, also where a launcher or a DeepSpeed file says it their way."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

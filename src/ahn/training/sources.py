@@ -4,8 +4,6 @@ JSON lines and text files become rows of undecoded bytes, so that one broken lin
 share a schema. Tables (parquet, CSV, saved and Hub data sets) keep their columns. Every row has a column `where`.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

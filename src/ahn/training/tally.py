@@ -1,7 +1,5 @@
 """What became of the rows of a run's data: counted per file, and said once."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections import Counter

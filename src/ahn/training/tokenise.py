@@ -1,7 +1,5 @@
 """Conversations and texts to token ids, and which of them are to be learned."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -5,8 +5,6 @@ are sums over the positions that count, divided by their number in the whole ste
 model reads them; checkpoints are those of `ahn.training.checkpoints`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -4,8 +4,6 @@ torch.compile hands over what a layer computes for one token. What we recognise 
 ours; the rest stays as it is, so a model that is written in another way loses a fusion and nothing else.
 """
 
-from __future__ import annotations
-
 from torch import fx
 
 from ahn.decode.fusion.graph import in_place

@@ -1,7 +1,5 @@
 """What a decoder layer's graph of torch functions is made of, found whichever way it is written."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any, NamedTuple
 

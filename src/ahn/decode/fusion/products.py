@@ -5,8 +5,6 @@ before them and the sum that adds one to the residual stream; of several, that s
 and the norm after it are one operator more.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from typing import Any, NamedTuple

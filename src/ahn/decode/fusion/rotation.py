@@ -4,8 +4,6 @@ A base model rotates before it calls an attention function. Left to a kernel of 
 and one that cannot begin before its predecessor has ended (see `ahn.ops.step.dependent_launch`).
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ The harness has no entry points for plug-ins, so this program registers a model 
 directory more, and starts it.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

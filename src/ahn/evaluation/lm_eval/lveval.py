@@ -1,7 +1,5 @@
 """LV-Eval as tasks of the harness, which has none: data, prompts and scores are those of `ahn eval lveval`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The harness's model class for a model with a memory, or one of its baselines."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

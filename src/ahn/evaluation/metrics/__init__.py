@@ -3,8 +3,6 @@
 Names are `benchmark.metric`: lv LV-Eval, lb LongBench, ib InfiniteBench, ruler RULER.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

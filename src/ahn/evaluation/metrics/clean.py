@@ -1,7 +1,5 @@
 """What a profile does to a generated text before it is scored."""
 
-from __future__ import annotations
-
 FIRST_LINE_ONLY = frozenset({"trec", "triviaqa", "samsum", "lsht"})  # LongBench, `scorer` in eval.py
 
 # The AHN paper's scorer (eval/longbench/eval.py of ByteDance-Seed/AHN) ends a text at each of these in turn.

@@ -1,7 +1,5 @@
 """LongBench's metrics (metrics.py of THUDM/LongBench) and which task uses which (`dataset2metric` in eval.py)."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """LV-Eval's metrics (metrics.py of infinigence/LVEval). The stop words belong to it and come from its protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 from ahn.evaluation.metrics.rouge import rouge_l

@@ -10,8 +10,6 @@ the benchmarks' scripts catch everything and score 0.0. Here both profiles give 
 returns under a higher limit.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 _EPSILON = 1e-8  # the package's guard against 0/0: part of every score it gives

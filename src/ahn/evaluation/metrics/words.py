@@ -5,8 +5,6 @@ InfiniteBench (src/compute_scores.py) share; the English ones are SQuAD's. Chine
 LV-Eval, because scores depend on its dictionary.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

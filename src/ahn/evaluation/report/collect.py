@@ -1,7 +1,5 @@
 """From result folders to what is compared: rows (a model as a method uses it) and columns (a task as it was run)."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """What a report relies on in a folder of results, which somebody else may have written or a disk have damaged."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradient norms drawn on the text that they belong to."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Sequence

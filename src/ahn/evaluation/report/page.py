@@ -1,7 +1,5 @@
 """One HTML page that needs no other file and no network."""
 
-from __future__ import annotations
-
 import base64
 import html
 from collections.abc import Sequence

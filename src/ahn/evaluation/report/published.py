@@ -4,8 +4,6 @@ At 128k tokens with 128 sinks and a window of 32640, LongBench with 8064 + 128; 
 Transformer, KL and CE are losses of training, with the window drawn at random or fixed.
 """
 
-from __future__ import annotations
-
 from ahn.evaluation.report.collect import Column
 from ahn.evaluation.tasks import longbench, lveval
 

@@ -1,7 +1,5 @@
 """Tables as plain text, CSV and HTML: the same cells in each."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import html

@@ -5,8 +5,6 @@ tasks(parts: Sequence[str], options: Options) -> list[Task]    those that "longb
 LENGTH: re.Pattern                                             where it is generated: any length a name may end with
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What generated tasks share: prompts of a given number of tokens, in the words of the evaluated model's tokenizer."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import functools

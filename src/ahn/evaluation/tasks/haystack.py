@@ -1,7 +1,5 @@
 """Text to hide things in: any local text, or what every Python brings along."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib

@@ -5,8 +5,6 @@ tokens, F1 over words or characters. paper: one English prompt for both, 256 new
 ROUGE-L.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

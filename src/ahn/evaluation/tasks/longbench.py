@@ -4,8 +4,6 @@ official: the middle is cut out beyond the model's limit (31500 tokens for model
 32000, six tasks, summaries of 500 tokens instead of 512.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Both profiles are the same, except that the paper's tables are at 128k; the leng
 benchmark's user, 256000 tokens in the paper's scripts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

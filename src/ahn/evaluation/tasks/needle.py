@@ -5,8 +5,6 @@ on (`ahn.tiny.facts`) between lines of code, answered by the next word. The need
 so that it is read once and asked many times; each is asked for on its own.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import functools

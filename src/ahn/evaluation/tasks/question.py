@@ -1,7 +1,5 @@
 """What downloaded benchmarks have in common: a prompt from the protocol, filled from a record, scored by a metric."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from abc import abstractmethod

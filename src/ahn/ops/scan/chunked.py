@@ -6,8 +6,6 @@ the delta rule the updates u solve the unit lower triangular system `(I + A) u =
 Shapes as in `reference`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

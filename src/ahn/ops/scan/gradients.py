@@ -4,8 +4,6 @@ Of a layer the backward keeps its inputs and, per state and token, what was writ
 chunk, and two rows' worth of states: 5 P numbers in the inputs' type.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Shapes: k, v (B, H, N, P); beta, decay (B, H, N); state (B, H, P_key, P_value); 
 (B, H · G, N, P), where G queries that follow one another read each state. `decay` is a logarithm, ≤ 0.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

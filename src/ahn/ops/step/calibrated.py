@@ -9,8 +9,6 @@ basis instead. A near one's is, for it is turned by its own angle. Products over
 are looked up where they are summed, and the numbers that they mean are never written down.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from functools import cache

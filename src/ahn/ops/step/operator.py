@@ -1,7 +1,5 @@
 """A decoding step of a layer as an operator that torch.compile leaves whole, on the device's best path."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

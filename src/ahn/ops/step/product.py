@@ -1,7 +1,5 @@
 """Products of matrices with one or a few vectors, with what stands around them: one pass over the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -10,8 +10,6 @@ Shapes: B rows, Hq query heads, Hkv key/value heads, Hw heads that write (Hkv wi
 S sinks, W window, T = S + W, C tokens of the tier.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

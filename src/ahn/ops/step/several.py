@@ -8,8 +8,6 @@ Shapes: Hq query heads, Hkv key/value heads, Hw heads that write (Hkv with route
 W window, T = S + W, N new tokens, G ≤ W places beside the window, of which the first `held` are taken before.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """What chat, completions and responses share: a request's replies, as a whole or as a stream."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

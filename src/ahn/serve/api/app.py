@@ -1,7 +1,5 @@
 """The server's app: routes, errors and the gate before them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """What every request passes first: its number, its key, and bounds of size and patience."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

@@ -1,7 +1,5 @@
 """What is not about one reply: the models, the page, tokens, health, metrics, and the conversations that are kept."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

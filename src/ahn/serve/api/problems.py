@@ -1,7 +1,5 @@
 """Errors in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`, whatever went wrong and wherever."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """What all routes share: from fields to the engine's requests, and from what it writes to OpenAI's objects."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """What a request adds to a conversation that the server knows."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 from typing import Any

@@ -1,7 +1,5 @@
 """What the HTTP side is told once, when it starts: who may ask, and how much."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import hmac

@@ -1,7 +1,5 @@
 """Messages and texts as token ids, and ids as texts."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import re

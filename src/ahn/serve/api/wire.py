@@ -1,7 +1,5 @@
 """JSON, server-sent events, and noticing that a client has gone."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping

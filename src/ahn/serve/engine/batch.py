@@ -1,7 +1,5 @@
 """The conversations that are being written: one step of all of them at a time, joining and leaving between steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

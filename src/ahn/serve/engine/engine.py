@@ -4,8 +4,6 @@
 meanwhile (`ahn.disabled` included): what they do holds for their threads alone.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

@@ -1,7 +1,5 @@
 """Which states are kept, and how each is found: by what it has read, and by the name of its conversation."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One request on its way through the engine."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence

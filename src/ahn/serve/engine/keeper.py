@@ -3,8 +3,6 @@
 This runs beside the engine's thread: a template is rendered, files are written, and others' steps do not wait for it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """How much of prompts is read between two steps of the replies, so that those keep their pace."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import threading

@@ -1,7 +1,5 @@
 """How prompts are read: what is known of them is found, and the rest is read in chunks, each prompt alone."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

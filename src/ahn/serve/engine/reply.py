@@ -1,7 +1,5 @@
 """What a reply brings, on its way from the engine's thread to whoever asked."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import threading

@@ -5,8 +5,6 @@ its own, one for each token, so that neighbours that come and go change nothing.
 processors, in their order: temperature, top-k, top-p, min-p.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import random

@@ -6,8 +6,6 @@ captured, a conversation that goes on with a few tokens joins at once, and reads
 where there is none, in steps beside the others.
 """
 
-from __future__ import annotations
-
 import collections
 import logging
 import threading

@@ -3,8 +3,6 @@
 A state in the store never changes: whoever goes on from it works on a copy, so any number of requests can.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """The text of a reply, token by token: whole characters only, and nothing that may still become a stop text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """Ray: the cluster that there is, or one of this machine alone, and replicas in it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

@@ -1,7 +1,5 @@
 """What stands before the replicas: it hands each request to the one that holds its conversation."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """The metrics of several replicas as one page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest

@@ -1,7 +1,5 @@
 """One engine of several: the whole server in a process of Ray's, which only the front may ask."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

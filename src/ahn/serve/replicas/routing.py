@@ -1,7 +1,5 @@
 """Which conversation a request belongs to, so that it comes to the replica that holds its state."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 Ray says where a replica is; an object of Ray's for every token would cost more than making the token.
 """
 
-from __future__ import annotations
-
 import hmac
 from collections.abc import AsyncIterator
 

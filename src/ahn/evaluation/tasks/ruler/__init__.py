@@ -6,8 +6,6 @@ and lists are made of (pairs of nouns), and the essays: any local text, by defau
 Lengths include the answer, as in the benchmark, and are counted in the evaluated model's tokens.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Callable, Sequence

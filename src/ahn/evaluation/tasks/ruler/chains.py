@@ -1,7 +1,5 @@
 """RULER's variable tracking: a chain of assignments scattered over noise."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import string

@@ -1,7 +1,5 @@
 """RULER's needles in a haystack: keys with values, hidden in noise, in essays, or among more needles."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import random

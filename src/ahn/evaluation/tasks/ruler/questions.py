@@ -1,7 +1,5 @@
 """RULER's question answering: a question's own paragraphs among those of others, from two data sets on this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

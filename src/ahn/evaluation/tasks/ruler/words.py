@@ -1,7 +1,5 @@
 """RULER's counting of words: the common ones of a list, and the frequent ones of a coded text."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
