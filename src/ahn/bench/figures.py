@@ -1,18 +1,15 @@
 """The story in one look: time and memory by length, throughput by batch. Full attention grows, an AHN does not."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from ahn.bench.methods import DYNAMIC, STATIC, WINDOW
 from ahn.bench.records import OK, OUT_OF_MEMORY, Row
 from ahn.bench.table import tokens
 from ahn.measure.plots import WIDTH, colours, finish, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 KINDS = {DYNAMIC: "full", WINDOW: "window"}
 """Of `ahn.measure.plots.COLOURS`, where a method's name is none."""

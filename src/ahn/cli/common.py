@@ -18,6 +18,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -174,13 +175,16 @@ class ProgressLines(Progress):
         self.console.print(f"{task.description}: {task.completed:,.0f}{total}")
 
 
-def progress() -> Progress:
-    """A progress display on standard error, for `with progress() as bar: bar.add_task(text, total=n)`."""
+def progress(*amount: ProgressColumn) -> Progress:
+    """A progress display on standard error, for `with progress() as bar: bar.add_task(text, total=n)`.
+
+    Args:
+        amount: how much is done, in place of numbers and the time since the beginning.
+    """
     return ProgressLines(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        *(amount or (MofNCompleteColumn(), TimeElapsedColumn())),
         TimeRemainingColumn(),
         console=err,
         transient=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from ahn.cli import common
 
@@ -39,18 +39,11 @@ def command(
 
 def copy_with_progress(text: str, copy: Callable[[Callable[[int, int], None]], Any]) -> dict[str, Any]:
     """Run `copy` with a progress bar in bytes on standard error; returns bytes and seconds."""
-    start, done = time.perf_counter(), 0
-    quiet = not common.err.is_terminal
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=common.err, transient=True, disable=quiet) as bar:
+    start = time.perf_counter()
+    with common.progress(DownloadColumn(), TransferSpeedColumn()) as bar:
         task = bar.add_task(text, total=None)
-
-        def report(copied: int, total: int) -> None:
-            nonlocal done
-            done = copied
-            bar.update(task, completed=copied, total=total)
-
-        copy(report)
+        copy(lambda copied, total: bar.update(task, completed=copied, total=total))
+        done = int(bar.tasks[0].completed)
     return {"bytes": done, "seconds": round(time.perf_counter() - start, 3)}
 
 

@@ -148,7 +148,8 @@ class Session:
         new = self._ids if whole else self._ids[self.cache.seen - self._before :]
         tokens = torch.tensor([new], device=self.model.device)
         streamer = Pieces(self.tokenizer, self._ids, show)
-        with torch.random.fork_rng(devices=_devices(self.model)):
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             output = generated(
                 self.model,
@@ -180,10 +181,6 @@ class Session:
             "tokens_in_memory": max(0, self.seen - config.lossless - config.quantized),
             "cache_bytes": self.cache.nbytes(),
         }
-
-
-def _devices(model: PreTrainedModel) -> list[int]:
-    return [model.device.index or 0] if model.device.type == "cuda" else []
 
 
 def open_session(

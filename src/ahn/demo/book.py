@@ -1,15 +1,14 @@
 """A chat model reads a book beyond its trained length, and answers for facts put into pages of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ahn.demo.figure import kind
@@ -19,9 +18,6 @@ from ahn.measure.parts import render
 from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, finish, new_figure, plain_numbers
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 from ahn.tiny.facts import KEYS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FACT = "The special magic number for the {key} is: {value}."
 QUESTION = "{text}\n\nWhat is the special magic number for the {key} mentioned in the text?"

@@ -137,7 +137,10 @@ def compare(
     for method, readings, _ in measured.values():
         with method.on(model):
             readings += [read(model, *text, partial(advance, method.name)) for text in texts[1:]]
-    losses = {name: _mean_loss(readings, counted) for name, (_, readings, _) in measured.items()}
+    losses = {
+        name: float(torch.cat([r.losses[mask] for r, mask in zip(readings, counted, strict=True)]).double().mean())
+        for name, (_, readings, _) in measured.items()
+    }
     recalls = [
         Recall(document, fact, {name: readings[n].guesses[m] for name, (_, readings, _) in measured.items()})
         for n, document in enumerate(documents)
@@ -167,10 +170,6 @@ def _real(document: Document) -> Tensor:
     real = torch.ones(len(document.text.ids) - 1, dtype=torch.bool)
     real[torch.tensor(document.text.inserted, dtype=torch.long) - 1] = False
     return real
-
-
-def _mean_loss(readings: Sequence[Reading], counted: Sequence[Tensor]) -> float:
-    return float(torch.cat([r.losses[mask] for r, mask in zip(readings, counted, strict=True)]).double().mean())
 
 
 def _result(

@@ -1,15 +1,12 @@
 """The demonstration as a figure: loss above full attention, and cache, by position."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
+from matplotlib.figure import Figure
 
 from ahn.demo.comparison import Comparison, Result
 from ahn.demo.methods import FULL, WINDOW_ONLY
 from ahn.measure.plots import DASHED, MUTED, WIDTH, colours, end_value, finish, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHADE = 0.18
 """Opacity of the range over documents."""

@@ -35,7 +35,7 @@ class PooledMemory(Memory, ABC):
         return max(1, window // SHARE)
 
     @abstractmethod
-    def finish(self, pooled: Tensor, members: int) -> Tensor:
+    def finish(self, pooled: Tensor) -> Tensor:
         """A group's value from its running pool."""
 
     def extra_keys(
@@ -53,11 +53,11 @@ class PooledMemory(Memory, ABC):
         gone = view.query_positions - view.window - view.sinks + 1
         complete = (gone // RATE)[:, :, None]
         visible = (groups >= 0)[:, None] & (groups[:, None] < complete) & (groups[:, None] >= complete - capacity)
-        kept = self._last(groups, capacity + 1)
+        kept = groups.argsort(dim=1, stable=True)[:, -(capacity + 1) :]  # the newest is always last
         state = {"keys": _take(keys, kept), "values": _take(values, kept), "groups": groups.gather(1, kept)}
         shown = groups[:, None, :, None] >= 0  # pools of no token hold ±inf
-        key = self.finish(keys, RATE).masked_fill(~shown, 0).to(left.key.dtype)
-        value = self.finish(values, RATE).masked_fill(~shown, 0).to(left.value.dtype)
+        key = self.finish(keys).masked_fill(~shown, 0).to(left.key.dtype)
+        value = self.finish(values).masked_fill(~shown, 0).to(left.value.dtype)
         return MemoryKeys([SeenKeys(0, view.length, key, value, visible[:, None])], state)
 
     def empty_slots(self, key: Tensor, window: int) -> dict[str, Tensor]:
@@ -98,11 +98,6 @@ class PooledMemory(Memory, ABC):
         grown = grown.scatter_reduce(2, _spread(slot, H, P), new.float(), reduce=self.reduction)
         return grown[:, :, :-1]
 
-    @staticmethod
-    def _last(groups: Tensor, count: int) -> Tensor:
-        """(B, count) places of the highest group numbers, in order; the newest is always last."""
-        return groups.argsort(dim=1, stable=True)[:, -count:]
-
 
 class AveragePooled(PooledMemory):
     """CT-Avg: a slot is the mean of its tokens."""
@@ -111,8 +106,8 @@ class AveragePooled(PooledMemory):
     reduction = "sum"
     empty = 0.0
 
-    def finish(self, pooled: Tensor, members: int) -> Tensor:
-        return pooled / members
+    def finish(self, pooled: Tensor) -> Tensor:
+        return pooled / RATE
 
 
 class MaxPooled(PooledMemory):
@@ -122,7 +117,7 @@ class MaxPooled(PooledMemory):
     reduction = "amax"
     empty = float("-inf")
 
-    def finish(self, pooled: Tensor, members: int) -> Tensor:
+    def finish(self, pooled: Tensor) -> Tensor:
         return pooled
 
 

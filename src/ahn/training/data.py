@@ -100,8 +100,9 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int,
         held_out = held_out.select(range(min(settings.max_eval_samples, len(held_out))))
     if settings.streaming:
         samples = _streamed(rows, tokenise)
-        found: Samples = _endless(samples, seed, rank, ranks)
         first: Iterable[dict[str, Any]] = samples.take(DIGESTED)
+        samples = samples.shuffle(seed=seed, buffer_size=SHUFFLED)
+        found: Samples = Stream(split_dataset_by_node(samples, rank, ranks) if ranks > 1 else samples)
     else:
         found = first = _tokenised(rows, tokenise, settings, "training data")
     return Data(found, held_out, {"samples": _digest(first), "tokenizer": identity(tokenizer)})
@@ -196,11 +197,6 @@ def _streamed(parts: list[Rows], tokenise: RowTokenizer) -> IterableDataset:
     if next(iter(whole), None) is None:
         raise AHNError("No sample is left in the training data: the stream held no row to learn from.")
     return whole
-
-
-def _endless(samples: IterableDataset, seed: int, rank: int, ranks: int) -> Stream:
-    samples = samples.shuffle(seed=seed, buffer_size=SHUFFLED)
-    return Stream(split_dataset_by_node(samples, rank, ranks) if ranks > 1 else samples)
 
 
 class _Keep:

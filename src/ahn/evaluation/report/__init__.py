@@ -1,14 +1,12 @@
 """Results side by side: tables with the published numbers, heat maps, curves; as text, CSV, PNG and one HTML page."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from ahn.errors import AHNError, reason
 from ahn.evaluation.report import figures, gradients, tables
@@ -17,9 +15,6 @@ from ahn.evaluation.report.page import image, page
 from ahn.evaluation.report.tables import Table
 from ahn.files import write_text
 from ahn.measure.plots import save
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 

@@ -232,7 +232,7 @@ def _kind(result: StoredResult) -> str:
 def _labels(firsts: Sequence[StoredResult]) -> list[str]:
     """A name for each row; what tells rows of one name apart is added until all differ."""
     names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _tier(one) for one in firsts]
-    for detail in (_exact, _model, _adapter, lambda one: one.row[:6]):
+    for detail in (_exact, lambda one: one.settings.get("model"), _adapter, lambda one: one.row[:6]):
         details = [detail(one) for one in firsts]
         for name in {name for name in names if names.count(name) > 1}:
             places = [n for n, other in enumerate(names) if other == name]
@@ -254,10 +254,6 @@ def _tier(one: StoredResult) -> str:
 def _exact(one: StoredResult) -> str | None:
     window, sinks = one.settings.get("window"), one.settings.get("sinks")
     return None if window is None else f"{sinks} + {window}"
-
-
-def _model(one: StoredResult) -> str | None:
-    return one.settings.get("model")
 
 
 def _adapter(one: StoredResult) -> str | None:

@@ -1,11 +1,11 @@
 """Figures of a report: heat maps of needles, curves by length, and the paper's figure 3."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from ahn.evaluation.report.collect import Column, ResultTable, Row, StoredResult
 from ahn.evaluation.tasks.generated import tokens_of
@@ -23,9 +23,6 @@ from ahn.measure.plots import (
     plain_numbers,
     unit_ticks,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LINES = {"ct-max": "--", "ct-avg": ":"}
 """Baselines that are grey, as sinks + window is, and told apart by their lines."""
