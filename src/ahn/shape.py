@@ -1,9 +1,7 @@
 """`ModelShape`: the few numbers of a transformers configuration that an AHN depends on."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from ahn.errors import AHNError
 
@@ -53,7 +51,7 @@ class ModelShape:
     layer_types: tuple[str, ...]
 
     @classmethod
-    def from_config(cls, config: Any) -> ModelShape:
+    def from_config(cls, config: Any) -> Self:
         """Read a `transformers` configuration (or its text part, for multimodal models).
 
         Raises:

@@ -1,5 +1,7 @@
 """An attached AHN to and from a directory of its own, in the published layout."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from pathlib import Path

@@ -1,11 +1,9 @@
 """A checkpoint directory: its configuration and where each of its tensors lies. Nothing is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ahn.checkpoint.stream import Entry, read_header
 from ahn.config import MODEL_TYPE
@@ -41,7 +39,7 @@ class Checkpoint:
     tensors: dict[str, Entry]
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path) -> Self:
         """Read the configuration and all headers of a directory."""
         if not path.is_dir():
             raise AHNError(f"{path} is not a directory.")
@@ -60,7 +58,7 @@ class Checkpoint:
             return "merged" if self.config.get("model_type") == MODEL_TYPE else "base"
         return "adapter" if ahn == len(self.tensors) else "merged"
 
-    def require(self, kind: Kind) -> Checkpoint:
+    def require(self, kind: Kind) -> Self:
         """This checkpoint, if it is of the wanted kind."""
         if self.kind != kind:
             raise AHNError(f"{self.path} holds {DESCRIPTION[self.kind]}; expected {DESCRIPTION[kind]}.")

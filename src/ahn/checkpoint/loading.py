@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 import transformers
@@ -131,7 +131,7 @@ class ModelSource:
     config: PreTrainedConfig | None = None
 
     @classmethod
-    def open(cls, model: str, adapter: str | None = None, **reach: Unpack[Reach]) -> ModelSource:
+    def open(cls, model: str, adapter: str | None = None, **reach: Unpack[Reach]) -> Self:
         """What a command line names: a base model, alone or with an adapter, a merged checkpoint or an adapter."""
         named, base = (adapter, model) if adapter else (model, None)
         checkpoint = Checkpoint.open(local_directory(named))
@@ -148,7 +148,7 @@ class ModelSource:
         hub: dict[str, Any] | None = None,
         config: PreTrainedConfig | None = None,
         **reach: Unpack[Reach],
-    ) -> ModelSource:
+    ) -> Self:
         """A checkpoint with an AHN, called `name`, and its base; other arguments as `from_pretrained`."""
         files = checkpoint
         if checkpoint.kind != "merged":

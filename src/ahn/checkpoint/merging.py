@@ -1,5 +1,7 @@
 """Join a base model and an adapter into one checkpoint, and take such a checkpoint apart. No model is built."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Mapping, Sequence

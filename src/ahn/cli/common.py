@@ -3,12 +3,10 @@
 Results go to standard output, so that they can be piped; everything else goes to standard error.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 from rich.cells import cell_len
@@ -153,7 +151,7 @@ class ProgressLines(Progress):
 
     _told = 0.0
 
-    def __enter__(self) -> ProgressLines:
+    def __enter__(self) -> Self:
         self._told = time.monotonic()
         super().__enter__()
         return self

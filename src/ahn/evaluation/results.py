@@ -6,15 +6,13 @@ result.json               the task's figures; no times, so that it is the same h
 timing.N.jsonl            seconds of each sample; where several are answered together, of the first for all
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from ahn.errors import AHNError, installed_version, reason
 from ahn.evaluation.documents import LongDocument
@@ -93,7 +91,7 @@ class Shard:
         self._paths = [folder.path / f"{name}.{rank}.jsonl" for name in ("predictions", "timing")]
         self._files: list[IO[bytes]] = []
 
-    def __enter__(self) -> Shard:
+    def __enter__(self) -> Self:
         for path in self._paths:
             file = path.open("a+b")
             self._files.append(file)

@@ -1,9 +1,8 @@
 """Which part of the work this process does, when several are started by `accelerate launch` or `torchrun`."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
+from typing import Self
 
 from ahn.errors import AHNError
 
@@ -17,7 +16,7 @@ class Worker:
     local: int = 0
 
     @classmethod
-    def from_environment(cls) -> Worker:
+    def from_environment(cls) -> Self:
         """From RANK, WORLD_SIZE and LOCAL_RANK, which the launchers set; alone without them.
 
         The processes share nothing but the result folder, so no process group is needed.

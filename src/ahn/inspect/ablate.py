@@ -1,5 +1,7 @@
 """`without`: memory off for some layers and heads, in writing, reading or both."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence

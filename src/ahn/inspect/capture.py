@@ -1,5 +1,7 @@
 """`record`: look on while a model reads and writes text, and keep numbers of what its memories do."""
 
+from __future__ import annotations
+
 import contextlib
 import weakref
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Kinds of tokens, by a light reading of the text that knows code and harms prose little."""
 
+from __future__ import annotations
+
 import keyword
 import re
 from collections.abc import Sequence

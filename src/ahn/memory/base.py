@@ -1,5 +1,7 @@
 """What every memory is: gates that decide a write, a recurrent state, a scan over evicted tokens, and a read-out."""
 
+from __future__ import annotations
+
 import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal

@@ -1,5 +1,7 @@
 """Which memories there are: every module of this folder may have some, and one that is put there is found by itself."""
 
+from __future__ import annotations
+
 import importlib
 import pkgutil
 import reprlib

@@ -1,5 +1,7 @@
 """Which implementation of a recurrence runs, and whether kernels can: decided in one place."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import os

@@ -13,9 +13,8 @@ The numbers of one key are not Gaussian in such a basis, as they are after a Had
 attention a few lie far out. So the size by which a key is divided before it is rounded is searched among a few.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class Basis:
     synthesis: Tensor
 
     @classmethod
-    def of(cls, analysis: Tensor, deviations: Tensor) -> Basis:
+    def of(cls, analysis: Tensor, deviations: Tensor) -> Self:
         """With the inverse of `analysis`; both in float32 at least."""
         P = analysis.shape[-1]
         coded = P - fine_directions(P)

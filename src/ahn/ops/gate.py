@@ -1,8 +1,7 @@
 """A gate in parts, so that a kernel can finish what a projection began."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ class Gate:
             x = F.softplus(x)
         return x if self.log_rate is None else -self._per_head(self.log_rate).exp() * x
 
-    def first(self) -> Gate:
+    def first(self) -> Self:
         """Of the first token alone: (B, H, N) to (B, H)."""
         return dataclasses.replace(self, logits=self.logits[:, :, 0])
 

@@ -4,6 +4,8 @@ Made by `benchmarks/quality/run.py --recipe tiny` from the standard library's so
 its model card. Load it with `AutoModelForCausalLM.from_pretrained(ahn.tiny.path())`.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from ahn.errors import AHNError

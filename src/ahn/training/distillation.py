@@ -1,5 +1,7 @@
 """One step of self-distillation: the teacher is the model with full attention, the student the same with its memory."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias

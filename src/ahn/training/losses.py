@@ -5,10 +5,8 @@ loss is a function of the student's hidden states alone, and its gradient (N, D)
 chunk by chunk, in the forward pass (the idea of Liger's fused losses, arXiv 2410.10989). Nothing of size N × V is kept.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +76,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
+    def of(cls, model: PreTrainedModel) -> Self:
         """The head of a transformers causal language model."""
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):

@@ -1,5 +1,7 @@
 """Which window and sinks the student gets at each training step, and where it begins (docs/spec.md, section 6)."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 from collections.abc import Sequence

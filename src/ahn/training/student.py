@@ -4,11 +4,9 @@ The losses run inside this forward. FSDP2 gathers the weights that belong to no 
 head) once when it begins and shards them again after the backward pass; every layer is gathered as it is called.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -92,7 +90,7 @@ class Student(nn.Module):
             start=part.start,
         )
 
-    def train(self, mode: bool = True) -> Student:
+    def train(self, mode: bool = True) -> Self:
         """Never train mode within a layer: dropout would make teacher and student differ by chance.
 
         The layers themselves must know, for they recompute their activations in train mode only.

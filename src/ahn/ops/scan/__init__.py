@@ -4,6 +4,8 @@
 module is the one place that chooses.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any

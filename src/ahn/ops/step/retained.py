@@ -4,9 +4,8 @@ Which of them stay is decided when a block of G is full, outside of steps (`ahn.
 puts the token that leaves into the block, and reads keys that lie there as queries see them.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,9 +39,7 @@ class SeenTokens:
     places: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, memory: Tensors, slots: int, angles: Tensor | None, room: int, places: Tensor | None = None
-    ) -> SeenTokens:
+    def of(cls, memory: Tensors, slots: int, angles: Tensor | None, room: int, places: Tensor | None = None) -> Self:
         """Over a memory's tensors, with room for so many tokens."""
         own = memory["block_keys"], memory["block_values"], memory["scores"], memory["positions"]
         keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in own[:2])

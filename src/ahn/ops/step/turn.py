@@ -5,10 +5,8 @@ turned back to before RoPE, and then to a distance. Angles of a distance are tho
 place in the block, so that a kernel turns each key by one of a few angles that it holds, and a query once per block.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,7 +42,7 @@ class TierTurn:
     @classmethod
     def of(
         cls, rotation: Rotation, like: Tensor, rows: int, window: int, sinks: int, capacity: int, reach: int
-    ) -> TierTurn:
+    ) -> Self:
         """For B rows; `token` is to be filled by `update`.
 
         Args:

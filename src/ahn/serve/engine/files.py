@@ -4,8 +4,6 @@ The files are the index: it is made anew from them at every start, so that nothi
 with the same model may share a folder. A folder holds states of one model and one configuration.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -14,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -56,7 +54,7 @@ class Note:
         return self.owner, self.digest
 
     @classmethod
-    def read(cls, content: Any) -> Note:
+    def read(cls, content: Any) -> Self:
         """From JSON types that are not to be trusted."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or content.keys() != names:
