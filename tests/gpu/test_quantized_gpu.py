@@ -130,7 +130,7 @@ def test_captured_steps_are_ordinary_ones(
     A step that has rounded a code or a scale to the other side is excused, and both ways go on from the same cache.
     """
     model = awake(architecture, memory, torch.float32, quantized=96, **FORMS[form])
-    talks, excused = [Talk(model, 2), Talk(model, 2)], 0
+    talks, excused, errors = [Talk(model, 2), Talk(model, 2)], 0, []
     with ahn.ops.use_backend("chunked"):
         for step in range(341):
             for talk, captured in zip(talks, (True, False), strict=True):
@@ -143,8 +143,11 @@ def test_captured_steps_are_ordinary_ones(
                 talks[1].cache = copy.deepcopy(talks[0].cache)
                 continue
             found, expected = (torch.cat([row[-1] for row in talk._logits]) for talk in talks)
-            # Float32 in another order of operations, through two layers with sharp attention.
-            assert relative_error(found, expected) < 1e-4, step
+            errors.append(relative_error(found, expected))
+            # Float32 in another order of operations, through two layers with sharp attention. The bases of calibrated
+            # keys are far from orthogonal here: an ordinary step is up to 3.5e-4 off one of float64 (median 5e-6).
+            assert errors[-1] < (7e-4 if model.ahn_config.calibrated_keys else 1e-4), step
+    assert torch.tensor(errors).median() < 2e-5
     assert talks[0].cache.captured is not None and talks[1].cache.captured is None
     # 16 scales a step, each within an error of 1e-5 of the edge of its 2^-8 wide place: 14 of 341 steps. Of four bits
     # eight times as many edges are within the same error of a number, which are few beside the scales'.
