@@ -37,6 +37,8 @@ SOURCES = {page: document for document, page in PAGES.items()}
 HELP = "<!-- help of the verbs -->"
 PICTURE = re.compile(r"^!\[[^\]]*\]\((\S+)\)$", re.M)
 """A picture that is a paragraph of its own."""
+THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}\b)")
+"""The space in a number such as 32 640."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -82,6 +84,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
     parts[::2] = [_links(part, folder, posixpath.dirname(name), config.repo_url) for part in parts[::2]]
     parts[::2] = [PICTURE.sub(r"[\g<0>](\1)", part) for part in parts[::2]]  # leads to itself in its own size
+    return "".join(parts)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """No line ends within a number."""
+    parts = re.split(r"(<pre.*?</pre>|<code.*?</code>|<[^>]+>)", html, flags=re.S)
+    parts[::2] = [THOUSANDS.sub("\N{NO-BREAK SPACE}", part) for part in parts[::2]]
     return "".join(parts)
 
 

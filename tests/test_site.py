@@ -86,6 +86,15 @@ def test_a_picture_leads_to_itself(hooks: ModuleType) -> None:
     assert made == text.replace("![a figure](images/demo.png)", "[![a figure](images/demo.png)](images/demo.png)")
 
 
+def test_no_line_ends_within_a_number(hooks: ModuleType) -> None:
+    """In a table's narrow column 1 022 tokens/s were read as 1, and 022 below it."""
+    html = "<td title='1 022'>55 fit: 1 022 tokens/s, 1 024 000</td> 12 34 <code>a 1 000</code><pre>1 000\n2 000</pre>"
+    made = hooks.on_page_content(html, None, None, None)
+    assert made.replace("\N{NO-BREAK SPACE}", "_") == html.replace("fit: 1 022", "fit: 1_022").replace(
+        "1 024 000", "1_024_000"
+    )
+
+
 def test_without_a_repository_a_link_to_a_file_is_its_text(hooks: ModuleType) -> None:
     assert hooks._links("see [the file](../pyproject.toml).", "docs", "", None) == "see the file."
 
