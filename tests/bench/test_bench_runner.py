@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,14 @@ def test_an_interrupt_leaves_what_was_measured(stand: Stand, tmp_path: Path, mon
         run(stand, tmp_path, measure, monkeypatch, [1, 2])
     assert [row["batch"] for row in read(tmp_path)] == [1, 2]
     assert not hasattr(stand.model, "_ahn")  # and the model is bare again
+
+
+def test_objects_that_the_caller_froze_stay_frozen(
+    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.freeze()
+    run(stand, tmp_path, lambda *_: {"seconds": 1.0}, monkeypatch, [1])
+    assert gc.get_freeze_count() > 0
 
 
 def test_a_folder_keeps_the_latest_of_equal_rows(tmp_path: Path) -> None:

@@ -58,7 +58,13 @@ def run(stand: Stand, plan: Plan, shared: Row, log: Log, say: Callable[[Row], An
 
 @contextlib.contextmanager
 def _only_new_objects_collected() -> Iterator[None]:
-    """Garbage collection, before every row and now and then in one, need not walk through all of torch each time."""
+    """Garbage collection, before every row and now and then in one, need not walk through all of torch each time.
+
+    A caller who has frozen objects keeps them so: Python thaws all or none.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
