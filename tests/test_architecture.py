@@ -9,14 +9,14 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.sources import PACKAGE, trees
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "ahn"
 TABLE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Rooms")[1].split("\n## ")[0]
 ROOMS = re.findall(r"^\| `(\w+)` \|", TABLE, flags=re.M)
 MODULES = {
     ".".join(("ahn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
+    for path in trees()
 }
 
 LONGEST = 400
@@ -40,14 +40,13 @@ def imports(tree: ast.AST, for_types: bool) -> Iterator[str]:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in MODULES else str(node.module)
-        else:
+        elif not isinstance(node, ast.expr):  # which holds no statement
             yield from imports(node, for_types)
 
 
 def edges(for_types: bool) -> dict[str, set[str]]:
     return {
-        name: {found for found in imports(ast.parse(path.read_text(encoding="utf-8")), for_types)} & set(MODULES)
-        for name, path in MODULES.items()
+        name: {found for found in imports(trees()[path], for_types)} & set(MODULES) for name, path in MODULES.items()
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.documents import LANGUAGES, blocks, commands, run, runs, unknown_options
+from support.sources import trees
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "tests", "docs", "benchmarks", "configs", "examples", ".github")
@@ -148,14 +149,12 @@ def test_blocks_run_in_order(document: Path, tmp_path: Path) -> None:
 
 
 def _public_docstrings() -> Iterator[tuple[str, str]]:
-    for path in SOURCES:
-        if ROOT / "src" in path.parents:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    name = getattr(node, "name", path.stem)
-                    if not name.startswith("_") and (text := ast.get_docstring(node)):
-                        yield f"{path.relative_to(ROOT)}: {name}", " ".join(text.lower().split())
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                name = getattr(node, "name", path.stem)
+                if not name.startswith("_") and (text := ast.get_docstring(node)):
+                    yield f"{path.relative_to(ROOT)}: {name}", " ".join(text.lower().split())
 
 
 def test_public_docstrings_use_the_glossarys_words() -> None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.sources import PACKAGE, trees
 
-import ahn
 from ahn import private
 from ahn.errors import AHNError
 
-SOURCE = Path(ahn.__file__).parent
 OWN = {"_ahn", "_exit", "_fields"}  # our own attribute of a model; what os and named tuples document under these names
-TRAINER = SOURCE / "training" / "trainer.py"
+TRAINER = PACKAGE / "training" / "trainer.py"
 
 
-def private_names(source: str) -> Iterator[tuple[int, str]]:
+def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and name of each underscored attribute or module that is not the object's own."""
-    own = {node.attr for node in ast.walk(ast.parse(source)) if _of_self(node)}
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(tree))
+    own = {node.attr for node in nodes if _of_self(node)}
+    for node in nodes:
         names: list[str] = []
         if isinstance(node, ast.Attribute) and not _of_self(node):
             names = [node.attr]
@@ -49,15 +48,15 @@ def _of_self(node: ast.AST) -> bool:
     ],
 )
 def test_a_private_name_is_found(line: str) -> None:
-    assert list(private_names(line))
+    assert list(private_names(ast.parse(line)))
 
 
 def test_nobody_else_names_private_parts() -> None:
     found = [
-        f"{path.relative_to(SOURCE)}:{line}: {name}"
-        for path in sorted(SOURCE.rglob("*.py"))
-        if path != SOURCE / "private.py"
-        for line, name in private_names(path.read_text(encoding="utf-8"))
+        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        for path, tree in trees().items()
+        if path != PACKAGE / "private.py"
+        for line, name in private_names(tree)
         if not (path == TRAINER and name in private.TRAINER)
     ]
     assert found == []
@@ -65,7 +64,7 @@ def test_nobody_else_names_private_parts() -> None:
 
 def test_the_cache_is_an_argument_by_its_name_in_this_version() -> None:
     """`past_key_values` or `cache`: who writes one of them works with half of the versions."""
-    files = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "private.py"]
+    files = [path for path in trees() if path != PACKAGE / "private.py"]
     assert [path for path in files if "past_key_values" in path.read_text(encoding="utf-8")] == []
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterator
 
-import ahn
+from support.sources import PACKAGE, trees
+
+
+def classes(node: ast.AST) -> Iterator[ast.ClassDef]:
+    """Of a module, in whatever statement."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield child
+        if not isinstance(child, ast.expr):  # which holds no statement
+            yield from classes(child)
 
 
 def test_class_names_are_unique() -> None:
     places = defaultdict(list)
-    root = Path(ahn.__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                places[node.name].append(f"{file.relative_to(root)}:{node.lineno}")
+    for file, tree in trees().items():
+        for node in classes(tree):
+            places[node.name].append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
     assert len(places) > 100
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
