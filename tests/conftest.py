@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from support import bounds, effort, interpreting
+from hypothesis import HealthCheck, settings
+from support import bounds, effort, interpreting, operators
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in processes that tests start: sums in another order have other bits
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+
+# How long an example takes is the machine's and its other users', and says nothing of what is tested.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +40,13 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hastened_operators() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        operators.hasten(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

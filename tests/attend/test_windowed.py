@@ -16,7 +16,7 @@ FLOAT32 = 1e-5
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_bands_are_the_mask(data: st.DataObject) -> None:
     window, sinks = data.draw(st.integers(3, 20)), data.draw(st.integers(0, 5))
     if data.draw(st.booleans()):
@@ -68,7 +68,7 @@ def test_parts_of_float64_are_joined_in_float64() -> None:
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("count", [2, 3])
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_merge_kernel_is_the_plain_merge(count: int, data: st.DataObject) -> None:
     from ahn.attend import merge_kernel
 

@@ -92,7 +92,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path, monkeypatch: pytest.
     assert peak < 2 << 20  # one slice of 1 MiB and small change
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_every_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     path = tmp_path_factory.mktemp("cut") / "x.safetensors"

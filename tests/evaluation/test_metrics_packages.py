@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ahn.evaluation.metrics import score
@@ -31,7 +31,6 @@ TEXTS = st.lists(st.tuples(st.sampled_from(PARTS), st.sampled_from(GAPS)), max_s
 )
 
 
-@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_rouge(prediction: str, answer: str) -> None:
     try:
@@ -42,7 +41,6 @@ def test_rouge(prediction: str, answer: str) -> None:
 
 
 @pytest.mark.skipif(fuzz.SequenceMatcher is not difflib.SequenceMatcher, reason="python-Levenshtein is installed")
-@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_code_similarity(line: str, answer: str) -> None:
     """Of a prediction that is one line of code, or a comment before it."""

@@ -21,7 +21,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_join_and_take(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     B, H, P = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 8, 16]))
