@@ -23,9 +23,11 @@ chat: $(VENV)/installed-smollm2
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# Each of pytest's processes would compile what they all import: once, meanwhile, is enough.
-	$(BIN)/pytest --collect-only -qq >/dev/null & $(BIN)/mypy; types=$$?; wait; exit $$types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
+	@# After an installation each of pytest's processes would compile what they all import: once, meanwhile, is enough.
+	test $(VENV)/compiled -nt $(VENV)/installed-dev || { $(BIN)/pytest --collect-only -qq >/dev/null && touch $(VENV)/compiled; } & \
+		$(BIN)/mypy; types=$$?; wait; exit $$types
+	@# A process begins with consecutive files, whose imports and models the other need not make, and ends with what is left.
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # The documentation site, into site/.
 docs: $(VENV)/installed-docs
@@ -34,7 +36,7 @@ docs: $(VENV)/installed-docs
 # And what is marked slow: repeated shapes and more drawn examples, above all of interpreted kernels. And what needs more
 # packages: the site, notebooks, a release, lm-eval, replicas of `ahn serve`.
 test-all: $(VENV)/installed-test-all
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # What only a CUDA device can show, and the kernels that `make test` runs in Triton's interpreter; some minutes.
 test-gpu: $(VENV)/installed-dev
