@@ -65,9 +65,7 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.mark.usefixtures("triton", "_poisoned")
 @given(data=st.data())
-@settings(
-    max_examples=examples(4, 8) if INTERPRETED else 60, deadline=None, phases=[Phase.generate]
-)  # shrinking takes minutes
+@settings(max_examples=examples(2, 8) if INTERPRETED else 60, phases=[Phase.generate])  # shrinking takes minutes
 def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
     B, Hkv, groups = (data.draw(st.integers(1, most)) for most in (2, 2, 3))
     n = data.draw(st.integers(1, 100))
@@ -82,6 +80,7 @@ def test_kernels_are_the_plain_form(data: st.DataObject) -> None:
 
 
 @pytest.mark.usefixtures("triton", "_poisoned")
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("n", "T"), [(128, 128), (96, 160), (130, 131)])
 def test_kernels_with_a_window(n: int, T: int) -> None:
     """Most blocks need no mask here."""
@@ -149,7 +148,7 @@ def test_gradients_of_a_part_beside_the_whole(part: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("triton")
 def test_the_same_bits_each_time_and_only_what_is_wanted() -> None:
-    case = made(2, 1, 2, 40, 50, 16, 3, (True, True)).to(DEVICE)
+    case = made(1, 1, 2, 40, 50, 16, 3, (True, True)).to(DEVICE)
     once, twice = results(kernels, case), results(kernels, case)
     assert all(torch.equal(x, twice[name]) for name, x in once.items())
     for name in ("query", "key", "value"):
@@ -206,7 +205,7 @@ def test_who_keeps_the_mask(changes: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_until_is_the_mask(data: st.DataObject) -> None:
     window, sinks = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 5))
     view = Visibility(window, sinks, data.draw(st.integers(0, 40)), data.draw(st.integers(1, 40)), torch.device("cpu"))

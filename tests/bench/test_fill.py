@@ -24,6 +24,7 @@ def described(cache: Cache) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
     return layers
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("context", [17, 70])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_if_it_had_read(model: PreTrainedModel, name: str, context: int) -> None:
@@ -42,6 +43,7 @@ def test_as_if_it_had_read(model: PreTrainedModel, name: str, context: int) -> N
     assert not torch.equal(logits[0], logits[1])  # rows are filled with numbers of their own
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("context", [17, 30, 70])
 @pytest.mark.parametrize("name", ["window", "gated_deltanet", "mamba2", "retained"])
 def test_with_quantized_tokens(model: PreTrainedModel, name: str, context: int) -> None:

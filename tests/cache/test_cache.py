@@ -54,6 +54,7 @@ def go_on(model: PreTrainedModel, cache: AHNCache, batch: int, seed: int = 9) ->
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_greedy_is_what_whole_forwards_choose(memory: str) -> None:
     model, ids = student(memory=memory), tokens(2, 20)
@@ -64,7 +65,7 @@ def test_greedy_is_what_whole_forwards_choose(memory: str) -> None:
     assert torch.equal(found, ids)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_beam_search_is_what_it_is_without_a_cache(memory: str, length: int) -> None:
@@ -100,7 +101,7 @@ def test_sampled_sequences_share_a_prompt() -> None:
     assert relative_error(torch.stack(out.logits, dim=1), logits) < TOLERANCE
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_padded_batch_generates_what_its_rows_do(architecture: str) -> None:
     model = student(architecture, prefill_chunk_size=4)
@@ -113,7 +114,7 @@ def test_a_padded_batch_generates_what_its_rows_do(architecture: str) -> None:
     assert torch.equal(together[1:, 9:], model.generate(ids[1:, 9:], **options))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("window", [WINDOW, 200])
 def test_a_second_turn_through_generate(architecture: str, window: int) -> None:
@@ -194,7 +195,7 @@ def test_conversations_take_turns_on_one_model() -> None:
     assert all(torch.equal(torch.cat(found[i], dim=1), alone[i]) for i in range(3))
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_copy_is_a_fork(memory: str, length: int) -> None:
@@ -226,7 +227,7 @@ CHANGES: dict[str, tuple[Callable[[AHNCache], object], list[int]]] = {
 }
 
 
-@pytest.mark.sample(18)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("change", CHANGES)
@@ -535,6 +536,7 @@ def test_a_step_interrupted_inside_attention_is_noticed(monkeypatch: pytest.Monk
 # -- logits_to_keep and other outputs of a chunked prefill -------------------------------------------------------------
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "keep", [0, 1, 7, 33, 200, [0, 5, 34], [-1], [34, 2, 2, 20], [-1, 0, -35], []], ids=lambda keep: str(keep)
 )
@@ -599,6 +601,7 @@ def test_inference_mode_then_no_grad() -> None:
     assert torch.equal(go_on(model, cache, 1), expected)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", MEMORIES)
 @torch.no_grad()
 def test_bfloat16(memory: str) -> None:
@@ -637,6 +640,7 @@ def test_autocast() -> None:
     assert relative_error(found, exact) < 5 * rounding
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("memory", RECURRENT)
 def test_gradient_checkpointing(memory: str, use_reentrant: bool) -> None:

@@ -96,6 +96,7 @@ def test_it_is_a_plain_form_of_it(length: int, monkeypatch: pytest.MonkeyPatch) 
         assert relative_error(found, expected) < 1e-6  # the offset is kept in float32
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("memory", ["window_only", "gated_deltanet"])
 @torch.no_grad()
 def test_whole_is_chunks_is_steps(memory: str) -> None:

@@ -195,6 +195,7 @@ def test_files_of_the_second_format_still_load(model: PreTrainedModel, tmp_path:
         AHNCache.load(rewrite(path, tensor(KEYS, lambda x: x + 1), sign=False), model)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", range(8))
 def test_flipped_bits_are_noticed(seed: int, model: PreTrainedModel, tmp_path: Path) -> None:
     path = conversation(model, tmp_path / "cache")

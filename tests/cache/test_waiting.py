@@ -49,7 +49,7 @@ def recording(model: PreTrainedModel, counts: tuple[int, ...], seed: int = 0) ->
     return talk
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("quantized", [0, 5])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "gemma3"])
@@ -57,7 +57,7 @@ def test_what_is_read_is_taken_out_and_read_again(architecture: str, memory: str
     """Forwards of any sizes and crops of any sizes, sometimes several in a row, sometimes none."""
     draw, talk = random.Random(memory), Talk(student(architecture, memory=memory, quantized=quantized), 1)
     talk.cache.activate_past_recording()
-    for _ in range(15):
+    for _ in range(8):
         for _ in range(draw.choice((1, 1, 2))):
             talk.read([draw.choice((1, 1, 2, 4, 7, 20))])
         recorded = talk.cache.progress.waiting
@@ -151,6 +151,7 @@ def test_only_tokens_whose_logits_are_wanted_wait() -> None:
     assert talk.cache.progress.waiting == 12
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("counts", [(6, 8), (25, 6)], ids=["at the edge", "beyond"])
 @pytest.mark.parametrize(
     ("memory", "architecture"),

@@ -288,6 +288,7 @@ def test_the_card_names_a_base_from_the_hub(base: Path) -> None:
     assert "base_model: Qwen/Qwen2.5-0.5B" in text and "license:" not in text and "Held-out" not in text
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["merged", "published", "published adapter", "adapter", "old adapter", "saved"])
 def test_classes_of_base_models_refuse_a_memory(
     kind: str, base: Path, adapter: Path, merged: Path, tmp_path: Path, copy_of: Callable[[Path], Path]
@@ -426,6 +427,7 @@ def test_trl_trains_the_memory_of_a_checkpoint(settings: dict[str, object], tmp_
 # -- other Auto classes, and what is given beside the name -------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "head", ["Model", "ModelForSequenceClassification", "ModelForTokenClassification", "ModelForQuestionAnswering"]
 )

@@ -23,6 +23,7 @@ from ahn.checkpoint import load_adapter, save_adapter
 Copy = Callable[[Path], Path]
 
 
+@pytest.mark.sample(len(memory.names()))
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("name", memory.names())
 def test_a_saved_adapter_gives_the_same_model(tmp_path: Path, family: str, name: str) -> None:

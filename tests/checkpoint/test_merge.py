@@ -38,6 +38,7 @@ def merged(tmp_path: Path, base: Path, adapter: Path) -> Path:
     return merge(base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

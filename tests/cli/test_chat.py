@@ -58,6 +58,7 @@ class Talk:
         return self.session.seen == len(ids) and torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("template", [speaking.CHATML, TRIMMED, NO_END])
 def test_the_cache_holds_the_templated_history(template: str, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +133,7 @@ def asking(interrupt: Interrupt) -> tuple[Any, Interrupt]:
     return lambda tokens: setattr(interrupt, "wanted", interrupt.wanted or tokens > 0), interrupt
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("stopped", [None, 0, 2])
 def test_a_text_becomes_the_beginning_of_the_next_message(

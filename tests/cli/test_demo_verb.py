@@ -25,9 +25,9 @@ FEW_BITS = "4/2 bits"  # of new memories; those that ship are from before there 
 def test_the_verb(ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "NEW_TOKENS", 16)
     saved = speaking.save(tmp_path / "model")
-    options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH, "--documents", 2)
+    options = ("--window", WINDOW, "--sinks", SINKS, "--length", LENGTH)
     own = ("--model", saved.base, "--adapter", saved.adapter, *options)
-    done = ahn_cli("demo", *own, "--out", tmp_path / "out", "--json")
+    done = ahn_cli("demo", *own, "--documents", 1, "--out", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     result = json.loads(done.out)
     names = [FULL, WINDOW_ONLY, "gated_deltanet", FEW_BITS, f"{FEW_BITS} + gated_deltanet"]
@@ -37,7 +37,7 @@ def test_the_verb(ahn_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert result["continuation"]["text"]
 
-    shown = ahn_cli("demo", *own, "--quantized", LENGTH, "--out", tmp_path / "out")
+    shown = ahn_cli("demo", *own, "--documents", 2, "--quantized", LENGTH, "--out", tmp_path / "out")
     for text in (
         "reads 2 documents",
         "sinks + window",

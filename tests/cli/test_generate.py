@@ -57,8 +57,8 @@ def test_text_from_everywhere(
 ) -> None:
     file = tmp_path / "text.py"
     file.write_text(TEXT)
-    options = ("generate", "--base-model", plain.base, "--ahn-path", plain.adapter, "--max-new-tokens", 12)
-    right = expected(plain, TEXT) + "\n"
+    options = ("generate", "--base-model", plain.base, "--ahn-path", plain.adapter, "--max-new-tokens", 5)
+    right = expected(plain, TEXT, 5) + "\n"
     assert ahn_cli(*options, "--prompt", TEXT).out == right
     assert ahn_cli(*options, "--file", file).out == right
     pipe(monkeypatch, TEXT.encode())
@@ -66,15 +66,17 @@ def test_text_from_everywhere(
     pipe(monkeypatch, TEXT.encode())
     assert ahn_cli(*options, "--file", "-").out == right
     both = ahn_cli(*options, "--file", file, "--prompt", "What?")
-    assert both.out == expected(plain, TEXT.rstrip() + "\n\nWhat?") + "\n"
+    assert both.out == expected(plain, TEXT.rstrip() + "\n\nWhat?", 5) + "\n"
 
 
 def test_says_what_was_read(ahn_cli: Any, plain: speaking.Speaking) -> None:
-    done = ahn_cli("generate", "--model", plain.adapter, "--prompt", TEXT, "--window", 9, "--sinks", 3)
+    done = ahn_cli(
+        "generate", "--model", plain.adapter, "--prompt", TEXT, "--window", 9, "--sinks", 3, "--max-new-tokens", 7
+    )
     assert done.code == 0
     seen = len(speaking.tokenizer()(TEXT)["input_ids"])
     assert f"Read {seen} tokens: the first 3 and the last 9 exact, {seen - 12} in the memory" in done.err
-    assert "Wrote 256 tokens" in done.err
+    assert "Wrote 7 tokens" in done.err
 
 
 def test_a_prompt_lookup_says_the_same(ahn_cli: Any, plain: speaking.Speaking, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +84,7 @@ def test_a_prompt_lookup_says_the_same(ahn_cli: Any, plain: speaking.Speaking, m
         said = []
         for name in ("", "--prompt-lookup", "--prompt-lookup-num-tokens"):
             pipe(monkeypatch, TEXT.replace("\n", " ").encode() * 3)
-            options = ("--temperature", 0, "--max-new-tokens", 20, "--window", 9, "--sinks", 3)
+            options = ("--temperature", 0, "--max-new-tokens", 8, "--window", 9, "--sinks", 3)
             said.append(ahn_cli(verb, "--model", plain.adapter, *options, *([name, 5] if name else [])).out)
         assert said[0] and said == [said[0]] * 3
 

@@ -94,7 +94,7 @@ def an_end(model: PreTrainedModel, rows: int = 1) -> list[int]:
     return [int(row[PROMPT + 5 + n]) for n, row in enumerate(text)]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("memory", ["gated_deltanet", "window_only"])

@@ -45,6 +45,7 @@ def test_a_mask_makes_no_step_wait(asked: list[int], graphs: Graphs) -> None:
     assert len(asked) <= len(moves), asked
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_pause_while_their_sinks_move(seed: int) -> None:
     """The first pause may come right before a move, right after one, or long after the last padding was known."""

@@ -81,7 +81,7 @@ def test_what_a_user_compiled_stays_compiled(options: dict[str, Any], compiled: 
     assert [part._compiled_call_impl for part in parts] == theirs
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("memory", IN_PARTS)
 def test_a_layer_is_our_operators_and_nothing_else(

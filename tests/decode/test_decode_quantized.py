@@ -1,6 +1,6 @@
 """Captured steps with quantized tokens are ordinary forwards: over both edges, padded, and whatever happens in between.
 
-The models compute in float64, as in `test_quantized`: a number on the edge of two codes would fall to either side.
+The models compute in float64, as in `test_tier`: a number on the edge of two codes would fall to either side.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shared(memory: str, architecture: str = "qwen3", options: bool = False) -> P
     ).double()  # fmt: skip
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "qwen3 with router and q_proj"])
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_steps_are_the_whole_forward(memory: str, architecture: str, graphs: Graphs) -> None:
@@ -81,7 +81,7 @@ def in_a_basis(
     return model
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("kind", [Near, ahn.AHNConfig])
@@ -102,7 +102,7 @@ def test_keys_in_a_basis(
     talk.check(TOLERANCE)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("event", EVENTS)
 def test_with_keys_in_a_basis_steps_go_on_after_any_event(event: str) -> None:
     lengths = (SEEN + 2, LOSSLESS - 1, 5)
@@ -110,7 +110,7 @@ def test_with_keys_in_a_basis_steps_go_on_after_any_event(event: str) -> None:
     converse(Talk(in_a_basis("gated_deltanet", kind=kind), len(lengths)), lengths, ["pause", event, event])
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", CAPTURED)
 @pytest.mark.parametrize("length", [LOSSLESS - 1, LOSSLESS, LOSSLESS + 1, SEEN - 1, SEEN, SEEN + 1, 2 * SEEN])
 def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) -> None:
@@ -122,7 +122,7 @@ def test_a_first_step_at_the_boundary(memory: str, length: int, graphs: Graphs) 
     assert graphs.replays == 4
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("memory", CAPTURED)
 def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
     """Rows meet each edge at different steps; one starts with no token at all; rows pause while others go on."""
@@ -140,7 +140,7 @@ def test_rows_with_padding_of_their_own(memory: str, graphs: Graphs) -> None:
     assert graphs == Graphs(captures=2, replays=12 + SEEN)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (LOSSLESS + 2, LOSSLESS - 1, 5), (SEEN + 2, SEEN - 2, 3)], ids=str)
 def test_after_any_event_steps_go_on(event: str, lengths: tuple[int, ...]) -> None:
@@ -158,7 +158,7 @@ def test_a_graph_keeps_no_codes_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes() is None and talk.cache.captured is not None
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("memory", "form"),
     [("gated_deltanet", TWO_BITS), ("deltanet", {}), ("window_only", TWO_BITS), ("window_only", CALIBRATED)],
@@ -255,7 +255,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("memory", ["window_only", "gated_deltanet", "routed_deltanet"])
 @pytest.mark.parametrize("form", FORMS)

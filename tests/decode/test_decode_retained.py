@@ -27,8 +27,8 @@ BLOCKS = 12
 """Blocks of two tokens that fill in a test, of which seven are kept."""
 FORMS: dict[str, dict[str, Any]] = {
     "exact": {"max_distance": 0},
-    "exact, bounded": {"max_distance": 48},
     "codes, bounded": {"key_bits": 4, "value_bits": 2, "max_distance": 48},
+    "exact, bounded": {"max_distance": 48},
     "behind a tier": {"quantized": 5, "max_distance": 52},
     "passages": {"key_bits": 4, "value_bits": 2, "max_distance": 48, "slots": 34, "passage": 2},
     "one score": {"key_bits": 4, "value_bits": 2, "max_distance": 48, "slots": 34, "passage": 2, "score_layer": 0},
@@ -49,7 +49,7 @@ def compare(talk: Talk, other: Talk) -> None:
     assert_same_layers(talk.cache, other.cache)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_are_ordinary_ones(form: str, architecture: str, graphs: Graphs) -> None:
@@ -90,7 +90,7 @@ def test_rows_are_decided_when_their_own_blocks_fill(graphs: Graphs, monkeypatch
     assert graphs.replays == 8 and rows == [1] * 8 * len(talk.cache.memory_layers)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("form", ["exact", "behind a tier"])
 def test_after_any_event_steps_go_on(event: str, form: str) -> None:

@@ -73,6 +73,7 @@ def test_a_whole_layer_is_four_products() -> None:
     assert [b is not None for b in products[0]["biases"]] == [True, False]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("shape", [(1, 3, K), (1, FEW, K), (5, 1, K), (2, 4, K)])
 def test_a_whole_layer_of_a_few_vectors(shape: tuple[int, ...]) -> None:
     """A norm, products, products in parts, their sum with a norm, and so on: nothing else."""

@@ -95,6 +95,7 @@ def _after_scales(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, w: Tensor) -> 
     return _plain(q * w, k * w, cos, sin, w)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("tokens", [1, 5, FEW, FEW + 1])
 @pytest.mark.parametrize("turn", ["_plain", "_after_norms", "_other_angle", "_memory_apart"])
 def test_a_rotation_of_several_tokens(turn: str, tokens: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import benchmark_files as files
 import pytest
+from support import effort
 
 from ahn import tiny
 from ahn.evaluation import documents, methods, perplexity, runner
@@ -22,6 +23,9 @@ from ahn.evaluation.tasks.ruler import TASKS as RULER
 LIMIT = 160
 """Tokens of a prompt of the downloaded benchmarks."""
 NEW_TOKENS = 3
+SAMPLES = effort.examples(1, 2)
+ONE_OF_A_KIND = ("niah_single_1", "niah_multikey_1", "vt", "cwe", "fwe")
+"""Of RULER's tasks; tests/evaluation/test_ruler.py looks at the prompts of each."""
 QUOTED = "港口的灯是蓝色的。米拉带着七封信去磨坊。"
 
 
@@ -33,14 +37,14 @@ def evaluated(request: pytest.FixtureRequest) -> methods.Evaluated:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two samples of each task, in its language and with answers of its kind."""
+    """A sample or two of each task, in its language and with answers of its kind."""
     directory = tmp_path_factory.mktemp("official")
     for name in lveval.TASKS:
         chinese = "_zh" in name or name in ("cmrc_mixup", "lic_mixup", "dureader_mixup")
         changes: dict[str, Any] = {"context": QUOTED, "answers": ["蓝色"]} if chinese else {}
         if name in ("dureader_mixup", "cmrc_mixup"):
             changes["answer_keywords"] = ...  # these have none
-        rows = [files.lveval_row(number, dataset=f"{name}_16k", **changes) for number in range(2)]
+        rows = [files.lveval_row(number, dataset=f"{name}_16k", **changes) for number in range(SAMPLES)]
         files.write_lveval(directory, rows, name)
     kinds = {
         "trec": {"all_classes": ["Colour", "Number of something"], "answers": ["Colour"]},
@@ -51,12 +55,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lcc": {"answers": ["return first"], "context": "def add(first, second):\n", "input": ""},
     }
     rows = {
-        name: [files.longbench_row(number, dataset=name, **kinds.get(name, {})) for number in range(2)]
+        name: [files.longbench_row(number, dataset=name, **kinds.get(name, {})) for number in range(SAMPLES)]
         for name in longbench.TASKS
     }
     files.write_longbench(directory, **{name.replace("-", "_"): row for name, row in rows.items()})
     for name in infinitebench.TASKS:
-        files.write_infinitebench(directory, [files.infinitebench_row(number) for number in range(2)], name)
+        files.write_infinitebench(directory, [files.infinitebench_row(number) for number in range(SAMPLES)], name)
     return directory
 
 
@@ -109,7 +113,8 @@ def test_downloaded_benchmarks(
 
 @pytest.mark.sample(1)
 def test_ruler(evaluated: methods.Evaluated, tmp_path: Path) -> None:
-    lengths = dict.fromkeys((name for name in RULER if not name.startswith("qa_")), 384) | {"vt": 1024, "cwe": 768}
+    names = [name for name in RULER if not name.startswith("qa_")] if effort.everything else ONE_OF_A_KIND
+    lengths = dict.fromkeys(names, 384) | {"vt": 1024, "cwe": 768}
     found = [
         task
         for name, length in lengths.items()

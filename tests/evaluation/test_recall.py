@@ -89,6 +89,7 @@ def test_a_wrong_choice_first_does_not_count_and_counts_may_be_near() -> None:
     assert marks == pytest.approx([1, 0.75, 0.5625, 0])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", recall.TASKS)
 @pytest.mark.parametrize("length", [700, 3000])
 def test_prompts_fill_the_length_and_are_the_same_in_every_run(name: str, length: int) -> None:

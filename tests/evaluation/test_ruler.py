@@ -30,6 +30,7 @@ def samples(name: str, length: int = 1000, **options: Any) -> list[Sample]:
     return list(task(name, length, **options).samples())
 
 
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("length", [700, 5000])
 def test_prompts_fill_the_length(name: str, length: int) -> None:

@@ -90,7 +90,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("texts", PROMPTS.values(), ids=PROMPTS.keys())
 def test_shared_reading_equals_separate_runs(evaluated: methods.Evaluated, texts: list[str]) -> None:
     prompts = ids(*texts)

@@ -95,7 +95,7 @@ def test_writes_are_what_happens_to_the_state(memory: str) -> None:
             assert relative_error(writes.state_norm[:, :, n], after.norm(dim=2)) < TOLERANCE
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @torch.no_grad()
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "router and q_proj"])
 @pytest.mark.parametrize("memory", RULED)
@@ -122,6 +122,7 @@ def test_reads_are_what_the_memory_adds_after_o_proj(memory: str, options: bool)
     assert abs(reads.share - float((reads.memory / reads.exact).mean())) < 1e-5
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sizes", [(LENGTH,), (7, 40, 1, 1, 41), (12, 1, 1, 76), (60,) + (1,) * 30])
 def test_every_way_of_reading_is_recorded_alike(sizes: tuple[int, ...]) -> None:
     model, ids = shared(), tokens(1, LENGTH)
@@ -129,6 +130,7 @@ def test_every_way_of_reading_is_recorded_alike(sizes: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("memory", RULED)
 def test_outputs_do_not_change_by_a_bit(memory: str) -> None:
     model, ids = shared(memory, True), tokens(2, LENGTH)

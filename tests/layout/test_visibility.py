@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.effort import examples
 from torch import Tensor
 
 from ahn import AHNCache, AHNConfig, AHNError
@@ -134,7 +135,7 @@ class Reader:
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50, 150))
 # A row with less than a new message's padding behind it: its sinks stay in their slots.
 @example(Case(window=4, sinks=4, chunks=[[20, 10], [10, 2], [1, 1], [1, 1]]))
 # A row that says nothing for longer than the window, then goes on.
@@ -146,7 +147,7 @@ def test_cache_follows_the_rule(case: Case) -> None:
 
 
 @given(cases(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50, 150))
 def test_one_forward_without_cache_follows_the_rule(case: Case, data: st.DataObject) -> None:
     """Training: all tokens at once, padded on the left or on the right."""
     counts = case.chunks[0]
@@ -164,7 +165,7 @@ def test_one_forward_without_cache_follows_the_rule(case: Case, data: st.DataObj
 
 
 @given(cases())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(15, 50))
 def test_a_forward_without_new_padding_needs_no_mask(case: Case) -> None:
     """The cache remembers the padding that it has seen."""
     with_mask, without = Reader(case), Reader(case)

@@ -16,6 +16,7 @@ from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import RECURRENT
+from support.effort import examples
 from torch import Tensor
 
 from ahn import AHNError, memory, ops
@@ -77,7 +78,7 @@ def double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @equations
 @given(length=st.integers(1, 80), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(6, 15))
 def test_equations(name: str, length: int, seed: int) -> None:
     torch.manual_seed(seed)
     fn = awake(name)
@@ -124,7 +125,7 @@ def test_gradients_are_float64_finite_differences(name: str) -> None:
 
 @every
 @given(cut=st.lists(st.integers(1, 70), min_size=1, max_size=4))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_in_pieces_or_at_once(name: str, cut: list[int]) -> None:
     torch.manual_seed(0)
     fn = awake(name)

@@ -152,6 +152,7 @@ def test_the_state_is_what_the_last_query_sees() -> None:
 BITS = pytest.mark.parametrize("bits", [(16, 16), (4, 2), (2, 3), (16, 4)], ids=str)
 
 
+@pytest.mark.sample(2)
 @BITS
 def test_codes_are_those_of_the_token_less_the_first_blocks_mean(bits: tuple[int, int]) -> None:
     window, sinks, length = 5, 2, 80
@@ -180,6 +181,7 @@ def _sorted(rows: Tensor) -> Tensor:
 
 
 @BITS
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("pieces", [[1] * 80, [8, 1, 1, 30, 2, 38], [50, 30]], ids=len)
 def test_in_pieces_or_at_once(bits: tuple[int, int], pieces: list[int]) -> None:
     window, sinks, length = 5, 2, 80

@@ -62,6 +62,7 @@ def masked(model: PreTrainedModel, form: dict[str, Any], monkeypatch: pytest.Mon
     return other
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_other_heads_see_sinks_and_window_alone(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,8 @@ def test_other_heads_see_sinks_and_window_alone(form: str, monkeypatch: pytest.M
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("form", reversed(FORMS))
 @torch.no_grad()
 def test_whole_chunks_steps_and_padded_agree(form: str) -> None:
     model, ids = some_of(FORMS[form]), tokens(2, 60)

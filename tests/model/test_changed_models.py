@@ -80,7 +80,7 @@ def test_a_memory_of_packed_tensors_is_not_saved(tmp_path: Any) -> None:
 # -- another dtype in the middle of a text -----------------------------------------------------------------------------
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("memory", EVERYTHING)
 @pytest.mark.parametrize("quantized", [0, 8])
 @pytest.mark.parametrize("change", ["autocast ends", "autocast begins", "to bfloat16", "to float32"])

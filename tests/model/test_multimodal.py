@@ -148,6 +148,7 @@ def within(**config: Any) -> ahn.AHNConfig:
     return ahn.AHNConfig(**{"window": 13, "sinks": 3} | config)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("version", KINDS)
 @torch.no_grad()
@@ -168,6 +169,7 @@ def test_images_that_see_themselves_are_the_bases_within_the_window(version: str
     assert torch.equal(model(**given).logits, plain(**given).logits)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("version", KINDS)
 @torch.no_grad()

@@ -23,6 +23,7 @@ def offload(model: PreTrainedModel, where: str, folder: Path) -> PreTrainedModel
     return accelerate.cpu_offload(model, execution_device=cpu)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("where", ["disk", "cpu"])
 @pytest.mark.parametrize("options", [{}, {"q_proj": True, "router": True}], ids=["plain", "q_proj and router"])
 @torch.no_grad()

@@ -205,7 +205,7 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, put: Any) -
     return found
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("quantized", [0, 4])
 @pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2", "window_only", "ct_max"])

@@ -137,7 +137,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("architecture", "name"), CASES)
 def test_two_processes_give_what_one_gives(architecture: str, name: str, folder: Path) -> None:
     files = folder / f"{architecture} {name}"

@@ -63,7 +63,7 @@ def check(name: str, given: dict[str, Tensor], tolerance: float, **changes: floa
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def kernels(exact: Tensor, o: Tensor, rule: StepRule, read: StepRead) -> Tensor:
     return finish_kernel.AddedRead.apply(exact, o, read.gamma, read.norm, read.o_proj, rule)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize(("B", "heads", "tokens", "P"), [(1, 1, 1, 16), (2, 3, 65, 16), slow(2, 2, 300, 32)])
 @pytest.mark.parametrize("before", [0, 1, 70])

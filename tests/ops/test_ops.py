@@ -73,13 +73,14 @@ shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 23), st.
 
 @pytest.mark.parametrize("rule", RULES)
 @given(shape=shapes, chunk=st.sampled_from([1, 2, 4, 8, 64]), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_chunked_is_the_reference(rule: str, shape: tuple[int, ...], chunk: int, seed: int) -> None:
     given = arguments(rule, shape, seed)
     found = outputs_and_gradients(rule, chunked, given, chunk=chunk)
     assert_close(found, outputs_and_gradients(rule, reference, given), EXACT)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("length", [63, 64, 65, 200])
 def test_float32_in_chunks_of_the_default_size(rule: str, length: int) -> None:
@@ -117,7 +118,7 @@ def test_closed_gates_leave_the_state_untouched(rule: str, module: object, dtype
 
 @pytest.mark.parametrize("rule", RULES)
 @given(closed=st.lists(st.booleans(), min_size=2, max_size=40), chunk=st.sampled_from([4, 64]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_closed_token_is_no_token(rule: str, closed: list[bool], chunk: int) -> None:
     given = arguments(rule, (1, 2, len(closed), 3, 3))
     shut = torch.tensor(closed)
@@ -152,6 +153,7 @@ def _all_or_nothing(given: Arguments) -> None:
         given["beta"] = (given["beta"] > 0.5).to(given["beta"].dtype)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("change", [_forget_all, _forget_now_and_then, _keep_all, _all_or_nothing])
 @pytest.mark.parametrize("rule", RULES)
 def test_extreme_gates(rule: str, change: Callable[[Arguments], None]) -> None:

@@ -37,7 +37,7 @@ def in_poison(r: torch.Generator, *shape: int) -> torch.Tensor:
 
 @pytest.mark.usefixtures("triton")
 @given(data=st.data())
-@settings(max_examples=examples(5, 25) if INTERPRETED else 10, deadline=None)
+@settings(max_examples=examples(5, 25) if INTERPRETED else 10)
 def test_the_kernel_is_the_plain_form(data: st.DataObject) -> None:
     from ahn.ops.step import product_kernel
 
@@ -80,7 +80,7 @@ def test_parts_keep_a_gpu_busy(shape: tuple[int, int], count: int) -> None:
 
 @pytest.mark.usefixtures("triton")
 @given(data=st.data())
-@settings(max_examples=examples(4, 25) if INTERPRETED else 10, deadline=None)
+@settings(max_examples=examples(4, 25) if INTERPRETED else 10)
 def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) -> None:
     from ahn.ops.step import few_vectors_kernel
 
@@ -103,7 +103,6 @@ def test_the_kernels_of_several_vectors_are_the_plain_form(data: st.DataObject) 
 @given(data=st.data())
 @settings(
     max_examples=examples(5, 25) if INTERPRETED else 10,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_the_kernel_between_products_is_the_plain_form(data: st.DataObject) -> None:

@@ -118,7 +118,7 @@ def test_a_model_learns_the_same(memory: str, options: dict[str, bool], monkeypa
     gates=st.sampled_from(list(GATES)),
     read=st.sampled_from([0.0, 1.0]),
 )
-@settings(max_examples=examples(3, 8), deadline=None)
+@settings(max_examples=examples(3, 8))
 def test_any_shape(name: str, tokens: int, kv_heads: int, groups: int, gates: str, read: float) -> None:
     arguments = inputs(name, tokens, kv_heads * groups, kv_heads, 16, torch.float32, gates)
     errors = errors_of(name, arguments, read)

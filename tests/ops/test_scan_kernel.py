@@ -41,6 +41,7 @@ def test_rows_without_padding_share_the_router_s_weight() -> None:
 
 
 @pytest.mark.usefixtures("triton", "poisoned")
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("kv_heads", "groups", "states"), [slow(2, 3, 4), (2, 2, 2), slow(2, 1, 2), (1, 5, 2)])
 def test_several_states_of_a_key_head(kv_heads: int, groups: int, states: int) -> None:
     check_states(several_states(70, 16, torch.float32, kv_heads, groups, states), FLOAT32)

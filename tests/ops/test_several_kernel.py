@@ -79,7 +79,7 @@ def sizes(draw):
 @pytest.mark.parametrize("states", [1, 2])
 @pytest.mark.parametrize("name", RULES)
 @given(sizes=sizes(), seed=st.integers(0, 99), router=st.booleans(), turn=TURNS)
-@settings(max_examples=examples(3, 20), deadline=None)
+@settings(max_examples=examples(3, 20))
 def test_several_tokens_are_as_many_steps(name, states, sizes, seed, router, turn):
     rule = RULES[name]
     if states > 1 and (rule is None or rule.decay):
@@ -118,14 +118,13 @@ def test_several_tokens_are_as_many_steps(name, states, sizes, seed, router, tur
             torch.testing.assert_close(x, y, rtol=FLOAT32, atol=FLOAT32, equal_nan=True)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("triton", "poisoned")
 @pytest.mark.parametrize("states", [1, 2])
 @pytest.mark.parametrize("name", RULES)
 @given(sizes=sizes(), seed=st.integers(0, 99), router=st.booleans(), groups=st.integers(1, 3), turn=TURNS)
 @settings(
     max_examples=examples(2, 10) if INTERPRETED else 5,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_kernels_are_the_plain_form(name, states, sizes, seed, router, groups, turn, monkeypatch):

@@ -42,7 +42,7 @@ def writers(tokenizer: PreTrainedTokenizerBase) -> dict[Split, ChatWriter]:
     return {"train": ChatWriter(tokenizer, TEXTS, "train"), "evaluation": ChatWriter(tokenizer, TEXTS, "evaluation")}
 
 
-def chats(writer: ChatWriter, plan: Plan, number: int = 12) -> list[dict[str, Any]]:
+def chats(writer: ChatWriter, plan: Plan, number: int = 6) -> list[dict[str, Any]]:
     return [writer.write(plan, seed) for seed in range(number)]
 
 
@@ -153,7 +153,7 @@ def test_wrong_plans_are_refused(writers: dict[Split, ChatWriter], tokenizer: Pr
     with pytest.raises(AHNError, match="make it longer"):
         writers["train"].write(Plan(200, most=8, near=100), 1)
     with pytest.raises(AHNError, match="fewer than a chat"):
-        writers["train"].write(Plan(10**7), 0)
+        ChatWriter(tokenizer, TEXTS[:1], "train").write(Plan(10**7), 0)
     with pytest.raises(AHNError, match="give more"):
         ChatWriter(tokenizer, TEXTS[:0], "train")
 

@@ -63,6 +63,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test reads tables alone: figures take most of the time of a report."""
+    monkeypatch.setattr(figures, "draw", lambda results, out: [])
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_table_shows_mean_interval_and_range_of_seeds(folder: Path) -> None:
     report(RECIPE, folder)
     page = (folder / "report.md").read_text()
@@ -122,6 +129,7 @@ def test_the_bootstrap_draws_seeds_as_well() -> None:
         bootstrap(lambda x, y: x - y, [np.ones((2, 400)), np.ones((3, 400))], names)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_parts_of_the_gap_add_up_to_what_is_won_back(folder: Path) -> None:
     near = {"none": [1.0, 1], "0": [1.0, 2], "128": [1.0, 3], "256": [1.0, 4]}
     losses = {"full": 1.0, "window_only": 2.0, "deltanet": 1.8, "deltanet.1": 1.8, "deltanet.2": 1.8}

@@ -82,6 +82,7 @@ def words_of(seed: int) -> str:
     return "".join(draw.choice(words) + draw.choice(["", " ", " ", "\n"]) for _ in range(400))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("start", [False, True])
 def test_a_long_text_is_tokenised_in_pieces_as_it_is_whole(
     text: ChatText, start: bool, monkeypatch: pytest.MonkeyPatch

@@ -93,6 +93,7 @@ def test_an_engine_at_its_limits_holds_no_more_with_each_conversation(tmp_path: 
         assert grown(several, rest) == {}
 
 
+@pytest.mark.slow
 def test_a_server_holds_no_more_with_each_request(
     live_fake: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,6 +234,7 @@ def test_a_compressed_body_is_refused(served: Any) -> None:
     assert response.status_code == 415 and "Content-Encoding" in response.json()["error"]["message"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/conversations"])
 def test_head_says_what_get_says(live_fake: Callable[..., Any], path: str) -> None:
     server, _ = live_fake()

@@ -16,6 +16,7 @@ from ahn.serve.engine.batch import Batch, FixedBatch
 OF = model(quantized=6)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fixed, of", [(False, OF), (True, OF), (False, adapted("gemma3", window=WINDOW, sinks=SINKS))])
 def test_a_state_that_is_gone_on_from_does_not_change(
     fixed: bool, of: PreTrainedModel, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import pytest
 import torch
 from engines import SINKS, WINDOW, alone, engine, prompt, request, whole
 from models import adapted
+from support.effort import slow
 from torch import nn
 
 from ahn.serve.engine.pace import LayerPauses, Pace
@@ -85,7 +86,7 @@ def test_replies_step_between_layers_when_it_is_time(monkeypatch: pytest.MonkeyP
     assert steps == taken
 
 
-@pytest.mark.parametrize("architecture, fails", [("qwen3", False), ("qwen3", True), ("gemma3", False)])
+@pytest.mark.parametrize("architecture, fails", [("qwen3", False), ("qwen3", True), slow("gemma3", False)])
 def test_steps_between_layers_change_no_text(monkeypatch: pytest.MonkeyPatch, architecture: str, fails: bool) -> None:
     monkeypatch.setattr(Pace, "piece", 0.0)  # a step before each layer
     of, inside, failures = adapted(architecture, window=WINDOW, sinks=SINKS), 0, 0

@@ -22,7 +22,6 @@ def test_no_failures(served: Any) -> None:
 
         @settings(
             max_examples=effort.examples(2, 300),
-            deadline=None,
             derandomize=True,
             database=None,
             phases=[Phase.generate],

@@ -36,6 +36,7 @@ def learned(style: str, row: Any) -> str:
     return tokenizer.decode(piece.ids[piece.learn])
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("style", STYLES)
 def test_replies_and_the_tokens_that_end_them_are_learned(style: str) -> None:
     text, said, unused = shown(style, {"messages": CHAT})
