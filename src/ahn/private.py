@@ -107,6 +107,11 @@ def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> No
     module.__dict__["_parameters"] = dict.fromkeys(module._parameters) | parameters
 
 
+def set_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Give a shallow copy of a module buffers of its own, under the names that the original's have."""
+    module.__dict__["_buffers"] = dict.fromkeys(module._buffers) | buffers
+
+
 REPLICATE = "_replicate_for_data_parallel"
 """What torch.nn.DataParallel calls for a copy of a module on another GPU."""
 OUTPUT_HOOKS = "transformers.utils.output_capturing"
@@ -314,7 +319,7 @@ def has_own_forward(model: PreTrainedModel) -> bool:
     return "forward" not in vars(model) or HOOKED_FORWARD in vars(model)
 
 
-def set_forward(model: PreTrainedModel, forward: Call) -> None:
+def set_forward(model: nn.Module, forward: Call) -> None:
     """Put a forward before the model's own, inside accelerate's hook if the model has one."""
     setattr(model, HOOKED_FORWARD if HOOKED_FORWARD in vars(model) else "forward", forward)
     hook = vars(model).get("_hf_hook")
@@ -324,7 +329,7 @@ def set_forward(model: PreTrainedModel, forward: Call) -> None:
         hook.skip_keys = skipped | set(CACHE_NAMES)
 
 
-def reset_forward(model: PreTrainedModel, kind: type) -> None:
+def reset_forward(model: nn.Module, kind: type) -> None:
     """Take a forward of this kind off again."""
     if isinstance(vars(model).get("forward"), kind):
         delattr(model, "forward")

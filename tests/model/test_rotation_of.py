@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from golden import relative_error
 from models import ARCHITECTURES, awaken, base, tokens
+from support.architectures import read
 from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import ahn
+from ahn.cache import rows
 from ahn.model.positions import rotates, rotation_of
 
 SHAPE = {
@@ -102,3 +108,65 @@ def test_angles_that_depend_on_the_length_are_one_set_per_text(architecture: str
     with pytest.raises(ahn.AHNError, match="60 were read before, and there may be 68"):
         model.generate(ids[:, :60], max_new_tokens=8)
     assert model.generate(ids, max_new_tokens=4).shape == (1, 104)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+    "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "proportional": {"partial_rotary_factor": 0.5},
+    "dynamic": {"factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+    | {"original_max_position_embeddings": 32},
+}
+
+
+def turned(kind: str, typed: bool) -> PreTrainedModel:
+    """A base of 32 positions with this RoPE; `typed`: in its layers of full attention alone."""
+    rope = KINDS[kind] | {"rope_type": kind, "rope_theta": 1e3}
+    given = {"max_position_embeddings": 128 if kind == "longrope" else 32}
+    if not typed:
+        return base("llama", **given, rope_parameters=rope)
+    default = {"rope_type": "default", "rope_theta": 1e3}
+    return base("gemma3", **given, rope_parameters={"full_attention": rope, "sliding_attention": default})
+
+
+def test_every_kind_of_rope_is_tried() -> None:
+    assert KINDS.keys() == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("typed", [False, True])
+@torch.no_grad()
+def test_angles_are_those_of_the_text_and_not_of_what_was_read_before(kind: str, typed: bool) -> None:
+    """transformers keeps the angles of `dynamic` and `longrope` in the module, as the last text has left them."""
+    ids, longer = tokens(1, 50), tokens(1, 120, seed=1)
+    model, fresh = (awaken(ahn.attach(turned(kind, typed), ahn.AHNConfig(window=9, sinks=2))) for _ in range(2))
+    embedding = model.get_decoder().rotary_emb
+    held = {name: (x, x.clone()) for name, x in embedding.named_buffers()}
+    cache = ahn.AHNCache.for_model(model)
+    read(model, ids[:, :40], [40], cache)
+    forked = copy.deepcopy(cache)
+    expected = read(fresh, ids, [40, *[1] * 10])
+    assert torch.equal(read(model, ids[:, 40:], [1] * 10, cache), expected[:, 40:])
+    model(longer)
+    assert torch.equal(read(model, ids[:, 40:], [1] * 10, forked), expected[:, 40:])
+    assert torch.equal(read(model, ids, [40, *[1] * 10]), expected)
+    # No thread finds what another has put there.
+    assert all(x is held[name][0] and torch.equal(*held[name]) for name, x in embedding.named_buffers())
+    plain = turned(kind, typed)
+    assert torch.equal(ahn.detach(model)(longer).logits, plain(longer).logits)
+    assert "forward" not in vars(embedding)
+
+
+@torch.no_grad()
+def test_conversations_whose_angles_differ_are_not_joined() -> None:
+    """Rows of a batch are turned by one set of angles, that of the longest."""
+    model = ahn.attach(turned("longrope", False), ahn.AHNConfig(window=9, sinks=2))
+    caches = [ahn.AHNCache.for_model(model) for _ in range(3)]
+    for length, cache in zip((40, 20, 10), caches, strict=True):
+        read(model, tokens(1, length), [length], cache)
+    assert rows.lengths(rows.join(caches[1:])) == [20, 10]
+    with pytest.raises(ahn.AHNError, match="more than 32 tokens"):
+        rows.join(caches)

@@ -13,9 +13,16 @@ from typing import Any
 import httpx
 import llguidance.hf
 import pytest
+from models import base
+from serve_fake import FakeEngine
 
+import ahn
 from ahn.errors import AHNError
 from ahn.serve.api import wire
+from ahn.serve.api.building import build
+from ahn.serve.api.messages import MessageStore
+from ahn.serve.api.settings import ServerSettings
+from ahn.serve.api.texts import ChatText
 
 HI = [{"role": "user", "content": "Hello there, how are you?"}]
 
@@ -177,6 +184,16 @@ def test_what_is_wrong_is_named(served: Any, fields: dict[str, Any], param: str)
     assert response.status_code == 400 and error["param"] == param, error
     assert set(error) == {"message", "type", "param", "code"} and param.split("[")[0] in error["message"]
     assert "Value error" not in error["message"]
+
+
+def test_texts_end_where_the_base_would_turn_keys_otherwise(tokenizer: Any) -> None:
+    """They are read in chunks: a longer one would be refused in the middle, and its step ends the batch's."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = ahn.attach(
+        base("llama", max_position_embeddings=64, rope_parameters=rope), ahn.AHNConfig(window=13, sinks=3)
+    )
+    service = build(model, tokenizer, FakeEngine(ChatText(tokenizer)), ServerSettings(), MessageStore(None))  # type: ignore[arg-type]
+    assert service.settings.prompt == 64
 
 
 @pytest.mark.parametrize("path, own", [("/v1/chat/completions", {"messages": HI}), ("/v1/responses", {"input": "Hi."})])

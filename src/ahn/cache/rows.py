@@ -245,6 +245,12 @@ def _model_of(caches: Sequence[AHNCache]) -> PreTrainedModel:
         raise AHNError(
             "A conversation with tokens that wait to be taken out cannot be in a batch; read one more before."
         )
+    steady: int | None = first._ahn.steady
+    if len(caches) > 1 and steady is not None and max(x for cache in caches for x in lengths(cache)) > steady:
+        raise AHNError(
+            f"A conversation of more than {steady} tokens cannot be in one batch with others: this base turns keys "
+            "otherwise in longer texts (RoPE of the type longrope or dynamic)."
+        )
     for cache in caches:
         waiting.leave_slots(cache)
     return first

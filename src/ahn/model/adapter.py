@@ -25,7 +25,7 @@ from ahn.memory.share import Share
 from ahn.model import attention, chunks
 from ahn.model.attached import Adapter
 from ahn.model.hooks import AttentionHook, CacheHook, DecoderHook, FinishHook, KernelHook, take_over_kernel, use_kernel
-from ahn.model.positions import rotation_of, steady_up_to
+from ahn.model.positions import give_own_angles, rotation_of, steady_up_to, take_own_angles
 from ahn.model.saving import warn_of_peft
 from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_caches, makes_masks
 from ahn.ops.basis import MULTIPLE
@@ -110,6 +110,7 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     model._ahn = adapter
     model.ahn_config = config
     chunks.wrap(model)
+    give_own_angles(model)
     use_kernel(model, attention.NAME)
     if chosen:
         warnings.warn(
@@ -164,6 +165,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         handle.remove()
     adapter.handles.clear()
     chunks.unwrap(model)
+    take_own_angles(model)
     _, layers = decoder_layers(model)
     for layer in layers:
         for name in ("ahn", "ahn_router"):

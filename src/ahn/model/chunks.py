@@ -23,6 +23,7 @@ from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
 from ahn.model import generation, packing, pushing
+from ahn.model.positions import check_steady
 from ahn.wrappers import decoder_of
 
 _OF_TOKENS = {
@@ -212,6 +213,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             "the base (ahn.detach), or use torch.compile."
         )
     if isinstance(cache, AHNCache):
+        if model._ahn.steady is not None and isinstance(ids := kwargs.get("input_ids"), Tensor):
+            check_steady(model._ahn.steady, cache.seen, cache.seen + ids.shape[1])  # a captured step asks nobody
         cache.progress.undoable = _undoable(kwargs.get("logits_to_keep", 0))
     if (step := decode.forward(model, kwargs)) is not None:
         return step

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ahn import private
 from ahn.errors import AHNError
 from ahn.layout.rotation import Rotation
 from ahn.wrappers import decoder_of
@@ -53,6 +56,49 @@ def steady_up_to(model: PreTrainedModel) -> int | None:
     found = [x for x in (parameters, *parameters.values()) if isinstance(x, dict)]
     lengths = [x.get("original_max_position_embeddings") for x in found]
     return min((x for x in lengths if isinstance(x, int)), default=config.max_position_embeddings)
+
+
+class OwnAngles(functools.partial[Any]):
+    """The forward of a rotary embedding in `_MOVING`, with the embedding: see `_own_angles`."""
+
+
+def give_own_angles(model: PreTrainedModel) -> None:
+    """Let angles follow from the positions that are asked for, and from nothing else."""
+    for embedding in _moving_embeddings(model):
+        private.set_forward(embedding, OwnAngles(_own_angles, embedding))
+
+
+def take_own_angles(model: PreTrainedModel) -> None:
+    """Undo `give_own_angles`."""
+    for embedding in _moving_embeddings(model):
+        private.reset_forward(embedding, OwnAngles)
+
+
+def _moving_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """Of the decoder; some models have one for each kind of layer."""
+    kinds = ((part, str(getattr(part, "rope_type", ""))) for part in decoder_of(model).modules())
+    return [part for part, kind in kinds if any(name in kind for name in _MOVING)]
+
+
+def _own_angles(embedding: Any, *args: Any, **kwargs: Any) -> Any:
+    """Cosines and sines as of an embedding that has turned nothing before.
+
+    transformers keeps in the module what the last text asked for. With `dynamic`, a shorter text would get the angles
+    of a longer one that the model has read meanwhile; and of two threads one would turn by what the other has put
+    there. Steps that are compiled run one after the other, and are of texts whose angles stay (`check_steady`).
+    """
+    forward = type(embedding).forward
+    if torch.compiler.is_compiling():
+        return forward(embedding, *args, **kwargs)
+    fresh = object.__new__(type(embedding))
+    vars(fresh).update(vars(embedding))
+    buffers = dict(embedding.named_buffers(recurse=False))
+    for name in [name for name in buffers if name.endswith("original_inv_freq")]:
+        buffers[name.replace("original_", "")] = buffers[name].clone()  # transformers writes into it
+    private.set_buffers(fresh, buffers)
+    lengths = [name for name in vars(fresh) if name.endswith("max_seq_len_cached")]
+    vars(fresh).update(dict.fromkeys(lengths, embedding.original_max_seq_len))
+    return forward(fresh, *args, **kwargs)
 
 
 def check_steady(limit: int | None, seen: int, total: int) -> None:

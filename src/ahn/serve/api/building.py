@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import ipaddress
 import socket
@@ -88,6 +89,8 @@ def build(
     from ahn.serve.api.service import Service
     from ahn.serve.api.texts import ChatText
 
+    if (steady := model._ahn.steady) is not None:  # texts are read in chunks, in which none can go beyond
+        settings = dataclasses.replace(settings, prompt=min(settings.prompt, steady))
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     grammars = Grammars(tokenizer, vocabulary, end_tokens(model, tokenizer))
 
