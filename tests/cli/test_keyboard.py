@@ -21,8 +21,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from ahn.cli import keyboard
-from ahn.cli.keyboard import Keyboard, history, history_file
+from ahn.cli.keyboard import history, history_file, keyboard
 
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 UP = "\x1b[A"
@@ -31,7 +30,7 @@ UP = "\x1b[A"
 @pytest.fixture(autouse=True)
 def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(keyboard, "create_output", lambda **options: DummyOutput())
+    monkeypatch.setattr("ahn.cli.keyboard.create_output", lambda **options: DummyOutput())
     return tmp_path / "state"
 
 
@@ -55,26 +54,26 @@ def keys() -> Iterator[PipeInput]:
 )
 def test_what_is_typed(keys: PipeInput, typed: str, message: str) -> None:
     keys.send_text(typed)
-    assert Keyboard().ask("> ") == message
+    assert keyboard().prompt("> ") == message
 
 
 def test_control_keys(keys: PipeInput) -> None:
-    asked = Keyboard()
+    asked = keyboard()
     keys.send_text("some words\x03")
     with pytest.raises(KeyboardInterrupt):
-        asked.ask("> ")
+        asked.prompt("> ")
     keys.send_text("\x04")
     with pytest.raises(EOFError):
-        asked.ask("> ")
+        asked.prompt("> ")
 
 
 def test_history_outlives_the_program_and_is_private(keys: PipeInput, state: Path) -> None:
     keys.send_text("first\\\rof two lines\r")
-    Keyboard().ask("> ")
+    keyboard().prompt("> ")
     file = history_file()
     assert file.parent == state / "ahn" and stat.S_IMODE(file.stat().st_mode) == 0o600
     keys.send_text(f"{UP}\r")
-    assert Keyboard().ask("> ") == "first\nof two lines"
+    assert keyboard().prompt("> ") == "first\nof two lines"
 
 
 def test_no_history_file_is_no_reason_to_stop(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,9 +131,17 @@ def test_memory_that_runs_out_waits_for_others(place: int) -> None:
     assert failures == 2 and got.tokens == alone(OF, hungry, 5)
 
 
-def test_memory_that_is_never_enough_is_an_error() -> None:
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1099511627776 bytes."),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_memory_that_is_never_enough_is_an_error(full: Exception) -> None:
     def spoil(ids: Tensor, output: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise full
 
     with engine(OF) as running, Spoiled(OF, spoil):
         got = ask(running, prompts(1)[0], 5)

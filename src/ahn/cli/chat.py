@@ -106,16 +106,16 @@ class Chat:
         return done or self.typed
 
     def _typed(self) -> Iterator[str]:
-        from ahn.cli.keyboard import Keyboard
+        from ahn.cli.keyboard import keyboard
 
-        keyboard = Keyboard()
+        terminal = keyboard()
         # From here on there is a conversation to lose: Ctrl-C amid an import must not end the program (`ahn.cli.main`).
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.commands.obey("/window", _interrupt())
         tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.")
         while True:
             try:
-                yield keyboard.ask(self.commands.prompt)
+                yield terminal.prompt(self.commands.prompt)
             except EOFError:
                 return
             except KeyboardInterrupt:

@@ -47,26 +47,19 @@ def history() -> History:
         return InMemoryHistory()
 
 
-class Keyboard:
-    """Asks for messages at a terminal, on standard error where standard output is none."""
+def keyboard() -> PromptSession[str]:
+    """Asks for messages at a terminal, on standard error where standard output is none.
 
-    def __init__(self) -> None:
-        self._session: PromptSession[str] = PromptSession(
-            history=history(),
-            key_bindings=_keys(),
-            multiline=True,
-            prompt_continuation=lambda width, number, wrapped: "." * (width - 1) + " ",
-            output=create_output(always_prefer_tty=True),
-        )
-
-    def ask(self, prompt: str) -> str:
-        """The next message.
-
-        Raises:
-            EOFError: Ctrl-D on an empty line.
-            KeyboardInterrupt: Ctrl-C, which drops what was typed.
-        """
-        return self._session.prompt(prompt)
+    Its `prompt` raises EOFError for Ctrl-D on an empty line, and KeyboardInterrupt for Ctrl-C, which drops what was
+    typed.
+    """
+    return PromptSession(
+        history=history(),
+        key_bindings=_keys(),
+        multiline=True,
+        prompt_continuation=lambda width, number, wrapped: "." * (width - 1) + " ",
+        output=create_output(always_prefer_tty=True),
+    )
 
 
 def _keys() -> KeyBindings:

@@ -12,10 +12,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, is_out_of_memory
 from ahn.evaluation.reader import end_tokens
 from ahn.files import expanded
 from ahn.serve.engine.jobs import RequestJob
@@ -142,7 +141,7 @@ class Engine:
         except Exception as error:
             rows = self.scheduler.conversations
             full = AHNError(f"There is no memory for {rows} conversations at once; ask for fewer.")
-            self._ready.set_exception(full if isinstance(error, torch.OutOfMemoryError) else error)
+            self._ready.set_exception(full if is_out_of_memory(error) else error)
             return
         self._ready.set_result(None)
         faults = 0

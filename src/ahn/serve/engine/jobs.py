@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ahn.cache.conversation import AHNCache
-from ahn.errors import AHNError
+from ahn.errors import AHNError, is_out_of_memory
 from ahn.serve.engine.index import KeptState
 from ahn.serve.engine.prefixes import Prefixes
 from ahn.serve.engine.reply import Reply
@@ -163,6 +163,6 @@ class RequestJob(PromptReading):
 def said(error: Exception) -> str:
     if isinstance(error, AHNError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "The server has not enough memory for this request."
     return f"The model failed on this request ({type(error).__name__})."

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ahn.cache.conversation import AHNCache
+from ahn.errors import is_out_of_memory
 from ahn.serve.engine.batch import Batch, make_batch
 from ahn.serve.engine.jobs import PromptReading, RequestJob, said
 from ahn.serve.engine.keeper import Keeper, Rest
@@ -333,11 +334,7 @@ class Scheduler:
                 self.keeper.read_to_end(job, failed=True)
                 return
             assert isinstance(job, RequestJob)
-            if (
-                isinstance(error, torch.OutOfMemoryError)
-                and job.faults < ATTEMPTS
-                and len(self.reading) + len(self.running) > 1
-            ):
+            if is_out_of_memory(error) and job.faults < ATTEMPTS and len(self.reading) + len(self.running) > 1:
                 log.warning("Memory ran out; a request waits for others to finish")
                 self._put_back(job)
                 return
