@@ -16,9 +16,19 @@ import pytest
 
 import ahn
 
-MODULES = ("inspect", "memory", "ops", "tiny", "training")
+MODULES = ("inspect", "memory", "ops", "smollm2", "tiny", "training")
 METHODS = {
-    "AHNCache": ("for_model", "reset", "activate_past_recording", "crop", "to", "nbytes", "save", "load"),
+    "AHNCache": (
+        "for_model",
+        "reset",
+        "activate_past_recording",
+        "crop",
+        "to",
+        "nbytes",
+        "bytes_by_part",
+        "save",
+        "load",
+    ),
     "AHNConfig": ("replace",),
 }
 # One line for each name. A line that changes there changes what users call: the changelog must say so.

@@ -42,7 +42,8 @@ def test_the_reference_has_every_public_name() -> None:
         for page in (ROOT / "docs/reference").glob("*.md")
         for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.M)
     ]
-    assert sorted(shown) == sorted(f"ahn.{name}" for name in (*ahn.__all__, *test_public_api.MODULES))
+    named = ("ahn.model.observer", "ahn.training.calibration", "ahn.training.heads")  # by the guides
+    assert sorted(shown) == sorted([*(f"ahn.{name}" for name in (*ahn.__all__, *test_public_api.MODULES)), *named])
 
 
 @pytest.mark.parametrize(

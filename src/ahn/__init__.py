@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ahn import inspect as inspect
     from ahn import memory as memory
     from ahn import ops as ops
+    from ahn import smollm2 as smollm2
     from ahn import tiny as tiny
     from ahn import training as training
     from ahn.cache.conversation import AHNCache

@@ -30,6 +30,19 @@ GROUPS = {
     "save_ahn_only": "Output",
 }
 """Headings in the list of flags, by the first flag below each."""
+ABOUT = (
+    "Distil a memory onto a frozen model: it learns to give what the same model gives with full attention. A flag wins "
+    "over the file."
+)
+EXAMPLES = """ahn train configs/debug.yaml --output_dir out
+torchrun --nproc_per_node 8 --no-python ahn train CONFIG.yaml"""
+"""The second one is for several GPUs or machines."""
+OTHER_FLAGS = (
+    "Also every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs, "
+    "--max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16, --activation_checkpointing, "
+    "--save_steps, --resume_from_checkpoint true, --eval_strategy, --logging_steps, --report_to, --seed, … "
+    "docs/training.md explains them, the data formats and what the log says."
+)
 
 
 @app.command(
@@ -136,19 +149,14 @@ def _help(ctx: typer.Context) -> None:
             told = field.metadata["help"] + ("" if field.default in (None, False) else f" [{field.default}]")
             groups.setdefault(heading, []).append((f"--{field.name}", told))
     shown = ctx.make_formatter()
+    shown.write_usage("ahn train", "[CONFIG.yaml] [--FLAG VALUE]…")
+    shown.write_paragraph()
+    shown.write_text(ABOUT)
+    with shown.section("Examples"):
+        shown.write_text("\b\n" + EXAMPLES)
     for heading, flags in groups.items():
         with shown.section(heading):
             shown.write_dl(flags)
-    typer.echo(
-        "Usage: ahn train [CONFIG.yaml] [--FLAG VALUE]…\n\n"
-        "Distil a memory onto a frozen model: it learns to give what the same model gives\n"
-        "with full attention. A flag wins over the file. On several GPUs or machines:\n"
-        "torchrun --nproc_per_node 8 --no-python ahn train CONFIG.yaml\n\n"
-        "Example:\n  ahn train configs/debug.yaml --output_dir out\n\n"
-        f"{shown.getvalue()}\n"
-        "Also every flag of transformers.TrainingArguments: --output_dir, --learning_rate, --num_train_epochs,\n"
-        "--max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16,\n"
-        "--activation_checkpointing, --save_steps, --resume_from_checkpoint true, --eval_strategy,\n"
-        "--logging_steps, --report_to, --seed, …\n"
-        "docs/training.md explains them, the data formats and what the log says."
-    )
+    shown.write_paragraph()
+    shown.write_text(OTHER_FLAGS)
+    typer.echo(shown.getvalue().rstrip("\n"))

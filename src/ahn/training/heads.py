@@ -37,7 +37,8 @@ def copied(model: PreTrainedModel, batches: Iterable[Batch], window: int, sinks:
     Args:
         model: with a memory attached, of any kind. It keeps the given window afterwards.
         batches: as for `distillation_loss`; the queries are those that predict a token with a label.
-        window, sinks: W and S: a token is far at a distance of W or more, and if it is no sink.
+        window: W; a token is far at a distance of W or more.
+        sinks: S; the first S tokens are never far.
 
     Returns:
         By (layer, key head), of the layers with a memory; of a key head the query head that gives most.
