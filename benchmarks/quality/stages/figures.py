@@ -76,7 +76,7 @@ def cost(results: Results) -> Figure | None:
                 axis.plot(kib, [value(group, most) for group in groups], **style)
                 single = [[value(group, most) for group in each] for each in seeds]
                 axis.vlines(kib, list(map(min, single)), list(map(max, single)), color=style["color"], linewidth=WIDTH)
-    losses.set_ylabel("nats per token above full attention's")
+    losses.set_ylabel("nats above full attention")
     facts.set_ylabel("% recalled")
     losses.set_title(f"Loss from token {most} on (lower is better)", fontsize=10, loc="left")
     facts.set_title(f"Facts stated {most} tokens ago or earlier", fontsize=10, loc="left")
