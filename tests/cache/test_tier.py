@@ -262,7 +262,7 @@ def test_bands_read_later_chunks(form: tuple[int, int, bool], quantized: int, mo
 # -- however it is cut and padded --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("memory", "form"),
     [*((memory, BEFORE) for memory in MEMORIES), ("gated_deltanet", AFTER), ("ct_avg", (3, 3, True))],

@@ -76,7 +76,7 @@ def test_other_heads_see_sinks_and_window_alone(form: str, monkeypatch: pytest.M
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("form", reversed(FORMS))
+@pytest.mark.parametrize("form", [*reversed(FORMS)])
 @torch.no_grad()
 def test_whole_chunks_steps_and_padded_agree(form: str) -> None:
     model, ids = some_of(FORMS[form]), tokens(2, 60)

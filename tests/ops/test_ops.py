@@ -91,6 +91,7 @@ def test_float32_in_chunks_of_the_default_size(rule: str, length: int) -> None:
     assert_close(found, expected, 1e-5)  # 200 tokens of float32 (6e-8 each) one after the other, summed
 
 
+@pytest.mark.sample(len(RULES))
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_are_finite_differences(rule: str, backend: str) -> None:

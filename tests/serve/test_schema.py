@@ -12,6 +12,7 @@ from support import effort
 schemathesis = pytest.importorskip("schemathesis")
 
 
+@pytest.mark.slow  # as all that needs the packages of `make test-all`
 def test_no_failures(served: Any) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", served.client.app, headers={"Host": "127.0.0.1"})
     modes = list(schemathesis.GenerationMode)
