@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ahn.layout import copies
+from ahn.layout import copies, slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -58,3 +58,13 @@ def test_what_is_wide(dtype: torch.dtype) -> None:
 def test_types_are_promoted_as_by_torch() -> None:
     a, b = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 3, 8).bfloat16()
     assert torch.equal(copies.join([a, b]), torch.cat([a, b], dim=2))
+
+
+def test_a_window_is_laid_out_in_wide_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From columns into slots and back, for whoever goes on from a kept conversation."""
+    seen, read, wide = 200, torch.tensor([200]), []
+    monkeypatch.setattr(slots, "take", lambda x, tokens: (wide.append(copies._fits(x)), copies.take(x, tokens))[1])
+    ring = slots.Slots(64, 8)
+    columns = torch.randn(1, 2, 72, 8).bfloat16()
+    laid = ring.from_columns(columns, seen, read)
+    assert same_bits(ring.to_columns(laid, seen, read), columns) and wide == [True, True]

@@ -92,6 +92,20 @@ def test_a_prompt_is_a_text_or_ids_or_several(served: Any) -> None:
         assert given == [text.ids(one, start=True).tolist() if isinstance(one, str) else one for one in several]
 
 
+def test_token_ids_go_to_the_engine_at_once(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that has nothing to do would have to be waited for all the same."""
+    beside: list[Any] = []
+
+    async def to_thread(work: Callable[..., Any], *given: Any) -> Any:
+        beside.append(work)
+        return work(*given)
+
+    monkeypatch.setattr("asyncio.to_thread", to_thread)
+    options = {"max_tokens": 1, "stream": True}
+    assert served.post("/v1/completions", prompt=[[3, 4], [5]], **options).status_code == 200 and not beside
+    assert served.post("/v1/completions", prompt="a text", **options).status_code == 200 and len(beside) == 1
+
+
 def test_a_session_needs_only_what_is_new(served: Any) -> None:
     first = served.chat("My name is Ada.", session_id="s").json()
     said = first["choices"][0]["message"]["content"]

@@ -12,7 +12,7 @@ from ahn.layout.copies import take
 def gather(x: Tensor, slots: Tensor) -> Tensor:
     """x (B, H, T, ...) at slots (B or 1, U) of each row: (B, H, U, ...)."""
     if slots.shape[0] == 1:
-        return x.index_select(2, slots[0])
+        return take(x, slots[0])
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     return x.transpose(1, 2)[rows, slots].transpose(1, 2)
 

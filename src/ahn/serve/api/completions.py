@@ -15,7 +15,7 @@ from ahn.serve.api.fields import CompletionFields
 from ahn.serve.api.replies import WrittenReply
 from ahn.serve.api.service import Service, finite
 from ahn.serve.api.wire import JSONRoute
-from ahn.serve.request import TokenIds, TokenLogprobs
+from ahn.serve.request import TokenLogprobs
 
 
 def router(service: Service) -> APIRouter:
@@ -32,7 +32,8 @@ def router(service: Service) -> APIRouter:
 
 async def begin(service: Service, fields: CompletionFields, owner: str) -> TextCompletion:
     service.check_choices(fields.n * len(fields.prompt))
-    prompts = await asyncio.to_thread(_tokenised, service, fields.prompt)
+    text = service.text
+    prompts = [await asyncio.to_thread(text.ids, p, True) if isinstance(p, str) else p for p in fields.prompt]
     measured = fields.logprobs if fields.echo else None
     options = sampling(service, fields, prompts, logprobs=fields.logprobs, prompt_logprobs=measured)
     keep = fields.store and measured is None  # a text that is measured is not gone on with
@@ -88,7 +89,3 @@ class TextCompletion(Completion[CompletionFields]):
         for number, logprob in (*token.top[: self.fields.logprobs], (token.token, token.logprob)):
             best.setdefault(self.service.token(number)[0], finite(logprob))  # two can look the same: the better one
         return best
-
-
-def _tokenised(service: Service, given: Sequence[str | TokenIds]) -> list[TokenIds]:
-    return [service.text.ids(each, start=True) if isinstance(each, str) else each for each in given]
