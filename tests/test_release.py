@@ -79,6 +79,27 @@ def test_requirements_have_bounds_and_dependencies_of_tests_are_pinned() -> None
             assert name[0] in pinned, f"constraints.txt has no version of {name[0]}"
 
 
+BROUGHT = {
+    "aiohttp": "ray", "fuzzywuzzy": "lm-eval", "rouge": "lm-eval", "hatchling": "hatch-vcs", "nbformat": "nbclient",
+}  # fmt: skip
+"""Packages that another one of `test-all` installs, or one of ours that it needs for it."""
+NOT_INSTALLED = {"parameterized", "guidellm", "chromium", "git", "curl", "google-chrome", "vllm"}
+"""What some tests use where somebody has it."""
+
+
+def test_what_tests_are_skipped_without_is_installed_for_all_of_them() -> None:
+    described, asked = project()["project"], set[str]()
+    for file in (ROOT / "tests").rglob("*.py"):
+        asked |= set(
+            re.findall(r"(?:importorskip|shutil\.which|find_spec)\(\"(\w[\w-]*)", file.read_text(encoding="utf-8"))
+        )
+    wanted = [one for group in described["optional-dependencies"].values() for one in group] + described["dependencies"]
+    installed = {re.match(r"[\w.-]+", one)[0].replace("-", "_") for one in wanted}
+    missing = {name for name in asked if name not in installed | BROUGHT.keys() | NOT_INSTALLED}
+    assert not missing, f"add to the extra test-all: {sorted(missing)}"
+    assert all(name.replace("-", "_") in installed for name in BROUGHT.values())
+
+
 def test_the_newest_changes_and_the_citation_have_a_version() -> None:
     released = re.findall(r"^## (\d+\.\d+\.\d+) \(\d{4}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
