@@ -88,14 +88,17 @@ def awaken(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def give_bases(model: PreTrainedModel) -> None:
-    """Calibrated keys: directions that are far from orthogonal, and of different weight."""
+    """Calibrated keys: directions that are not orthogonal, and of different weight.
+
+    Condition numbers are about 9. How much a step's rounding is enlarged grows with them faster than in proportion.
+    """
     generator = torch.Generator().manual_seed(5)
     for layer in model.model.layers:
         basis = layer.ahn.fn.key_basis
         for x in basis.parameters():
             x.copy_(torch.randn(x.shape, generator=generator))
         P = basis.weight.shape[-1]
-        basis.weight.copy_(4 / P**0.5 * basis.weight + 3 * torch.eye(P))
+        basis.weight.copy_(2 / P**0.5 * basis.weight + 3 * torch.eye(P))
         basis.deviations.copy_(basis.deviations.abs().add(0.1).sort(descending=True).values)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import ahn
 from ahn import AHNCache, AHNError
+from ahn.model import chunks
 
 WINDOW, SINKS = 9, 2
 LOSSLESS = WINDOW + SINKS
@@ -550,6 +552,21 @@ def test_logits_to_keep(keep: int | list[int]) -> None:
     assert out.logits.shape == expected.shape
     assert not expected.numel() or relative_error(out.logits, expected) < TOLERANCE
     assert isinstance(out.past_key_values, AHNCache) and out.past_key_values.seen == 35
+
+
+@torch.no_grad()
+def test_of_chunks_that_nobody_asked_about_no_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    join = torch.cat
+
+    def cat(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        held.append(len(parts))
+        return join(parts, dim=dim)
+
+    model, ids = student(prefill_chunk_size=8), tokens(1, 60)
+    monkeypatch.setattr(chunks, "torch", SimpleNamespace(**vars(torch) | {"cat": cat}))
+    model(ids, logits_to_keep=1)
+    assert held == [1]
 
 
 @torch.no_grad()

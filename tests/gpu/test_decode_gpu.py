@@ -124,7 +124,7 @@ def test_beams_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_compiles_after_the_first_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other lengths, two conversations in turn, pauses, and a return from an ordinary chunk."""
-    model, graphs = made(), []
+    model, graphs = made(), list[int]()
 
     def capture(*args: Any) -> Any:  # reading a prompt in chunks compiles as well, and not the step
         before = counters["stats"]["unique_graphs"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from golden import relative_error
 from models import RECURRENT, RULED, adapted, awaken, base, tokens
 from support.kernels import INTERPRETED, NAMES, RULES
 from support.scans import GATES, errors_of, inputs, outputs_and_gradients, several_states
+from torch import Tensor
 
 import ahn
 from ahn import ops
 from ahn.ops import scan
+from ahn.ops.rule import StepRule
 from ahn.ops.scan import chunked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
@@ -22,7 +26,16 @@ BF16 = 8 * 2**-8
 TYPICAL = 1e-2
 
 
-def in_chunks(query, key, value, write, decay, state, rule, share=None):
+def in_chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    rule: StepRule,
+    share: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The scan as `ahn.ops.scan.chunked` computes it in the precision of the state, one state a query head."""
     assert share is None
     groups = query.shape[1] // key.shape[1]
@@ -32,6 +45,7 @@ def in_chunks(query, key, value, write, decay, state, rule, share=None):
     k = key * torch.rsqrt(key.square().sum(-1, keepdim=True) + rule.l2_eps)
     if rule.delta:
         return chunked.delta_rule(q, k, value, write, decay, state)
+    assert decay is not None
     return chunked.decay_rule(q, k, value * write[..., None], decay, state)
 
 
@@ -66,6 +80,7 @@ def test_long_scans_of_real_shapes(name: str, shape: tuple[int, int, int]) -> No
 
     heads, kv_heads, P = shape
     rule, r = RULES[name], torch.Generator("cuda").manual_seed(0)
+    assert rule is not None
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=r, device="cuda")
@@ -93,9 +108,14 @@ def test_a_model_learns_what_it_learns_in_float32(memory: str, autocast: bool, m
     """A bfloat16 base, or a float32 one under autocast, with a memory in float32: through kernels, and in chunks."""
     from ahn.ops.scan.gradients import Scan
 
-    calls = []
+    calls: list[torch.dtype] = []
     original = Scan.apply
-    monkeypatch.setattr(Scan, "apply", lambda *x: calls.append(x[0].dtype) or original(*x))
+
+    def apply(*given: Any) -> Any:
+        calls.append(given[0].dtype)
+        return original(*given)
+
+    monkeypatch.setattr(Scan, "apply", apply)
     model = awaken(ahn.attach(base(head_dim=64), ahn.AHNConfig(memory=memory, window=12, sinks=2))).cuda()
     if not autocast:
         model.bfloat16()

@@ -38,16 +38,16 @@ def test_an_engine_captures_its_steps() -> None:
         after = ask(running, ids, 20)
         assert after.cached == 34 and after.finish == "length"
         until = time.monotonic() + 10  # states leave the GPU after the reply is there
-        while any(info.where != "memory" for info in running.conversations("")) and time.monotonic() < until:
+        while any(info.where != "memory" for info in running.store.conversations("")) and time.monotonic() < until:
             time.sleep(0.01)
-        assert all(info.where == "memory" for info in running.conversations(""))
+        assert all(info.where == "memory" for info in running.store.conversations(""))
 
 
 def test_states_stay_on_the_gpu_as_far_as_there_is_room() -> None:
     model = adapted(window=40, sinks=4).cuda()
     with engine(model, conversations=2, device_bytes=1 << 30) as running:
         got = ask(running, prompt(60), 5)
-        assert all(info.where == "device" for info in running.conversations(""))
+        assert all(info.where == "device" for info in running.store.conversations(""))
         assert ask(running, [*prompt(60), *got.tokens, 7], 5).cached == 64
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import ahn
 from ahn.decode import runner, several
-from ahn.serve.engine.batch import make_batch
+from ahn.serve.engine.batch import FixedBatch, make_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -144,4 +144,5 @@ def test_a_turn_is_read_as_a_conversation_joins_a_batch() -> None:
         logits = batch.step([5] * n + ids[0, -1:].tolist())[-1].float().cpu()
         expected = reference(ids, use_cache=False).logits[0, -1]
         assert relative_error(logits, expected) < 0.1
-    assert batch is not None and set(batch._room.several.graphs) == {16, 64}
+    assert isinstance(batch, FixedBatch) and batch._room is not None
+    assert set(batch._room.several.graphs) == {16, 64}

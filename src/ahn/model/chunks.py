@@ -239,7 +239,8 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
                 cache.progress.undoable = stop - start - int(inside[0]) if len(inside) else 0
             # A chunk that no one asked about still needs one row: transformers reads "none" as "all".
             output = base(model, **part, logits_to_keep=inside if len(inside) else 1)
-            logits.append(output.logits[:, : len(inside)])
+            if len(inside) or stop == length:  # a view of none of its rows would hold that one to the end
+                logits.append(output.logits[:, : len(inside)])
     output.logits = torch.cat(logits, dim=1)
     if not torch.equal(wanted, rows):
         output.logits = output.logits[:, order.argsort()]
