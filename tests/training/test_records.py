@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ahn.training.messages import BadRowError, printable
+from ahn.training.messages import BYTES, FORM, WHERE, BadRowError, printable
 from ahn.training.records import Conversation, decode, normalise
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -198,16 +198,16 @@ def test_what_a_row_holds_besides(row: Any, unused: tuple[str, ...]) -> None:
 )
 def test_bytes_that_cannot_be_read(content: bytes, form: str, words: str) -> None:
     with pytest.raises(BadRowError, match=words):
-        decode({"bytes": content, "form": form, "where": "x:1"})
+        decode({BYTES: content, FORM: form, WHERE: "x:1"})
 
 
 def test_a_byte_order_mark_is_no_text() -> None:
-    assert decode({"bytes": b"\xef\xbb\xbfhello", "form": "text", "where": "x"}) == {"text": "hello"}
-    assert decode({"bytes": b'\xef\xbb\xbf{"text": "x"}', "form": "json", "where": "x:1"}) == {"text": "x"}
+    assert decode({BYTES: b"\xef\xbb\xbfhello", FORM: "text", WHERE: "x"}) == {"text": "hello"}
+    assert decode({BYTES: b'\xef\xbb\xbf{"text": "x"}', FORM: "json", WHERE: "x:1"}) == {"text": "x"}
 
 
 def test_nulls_that_tables_fill_in_are_nothing() -> None:
-    row = {"messages": [USER | {"tool_calls": None}], "tools": [TOOL | {"x": None}], "where": "a:1", "system": None}
+    row = {"messages": [USER | {"tool_calls": None}], "tools": [TOOL | {"x": None}], WHERE: "a:1", "system": None}
     assert decode(row) == {"messages": [USER], "tools": [TOOL]}
 
 

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 import ahn
+from ahn.training.messages import BYTES, FORM, WHERE
 from ahn.training.tokenise import RowTokenizer, shorten
 
 
@@ -24,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def tokenised(tokenizer: PreTrainedTokenizerBase, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
     chosen = {"cutoff": 4096, "shortest": 0, "smallest_total": 0} | settings
     contents = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    batch = {"bytes": contents, "form": ["json"] * len(rows), "where": [f"rows:{n}" for n in range(len(rows))]}
+    batch = {BYTES: contents, FORM: ["json"] * len(rows), WHERE: [f"rows:{n}" for n in range(len(rows))]}
     found = RowTokenizer(tokenizer, **chosen)(batch)
     return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 

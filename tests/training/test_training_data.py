@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
 from ahn.training.data import Collator, Data, Stream, lengthened, load_data
+from ahn.training.messages import WHERE
 from ahn.training.settings import Settings
 from ahn.training.sources import HUB, load_rows
 from ahn.training.tokenise import RowTokenizer
@@ -115,6 +117,24 @@ def test_a_first_column_without_a_name(load: Any, tmp_path: Path) -> None:
     """As pandas writes a table with the numbers of its rows."""
     pandas.DataFrame({"text": [row["text"] for row in LONG]}).to_csv(tmp_path / "a.csv")
     assert len(load(tmp_path / "a.csv").train) == len(LONG)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "csv", "saved"])
+def test_names_that_a_table_may_have_are_not_ours(
+    load: Any, tmp_path: Path, kind: str, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Columns called bytes, form and where were taken for rows that are not decoded yet, and `where` for our own."""
+    names = ("bytes", "form", "where", "file", "learn", "input_ids", "first", "problem")
+    table = Dataset.from_list([{"text": words(60, n)} | dict.fromkeys(names, "json") for n in range(3)])
+    path = tmp_path / f"a.{kind}"
+    {"parquet": table.to_parquet, "csv": table.to_csv, "saved": table.save_to_disk}[kind](path)
+    with caplog.at_level(logging.WARNING):
+        data = load(path, streaming=streaming)
+        assert len(list(itertools.islice(data.train, 3))) == 3
+    assert "bad row" not in caplog.text
+    said = "training does not use {}" if streaming else "{} (3 rows)"
+    assert all(said.format(name) in caplog.text for name in names)
 
 
 def test_a_table_without_rows(load: Any, tmp_path: Path) -> None:
@@ -239,7 +259,7 @@ def test_chatqa2_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("datasets.load_dataset", hub)
     (rows,) = load_rows("chatqa2")
-    assert rows.column_names == ["messages", "where"] and rows["where"][:] == ["chatqa2:1"]
+    assert rows.column_names == ["messages", WHERE] and rows[WHERE][:] == ["chatqa2:1"]
     assert asked == [(HUB["chatqa2"], "train")]
 
 

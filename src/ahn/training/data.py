@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ahn.errors import AHNError
 from ahn.private import fingerprint
 from ahn.training.losses import IGNORED
+from ahn.training.messages import WHERE
 from ahn.training.settings import Settings
 from ahn.training.sources import Rows, load_rows
 from ahn.training.tally import SHOWN, Tally
@@ -190,7 +191,7 @@ def _streamed(parts: list[Rows], tokenise: RowTokenizer) -> IterableDataset:
     """One round of a stream's samples, in the order of the data."""
     kept = []
     for rows in parts:
-        columns = rows.column_names or list(next(iter(rows), {"where": ""}))
+        columns = rows.column_names or list(next(iter(rows), {WHERE: ""}))
         samples = rows.map(tokenise, batched=True, batch_size=MAP_ROWS, remove_columns=columns, features=COLUMNS)
         kept.append(samples.filter(_Keep()).remove_columns([name for name in COLUMNS if name not in SAMPLE]))
     whole = kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)

@@ -5,6 +5,10 @@ from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
 
+BYTES, FORM, WHERE = "ahn:bytes", "ahn:form", "ahn:where"
+"""Our own columns of a raw row: its bytes and their form ("json" or "text") where it was not decoded yet, and where it
+stands. No table has columns of these names."""
+
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system"}
 ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool", "function": "tool"}
 ROLES |= {"function_call": "assistant"}

@@ -5,10 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from ahn.training.messages import BadRowError, Message, from_json, message, text_of, tools_of
+from ahn.training.messages import BYTES, FORM, WHERE, BadRowError, Message, from_json, message, text_of, tools_of
 
-RAW_NAMES = {"bytes", "form", "where"}
-"""Columns of a row that was not decoded yet."""
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
 RESPONSES = ("response", "output", "answer", "completion", "chosen")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -48,13 +46,13 @@ class Record:
 
 def decode(row: dict[str, Any]) -> Any:
     """The content of a row: what a JSON line says, a text file's text, or the columns themselves."""
-    if not set(row) >= RAW_NAMES:
-        return _without_nulls({name: value for name, value in row.items() if name != "where"})
+    if BYTES not in row:
+        return _without_nulls({name: value for name, value in row.items() if name != WHERE})
     try:
-        text = row["bytes"].decode("utf-8-sig")
-        return json.loads(text) if row["form"] == "json" else {"text": text}
+        text = row[BYTES].decode("utf-8-sig")
+        return json.loads(text) if row[FORM] == "json" else {"text": text}
     except UnicodeDecodeError as error:
-        wide = row["bytes"][:2] in (b"\xff\xfe", b"\xfe\xff")
+        wide = row[BYTES][:2] in (b"\xff\xfe", b"\xfe\xff")
         hint = ", it looks like UTF-16: convert the file to UTF-8" if wide else ""
         raise BadRowError(f"not UTF-8 at byte {error.start}{hint}") from None
     except (ValueError, RecursionError) as error:

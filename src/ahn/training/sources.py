@@ -1,7 +1,7 @@
 """Where training data comes from: files, folders, Hub ids and names, each as a `datasets` data set of raw rows.
 
 JSON lines and text files become rows of undecoded bytes, so that one broken line is one broken row, and rows need not
-share a schema. Tables (parquet, CSV, saved and Hub data sets) keep their columns. Every row has a column `where`.
+share a schema. Tables (parquet, CSV, saved and Hub data sets) keep their columns. Every row says where it stands.
 """
 
 import csv
@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from ahn.errors import AHNError, first_line, reason
 from ahn.files import expanded
 from ahn.private import fingerprint
-from ahn.training.messages import printable
+from ahn.training.messages import BYTES, FORM, WHERE, printable
 
 logger = logging.getLogger("ahn")
 
@@ -40,7 +40,7 @@ COMPRESSED = (".gz", ".bz2", ".xz")
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that describe a data set; so does a README.md beside tables or JSON."""
 POINTER = b"version https://git-lfs.github.com/spec/"
-RAW = Features({"bytes": Value("large_binary"), "form": Value("string"), "where": Value("string")})
+RAW = Features({BYTES: Value("large_binary"), FORM: Value("string"), WHERE: Value("string")})
 
 
 def load_rows(names: str, streaming: bool = False, max_samples: int | None = None) -> list[Rows]:
@@ -211,14 +211,13 @@ def _placed(rows: Rows, name: str) -> Rows:
     """Rows of a table with a column that says where each stands."""
     if isinstance(rows, IterableDataset):
         return rows.map(_with_place, with_indices=True, fn_kwargs={"name": name})
-    rows = rows.remove_columns("where") if "where" in rows.column_names else rows
     places = [f"{name}:{number}" for number in range(1, len(rows) + 1)]
     # The same rows have the same key each time.
-    return rows.add_column("where", places, new_fingerprint=f"{fingerprint(rows)}-where")
+    return rows.add_column(WHERE, places, new_fingerprint=f"{fingerprint(rows)}-where")
 
 
 def _with_place(row: dict[str, Any], number: int, name: str) -> dict[str, Any]:
-    return row | {"where": f"{name}:{number + 1}"}
+    return row | {WHERE: f"{name}:{number + 1}"}
 
 
 def _load_dataset(name: str, streaming: bool, **kwargs: Any) -> Rows:
@@ -259,7 +258,7 @@ def _rows(files: list[Stamp], form: str) -> Iterator[dict[str, Any]]:
                 yield from _json_file(path, name)
                 continue
             with fsspec.open(path, "rb", compression="infer") as content:
-                yield {"bytes": content.read(), "form": form, "where": name}
+                yield {BYTES: content.read(), FORM: form, WHERE: name}
         except (OSError, EOFError, zlib.error) as error:  # such as a download that broke off
             raise AHNError(f"Cannot read {path}: {reason(error)}.") from error
 
@@ -275,7 +274,7 @@ def _json_file(path: str, name: str) -> Iterator[dict[str, Any]]:
             return
         for number, line in enumerate(lines, 1):
             if line.removeprefix(b"\xef\xbb\xbf").strip():
-                yield {"bytes": line, "form": "json", "where": f"{name}:{number}"}
+                yield {BYTES: line, FORM: "json", WHERE: f"{name}:{number}"}
 
 
 def _array_rows(path: str, name: str, content: bytes) -> Iterator[dict[str, Any]]:
@@ -285,11 +284,11 @@ def _array_rows(path: str, name: str, content: bytes) -> Iterator[dict[str, Any]
     except (ValueError, RecursionError) as error:
         raise AHNError(f"{path} is not valid JSON: {error}.") from error
     for number, row in enumerate(rows, 1):
-        yield {"bytes": json.dumps(row).encode(), "form": "json", "where": f"{name}[{number}]"}
+        yield {BYTES: json.dumps(row).encode(), FORM: "json", WHERE: f"{name}[{number}]"}
 
 
 def _standard_library(held_out: bool, python: str) -> Iterator[dict[str, Any]]:
     from ahn.tiny.corpus import held_out_text, train_documents
 
     for name, text in held_out_text() if held_out else train_documents():
-        yield {"bytes": text.encode(), "form": "text", "where": name}
+        yield {BYTES: text.encode(), FORM: "text", WHERE: name}

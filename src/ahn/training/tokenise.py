@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
 from ahn.measure.tokens import around
-from ahn.training.messages import BadRowError, printable
+from ahn.training.messages import FORM, WHERE, BadRowError, printable
 from ahn.training.records import Conversation, Record, decode, normalise
 from ahn.training.replies import Renderer
 
@@ -61,8 +61,8 @@ class RowTokenizer:
         found: list[dict[str, Any]] = []
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            where = str(row.get("where", "a row"))
-            file = where if row.get("form") == "text" else NUMBER.sub("", where)
+            where = str(row.get(WHERE, "a row"))
+            file = where if row.get(FORM) == "text" else NUMBER.sub("", where)
             found += [sample | {"where": where, "file": file} for sample in self._samples(row, where)]
         names = ("input_ids", "learn", "fate", "problem", "where", "file", "first", "shortened", "unused")
         return {name: [sample[name] for sample in found] for name in names}
