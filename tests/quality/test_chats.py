@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ahn.errors import AHNError
 from ahn.measure.texts import Text
+from ahn.training.messages import BYTES, FORM, WHERE
 from ahn.training.tokenise import KEPT, RowTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
@@ -138,7 +139,7 @@ def test_training_reads_them_and_learns_replies_only(
     writers: dict[Split, ChatWriter], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = [json.dumps(chat).encode() for chat in chats(writers["train"], Plan(1500), number=4)]
-    read = RowTokenizer(tokenizer, 1500, 32, 64)({"bytes": rows, "form": ["json"] * 4, "where": ["x"] * 4})
+    read = RowTokenizer(tokenizer, 1500, 32, 64)({BYTES: rows, FORM: ["json"] * 4, WHERE: ["x"] * 4})
     assert read["fate"] == [KEPT] * 4
     for row, ids, learn in zip(rows, read["input_ids"], read["learn"], strict=True):
         learned = tokenizer.decode(list(itertools.compress(ids, learn)))
