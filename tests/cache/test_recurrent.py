@@ -152,3 +152,14 @@ def test_a_file_without_a_recurrent_state_is_refused(tmp_path: Path) -> None:
     wrong = {name: Stored("I64", x.shape) if "conv_states" in name else x for name, x in found.items()}
     with pytest.raises(AHNError, match="holds I64"):
         check_layout(wrong, model.ahn_config, LENGTH, 0, shape, "it")
+    # A state of another size, with its checksum: only the base's own code knows the size, but layers have the same.
+    name = max(name for name in found if "conv_states" in name)
+    other = found | {name: Stored(found[name].dtype, (*found[name].shape[:-1], 3))}
+    with pytest.raises(AHNError, match=rf"is damaged: {name} is"):
+        check_layout(other, model.ahn_config, LENGTH, 0, shape, "it")
+
+
+def test_a_recurrent_model_is_refused_as_an_assistant_before_anything_is_read() -> None:
+    model = model_of("falcon_h1")
+    with pytest.raises(AHNError, match="FalconH1ForCausalLM with an AHN cannot be the assistant_model"):
+        awaken(ahn.attach(build("falcon_h1"), model.ahn_config)).generate(tokens(1, 30), assistant_model=model)

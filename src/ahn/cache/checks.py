@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ def check_layout(
         elif tensors:
             held = seen if shape.layer_types[index] in WHOLE_TEXT else None
             _check_other_layer(tensors, seen, held, batch, f"{where}: {name}")
+    _check_alike(layers, shape.layer_types, where)
     padding = {name.removeprefix("padding."): x for name, x in found.items() if name.startswith("padding.")}
     if padding:
         dtypes = {"leading": "I64", "ended": "BOOL", "moved": "I64"}
@@ -233,6 +234,18 @@ def _check_states(states: Mapping[str, Stored], batch: int, where: str) -> None:
             raise AHNError(f"{where}.{name} holds {stored.dtype}, not numbers that a layer can use.")
         if not stored.shape or stored.shape[0] != batch:
             raise AHNError(f"{where}.{name} has shape {stored.shape}, the conversation has {batch} rows.")
+
+
+def _check_alike(layers: Sequence[Mapping[str, Stored]], kinds: Sequence[str], where: str) -> None:
+    """Recurrent states of layers of one kind have one shape, which nothing but the base's own code knows."""
+    first: dict[tuple[str, str], tuple[int, Stored]] = {}
+    for index, (tensors, kind) in enumerate(zip(layers, kinds, strict=True)):
+        for name in filter(re.compile(_STATE).fullmatch, tensors):
+            other, stored = first.setdefault((kind, name), (index, tensors[name]))
+            if stored != tensors[name]:
+                raise AHNError(
+                    f"{where} is damaged: layers.{index}.{name} is {tensors[name]}, that of layer {other} {stored}."
+                )
 
 
 def _check_other_layer(tensors: dict[str, Stored], seen: int, held: int | None, batch: int, where: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn import private
+from ahn.cache.conversation import AHNCache
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
 from ahn.model.positions import check_steady
@@ -58,6 +59,13 @@ def _check_guesses(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNCo
     """Tokens that were guessed wrong are taken out of the cache again: see `AHNCache.activate_past_recording`."""
     if not guesses(model, kwargs):
         return
+    drafter = kwargs.get("assistant_model")
+    if getattr(drafter, "ahn_config", None) is not None and AHNCache.for_model(drafter).recurrent:
+        raise AHNError(
+            f"A {type(drafter).__name__} with an AHN cannot be the assistant_model: its layers keep one recurrent "
+            "state, from which what was guessed wrong cannot be taken out again. Take another assistant, or "
+            "prompt_lookup_num_tokens."
+        )
     own = [name for name in _OWN_GUESSES if _asked(model, kwargs, name)]
     total = _length(model, kwargs, before) + int(_asked(model, kwargs, "num_assistant_tokens") or 0 if own else 0)
     if own and total > config.lossless:
