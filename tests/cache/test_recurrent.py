@@ -130,6 +130,15 @@ def test_a_forward_that_stopped_halfway_is_found(model: PreTrainedModel, part: s
     assert torch.equal(go_on(model, cache), go_on(model, conversation(model, tokens(1, LENGTH))))
 
 
+def test_padding_amid_a_text_is_refused(model: PreTrainedModel) -> None:
+    cache = conversation(model, tokens(2, LENGTH))
+    mask = torch.ones(2, LENGTH + 4, dtype=torch.long)
+    mask[1, LENGTH] = 0
+    with torch.no_grad(), pytest.raises(AHNError, match="padding amid a text"):
+        model(tokens(2, 4), attention_mask=mask, past_key_values=cache)
+    go_on(model, cache)  # nothing was read
+
+
 def test_tokens_cannot_be_taken_out_of_a_recurrent_state() -> None:
     model = model_of("falcon_h1")
     cache = conversation(model, tokens(1, 5))  # nothing has left the window
@@ -155,7 +164,7 @@ def test_a_file_without_a_recurrent_state_is_refused(tmp_path: Path) -> None:
     # A state of another size, with its checksum: only the base's own code knows the size, but layers have the same.
     name = max(name for name in found if "conv_states" in name)
     other = found | {name: Stored(found[name].dtype, (*found[name].shape[:-1], 3))}
-    with pytest.raises(AHNError, match=rf"is damaged: {name} is"):
+    with pytest.raises(AHNError, match=rf"is damaged: {name} has shape"):
         check_layout(other, model.ahn_config, LENGTH, 0, shape, "it")
 
 

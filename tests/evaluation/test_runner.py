@@ -10,6 +10,7 @@ from typing import Any
 import benchmark_files as files
 import pytest
 import torch
+from support.architectures import build
 from transformers import DynamicCache
 
 import ahn
@@ -237,6 +238,16 @@ def test_settings_of_the_model_stay_in_force(memory: methods.Evaluated) -> None:
     finally:
         model.generation_config.update(return_dict_in_generate=None, stop_strings=None)
     assert again == answer
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_recurrent_base_reads_no_padding_amid_a_text(attached: bool) -> None:
+    """transformers masks padding in a recurrence only where a text begins."""
+    model = build("qwen3_5_text")
+    if attached:
+        ahn.attach(model, ahn.AHNConfig(window=9, sinks=2))
+    with pytest.raises(AHNError, match=r"recurrent layers.*leave --batch out"):
+        dict(Reader(model).side_by_side({0: [3, 4, 5, 6], 1: [5, 6]}, GREEDY))
 
 
 class Apart(Toy):

@@ -238,13 +238,14 @@ def _check_states(states: Mapping[str, Stored], batch: int, where: str) -> None:
 
 def _check_alike(layers: Sequence[Mapping[str, Stored]], kinds: Sequence[str], where: str) -> None:
     """Recurrent states of layers of one kind have one shape, which nothing but the base's own code knows."""
-    first: dict[tuple[str, str], tuple[int, Stored]] = {}
+    first: dict[tuple[str, str], tuple[int, tuple[int, ...]]] = {}
     for index, (tensors, kind) in enumerate(zip(layers, kinds, strict=True)):
         for name in filter(re.compile(_STATE).fullmatch, tensors):
-            other, stored = first.setdefault((kind, name), (index, tensors[name]))
-            if stored != tensors[name]:
+            own = tensors[name].shape
+            other, shape = first.setdefault((kind, name), (index, own))
+            if shape != own:
                 raise AHNError(
-                    f"{where} is damaged: layers.{index}.{name} is {tensors[name]}, that of layer {other} {stored}."
+                    f"{where} is damaged: layers.{index}.{name} has shape {own}, that of layer {other} {shape}."
                 )
 
 

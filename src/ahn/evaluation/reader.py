@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ahn import private
+from ahn.cache.other import recurs
 from ahn.errors import AHNError
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 
@@ -102,7 +103,16 @@ class Reader:
 
         Args:
             prompts: of one token or more.
+
+        Raises:
+            AHNError: the base has recurrent layers, which take padding amid a text for text.
         """
+        cache = new_cache(self.model, len(prompts))
+        if any(map(recurs, cache.layers)):
+            raise AHNError(
+                f"{type(self.model).__name__} has recurrent layers, which would take the padding between prompts of a "
+                "batch for text: answer one prompt at a time (leave --batch out)."
+            )
         common, width = min(map(len, prompts.values())) - 1, max(map(len, prompts.values()))
         # Padding repeats a token of its own row: a repetition penalty counts what stands there.
         rows = [ids[:common] + [ids[0]] * (width - len(ids)) + ids[common:] for ids in prompts.values()]
@@ -110,7 +120,6 @@ class Reader:
         mask = torch.ones_like(tokens)
         for row, ids in zip(mask, prompts.values(), strict=True):
             row[common : common + width - len(ids)] = 0
-        cache = new_cache(self.model, len(rows))
         for start, stop in self._pieces(common, width):
             hidden = {} if stop <= common else _padded(mask[:, :stop], start)
             given = {"input_ids": tokens[:, start:stop], "use_cache": True, "logits_to_keep": 1, private.CACHE: cache}

@@ -207,6 +207,7 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         cache.progress.given_again = 0
     if isinstance(cache, AHNCache) and isinstance(kwargs.get("attention_mask"), Tensor):
         kwargs = _whole_mask(kwargs, cache)
+        _check_gaps(kwargs["attention_mask"], cache)
     if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and model._ahn.enabled:
         raise AHNError(
             "A model with an AHN cannot be exported or traced: what it computes depends on how much was read. Export "
@@ -261,6 +262,17 @@ def _whole_mask(kwargs: dict[str, Any], cache: AHNCache) -> dict[str, Any]:
         return kwargs
     columns = cache.seen + ids.shape[1]
     return kwargs | {"attention_mask": F.pad(mask[:, :columns], (0, max(0, columns - mask.shape[1])), value=1)}
+
+
+def _check_gaps(mask: Tensor, cache: AHNCache) -> None:
+    """Raises AHNError for padding amid a row's text on a recurrent base: transformers masks it at the start alone."""
+    if not cache.recurrent or not cache.seen or mask.dim() != 2 or mask.shape[1] - cache.seen < 2:
+        return
+    if bool((mask[:, : cache.seen].any(1) & ~mask[:, cache.seen :].bool().all(1)).any()):
+        raise AHNError(
+            "The recurrent layers of this base would take padding amid a text for text: go on with as many new tokens "
+            "in each row, or with one row at a time."
+        )
 
 
 def _from_the_start(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
