@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.results import RESULTS, ROOT, document, rows
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from ahn.measure.intervals import wilson
+
 METHODS = {
     "full attention": "full",
     "sinks + window": "window_only",
@@ -54,10 +53,6 @@ REAL = {
     "Routed DeltaNet": "routed_deltanet",
 }
 RULER = ("full attention", "tier 7680 4/2", PASSAGES, "retained 2048 4/2 behind a tier of 2048", "sinks + window")
-
-
-def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
 def test_results_are_few_and_listed() -> None:
@@ -143,6 +138,61 @@ def test_table_of_the_real_model() -> None:
         assert share == pytest.approx(number(cells["of several facts %"]), abs=0.51)
 
 
+README_MODEL = {
+    "full attention": "full attention",
+    "sinks + window": "sinks + window",
+    "+ 4 096 retained tokens: the passages that later text is expected to look at most": PASSAGES,
+    "+ the 7 680 tokens before the window, keys at two calibrated bits, values at four": "tier 7680 2/4, calibrated",
+    "+ the same tokens at four and two bits, with nothing to calibrate": "tier 7680 4/2",
+    "+ DeltaNet, the best memory of the paper here, trained for two minutes": "deltanet",
+}
+
+
+def test_real_model_in_the_readme() -> None:
+    """Its table, the book, and the numbers that were said 57 000 tokens before."""
+    stages: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in rows("smollm2-h200.jsonl"):
+        stages[row["stage"]][row["name"]] = row
+    full, window = stages["rows"]["full attention"], stages["rows"]["sinks + window"]
+    for head, name in README_MODEL.items():
+        row = stages["rows"][name]
+        won = [100 * (window[loss] - row[loss]) / (window[loss] - full[loss]) for loss in ("prose_loss", "code_loss")]
+        low, high = (100 * bound for bound in wilson(row["one_right"], row["one_asked"]))
+        cells = f"{row['cache_bytes'] / 2**20:.1f} MiB | {won[0]:.0f}, {won[1]:.0f} %"
+        found = f"{row['one_right']} % ({low:.0f}–{high:.0f})"
+        assert f"| {head} | {cells} | {found} |" in document("README.md"), (cells, found)
+    tier, kept, bare, afresh = (
+        statistics.mean(stages["book"][name]["book_losses"][-8:])
+        for name in ("tier 7680 4/2, reach 2048", PASSAGES, "sinks + window", "full attention")
+    )
+    far, *others = (stages["far"][name] for name in (PASSAGES, "tier 7680 4/2, reach 2048", "sinks + window"))
+    assert [row["far_right"] for row in others] == [0, 0]
+    for said in (
+        f"the loss per token is {tier:.3f} nats with the tier",
+        f"{kept:.3f} with retained tokens, and {bare:.3f} with the window alone",
+        f"every 4 096 tokens has {afresh:.3f}.",
+        f"Of {far['far_asked']} numbers that were said 57 000 tokens before, retained tokens find {far['far_right']}",
+        f"of {others[0]['far_asked']} such numbers the tier and the window alone find none",
+    ):
+        assert said in document("README.md")
+
+
+def test_small_model_in_the_readme_and_in_the_choice() -> None:
+    """Shares of the study at 512 tokens: of the loss won back, and of the facts recalled."""
+    means = study(512)
+    won = {method: f"{mean['won back']:.0f}" for method, mean in means.items()}
+    recalled = {method: f"{mean['recalled']:.0f}" for method, mean in means.items()}
+    paper = sorted(won[method] for method in ("mamba2", "gated_deltanet", "deltanet"))
+    for said in (
+        f"the memories of the paper win back {paper[0]} to {paper[-1]} % of the loss, and Routed DeltaNet, a memory of "
+        f"ours, wins back {won['routed_deltanet']} %.",
+        f"it wins back {won['routed_deltanet-long']} %, and recalls {recalled['routed_deltanet-long']} % of the facts",
+    ):
+        assert said in document("README.md")
+    for method in ("deltanet", "gated_deltanet", "mamba2", "routed_deltanet"):
+        assert f"| `{method}` | {recalled[method]} %, {won[method]} % |" in document("docs/choose.md")
+
+
 def test_table_of_ruler() -> None:
     (table,) = tables("RULER")
     by_name = {row["name"]: row["ruler"] for row in rows("smollm2-h200.jsonl") if row["stage"] == "ruler"}
@@ -150,11 +200,6 @@ def test_table_of_ruler() -> None:
         scores = [100 * statistics.mean(samples) for samples in by_name[name].values()]
         shown = [number(cells[column]) for cells in table]
         assert shown == pytest.approx([statistics.mean(scores), *scores], abs=0.051), column
-
-
-def measured(name: str, **wanted: Any) -> dict[str, Any]:
-    """The newest row of `ahn bench` with these fields."""
-    return [row for row in rows(name) if all(row.get(key) == value for key, value in wanted.items())][-1]
 
 
 def test_what_stops_a_linear_memory() -> None:
@@ -181,40 +226,3 @@ def test_what_stops_a_linear_memory() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     right = [found[name]["chats"]["right"] for name in ("fact, softmax", "full attention", "fact, hindsight")]
     assert f"| {right[0]} (full attention with all tokens: {right[1]}) |" in results and f"| {right[2]} |" in results
-
-
-def test_headline_of_performance() -> None:
-    """The first table of docs/performance.md."""
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split("## ")[0]
-    own = {"model": "qwen2.5-3b", "context": 131072, "window": 32640, "method": "gated_deltanet"}
-    newest, long = "h200-peers.jsonl", own | {"quantized": 0}
-    read = measured(newest, measurement="prefill", **own)
-    assert f"{read['seconds']:.2f} s, {100 * read['share']:.0f} % of the limit" in text
-    step = measured(newest, measurement="decode", batch=1, **own)
-    assert f"{1000 * step['seconds']:.2f} ms, {100 * step['share']:.0f} % of the limit" in text
-    assert f"through `generate` {1000 * step['generate_s']:.2f}" in text
-    assert f"{read['peak_bytes'] / 1e9:.1f} GB" in text
-    full = measured("h200-bench.jsonl", measurement="prefill", context=131072, method="full-dynamic")
-    assert f"{full['seconds']:.2f} s" in text and f"{full['peak_bytes'] / 1e9:.1f} GB" in text
-    together = measured(newest, measurement="throughput", batch=100, **own)
-    assert f"{together['tokens_per_second']:,.0f} tokens/s".replace(",", " ") in text
-    assert f"{measured('h100-bench.jsonl', measurement='prefill', **long)['seconds']:.2f} s" in text
-    steps = [row for row in rows("h100-bench.jsonl") if row.get("measurement") == "decode"]
-    best = min((row for row in steps if all(row.get(k) == v for k, v in long.items())), key=lambda row: row["seconds"])
-    assert f"{1000 * best['seconds']:.2f} ms, {100 * best['share']:.0f} %" in text
-    trained = measured("h100-bench.jsonl", measurement="train", model="qwen2.5-7b")
-    assert f"{trained['tokens_per_second']:,.0f} tokens/s".replace(",", " ") in text
-
-
-def test_conversations_that_decode_together() -> None:
-    """The table of docs/performance.md: milliseconds per step and the share of the limit, by how many there are."""
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    table = text.split("| conversations of 128k that decode together, H200, Gated DeltaNet |")[1].split("\n\n")[0]
-    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert [line[0] for line in found] == ["1", "4", "8", "16", "32", "64", "100"]
-    newest = "h200-bench-2026-12-01.jsonl"
-    for count, _, time, share, _ in found:
-        kind = "throughput" if int(count) > 16 else "decode"
-        what = {"measurement": kind, "batch": int(count), "context": 131072, "method": "gated_deltanet"}
-        row = measured("h200-peers.jsonl", **what) if count == "100" else measured(newest, quantized=0, **what)
-        assert (f"{1000 * row['seconds']:.2f}", f"{100 * row['share']:.0f} %") == (time, share)
