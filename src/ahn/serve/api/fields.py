@@ -34,7 +34,11 @@ class KnownFields(BaseModel):
         if not isinstance(value, dict):
             return value
         known = cls.model_fields
-        return {name: given for name, given in value.items() if given is not None and (given != [] or name in known)}
+        return {
+            name: given
+            for name, given in value.items()
+            if given is not None and (name in known or not isinstance(given, list) or given)
+        }
 
 
 class TextPart(KnownFields):
@@ -191,6 +195,8 @@ def _prompts(value: Any) -> list[str | NDArray[np.int32]]:
 
 
 def _token_ids(value: Any) -> NDArray[np.int32]:
+    if isinstance(value, np.ndarray):  # which `wire.parsed` has checked
+        return value
     with contextlib.suppress(TypeError, OverflowError):
         ids = np.frombuffer(array("i", value), np.int32) if isinstance(value, list) else None
         if ids is not None and (not len(ids) or ids.min() >= 0):
