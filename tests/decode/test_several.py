@@ -314,31 +314,43 @@ def test_a_turn_is_read_as_a_conversation_joins_a_batch(memory: str, graphs: Gra
     """From whatever length, beside others, also over the place where sinks move; graphs are recorded once."""
     model = adapted(memory=memory, window=32, sinks=SINKS, max_distance=64, prefill_chunk_size=16)
     batch = FixedBatch(model, 4, turns=True)
-    for n, (first, turn) in enumerate([(3, 9), (34, 40), (58, 20), (90, 16)]):
+    for n, (first, turn) in enumerate([(3, 9), (34, 40), (58, 17), (90, 16)]):
         ids = tokens(1, first + turn + 1, seed=n)
         cache = AHNCache.for_model(model)
         model(ids[:, :first], past_key_values=cache)
-        batch.add(cache, ids[0, first:-1].tolist())
+        read, after_turn = batch.read_turn(cache, ids[0, first:-1].tolist())
         assert cache.seen == first, "what is kept stays as it is"
-        logits = batch.step([5] * n + ids[0, -1:].tolist())
-        expected = model(ids, past_key_values=AHNCache.for_model(model)).logits[0, -1]
-        torch.testing.assert_close(logits[-1], expected, rtol=TOLERANCE, atol=TOLERANCE)
+        batch.add(read)
+        after_step = batch.step([5] * n + ids[0, -1:].tolist())[-1:]
+        expected = model(ids, past_key_values=AHNCache.for_model(model)).logits[0, -2:]
+        torch.testing.assert_close(torch.cat([after_turn, after_step]), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert batch._room is not None and len(batch._room.several.graphs) == 1, "places for 32 tokens, so steps of 16"
     assert graphs.captures == 2 + 3, "of the turns, and of 1, 2 and 4 rows"
 
 
 def test_an_engine_reads_turns_so(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = adapted(window=16, sinks=2, prefill_chunk_size=16)
+    """The turn's own step gives the first token, alone and beside others, also where it is the last one."""
+    of, drawing = adapted(window=16, sinks=2, prefill_chunk_size=16), {"temperature": 0.9, "seed": 3}
+    text, said = prompt(60, seed=1), prompt(11, seed=2)
+    with engine(of) as in_chunks:
+        expected = ask(in_chunks, [*text, *said], 2, **drawing).tokens
     monkeypatch.setattr(
         "ahn.serve.engine.scheduler.make_batch", lambda of, rows, like: FixedBatch(of, rows, turns=True)
     )
-    text, said = prompt(60, seed=1), prompt(11, seed=2)
     with engine(of, conversations=2) as running:
         ask(running, text, 1)
+        batch, steps = running.scheduler.batch, list[int]()
+        assert isinstance(batch, FixedBatch)
+        step = batch.step
+        monkeypatch.setattr(batch, "step", lambda ids: steps.append(len(ids)) or step(ids))
+        ended = ask(running, [*text, *said], 1, **drawing)
+        assert ended.tokens == expected[:1] and not steps
+        assert ask(running, [*text, *said], 2, **drawing).tokens == expected and steps == [1]
+        later = ask(running, [*text, *said, *expected, 7], 5)
         other = running.submit(request(prompt(20), 60))
         next(delta for delta in other if delta.tokens)
         one = ask(running, [*text, *said], 5)
         other.cancel()
-        batch = running.scheduler.batch
-        assert one.cached == 60 and batch is not None and batch._room is not None
+        assert ended.cached == 60 and one.cached >= 60 and batch._room is not None
     assert one.tokens == alone(of, [*text, *said], 5)
+    assert later.tokens == alone(of, [*text, *said, *expected, 7], 5)

@@ -1,5 +1,6 @@
 """The conversations that are being written: one step of all of them at a time, joining and leaving between steps."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,14 +44,21 @@ class Batch:
         """Whether steps of all these rows, and of fewer, have nothing left to prepare."""
         return True
 
-    def add(self, alone: AHNCache, rest: Sequence[int] = ()) -> None:
-        """A conversation becomes the last row; nothing has changed if this fails.
-
-        Args:
-            rest: tokens that it is to read before, where there are `turns`.
-        """
+    def add(self, alone: AHNCache) -> None:
+        """A conversation becomes the last row; nothing has changed if this fails."""
         self._cache = rows.join([alone] if self._cache is None else [self._cache, alone])
         self.read.append(alone.seen)
+
+    def read_turn(self, alone: AHNCache, ids: Sequence[int]) -> tuple[AHNCache, Tensor]:
+        """Read a turn of a conversation, which stays as it is; where there are `turns`.
+
+        Args:
+            ids: two tokens or more.
+
+        Returns:
+            The conversation with the turn, to be added before another turn is read; logits (1, V) of its next token.
+        """
+        raise NotImplementedError
 
     def take(self, row: int, device: torch.device) -> AHNCache:
         """A copy of one row, on a device, as a conversation of its own."""
@@ -69,8 +77,7 @@ class Batch:
     def prepare(self, like: AHNCache) -> None:
         """Capture what a GPU repeats, for an empty batch of conversations like this one."""
         for count in self.turns:
-            self.add(like, [0] * count)
-            self.empty()
+            self.read_turn(like, [0] * count)
         for size in self.sizes:
             while len(self) < size:
                 self.add(like)
@@ -125,13 +132,27 @@ class FixedBatch(Batch):
     def _size(self) -> int:
         return next(size for size in self.sizes if size >= len(self.read))
 
-    def add(self, alone: AHNCache, rest: Sequence[int] = ()) -> None:
+    def add(self, alone: AHNCache) -> None:
         if self._cache is None:
             self._cache = rows.reserve(alone, self.sizes[-1])
         self._settle()
-        alone = self._with(alone, rest) if rest else alone
         rows.put(self._cache, len(self.read), alone)
         self.read.append(alone.seen)
+
+    def read_turn(self, alone: AHNCache, ids: Sequence[int]) -> tuple[AHNCache, Tensor]:
+        # A tensor made of numbers waits for all that the device has to do: for nothing yet.
+        tokens = torch.tensor([ids], device=self.model.device)
+        room = self._room or rows.reserve(alone, 1)
+        self._room = None  # not to be used again if what follows fails
+        rows.lay(room, alone)
+        if room.several is None or not room.several.fits(self.model, room):
+            decode.prepare(self.model, room, self.turns)
+        # In equal pieces: one of a single token would be a step of another kind, which nobody has prepared.
+        for piece in tokens.tensor_split(math.ceil(len(ids) / room.several.sizes[-1]), dim=1):
+            options = {"use_cache": True, "logits_to_keep": 1, private.CACHE: room}
+            logits: Tensor = self.model(input_ids=piece, **options).logits[:, -1]
+        self._room = room
+        return room, logits
 
     def take(self, row: int, device: torch.device) -> AHNCache:
         self._settle()
@@ -161,20 +182,6 @@ class FixedBatch(Batch):
         logits = self._forward(self._view, [*tokens, *[0] * spare], [*self.read, *[0] * spare])
         self.read = [read + 1 for read in self.read]
         return logits[: len(self.read)]
-
-    def _with(self, alone: AHNCache, rest: Sequence[int]) -> AHNCache:
-        """A conversation that has read some tokens more; until the next one does."""
-        room = self._room or rows.reserve(alone, 1)
-        self._room = None  # not to be used again if what follows fails
-        rows.lay(room, alone)
-        if room.several is None or not room.several.fits(self.model, room):
-            decode.prepare(self.model, room, self.turns)
-        most = room.several.sizes[-1]
-        for start in range(0, len(rest), most):
-            ids = torch.tensor([rest[start : start + most]], device=self.model.device)
-            self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{private.CACHE: room})
-        self._room = room
-        return room
 
     def _of_size(self, size: int) -> AHNCache:
         """The first rows of the batch, as they are now."""

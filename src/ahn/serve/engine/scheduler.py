@@ -2,8 +2,8 @@
 
 One thread owns the model. Prompts are read alone, and what is read is a conversation of its own until it joins the
 batch with its last token still to be read: the step that reads it gives the reply's first token. Where steps are
-captured, a conversation that goes on with a few tokens joins at once, and reads them in a step of several tokens, or,
-where there is none, in steps beside the others.
+captured, a conversation that goes on with a few tokens joins at once. It reads them all in a step of several tokens,
+which gives the reply's first token, or, where there is no such step, in steps beside the others.
 """
 
 import collections
@@ -206,7 +206,7 @@ class Scheduler:
         if self.batch is None or job.cache is None or not isinstance(job, RequestJob):
             return False
         left, turns = job.target - job.read, self.batch.turns
-        most = turns[-1] if turns and self.running else self.batch.by_steps
+        most = turns[-1] - 1 if turns and self.running else self.batch.by_steps  # the prompt's last token is read too
         if not 0 < left <= most or not job.read or job.fresh or not job.request.options.max_tokens:
             return False
         later = left * self.prompts.pace.piece if self.running and not turns else 0.0
@@ -225,12 +225,17 @@ class Scheduler:
             self.batch = make_batch(self.model, self.conversations, job.cache)
         if not job.new:
             self.prompts.tokens_read += job.target - job.read
-        rest = job.tokens.ids[job.read : job.target].tolist() if self.batch.turns else ()
-        self.batch.add(job.cache, rest)
-        job.read += len(rest)
+        cache, chosen = job.cache, list[Chosen]()
+        if self.batch.turns and job.read < job.target:
+            cache, logits = self.batch.read_turn(cache, job.tokens.ids[job.read :].tolist())
+            chosen = choose(logits, [job.chooser])  # the first token does not wait for the conversation to join
+            job.read = len(job.tokens)
+        self.batch.add(cache)
         job.cache = None
         self.running.append(job)
         self.reading.remove(job)
+        if chosen:
+            self._advance([job], chosen)
 
     def _step(self) -> bool:
         if not self.running:
