@@ -46,6 +46,14 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
+def attention_name(layer: nn.Module) -> str | None:
+    """What a decoder layer calls its attention; None if it has none.
+
+    In Nemotron-H it is a `mixer`, and so is what other layers have in its place.
+    """
+    return next((name for name in ("self_attn", "mixer") if hasattr(layer, name)), None)
+
+
 def attention_of(model: PreTrainedModel, index: int) -> Any:
     """The attention of a layer of an adapted model.
 
@@ -53,9 +61,10 @@ def attention_of(model: PreTrainedModel, index: int) -> Any:
         AHNError: layers were taken out, copied or moved since.
     """
     layers = decoder_of(model).layers
-    if index >= len(layers) or getattr(getattr(layers[index], "ahn", None), "index", None) != index:
+    name = attention_name(layers[index]) if index < len(layers) else None
+    if name is None or getattr(getattr(layers[index], "ahn", None), "index", None) != index:
         raise AHNError(
             "The model's layers are not those that its AHN was attached to: detach it (ahn.detach) before layers are "
             "taken out, copied or moved, let model.config say what is left, and attach anew."
         )
-    return layers[index].self_attn
+    return getattr(layers[index], name)

@@ -18,7 +18,6 @@ import ahn
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 REFUSED = {
-    "bamba": "BambaModel does not go on where the last chunk",
     "diffllama": "DiffLlamaAttention attends 2 times per layer",
     "doge": "DogeAttention makes an attention mask of its own",
     "dory": "DoryAttention keeps keys and values in layer self.layer_idx [+] cache_offset of the cache",
@@ -27,6 +26,7 @@ REFUSED = {
     "jamba": "JambaMambaMixer does not go on where the last chunk",
     "minimax": "MiniMaxModel wants a cache of its own, MiniMaxCache",
     "stablelm": r"StableLmDecoderLayer.forward gives its attention no \*\*kwargs",
+    "zamba2": "Zamba2HybridLayer attends in a block that other layers share",
 }
 
 
@@ -52,11 +52,13 @@ def test_keys_and_values_of_other_layers_are_refused(
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    "model_type", ["afmoe", "falcon_h1", "gemma4_text", "granitemoehybrid", "llama4_text", "qwen3_next"]
+    "model_type",
+    ["afmoe", "bamba", "falcon_h1", "gemma4_text", "granitemoehybrid", "llama4_text", "nemotron_h", "qwen3_next"],
 )
 def test_families_that_were_gained(model_type: str) -> None:
     """Attention whose output is viewed, layers of different sizes, recurrent states that are saved and moved, some of
-    them beside attention, and a decoder that transformers itself does not find."""
+    them beside attention, layers that keep nothing, positions that begin anew with every forward, and a decoder that
+    transformers itself does not find."""
     assert judge(model_type).kind == "right", judge(model_type).reason
 
 

@@ -18,7 +18,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import ahn
-from ahn.wrappers import decoder_of
+from ahn.model.support import counts_anew
+from ahn.wrappers import attention_name, decoder_of
 
 TOLERANCE = 1e-4  # float32 in another order of operations, through a few layers with sharp attention
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -208,12 +209,24 @@ def _without_sight(kind: Any) -> Any:
     return mock.patch.object(auto, "from_config", classmethod(made))
 
 
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose fused products of experts do not know such numbers."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: Tensor, pieces: list[int], cache: Any = None) -> Tensor:
-    """Logits of ids (B, L) read in pieces of so many tokens."""
+    """Logits of ids (B, L) read in pieces of so many tokens.
+
+    A base that numbers the tokens of every forward from 0 (Bamba) is told positions, as `generate` tells it.
+    """
     logits, at = [], 0
+    anew = not hasattr(model, "ahn_config") and counts_anew(decoder_of(model))
     for length in pieces:
-        output = model(ids[:, at : at + length], past_key_values=cache, use_cache=True)
+        told = {"position_ids": torch.arange(at, at + length)[None]} if anew else {}
+        output = model(ids[:, at : at + length], past_key_values=cache, use_cache=True, **told)
         cache, at = output.past_key_values, at + length
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
@@ -289,7 +302,9 @@ def _windowed(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor) -> st
         return args, kwargs | {"attention_mask": mask}
 
     pairs = zip(decoder_of(model).layers, decoder_of(plain).layers, strict=True)
-    attentions = [layer.self_attn for with_memory, layer in pairs if hasattr(with_memory, "ahn")]
+    attentions = [
+        getattr(layer, attention_name(layer) or "") for with_memory, layer in pairs if hasattr(with_memory, "ahn")
+    ]
     handles = [x.register_forward_pre_hook(give, with_kwargs=True) for x in attentions]
     wanted = plain(ids).logits
     for handle in handles:

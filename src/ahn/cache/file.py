@@ -36,7 +36,7 @@ from ahn.config import AHNConfig
 from ahn.errors import AHNError, check_path, reason
 from ahn.files import json_object, replacing
 from ahn.shape import ModelShape
-from ahn.wrappers import decoder_of
+from ahn.wrappers import attention_of, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,7 +205,7 @@ def _read(
 def _device(model: PreTrainedModel) -> torch.device:
     """Where the first memory computes: weights of the base may lie elsewhere."""
     layer = next(layer for layer in decoder_of(model).layers if hasattr(layer, "ahn"))
-    return private.execution_device(layer.self_attn.o_proj)
+    return private.execution_device(attention_of(model, layer.ahn.index).o_proj)
 
 
 def _stored(file: Any) -> dict[str, Stored]:

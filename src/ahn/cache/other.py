@@ -36,11 +36,16 @@ def tensors(layer: Any, index: int) -> dict[str, Tensor]:
     if isinstance(layer, AHNLayer):
         return layer.tensors()
     named = states(layer)
-    if getattr(layer, "is_initialized", False):
+    if _attends(layer):
         if getattr(layer, "keys", None) is None:
             raise AHNError(f"Layer {index} keeps a {type(layer).__name__}, which cannot be saved.")
         named |= {"keys": layer.keys, "values": layer.values}
     return named
+
+
+def _attends(layer: Any) -> bool:
+    """Whether a layer has read keys and values: one in whose place the base has an MLP never does."""
+    return isinstance(layer, CacheLayerMixin) and layer.is_initialized
 
 
 def load(layer: Any, named: dict[str, Tensor], seen: int) -> None:
@@ -56,13 +61,13 @@ def move(layer: Any, device: torch.device | str) -> None:
         layer.to(device)
         return
     map_states(layer, lambda x: x.to(device))
-    if getattr(layer, "is_initialized", False):
+    if _attends(layer):
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
 
 
 def follow(layer: Any, keys: Tensor, values: Tensor) -> None:
     """Before new keys and values: have those that are kept in their dtypes (autocast began, or the model was cast)."""
-    if getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
+    if _attends(layer) and getattr(layer, "keys", None) is not None:
         layer.keys, layer.values = layer.keys.to(keys.dtype), layer.values.to(values.dtype)
 
 
@@ -135,7 +140,7 @@ def _slides(layer: Any) -> bool:
 def join(layer: Any, rows: Sequence[Any], seen: int) -> None:
     """Make an empty layer of the rows of several, with zeros before the shorter ones, as after `seen` columns."""
     join_states(layer, rows)
-    if getattr(rows[0], "is_initialized", False) and getattr(rows[0], "keys", None) is not None:
+    if _attends(rows[0]) and getattr(rows[0], "keys", None) is not None:
         width = min(seen, layer.sliding_window - 1) if getattr(layer, "is_sliding", False) else seen
         keys, values = (torch.cat([_wide(getattr(row, kind), width) for row in rows]) for kind in ("keys", "values"))
         _set_keys(layer, keys, values, seen)
@@ -144,7 +149,7 @@ def join(layer: Any, rows: Sequence[Any], seen: int) -> None:
 def take(source: Any, layer: Any, row: int, length: int) -> None:
     """Make an empty layer of one row of another, of which `length` tokens are real."""
     take_states(source, layer, row)
-    if getattr(source, "is_initialized", False) and getattr(source, "keys", None) is not None:
+    if _attends(source) and getattr(source, "keys", None) is not None:
         held = max(0, source.keys.shape[2] - length)
         keys, values = (x[row : row + 1, :, held:].clone() for x in (source.keys, source.values))
         _set_keys(layer, keys, values, length)

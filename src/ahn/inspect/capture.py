@@ -20,7 +20,7 @@ from ahn.layout.visibility import Visibility
 from ahn.memory import RecurrentMemory
 from ahn.model.attached import observed
 from ahn.model.observer import Observer, Passage
-from ahn.wrappers import decoder_of
+from ahn.wrappers import attention_of
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def record(model: PreTrainedModel) -> Iterator[Trace]:
     for index, memory in memories.items():
         if memory.step_rule() is None:
             raise AHNError(f"{memory.name} states no step_rule, so what it adds to its state is not known here.")
-        weight = decoder_of(model).layers[index].self_attn.o_proj.weight
+        weight = attention_of(model, index).o_proj.weight
         plain = isinstance(weight, Tensor) and type(weight.data) is Tensor
         if (
             not plain

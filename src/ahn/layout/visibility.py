@@ -230,9 +230,9 @@ class Visibility:
 
     @property
     def column_positions(self) -> Tensor:
-        """(B, length) of the new tokens as rotary embeddings take them: columns, less those that tokens moved past."""
-        assert self.after is not None
-        return self._indices(self.seen, self.total) - self.after.moved[:, None]
+        """(B or 1, length) of the new tokens as rotary embeddings take them: columns, less those tokens moved past."""
+        columns = self._indices(self.seen, self.total)
+        return columns if self.after is None else columns - self.after.moved[:, None]
 
     @cached_property
     def key_positions(self) -> Tensor:

@@ -27,7 +27,14 @@ from ahn.model.attached import Adapter
 from ahn.model.hooks import AttentionHook, CacheHook, DecoderHook, FinishHook, KernelHook, take_over_kernel, use_kernel
 from ahn.model.positions import give_own_angles, rotation_of, steady_up_to, take_own_angles
 from ahn.model.saving import warn_of_peft
-from ahn.model.support import attention_module, check_decoder, decoder_layers, makes_caches, makes_masks
+from ahn.model.support import (
+    attention_module,
+    check_decoder,
+    counts_anew,
+    decoder_layers,
+    makes_caches,
+    makes_masks,
+)
 from ahn.ops.basis import MULTIPLE
 from ahn.ops.quantize import per_group
 from ahn.shape import EXACT, ModelShape, trained_length
@@ -93,13 +100,20 @@ def attach(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTraine
     trained = trained_length(model.config)
     config = _for_rotation(_bounded(config, rotation, trained), rotation)
     adapter = Adapter(
-        kernel=kernel, handles=[], rotation=rotation, trained=trained, steady=steady_up_to(model), share=share
+        kernel=kernel,
+        handles=[],
+        rotation=rotation,
+        trained=trained,
+        steady=steady_up_to(model),
+        share=share,
+        recurrent_base=any(map(other.recurs, DynamicCache(config=model.config).layers)),
+        counts_anew=counts_anew(decoder),
     )
     for index, module in modules.items():
         hook = AttentionHook(*_add_memory(layers[index], module, shape, share, config, index), index)
         adapter.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     adapter.handles.append(decoder.register_forward_pre_hook(DecoderHook(model), with_kwargs=True))
-    if any(map(other.recurs, DynamicCache(config=model.config).layers)):
+    if adapter.recurrent_base:
         adapter.handles.append(decoder.register_forward_hook(FinishHook(), with_kwargs=True))
     if (around := makes_masks(model, decoder)) is not None:
         adapter.makes_masks = True

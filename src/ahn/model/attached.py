@@ -36,6 +36,10 @@ class Adapter:
     """Tokens up to which the base turns keys by one set of angles; see `ahn.model.positions.steady_up_to`."""
     share: Share = WHOLE
     """Which of the model's heads this process holds."""
+    recurrent_base: bool = False
+    """Layers of the base keep a recurrent state, alone or beside their attention."""
+    counts_anew: bool = False
+    """The decoder numbers the tokens of every forward from 0 where nobody says their positions."""
     makes_masks: bool = False
     """What is around the decoder decides who sees whom, as in some models that see images."""
     measured: dict[str, Any] | None = None

@@ -27,7 +27,7 @@ from ahn.model import attention, chunks, masks, packing
 from ahn.model.attached import Adapter
 from ahn.model.context import BaseForward, ForwardContext
 from ahn.model.positions import check_steady, rotates
-from ahn.wrappers import decoder_of
+from ahn.wrappers import attention_of, decoder_of
 
 PEFTS_COPIES = "modules_to_save"
 """What a module has that PEFT put in the place of another one, with copies of it."""
@@ -122,7 +122,8 @@ class DecoderHook:
             kwargs["ahn_forward"] = BaseForward(adapter.kernel)  # whatever the mask is, nothing leaves the window
             return (), kwargs
         view = self._view(cache, tokens, mask, adapter.rotation)
-        if view.moved and _by_columns(kwargs.get("position_ids"), view.seen if adapter.makes_masks else None):
+        otherwise = view.moved or (adapter.counts_anew and view.seen > 0)
+        if otherwise and _by_columns(kwargs.get("position_ids"), view.seen if adapter.makes_masks else None):
             kwargs["position_ids"] = view.column_positions
         observers, parts = adapter.observers, () if cache is None else cache.parts
         if parts and masks.of_images(kwargs.get("attention_mask")):
@@ -160,8 +161,9 @@ class DecoderHook:
         if not any(x.device.type == "meta" for layer in first_and_last for x in layer.ahn.parameters()):
             return
         for layer in layers:
+            device = private.execution_device(attention_of(self.model, layer.ahn.index).o_proj)
             for name in {"ahn", "ahn_router"} & private.children(layer).keys():
-                private.bring_back(getattr(layer, name), private.execution_device(layer.self_attn.o_proj))
+                private.bring_back(getattr(layer, name), device)
         if any(x.device.type == "meta" for layer in layers for x in layer.ahn.parameters()):
             raise AHNError("The memory's weights are on the meta device: load them (ahn.load_adapter) before reading.")
 

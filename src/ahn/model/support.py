@@ -20,10 +20,7 @@ from transformers.cache_utils import Cache
 from ahn import private
 from ahn.errors import AHNError
 from ahn.shape import ModelShape
-from ahn.wrappers import decoder_of
-
-_UNLIKE_ITSELF = ("BambaModel",)
-"""Parts that go on with another result than that of the whole text in transformers itself, up to 5.24."""
+from ahn.wrappers import attention_name, decoder_of
 
 _TAKES_MASKS = "if not isinstance(causal_mask_mapping := attention_mask, dict):"
 """How a decoder asks whether it was given a mask for each kind of layer."""
@@ -41,9 +38,15 @@ def decoder_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleLi
 
 def attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
     """The layer's attention, checked for everything that the hooks rely on."""
-    module = getattr(layer, "self_attn", None)
-    if module is None:
+    if hasattr(layer, "shared_transformer"):
+        raise AHNError(
+            f"{type(layer).__name__} attends in a block that other layers share (shared_transformer), and a memory "
+            "belongs to one layer."
+        )
+    part = attention_name(layer)
+    if part is None:
         raise AHNError(f"{type(layer).__name__} has no self_attn; an AHN needs a decoder with standard attention.")
+    module: nn.Module = getattr(layer, part)
     name = type(module).__name__
     fused = getattr(module, "qkv_proj", None) is not None
     needed = ("qkv_proj", "o_proj") if fused else ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -64,7 +67,7 @@ def attention_module(layer: nn.Module, shape: ModelShape) -> nn.Module:
     if not _takes_keywords(type(module).forward):
         raise AHNError(f"{name}.forward takes no **kwargs, so the memory cannot receive its input.")
     _check_calls(type(module).forward, name)
-    if not _hands_on_keywords(type(layer).forward, "self_attn", type(layer).__name__):
+    if not _hands_on_keywords(type(layer).forward, part, type(layer).__name__):
         raise AHNError(f"{type(layer).__name__}.forward gives its attention no **kwargs, which a memory needs.")
     return module
 
@@ -107,6 +110,13 @@ def makes_masks(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
     return None
 
 
+def counts_anew(decoder: nn.Module) -> bool:
+    """Whether the decoder numbers the tokens of every forward from 0 where it is given no positions (Bamba)."""
+    forward = type(decoder).forward
+    positions = "position_ids" in inspect.signature(forward).parameters
+    return positions and "get_seq_length" not in _source(forward, type(decoder).__name__)
+
+
 def makes_caches(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
     """What is around the decoder and makes a cache for it where none is given (Idefics3, SmolVLM)."""
     return [x for x in _around(model, decoder) if "DynamicCache(" in _source(type(x).forward, type(x).__name__)]
@@ -125,7 +135,7 @@ def _check_continues(kind: type[nn.Module]) -> None:
     """A recurrent layer of the base must go on from its state when it is given several tokens: texts come in chunks."""
     if kind.__module__.startswith("transformers.models") and "forward" in vars(kind):
         source = inspect.getsource(kind)
-        if kind.__name__ in _UNLIKE_ITSELF or (".update_recurrent_state(" in source and "initial_state" not in source):
+        if ".update_recurrent_state(" in source and "initial_state" not in source:
             raise AHNError(
                 f"{kind.__name__} does not go on where the last chunk of a text ended, so long ones cannot be read."
             )
@@ -160,9 +170,13 @@ def _takes_keywords(function: Any) -> bool:
 
 @functools.cache
 def _hands_on_keywords(forward: Any, part: str, name: str) -> bool:
-    """Whether every call of `self.part` in a module's forward is given the caller's **kwargs."""
+    """Whether `self.part` is given the caller's **kwargs wherever a module's forward calls it with more than its input.
+
+    A part that is attention in some layers and, say, an MLP in others is given its input alone in those.
+    """
     calls = [call for call in _calls(forward, name) if ast.unparse(call.func) == f"self.{part}"]
-    return all(any(keyword.arg is None for keyword in call.keywords) for call in calls)
+    attending = [call for call in calls if len(call.args) + len(call.keywords) > 1]
+    return all(any(keyword.arg is None for keyword in call.keywords) for call in attending)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from ahn.training.losses import (
     to_device,
     valid_positions,
 )
-from ahn.wrappers import attached, decoder_of
+from ahn.wrappers import attached, attention_of, decoder_of
 
 Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -163,7 +163,8 @@ def _attention_outputs(model: PreTrainedModel, wanted: bool) -> Iterator[list[Te
         outputs.append(output[0])
 
     layers = [layer for layer in decoder_of(model).layers if wanted and hasattr(layer, "ahn")]
-    handles = [layer.self_attn.register_forward_hook(keep) for layer in layers]
+    attentions = [attention_of(model, layer.ahn.index) for layer in layers]
+    handles = [attention.register_forward_hook(keep) for attention in attentions]
     try:
         yield outputs
     finally:
