@@ -242,6 +242,14 @@ def set_attention_kernel(config: PreTrainedConfig, kernel: str) -> None:
     config._attn_implementation = kernel
 
 
+def keeps_states(model: PreTrainedModel) -> bool:
+    """Whether transformers refuses to guess tokens ahead with a model, whose layers keep recurrent states.
+
+    It says so once a prompt is prepared, and not by what to do instead; convolutions alone can be taken back.
+    """
+    return bool(model._is_stateful)
+
+
 def use_one_gpu(arguments: TrainingArguments) -> None:
     """On several GPUs without a launcher the Trainer would copy the model to each, in threads; no argument says no."""
     arguments._n_gpu = 1

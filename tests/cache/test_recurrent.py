@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from golden import relative_error
-from models import awaken, tokens
+from models import adapted, awaken, positions, tokens
 from safetensors.torch import load_file
-from support.architectures import TYPES, build, read
+from support.architectures import TYPES, build, in_float64, read
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,10 +25,11 @@ from ahn import AHNCache, AHNError
 from ahn.cache import rows
 from ahn.cache.checks import Stored, check_layout
 from ahn.shape import ModelShape
-from ahn.wrappers import decoder_of
+from ahn.wrappers import attention_of, decoder_of
 
 TOLERANCE = 1e-5  # float32, batches of other sizes, a few steps through two layers
-BASES = tuple(x for x in ("falcon_h1", "qwen3_5_text", "lfm3") if x in TYPES)  # older versions lack some
+BASES = ("falcon_h1", "qwen3_5_text", "lfm3", "nemotron_h", "bamba")
+BASES = tuple(x for x in BASES if x in TYPES)  # older versions lack some
 LENGTH = 30
 
 
@@ -84,7 +85,7 @@ def test_what_was_read_under_inference_mode_goes_on_outside(model: PreTrainedMod
 
 
 def test_a_conversation_goes_on_in_the_numbers_that_the_model_computes_in(model: PreTrainedModel) -> None:
-    double = copy.deepcopy(model).double()
+    double = in_float64(copy.deepcopy(model))
     cache, expected = (conversation(double, tokens(1, LENGTH)) for _ in range(2))
     assert relative_error(go_on(model, cache), go_on(double, expected)) < TOLERANCE
 
@@ -117,7 +118,8 @@ def test_a_forward_that_stopped_halfway_is_found(model: PreTrainedModel, part: s
 
     cache, layers = conversation(model, tokens(1, LENGTH)), decoder_of(model).layers
     if part == "first mixer":
-        handle = next(layer.self_attn for layer in layers if hasattr(layer, "ahn")).register_forward_pre_hook(stop)
+        first = next(layer for layer in layers if hasattr(layer, "ahn"))
+        handle = attention_of(model, first.ahn.index).register_forward_pre_hook(stop)
     else:
         handle = layers[0 if part == "first layer" else -1].register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
@@ -130,13 +132,61 @@ def test_a_forward_that_stopped_halfway_is_found(model: PreTrainedModel, part: s
     assert torch.equal(go_on(model, cache), go_on(model, conversation(model, tokens(1, LENGTH))))
 
 
-def test_padding_amid_a_text_is_refused(model: PreTrainedModel) -> None:
-    cache = conversation(model, tokens(2, LENGTH))
-    mask = torch.ones(2, LENGTH + 4, dtype=torch.long)
-    mask[1, LENGTH] = 0
-    with torch.no_grad(), pytest.raises(AHNError, match="padding amid a text"):
-        model(tokens(2, 4), attention_mask=mask, past_key_values=cache)
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_padding_amid_a_text_is_refused(model: PreTrainedModel, rows: int) -> None:
+    """In any forward, the first included: of 12 tokens nothing has left the window, of 30 some have."""
+    cache = conversation(model, tokens(rows, LENGTH))
+    mask = torch.ones(rows, LENGTH + 4, dtype=torch.long)
+    mask[-1, LENGTH] = 0
+    with pytest.raises(AHNError, match="padding amid a text"):
+        model(tokens(rows, 4), attention_mask=mask, past_key_values=cache)
     go_on(model, cache)  # nothing was read
+    for length, holes in ((8, [3]), (LENGTH, [3, 4]), (LENGTH, [25])):
+        mask, cache = torch.ones(rows, length, dtype=torch.long), AHNCache.for_model(model)
+        mask[-1, holes] = 0
+        for given in ({"past_key_values": cache}, {"use_cache": False}, {}):
+            with pytest.raises(AHNError, match="padding amid a text"):
+                model(tokens(rows, length), attention_mask=mask, **given)
+            with pytest.raises(AHNError, match="padding amid a text"):
+                model.model(tokens(rows, length), attention_mask=mask, **given)
+        with pytest.raises(AHNError, match="padding amid a text"):
+            model.generate(tokens(rows, length), attention_mask=mask, max_new_tokens=2)
+        assert cache.seen == 0
+    with ahn.disabled(model):
+        model(tokens(rows, LENGTH), attention_mask=mask)  # the base's business
+
+
+@pytest.mark.parametrize("length", [8, LENGTH])
+@torch.no_grad()
+def test_padding_on_the_right_is_the_end_of_a_text(model: PreTrainedModel, length: int) -> None:
+    mask, ids = torch.ones(2, length, dtype=torch.long), tokens(2, length)
+    mask[1, -3:] = 0
+    with pytest.raises(AHNError, match="padding amid a text"):  # before a token is read
+        model.generate(ids, attention_mask=mask, max_new_tokens=1)
+    cache = AHNCache.for_model(model)
+    logits = model(ids, attention_mask=mask, past_key_values=cache).logits[1, :-3]
+    assert relative_error(logits, model(ids[1:, :-3], use_cache=False).logits[0]) < TOLERANCE
+    for given in ({"attention_mask": torch.cat([mask, mask[:, :1]], dim=1)}, {}):
+        with pytest.raises(AHNError, match=r"padding amid a text|padding between real tokens"):
+            model(tokens(2, 1), past_key_values=cache, **given)
+
+
+@pytest.mark.parametrize("length", [8, LENGTH])
+@torch.no_grad()
+def test_padding_on_the_left_is_before_a_text(model: PreTrainedModel, length: int) -> None:
+    """Whatever a tokenizer puts there, also where a row's text begins in a later forward."""
+    mask, ids = torch.ones(2, length, dtype=torch.long), tokens(2, length)
+    mask[0, :5] = 0
+    expected = read(model, ids[:1, 5:], [length - 5])
+    for counts in ([length], [3, length - 3], [5, length - 5]):
+        cache, at, found = AHNCache.for_model(model), 0, []
+        for count in counts:
+            given: dict[str, Any] = {"position_ids": positions(mask)[:, at : at + count], "past_key_values": cache}
+            new = ids[:, at : at + count]
+            found.append(model(new, attention_mask=mask[:, : at + count], **given).logits)
+            at += count
+        assert relative_error(torch.cat(found, dim=1)[:1, 5:], expected) < TOLERANCE
 
 
 def test_tokens_cannot_be_taken_out_of_a_recurrent_state() -> None:
@@ -171,4 +221,6 @@ def test_a_file_without_a_recurrent_state_is_refused(tmp_path: Path) -> None:
 def test_a_recurrent_model_is_refused_as_an_assistant_before_anything_is_read() -> None:
     model = model_of("falcon_h1")
     with pytest.raises(AHNError, match="FalconH1ForCausalLM with an AHN cannot be the assistant_model"):
-        awaken(ahn.attach(build("falcon_h1"), model.ahn_config)).generate(tokens(1, 30), assistant_model=model)
+        adapted(window=9, sinks=2).generate(tokens(1, 30), assistant_model=model)
+    with pytest.raises(AHNError, match="FalconH1ForCausalLM keeps recurrent states"):
+        model.generate(tokens(1, 30), prompt_lookup_num_tokens=3)

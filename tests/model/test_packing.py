@@ -9,6 +9,8 @@ import torch
 import transformers
 from golden import relative_error
 from models import adapted, awaken, base, tokens
+from support.architectures import build
+from support.sighted import seeing
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,6 +50,26 @@ def test_each_document_is_read_as_if_alone(architecture: str) -> None:
     hidden = model(ids, **packed, output_hidden_states=True).hidden_states
     assert [x.shape for x in hidden] == [(1, 60, 32)] * 3
     assert relative_error(model(ids, **packed, return_dict=False)[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "afmoe", "qwen3_5_text", "falcon_h1"])
+@torch.no_grad()
+def test_short_documents_do_not_see_each_other(model_type: str) -> None:
+    """Though the base does not tell its masks of positions, or has layers that go on from one into the next."""
+    model, ids, lengths = (
+        awaken(ahn.attach(build(model_type), ahn.AHNConfig(window=13, sinks=3))),
+        tokens(1, 18),
+        (5, 7, 6),
+    )
+    found = model(ids, position_ids=starting_anew(*lengths), use_cache=False).logits
+    assert relative_error(found, alone(model, ids, lengths)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_short_documents_of_a_model_that_sees() -> None:
+    model, ids, lengths = awaken(ahn.attach(seeing(), ahn.AHNConfig(window=13, sinks=3))), tokens(1, 18), (5, 7, 6)
+    found = model(ids, position_ids=starting_anew(*lengths), use_cache=False).logits
+    assert relative_error(found, alone(model, ids, lengths)) < TOLERANCE
 
 
 @torch.no_grad()

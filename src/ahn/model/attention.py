@@ -78,7 +78,9 @@ def attention(
         assert ahn_layer is not None
         return several_attention(module, query, key, value, ahn_forward, ahn_layer, call.scaling)
     if isinstance(ahn_forward, BaseForward) or ahn_layer is None:  # this layer keeps the base model's attention
-        return _as_base(call, ahn_forward.kernel, attention_mask)
+        documents = ahn_forward.documents if isinstance(ahn_forward, BaseForward) else None
+        mask = attention_mask if documents is None else attention_mask.apart(documents)
+        return _as_base(call, ahn_forward.kernel, mask)
     forward = ahn_forward.on(query.device)
     for observer in forward.observers:
         observer.attending(ahn_layer, call)

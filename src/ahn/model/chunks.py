@@ -22,7 +22,7 @@ from ahn.config import AHNConfig
 from ahn.decode.compiled import leaves_fused
 from ahn.errors import AHNError
 from ahn.layout.anchors import anchor_moves, anchor_step, near_reach
-from ahn.model import generation, packing, pushing
+from ahn.model import generation, masks, packing, pushing
 from ahn.model.positions import check_steady
 from ahn.wrappers import decoder_of
 
@@ -207,7 +207,6 @@ def _forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         cache.progress.given_again = 0
     if isinstance(cache, AHNCache) and isinstance(kwargs.get("attention_mask"), Tensor):
         kwargs = _whole_mask(kwargs, cache)
-        _check_gaps(kwargs["attention_mask"], cache)
     if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and model._ahn.enabled:
         raise AHNError(
             "A model with an AHN cannot be exported or traced: what it computes depends on how much was read. Export "
@@ -264,17 +263,6 @@ def _whole_mask(kwargs: dict[str, Any], cache: AHNCache) -> dict[str, Any]:
     return kwargs | {"attention_mask": F.pad(mask[:, :columns], (0, max(0, columns - mask.shape[1])), value=1)}
 
 
-def _check_gaps(mask: Tensor, cache: AHNCache) -> None:
-    """Raises AHNError for padding amid a row's text on a recurrent base: transformers masks it at the start alone."""
-    if not cache.recurrent or not cache.seen or mask.dim() != 2 or mask.shape[1] - cache.seen < 2:
-        return
-    if bool((mask[:, : cache.seen].any(1) & ~mask[:, cache.seen :].bool().all(1)).any()):
-        raise AHNError(
-            "The recurrent layers of this base would take padding amid a text for text: go on with as many new tokens "
-            "in each row, or with one row at a time."
-        )
-
-
 def _from_the_start(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
     """Kinds of tokens from the beginning of the text, as masks are made of them, where the new ones' were given."""
     given = {name: kwargs[name] for name in _KINDS if isinstance(kwargs.get(name), Tensor)}
@@ -310,6 +298,8 @@ def _plan(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[tuple[int, int
     seen, length = (0 if cache is None else cache.seen), tokens.shape[1]
     mask = kwargs.get("attention_mask")
     _check_lengths(mask, kwargs.get("position_ids"), seen, length)
+    if model._ahn.recurrent_base:
+        masks.check_gaps(mask, length)
     if not length:
         return []  # the base says what is wrong
     if model._ahn.steady is not None and seen + length > model._ahn.steady:

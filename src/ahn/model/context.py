@@ -27,6 +27,8 @@ class BaseForward:
 
     kernel: str
     """The base model's own attention implementation."""
+    documents: Tensor | None = None
+    """(L,) number of the document that each token is of, where a row holds several; none sees another."""
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from ahn import private
 from ahn.cache.conversation import AHNCache
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
+from ahn.model import masks
 from ahn.model.positions import check_steady
 
 _DEFAULT_NEW_TOKENS = 20
@@ -59,6 +60,11 @@ def _check_guesses(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNCo
     """Tokens that were guessed wrong are taken out of the cache again: see `AHNCache.activate_past_recording`."""
     if not guesses(model, kwargs):
         return
+    if model._ahn.recurrent_base and private.keeps_states(model):
+        raise AHNError(
+            f"{type(model).__name__} keeps recurrent states, from which tokens that were guessed wrong cannot be taken "
+            "out again: generate without prompt_lookup_num_tokens and assistant_model."
+        )
     drafter = kwargs.get("assistant_model")
     if getattr(drafter, "ahn_config", None) is not None and AHNCache.for_model(drafter).recurrent:
         raise AHNError(
@@ -96,6 +102,8 @@ def _check_padding(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNCo
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask[:, -1].all()):
         return
+    if model._ahn.recurrent_base:
+        raise AHNError(masks.GAP)
     total = _length(model, kwargs, before)
     if total > config.lossless:
         raise AHNError(

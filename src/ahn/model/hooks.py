@@ -107,6 +107,8 @@ class DecoderHook:
             return None  # the base model says what is wrong
         self._bring_back()
         cache, mask = kwargs.get(private.CACHE), masks.of_tokens(kwargs.get("attention_mask"))
+        if adapter.recurrent_base:
+            masks.check_gaps(mask, tokens.shape[1])
         if packing.documents(self.model, kwargs | {"attention_mask": mask}):
             if masks.of_images(kwargs.get("attention_mask")):
                 raise AHNError(packing.WITH_IMAGES)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ahn.errors import AHNError
 from ahn.layout.visibility import Visibility
+
+GAP = (
+    "The recurrent layers of this base would take padding amid a text for text: pad on the left, go on with as many "
+    "new tokens in each row, or read one row at a time."
+)
 
 
 class LazyMask:
@@ -19,6 +25,21 @@ class LazyMask:
         self._arguments = arguments
         self._masks: dict[str, Any] = {}
         self._elsewhere: dict[tuple[str, torch.device], Any] = {}
+        self._apart: LazyMask | None = None
+
+    def apart(self, documents: Tensor) -> LazyMask:
+        """The same for a row of several documents, (L,) by number, of which none sees another.
+
+        transformers knows them by their positions, but not every model of it gives positions to its masks.
+        """
+        if self._apart is None:
+            whole = self._arguments["mask_function"]
+
+            def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return whole(batch, head, query, key) & (documents[query] == documents[key])
+
+            self._apart = LazyMask(**self._arguments | {"mask_function": within, "allow_is_causal_skip": False})
+        return self._apart
 
     def covers(self, view: Visibility) -> bool:
         """The base mask knows all padding: there is none, or the caller gave this forward a 2-D mask."""
@@ -59,6 +80,23 @@ class LazyMask:
         among_new = self._arguments | {"kv_length": new, "kv_offset": first}
         ahead = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**among_new).triu(1)
         return ahead if bool(ahead.any()) else None
+
+
+def check_gaps(mask: Any, new: int) -> None:
+    """For a base with recurrent layers: of padding, transformers keeps out of a recurrence what comes before a text.
+
+    Args:
+        mask: (B, seen + new) zero for padding; whatever else is not looked at.
+
+    Raises:
+        AHNError: in some row a new token follows padding that follows text.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return
+    real = mask.bool()
+    gap = ~real & (real.cumsum(1) > 0)
+    if bool((real & (gap.cumsum(1) > 0))[:, -new:].any()):
+        raise AHNError(GAP)
 
 
 def of_images(mask: Any) -> bool:

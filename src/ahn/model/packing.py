@@ -3,7 +3,8 @@
 Collators that save padding make such rows (`DataCollatorWithFlattening`). transformers knows them by their positions,
 without a cache and a mask, and lets no document see another. A window that leaves one document would meet the next, and
 so would a memory; so a document that is longer than the window gets a forward of the decoder of its own here. The
-others have one together, which is the base's: nothing leaves a window.
+others have one together, which is the base's: nothing leaves a window. Where the base has recurrent layers, which go on
+from one document into the next, each has its own.
 """
 
 from __future__ import annotations
@@ -103,15 +104,20 @@ def forward(decoder: PreTrainedModel, model: PreTrainedModel, **kwargs: Any) -> 
     as_tuple = asked(model, kwargs, "return_dict") is False
     rest = {name: x for name, x in kwargs.items() if name not in _OF_KERNELS}
     rest |= {"return_dict": True, "use_cache": False}
-    lossless = model.ahn_config.lossless
-    short = [document for document in several if document.length <= lossless]
+    # A recurrence would go on from one document into the next.
+    together = 0 if model._ahn.recurrent_base else model.ahn_config.lossless
+    short = [document for document in several if document.length <= together]
     output, found = None, dict[PackedDocument, list[Tensor]]()
     if short:
-        output = decoder(**_joined(rest, short), ahn_forward=BaseForward(model._ahn.kernel))
-        parts = [x.split([document.length for document in short], dim=1) for x in _states(output)]
+        lengths = [document.length for document in short]
+        numbers = torch.arange(len(short)).repeat_interleave(torch.tensor(lengths))
+        given = _joined(rest, short)
+        numbers = numbers.to(given["position_ids"].device)
+        output = decoder(**given, ahn_forward=BaseForward(model._ahn.kernel, numbers))
+        parts = [x.split(lengths, dim=1) for x in _states(output)]
         found |= {document: [states[place] for states in parts] for place, document in enumerate(short)}
     for document in several:
-        if document.length > lossless:
+        if document.length > together:
             output = decoder(**_joined(rest, [document]))
             found[document] = _states(output)
     assert output is not None
