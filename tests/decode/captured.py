@@ -10,13 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from models import RULED, adapted, tokens
 from talk import Talk
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ahn import AHNCache, memory
+from ahn.decode import runner
 
 WINDOW, SINKS = 9, 3
 LOSSLESS = WINDOW + SINKS
@@ -34,6 +36,30 @@ class Graphs:
 
     captures: int = 0
     replays: int = 0
+
+
+def on_this_machine(patch: pytest.MonkeyPatch) -> Graphs:
+    """Let steps be captured on a CPU, which has no graphs: each replay runs the step itself, over the same buffers."""
+    count = Graphs()
+
+    def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        count.captures += 1
+        with torch.inference_mode():  # as to a graph, it is all one to it
+            for _ in range(2):
+                once()
+            logits = once()
+
+        def replay() -> None:
+            count.replays += 1
+            with torch.inference_mode():
+                logits.copy_(once())
+
+        return replay, logits
+
+    patch.setattr(runner, "capture", capture)
+    patch.setattr(runner, "on_gpu", lambda ids: True)
+    patch.setattr(runner, "supported", lambda *of: True)
+    return count
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Graphs
+from captured import Graphs, on_this_machine
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,26 +18,7 @@ from ahn.decode.compiled import layers_compiled
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Steps are captured on this machine too."""
-    count = Graphs()
-
-    def capture(model: PreTrainedModel, once: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        count.captures += 1
-        with torch.inference_mode():  # as to a graph, it is all one to it
-            for _ in range(2):
-                once()
-            logits = once()
-
-        def replay() -> None:
-            count.replays += 1
-            with torch.inference_mode():
-                logits.copy_(once())
-
-        return replay, logits
-
-    monkeypatch.setattr(runner, "capture", capture)
-    monkeypatch.setattr(runner, "on_gpu", lambda ids: True)
-    monkeypatch.setattr(runner, "supported", lambda *of: True)
-    return count
+    return on_this_machine(monkeypatch)
 
 
 @pytest.fixture

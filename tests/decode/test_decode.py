@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import adapted, awaken, base, tokens
 from support.effort import examples
+from support.sighted import prompt, seeing
 from support.turns import assert_same_layers
 from talk import Talk
 from torch import Tensor
@@ -301,6 +302,15 @@ def test_what_no_graph_can_do(why: str, graphs: Graphs, monkeypatch: pytest.Monk
         talk.steps(3)
     talk.check(TOLERANCE)
     assert graphs == Graphs()
+
+
+@torch.no_grad()
+def test_positions_of_several_dimensions_take_the_ordinary_way(graphs: Graphs) -> None:
+    """As a model that sees images gives them to `generate`; and without any, they follow from images before."""
+    model = awaken(ahn.attach(seeing(), ahn.AHNConfig(window=WINDOW, sinks=SINKS)))
+    found = model.generate(**prompt(), max_new_tokens=4, do_sample=False)
+    logits = model(**prompt(found[:, -4:]), use_cache=False).logits
+    assert torch.equal(logits[:, -5:-1].argmax(-1), found[:, -4:]) and graphs == Graphs()
 
 
 @torch.no_grad()

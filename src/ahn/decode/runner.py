@@ -86,6 +86,8 @@ def can_capture(model: PreTrainedModel, cache: AHNCache, ids: Tensor) -> bool:
         return False
     if cache.recurrent:  # a step changes nothing but what attention keeps
         return False
+    if hasattr(model.base_model, "rope_deltas"):  # positions of several dimensions, by images that came before
+        return False
     head = model.get_output_embeddings()
     if head is None or any(x.device != ids.device for x in (head.weight, *(layer.keys for layer in layers.values()))):
         return False
