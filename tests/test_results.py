@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -191,6 +193,30 @@ def test_small_model_in_the_readme_and_in_the_choice() -> None:
         assert said in document("README.md")
     for method in ("deltanet", "gated_deltanet", "mamba2", "routed_deltanet"):
         assert f"| `{method}` | {recalled[method]} %, {won[method]} % |" in document("docs/choose.md")
+
+
+def test_demo_of_the_start_page() -> None:
+    for row in json.loads((RESULTS / "ahn-tiny" / "demo.json").read_text(encoding="utf-8"))["results"]:
+        low, high = (f"{100 * bound:.0f}" for bound in row["facts_interval"])
+        line = (
+            f"{row['name']} {row['perplexity']:.2f} {100 * row['gap_won_back']:.0f}% "
+            f"{100 * row['facts_recalled'] / row['facts_asked']:.0f}% ({low}-{high}) "
+            f"{row['cache_bytes'] / 2**20:.1f} {row['peak_bytes'] / 2**20:.0f}"
+        )
+        assert line in document("docs/start.md")
+
+
+def test_demo_of_a_real_model_in_the_readme() -> None:
+    """Perplexity over 2 048 tokens each, the cache at the end, numbers found, tokens per second."""
+    run = json.loads((RESULTS / "smollm2-book-cpu.json").read_text(encoding="utf-8"))
+    for row in run["results"]:
+        pairs = zip(row["perplexity"][::2], row["perplexity"][1::2], strict=True)
+        perplexity = " ".join(f"{math.sqrt(first * second):.0f}" for first, second in pairs)
+        line = (
+            f"{row['name']} {perplexity} {row['cache_bytes'][-1] / 2**20:.0f} {row['found']}/{row['asked']} "
+            f"{run['length'] / row['seconds']:.0f}"
+        )
+        assert line in document("README.md")
 
 
 def test_table_of_ruler() -> None:

@@ -194,6 +194,28 @@ def test_vllms_server() -> None:
     )
 
 
+def test_vllm_in_the_log() -> None:
+    """What `All four in one run` and `vLLM's server, through HTTP` measured; predictions stand in the lines."""
+    turns = [served("second_turn", context, "vllm 0.25.1") for context in (SHORT, MEDIUM, LONG)]
+    reads, steps = ([peer(kind, n, **VLLM) for n in (MEDIUM, LONG)] for kind in ("prefill", "decode"))
+    fp8_steps = [measured(PEERS, measurement="decode", context=n, after="filling", **FP8) for n in (MEDIUM, LONG)]
+    fp8_many = peer("throughput", MEDIUM, **FP8)
+    steps[0] = measured(PEERS, measurement="decode", context=MEDIUM, after="filling", **VLLM)
+    shows(
+        "docs/log.md",
+        f"| vLLM, reading 32k, 128k | 0.60, 5.29 s | {fixed(reads[0]['seconds'], 2)}, {s(reads[1])} |",
+        f"| vLLM, a token at 32k, 128k | 3.3, 4.1 ms | {ms(steps[0])}, {ms(steps[1])} ms |",
+        f"| vLLM, together at 32k | 111: 4 361 tokens/s | 111: {rate(peer('throughput', MEDIUM, **VLLM))} |",
+        f"208: 3 560 | {s(peer('prefill', MEDIUM, **FP8))}; {ms(fp8_steps[0])}, {ms(fp8_steps[1])} ms; "
+        f"208: {rate(fp8_many)} |",
+        "| conversations held | 431; {} | 110; {} | 27; {} |".format(*(row["conversations"] for row in VLLM_SERVED)),
+        "| tokens/s together | 6 500; {} | 3 500; {} | 640; {} |".format(*map(rate, VLLM_SERVED)),
+        "| first token of a second turn | 20; {} ms | 35; {} ms | 110; {} ms |".format(
+            *(ms(row, 0, "kept_s") for row in turns)
+        ),
+    )
+
+
 def test_serving_on_a_cpu() -> None:
     questions = ("throughput", "second_turn", "pace")
     many, turn, pace = (measured("cpu-serving.jsonl", question=question) for question in questions)
