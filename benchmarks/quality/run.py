@@ -145,7 +145,7 @@ def _rows(options: argparse.Namespace, stages: Sequence[str]) -> list[Job]:
     for task in chosen:
         trained = training(task)
         parts = ["distill"] if task.name in coming else []
-        needs = None if trained is None or trained.name == task.name or trained.name not in coming else trained.name
+        needs = () if trained is None or trained.name == task.name or trained.name not in coming else (trained.name,)
         if "evaluate" in stages and not rows_file(options.out, task).exists():
             if trained is None or trained.name in coming or marker(options.out, trained).exists():
                 parts.append("evaluate")

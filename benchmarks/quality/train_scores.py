@@ -6,8 +6,8 @@
 The base reads each chat once with full attention; per layer the attention's input of every token and whether later
 queries look at it most are kept (600 bytes a token and layer for SmolLM2). Then all scorers learn from random tokens
 of all chats, many passes in seconds, where `ahn train` makes one pass, chat by chat. With `--heads` only so many key
-heads keep tokens: those that find the answers of the first chats (`ahn.training.heads`). With `--score-layer` one score
-a token is for all heads of all layers, and learns from `--teachers` such heads.
+heads keep tokens: those that find the answers of the first chats (`ahn.training.heads`). With `--shared` one score a
+token is for all heads of all layers: it learns from the head that finds most, and that head's layer tells it.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ def found_heads(
 
 def trained(
     path: str, chats: Path, out: Path, count: int | None, window: int, sinks: int, steps: int,
-    batch: int = 8192, lr: float = 3e-3, seed: int = 0, heads: int | None = None, score_layer: int | None = None,
-    teachers: int = 1,
+    batch: int = 8192, lr: float = 3e-3, seed: int = 0, heads: int | None = None, shared: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the scores of a model for the first chats of a file, write the adapter, and say what was done."""
     torch.manual_seed(seed)
@@ -119,10 +118,12 @@ def trained(
     model = ahn.attach(base.to(device).eval(), ahn.AHNConfig("retained", window, sinks))
     began = time.perf_counter()
     some: looks.Teachers = ()
-    if heads or score_layer is not None:
+    score_layer = None
+    if heads or shared:
         asked = reading.read_chats(tokenizer, chats, ASKED)
-        some = found_heads(model, asked, window, sinks, heads or teachers)
+        some = found_heads(model, asked, window, sinks, heads or 1)
         print(f"{len(some)} key heads: {' '.join(f'{layer}.{head}' for layer, head in some)}", flush=True)
+        score_layer = some[0][0] if shared else None
         config = model.ahn_config.replace(slot_heads=some if heads else None, score_layer=score_layer)
         model = ahn.attach(ahn.detach(model), config)
     with chats.open(encoding="utf-8") as lines:
@@ -157,11 +158,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heads", type=int, help="key heads that keep tokens (default: all)")
-    parser.add_argument("--score-layer", type=int, help="layer that scores for all heads (default: each layer its own)")
-    parser.add_argument("--teachers", type=int, default=1, help="heads from which it learns")
+    parser.add_argument("--shared", action="store_true", help="one score for all heads (default: each head its own)")
     options = vars(parser.parse_args())
-    if options["heads"] and options["score_layer"] is not None:
-        parser.error("--heads and --score-layer: scores of each head, or one for all")
+    if options["heads"] and options["shared"]:
+        parser.error("--heads and --shared: scores of each head, or one for all")
     path = shipped.resolve(options.pop("model"))
     print(json.dumps(trained(path, **options)))
 

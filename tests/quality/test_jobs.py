@@ -43,17 +43,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def job(name: str, what: float | str = 0.0, needs: str | None = None) -> Job:
-    return Job(name, (name, what), needs)
+def job(name: str, what: float | str = 0.0, *needs: str, turn: str | None = None) -> Job:
+    return Job(name, (name, what), needs, turn)
 
 
 def test_failures_stop_nothing_but_what_needs_them(folder: Path, capfd: pytest.CaptureFixture) -> None:
     todo = [
-        job("second", needs="first"),  # listed before what it needs
+        job("second", 0.0, "first", "alone"),  # listed before what it needs
         job("raises", "raise"),
         job("crashes", "crash"),
-        job("third", needs="raises"),
-        job("fourth", needs="third"),
+        job("third", 0.0, "first", "raises"),
+        job("fourth", 0.0, "third"),
         job("first", 0.3),
         job("alone"),
     ]
@@ -73,6 +73,14 @@ def test_a_process_does_many_jobs(folder: Path) -> None:
     assert do([job(name) for name in "abc"], start, ["cpu"]) == []
     processes = {path.read_text().split()[2] for path in folder.glob("*.began")}
     assert len(processes) == 1 and str(os.getpid()) not in processes
+
+
+def test_jobs_of_a_turn_wait_for_each_other(folder: Path) -> None:
+    todo = [job("a", 0.3, turn="training"), job("b", 0.0, turn="training"), job("c")]
+    assert do(todo, start, ["cpu", "other"]) == []
+    began = {path.stem: float(path.read_text().split()[0]) for path in folder.glob("*.began")}
+    ended = {path.stem: float(path.read_text()) for path in folder.glob("*.ended")}
+    assert began["b"] >= ended["a"] and began["c"] < ended["a"]
 
 
 def test_nothing_is_begun_when_time_is_over(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -10,18 +11,19 @@ from typing import Any
 import pytest
 import speaking
 import torch
-from models import adapted, awaken, base, tokens
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from models import adapted, base, tokens
+from transformers import PreTrainedTokenizerBase
 
 import ahn
-from ahn.measure.method import Method
+from ahn.evaluation.report.collect import collect
 from ahn.training.calibration import calibrate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
 import real_model
-from real import reading, ruler, training
-from real.ways import FULL, WINDOW, Shape, Ways
+from real import reading, study, tasks, training
+from real.table import table
+from real.ways import FULL, WINDOW, Ways
 
 CHAT: dict[str, Any] = {
     "messages": [
@@ -106,59 +108,65 @@ def test_chats_of_different_lengths_are_read_together_as_alone(memory: str | Non
     assert reading.recalled(model, chats, batch=2) == (alone, size)
 
 
-def calibrated_ways(directory: Path, model: PreTrainedModel) -> list[Method]:
-    """Of an adapter that is made here."""
+def ways_at(directory: Path, length: int = 300, **memories: Path) -> Ways:
+    return Ways(24, 8, length, directory / "scores", directory / "shared", directory / "keys", memories)
+
+
+def make_adapters(directory: Path) -> None:
+    """What `scores` would write, without training."""
+    for folder, first in (("scores", None), ("shared", 1)):
+        ahn.save_adapter(ahn.attach(base(), ahn.AHNConfig("retained", 24, 8, score_layer=first)), directory / folder)
     config = ahn.AHNConfig("window_only", 24, 8, quantized=60, key_bits=2, value_bits=2, calibrated_keys=True)
-    other = ahn.attach(base(), config)
-    calibrate(other, [tokens(1, 120)])
-    ahn.save_adapter(other, directory)
-    return [way for way in Ways(Shape(24, 8, 300, None, keys=directory), model).within() if "calibrated" in way.name]
+    calibrate(other := ahn.attach(base(), config), [tokens(1, 120)])
+    ahn.save_adapter(other, directory / "keys")
 
 
 def test_ways_are_told_apart_and_can_be_had(tmp_path: Path) -> None:
-    for folder, first in (("scores", None), ("shared", 1)):
-        ahn.save_adapter(ahn.attach(base(), ahn.AHNConfig("retained", 24, 8, score_layer=first)), tmp_path / folder)
-    model = base()
-    ways = Ways(Shape(24, 8, 300, tmp_path / "scores", shared=tmp_path / "shared"), model)
+    make_adapters(tmp_path)
+    ways, model = ways_at(tmp_path, deltanet=tmp_path / "deltanet"), base()
     for some in (ways.within, ways.beyond, ways.book):
         found = list(some())
         assert len({way.name for way in found}) == len(found) and any("retained" in way.name for way in found)
         assert all(way.config is None or way.config.lossless in (32, 32 + 1024) for way in found)
-    coded, finer = calibrated_ways(tmp_path / "keys", model)
-    without = Ways(Shape(24, 8, 300, tmp_path / "none"), model)
-    assert not [way for way in without.within() if "retained" in way.name]
-    (kept,) = ways.retained(64, (4, 2), tier=16)
-    (shared,) = ways.retained(64, (4, 2), passage=8, shared=True)
-    assert shared.name == "retained 64 4/2, passages of 8, scores of layer 1" and shared.config.score_layer == 1
-    assert coded.name == "tier 268 2/2, calibrated" and not list(without.calibrated(268, 2))
-    assert finer.config.value_bits == 4 and finer.name == "tier 268 2/4, calibrated"
-    for way in (kept, shared, coded, finer):
-        with way.on(model), torch.no_grad():
+    assert {way.adapter for way in ways.within()} == {
+        None, *(tmp_path / name for name in ("scores", "shared", "keys", "deltanet"))
+    }  # fmt: skip
+    assert sum(way.main for way in ways.within()) == 5
+    kept = ways.retained(64, (4, 2), tier=16)
+    shared = ways.retained(64, (4, 2), passage=8, shared=True)
+    coded, finer = ways.calibrated(268, 2), ways.calibrated(268, 4)
+    assert shared.name == PASSAGES
+    assert [way.name for way in (coded, finer)] == ["tier 268 2/2, calibrated", "tier 268 2/4, calibrated"]
+    layers = {}
+    for way in (ways.full(), kept, shared, coded, finer):
+        method = way.method(model)
+        layers[way.name] = method.config and method.config.score_layer
+        with method.on(model), torch.no_grad():
             assert torch.isfinite(model(tokens(1, 200)).logits).all()
+    assert [*layers.values()] == [None, None, 1, None, None]
 
 
-@pytest.mark.parametrize("memory", [None, "window_only", "retained"])
-@torch.no_grad()
-def test_answers_to_ruler_are_the_models_greedy_ones(
-    words: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str | None
-) -> None:
-    model, file = base(vocab_size=len(words)), tmp_path / "ruler.jsonl"
-    if memory:
-        kept = {"slots": 32, "passage": 2, "score_layer": 1, "key_bits": 16, "value_bits": 16, "max_distance": 128}
-        config = ahn.AHNConfig(memory, window=13, sinks=3, **kept if memory == "retained" else {})
-        awaken(ahn.attach(model, config))
-    prompts = [torch.randint(5, len(words), (length,)) for length in (60, 47, 55)]
-    new = [model.generate(x[None], max_new_tokens=6, do_sample=False)[0, len(x) :] for x in prompts]
-    said = [words.decode(x, skip_special_tokens=True) for x in new]
-    lines = [
-        {"task": "ruler/vt/4k", "ids": x.tolist(), "new_tokens": 6, "answers": [y]}
-        for x, y in zip(prompts, said, strict=True)
-    ]
-    lines[1]["answers"] = ["not what it says"]
-    file.write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    monkeypatch.setattr(ruler, "AT_ONCE", 2)
-    assert ruler.scores(model, words, file) == {"ruler/vt/4k": [1.0, 0.0, 1.0]}
-    assert ruler.scores(model, words, file, most=1) == {"ruler/vt/4k": [1.0]}
+PASSAGES = "retained 64 4/2, passages of 8, one score for all heads"
+NEEDLES = "ruler/niah_single_1/1k"
+
+
+@pytest.mark.parametrize("name", [FULL, WINDOW, "tier 64 4/2", PASSAGES])
+def test_tasks_are_answered_as_ahn_eval_would(words: PreTrainedTokenizerBase, tmp_path: Path, name: str) -> None:
+    make_adapters(tmp_path)
+    base(vocab_size=len(words)).save_pretrained(tmp_path / "base")
+    model, ways = base(vocab_size=len(words)), ways_at(tmp_path)
+    some = (ways.full(), ways.forgetting(), ways.tier(64, (4, 2)), ways.retained(64, (4, 2), passage=8, shared=True))
+    way = next(way for way in some if way.name == name)
+    with way.method(model).on(model):
+        evaluated = tasks.evaluated(model, words, str(tmp_path / "base"), way)
+        found = tasks.scores(evaluated, NEEDLES, tmp_path / "tasks", samples=3, batch=2)
+        again = tasks.scores(evaluated, NEEDLES, tmp_path / "tasks", samples=3, batch=2)
+        other = next(other for other in some if other is not way)
+        apart = tasks.evaluated(model, words, str(tmp_path / "base"), other).settings != evaluated.settings
+    assert found == again and len(found[NEEDLES]) == 3 and apart
+    table = collect([tmp_path / "tasks"])
+    labels = {"tier 64 4/2": "AHN window_only + 64 at 4/2 bits", PASSAGES: "AHN retained 64 in passages of 8"}
+    assert [row.label for row in table.rows] == [labels.get(name, name)]
 
 
 def test_chats_teach_their_replies_and_texts_everything() -> None:
@@ -181,20 +189,26 @@ def test_a_memory_is_distilled_and_read(tmp_path: Path) -> None:
     about = training.trained(model, ahn.AHNConfig("deltanet", 24, 8), source, 12, 1e-2, tmp_path / "deltanet")
     assert about["texts_kl"] > 0 and about["chats_kl"] > 0
     assert all((x == before[name]).all() for name, x in model.state_dict().items())
-    missing = tmp_path / "mamba2"
-    ways = Ways(Shape(24, 8, 300, None, {"deltanet": tmp_path / "deltanet", "mamba2": missing}), model)
-    (way,) = ways.recurrent()
-    with way.on(model):
+    (way,) = ways_at(tmp_path, deltanet=tmp_path / "deltanet").recurrent()
+    with way.method(model).on(model):
         read = [x for name, x in ahn.adapter_parameters(model).items() if name.endswith("o_proj.weight")]
         assert all(x.abs().max() > 0 for x in read)
 
 
-class Study(real_model.Study):
+def test_no_chat_comes_again_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = [reading.Asked(torch.full((40,), n), [slice(30, 33)]) for n in range(6)]
+    source = training.batches([torch.arange(100, 200)], chats, length=40, rows=2, steps=12, seed=3)
+    drawn = [row[0].item() for batch in source if isinstance(batch, dict) for row in batch["input_ids"]]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == [*range(6)] and drawn[:6] != drawn[6:]
+
+
+class Study(study.Study):
     """One with nothing to read."""
 
     def items(self) -> Any:
         for name in (FULL, WINDOW, "broken", "last"):
-            yield real_model.Item("rows", name, lambda name=name: self.one(name))
+            yield study.Item("rows", name, lambda name=name: self.one(name))
+        yield study.Item("far", "never", lambda: {}, (("rows", "broken"),))
 
     def one(self, name: str) -> dict[str, Any]:
         if name == "broken":
@@ -202,34 +216,78 @@ class Study(real_model.Study):
         return {"prose_loss": {FULL: 3.0, WINDOW: 4.0}.get(name, 3.25), "one_right": 3, "one_asked": 4}
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = Study(real_model.parsed(["--out", str(tmp_path), "--model", "tiny", "--code", "stdlib"]))
-    assert not real_model.run(study, 100)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == [FULL, WINDOW, "broken", "last"]
-    assert rows[2]["error"] == "ValueError: no" and "packages" in rows[0]
-    assert not real_model.run(study, 100)
-    assert [row["name"] for row in study.rows[4:]] == ["broken"]
-    shown = real_model.table(study.rows)
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    some = Study(real_model.parsed(["--out", str(tmp_path), "--model", "tiny", "--code", "stdlib"]))
+    names = [FULL, WINDOW, "broken", "last"]
+    assert [job.name for job in some.jobs()] == [*(f"rows: {name}" for name in names), "far: never"]
+    for job in some.jobs()[:4]:
+        with pytest.raises(ValueError) if "broken" in job.name else contextlib.nullcontext():
+            some.do(job.work)
+    assert [row["name"] for row in some.rows] == names
+    assert some.rows[2]["error"] == "ValueError: no" and "packages" in some.rows[0]
+    assert [(job.name, job.needs) for job in some.jobs()] == [
+        ("rows: broken", ()), ("far: never", ("rows: broken",))
+    ]  # fmt: skip
+    some.options.only = ["far"]
+    assert not some.jobs()  # what it needs neither is there nor comes
+    shown = table(some.rows)
     assert "prose 3.250 (75 %)" in shown and "one 75 % [30, 95]" in shown and "broken" not in shown
-    (tmp_path / "rows.jsonl").unlink()
-    assert not real_model.run(study, -1) and not study.rows
-    assert "call again" in capsys.readouterr().out
 
 
-def test_processes_share_what_is_to_be_done(tmp_path: Path) -> None:
-    for part, names in (("1/3", [FULL, "last"]), ("2/3", [WINDOW])):
-        study = Study(real_model.parsed(["--out", str(tmp_path / part[0]), "--model", "tiny", "--part", part]))
-        real_model.run(study, 100)
-        assert [row["name"] for row in study.rows] == names
+def test_everything_waits_for_what_it_needs(tmp_path: Path) -> None:
+    jobs = study.Study(real_model.parsed(["--out", str(tmp_path), "--model", "tiny", "--code", "stdlib"])).jobs()
+    by_name = {job.name: job for job in jobs}
+    assert len(by_name) == len(jobs) and all(by_name[name] for job in jobs for name in job.needs)
+    assert [job.name for job in jobs if job.turn] == [job.name for job in jobs if job.name.startswith("memories")]
+    needs = {job.name: job.needs for job in jobs}
+    assert needs["rows: deltanet"] == ("memories: deltanet", "chats: one", "chats: several")
+    assert needs["tasks: ruler/4k: full attention"] == () and len(needs["book: tier 7680 2/4, calibrated"]) == 1
+    brought = ["--scores", str(tmp_path / "a"), "--keys", str(tmp_path / "b"), "--only", "book"]
+    jobs = study.Study(real_model.parsed(["--out", str(tmp_path), "--model", "tiny", *brought])).jobs()
+    assert [job.name for job in jobs if "passages" not in job.name] == [job.name for job in jobs] and len(jobs) == 5
 
 
-@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
-def test_parts_are_checked(tmp_path: Path, part: str) -> None:
+def test_texts_read_at_once_fit_and_are_of_equal_shares(tmp_path: Path) -> None:
+    make_adapters(tmp_path)
+    some = study.Study(real_model.parsed(["--out", str(tmp_path), "--model", "tiny"]))
+    some.__dict__["model"] = model = base()
+    ways = ways_at(tmp_path)
+    assert [some._at_once(ways.full(), length, 100) for length in (256, 8192, 65536)] == [50, 25, 4]
+    for way, most in ((ways.retained(64, (4, 2)), 8), (ways.passages(), 50), (ways.tier(64, (4, 2)), 25)):
+        with way.method(model).on(model):
+            assert some._at_once(way, 65536, 100) == most
+
+
+@pytest.mark.slow
+def test_a_whole_study_of_a_small_model(
+    words: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage once, in a process of its own; a second call finds nothing to do."""
+    words.save_pretrained(tmp_path / "model")
+    base(vocab_size=len(words)).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    for name in "abcdefgh":  # of some is learned, of the others asked
+        lines = " ".join(f"The fern {name} of line {n} says {n * 7919 % 1000}." for n in range(500))
+        (tmp_path / "text" / f"{name}.txt").write_text(lines, "utf-8")
+    text = str(tmp_path / "text")
+    arguments = [
+        "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--texts", text,
+        "--book", text, "--code", text,
+        "--window", "56", "--sinks", "8", "--length", "1024", "--count", "2", "--batch", "2", "--chats", "2",
+        "--far-length", "2048", "--far-chats", "1", "--train-chats", "3", "--score-chats", "2", "--steps", "2",
+        "--memories", "deltanet", "--memory-steps", "2", "--tasks", NEEDLES, "--main-tasks", "",
+        "--task-samples", "2", "--book-tokens", "3000",
+    ]  # fmt: skip
+    real_model.main(arguments)
+    shown = capsys.readouterr().out
+    assert "FAILED" not in shown and "book" in shown
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert not [row for row in rows if "error" in row] and (tmp_path / "out" / "report" / "report.html").is_file()
+    real_model.main(arguments)
+    assert len((tmp_path / "out" / "rows.jsonl").read_text("utf-8").splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize("wrong", [("--only", "riddles"), ("--tasks", "riddles")])
+def test_stages_and_tasks_are_known(tmp_path: Path, wrong: tuple[str, str]) -> None:
     with pytest.raises(SystemExit):
-        real_model.parsed(["--out", str(tmp_path), "--part", part])
-
-
-def test_stages_are_known(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        real_model.parsed(["--out", str(tmp_path), "--only", "riddles"])
+        real_model.parsed(["--out", str(tmp_path), *wrong])

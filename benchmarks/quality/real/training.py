@@ -30,7 +30,7 @@ def batches(texts: list[Tensor], chats: list[Asked], length: int, rows: int, ste
     """One batch (rows, length) per step, in turn of texts, all of whose tokens count, and of chats, whose replies do.
 
     A chat that is shorter goes on with a text: nothing is padded, and what follows a reply cannot change it. One that
-    is longer loses its beginning.
+    is longer loses its beginning. No chat comes again before all others have come as often.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -42,13 +42,15 @@ def batches(texts: list[Tensor], chats: list[Asked], length: int, rows: int, ste
         start = draw(len(text) - tokens + 1)
         return text[start : start + tokens]
 
+    order: list[int] = []
     for step in range(steps):
         if step % 2 == 0:
             yield torch.stack([piece(length) for _ in range(rows)])
             continue
         ids, labels = [], []
         for _ in range(rows):
-            chat = chats[draw(len(chats))]
+            order = order or torch.randperm(len(chats), generator=random).tolist()
+            chat = chats[order.pop()]
             wanted = torch.full_like(chat.ids, IGNORED)
             for part in chat.answers:
                 wanted[part] = chat.ids[part]

@@ -16,139 +16,144 @@ FULL, WINDOW = "full attention", "sinks + window"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What all ways share.
+class Way:
+    """One way to read.
 
     Attributes:
-        window, sinks: tokens kept exactly.
-        length: tokens of a text.
-        scores: directory of the adapter with the scores of retained tokens; None leaves its ways out.
-        shared: likewise of one whose layer `AHNConfig.score_layer` scores for all heads.
-        keys: likewise of one with the basis in which keys of the tier are coded.
-        memories: directories of the adapters of recurrent memories; those that are not there are left out.
+        config: None for full attention.
+        adapter: directory of the weights, if the way has some. They fit every number of slots and bits.
+        main: it is asked more than the others.
     """
 
-    window: int
-    sinks: int
-    length: int
-    scores: Path | None
-    memories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    shared: Path | None = None
-    keys: Path | None = None
+    name: str
+    config: ahn.AHNConfig | None = None
+    adapter: Path | None = None
+    main: bool = False
 
-    @property
-    def lossless(self) -> int:
-        return self.window + self.sinks
-
-    @property
-    def rest(self) -> int:
-        """Tokens of a text that are not exact."""
-        return self.length - self.lossless
+    def method(self, model: PreTrainedModel) -> Method:
+        """The way on a bare model, with its weights."""
+        if self.adapter is None or self.config is None:
+            return Method(self.name, self.config)
+        weights, trained = weights_of(model, self.adapter)
+        return Method(self.name, self.config.replace(score_layer=trained.score_layer), weights)
 
 
 def weights_of(model: PreTrainedModel, directory: Path) -> tuple[Mapping[str, Tensor], ahn.AHNConfig]:
-    """The parameters of an adapter by name, which fit every number of slots and bits, and its configuration."""
+    """The parameters of an adapter by name, and its configuration."""
     ahn.load_adapter(model, directory)
     found, config = {name: p.detach().clone() for name, p in ahn.adapter_parameters(model).items()}, model.ahn_config
     ahn.detach(model)
     return found, config
 
 
+@dataclasses.dataclass(frozen=True)
 class Ways:
-    """Makes the ways of a shape for one model."""
+    """Makes the ways of one shape.
 
-    def __init__(self, shape: Shape, model: PreTrainedModel) -> None:
-        self.shape, self.model = shape, model
-        self._scores: dict[Path, tuple[Mapping[str, Tensor], ahn.AHNConfig]] = {}
+    Attributes:
+        window, sinks: tokens that all ways but one keep exactly.
+        length: tokens of a text.
+        scores: directory of the adapter with the scores of retained tokens, of each key head.
+        shared: likewise of one whose `AHNConfig.score_layer` scores for all heads.
+        keys: likewise of one with the basis in which keys of the tier are coded.
+        memories: likewise of recurrent memories, by name.
+    """
 
-    def scores(self, directory: Path | None) -> tuple[Mapping[str, Tensor], ahn.AHNConfig] | None:
-        """The scores of retained tokens and their configuration, if they are there."""
-        if directory is None or not directory.is_dir():
-            return None
-        if directory not in self._scores:
-            self._scores[directory] = weights_of(self.model, directory)
-        return self._scores[directory]
+    window: int
+    sinks: int
+    length: int
+    scores: Path
+    shared: Path
+    keys: Path
+    memories: Mapping[str, Path]
 
-    def tier(self, tokens: int, bits: tuple[int, int]) -> Method:
+    @property
+    def rest(self) -> int:
+        """Tokens of a text that are not exact."""
+        return self.length - self.window - self.sinks
+
+    def _config(self, memory: str, window: int | None = None, **fields: int) -> ahn.AHNConfig:
+        return ahn.AHNConfig(memory, window or self.window, self.sinks, **fields)
+
+    def full(self) -> Way:
+        """Full attention, the model as it is."""
+        return Way(FULL, main=True)
+
+    def forgetting(self) -> Way:
+        """Sinks and window alone."""
+        return Way(WINDOW, self._config("window_only"), main=True)
+
+    def tier(self, tokens: int, bits: tuple[int, int], main: bool = False) -> Way:
         """The tier alone."""
-        config = self.config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
-        return Method(f"tier {tokens} {bits[0]}/{bits[1]}", config)
+        config = self._config("window_only", quantized=tokens, key_bits=bits[0], value_bits=bits[1])
+        return Way(f"tier {tokens} {bits[0]}/{bits[1]}", config, main=main)
 
-    def calibrated(self, tokens: int, value_bits: int) -> Iterator[Method]:
-        """The tier alone, keys at two bits in a calibrated basis, if that is there."""
-        if self.shape.keys is not None and self.shape.keys.is_dir():
-            bits = {"key_bits": 2, "value_bits": value_bits}
-            config = self.config("window_only", quantized=tokens, calibrated_keys=True, **bits)
-            name = f"tier {tokens} 2/{value_bits}, calibrated"
-            yield Method(name, config, weights_of(self.model, self.shape.keys)[0])
+    def calibrated(self, tokens: int, value_bits: int, main: bool = False) -> Way:
+        """The tier alone, keys at two bits in a calibrated basis."""
+        bits = {"key_bits": 2, "value_bits": value_bits}
+        config = self._config("window_only", quantized=tokens, calibrated_keys=True, **bits)
+        return Way(f"tier {tokens} 2/{value_bits}, calibrated", config, self.keys, main)
 
     def retained(
-        self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1, shared: bool = False
-    ) -> Iterator[Method]:
-        """Retained tokens, alone or behind a tier, if their scores are there.
+        self, slots: int, bits: tuple[int, int], tier: int = 0, passage: int = 1, shared: bool = False,
+        main: bool = False,
+    ) -> Way:  # fmt: skip
+        """Retained tokens, alone or behind a tier.
 
         Args:
-            slots: tokens a key head if all keep some; where few do, each keeps so many more.
+            slots: tokens a key head.
             passage: tokens that stay or go together.
             shared: by one layer's scores for all heads.
         """
-        found = self.scores(self.shape.shared if shared else self.shape.scores)
-        if found is None:
-            return
-        weights, trained = found
-        few, text = trained.slot_heads, self.model.config
-        each = slots if few is None else slots * text.num_hidden_layers * text.num_key_value_heads // len(few)
         kept = "exact" if bits == (16, 16) else f"{bits[0]}/{bits[1]}"
         name = f"retained {slots} {kept}" + (f" behind a tier of {tier}" if tier else "")
-        name += "" if few is None else f", in {len(few)} heads"
-        name += "" if passage == 1 else f", passages of {passage}"
-        config = self.config("retained", slots=each, key_bits=bits[0], value_bits=bits[1], quantized=tier)
-        name += "" if trained.score_layer is None else f", scores of layer {trained.score_layer}"
-        config = config.replace(passage=passage, slot_heads=few, score_layer=trained.score_layer)
-        yield Method(name, config, weights)
+        name += ("" if passage == 1 else f", passages of {passage}") + (", one score for all heads" if shared else "")
+        config = self._config("retained", slots=slots, key_bits=bits[0], value_bits=bits[1], quantized=tier)
+        return Way(name, config.replace(passage=passage), self.shared if shared else self.scores, main)
 
-    def recurrent(self) -> Iterator[Method]:
-        """Recurrent memories that were trained."""
-        for name, directory in self.shape.memories.items():
-            if directory.is_dir():
-                yield Method(name, self.config(name), weights_of(self.model, directory)[0])
+    def passages(self) -> Way:
+        """Retained tokens as they ship."""
+        return self.retained(4096, (4, 2), passage=64, shared=True, main=True)
 
-    def config(self, memory: str, window: int | None = None, **fields: int) -> ahn.AHNConfig:
-        return ahn.AHNConfig(memory, window or self.shape.window, self.shape.sinks, **fields)
+    def behind(self) -> Way:
+        """Retained tokens behind a tier, in as many bytes."""
+        return self.retained(2048, (4, 2), tier=2048, main=True)
 
-    def within(self) -> Iterator[Method]:
+    def recurrent(self) -> Iterator[Way]:
+        """Recurrent memories."""
+        for name, directory in self.memories.items():
+            yield Way(name, self._config(name), directory)
+
+    def within(self) -> Iterator[Way]:
         """For texts within the trained length."""
-        rest = self.shape.rest
-        yield Method(FULL)
-        yield Method(WINDOW, self.config("window_only"))
-        yield self.tier(rest, (4, 2))
-        yield from self.calibrated(rest, 2)
-        yield from self.calibrated(rest, 4)
-        yield from self.retained(4096, (4, 2))
-        yield from self.retained(4096, (4, 2), passage=64)
-        yield from self.retained(4096, (4, 2), passage=64, shared=True)
-        yield from self.retained(2048, (4, 2), tier=2048)
-        yield from self.retained(1024, (16, 16))
-        yield self.tier(rest, (3, 2))
-        yield Method("window of as many bytes", self.config("window_only", self.shape.window + 1024))
+        yield self.full()
+        yield self.forgetting()
+        yield self.calibrated(self.rest, 4, main=True)
+        yield self.passages()
+        yield self.behind()
+        yield self.tier(self.rest, (4, 2))
+        yield self.calibrated(self.rest, 2)
+        yield self.retained(4096, (4, 2))
+        yield Way("window of as many bytes", self._config("window_only", self.window + 1024))
         yield from self.recurrent()
+        yield self.retained(4096, (4, 2), passage=64)
+        yield self.retained(1024, (16, 16))
+        yield self.tier(self.rest, (3, 2))
 
-    def beyond(self) -> Iterator[Method]:
+    def beyond(self) -> Iterator[Way]:
         """For facts asked beyond the trained length."""
-        yield Method(FULL)
-        yield from self.retained(4096, (4, 2), passage=64, shared=True)
-        yield from self.retained(4096, (4, 2), passage=64)
-        yield from self.retained(4096, (4, 2))
-        yield from self.retained(2048, (4, 2), tier=2048)
-        yield Method(WINDOW, self.config("window_only"))
-        yield self.tier(self.shape.rest, (4, 2))
-        yield from self.retained(4096, (4, 2), tier=self.shape.rest)
+        yield self.passages()
+        yield self.forgetting()
+        yield self.behind()
+        yield self.calibrated(self.rest, 4)
+        yield self.full()
+        yield self.retained(4096, (4, 2))
 
-    def book(self) -> Iterator[Method]:
+    def book(self) -> Iterator[Way]:
         """For a whole book; full attention begins afresh again and again."""
-        yield Method(FULL)
-        yield Method(WINDOW, self.config("window_only"))
-        yield self.tier(self.shape.rest, (4, 2))
-        yield from self.retained(4096, (4, 2))
-        yield from self.retained(4096, (4, 2), passage=64)
-        yield from self.retained(4096, (4, 2), passage=64, shared=True)
+        yield self.full()
+        yield self.forgetting()
+        yield self.passages()
+        yield self.calibrated(self.rest, 4)
+        yield self.behind()
+        yield self.retained(4096, (4, 2))

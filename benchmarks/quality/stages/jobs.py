@@ -28,12 +28,14 @@ class Job:
     Args:
         name: of the job, before every line that it prints.
         work: what the process is told.
-        needs: the name of the job that must be done before.
+        needs: names of jobs that must be done before.
+        turn: jobs of one turn are done one after the other, as a GPU's memory may want it.
     """
 
     name: str
     work: Any
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
+    turn: str | None = None
 
 
 def do(jobs: Sequence[Job], start: Start, devices: Sequence[str], until: float | None = None) -> list[str]:
@@ -53,13 +55,15 @@ def do(jobs: Sequence[Job], start: Start, devices: Sequence[str], until: float |
     workers = [Worker(start, device) for device in devices]
 
     def ready() -> Job | None:
-        open_names = {job.name for job in waiting} | {worker.job.name for worker in workers if worker.job}
-        for job in [job for job in waiting if job.needs in failed]:
+        begun = [worker.job for worker in workers if worker.job]
+        open_names = {job.name for job in (*waiting, *begun)}
+        turns = {job.turn for job in begun if job.turn}
+        for job in [job for job in waiting if not {*failed}.isdisjoint(job.needs)]:
             waiting.remove(job)
             failed.append(job.name)
-            clock.say(f"{job.name} is left out: {job.needs} failed")
+            clock.say(f"{job.name} is left out: {', '.join(name for name in job.needs if name in failed)} failed")
             return ready()
-        return next((job for job in waiting if job.needs not in open_names), None)
+        return next((job for job in waiting if job.turn not in turns and open_names.isdisjoint(job.needs)), None)
 
     try:
         while True:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -77,9 +78,27 @@ def load(
     if source.adapter is not None:
         named = adapter or model
         used += [source.adapter] if method == "ahn" else []
-    settings = describe(loaded, method) | {"weights": [fingerprint(part) for part in used]}
-    settings |= {"model": _name(str(source.name)), "tokenizer": _tokenizer_fingerprint(tokenizer)}
-    return Evaluated(loaded, tokenizer, method, settings, {"model": str(source.name), "adapter": named})
+    return of_loaded(method, loaded, tokenizer, str(source.name), used, named)
+
+
+def of_loaded(
+    method: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    used: Sequence[Checkpoint],
+    adapter: str | None,
+) -> Evaluated:
+    """A model that is loaded, and reads as the method does.
+
+    Args:
+        name: directory or Hub id of the base model.
+        used: where its weights are from.
+        adapter: what the adapter is called, if there is one.
+    """
+    settings = describe(model, method) | {"weights": [fingerprint(part) for part in used]}
+    settings |= {"model": _name(name), "tokenizer": _tokenizer_fingerprint(tokenizer)}
+    return Evaluated(model, tokenizer, method, settings, {"model": name, "adapter": adapter})
 
 
 def of_base(model: PreTrainedModel) -> AHNConfig:
@@ -112,7 +131,7 @@ def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
         return found | {"memory": None}
     slots = memory.slot_count(config.memory, config.window + config.quantized, config.slots)
     settings = dataclasses.asdict(config)
-    if not config.quantized:  # results from before these options are of the same configuration
+    if not config.quantized and not memory.get(config.memory).keeps_tokens:  # as in results from before there were bits
         for name in ("quantized", "key_bits", "value_bits", "keys_before_rope"):
             del settings[name]
     if not (config.quantized and config.calibrated_keys):

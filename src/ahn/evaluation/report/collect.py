@@ -11,6 +11,7 @@ from ahn.config import BEFORE
 from ahn.errors import AHNError, reason
 from ahn.evaluation.report import fields
 from ahn.evaluation.results import averaged_with, digest
+from ahn.memory.retained_tokens import RetainedTokens
 
 NAMES = {"full": "full attention", "window": "sinks + window", "ct-max": "CT-Max", "ct-avg": "CT-Avg"}
 """What methods without an adapter are called."""
@@ -30,6 +31,9 @@ MODEL = (
     "router",
     "q_proj",
     "full_attention_layers",
+    "slots",
+    "passage",
+    "score_layer",
 )
 """Settings of the model that make a row."""
 TIER = ("key_bits", "value_bits", "keys_before_rope", "calibrated_keys")
@@ -231,7 +235,7 @@ def _kind(result: StoredResult) -> str:
 
 def _labels(firsts: Sequence[StoredResult]) -> list[str]:
     """A name for each row; what tells rows of one name apart is added until all differ."""
-    names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _tier(one) for one in firsts]
+    names = [NAMES.get(kind := _kind(one), f"AHN {kind}") + _kept(one) + _tier(one) for one in firsts]
     for detail in (_exact, lambda one: one.settings.get("model"), _adapter, lambda one: one.row[:6]):
         details = [detail(one) for one in firsts]
         for name in {name for name in names if names.count(name) > 1}:
@@ -249,6 +253,14 @@ def _tier(one: StoredResult) -> str:
     label = "two bits" if bits == [2, 2] else f"{bits[0]}/{bits[1]} bits"
     label += ", calibrated" if one.settings.get("calibrated_keys") else ""
     return f" + {quantized:,} at {label}" if quantized else ""
+
+
+def _kept(one: StoredResult) -> str:
+    """What a memory keeps as tokens."""
+    if one.settings.get("memory") != RetainedTokens.name or one.settings["method"] != "ahn":
+        return ""
+    passage = one.settings.get("passage", 1)
+    return f" {one.settings['slots']:,}" + (f" in passages of {passage}" if passage > 1 else "")
 
 
 def _exact(one: StoredResult) -> str | None:
