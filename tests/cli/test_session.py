@@ -64,6 +64,40 @@ def test_settings_that_want_code_from_the_hub_are_one_sentence() -> None:
         session.write(Sampling(4))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stop_strings": 5}, "'int' object is not iterable"),
+        ({"forced_eos_token_id": 99999}, "index 99999 is out of bounds"),
+        ({"do_sample": True, "temperature": 1e-42}, "probability tensor contains"),
+        ({"do_sample": True, "repetition_penalty": 1e-300}, "probability tensor contains"),
+    ],
+    ids=str,
+)
+def test_settings_that_transformers_does_not_check_are_one_sentence(settings: dict[str, Any], said: str) -> None:
+    session = speaking.session()
+    session.read(session.encode(TEXT, start=True))
+    vars(session.model.generation_config).update(settings)
+    with pytest.raises(AHNError, match=rf"generation settings \(generation_config.json\) do not work here: .*{said}"):
+        session.write(Sampling(4))
+
+
+def test_an_error_of_the_model_keeps_its_traceback() -> None:
+    session = speaking.session()
+    session.read(session.encode(TEXT, start=True))
+    session.model.get_output_embeddings().register_forward_hook(lambda *_: {}["a defect"])
+    with pytest.raises(KeyError, match="a defect"):
+        session.write(Sampling(4))
+
+
+def test_a_temperature_near_zero_takes_the_most_probable_token() -> None:
+    session = speaking.session()
+    ids = session.encode(TEXT, start=True)
+    session.read(ids)
+    best = session.copy().write(Sampling(12, 0.0))
+    assert session.copy().write(Sampling(12, 1e-42)) == session.write(Sampling(12, 1e-320, top_p=0.9)) == best
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_scores_that_are_no_numbers_are_one_sentence_before_anything_is_written(temperature: float) -> None:
     """As of a model that was trained in bfloat16 and overflows in float16."""

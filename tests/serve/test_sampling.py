@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
+from ahn.errors import AHNError
 from ahn.serve.api.building import sampling_defaults
 from ahn.serve.engine.sampling import Chooser, choose, cut
 from ahn.serve.request import SamplingOptions
@@ -67,7 +68,8 @@ def test_each_row_is_cut_as_by_transformers() -> None:
     changed = torch.stack([row.changed(own) for row, own in zip(rows, scores, strict=True)])
     kept = cut(changed, [row.options for row in rows])
     for row, own, before in zip(rows, kept, scores, strict=True):
-        torch.testing.assert_close(own, reference(row.options, [*row.prompt.tolist(), *row.reply], before))
+        wanted = reference(row.options, [*row.prompt.tolist(), *row.reply], before)
+        torch.testing.assert_close(own, wanted - wanted.max())
 
 
 def test_presence_and_frequency_are_of_the_reply_alone() -> None:
@@ -86,6 +88,19 @@ def test_temperature_zero_takes_the_best() -> None:
     rows = [chooser(temperature=0), chooser(seed=1), chooser(temperature=0, logit_bias={11: 1000})]
     chosen = choose(scores, rows)
     assert chosen[0].token == int(scores[0].argmax()) and chosen[2].token == 11
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])
+def test_a_temperature_near_zero_takes_the_best(temperature: float) -> None:
+    """1e-320 is no number of float32; scores divided by 1e-40 are none."""
+    scores = logits(4)
+    rows = [chooser(seed=row, temperature=temperature, top_p=(1, 0.5)[row % 2]) for row in range(4)]
+    assert [one.token for one in choose(scores, rows)] == scores.argmax(-1).tolist()
+
+
+def test_a_score_that_a_penalty_makes_infinite_stays_the_best() -> None:
+    scores = logits(1).abs()
+    assert choose(scores, [chooser([1], seed=0, temperature=0.5, repetition_penalty=1e-300)])[0].token == 1
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -187,3 +202,25 @@ def test_a_penalty_of_the_models_settings_holds_without_sampling() -> None:
     assert sampling_defaults(model) == SamplingOptions(repetition_penalty=1.3)
     settings.do_sample = True
     assert sampling_defaults(model) == SamplingOptions(repetition_penalty=1.3, top_k=7)
+    settings.stop_strings = "###"
+    assert sampling_defaults(model) == SamplingOptions(repetition_penalty=1.3, top_k=7, stop=("###",))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": "hot"},
+        {"temperature": -1.0},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"top_p": math.nan},
+        {"stop_strings": 5},
+        {"stop_strings": ["", "x"]},
+    ],
+    ids=str,
+)
+def test_settings_of_the_model_by_which_no_token_can_be_chosen_are_refused(wrong: dict[str, Any]) -> None:
+    settings = transformers.GenerationConfig(do_sample=True)
+    vars(settings).update(wrong)
+    with pytest.raises(AHNError, match=f"do not work here: {next(iter(wrong))} is"):
+        sampling_defaults(SimpleNamespace(generation_config=settings))

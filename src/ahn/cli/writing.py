@@ -18,13 +18,16 @@ from transformers.generation.streamers import BaseStreamer
 from ahn.errors import AHNError
 from ahn.serve.engine.text import TextStream
 
+COLDEST = 1e-6
+"""Temperatures below take the most probable token: transformers divides scores by them, which may become infinite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; None leaves it to the model's `generation_config`.
 
     Attributes:
-        temperature: 0 takes the most probable token.
+        temperature: 0 takes the most probable token, and so does anything below `COLDEST`.
         top_p: tokens are drawn, among those that make up this probability.
         lookup: so many tokens at once are guessed to be what followed the last words earlier in the text; 0 for none.
 
@@ -56,8 +59,8 @@ class Sampling:
         if self.lookup:
             chosen["prompt_lookup_num_tokens"] = self.lookup
         if self.temperature is not None or self.top_p is not None:
-            chosen["do_sample"] = self.temperature != 0
-        if self.temperature:
+            chosen["do_sample"] = self.temperature is None or self.temperature >= COLDEST
+        if self.temperature and chosen["do_sample"]:
             chosen["temperature"] = self.temperature
         if self.top_p is not None:
             chosen["top_p"] = self.top_p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ahn import private
 from ahn.cache.other import recurs
-from ahn.errors import AHNError
+from ahn.errors import AHNError, is_out_of_memory
 from ahn.measure.reading import chunk_size, in_chunks, new_cache
 
 if TYPE_CHECKING:
@@ -183,11 +184,22 @@ def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
         return model.generate(**arguments)
     except AHNError:
         raise
-    except ValueError as error:
+    except Exception as error:
+        if not isinstance(error, ValueError) and (is_out_of_memory(error) or not _chooses_tokens(error)):
+            raise
         reason = " ".join(str(error).split())
         raise AHNError(
             f"The model's generation settings (generation_config.json) do not work here: {reason}"
         ) from error
+
+
+def _chooses_tokens(error: Exception) -> bool:
+    """Whether it is transformers' own choice of tokens that failed, which the model's settings alone decide.
+
+    transformers checks few of them: a wrong type, or a token that the model does not have, ends in any kind of error.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("transformers.generation.")
 
 
 class FirstScores(LogitsProcessor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import ipaddress
+import math
 import socket
 from typing import TYPE_CHECKING
 
@@ -110,10 +111,26 @@ def build(
 
 
 def sampling_defaults(model: PreTrainedModel) -> SamplingOptions:
-    """How a model's settings say that tokens are drawn; OpenAI's defaults where they do not say that they are."""
+    """How a model's settings say that tokens are drawn and replies end; OpenAI's defaults where they do not say it.
+
+    Raises:
+        AHNError: a setting is none that tokens can be chosen by.
+    """
     settings = model.generation_config
     names = ["repetition_penalty"]  # which holds however they are chosen
     if settings.do_sample:
         names += ["temperature", "top_p", "top_k", "min_p"]
-    given = {name: getattr(settings, name, None) for name in names}
-    return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name in names if (value := getattr(settings, name, None)) is not None}
+    for name, value in given.items():
+        positive = isinstance(value, int | float) and 0 <= value < math.inf
+        if not positive or (name == "repetition_penalty" and value == 0) or (name == "min_p" and value > 1):
+            raise _unusable(name, value)
+    stop = settings.stop_strings or ()
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+        raise _unusable("stop_strings", stop)
+    return SamplingOptions(**given, stop=tuple(stop))
+
+
+def _unusable(name: str, value: object) -> AHNError:
+    return AHNError(f"The model's generation settings (generation_config.json) do not work here: {name} is {value!r}.")

@@ -34,7 +34,7 @@ class Grammars:
             raise AHNError(f"The JSON schema cannot be used: {error}") from error
         matcher = LLMatcher(self.loaded(), grammar, log_level=0)
         if matcher.is_error():
-            reason = str(matcher.get_error()).splitlines()[0][:300]
+            reason = " ".join(str(matcher.get_error()).split())[:300]
             raise AHNError(f"The JSON schema cannot be used: {reason}")
         return SchemaProcessor(matcher)
 

@@ -117,7 +117,7 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Chosen]:
     if drawing:
         options = [rows[i].options for i in drawing]
         # Rows that failed are drawn from as well, so that none has to be left out of the batch.
-        kept = cut(scores[drawing].nan_to_num(0.0, 0.0, float("-inf")), options)
+        kept = cut(scores[drawing].nan_to_num(0.0, None, float("-inf")), options)
         tokens[drawing] = _drawn(kept, [rows[i].draw() for i in drawing])
     nothing = scores.amax(-1) == float("-inf")
     found = torch.stack([tokens, broken.long(), nothing.long()], dim=1).tolist()  # the device is waited for once
@@ -166,13 +166,18 @@ def _changed(scores: Tensor, rows: Sequence[Chooser]) -> tuple[Tensor, dict[int,
 
 
 def cut(scores: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
-    """Scores (b, V) divided by the temperatures, -inf for what is cut off."""
+    """Scores (b, V) below the row's best, divided by the temperatures; -inf for what is cut off.
+
+    The best is 0 at any temperature: near zero, scores themselves would become infinite, and no probabilities.
+    """
 
     def column(number: Callable[[SamplingOptions], float], of: Sequence[int]) -> Tensor:
         numbers = [number(options[i]) for i in of]
         return torch.tensor(numbers, device=scores.device, dtype=scores.dtype)[:, None]
 
-    scores = scores / column(lambda o: o.temperature, range(len(options)))
+    limits = torch.finfo(scores.dtype)
+    scores = scores - scores.amax(-1, keepdim=True).clamp_min(limits.min)
+    scores = scores / column(lambda o: o.temperature, range(len(options))).clamp_min(limits.tiny)
     vocabulary = scores.shape[-1]
     if rows := [i for i, o in enumerate(options) if 0 < o.top_k < vocabulary]:
         counts = column(lambda o: o.top_k, rows).long()
