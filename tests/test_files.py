@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ahn
-from ahn import files
+from ahn import AHNError, files
 from ahn.files import check_folder, json_object, read_json, replacing, staged, write_json, write_tensors, write_text
 
 LINK = ".link.12345678.ahn.partial"
@@ -202,3 +202,10 @@ def test_a_directory_may_be_named_through_itself(tmp_path: Path) -> None:
     with staged(out / ".." / "out", 1) as directory:
         (directory / "whole").write_text("")
     assert [path.name for path in out.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("path", ["https://example.com/book.txt", Path("https://example.com/a"), "s3://x/y"], ids=str)
+def test_an_address_is_no_path(path: str | Path) -> None:
+    """As a path it lost a slash, and no file of that name was found."""
+    with pytest.raises(AHNError, match=r"://[exy].* is an address, and nothing is read from there: download it"):
+        files.expanded(path)

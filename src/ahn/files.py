@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_JSON = 1 << 28
 """Bytes of the largest JSON file that is read; the index of a model with a million tensors has fewer."""
+_ADDRESS = re.compile("(https?|ftp|s3|gs|hf):/")
+"""Of what lies elsewhere; a Path has one slash of the two."""
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.ahn\.partial", re.DOTALL)
 
 
@@ -38,8 +40,14 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """A path with `~` and `~user` written out.
 
     Raises:
-        AHNError: the system knows no such user.
+        AHNError: the system knows no such user, or it is the address of something elsewhere.
     """
+    if _ADDRESS.match(os.fspath(path)):
+        address = os.fspath(path).replace(":/", "://").replace(":///", "://")
+        raise AHNError(
+            f"{address} is an address, and nothing is read from there: download it and name the file or "
+            "folder, or give a Hub id such as Qwen/Qwen2.5-3B-Instruct where one is taken."
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

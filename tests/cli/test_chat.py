@@ -277,6 +277,17 @@ def test_save_and_load_go_on(chat: Any, tmp_path: Path) -> None:
     assert resumed == without
 
 
+def test_saving_replaces_conversations_and_nothing_else(chat: Any, tmp_path: Path) -> None:
+    """`/save book.txt` is a slip of the hand: `/read` was meant."""
+    book, talk = tmp_path / "book.txt", tmp_path / "talk"
+    book.write_text("Call me Ishmael.")
+    talk.touch()
+    done = chat("Hello", f"/save {talk}", "Again", f"/save {talk}", f"/save {book}", options=JSON)
+    assert done.code == 1 and done.err.count("Saved") == 2
+    assert f"{book} is there already and is no conversation: choose another name." in " ".join(done.err.split())
+    assert book.read_text() == "Call me Ishmael."
+
+
 def test_commands(chat: Any, tmp_path: Path) -> None:
     done = chat("Hello", "/memory", "/window", "/help", "/quit", "never read")
     assert done.code == 0 and len(done.out.splitlines()) == 1
@@ -295,7 +306,8 @@ def test_no_mistake_ends_the_conversation(chat: Any, tmp_path: Path) -> None:
         "/memory", "/nonsense", "/load", f"/load {tmp_path / 'none'}", f"/load {damaged}", f"/load {tmp_path}", "/read",
         f"/read {tmp_path / 'none'}", f"/read {binary}", f"/read {empty}", f"/read {tmp_path}", "/save", "/fork",
         "/switch", "/switch none", "/fork main", "/window 7", f"/save {damaged}/x", f"/save {device}",
-        f"/read {device}", f"/load {'x' * 300}", "/save ~nobody-of-this-name/x", "/read a\0b",
+        f"/read {device}", f"/load {'x' * 300}", "/save ~nobody-of-this-name/x", "/read a\0b", f"/save {binary}",
+        "/read https://example.com/book.txt",
     ]  # fmt: skip
     _, *replies_ = replies_of(chat(mistakes[0], "Hello", *mistakes[1:], "Again", options=JSON), code=1, errors=mistakes)
     assert len(replies_) == 1 and replies_[0]["tokens_seen"] > 8

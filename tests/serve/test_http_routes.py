@@ -72,10 +72,31 @@ def test_completions_of_several_prompts_echo_with_probabilities(served: Any) -> 
     assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
 
 
-@pytest.mark.parametrize("prompt", [[1, 2.5], [1, "a" * 10_000], [None], [-1], [1 << 31], [[1], [2, -3]], ["a", 5], 7])
+@pytest.mark.parametrize(
+    "prompt", [[1, 2.5], [1, "a" * 10_000], [None], [-1], [1 << 31], [[1], [2, -3]], ["a", 5], 7, [True]]
+)
 def test_token_ids_are_checked_at_once(served: Any, prompt: Any) -> None:
     error = served.post("/v1/completions", prompt=prompt).json()["error"]
     assert error["param"] == "prompt" and "token ids from 0 to 2147483647" in error["message"]
+
+
+@pytest.mark.parametrize(("asked", "field"), [({}, "prompt"), ({"n": 2}, "n")], ids=str)
+def test_too_many_replies_name_what_asks_for_them(served: Any, asked: dict[str, int], field: str) -> None:
+    response = served.post("/v1/completions", prompt=["a"] * 1000, **asked)
+    assert response.status_code == 400 and response.json()["error"]["param"] == field, response.text
+
+
+def test_what_is_wrong_with_a_pattern_is_said(served: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(?=a)b"}}}
+    response = served.chat("x", response_format=form)
+    assert response.status_code == 400 and "look-around" in response.json()["error"]["message"], response.text
+
+
+def test_a_response_that_is_not_there_may_still_be_written(served: Any) -> None:
+    """Its name is in the first event of a stream; it can be gone on from, read and deleted after the last."""
+    asked = {"input": "x", "previous_response_id": "resp_1"}
+    for response in (served.client.delete("/v1/responses/resp_1"), served.post("/v1/responses", **asked)):
+        assert response.status_code == 404 and "is there when it has ended" in response.text
 
 
 def test_a_prompt_is_a_text_or_ids_or_several(served: Any) -> None:

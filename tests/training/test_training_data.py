@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,26 @@ def test_cells_of_csv_are_text(load: Any, tmp_path: Path, tokenizer: PreTrainedT
     (tmp_path / "a.tsv").write_text(f"\ufeffprompt\tresponse\n{rows}\n")
     found = texts_of(load(tmp_path / "a.tsv").train, tokenizer)
     assert [text.rpartition("assistant\n")[2] for text in found] == [f"{x}<|endoftext|>\n" for x in ("7", "None", "NA")]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_a_cell_may_hold_a_book(name: str, load: Any, tmp_path: Path) -> None:
+    """csv's own limit is 131 072 characters."""
+    pandas.DataFrame({"text": [words(30_000, 0)]}).to_csv(tmp_path / name, index=False)
+    assert sum(lengths(load(tmp_path / name).train)) >= 30_000
+
+
+def test_a_full_disk_under_the_cache_is_named(load: Any, tmp_path: Path) -> None:
+    """datasets copies what it reads to a folder of its own, which need not be on the disk of the output."""
+    rows = write_rows(tmp_path / "a.jsonl", LONG)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(AHNError, match=r"datasets keeps in .* cannot be written: File too large.*_CACHE"):
+            load(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(load(rows).train) == len(LONG)
 
 
 def test_a_first_column_without_a_name(load: Any, tmp_path: Path) -> None:

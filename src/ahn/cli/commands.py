@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.cache.conversation import AHNCache
+from ahn.cache.file import describe
 from ahn.cli import common
 from ahn.cli.common import tell
 from ahn.cli.generate import read, read_text
@@ -125,6 +126,7 @@ class Commands:
 
     def _save(self, rest: str, interrupt: Interrupt) -> None:
         path = _file(rest, "/save FILE")
+        _check_replaceable(path)
         with interrupt.watching(insist=False):  # the last token is read before the file is written
             self.session.save(str(path))
         tell(f"Saved {path}: {sentence(self.session.memory())}")
@@ -168,15 +170,27 @@ class Commands:
 
 def _file(rest: str, usage: str) -> Path:
     """The file that is named, if the system can have one of that name."""
-    path = Path(_given(rest, usage))
+    given = _given(rest, usage)
+    path = Path(given)
     try:
-        path = expanded(path)
+        path = expanded(given)
         path.lstat()
     except FileNotFoundError:
         pass
+    except AHNError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a zero byte
         raise AHNError(f"{visible(str(path))}: {reason(error)}.") from error
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises AHNError if a file holds something else than a conversation: a text, say, that was to be read."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            describe(path)
+        except AHNError:
+            raise AHNError(f"{path} is there already and is no conversation: choose another name.") from None
 
 
 def _given(rest: str, usage: str) -> str:

@@ -1,6 +1,8 @@
 """The data of a run: tokenised once, in parallel, cached; bad rows counted, said and skipped."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import logging
@@ -17,7 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, reason
 from ahn.private import fingerprint
 from ahn.training.losses import IGNORED
 from ahn.training.messages import WHERE
@@ -44,6 +46,8 @@ COLUMNS = Features(
 """A sample or why there is none; `first`: it is the first of its row; `unused`: what training ignores of the row."""
 SAMPLE = ["input_ids", "learn"]
 MAP_ROWS = 16  # rows tokenised at once: long documents, so memory rather than calls counts
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of a disk, of what a user may have of it, and of what a process may write to one file."""
 SHUFFLED = 512  # samples of a stream that are shuffled among each other
 DIGESTED = 64  # samples of a stream that its digest is of
 
@@ -80,12 +84,34 @@ class Data:
     digests: dict[str, str]
 
 
+@contextlib.contextmanager
+def _into_cache() -> Iterator[None]:
+    """Raises AHNError if the disk is full where datasets copies what it reads, of which it names no file."""
+    try:
+        yield
+    except Exception as error:
+        causes: list[BaseException] = [error]  # an error can be its own cause's cause
+        while (cause := causes[-1].__cause__) is not None and cause not in causes:
+            causes.append(cause)
+        full = next((each for each in causes if isinstance(each, OSError) and each.errno in FULL), None)
+        if full is None:
+            raise
+        raise AHNError(
+            f"The copy of the data that datasets keeps in {datasets.config.HF_DATASETS_CACHE} cannot be written: "
+            f"{reason(full)}. Make room there, or name another folder in HF_DATASETS_CACHE."
+        ) from error
+
+
+@_into_cache()
 def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, ranks: int = 1) -> Data:
     """Training and held-out samples.
 
     Args:
         seed: of the split, and of a stream's order.
         rank, ranks: of this process; a stream is divided between them here, other samples later.
+
+    Raises:
+        AHNError: data cannot be read, hold nothing to learn, or do not fit on the disk a second time.
     """
     check_tokenizer(tokenizer)
     tokenise = RowTokenizer(tokenizer, settings.cutoff_len, settings.shortest, settings.smallest_total, settings.strict)

@@ -37,6 +37,8 @@ STANDARD_LIBRARY = {"stdlib": False, "stdlib-held-out": True}
 JSON, TEXT, PARQUET, CSV = (".jsonl", ".json", ".ndjson"), (".txt", ".md"), (".parquet",), (".csv", ".tsv")
 KINDS = (JSON, PARQUET, CSV, TEXT)
 COMPRESSED = (".gz", ".bz2", ".xz")
+LONGEST_CELL = (1 << 31) - 1
+"""Characters: csv's own limit, 131 072, is less than a book, and pandas has none."""
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that describe a data set; so does a README.md beside tables or JSON."""
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -193,7 +195,11 @@ def _csv_options(file: Path) -> dict[str, Any]:
     try:
         with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
             table = csv.reader(lines, delimiter=separator)
-            names, first = next(table, []), next(table, [])
+            limit = csv.field_size_limit(LONGEST_CELL)
+            try:
+                names, first = next(table, []), next(table, [])
+            finally:
+                csv.field_size_limit(limit)
     except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
         raise AHNError(f"Cannot read {file}: {reason(error)}.") from error
     if not names or len(set(names)) < len(names):

@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
 
 
 async def begin(service: Service, fields: CompletionFields, owner: str) -> TextCompletion:
-    service.check_choices(fields.n * len(fields.prompt))
+    service.check_choices(fields.n, len(fields.prompt))
     text = service.text
     prompts = [await asyncio.to_thread(text.ids, p, True) if isinstance(p, str) else p for p in fields.prompt]
     measured = fields.logprobs if fields.echo else None

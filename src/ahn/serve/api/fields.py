@@ -198,7 +198,10 @@ def _token_ids(value: Any) -> NDArray[np.int32]:
     if isinstance(value, np.ndarray):  # which `wire.parsed` has checked
         return value
     with contextlib.suppress(TypeError, OverflowError):
-        ids = np.frombuffer(array("i", value), np.int32) if isinstance(value, list) else None
+        numbers = isinstance(value, list) and bool not in set(
+            map(type, value)
+        )  # true is no token, though array takes it
+        ids = np.frombuffer(array("i", value), np.int32) if numbers else None
         if ids is not None and (not len(ids) or ids.min() >= 0):
             return ids
     raise PydanticCustomError("prompt", "It must be a text, token ids from 0 to 2147483647, or a list of either")

@@ -15,7 +15,7 @@ from ahn.serve.api.fields import ResponsesFields
 from ahn.serve.api.problems import APIProblem, problem_of
 from ahn.serve.api.replies import WrittenReply
 from ahn.serve.api.service import Service
-from ahn.serve.api.sessions import Turn, response_turn
+from ahn.serve.api.sessions import Turn, response_turn, unknown_response
 from ahn.serve.api.settings import RESPONSE
 from ahn.serve.api.wire import JSONRoute, answer, event
 from ahn.serve.request import SamplingOptions
@@ -55,7 +55,7 @@ def router(service: Service) -> APIRouter:
 
 
 def _unknown(name: str) -> APIProblem:
-    return APIProblem(404, f"There is no response {ascii(name)[:150]}.", "response_id", "response_not_found")
+    return unknown_response(name, "response_id", "response_not_found")
 
 
 async def begin(service: Service, fields: ResponsesFields, owner: str, route: str) -> Responding:

@@ -77,10 +77,11 @@ class Service:
             said = f"The model {ascii(name)[:100]} does not exist here; there is {self.settings.model!r}."
             raise APIProblem(404, said, "model", "model_not_found")
 
-    def check_choices(self, choices: int) -> None:
-        if choices > self.settings.choices:
-            said = f"n: one request may ask for {self.settings.choices} replies, not {choices}."
-            raise APIProblem(400, said, "n", "invalid_value")
+    def check_choices(self, each: int, prompts: int = 1) -> None:
+        if (choices := each * prompts) > self.settings.choices:
+            field = "n" if each > 1 else "prompt"
+            said = f"{field}: one request may ask for {self.settings.choices} replies, not {choices}."
+            raise APIProblem(400, said, field, "invalid_value")
 
     def new_tokens(self, fields: ReplyFields, prompts: Sequence[TokenIds]) -> int:
         """Tokens to write at most: what is wanted, else the default or as many as there is room for."""

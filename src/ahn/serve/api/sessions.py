@@ -61,7 +61,12 @@ async def response_turn(store: MessageStore, owner: str, fields: ResponsesFields
     if previous is not None:
         known = await asyncio.to_thread(store.messages, owner, previous)
         if known is None:
-            unknown = f"There is no response {ascii(previous)[:150]}."
-            raise APIProblem(404, unknown, "previous_response_id", "previous_response_not_found")
+            raise unknown_response(previous, "previous_response_id", "previous_response_not_found")
     before = [] if fields.instructions is None else [{"role": "system", "content": fields.instructions}]
     return Turn(owner, [*before, *(known or []), *given], given, previous)
+
+
+def unknown_response(name: str, field: str, code: str) -> APIProblem:
+    """A client learns the name of a response when it begins, and it can be asked for once it has ended."""
+    said = f"There is no response {ascii(name)[:150]}; one that is being written is there when it has ended."
+    return APIProblem(404, said, field, code)
