@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ahn import AHNCache, AHNError
+from ahn.cache import sinks
 from ahn.cache.rows import join, lengths, mask, put, take
 from ahn.memory.deltanet import DeltaNet
 
@@ -100,9 +101,13 @@ def test_a_memory_that_does_not_begin_with_zeros(monkeypatch: pytest.MonkeyPatch
     Rows(student("deltanet", 0), [1, LOSSLESS - 1, 40]).steps(3)
 
 
-def test_sinks_that_are_read_after_those_of_others_were_moved_stay() -> None:
-    rows = Rows(student("gated_deltanet", 0), [1, 40])
-    rows.steps(12)  # sinks of the longer row are moved along every four steps
+@pytest.mark.parametrize("together", [sinks.TOGETHER, 1], ids=["layers together", "one by one"])
+def test_sinks_that_are_read_after_those_of_others_were_moved_stay(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "TOGETHER", together)
+    rows = Rows(student("gated_deltanet", 0), [1, 40, 42])
+    rows.steps(12)  # sinks of the longer rows are moved along every four steps, and not at the same one
 
 
 @pytest.mark.sample(1)

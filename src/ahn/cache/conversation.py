@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from ahn.cache import file, other
+from ahn.cache import file, other, sinks
 from ahn.cache.hybrid import with_memory
 from ahn.cache.layer import AHNLayer
 from ahn.cache.origin import ModelOf, origin
@@ -207,8 +207,8 @@ class AHNCache(Cache):
         else:
             anchor = tuple(anchors(progress.row_lengths(), reach).tolist())
         if anchor != progress.anchor:
-            for layer in self.memory_layers.values():
-                layer.place_sinks(anchor, rotation)
+            states = [state for layer in self.memory_layers.values() for state in layer.with_moving_sinks()]
+            sinks.move(states, progress.anchor, anchor, self.config.sinks, rotation)
             progress.anchor = anchor
 
     def columns_before(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ahn.cache import sinks
 from ahn.cache.progress import Progress
 from ahn.config import AHNConfig
 from ahn.errors import AHNError
@@ -163,26 +164,21 @@ class AHNLayer(CacheLayerMixin):
         memory = {name: x.detach() for name, x in memory.items()}
         self.state = LayerState(self.window, tier, memory, self.state.sinks, self.state.beside)
 
-    @torch.no_grad()
     def place_sinks(self, anchor: tuple[int, ...], rotation: Rotation | None) -> None:
-        """Move the keys of the sinks along, in place, to where the next queries see them; from their own each time.
+        """Move the keys of the sinks along, in place, to where the next queries see them.
 
         Args:
             anchor: how far, of each row or of all rows.
         """
-        S, state = self.config.sinks, self.state
-        if anchor == self.progress.anchor or rotation is None or state is None or not (S and self.rotates):
-            return
+        if anchor != self.progress.anchor and rotation is not None:
+            sinks.move(self.with_moving_sinks(), self.progress.anchor, anchor, self.config.sinks, rotation)
+
+    def with_moving_sinks(self) -> list[LayerState]:
+        """Its state, if it has sinks that move along, ready to be written."""
+        if self.state is None or not (self.config.sinks and self.rotates):
+            return []
         self.own_memory()
-        assert self.state is not None
-        state, own = self.state, torch.arange(S, device=self.window.keys.device)[None]
-        here = state.window.keys[:, :, :S]
-        # Of a row whose sinks are at their own positions the window knows best: it may have read more of them since.
-        state.sinks = _where(self.progress.anchor, 0, here, here if state.sinks is None else state.sinks)
-        # A tensor made of numbers would wait for all that a GPU has to do.
-        by = anchor[0] if len(anchor) == 1 else torch.tensor(anchor, device=own.device)[:, None]
-        moved = rotation.turn(rotation.undo(state.sinks, own), own + by)
-        state.window.keys[:, :, :S] = _where(anchor, 0, state.sinks, moved)
+        return [self.state]
 
     def enter_slots(self, lengths: Tensor) -> None:
         """Lay the window out in fixed slots; lengths (B or 1,) real tokens of each row before now."""
@@ -323,14 +319,6 @@ class AHNLayer(CacheLayerMixin):
                 "copy (copy.deepcopy(cache)) to go back to, or call cache.activate_past_recording() before what may "
                 "have to be taken out is read."
             )
-
-
-def _where(numbers: tuple[int, ...], number: int, x: Tensor, y: Tensor) -> Tensor:
-    """x (B, H, S, P) in the rows that have this number, y in the others; the numbers are of each row or of all."""
-    equal = [one == number for one in numbers]
-    if all(equal) or not any(equal):
-        return x.clone() if equal[0] else y
-    return torch.where(torch.tensor(equal, device=x.device)[:, None, None, None], x, y)
 
 
 def _padded(x: Tensor, places: int) -> Tensor:
