@@ -10,6 +10,7 @@ import gc
 import random
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +22,10 @@ from captured import LOSSLESS, SINKS, TOLERANCE, WINDOW, Graphs, shared
 from engines import alone, ask, engine, prompt, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import RULED, adapted, tokens
+from models import RULED, adapted, awaken, base, tokens
 from support.effort import examples
 from support.turns import assert_same_layers
+from support.work import Work
 from talk import Talk
 from transformers import PreTrainedModel
 
@@ -326,6 +328,36 @@ def test_a_turn_is_read_as_a_conversation_joins_a_batch(memory: str, graphs: Gra
         torch.testing.assert_close(torch.cat([after_turn, after_step]), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert batch._room is not None and len(batch._room.several.graphs) == 1, "places for 32 tokens, so steps of 16"
     assert graphs.captures == 2 + 3, "of the turns, and of 1, 2 and 4 rows"
+
+
+@torch.no_grad()
+def test_a_turn_costs_a_host_few_calls_whatever_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its captured steps, also where sinks move: a first token waits for all of them."""
+    monkeypatch.setattr(runner, "capture", lambda model, once: (lambda: None, once()))
+    config = ahn.AHNConfig(memory="gated_deltanet", window=32, sinks=2, max_distance=48, prefill_chunk_size=16)
+
+    def calls(layers: int) -> dict[str, Counter[str]]:
+        model = awaken(ahn.attach(base(num_hidden_layers=layers), config))
+        kept, batch, found = AHNCache.for_model(model), FixedBatch(model, 2, turns=True), dict[str, Counter[str]]()
+        model(tokens(1, 90), past_key_values=kept)
+        batch.prepare(kept)
+        with Work() as work:
+            read, _ = batch.read_turn(kept, [3] * 9)
+        assert read.progress.anchor != kept.progress.anchor
+        found["turn"] = work.calls
+        parts = {"join": lambda: batch.add(read), "step": lambda: batch.step([5]), "leave": lambda: batch.drop(0)}
+        for name, part in parts.items():
+            with Work() as work:
+                part()
+            found[name] = work.calls
+        return found
+
+    few, more = calls(layers=1), calls(layers=3)
+    a_layer = {name: (more[name].total() - few[name].total()) / 2 for name in few}
+    assert a_layer == {"turn": 4, "join": 0, "step": 0, "leave": 0}, "keys, values and two gates are laid out in slots"
+    assert few["turn"].total() < 100 and few["join"].total() < 10 and few["step"].total() < 15
+    waits = {"aten::nonzero", "aten::lift_fresh"} & set(few["turn"])
+    assert not waits and few["turn"]["aten::_local_scalar_dense"] == 1, "how long it is, which the CPU knows"
 
 
 def test_an_engine_reads_turns_so(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

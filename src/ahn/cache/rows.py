@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ahn import private
 from ahn.cache import other, tier, waiting
 from ahn.cache.conversation import AHNCache
 from ahn.cache.layer import AHNLayer
@@ -107,15 +108,14 @@ def put(batch: AHNCache, row: int, alone: AHNCache) -> None:
     """
     in_slots = _InSlots(alone, _model_of([batch, alone]))
     _check_every_layer_has_memory(batch)
+    read, anchors = lengths(batch), list(_anchors(batch))  # before there is anything that a GPU would finish first
+    read[row], anchors[row] = alone.seen, _anchors(alone)[0]
     for index in batch.memory_layers:
         state = _state(_laid_in_slots(batch, index))
-        source = in_slots.parts(index, True)
         if state.sinks is None and _state(alone.layers[index]).sinks is not None:
             state.sinks = state.window.keys[:, :, : batch.config.sinks].clone()
-        for name, x in _parts(state).items():
-            x[row : row + 1].copy_(source[name])
-    read, anchors = lengths(batch), list(_anchors(batch))
-    read[row], anchors[row] = alone.seen, _anchors(alone)[0]
+        in_slots.write(index, {name: x[row : row + 1] for name, x in _parts(state).items()})
+    in_slots.end()
     set_read(batch, read, anchors)
 
 
@@ -127,10 +127,8 @@ def lay(room: AHNCache, alone: AHNCache) -> None:
     """
     in_slots = _InSlots(alone, _model_of([room, alone]))
     for index in room.memory_layers:
-        state = _state(_laid_in_slots(room, index))
-        source = in_slots.parts(index, state.sinks is not None)
-        for name, x in _parts(state).items():
-            x.copy_(source[name])
+        in_slots.write(index, _parts(_state(_laid_in_slots(room, index))))
+    in_slots.end()
     room.progress.clear()
     room.progress.seen, room.progress.anchor = alone.seen, _anchors(alone)
 
@@ -323,30 +321,55 @@ class _InSlots:
     def __init__(self, cache: AHNCache, model: PreTrainedModel) -> None:
         self.cache, self.model = cache, model
         self._placed: dict[torch.device, Placed] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
 
     def parts(self, index: int, with_sinks: bool) -> Tensors:
         """All tensors of a layer by name."""
+        state = self._whole(index)
+        if not state.window.in_slots:
+            state.window = state.window.map(lambda x: self._way(x).of(x))
+        if with_sinks and state.sinks is None:
+            state.sinks = state.window.keys[:, :, : self.cache.config.sinks]
+        return _parts(state)
+
+    def write(self, index: int, row: Tensors) -> None:
+        """Write a layer over the tensors (1, ...) of these names; those that are copied as they lie, at the `end`."""
+        state = self._whole(index)
+        named, to_lay = _parts(state), {} if state.window.in_slots else _parts(LayerState(state.window))
+        if SINKS in row and state.sinks is None:
+            named[SINKS] = (row if to_lay else named)["keys"][:, :, : self.cache.config.sinks]
+        for name, target in row.items():
+            if (x := to_lay.get(name)) is not None:
+                self._way(x).into(x, target)
+            else:
+                targets, sources = self._copies.setdefault((target.device, target.dtype), ([], []))
+                targets.append(target)
+                sources.append(named[name])
+
+    def end(self) -> None:
+        """Copy what `write` has left: all layers at once, as each copy alone would cost a host as much as all."""
+        for targets, sources in self._copies.values():
+            private.copy_all(targets, sources)
+
+    def _whole(self, index: int) -> LayerState:
+        """A layer's state as it lies; sinks on their own only where they are kept so."""
         config, state = self.cache.config, _state(self.cache.layers[index])
-        window = state.window if state.window.in_slots else state.window.map(self._laid)
         low_bit, held = state.tier, state.memory
         if config.quantized and low_bit is None:
-            low_bit = tier.empty(config.quantized, window, config.tier_bits)
+            low_bit = tier.empty(config.quantized, state.window, config.tier_bits)
         if not held:
-            keys, memory = window.keys, _memory(self.model, index)
+            keys, memory = state.window.keys, _memory(self.model, index)
             held = memory.init_state(len(keys), keys.device)
             held = held | memory.empty_slots(keys, config.window + config.quantized)
-        sinks = state.sinks
-        if with_sinks and sinks is None:
-            sinks = window.keys[:, :, : config.sinks]
-        return _parts(LayerState(window, low_bit, held, sinks))
+        return LayerState(state.window, low_bit, held, state.sinks)
 
-    def _laid(self, x: Tensor) -> Tensor:
+    def _way(self, x: Tensor) -> Placed:
         if x.device not in self._placed:
             slots, cache = Slots(self.cache.config.window, self.cache.config.sinks), self.cache
             lengths = cache.progress.row_lengths()  # without padding the host knows them
             full = lengths.device.type == "cpu" and bool((lengths >= cache.config.lossless).all())
             self._placed[x.device] = slots.placed(cache.seen, lengths, x.device, full)
-        return self._placed[x.device].of(x)
+        return self._placed[x.device]
 
 
 def _alone(

@@ -24,6 +24,16 @@ def take(x: Tensor, tokens: Tensor) -> Tensor:
     return x.view(_WIDEST).index_select(2, tokens).view(x.dtype) if _fits(x) else x.index_select(2, tokens)
 
 
+def take_into(x: Tensor, tokens: Tensor, target: Tensor) -> None:
+    """`target.copy_(x.index_select(2, tokens))` of (B, H, T, ...), without a copy between."""
+    if (x.dtype, x.device) != (target.dtype, target.device):
+        target.copy_(take(x, tokens))
+    elif _fits(x) and _fits(target):
+        torch.index_select(x.view(_WIDEST), 2, tokens, out=target.view(_WIDEST))
+    else:
+        torch.index_select(x, 2, tokens, out=target)
+
+
 def _fits(x: Tensor) -> bool:
     """Whether every token's numbers are whole, aligned elements of the widest type, and nobody wants gradients."""
     if x.dim() < 4 or x.device.type not in ("cuda", "cpu") or (x.requires_grad and torch.is_grad_enabled()):

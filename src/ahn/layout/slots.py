@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ahn.layout.copies import take
+from ahn.layout.copies import take, take_into
 
 
 def gather(x: Tensor, slots: Tensor) -> Tensor:
@@ -60,10 +60,17 @@ class Placed:
 
     def of(self, x: Tensor) -> Tensor:
         """x (B, H, columns, ...) in slots, in memory of its own."""
-        found = gather(x, self.columns).contiguous()
+        return self._emptied(gather(x, self.columns).contiguous())
+
+    def into(self, x: Tensor, target: Tensor) -> None:
+        """Write x (1, H, columns, ...) of a single row into a tensor (1, H, T, ...) in slots."""
+        take_into(x, self.columns[0], target)
+        self._emptied(target)
+
+    def _emptied(self, x: Tensor) -> Tensor:
         if self.empty is None:
-            return found
-        return found.masked_fill_(self.empty[:, None].reshape(len(self.empty), 1, -1, *[1] * (x.dim() - 3)), 0)
+            return x
+        return x.masked_fill_(self.empty[:, None].reshape(len(self.empty), 1, -1, *[1] * (x.dim() - 3)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
