@@ -125,6 +125,22 @@ def test_first_table_of_performance() -> None:
     )
 
 
+def test_where_the_numbers_of_performance_are_from() -> None:
+    ours = OURS | {"measurement": "prefill", "context": LONG}
+    before = next(row for row in rows(PEERS) if ours.items() <= row.items())
+    full = {"system": "transformers", "measurement": "decode", "context": LONG}
+    first, again = (row for row in rows(PEERS) if full.items() <= row.items())
+    at_32k = peer("decode", MEDIUM, **OURS)
+    more = [100 * (row["generate_s"] / row["seconds"] - 1) for row in (STEP, at_32k)]
+    shows(
+        "docs/performance.md",
+        f"The run before it had {s(before)} ({share(before)})",
+        f"a token took {ms(first, 0)} ms, and {ms(again, 0)} ms where",
+        f"a token takes {more[0]:.0f} % more than a step after 128k, and {more[1]:.1f} % more after 32k "
+        f"({ms(at_32k, field='generate_s')} ms)",
+    )
+
+
 def test_texts_that_fit_in_performance() -> None:
     theirs, ours, at_8k = peer("throughput", MEDIUM, **VLLM), peer("throughput", MEDIUM, **OURS), VLLM_SERVED[0]
     shows(
