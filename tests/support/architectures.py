@@ -91,6 +91,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "ministral": _ROPE | {"head_dim": 16},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"time_step_min": 1e-6},  # transformers clamps at it where several tokens come, but not in a step
     "phi4_multimodal": {
         "vision_config": _SMALL | {"image_size": 32, "patch_size": 16, "crop_size": 32},
         "audio_config": _SMALL | {"num_blocks": 1, "ext_pw_out_channel": 32, "nemo_conv_channels": 32},

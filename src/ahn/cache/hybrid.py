@@ -46,7 +46,7 @@ class HybridLayer(AHNLayer, LinearAttentionLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and other.states(self):
-            raise AHNError("Nothing can be taken out of a conversation again whose layers keep one recurrent state.")
+            raise AHNError(other.ONE_STATE)
         super().check_crop(tokens_to_remove)
 
     def crop(self, tokens_to_remove: int) -> None:

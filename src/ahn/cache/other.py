@@ -25,6 +25,10 @@ from ahn.wrappers import decoder_of
 
 _STATES = ("conv_states", "recurrent_states")
 """Of a layer with linear attention: dictionaries from numbers to tensors, None where there is none yet."""
+ONE_STATE = (
+    "Nothing can be taken out of this conversation again: the base's recurrent layers keep one state. Keep a copy "
+    "(copy.deepcopy(cache)) to go back to."
+)
 
 
 def tensors(layer: Any, index: int) -> dict[str, Tensor]:
@@ -87,7 +91,7 @@ def check_crop(layer: Any, index: int, columns: int) -> None:
     if not columns:
         return
     if not layer.is_croppable:
-        raise AHNError(f"Nothing can be taken out of layer {index} again: a recurrent layer keeps one state.")
+        raise AHNError(ONE_STATE)
     if _slides(layer):
         left, seen = layer.keys.shape[2] - columns, layer.cumulative_length - columns
         if left < min(seen, layer.sliding_window - 1):

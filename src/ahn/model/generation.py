@@ -62,8 +62,8 @@ def _check_guesses(model: PreTrainedModel, kwargs: dict[str, Any], config: AHNCo
         return
     if model._ahn.recurrent_base and private.keeps_states(model):
         raise AHNError(
-            f"{type(model).__name__} keeps recurrent states, from which tokens that were guessed wrong cannot be taken "
-            "out again: generate without prompt_lookup_num_tokens and assistant_model."
+            "The recurrent layers of this base keep one state, from which tokens that were guessed wrong cannot be "
+            "taken out again: generate without prompt_lookup_num_tokens and assistant_model."
         )
     drafter = kwargs.get("assistant_model")
     if getattr(drafter, "ahn_config", None) is not None and AHNCache.for_model(drafter).recurrent:
