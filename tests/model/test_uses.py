@@ -15,6 +15,10 @@ LONG = ("LoRA", "offload to the CPU or to disk", "`torch.compile(model)`")
 HERE = [x for x in FAMILIES if x in TYPES or x in SIGHTED]  # older versions lack some
 
 
+FOUND = [("`AutoModel`", "gemma4_text"), ("prompt lookup", "llama4_text")]
+"""What was wrong in one architecture that is no family of the page."""
+
+
 def test_the_page_has_every_use_of_every_family() -> None:
     assert list(read_table(PAGE)) == [(name, family) for name in USES for family in FAMILIES]
 
@@ -27,3 +31,10 @@ def test_a_use_is_right_or_refused_as_the_page_says(name: str, family: str, tmp_
     assert verdict.kind in ("right", "refused", NONE), verdict.note
     if f"transformers {transformers.__version__}" in PAGE:
         assert verdict == read_table(PAGE)[name, family]
+
+
+@pytest.mark.parametrize(("name", "model_type"), FOUND)
+def test_a_use_that_was_wrong_elsewhere(name: str, model_type: str, tmp_path: Path) -> None:
+    """Its decoder takes `logits_to_keep` as if it had logits; its angles are one tensor of complex numbers."""
+    verdict = judge(name, model_type, tmp_path)
+    assert verdict.kind == "right", verdict.note

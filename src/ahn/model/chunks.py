@@ -101,7 +101,8 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 def gives_tokens(model: PreTrainedModel) -> bool:
     """Whether a model's output has logits per token: others (classes of a text, a bare decoder) read a text at once."""
-    return "logits_to_keep" in _positional(type(model).forward)
+    takes_rows = "logits_to_keep" in _positional(type(model).forward)  # so does Gemma 4's decoder, without a use for it
+    return takes_rows and decoder_of(model) is not model
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

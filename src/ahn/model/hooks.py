@@ -46,6 +46,7 @@ class AttentionHook:
             return None
         step = isinstance(kwargs["ahn_forward"], StepForward | SeveralForward)
         cache = None if step else kwargs.get(private.CACHE)
+        rope = kwargs.get("position_embeddings")
         kwargs["ahn_layer"] = LayerContext(
             index=-1 if step else self.layer_idx,
             ahn=self.ahn,
@@ -53,7 +54,7 @@ class AttentionHook:
             x=kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
             cache=cache,
             cache_layer=None if cache is None else cache.layers[self.layer_idx],
-            rope=kwargs.get("position_embeddings"),
+            rope=rope if isinstance(rope, tuple) else None,  # Llama 4 has one tensor, of complex numbers
             rotates=rotates(module),
         )
         return args, kwargs
