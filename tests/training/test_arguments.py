@@ -104,6 +104,8 @@ def test_held_out_data_has_one_window(flags: list[Any], draw: WindowDraw) -> Non
     ("content", "words"),
     [
         ("dataset: [", "not valid YAML"),
+        ("window: 48\nsinks: 0\nwindow: 64\n", "has window twice, in lines 1 and 3"),
+        ("max-steps: 1\nmax_steps: 2\n", "has max_steps twice, in lines 1 and 2"),
         ("- chatqa2", "names and values"),
         (b"\xff\xfe\x00", "is not UTF-8"),
         ("datasett: chatqa2", "Unknown setting 'datasett'; did you mean dataset?"),
@@ -158,6 +160,9 @@ def test_wrong_files(content: str | bytes, words: str, tmp_path: Path) -> None:
         ("--num_train_epochs -1", "num_train_epochs must be above 0"),
         ("--max_steps 0", "max_steps must be at least 1"),
         ("--seed -1", "seed must be a number of at least 0"),
+        ("--seed 4294967296", "seed must be below 4294967296"),
+        ("--data_seed 99999999999", "data_seed must be below 4294967296"),
+        ("--load_best_model_at_end", "but found - Evaluation strategy"),
         ("--adam_beta1 1.5", "The optimizer or its schedule cannot be made: Invalid beta"),
         ('--lr_scheduler_kwargs {"nonsense":1}', "The optimizer or its schedule cannot be made"),
         ("--load_best_model_at_end --save_strategy steps --eval_strategy steps --val_size 2", "is an adapter"),

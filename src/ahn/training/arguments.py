@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
     except AHNError:
         raise
     except (ValueError, OSError, ImportError, TypeError) as error:  # what the Trainer's arguments refuse
-        raise AHNError(f"{first_line(error)}.") from error
+        raise AHNError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
     if unused:
         name = next(name for name, value in values.items() if isinstance(value, list) and unused[0] in map(str, value))
         late = unused[-1].endswith((".yaml", ".yml"))
@@ -157,14 +157,21 @@ def _configuration(path: Path) -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by name, with underscores."""
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(text)
+        written = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise AHNError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or any(not isinstance(name, str) for name in content):
         raise AHNError(f"{path} must hold names and values, such as 'dataset: chatqa2', one per line.")
+    places: dict[str, int] = {}
+    for key, _ in written.value:  # of two lines YAML's reader takes the last one without a word
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if places.setdefault(name, line) != line:
+            raise AHNError(f"{path} has {name} twice, in lines {places[name]} and {line}: leave one of them out.")
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
@@ -245,6 +252,8 @@ AT_LEAST = {
     "save_total_limit": 1,
 }
 """The smallest value of the Trainer's numbers; it takes smaller ones, and dies of them later or does nothing."""
+SEEDS = ("seed", "data_seed")
+"""Below 2 ** 32, as NumPy wants them."""
 ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps", "num_train_epochs")
 
 
@@ -253,6 +262,9 @@ def _check_numbers(trainer: TrainerArguments) -> None:
         value = getattr(trainer, name, None)
         if value is not None and not least <= value < math.inf:  # nor is a NaN
             raise AHNError(f"{name} must be a number of at least {least}, got {value}.")
+    for name in SEEDS:
+        if (getattr(trainer, name) or 0) >= 1 << 32:
+            raise AHNError(f"{name} must be below 4294967296, got {getattr(trainer, name)}.")
     for name in ABOVE_ZERO:
         value = getattr(trainer, name)
         if value is not None and not 0 < value < math.inf:
