@@ -13,6 +13,7 @@ import pytest
 import speaking
 import torch
 
+from ahn.cache.conversation import AHNCache
 from ahn.cli.chat import Chat
 from ahn.cli.commands import Commands, full_bytes, memory_rows
 from ahn.cli.turns import PlainTurns, TemplateTurns
@@ -28,6 +29,8 @@ NO_END = (
     "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
+# As Phi-3's: a text ends otherwise than a turn amid it.
+ENDING = speaking.CHATML + "{% if not add_generation_prompt %}THE END{% endif %}"
 REFUSING = speaking.CHATML + "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
 
 
@@ -76,6 +79,20 @@ def test_the_cache_holds_the_templated_history(template: str, ends: bool, monkey
     assert talk.holds(history)
     assert not talk.holds(history.replace("there", "here"))
     assert talk.told == []
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_turn_is_not_closed_as_the_whole_text_is(ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk(ENDING, monkeypatch)
+    talk.say("Hello", "Hi there", ends)
+    talk.session.save(str(tmp_path / "talk"))
+    talk.say("Who are you?", "A model", ends)
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    assert talk.holds(turn.format("Hello", "Hi there") + turn.format("Who are you?", "A model"))
+    assert talk.told == []
+    talk.turns.reset(AHNCache.load(tmp_path / "talk", talk.session.model))
+    talk.say("Who are you?", "A model", ends)
+    assert talk.holds(turn.format("Hello", "Hi there") + turn.format("Who are you?", "A model"))
 
 
 def test_a_template_that_rewrites_history_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

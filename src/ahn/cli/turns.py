@@ -118,7 +118,7 @@ class TemplateTurns(PlainTurns):
             cache.messages = said or joined
             self._text = None
             if any(message["role"] == "assistant" for message in cache.messages):
-                self._closing = self._after_reply(cache.messages[: -1 if self.open else None], ask=False)
+                self._closing = self._end_of_turn(cache.messages[: -1 if self.open else None])
 
     def begin(self) -> list[int]:
         before = APART if self.open else self._around([*self.messages, _asked(QUESTION)])[0]
@@ -147,7 +147,7 @@ class TemplateTurns(PlainTurns):
         # The model may have written the beginning of the closing itself: its end token.
         end = session.tokenizer.decode(session.written[-1:]) if session.finished else ""
         super().close(reply)
-        self._closing = self._after_reply(self.messages, ask=False)
+        self._closing = self._end_of_turn(self.messages)
         missing = self._closing.removeprefix(end)
         session.read(self._encode(missing))
         if self._text is not None:
@@ -174,6 +174,20 @@ class TemplateTurns(PlainTurns):
         if not piece.startswith(self._closing):
             raise AHNError("This chat template closes a turn in different ways; use ahn generate instead.")
         return piece.removeprefix(self._closing)
+
+    def _end_of_turn(self, messages: list[Message]) -> str:
+        """What the template closes the last turn with, whatever follows: some end a conversation otherwise than a turn.
+
+        Phi-3's puts the end of a text after a last reply alone. What both have in common is cut between two tokens.
+        """
+        alone = self._after_reply(messages, ask=False)
+        before = self._after_reply([*messages, _asked(QUESTION)], ask=True)
+        if before.startswith(alone):
+            return alone
+        own, other = self._encode(alone), self._encode(before)
+        common = next((n for n, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), len(own))
+        shared = self.session.tokenizer.decode(own[:common], clean_up_tokenization_spaces=False)
+        return shared if shared and alone.startswith(shared) else alone
 
     def _after_reply(self, messages: list[Message], ask: bool) -> str:
         """What the template puts after the last reply, up to the end or (`ask`) to where the next reply begins."""
