@@ -212,6 +212,7 @@ def test_plain_models_and_wrong_bases_are_refused(
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id must be a token's number, or a list, got 'x'"),
         ("generation_config.json", {"pad_token_id": [1, None]}, "pad_token_id must be a token's number"),
         ("config.json", {"_attn_implementation": "somebody/attention"}, "asks for code from the Hub"),
+        ("config.json", {"dtype": 5}, "dtype must be the name of a dtype, got 5"),
     ],
 )
 def test_files_beside_the_weights_that_mislead_transformers_are_refused(

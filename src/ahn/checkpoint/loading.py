@@ -228,7 +228,11 @@ def load_base(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Pr
     kwargs = {"trust_remote_code": False} | kwargs
     for name in ("dtype", "torch_dtype"):
         _check_dtype(kwargs.get(name))
-    check_kernels(read_json(path / CONFIG), path / CONFIG)
+    config = read_json(path / CONFIG)
+    check_kernels(config, path / CONFIG)
+    for name in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(name), str | dict | None):
+            raise AHNError(f"{path / CONFIG}: {name} must be the name of a dtype, got {config[name]!r:.100}.")
     _check_beside(path)
     with _without_load_report():
         try:
