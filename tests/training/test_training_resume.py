@@ -142,6 +142,28 @@ def test_damaged_checkpoints_are_left_aside(
         point(tiny_model, data, output, resume_from_checkpoint=output / "checkpoint-2")
 
 
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:
+    """Of one that was damaged and left aside, or that came after the one a run was resumed from by name."""
+    old, new = checkpoints.folder(tmp_path, 2), checkpoints.partial(tmp_path, 2)
+    for path in (old, new):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    checkpoints.remove([old])
+    assert not old.exists() and (new / "file").read_text() == new.name
+    (tmp_path / ".checkpoint-2.old.partial").mkdir()  # as a run leaves it that is killed amid the removal
+    checkpoints.clear_partial(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_writes_over_later_checkpoints(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    output = finished(tiny_model, data, tmp_path)
+    (output / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"damaged")
+    settings = {"resume_from_checkpoint": output / "checkpoint-2", "max_steps": 4}
+    assert train(tiny_model, data, output, **settings) == 0
+    assert checkpoints.damage(output / "checkpoint-4") is None
+
+
 def point(tiny_model: Path, data: Path, output: Path, **more: object) -> Path | None:
     return starting_point(*parse(flags(tiny_model, data, output, **more)))
 

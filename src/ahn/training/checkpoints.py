@@ -88,9 +88,12 @@ def clear_partial(output: Path) -> None:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete checkpoints. Each loses its name first, so that one half deleted is not taken for a good one."""
+    """Delete checkpoints. Each loses its name first, so that one half deleted is not taken for a good one.
+
+    The name it gets is not that of `partial`: the checkpoint that takes its place lies there already.
+    """
     for path in paths:
-        doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.partial")
+        doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.old.partial")
         if path != doomed:
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
