@@ -370,3 +370,15 @@ def test_training() -> None:
         f"runs at {rate(measured(H100, measurement='train', model='qwen2.5-7b'))} tokens/s on an H100, on "
         f"SmolLM2-135M's at {fixed(round(sixteen['tokens_per_second'], -3))} on an H200",
     )
+
+
+def test_training_on_two_gpus() -> None:
+    one, two = (measured("h100-scaling.jsonl", run=run) for run in ("1 GPU", "2 GPUs, DDP"))
+    sharded = measured("h100-scaling.jsonl", run="2 GPUs, FSDP2")
+    ratio = two["tokens_per_second"] / one["tokens_per_second"]
+    shows(
+        "docs/training.md",
+        f"| 3B, DDP | {rate(one)} | {rate(two)} | {fixed(ratio, 3)} |",
+        f" | – | {rate(sharded)} | – | falls by {fixed(100 * sharded['fell_by'], 1)} % in two steps | "
+        f"{fixed(sharded['peak_gib'][0] * 2**30 / 1e9, 1)} GB ({fixed(sharded['peak_gib'][0], 1)} GiB), both |",
+    )
