@@ -250,6 +250,13 @@ def keeps_states(model: PreTrainedModel) -> bool:
     return bool(model._is_stateful)
 
 
+def saved_names(model: PreTrainedModel, tensors: dict[str, nn.Parameter]) -> set[str]:
+    """What `save_pretrained` calls these tensors: it gives some models the names of their makers' code (EXAONE)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return set(revert_weight_conversion(model, dict(tensors)))
+
+
 def use_one_gpu(arguments: TrainingArguments) -> None:
     """On several GPUs without a launcher the Trainer would copy the model to each, in threads; no argument says no."""
     arguments._n_gpu = 1

@@ -15,7 +15,11 @@ LONG = ("LoRA", "offload to the CPU or to disk", "`torch.compile(model)`")
 HERE = [x for x in FAMILIES if x in TYPES or x in SIGHTED]  # older versions lack some
 
 
-FOUND = [("`AutoModel`", "gemma4_text"), ("prompt lookup", "llama4_text")]
+FOUND = [
+    ("`AutoModel`", "gemma4_text"),
+    ("prompt lookup", "llama4_text"),
+    ("`save_pretrained`, then an Auto class", "exaone"),
+]
 """What was wrong in one architecture that is no family of the page."""
 
 
@@ -35,6 +39,7 @@ def test_a_use_is_right_or_refused_as_the_page_says(name: str, family: str, tmp_
 
 @pytest.mark.parametrize(("name", "model_type"), FOUND)
 def test_a_use_that_was_wrong_elsewhere(name: str, model_type: str, tmp_path: Path) -> None:
-    """Its decoder takes `logits_to_keep` as if it had logits; its angles are one tensor of complex numbers."""
+    """Its decoder takes `logits_to_keep` as if it had logits; its angles are one tensor of complex numbers;
+    transformers saves it under the names of its makers' code."""
     verdict = judge(name, model_type, tmp_path)
     assert verdict.kind == "right", verdict.note

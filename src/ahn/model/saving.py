@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ahn import memory
+from ahn import memory, private
 from ahn.config import ARCHITECTURE, MODEL_TYPE, PUBLISHED_NAME, SAVED_BLOCK, AHNConfig
 from ahn.errors import AHNError
 from ahn.files import check_folder, expanded, write_json
@@ -67,6 +67,9 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
             "Save the memory alone (ahn.save_adapter), or the model before it is quantized."
         )
     check_bases(given or dict(added_parameters(model)), "The model is not saved", SAVE_ANOTHER)
+    added = dict(added_parameters(model))
+    if private.saved_names(model, added) != added.keys():  # under other names nobody would find the memory again
+        kwargs["save_original_format"] = False
     with _own_configuration(model) as written:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if not written and getattr(model, "_hf_peft_config_loaded", False):
