@@ -36,7 +36,8 @@ def rotation_of(model: PreTrainedModel, attention: nn.Module) -> Rotation | None
     config = model.config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}
     kind = str(getattr(embedding, "rope_type", "default"))
-    if any(name in kind for name in _MOVING) or "mrope_section" in parameters:
+    several = "mrope_section" in parameters or hasattr(embedding, "mrope_section")
+    if several or any(name in kind for name in _MOVING):
         return None
     return Rotation(embedding, apply, float(getattr(embedding, "attention_scaling", 1.0)))
 
