@@ -208,6 +208,46 @@ def test_vllms_server() -> None:
         f"At 128k tokens `ahn serve` holds {ours['conversations']} conversations in place of "
         f"{VLLM_SERVED[-1]['conversations']} and writes {fixed(1 / at_128k, 1)} times as many tokens per second",
     )
+    turn = ms(served("second_turn", LONG), 0, "device_s")
+    short, medium, long = (ms(row, 0, "kept_s") for row in (short, medium, long))
+    shows(
+        "docs/serving.md",
+        f"A second turn after 128k tokens begins after {turn} ms, with vLLM after {long}",
+        f"vLLM takes {medium} ms (32k) and {short} ms (8k)",
+    )
+    shows(
+        "docs/comparison.md",
+        f"begins after {turn} ms with `ahn serve` and after {long} ms with vLLM",
+        f"vLLM takes {medium} ms (32k) and {short} ms (8k)",
+    )
+
+
+def test_second_turns_in_the_log() -> None:
+    """The five versions, oldest first, and where the time of the last one goes."""
+    first, steps, several, quicker, parts = (row for row in rows("h200-serving.jsonl") if "device_s" in row)
+    by_steps = [ms(row, 0, "device_by_steps_s") for row in (several, quicker, parts)]
+    device = [ms(row, 0, "device_s") for row in (first, steps, several, quicker, parts)]
+    of_file = [ms({"seconds": row["disk_s"] - row["memory_s"]}, 0) for row in (first, steps, several, quicker, parts)]
+
+    def after(place: str) -> str:
+        three = ", ".join(fixed(1000 * seconds) for seconds in parts[f"{place}_times_s"])
+        return f"{ms(parts, 0, f'{place}_s')} ({three})"
+
+    shows(
+        "docs/log.md",
+        f"| {device[0]} ms | {device[1]} ms (wanted: 60) |",
+        f"| 65 ms | {device[1]} ms |",
+        f"| 120 ms | {device[2]} ms ({by_steps[0]} with a step for each token) |",
+        f"| {device[3]} ms ({by_steps[1]} with a step for each token) |",
+        f"| 39 ms (30 to 48) | {device[4]} ms ({by_steps[2]} with a step for each token) |",
+        f"| on the GPU | {device[3]} | 39 (30 to 48) | {after('device')} | 60 |",
+        f"| on the GPU, a step for each token | {by_steps[1]} | | {after('device_by_steps')} | |",
+        f"| in the CPU's memory | {ms(quicker, 0, 'memory_s')} | 210 | {after('memory')} | |",
+        f"| in a file that the system holds | {ms(quicker, 0, 'disk_s')} | 305 | {after('disk')} | 400 |",
+        f"| in a file that it does not hold | {ms(quicker, 0, 'cold_s')} | | {after('cold')} | |",
+        f"adds {of_file[4]} ms",
+        f"it added {of_file[0]}, {of_file[1]}, {of_file[2]} and {of_file[3]}",
+    )
 
 
 def test_vllm_in_the_log() -> None:
