@@ -54,7 +54,20 @@ REAL = {
     "Mamba2": "mamba2",
     "Routed DeltaNet": "routed_deltanet",
 }
-RULER = ("full attention", "tier 7680 4/2", PASSAGES, "retained 2048 4/2 behind a tier of 2048", "sinks + window")
+SHARED = "retained 4096 4/2, passages of 64, one score for all heads"
+RULER = ("full attention", "tier 7680 4/2", "tier 7680 2/4, calibrated", SHARED, "sinks + window")
+AGAIN = {
+    "full attention": ("full attention",) * 2,
+    "a longer window": ("window of as many bytes",) * 2,
+    "tier, 4 and 2 bits, nothing calibrated": ("tier 7680 4/2",) * 2,
+    "tier, 3 and 2 bits": ("tier 7680 3/2",) * 2,
+    "tier, keys at 2 calibrated bits, values at 4": ("tier 7680 2/4, calibrated",) * 2,
+    "the same, values at 2 bits": ("tier 7680 2/2, calibrated",) * 2,
+    "retained tokens in passages": (PASSAGES, SHARED),
+    "2 048 of them behind a tier of 2 048": ("retained 2048 4/2 behind a tier of 2048",) * 2,
+    "DeltaNet": ("deltanet",) * 2,
+    "Gated DeltaNet": ("gated_deltanet",) * 2,
+}
 
 
 def test_results_are_few_and_listed() -> None:
@@ -219,9 +232,31 @@ def test_demo_of_a_real_model_in_the_readme() -> None:
         assert line in document("README.md")
 
 
+def test_what_was_measured_again() -> None:
+    """Both runs of each line, and that no row of the second is left out."""
+    (table,) = tables("Measured again")
+    found = {row["name"]: row for row in rows("smollm2-h200.jsonl") if row["stage"] == "rows"}
+    assert {f"{second}, again" for _, second in AGAIN.values()} == {
+        name for name in found if name.endswith(", again")
+    } - {"sinks + window, again"}
+    for cells in table:
+        name, *shown = cells.values()
+        expected = []
+        for row, run in zip(
+            (found[n] for n in (AGAIN[name][0], f"{AGAIN[name][1]}, again")), ("", ", again"), strict=True
+        ):
+            full, window = found[f"full attention{run}"], found[f"sinks + window{run}"]
+            shares = [
+                100 * (window[kind] - row[kind]) / (window[kind] - full[kind]) for kind in ("prose_loss", "code_loss")
+            ]
+            expected.append((", ".join(f"{x:.0f}" for x in shares), str(row["one_right"]), str(row["several_right"])))
+        assert shown == [cell for pair in zip(*expected, strict=True) for cell in pair], name
+
+
 def test_table_of_ruler() -> None:
     (table,) = tables("RULER")
-    by_name = {row["name"]: row["ruler"] for row in rows("smollm2-h200.jsonl") if row["stage"] == "ruler"}
+    by_name = {row["way"]: row["scores"] for row in rows("smollm2-h200.jsonl") if row["stage"] == "tasks"}
+    assert by_name.keys() == {*RULER}
     for column, name in zip(list(table[0])[1:], RULER, strict=True):
         scores = [100 * statistics.mean(samples) for samples in by_name[name].values()]
         shown = [number(cells[column]) for cells in table]

@@ -5,8 +5,8 @@
 
 Stages: `chats` writes conversations to learn from and to be asked; `scores` trains the scores of retained tokens, and
 calibrates the basis in which keys are coded; `memories` distils recurrent memories; `rows` reads texts and asks facts
-within the trained length, in every way of `real/ways.py`; `tasks` answers tasks of `ahn eval`; `far` asks facts beyond
-the trained length; `book` gives the loss of a whole book by position.
+within the trained length, in every way of `real/ways.py`; `tasks` answers tasks of `ahn eval` in the main ways; `far`
+asks facts beyond the trained length; `book` gives the loss of a whole book by position.
 
 Several processes share what there is to do, five on each GPU: whichever is free takes the next thing. What is done is
 a line in rows.jsonl and is not done again. A thing that fails does not stop the others; the command then ends with an
@@ -84,8 +84,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memories", default="deltanet,gated_deltanet,mamba2,routed_deltanet", help="commas between")
     parser.add_argument("--memory-steps", type=int, default=200, help="of their training, of --batch texts each")
     parser.add_argument("--memory-lr", type=float, default=2e-3)
-    parser.add_argument("--tasks", default="ruler/4k", help="of `ahn eval`, in all ways; commas between")
-    parser.add_argument("--main-tasks", default="ruler/2k,ruler/8k,recall/changes/8k", help="in the main ways only")
+    tasks = "ruler/4k,recall/changes/8k,ruler/8k"
+    parser.add_argument("--tasks", default=tasks, help="of `ahn eval`, in the main ways; commas between")
     parser.add_argument("--task-samples", type=int, default=100, help="of each task")
     parser.add_argument("--texts", default="sotu,stdlib", help="of the chats; as make_chats.py")
     parser.add_argument("--book", default="moby-dick", help="prose, and the book that is read whole")
@@ -94,12 +94,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scores", type=Path, help="an adapter with the scores of each head that is there already")
     parser.add_argument("--keys", type=Path, help="an adapter with the basis of keys that is there already")
     options = parser.parse_args(arguments)
-    for name in ("only", "tasks", "main_tasks"):
+    for name in ("only", "tasks"):
         setattr(options, name, [part for part in getattr(options, name).split(",") if part])
     if wrong := set(options.only) - set(STAGES):
         parser.error(f"there is no stage {', '.join(wrong)}; there are {', '.join(STAGES)}")
     try:
-        for spec in (*options.tasks, *options.main_tasks):
+        for spec in options.tasks:
             check(spec)
     except AHNError as error:
         parser.error(str(error))

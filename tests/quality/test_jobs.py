@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -89,14 +90,17 @@ def test_nothing_is_begun_when_time_is_over(folder: Path, capsys: pytest.Capture
     assert "not begun: b" in capsys.readouterr().out
 
 
-def test_processes_end_with_the_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_processes_end_with_the_call(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[BaseException]
+) -> None:
     def interrupted(_: Any) -> None:
         while not (folder / "long.began").exists():
             time.sleep(0.05)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(jobs, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         do([job("long", 600.0)], start, ["cpu"])
     process = int((folder / "long.began").read_text().split()[2])
     with pytest.raises(ProcessLookupError):

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ahn.checkpoint import shipped
 from ahn.cli.env import environment
+from ahn.files import write_text
+from ahn.measure.texts import read_texts
 
 from . import reading, tasks, training
 from .ways import Way, Ways
@@ -35,8 +37,8 @@ AT_ONCE = 1 << 18
 """Tokens of a forward. More leave no memory on a GPU for other processes, and hardly make it faster."""
 AT_ONCE_APART = 1 << 16
 """The same where every head keeps tokens of its own, whose masks take more."""
-TRAINING = "training"
-"""What takes half of a GPU's memory: one after the other."""
+LARGE = "large"
+"""What takes a third of a GPU's memory: one after the other."""
 Result: TypeAlias = dict[str, Any]
 Part: TypeAlias = tuple[str, str]
 """A stage and a name: one line of rows.jsonl."""
@@ -48,12 +50,14 @@ class Item:
 
     Attributes:
         needs: what has to be done before.
+        turn: as of `Job`.
     """
 
     stage: str
     name: str
     run: Callable[[], Result]
     needs: tuple[Part, ...] = ()
+    turn: str | None = None
 
     @property
     def part(self) -> Part:
@@ -110,12 +114,14 @@ class Study:
         coming = {item.part for item in missing}
         return [
             Job(
-                ": ".join(item.part), item.part, tuple(": ".join(part) for part in item.needs if part in coming),
-                turn=TRAINING if item.stage == "memories" else None,
+                ": ".join(item.part),
+                item.part,
+                tuple(": ".join(part) for part in item.needs if part in coming),
+                item.turn,
             )
             for item in missing
             if done | coming >= {*item.needs}
-        ]  # fmt: skip
+        ]
 
     def do(self, part: Part) -> None:
         """Do one of them and keep its line."""
@@ -138,18 +144,15 @@ class Study:
         o, train = self.options, (("chats", "train"),)
         yield from self._chats()
         if not o.scores:
-            yield Item("scores", "scores of each head", lambda: self._learn(self.scores), train)
+            yield Item("scores", "scores of each head", lambda: self._learn(self.scores), train, LARGE)
         if not o.keys:
             yield Item("scores", "basis of keys", self._calibrate, train)
         yield Item("scores", "one score for all heads", lambda: self._learn(self.ways.shared, shared=True), train)
         for name in self._adapters:
-            yield Item("memories", name, lambda name=name: self._distil(name), train)
+            yield Item("memories", name, lambda name=name: self._distil(name), train, LARGE)
         for way in self.ways.within():
             yield self._item("rows", way, self._row, "one", "several")
         for spec in o.tasks:
-            for way in self.ways.within():
-                yield self._task(way, spec)
-        for spec in o.main_tasks:
             for way in self.ways.within():
                 if way.main:
                     yield self._task(way, spec)
@@ -251,8 +254,16 @@ class Study:
         samples = self.options.task_samples
         evaluated = tasks.evaluated(self.model, self.tokenizer, self.path, way)
         batch = self._at_once(way, self.options.length, samples)
-        found = tasks.scores(evaluated, spec, self.out / "tasks", samples, batch)
+        found = tasks.scores(evaluated, spec, self.haystack, self.out / "tasks", samples, batch)
         return {name: [round(x, 4) for x in each] for name, each in found.items()}
+
+    @cached_property
+    def haystack(self) -> Path:
+        """The book as a file: a default haystack hangs on the version of Python, and full attention's score on it."""
+        file = self.out / "haystack.txt"
+        if not file.exists():
+            write_text(file, "\n\n".join(part.text for part in read_texts(self.options.book)))
+        return file
 
     def _at_once(self, way: Way, length: int, count: int) -> int:
         """How many of `count` texts are read at the same time: of equal shares as large as memory allows."""

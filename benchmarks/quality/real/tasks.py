@@ -27,16 +27,19 @@ def evaluated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: 
     return methods.of_loaded(method, model, tokenizer, base, used, way.name)
 
 
-def scores(reading: Evaluated, spec: str, out: Path, samples: int, batch: int) -> dict[str, list[float]]:
+def scores(
+    reading: Evaluated, spec: str, haystack: Path, out: Path, samples: int, batch: int
+) -> dict[str, list[float]]:
     """Per task the score of each answer, 0 to 1. What an earlier run answered is not asked again.
 
     Args:
         spec: a benchmark, a task, or one length of it.
+        haystack: file of the text in which things are hidden.
         out: folder of the result folders.
         samples: of each task.
         batch: prompts answered together.
     """
-    found = tasks(spec, tokenizer=reading.tokenizer, samples=samples)
+    found = tasks(spec, tokenizer=reading.tokenizer, samples=samples, haystack=haystack)
     runner.run(found, reading, out, batch=batch)
     folders = {task.name: ResultFolder(out, *runner.describe(task, reading, None, batch)) for task in found}
     return {name: [row["score"] for _, row in sorted(folder.rows().items())] for name, folder in folders.items()}

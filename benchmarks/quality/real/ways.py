@@ -22,7 +22,7 @@ class Way:
     Attributes:
         config: None for full attention.
         adapter: directory of the weights, if the way has some. They fit every number of slots and bits.
-        main: it is asked more than the others.
+        main: it answers tasks, too.
     """
 
     name: str
@@ -121,8 +121,8 @@ class Ways:
 
     def recurrent(self) -> Iterator[Way]:
         """Recurrent memories."""
-        for name, directory in self.memories.items():
-            yield Way(name, self._config(name), directory)
+        for number, (name, directory) in enumerate(self.memories.items()):
+            yield Way(name, self._config(name), directory, main=number == 0)
 
     def within(self) -> Iterator[Way]:
         """For texts within the trained length."""
@@ -134,7 +134,7 @@ class Ways:
         yield self.tier(self.rest, (4, 2))
         yield self.calibrated(self.rest, 2)
         yield self.retained(4096, (4, 2))
-        yield Way("window of as many bytes", self._config("window_only", self.window + 1024))
+        yield Way("window of as many bytes", self._config("window_only", self.window + 1024), main=True)
         yield from self.recurrent()
         yield self.retained(4096, (4, 2), passage=64)
         yield self.retained(1024, (16, 16))

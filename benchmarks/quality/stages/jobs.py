@@ -42,7 +42,7 @@ def do(jobs: Sequence[Job], start: Start, devices: Sequence[str], until: float |
     """Do all jobs, in their order as far as what they need allows, in a process for each of `devices`.
 
     A process that a job ends, by an error or a crash, is replaced by a new one. The processes end with this call,
-    whichever way it ends.
+    whichever way it ends; SIGTERM ends it as Ctrl-C does.
 
     Args:
         until: seconds from now after which no job is begun.
@@ -53,6 +53,7 @@ def do(jobs: Sequence[Job], start: Start, devices: Sequence[str], until: float |
     clock, began = Clock(), time.perf_counter()
     waiting, failed, done = list(jobs), [], 0
     workers = [Worker(start, device) for device in devices]
+    before = signal.signal(signal.SIGTERM, _ended)
 
     def ready() -> Job | None:
         begun = [worker.job for worker in workers if worker.job]
@@ -87,6 +88,11 @@ def do(jobs: Sequence[Job], start: Start, devices: Sequence[str], until: float |
     finally:
         for worker in workers:
             worker.stop()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ended(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 class Worker:
@@ -156,6 +162,7 @@ class Prefixed:
 
 def _serve(start: Start, device: str, jobs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     streams = Prefixed(sys.stdout), Prefixed(sys.stderr)
     sys.stdout, sys.stderr = streams
     work = None
