@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import speaking
 import torch
+from transformers import AutoModelForCausalLM
 
 import ahn
 
@@ -50,6 +51,24 @@ def test_quantized_tokens(ahn_cli: Any, plain: speaking.Speaking) -> None:
     told = json.loads(ahn_cli(*options, *published, "--quantized", 5, "--prompt", TEXT, "--json").out)["prompt"]
     assert (told["window"], told["sinks"]) == (6, 2)
     assert told["tokens_seen"] == told["window"] + told["sinks"] + told["tokens_quantized"] + told["tokens_in_memory"]
+
+
+def test_quantized_tokens_need_no_adapter(
+    ahn_cli: Any, plain: speaking.Speaking, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("generate", "--model", plain.base, "--prompt", TEXT, "--max-new-tokens", 4)
+    done = ahn_cli(*options, "--window", 6, "--sinks", 2, "--quantized", 5)
+    assert done.code == 0 and "No adapter is named" in caplog.text
+    assert ", 5 before them at 4/2 bits per number, 19 forgotten; cache " in " ".join(done.err.split())
+    model = AutoModelForCausalLM.from_pretrained(plain.base)
+    ahn.attach(model, ahn.AHNConfig("window_only", 6, 2, quantized=5))
+    words = speaking.AutoTokenizer.from_pretrained(plain.base)
+    ids = words(TEXT)["input_ids"]
+    output = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    assert done.out == words.decode(output[0, len(ids) :], skip_special_tokens=True) + "\n"
+    for without in ((), ("--window", 6), ("--quantized", 0)):
+        refused = ahn_cli(*options, *without)
+        assert refused.code == 1 and "--quantized, which needs none" in " ".join(refused.err.split())
 
 
 def test_text_from_everywhere(

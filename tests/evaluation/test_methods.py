@@ -105,6 +105,10 @@ def test_the_papers_budget() -> None:
 
 def test_a_plain_model_serves_every_baseline_but_no_memory(tiny: tuple[str, str]) -> None:
     assert methods.load("window", tiny[0], window=20, sinks=2, device="cpu").settings["budget"] == 22
+    coarse = [
+        methods.load(method, tiny[0], window=20, sinks=2, quantized=9, device="cpu") for method in ("ahn", "window")
+    ]
+    assert [one.settings["quantized"] for one in coarse] == [9, 9] and logits(coarse[0]).equal(logits(coarse[1]))
     with pytest.raises(AHNError, match="is a plain model without a memory; name an adapter for it with --adapter"):
         methods.load("ahn", tiny[0])
     with pytest.raises(AHNError, match="Unknown method 'retrieval'; choose one of ahn, window, full, ct-max, ct-avg"):

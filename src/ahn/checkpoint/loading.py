@@ -33,11 +33,13 @@ from ahn.checkpoint.adapter import attach_checked, checked_settings
 from ahn.checkpoint.directory import CONFIG, Checkpoint, is_ahn
 from ahn.checkpoint.format import changed, check_kernels, transformers_config
 from ahn.checkpoint.hub import local_directory
-from ahn.config import DTYPES, AHNConfig, Reach
+from ahn.config import DTYPES, AHNConfig, Reach, overridden
 from ahn.errors import AHNError, first_line
 from ahn.files import read_json
 from ahn.model import attention
+from ahn.model.adapter import attach
 from ahn.model.saving import BASE_NAME, base_config
+from ahn.shape import trained_length
 from ahn.wrappers import decoder_of
 
 PathLike = str | os.PathLike[str]
@@ -118,7 +120,8 @@ class ModelSource:
         name: what the loaded model's `name_or_path` will be.
         base: where the base weights are: a plain model or a merged checkpoint.
         ahn: where the AHN is: an adapter, the merged checkpoint, or None.
-        settings: the AHN's, with what was given in place of the saved ones.
+        settings: the AHN's, with what was given in place of the saved ones. A plain model has some if quantized tokens
+            were asked for, which need no weights.
         given: whether window and sinks were both given.
         config: the base's, if not the one in its folder.
     """
@@ -136,7 +139,7 @@ class ModelSource:
         named, base = (adapter, model) if adapter else (model, None)
         checkpoint = Checkpoint.open(local_directory(named))
         if checkpoint.kind == "base" and adapter is None:
-            return cls(model, checkpoint)
+            return cls(model, checkpoint, settings=_tier_alone(checkpoint, **reach))
         return cls.of(checkpoint, named, base, **reach)
 
     @classmethod
@@ -182,8 +185,14 @@ class ModelSource:
         if self.base.kind == "merged":
             named = _named_base(self.base)
             setattr(model.config, BASE_NAME, None if named is None else str(named))
-        if memory and self.ahn is not None and self.settings is not None:
-            attach_checked(model, self.ahn, self.settings, self.given)
+        if memory and self.settings is not None:
+            if self.ahn is None:
+                logging.getLogger("ahn").warning(
+                    "No adapter is named: what is farther back than window and quantized tokens is forgotten."
+                )
+                attach(model, self.settings)
+            else:
+                attach_checked(model, self.ahn, self.settings, self.given)
         return model.eval()
 
     def load_ready(
@@ -196,8 +205,11 @@ class ModelSource:
             dtype: one of `DTYPES`; None takes float32 on a CPU and the checkpoint's own dtype elsewhere.
             memory: False leaves the AHN out.
         """
-        if memory and self.ahn is None:
-            raise AHNError(f"{self.name} is a plain model without a memory; name an adapter for it with --adapter.")
+        if memory and self.settings is None:
+            raise AHNError(
+                f"{self.name} is a plain model without a memory; name an adapter for it with --adapter, or how many "
+                "tokens to keep at a few bits with --quantized, which needs none."
+            )
         place = pick_device(device)
         chosen = dtype or ("float32" if place.type == "cpu" else "auto")
         if chosen not in (*DTYPES, "auto"):
@@ -206,6 +218,14 @@ class ModelSource:
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()  # of loading weights: noise in a log
         return self.load(memory, dtype=chosen).to(place), tokenizer
+
+
+def _tier_alone(checkpoint: Checkpoint, **reach: Unpack[Reach]) -> AHNConfig | None:
+    """Sinks, window and quantized tokens of a plain model, if some of these are wanted."""
+    if not reach.get("quantized"):
+        return None
+    base = transformers_config(checkpoint.config, checkpoint.path)
+    return overridden(AHNConfig.for_base(trained_length(base), memory="window_only"), **reach)
 
 
 def _auto_class(config: dict[str, Any]) -> Any:

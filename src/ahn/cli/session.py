@@ -24,6 +24,7 @@ from ahn.errors import AHNError
 from ahn.evaluation.reader import end_tokens, generated
 from ahn.measure.reading import chunk_size, in_chunks
 from ahn.measure.tokens import LONG, token_ids
+from ahn.memory import get
 
 TINY_MEMORY = "gated_deltanet"
 """Memory of the shipped model that verbs take when no adapter is named."""
@@ -217,7 +218,8 @@ def sentence(memory: dict[str, Any]) -> str:
     exact = f"the first {memory['sinks']:,} and the last {memory['window']:,} exact"
     if coarse:
         exact += f", {coarse:,} before them at {memory['bits']} per number"
-    return f"{seen:,} tokens: {exact}, {written:,} in the memory ({memory['memory']}); {size}"
+    left = "forgotten" if get(memory["memory"]).forgets else f"in the memory ({memory['memory']})"
+    return f"{seen:,} tokens: {exact}, {written:,} {left}; {size}"
 
 
 def warn_beyond_training(session: Session, total: int) -> str | None:
