@@ -31,6 +31,10 @@ NO_END = (
 )
 # As Phi-3's: a text ends otherwise than a turn amid it.
 ENDING = speaking.CHATML + "{% if not add_generation_prompt %}THE END{% endif %}"
+# As gpt-oss's: the last reply of a text ends by another token than one amid it. The model writes the former.
+RETURNING = speaking.CHATML.replace(
+    "<|im_end|>\n", "{{ '<|im_end|>' if m['role'] == 'assistant' and loop.last else '<|im_start|>' }}"
+)
 REFUSING = speaking.CHATML + "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
 
 
@@ -93,6 +97,32 @@ def test_a_turn_is_not_closed_as_the_whole_text_is(ends: bool, tmp_path: Path, m
     talk.turns.reset(AHNCache.load(tmp_path / "talk", talk.session.model))
     talk.say("Who are you?", "A model", ends)
     assert talk.holds(turn.format("Hello", "Hi there") + turn.format("Who are you?", "A model"))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_reply_ends_by_the_token_of_a_turn(ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the one that the model wrote, which the template puts at the end of all alone."""
+    talk = Talk(RETURNING, monkeypatch)
+    talk.say("Hello", "Hi there", ends)
+    talk.session.save(str(tmp_path / "talk"))
+    turn = "<|im_start|>user\n{}<|im_start|><|im_start|>assistant\n{}"
+    turns = turn.format("Hello", "Hi there"), turn.format("Who are you?", "A model"), turn.format("Since when?", "")
+    for _ in range(2):
+        talk.say("Who are you?", "A model", ends)
+        if ends:
+            talk.say("Since when?", "")
+        talk.session.read(talk.turns.next_input("Sure?"))
+        said = "<|im_start|>".join([*turns[: 3 if ends else 2], turn.format("Sure?", "")])
+        assert talk.holds(said)
+        assert talk.told == []
+        talk.turns.reset(AHNCache.load(tmp_path / "talk", talk.session.model))
+
+
+def test_an_end_token_that_the_template_does_not_put_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk(NO_END, monkeypatch)
+    talk.say("Hello", "Hi there")
+    assert talk.holds("[user]\nHello\n[assistant]\nHi there\n")
+    assert talk.told == []
 
 
 def test_a_template_that_rewrites_history_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

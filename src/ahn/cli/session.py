@@ -112,6 +112,10 @@ class Session:
         advance(len(self._ids) - told)
         return len(ids)
 
+    def take_back(self) -> None:
+        """Leave the last token of what was just written out of the conversation: the cache has not read it yet."""
+        self._ids.pop()
+
     def save(self, file: str) -> None:
         for _ in self._feed(self.cache.seen - self._before, len(self._ids)):
             pass

@@ -143,15 +143,19 @@ class TemplateTurns(PlainTurns):
 
     def close(self, reply: str) -> None:
         session = self.session
-        said = session.tokenizer.decode(session.written, clean_up_tokenization_spaces=False)
-        # The model may have written the beginning of the closing itself: its end token.
-        end = session.tokenizer.decode(session.written[-1:]) if session.finished else ""
+        written = session.written
         super().close(reply)
-        self._closing = self._end_of_turn(self.messages)
-        missing = self._closing.removeprefix(end)
+        self._closing = missing = self._end_of_turn(self.messages)
+        if session.finished:  # the model may have begun the closing itself: by its end token
+            end = session.tokenizer.decode(written[-1:])
+            if self._closing.startswith(end):
+                missing = self._closing.removeprefix(end)
+            else:  # gpt-oss's template ends a reply amid a conversation by another token than the model writes
+                session.take_back()
+                written = written[:-1]
         session.read(self._encode(missing))
         if self._text is not None:
-            self._text += said + missing
+            self._text += session.tokenizer.decode(written, clean_up_tokenization_spaces=False) + missing
 
     def abandon(self) -> None:
         super().abandon()
@@ -178,7 +182,8 @@ class TemplateTurns(PlainTurns):
     def _end_of_turn(self, messages: list[Message]) -> str:
         """What the template closes the last turn with, whatever follows: some end a conversation otherwise than a turn.
 
-        Phi-3's puts the end of a text after a last reply alone. What both have in common is cut between two tokens.
+        Phi-3's puts the end of a text after a last reply alone. What both have in common is cut between two tokens. It
+        may be nothing, as with gpt-oss: what ends the turn is then read with the message that follows.
         """
         alone = self._after_reply(messages, ask=False)
         before = self._after_reply([*messages, _asked(QUESTION)], ask=True)
@@ -187,7 +192,7 @@ class TemplateTurns(PlainTurns):
         own, other = self._encode(alone), self._encode(before)
         common = next((n for n, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), len(own))
         shared = self.session.tokenizer.decode(own[:common], clean_up_tokenization_spaces=False)
-        return shared if shared and alone.startswith(shared) else alone
+        return shared if alone.startswith(shared) else ""
 
     def _after_reply(self, messages: list[Message], ask: bool) -> str:
         """What the template puts after the last reply, up to the end or (`ask`) to where the next reply begins."""
