@@ -29,6 +29,8 @@ def messages(row: Any) -> list[dict[str, Any]]:
     [
         ({"messages": [USER, REPLY]}, [USER, REPLY]),
         ({"conversations": SHAREGPT}, [USER, REPLY]),
+        ([USER, REPLY], [USER, REPLY]),
+        (SHAREGPT, [USER, REPLY]),
         ({"messages": json.dumps([USER, REPLY])}, [USER, REPLY]),  # as tables hold it
         ({"messages": [USER | {"role": "User"}, REPLY | {"role": "ASSISTANT"}]}, [USER, REPLY]),
         ({"conversations": SHAREGPT, "system": "s"}, [SYSTEM, USER, REPLY]),
@@ -126,7 +128,9 @@ def test_thoughts(thoughts: Any) -> None:
     ("row", "words"),
     [
         (3, "3 instead of an object"),
-        ([{"role": "user"}], "a list instead of an object"),
+        ([{"role": "user"}], "no assistant's turn to learn from"),
+        ([1, 2], "a message is not an object"),
+        ([], "messages is not a list of messages"),
         ({}, "it has nothing"),
         ({"content": "x"}, "it has content"),
         ({"messages": "hello"}, "messages is not JSON"),

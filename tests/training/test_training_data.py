@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ahn.errors import AHNError
 from ahn.training.data import Collator, Data, Stream, lengthened, load_data
 from ahn.training.messages import WHERE
+from ahn.training.records import decode, normalise
 from ahn.training.settings import Settings
 from ahn.training.sources import HUB, load_rows
 from ahn.training.tokenise import RowTokenizer
@@ -355,6 +356,30 @@ def test_a_stream_never_ends_and_is_shared_between_ranks(
         ranks.append(rows)
     assert len({*ranks[0][:5], *ranks[1][:5]}) == 10, "a pass over ten samples, each at one rank"
     assert "a.jsonl:13: text is not text" in caplog.text
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a " * 40}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.jsonl", f"\n{json.dumps(CHAT)}\n\n{json.dumps(CHAT)}\n", ["a.jsonl:2", "a.jsonl:4"]),
+        ("a.jsonl", f"\ufeff{json.dumps(CHAT)}\n{json.dumps({'messages': CHAT})}", ["a.jsonl:1", "a.jsonl:2"]),
+        ("a.json", json.dumps([CHAT, CHAT]), ["a.json[1]", "a.json[2]"]),
+        ("a.json", json.dumps([CHAT, CHAT], indent=1), ["a.json[1]", "a.json[2]"]),
+        ("a.json", f"[{json.dumps(CHAT)},\n{json.dumps(CHAT)}]", ["a.json[1]", "a.json[2]"]),
+        ("a.jsonl", json.dumps(CHAT), ["a.jsonl[1]"]),
+        ("a.json", json.dumps(CHAT, indent=1), ["a.json[1]"]),
+    ],
+)
+def test_a_row_may_be_the_list_of_its_messages(name: str, content: str, rows: list[str], tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(content, encoding="utf-8")
+    (found,) = load_rows(str(file), streaming=True)
+    found = list(found)
+    assert [row[WHERE] for row in found] == rows
+    assert [normalise(decode(row)) for row in found] == [normalise({"messages": CHAT})] * len(rows)
 
 
 @pytest.mark.parametrize(

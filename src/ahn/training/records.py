@@ -71,11 +71,10 @@ Used: TypeAlias = set[str]
 
 def normalise(row: Any) -> Record:
     """A conversation from messages or from a prompt and a response; else the plain `text`."""
-    row = {"text": row} if isinstance(row, str) else row
+    if isinstance(row, str | list):
+        row = {"text" if isinstance(row, str) else "messages": row}
     if not isinstance(row, dict):
-        raise BadRowError(
-            "a list instead of an object" if isinstance(row, list) else f"{row!s:.40} instead of an object"
-        )
+        raise BadRowError(f"{row!s:.40} instead of an object")
     row = {name: value for name, value in row.items() if value is not None}
     for name in {"messages", "conversations"} & row.keys():
         if isinstance(row[name], str):  # the cell of a table

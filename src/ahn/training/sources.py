@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import datasets
 import fsspec
@@ -41,6 +41,8 @@ LONGEST_CELL = (1 << 31) - 1
 """Characters: csv's own limit, 131 072, is less than a book, and pandas has none."""
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that describe a data set; so does a README.md beside tables or JSON."""
+MESSAGE = ({"role", "content"}, {"from", "value"})
+"""What tells a message from a row."""
 POINTER = b"version https://git-lfs.github.com/spec/"
 RAW = Features({BYTES: Value("large_binary"), FORM: Value("string"), WHERE: Value("string")})
 
@@ -275,12 +277,23 @@ def _json_file(path: str, name: str) -> Iterator[dict[str, Any]]:
         lines.seek(0)
         if re.match(rb"\{\s*\n", start):
             raise AHNError(f"{path} has an object over several lines: write each row in one line, or one list.")
-        if start.startswith(b"["):
+        several = start.startswith(b"[") and _begins_with_row(lines)
+        lines.seek(0)
+        if start.startswith(b"[") and not several:
             yield from _array_rows(path, name, lines.read())
             return
         for number, line in enumerate(lines, 1):
             if line.removeprefix(b"\xef\xbb\xbf").strip():
                 yield {BYTES: line, FORM: "json", WHERE: f"{name}:{number}"}
+
+
+def _begins_with_row(lines: IO[bytes]) -> bool:
+    """Whether the first of several lines is a whole list: one row's messages, and not the beginning of all rows."""
+    first, more = itertools.islice(itertools.chain(filter(bytes.strip, lines), [b"", b""]), 2)
+    try:
+        return bool(more) and isinstance(json.loads(first), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _array_rows(path: str, name: str, content: bytes) -> Iterator[dict[str, Any]]:
@@ -289,6 +302,8 @@ def _array_rows(path: str, name: str, content: bytes) -> Iterator[dict[str, Any]
         rows = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise AHNError(f"{path} is not valid JSON: {error}.") from error
+    if rows and all(isinstance(row, dict) and any(keys <= row.keys() for keys in MESSAGE) for row in rows):
+        rows = [rows]  # of messages: they are one conversation
     for number, row in enumerate(rows, 1):
         yield {BYTES: json.dumps(row).encode(), FORM: "json", WHERE: f"{name}[{number}]"}
 
