@@ -212,6 +212,43 @@ def test_a_text_becomes_the_beginning_of_the_next_message(
     assert words.decode(talk.session._ids[start:]) == system + said
 
 
+@pytest.mark.parametrize(
+    ("given", "file"),
+    [
+        ('"{}/a b.txt"', "a b.txt"),
+        ("'{}/a b.txt'", "a b.txt"),
+        ("{}/'a b'.txt", "a b.txt"),
+        (r"{}/a\ b.txt", "a b.txt"),
+        ("{}/a b.txt", "a b.txt"),
+        (r"~/a\ b.txt", "a b.txt"),
+        ("'~/a b.txt'", "a b.txt"),
+        ("~/it's.txt", "it's.txt"),
+        ("{}/it's all's.txt", "it's all's.txt"),
+        ("{}/'a'.txt", "'a'.txt"),
+        (r"{}/a\b.txt", r"a\b.txt"),
+    ],
+)
+def test_names_of_files_are_as_in_a_shell(
+    given: str, file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And as they are: a file that has quotes or backslashes in its name is found by them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / file).write_text("Call me Ishmael.")
+    talk = Talk(speaking.CHATML, monkeypatch)
+    Commands(talk.turns).obey(f"/read {given.format(tmp_path)}", Interrupt())
+    assert talk.turns.messages[-1]["content"].startswith(f"[{file}, ")
+
+
+def test_a_conversation_is_saved_and_loaded_by_a_quoted_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    talk = Talk(speaking.CHATML, monkeypatch)
+    talk.say("Hello", "Hi there")
+    commands = Commands(talk.turns)
+    for number, given in enumerate(('"{}/my talk"', r"{}/my\ other\ talk")):
+        commands.obey(f"/save {given.format(tmp_path)}", Interrupt())
+        commands.obey(f"/load {given.format(tmp_path)}", Interrupt())
+        assert (tmp_path / ("my talk", "my other talk")[number]).is_file()
+
+
 def test_a_question_that_was_stopped_leaves_the_text_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A book must not be read again because one question about it was stopped."""
     talk = Talk(speaking.CHATML, monkeypatch)

@@ -1,6 +1,8 @@
 """Commands of `ahn chat`: lines that begin with a slash."""
 
 import contextlib
+import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +176,8 @@ def _file(rest: str, usage: str) -> Path:
     path = Path(given)
     try:
         path = expanded(given)
+        if not os.path.lexists(path):
+            path = expanded(_unquoted(given))
         path.lstat()
     except FileNotFoundError:
         pass
@@ -182,6 +186,15 @@ def _file(rest: str, usage: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a zero byte
         raise AHNError(f"{visible(str(path))}: {reason(error)}.") from error
     return path
+
+
+def _unquoted(name: str) -> str:
+    """A name without the quotes and backslashes that a shell wants; a blank or an apostrophe may stand as it is."""
+    try:
+        words = shlex.split(name)
+    except ValueError:  # a quote that nothing closes
+        return name
+    return words[0] if len(words) == 1 else name
 
 
 def _check_replaceable(path: Path) -> None:
