@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hostile import mutated_bytes, mutated_json
-from models import adapted, awaken, base, tokens
+from models import FEW, adapted, awaken, base, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.effort import examples
@@ -23,6 +23,7 @@ import ahn
 from ahn import AHNCache, AHNError
 from ahn.cache.file import FIRST_FORMAT, SECOND_FORMAT, checksum
 from ahn.cache.origin import first_fingerprint
+from ahn.shape import ModelShape
 
 WINDOW, SINKS = 4, 2
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
@@ -264,6 +265,24 @@ def test_a_memory_without_weights_is_told_from_another(tmp_path: Path) -> None:
     path = conversation(adapted(window=WINDOW, sinks=SINKS, memory="ct_max"), tmp_path / "cache")
     with pytest.raises(AHNError, match="ct_max"):
         AHNCache.load(path, adapted(window=WINDOW, sinks=SINKS, memory="ct_avg"))
+
+
+@pytest.mark.parametrize("heads, kinds", [(None, 1), (((0, 1), (2, 1)), 2)])
+def test_layers_that_are_alike_are_checked_against_one_memory(
+    heads: tuple[tuple[int, int], ...] | None, kinds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To make one takes milliseconds, which a large model's conversation would wait for once a layer."""
+    settings = ahn.AHNConfig("retained", WINDOW, SINKS, slot_heads=heads, **FEW)
+    model = awaken(ahn.attach(base(num_hidden_layers=3), settings))
+    path = conversation(model, tmp_path / "cache")
+    made, right = [], ahn.memory.make
+
+    def counted(config: ahn.AHNConfig, shape: ModelShape, layer: int = 0) -> ahn.memory.Memory:
+        made.append(layer)
+        return right(config, shape, layer)
+
+    monkeypatch.setattr(ahn.memory, "make", counted)
+    assert AHNCache.load(path, model).seen == 30 and len(made) == kinds
 
 
 def test_what_is_no_file(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -114,12 +114,15 @@ def check_layout(
     batch = first.shape[0] if first is not None and first.shape else 0
     if not batch:
         raise AHNError(f"{where} is incomplete: layers.{with_memory[0]}.keys is missing or empty.")
+    memories: dict[str, tuple[memory.Memory, dict[str, Tensor]]] = {}  # one takes milliseconds to make
     for index, tensors in enumerate(layers):
         name = f"layers.{index}"
         if index in with_memory:
             if shape.layer_types[index] == "hybrid":
                 tensors = _without_states(tensors, batch, f"{where}: {name}")
-            _check_memory_layer(tensors, config, index, seen, waiting, batch, shape, f"{where}: {name}")
+            if (kind := repr(memory.of_layer(config, index))) not in memories:
+                memories[kind] = _memory(config, shape, index, batch, min(seen, config.lossless + waiting))
+            _check_memory_layer(tensors, config, *memories[kind], seen, waiting, batch, shape, f"{where}: {name}")
         elif tensors:
             held = seen if shape.layer_types[index] in WHOLE_TEXT else None
             _check_other_layer(tensors, seen, held, batch, f"{where}: {name}")
@@ -162,7 +165,8 @@ def _by_layer(found: Mapping[str, Stored], count: int, where: str) -> list[dict[
 def _check_memory_layer(
     tensors: dict[str, Stored],
     config: AHNConfig,
-    index: int,
+    fn: memory.Memory,
+    gates: Mapping[str, Tensor],
     seen: int,
     waiting: int,
     batch: int,
@@ -178,7 +182,6 @@ def _check_memory_layer(
     held = min(seen, config.lossless + waiting)
     keys = (batch, shape.kv_heads, held, shape.head_dim)
     wanted = {"keys": Stored(dtype, keys), "values": Stored(dtype, keys)}
-    fn, gates = _memory(config, shape, index, batch, held)
     wanted |= {f"gates.{name}": Stored(dtype, tuple(gate.shape)) for name, gate in gates.items()}
     state = _state(fn, config, batch, shape, dtype)
     tier = _tier(config, batch, shape, gates, dtype)

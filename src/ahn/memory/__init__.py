@@ -40,15 +40,17 @@ def make(config: AHNConfig, shape: ModelShape, layer: int = 0) -> Memory:
         slots=config.slots,
         bits=config.tier_bits,
         passage=config.passage,
-        **_of_tokens(config, layer) if kind.keeps_tokens else {},
+        **of_layer(config, layer),
     )
     if config.calibrated_keys:
         made.key_basis = KeyBasis(shape.kv_heads, shape.head_dim)
     return made
 
 
-def _of_tokens(config: AHNConfig, layer: int) -> dict[str, Any]:
-    """Which heads of a layer keep tokens, and by whose scores."""
+def of_layer(config: AHNConfig, layer: int) -> dict[str, Any]:
+    """What a layer's memory has that another layer's may not: which heads keep tokens, and by whose scores."""
+    if not get(config.memory).keeps_tokens:
+        return {}
     scores = "own" if config.score_layer is None else "made" if layer == config.score_layer else "given"
     return {"slot_heads": config.heads_of(layer), "scores": scores}
 
