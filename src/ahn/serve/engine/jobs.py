@@ -58,7 +58,7 @@ class RequestJob(PromptReading):
         cached: tokens of the prompt that a kept state had read.
         waits_for: another that is reading what this one begins with, and up to where.
         known: the state that it goes on from, until it is lent or on its way.
-        loading: a copy of it, on its way from elsewhere.
+        loading: on its way from elsewhere, it or a copy; and whether it is lent.
         faults: how often it had to begin again.
         kept: digests of what was kept of it so far.
     """
@@ -81,7 +81,7 @@ class RequestJob(PromptReading):
         self.cached = 0
         self.waits_for: tuple[RequestJob, int] | None = None
         self.known: KeptState | None = None
-        self.loading: Future[AHNCache] | None = None
+        self.loading: Future[tuple[AHNCache, bool]] | None = None
         self.faults = 0
         self.kept: list[str] = []
         self.arrived = time.monotonic()

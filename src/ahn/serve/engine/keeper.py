@@ -67,14 +67,14 @@ class Keeper:
     def trim(self) -> None:
         self._pool.submit(self.store.trim)
 
-    def open(self, state: KeptState) -> Future[AHNCache]:
-        """A copy of a state that is elsewhere, to go on with."""
-        return self._opening.submit(self._opened, state)
+    def bring(self, state: KeptState) -> Future[tuple[AHNCache, bool]]:
+        """A state that is elsewhere, and whether it is lent, as `StateStore.bring`."""
+        return self._opening.submit(self._brought, state)
 
-    def _opened(self, state: KeptState) -> AHNCache:
-        cache = self.store.open(state)
+    def _brought(self, state: KeptState) -> tuple[AHNCache, bool]:
+        brought = self.store.bring(state)
         self.trim()
-        return cache
+        return brought
 
     def close(self) -> None:
         self._opening.shutdown(wait=True)

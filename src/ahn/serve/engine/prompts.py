@@ -85,7 +85,7 @@ class PromptReader:
             if job.known is not None and (cache := self.store.at_hand(job.known)) is not None:
                 job.cache, job.lent, job.known = cache, True, None
             elif job.known is not None and about_to_join < APART:
-                job.loading, job.known = self.keeper.open(job.known), None
+                job.loading, job.known = self.keeper.bring(job.known), None
                 job.loading.add_done_callback(lambda _: self._news())
                 about_to_join += 1
             if job.loading is not None and job.loading.done():
@@ -96,11 +96,11 @@ class PromptReader:
     def _soon_read(self, job: RequestJob) -> bool:
         return job.cache is not None and not job.lent and job.target - job.read <= self.pace.largest
 
-    def _arrived(self, job: RequestJob, loading: Future[AHNCache]) -> None:
+    def _arrived(self, job: RequestJob, loading: Future[tuple[AHNCache, bool]]) -> None:
         job.loading = None
         error = loading.exception()
         if error is None:
-            job.cache = loading.result()
+            job.cache, job.lent = loading.result()
         else:
             log.warning("A prompt is read anew: %s", error)
             self._go_on_from(job, None)

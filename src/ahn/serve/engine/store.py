@@ -92,15 +92,20 @@ class StateStore:
         cache = state.cache
         return cache if cache is not None and _device(cache).type == self.model.device.type else None
 
-    def open(self, state: KeptState) -> AHNCache:
-        """A copy to go on with, from memory or disk; `trim` when there is time.
+    def bring(self, state: KeptState) -> tuple[AHNCache, bool]:
+        """A state where the model is, from memory or disk; `trim` when there is time.
+
+        Returns:
+            The state, and whether it is lent: the kept one itself, which must not be changed.
 
         Raises:
             AHNError: the file is damaged, and the state forgotten, or cannot be read now.
         """
+        if (cache := self.at_hand(state)) is not None:
+            return cache, True
         cache, path = state.cache, state.file
         if cache is not None:
-            return copied(cache, self.model.device)
+            return copied(cache, self.model.device), False
         if self.files is None or path is None:
             raise AHNError("This conversation was forgotten a moment ago.")
         try:
@@ -110,9 +115,20 @@ class StateStore:
                 self._forget(state)
             raise
         with self._lock:
-            if state.file is not None and state.nbytes <= self._room:  # not forgotten meanwhile
-                state.cache = copied(loaded, self.model.device)
-        return loaded
+            keeps = state.file is not None and state.nbytes <= self._room  # not forgotten meanwhile
+            if lent := keeps and state.cache is None:  # another request may have brought it too
+                state.cache = loaded
+                state.used = time.time()  # else it might be the first to leave again
+        return loaded, lent
+
+    def open(self, state: KeptState) -> AHNCache:
+        """A copy of a state to go on with, where the model is.
+
+        Raises:
+            AHNError: as `bring`.
+        """
+        cache, lent = self.bring(state)
+        return copied(cache, self.model.device) if lent else cache
 
     # -- keeping ---------------------------------------------------------------------------------------------------
 
