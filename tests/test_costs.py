@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 
 import ahn
 from ahn import AHNConfig, AHNError, memory
-from ahn.costs import cost, count_model_parameters, count_parameters
+from ahn.costs import cost, count_model_parameters, count_parameters, empty_model
 
 
 def qwen25(hidden: int, heads: int, kv_heads: int, layers: int, mlp: int, vocab: int, tied: bool) -> Qwen2Config:
@@ -220,3 +220,10 @@ def test_errors_say_what_is_wrong() -> None:
     odd.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(AHNError, match="Layer 1 is of the kind linear_attention"):
         cost(odd, AHNConfig(), 10)
+
+
+def test_a_value_that_transformers_does_not_know_is_one_sentence() -> None:
+    config = LlamaConfig(num_hidden_layers=1)
+    config.rope_parameters = {"rope_type": "zzz", "rope_theta": 1e4}
+    with pytest.raises(AHNError, match=r"cannot make a model of LlamaConfig: 'zzz' is unknown or missing[.]$"):
+        empty_model(config)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ahn.errors import install_command
+from ahn.errors import first_line, install_command
 
 REQUIRES = [
     "torch>=2",
@@ -46,3 +46,18 @@ def test_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert "checkout" in install_command("train")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("One.\nTwo."), "One"),
+        (ValueError(), "ValueError"),
+        (KeyError("zzz"), "'zzz' is unknown or missing"),
+        (KeyError(7), "7 is unknown or missing"),
+        (KeyError("Missing keys: factor.\nMore."), "Missing keys: factor"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_an_exception_is_a_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line

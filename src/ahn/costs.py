@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ahn.config import AHNConfig
-from ahn.errors import AHNError
+from ahn.errors import AHNError, first_line
 from ahn.shape import ModelShape, text_config
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def empty_model(hf_config: Any) -> PreTrainedModel:
     """The base model without weights, on torch's meta device.
 
     Raises:
-        AHNError: `transformers` has no causal language model for this configuration.
+        AHNError: `transformers` has no causal language model for this configuration, or cannot make it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -128,6 +128,8 @@ def empty_model(hf_config: Any) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(text)
     except ValueError:
         raise AHNError(f"transformers has no causal language model for {type(text).__name__}.") from None
+    except Exception as error:  # a value that nothing has validated
+        raise AHNError(f"transformers cannot make a model of {type(text).__name__}: {first_line(error)}.") from error
 
 
 def cost(hf_config: Any, ahn_config: AHNConfig, length: int, dtype: torch.dtype | None = None) -> Cost:

@@ -37,7 +37,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in short: some say pages."""
+    """What an exception of another library says, in short: some say pages, and a KeyError often the key alone."""
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        key = error.args[0]
+        return first_line(ValueError(key)) if " " in str(key) else f"{key!r} is unknown or missing"
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
