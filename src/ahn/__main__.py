@@ -1,5 +1,16 @@
-"""`python -m ahn`: what `ahn` is, where scripts are not on the path."""
+"""`ahn`, and `python -m ahn` where scripts are not on the path."""
 
-from ahn.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the program; Ctrl-C ends it without a traceback also while `ahn.cli.main` is still being imported."""
+    try:
+        from ahn.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)  # `ahn.cli.main.STOPPED`
+    run()
+
+
+if __name__ == "__main__":
+    main()

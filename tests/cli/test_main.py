@@ -86,6 +86,20 @@ def test_ctrl_c_amid_an_import_is_the_end(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert signal.getsignal(signal.SIGINT) is not main._stop, "a program that calls main keeps its own"
 
 
+def test_ctrl_c_amid_the_first_imports_is_no_traceback() -> None:
+    code = (
+        "import runpy, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'ahn.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "runpy.run_module('ahn', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (main.STOPPED, "")
+
+
 def test_ctrl_c_says_how_to_go_on(ahn_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def command() -> None:
         raise KeyboardInterrupt
