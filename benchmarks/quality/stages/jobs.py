@@ -162,7 +162,6 @@ class Prefixed:
 
 def _serve(start: Start, device: str, jobs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     streams = Prefixed(sys.stdout), Prefixed(sys.stderr)
     sys.stdout, sys.stderr = streams
     work = None
