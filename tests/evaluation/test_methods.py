@@ -96,6 +96,14 @@ def test_heads_are_a_setting_only_where_some_are_named() -> None:
     assert digest(every) != digest(one)
 
 
+def test_bits_are_a_setting_of_what_keeps_tokens() -> None:
+    coded, exact = (
+        methods.describe(ahn.attach(models.base(), ahn.AHNConfig("retained", 9, 2, key_bits=n, value_bits=n)), "ahn")
+        for n in (4, 16)
+    )
+    assert (coded["key_bits"], exact["value_bits"]) == (4, 16) and digest(coded) != digest(exact)
+
+
 def test_the_papers_budget() -> None:
     """128 + 32640 of the paper: a fifth of the window goes to slots, since they are a quarter of what remains."""
     config = methods.baseline("ct-avg", ahn.AHNConfig())
