@@ -257,6 +257,16 @@ def test_table_of_ruler() -> None:
     (table,) = tables("RULER")
     by_name = {row["way"]: row["scores"] for row in rows("smollm2-h200.jsonl") if row["stage"] == "tasks"}
     assert by_name.keys() == {*RULER}
+    found = [row for row in rows("smollm2-h200.jsonl") if row["stage"] == "ruler"]
+    other = {row["name"]: row["means"] for row in found if "means" in row}
+    names = ("full attention", PASSAGES, "retained 2048 4/2 behind a tier of 2048")
+    full, kept, behind = (f"{statistics.mean(other[name].values()):.1f}" for name in names)
+    before = f"{other[names[0]]['ruler/niah_single_2/4k']:.0f}"
+    now = f"{100 * statistics.mean(by_name[names[0]]['ruler/niah_single_2/4k']):.0f}"
+    assert (
+        f"full attention had {full} points (needle 2: {before} instead of {now}), passages {kept}, "
+        f"and 2 048 retained tokens behind a tier {behind}."
+    ) in " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     for column, name in zip(list(table[0])[1:], RULER, strict=True):
         scores = [100 * statistics.mean(samples) for samples in by_name[name].values()]
         shown = [number(cells[column]) for cells in table]
